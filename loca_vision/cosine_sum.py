@@ -1,0 +1,129 @@
+"""The update of LoCA and its gradients: Delta W = alpha * C^T S(a, l) D (LoCA, Eq. 1 to 5).
+
+Both directions are operators of their own (`torch.library`), so that autograd, autocast and `torch.compile` see one step
+with known derivatives: exact for the coefficients, finite differences for the locations, which are whole numbers here.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loca_vision.dct import _matrix, dct, dct2, idct
+
+_STEPS = {"central": ((1, 0.5), (-1, -0.5)), "forward": ((1, 1.0), (0, -1.0)), "backward": ((0, 1.0), (-1, -1.0))}
+
+# One entry of the sampled product costs about as much as this many entries of a full transform (CPU, 768 x 768).
+_SAMPLE_COST = 128
+
+
+def cosine_sum(
+    coefficients: Tensor, locations: Tensor, cells: Tensor, shape: tuple[int, int], scale: float, difference: str
+) -> Tensor:
+    """scale * sum_k a_k C[u_k]^T D[v_k], the inverse 2-D DCT of a sparse spectrum; components at one cell add.
+
+    Args:
+        coefficients: (B,) float32 or float64, the amplitudes a.
+        locations: (B, 2) in [0, 1], from which `cells` was rounded. Only its gradient is of interest: the change of the
+            loss if one component moved by one cell, times the number of cells from 0 to 1 (Eq. 4 and 5).
+        cells: (B, 2) int64, row u in [0, p - 1] and column v in [0, q - 1].
+        shape: (p, q) of the result.
+        scale: alpha.
+        difference: "central", "forward" or "backward", how dL/du is estimated from neighbouring cells. Beyond the border
+            the border cell itself stands in, which makes a central difference half a one-sided one there.
+
+    Returns:
+        (p, q) tensor of the coefficients' dtype.
+    """
+    delta: Tensor = _cosine_sum(coefficients, locations, cells, shape[0], shape[1], scale, difference)
+    return delta
+
+
+@torch.library.custom_op("loca_vision::cosine_sum", mutates_args=())
+def _cosine_sum(
+    coefficients: Tensor, locations: Tensor, cells: Tensor, rows: int, cols: int, scale: float, difference: str
+) -> Tensor:
+    with torch.autocast(coefficients.device.type, enabled=False):
+        spectrum = _sparse(cells, coefficients * scale, (rows, cols))
+        atoms = _matrix(cols, coefficients.device, coefficients.dtype)
+        return idct(spectrum @ atoms, 0)
+
+
+@torch.library.custom_op("loca_vision::cosine_sum_backward", mutates_args=())
+def _cosine_sum_backward(
+    grad: Tensor, coefficients: Tensor, cells: Tensor, scale: float, difference: str, moving: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of coefficients (B,) and, if `moving`, locations (B, 2), otherwise an empty tensor: from one Z = C G D^T."""
+    with torch.autocast(grad.device.type, enabled=False):
+        if not moving:
+            return scale * _spectrum_at(grad, cells), grad.new_empty(0)
+        z = dct2(grad)
+        at_cells = z[cells[:, 0], cells[:, 1]]
+        slopes = [(size - 1) * _difference(z, cells, axis, difference) for axis, size in enumerate(grad.shape)]
+        return scale * at_cells, scale * coefficients[:, None] * torch.stack(slopes, 1)
+
+
+@_cosine_sum.register_fake
+def _(coefficients, locations, cells, rows, cols, scale, difference):  # type: ignore[no-untyped-def]
+    return coefficients.new_empty(rows, cols)
+
+
+@_cosine_sum_backward.register_fake
+def _(grad, coefficients, cells, scale, difference, moving):  # type: ignore[no-untyped-def]
+    return torch.empty_like(coefficients), grad.new_empty(cells.shape if moving else 0)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    coefficients, _, cells, _, _, ctx.scale, ctx.difference = inputs
+    ctx.save_for_backward(coefficients, cells)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    coefficients, cells = ctx.saved_tensors
+    learned, moving = ctx.needs_input_grad[:2]
+    grads = _cosine_sum_backward(grad, coefficients, cells, ctx.scale, ctx.difference, moving)
+    return (grads[0] if learned else None, grads[1] if moving else None, None, None, None, None, None)
+
+
+_cosine_sum.register_autograd(_backward, setup_context=_save)
+
+
+def _difference(z: Tensor, cells: Tensor, axis: int, difference: str) -> Tensor:
+    """Finite difference of `z` (p, q) at `cells` along one axis, in units of cells: (B,)."""
+    slope = z.new_zeros(len(cells))
+    for offset, weight in _STEPS[difference]:
+        place = list(cells.unbind(1))
+        place[axis] = (place[axis] + offset).clamp(0, z.shape[axis] - 1)
+        slope += weight * z[place[0], place[1]]
+    return slope
+
+
+def _spectrum_at(grad: Tensor, cells: Tensor) -> Tensor:
+    """Z = C G D^T at the given cells only: one transform, then as many row products as there are cells."""
+    rows, cols = grad.shape
+    half = dct(grad, 0)
+    if len(cells) * _SAMPLE_COST > rows * cols or grad.device.type != "cpu":
+        return dct(half, 1)[cells[:, 0], cells[:, 1]]
+    order = _row_major(cells, cols)
+    pattern = _compressed(cells[order], half.new_zeros(len(cells)), (rows, cols))
+    atoms = _matrix(cols, grad.device, grad.dtype)
+    sampled = torch.sparse.sampled_addmm(pattern, half.contiguous(), atoms.T, beta=0.0).values()
+    return torch.empty_like(sampled).index_copy_(0, order, sampled)
+
+
+def _sparse(cells: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    order = _row_major(cells, shape[1])
+    return _compressed(cells[order], values[order], shape)
+
+
+def _row_major(cells: Tensor, cols: int) -> Tensor:
+    return (cells[:, 0] * cols + cells[:, 1]).argsort()
+
+
+def _compressed(cells: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """CSR matrix of cells in row-major order; equal cells stay separate entries, which a product adds up."""
+    starts = torch.searchsorted(cells[:, 0].contiguous(), torch.arange(shape[0] + 1, device=cells.device))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(starts, cells[:, 1].contiguous(), values, shape, check_invariants=False)

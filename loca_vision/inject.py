@@ -1,0 +1,230 @@
+"""Put adapters into a model, say which of them act, and take them out again."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from loca_vision.config import LoCAConfig
+from loca_vision.layer import adapt, restore
+from loca_vision.record import (
+    Adapter,
+    Record,
+    activate,
+    end_record,
+    own_parameters,
+    park,
+    record_of,
+    sites,
+    start_record,
+    unwrap,
+)
+from loca_vision.spectrum import Spectrum, random_spectrum
+from loca_vision.targets import Target, find_targets
+
+
+def inject(model: nn.Module, config: LoCAConfig, name: str = "default") -> tuple[str, ...]:
+    """Adapt the projections `config.targets` of every attention layer (and MLP) of a timm model.
+
+    The model's own parameters are frozen, a timm classifier head stays trainable. Coefficients start at zero, so the
+    output is bit-identical at first; adapters that act already go on acting. Every key of the base `state_dict` stays.
+
+    Args:
+        model: any timm model with attention layers, or a module that contains one.
+        config: what to inject.
+        name: of the adapter, letters, digits, `_` and `-`.
+
+    Returns:
+        The names of the adapted projections, "<path of the attention layer>.<part>", in the order of the model's modules.
+
+    Raises:
+        ValueError: the name is in use, a part of `config.targets` is nowhere in the model, or n_components does not fit.
+        TypeError: a target is not a `torch.nn.Linear` with a weight of its own.
+        In each case before the model is touched.
+    """
+    if not isinstance(config, LoCAConfig):
+        raise TypeError(f"config is a {type(config).__name__}: a LoCAConfig is wanted")
+    model = unwrap(model)
+    check_new_name(model, name)
+    found = linear_targets(model, config.targets)
+    counts = config.components([target.name for target in found])
+    for target in found:
+        rows, cols = target.shape
+        if counts[target.name] > rows * cols:
+            raise ValueError(f"n_components={counts[target.name]}: {target.name} has {rows} x {cols} = {rows * cols} cells")
+    spectra = [
+        random_spectrum(
+            t.shape, counts[t.name], name=t.name, seed=config.seed, scale=config.scale, difference=config.location_gradient
+        )
+        for t in found
+    ]
+    attach(model, name, Adapter(config), list(zip(found, spectra, strict=True)))
+    return tuple(target.name for target in found)
+
+
+def attach(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Target, Spectrum]]) -> None:
+    """Put spectra made beforehand into their layers; the adapter acts at 1.0 at once. Nothing here can be refused any more.
+
+    Whole tensors given with the adapter go into the model. Where it has none, those that stay trainable become its own.
+    """
+    record = start_record(model)
+    head = classifier(model)
+    for parameter in own_parameters(model).values():
+        parameter.requires_grad_(any(parameter is p for p in head))
+    whole = own_parameters(model)
+    for key in adapter.whole:
+        whole[key].requires_grad_(True)
+    park(record, whole)
+    live = {key: p.detach().clone() for key, p in whole.items() if p.requires_grad}
+    record.base = {key: value.clone() for key, value in live.items()} | record.base
+    adapter.whole = live | adapter.whole
+    record.adapters[name] = adapter
+    for target, spectrum in placed:
+        adapt(target.layer).add(name, target, spectrum.to(target.layer._parameters["weight"].device))  # type: ignore[union-attr]
+    activate(model, record, record.active | {name: 1.0})
+
+
+def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) -> None:
+    """Take one adapter, or all of them, out of the model.
+
+    Without `merge` the base is back bit for bit, the head included; with it, what acts now is folded into the weights
+    (rounded once to their dtype) and a trained head stays. After the last adapter all layers have their own classes again
+    and parameters are as trainable as they were before the first.
+
+    Raises:
+        ValueError: no such adapter, or `merge` of a named one that does not act.
+    """
+    model = unwrap(model)
+    record = _record(model)
+    names = list(record.adapters) if name is None else [_known(record, name)]
+    if merge and name is not None and name not in record.active:
+        raise ValueError(f"adapter {name!r} does not act, so there is nothing to merge; call set_adapters first")
+    parameters = own_parameters(model)
+    if merge:
+        _merge(model, record, [n for n in names if n in record.active], parameters)
+    for layer in sites(model):
+        for gone in names:
+            layer.loca.discard(gone)
+        if not layer.loca.places:
+            restore(layer)
+    remaining = {n: weight for n, weight in record.active.items() if n not in names}
+    activate(model, record, remaining)
+    for gone in names:
+        del record.adapters[gone]
+    if not record.adapters:
+        end_record(model)
+
+
+@torch.no_grad()
+def _merge(model: nn.Module, record: Record, names: list[str], parameters: dict[str, nn.Parameter]) -> None:
+    for layer in sites(model):
+        strengths = layer.loca.strengths
+        layer.loca.strengths = {n: weight for n, weight in strengths.items() if n in names}
+        layer._parameters["weight"].copy_(layer.weight)  # type: ignore[union-attr]
+        layer.loca.strengths = strengths
+    if record.supplier in names:
+        park(record, parameters)
+        record.base |= record.adapters[record.supplier].whole
+
+
+def adapters(model: nn.Module, name: str = "default") -> dict[str, Spectrum]:
+    """The spectra of one adapter by projection, in the order of the model's modules.
+
+    Raises:
+        ValueError: no such adapter.
+    """
+    _known(_record(model), name)
+    entries = (entry for layer in sites(model) for entry in layer.loca.entries())
+    return {place.projection: spectrum for place, spectrum in entries if place.adapter == name}
+
+
+def set_adapters(
+    model: nn.Module, names: str | Sequence[str], weights: float | Sequence[float] | Mapping[str, float] | None = None
+) -> None:
+    """Let these adapters act, with these weights (1.0 each by default), and no others. An empty sequence: the base model.
+
+    Whole tensors (a classifier head) come from the last adapter named that has any.
+
+    Raises:
+        ValueError: an unknown or repeated name, a weight that is not finite, or another number of weights than names.
+    """
+    record = _record(model)
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        _known(record, name)
+    if len(set(names)) < len(names):
+        raise ValueError(f"names={names!r}: an adapter is named twice")
+    if weights is None or isinstance(weights, (int, float)):
+        weights = [1.0 if weights is None else weights] * len(names)
+    if isinstance(weights, Mapping):
+        if set(weights) != set(names):
+            raise ValueError(f"weights={dict(weights)!r}: one weight for each of {names!r} is wanted")
+        weights = [weights[name] for name in names]
+    if len(weights) != len(names):
+        raise ValueError(f"weights={list(weights)!r}: {len(weights)} weights for {len(names)} adapters")
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ValueError(f"weights={list(weights)!r}: a weight is a finite number")
+    activate(unwrap(model), record, dict(zip(names, map(float, weights), strict=True)))
+
+
+def active_adapters(model: nn.Module) -> dict[str, float]:
+    """The adapters that act, and how strongly; empty for a model without any."""
+    record = record_of(model)
+    return dict(record.active) if record else {}
+
+
+def linear_targets(model: nn.Module, parts: Sequence[str]) -> list[Target]:
+    """Targets of every wanted part, all of them linear layers outside the classifier head.
+
+    Raises:
+        ValueError, TypeError: as `inject`.
+    """
+    head = {id(parameter) for parameter in classifier(model)}
+    found = []
+    for target in find_targets(model, parts):
+        weight = target.layer._parameters.get("weight")
+        if not isinstance(target.layer, nn.Linear) or weight is None:
+            kind = type(target.layer).__name__
+            raise TypeError(f"{target.name} is a {kind}: LoCA adapts torch.nn.Linear layers that own their weight")
+        if id(weight) not in head:
+            found.append(target)
+    for part in parts:
+        if not any(target.part == part for target in found):
+            parted = sorted({target.part for target in found})
+            there = f"has only {', '.join(parted)} of targets={tuple(parts)!r}" if parted else "has no attention layer"
+            raise ValueError(f"targets: {type(model).__name__} {there}, so there is no {part!r} to adapt")
+    return found
+
+
+def classifier(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a timm model's classifier head, wherever in `model` that timm model is."""
+    owner = next((module for module in model.modules() if hasattr(module, "get_classifier")), None)
+    head = owner.get_classifier() if owner is not None else None  # type: ignore[operator]
+    heads = head if isinstance(head, (tuple, list)) else [head]
+    return [parameter for module in heads if isinstance(module, nn.Module) for parameter in module.parameters()]
+
+
+def check_new_name(model: nn.Module, name: object) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
+        raise ValueError(f"name={name!r}: an adapter's name is 1 to 100 letters, digits, '_' or '-'")
+    record = record_of(model)
+    if record and name in record.adapters:
+        raise ValueError(f"name={name!r}: the model has an adapter of that name; remove it first or choose another")
+
+
+def _record(model: nn.Module) -> Record:
+    record = record_of(model)
+    if record is None:
+        raise ValueError(f"{type(unwrap(model)).__name__} has no adapter; inject or load one first")
+    return record
+
+
+def _known(record: Record, name: str) -> str:
+    if name not in record.adapters:
+        raise ValueError(f"no adapter {name!r} in the model; it has {', '.join(map(repr, record.adapters))}")
+    return name

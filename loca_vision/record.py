@@ -1,0 +1,118 @@
+"""What a model with adapters has to remember: which act, what was trainable before, and whole tensors trained beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loca_vision.config import LoCAConfig
+from loca_vision.layer import AdaptedLayer, WeightUpdates
+from loca_vision.spectrum import Spectrum
+
+_ATTRIBUTE = "_loca_record"
+
+
+@dataclass
+class Adapter:
+    """One named adapter: its settings, and its whole tensors (a classifier head) by parameter name while they are parked."""
+
+    config: LoCAConfig
+    whole: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Record:
+    """
+    Args:
+        trainable: `requires_grad` of every parameter before the first adapter.
+        base: the model's own values of all tensors that some adapter trains whole.
+        adapters: by name, in the order they came.
+        active: the adapters that act, and how strongly. The last of them that has whole tensors supplies them.
+    """
+
+    trainable: dict[str, bool]
+    base: dict[str, Tensor] = field(default_factory=dict)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def supplier(self) -> str | None:
+        """The adapter whose whole tensors are in the model now."""
+        return next((name for name in reversed(self.active) if self.adapters[name].whole), None)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`'s and data parallel wrappers."""
+    while True:
+        inner: Any = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def record_of(model: nn.Module) -> Record | None:
+    found: Record | None = getattr(unwrap(model), _ATTRIBUTE, None)
+    return found
+
+
+def start_record(model: nn.Module) -> Record:
+    """The model's record; a new one where it has none yet."""
+    record = record_of(model) or Record({name: p.requires_grad for name, p in model.named_parameters()})
+    setattr(model, _ATTRIBUTE, record)
+    return record
+
+
+def end_record(model: nn.Module) -> None:
+    record = record_of(model)
+    if record is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(record.trainable.get(name, parameter.requires_grad))
+        delattr(model, _ATTRIBUTE)
+
+
+def sites(model: nn.Module) -> list[AdaptedLayer]:
+    """Every adapted layer of the model."""
+    return [module for module in unwrap(model).modules() if isinstance(module, AdaptedLayer)]
+
+
+def spectra(model: nn.Module) -> list[Spectrum]:
+    """Every spectrum of every adapter of the model."""
+    return [module for module in unwrap(model).modules() if isinstance(module, Spectrum)]
+
+
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's parameters without those of its adapters."""
+    inside = {id(p) for module in model.modules() if isinstance(module, WeightUpdates) for p in module.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) not in inside}
+
+
+def activate(model: nn.Module, record: Record, active: dict[str, float]) -> None:
+    """Let exactly these adapters act: park the whole tensors of the one that supplied them, bring in those of the next."""
+    parameters = own_parameters(model)
+    park(record, parameters)
+    record.active = active
+    supply(record, parameters)
+    for layer in sites(model):
+        here = {place.adapter for place in layer.loca.places}
+        layer.loca.strengths = {name: weight for name, weight in active.items() if name in here}
+
+
+@torch.no_grad()
+def park(record: Record, parameters: dict[str, nn.Parameter]) -> None:
+    """Keep the values that the supplying adapter has reached by now."""
+    if record.supplier:
+        whole = record.adapters[record.supplier].whole
+        whole.update({name: parameters[name].detach().clone() for name in whole})
+
+
+@torch.no_grad()
+def supply(record: Record, parameters: dict[str, nn.Parameter]) -> None:
+    """Put the supplying adapter's whole tensors into the model, and the model's own where it has none."""
+    whole = record.adapters[record.supplier].whole if record.supplier else {}
+    for name, own in record.base.items():
+        parameters[name].copy_(whole.get(name, own))

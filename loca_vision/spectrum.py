@@ -1,0 +1,104 @@
+"""A sparse spectrum whose coefficients and locations are learned, and the matrix it stands for."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loca_vision.cosine_sum import cosine_sum
+
+# Share of a cell's width over which a first location may lie off its centre: short of the whole, so that float32
+# cannot round it into the neighbour.
+_JITTER = 0.99
+
+
+class Spectrum(nn.Module):
+    """Delta W = scale * C^T S D of shape (p, q), with B components (LoCA, Eq. 2).
+
+    Args:
+        shape: (p, q), rows (out_features) and columns (in_features) of the matrix.
+        coefficients: (B,) the amplitudes.
+        locations: (B, 2) rows and columns, scaled so that 0 is the first and 1 the last.
+        scale: alpha.
+        difference: "central", "forward" or "backward" finite difference for the gradient of the locations.
+
+    Attributes:
+        coefficients: (B,) float32 parameter.
+        locations: (B, 2) float32 parameter in [0, 1].
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], coefficients: Tensor, locations: Tensor, *, scale: float, difference: str = "central"
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.scale = scale
+        self.difference = difference
+        self.coefficients = nn.Parameter(coefficients)
+        self.locations = nn.Parameter(locations)
+
+    @property
+    def cells(self) -> Tensor:
+        """(B, 2) int64: the row and column at which each component stands now."""
+        inside = self.locations.detach().clamp(0, 1)
+        return torch.stack([(inside[:, axis] * (size - 1)).round().long() for axis, size in enumerate(self.shape)], 1)
+
+    def delta(self, strength: float = 1.0) -> Tensor:
+        """`strength` times the update, (p, q) float32, differentiable in coefficients and locations."""
+        scale = self.scale * strength
+        return cosine_sum(self.coefficients, self.locations, self.cells, self.shape, scale, self.difference)
+
+    forward = delta
+
+    @torch.no_grad()
+    def confine(self) -> None:
+        """Bring locations an optimiser has carried out of [0, 1] back to the border: every cell stays within reach."""
+        self.locations.clamp_(0, 1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Spectrum:
+        # Follow to another device, never to another precision: bfloat16 has no whole numbers above 256, and the
+        # coefficients move by less than its spacing.
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        result: Spectrum = super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        return result
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, n_components={len(self.coefficients)}, scale={self.scale}"
+
+
+def random_spectrum(shape: tuple[int, int], n_components: int, *, name: str, seed: int, **settings: Any) -> Spectrum:
+    """A spectrum of zero coefficients at different cells, every cell as likely as any other.
+
+    Each location lies somewhere within its cell, not at the centre, so that some are about to cross into the next
+    cell and others are not. Drawn on the CPU from (seed, name): the same on every device and for every set of targets.
+    """
+    rows, cols = shape
+    generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
+    flat = _distinct(n_components, rows * cols, generator)
+    jitter = (torch.rand(n_components, 2, generator=generator) - 0.5) * _JITTER
+    locations = cell_locations(flat, shape) + jitter / torch.tensor(shape).sub(1).clamp(min=1)
+    return Spectrum(shape, torch.zeros(n_components), locations.clamp(0, 1), **settings)
+
+
+def cell_locations(flat: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(B, 2) float32 locations in [0, 1] at the centres of flat cells row * q + column (B,)."""
+    cells = torch.stack([flat // shape[1], flat % shape[1]], 1)
+    return cells.to(torch.float32) / torch.tensor(shape).sub(1).clamp(min=1)
+
+
+def _distinct(count: int, total: int, generator: torch.Generator) -> Tensor:
+    """`count` different whole numbers below `total`, in random order, in memory of the order of `count`."""
+    if 2 * count > total:
+        return torch.randperm(total, generator=generator)[:count]
+    drawn = torch.empty(0, dtype=torch.long)
+    while len(drawn) < count:
+        more = torch.randint(total, (count + 16,), generator=generator)
+        drawn = torch.unique(torch.cat([drawn, more]))
+    return drawn[torch.randperm(len(drawn), generator=generator)[:count]]
