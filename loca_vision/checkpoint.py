@@ -1,0 +1,311 @@
+"""Adapters as files: one safetensors file, whose header says what it is. Checked as a whole before a model is touched."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loca_vision.config import LoCAConfig
+from loca_vision.inject import adapters, attach, check_new_name, linear_targets
+from loca_vision.record import Adapter, own_parameters, record_of, unwrap
+from loca_vision.safefile import Entry, open_safetensors, strict_json, write_safetensors
+from loca_vision.spectrum import Spectrum, cell_locations
+from loca_vision.targets import Target
+from loca_vision.version import __version__
+
+FILE_NAME = "pytorch_loca_weights.safetensors"
+METADATA_KEY = "loca_adapter_metadata"
+FORMAT_VERSION = 1
+_FIELDS = {"format_version", "method", "name", "config", "shapes", "base_model", "library_version"}
+_FLOATS = ("F32", "F16", "BF16", "F64")
+
+
+@dataclass(frozen=True)
+class Description:
+    """The header of an adapter file, checked: settings, (p, q) of each projection, and what it was trained on."""
+
+    config: LoCAConfig
+    shapes: dict[str, tuple[int, int]]
+    name: str
+    base_model: str
+    library_version: str
+
+
+def save_adapter(
+    model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write one adapter, with the tensors trained whole beside it (a classifier head), as one safetensors file.
+
+    Args:
+        model: a model with the adapter.
+        path: a file name that ends in `.safetensors`, or a folder, in which the file is `pytorch_loca_weights.safetensors`.
+            Folders are made. A crash leaves the old file or the new one.
+        name: of the adapter.
+        dtype: of the stored coefficients, float32 or float16.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: no such adapter, another dtype, a value that is not finite, or a path that is neither of the two.
+        OSError: the file could not be written; what was there is as it was.
+    """
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"dtype={dtype}: coefficients are stored as torch.float32 or torch.float16")
+    spectra = adapters(model, name)
+    file = _file_to_write(path)
+    tensors = {f"full.{key}": value for key, value in _whole_tensors(unwrap(model), name).items()}
+    for projection, spectrum in spectra.items():
+        tensors[f"{projection}.coefficients"] = spectrum.coefficients.detach().to("cpu", dtype)
+        tensors[f"{projection}.locations"] = _flat_cells(projection, spectrum)
+    for key, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{key}: it holds NaN or infinity as {value.dtype}, which no adapter file may")
+    write_safetensors(file, tensors, {"format": "pt", METADATA_KEY: json.dumps(_describe(unwrap(model), name, spectra))})
+    return file
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> tuple[str, ...]:
+    """Put a saved adapter into a model, where it acts at 1.0; the model is frozen as `inject` does, locations are final.
+
+    Args:
+        model: built like the one it was trained on, head included, without an adapter of that name.
+        path: the file, or the folder that `save_adapter` was given.
+        name: for the adapter; by default the one it was saved under.
+
+    Returns:
+        The names of the adapted projections.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: anything in the file that is not as it must be for this model: the sentence names file, key and rule.
+            In each case before the model is touched.
+    """
+    model = unwrap(model)
+    with open_safetensors(_file_to_read(path)) as opened:
+        try:
+            about = read_description(opened.metadata, opened.entries)
+            name = about.name if name is None else name
+            check_new_name(model, name)
+            targets = _match_projections(model, about)
+            _match_whole_tensors(model, opened.entries)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{opened.path}: {error}") from None
+        tensors = opened.tensors()
+        try:
+            check_values(tensors, about)
+        except ValueError as error:
+            raise ValueError(f"{opened.path}: {error}") from None
+    placed = [(target, _spectrum(target, tensors, about.config)) for target in targets]
+    whole = {key.removeprefix("full."): value for key, value in tensors.items() if key.startswith("full.")}
+    attach(model, name, Adapter(about.config, whole), placed)
+    return tuple(target.name for target in targets)
+
+
+def base_model_name(model: nn.Module) -> str:
+    """timm's name with the tag of the weights, `vit_small_patch16_224.augreg_in21k`; the class name for other models."""
+    about: Any = getattr(model, "pretrained_cfg", None) or {}
+    architecture, tag = about.get("architecture"), about.get("tag")
+    return f"{architecture}.{tag}" if architecture and tag else architecture or type(model).__name__
+
+
+# Writing
+
+
+def _describe(model: nn.Module, name: str, spectra: dict[str, Spectrum]) -> dict[str, Any]:
+    record = record_of(model)
+    config: dict[str, Any] = record.adapters[name].config.as_json() if record else {}
+    if isinstance(config["n_components"], dict):  # files name projections, never patterns
+        config["n_components"] = {projection: len(s.coefficients) for projection, s in spectra.items()}
+    return {
+        "format_version": FORMAT_VERSION,
+        "method": "loca",
+        "name": name,
+        "config": config,
+        "shapes": {projection: list(s.shape) for projection, s in spectra.items()},
+        "base_model": base_model_name(model),
+        "library_version": __version__,
+    }
+
+
+def _flat_cells(projection: str, spectrum: Spectrum) -> Tensor:
+    rows, cols = spectrum.shape
+    if rows * cols > 2**31:
+        raise ValueError(f"{projection}: {rows} x {cols} cells are more than int32 locations can number")
+    cells = spectrum.cells.cpu()
+    return (cells[:, 0] * cols + cells[:, 1]).to(torch.int32)
+
+
+def _whole_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The adapter's whole tensors as they are now, and whatever else the user made trainable."""
+    record = record_of(model)
+    if record is None:
+        return {}
+    live = own_parameters(model)
+    whole = (
+        dict(record.adapters[name].whole)
+        if record.supplier != name
+        else {key: live[key] for key in record.adapters[name].whole}
+    )
+    whole |= {key: p for key, p in live.items() if p.requires_grad and key not in record.base}
+    return {key: value.detach().cpu().clone().contiguous() for key, value in whole.items()}
+
+
+def _file_to_write(path: str | os.PathLike[str]) -> Path:
+    file = Path(path)
+    if file.is_dir() or not file.suffix:
+        return file / FILE_NAME
+    if file.suffix != ".safetensors":
+        raise ValueError(f"path={str(path)!r}: an adapter is a file that ends in .safetensors, or a folder for one")
+    return file
+
+
+# Reading
+
+
+def _file_to_read(path: str | os.PathLike[str]) -> Path:
+    file = Path(path)
+    if "\0" in str(file) or not file.is_dir():
+        return file
+    if (file / FILE_NAME).exists():
+        return file / FILE_NAME
+    pickles = sorted(p.name for p in file.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    hint = f"; {pickles[0]} is there, but a pickle could run code when read" if pickles else ""
+    raise FileNotFoundError(f"{file}: there is no {FILE_NAME} in that folder{hint}")
+
+
+def read_description(metadata: dict[str, str], entries: dict[str, Entry]) -> Description:
+    """Check header and metadata against each other, without a model.
+
+    Raises:
+        ValueError: naming the key and the rule.
+    """
+    if METADATA_KEY not in metadata:
+        raise ValueError(f"it is no LoCA adapter: the header has no {METADATA_KEY}")
+    fields = strict_json(metadata[METADATA_KEY])
+    if not isinstance(fields, dict) or not isinstance(fields.get("format_version"), int):
+        raise ValueError(f"{METADATA_KEY}: it is not an object with a format_version")
+    if fields["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format_version={fields['format_version']}: this library reads version {FORMAT_VERSION}")
+    if set(fields) != _FIELDS:
+        raise ValueError(f"{METADATA_KEY}: the fields {sorted(set(fields) ^ _FIELDS)} are missing or unknown")
+    if fields["method"] != "loca":
+        raise ValueError(f"method={fields['method']!r}: this library reads 'loca'")
+    for field in ("name", "base_model", "library_version"):
+        if not isinstance(fields[field], str):
+            raise ValueError(f"{field}={fields[field]!r}: it is a text")
+    shapes = _shapes(fields["shapes"])
+    config = _config(fields["config"], shapes)
+    _check_entries(entries, config, shapes)
+    return Description(config, shapes, fields["name"], fields["base_model"], fields["library_version"])
+
+
+def _shapes(fields: Any) -> dict[str, tuple[int, int]]:
+    if not isinstance(fields, dict) or not fields:
+        raise ValueError("shapes: it names no projection")
+    for projection, shape in fields.items():
+        whole = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
+        if not whole or math.prod(shape) > 2**31:
+            raise ValueError(f"shapes[{projection!r}]={shape!r}: two whole numbers from 1 up, with at most 2**31 cells")
+    return {projection: tuple(shape) for projection, shape in fields.items()}
+
+
+def _config(fields: Any, shapes: dict[str, tuple[int, int]]) -> LoCAConfig:
+    known = LoCAConfig().as_json()
+    if not isinstance(fields, dict) or set(fields) != set(known):
+        raise ValueError(f"config: its fields are {', '.join(known)}, all of them and no others")
+    config = LoCAConfig(**fields)
+    counts = config.n_components
+    if isinstance(counts, dict) and set(counts) != set(shapes):
+        raise ValueError("config: n_components does not name the projections of the file")
+    return config
+
+
+def _check_entries(entries: dict[str, Entry], config: LoCAConfig, shapes: dict[str, tuple[int, int]]) -> None:
+    wanted = {f"{projection}.{kind}" for projection in shapes for kind in ("coefficients", "locations")}
+    for key in sorted(wanted - set(entries)):
+        raise ValueError(f"the tensor {key} is missing")
+    for key in entries:
+        if key not in wanted and not key.startswith("full."):
+            raise ValueError(f"the tensor {key} is unknown{nearest(key, wanted)}")
+        if key.startswith("full.") and entries[key].dtype not in _FLOATS:
+            raise ValueError(f"{key} has dtype {entries[key].dtype}: it is one of {', '.join(_FLOATS)}")
+    for projection, (rows, cols) in shapes.items():
+        counts = config.n_components
+        count = counts if isinstance(counts, int) else counts[projection]
+        if count > rows * cols:
+            raise ValueError(f"{projection} has {count} components, of {rows} x {cols} = {rows * cols} cells")
+        for kind, dtypes in (("coefficients", ("F32", "F16")), ("locations", ("I32",))):
+            entry = entries[f"{projection}.{kind}"]
+            if entry.dtype not in dtypes:
+                raise ValueError(f"{projection}.{kind} has dtype {entry.dtype}: it is {' or '.join(dtypes)}")
+            if entry.shape != (count,):
+                raise ValueError(f"{projection}.{kind} has shape {entry.shape}: n_components says ({count},)")
+
+
+def check_values(tensors: dict[str, Tensor], about: Description) -> None:
+    """Finite numbers, and locations inside their matrices.
+
+    Raises:
+        ValueError: naming the key and the rule.
+    """
+    for key, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"{key} holds NaN or infinity")
+    for projection, (rows, cols) in about.shapes.items():
+        flat = tensors[f"{projection}.locations"].long()
+        if flat.min() < 0 or flat.max() >= rows * cols:
+            bad = int(flat[(flat < 0) | (flat >= rows * cols)][0])
+            raise ValueError(f"{projection}.locations holds {bad}: a {rows} x {cols} matrix has cells 0 to {rows * cols - 1}")
+
+
+def _match_projections(model: nn.Module, about: Description) -> list[Target]:
+    """The model's targets, which must be those of the file, in name and shape."""
+    mine, theirs = base_model_name(model), about.base_model
+    if mine != theirs:
+        raise ValueError(f"it was trained on {theirs}; this model is {mine}")
+    targets = linear_targets(model, about.config.targets)
+    found = {target.name: target for target in targets}
+    for projection, shape in about.shapes.items():
+        if projection not in found:
+            raise ValueError(f"the model has no projection {projection}{nearest(projection, found)}")
+        if found[projection].shape != shape:
+            raise ValueError(f"{projection} is {shape} in the file and {found[projection].shape} in the model")
+    for projection in found:
+        if projection not in about.shapes:
+            raise ValueError(f"the model's projection {projection} has no update in the file")
+    return targets
+
+
+def _match_whole_tensors(model: nn.Module, entries: dict[str, Entry]) -> None:
+    parameters = own_parameters(model)
+    for key, entry in entries.items():
+        name = key.removeprefix("full.")
+        if name == key:
+            continue
+        if name not in parameters:
+            raise ValueError(f"{key}: the model has no parameter {name}{nearest(name, parameters)}")
+        if tuple(parameters[name].shape) != entry.shape:
+            shape = tuple(parameters[name].shape)
+            raise ValueError(f"{key} is {entry.shape} in the file and {shape} in the model: build it with as many classes")
+
+
+def nearest(name: str, names: Any) -> str:
+    close = difflib.get_close_matches(name, list(names), n=2)
+    return f"; near it are {', '.join(close)}" if close else ""
+
+
+def _spectrum(target: Target, tensors: dict[str, Tensor], config: LoCAConfig) -> Spectrum:
+    locations = cell_locations(tensors[f"{target.name}.locations"].long(), target.shape)
+    coefficients = tensors[f"{target.name}.coefficients"].to(torch.float32)
+    spectrum = Spectrum(target.shape, coefficients, locations, scale=config.scale, difference=config.location_gradient)
+    spectrum.locations.requires_grad_(False)
+    return spectrum
