@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from loca_vision.config import LoCAConfig
+from loca_vision.config import PARTS, LoCAConfig
 from loca_vision.layer import adapt, restore
 from loca_vision.record import (
     Adapter,
@@ -195,9 +195,9 @@ def linear_targets(model: nn.Module, parts: Sequence[str]) -> list[Target]:
             found.append(target)
     for part in parts:
         if not any(target.part == part for target in found):
-            parted = sorted({target.part for target in found})
-            there = f"has only {', '.join(parted)} of targets={tuple(parts)!r}" if parted else "has no attention layer"
-            raise ValueError(f"targets: {type(model).__name__} {there}, so there is no {part!r} to adapt")
+            there = ", ".join(sorted({target.part for target in find_targets(model, PARTS)}))
+            there = there or "no attention layer and no MLP"
+            raise ValueError(f"targets: {type(model).__name__} has no {part!r} projection to adapt; it has {there}")
     return found
 
 
