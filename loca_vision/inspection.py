@@ -1,0 +1,43 @@
+"""What is in an adapter file, as text; no model is needed."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+
+from loca_vision.checkpoint import check_values, file_to_read, read_description
+from loca_vision.safefile import open_safetensors
+
+
+def describe(path: str | os.PathLike[str]) -> str:
+    """The file's settings, then a line for each projection: (p, q), components, cells used, Frobenius norm of the update.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_adapter`, short of what only a model can tell.
+    """
+    with open_safetensors(file_to_read(path)) as opened:
+        about = read_description(opened.metadata, opened.entries)
+        tensors = opened.tensors()
+        size = opened.path.stat().st_size
+    check_values(tensors, about)
+    rows = [("projection", "shape", "components", "cells", "norm")]
+    for projection, shape in about.shapes.items():
+        cells, which = torch.unique(tensors[f"{projection}.locations"].long(), return_inverse=True)
+        coefficients = tensors[f"{projection}.coefficients"].double()
+        # Atoms are orthonormal, so the norm is that of the spectrum, once components at one cell are added up.
+        norm = about.config.scale * math.sqrt(
+            float(torch.zeros(len(cells)).double().index_add(0, which, coefficients).square().sum())
+        )
+        rows.append((projection, f"{shape[0]} x {shape[1]}", str(len(coefficients)), str(len(cells)), f"{norm:.4g}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    whole = {key.removeprefix("full."): tuple(value.shape) for key, value in tensors.items() if key.startswith("full.")}
+    config = about.config
+    head = [
+        f"{opened.path}: {size:,} bytes, adapter {about.name!r} of {about.base_model}, by loca-vision {about.library_version}",
+        f"targets {', '.join(config.targets)}; scale {config.scale:g}; seed {config.seed}",
+        *(f"trained whole: {name} {shape}" for name, shape in whole.items()),
+    ]
+    return "\n".join([*head, "", *lines])

@@ -1,0 +1,95 @@
+"""Pictures of a run: its curves, and where the components of the spectra went."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from loca_vision.safefile import write_atomically
+from loca_vision.training import Step
+
+COLOURS = ("#7f7f7f", "#1f6fb4", "#d1542c", "#3a923a")
+MOST_PANELS = 96
+
+
+@dataclass(frozen=True)
+class Travel:
+    """One projection's components: cells (B, 2) at the start and at the end, in a matrix of `shape`."""
+
+    name: str
+    shape: tuple[int, int]
+    start: Tensor
+    end: Tensor
+
+    @property
+    def distance(self) -> Tensor:
+        """(B,) cells travelled, the larger of rows and columns."""
+        return (self.end - self.start).abs().amax(1)
+
+
+def draw_curves(path: Path, title: str, runs: Mapping[str, tuple[Sequence[Step], float]]) -> None:
+    """Loss by step, smoothed over the raw one, and test accuracy of each method; runs: method -> (steps, accuracy)."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    losses, bars = figure.subplots(1, 2, width_ratios=(3, 1))
+    for colour, (method, (steps, _)) in zip(COLOURS, runs.items(), strict=False):
+        numbers, values = [step.number for step in steps], [step.loss for step in steps]
+        losses.plot(numbers, values, color=colour, alpha=0.25, linewidth=0.8)
+        losses.plot(numbers, _smooth(values), color=colour, label=method)
+        _shade_location_phases(losses, steps)
+    losses.set(xlabel="optimiser step", ylabel="training loss", yscale="log", title=title)
+    losses.legend()
+    values = [result for _, result in runs.values()]
+    drawn = bars.bar(list(runs), values, color=COLOURS[: len(runs)])
+    bars.bar_label(drawn, [f"{100 * value:.1f} %" for value in values])
+    bars.set(ylim=(0, 1.08), title="test accuracy")
+    _save(figure, path)
+
+
+def draw_spectrum(path: Path, travels: Sequence[Travel]) -> None:
+    """Where the components of each projection ended, coloured by how many cells they travelled."""
+    shown = travels[:MOST_PANELS]
+    across = min(len(shown), 8)
+    down = math.ceil(len(shown) / across)
+    figure = Figure(figsize=(2.1 * across + 1, 2.2 * down + 1), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flat
+    furthest = max(1, *(int(travel.distance.max()) for travel in travels))
+    for panel, travel in zip(panels, shown, strict=False):
+        order = travel.distance.argsort()  # the travelled on top
+        rows, cols = travel.end[order].T
+        points = panel.scatter(cols, rows, c=travel.distance[order], s=1.5, cmap="viridis_r", vmin=0, vmax=furthest)
+        moved = (travel.distance > 0).float().mean().item()
+        panel.set_title(f"{travel.name}\n{100 * moved:.0f} % moved", fontsize=7)
+        panel.set(xlim=(-1, travel.shape[1]), ylim=(travel.shape[0], -1), xticks=[], yticks=[], aspect="equal")
+    for empty in list(panels):
+        empty.set_axis_off()
+    rest = f" (the first {len(shown)} of {len(travels)})" if len(shown) < len(travels) else ""
+    figure.suptitle(f"Final locations in each projection's spectrum, low frequencies at the top left{rest}")
+    figure.colorbar(points, ax=figure.axes, label="cells travelled", shrink=0.6)
+    _save(figure, path)
+
+
+def _smooth(values: Sequence[float], window: int = 10) -> list[float]:
+    """The mean of each value and those before it, up to `window` of them."""
+    return [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+
+
+def _shade_location_phases(axes: Any, steps: Sequence[Step]) -> None:
+    moving = [step.number for step in steps if step.phase in ("locations", "both")]
+    for number in moving:
+        label = "locations move" if number == moving[0] else None
+        axes.axvspan(number - 0.5, number + 0.5, color="#f2d7a0", alpha=0.5, linewidth=0, label=label)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    # An Agg canvas of its own: no window system, and no global state of pyplot.
+    picture = BytesIO()
+    FigureCanvasAgg(figure).print_figure(picture, dpi=130, format="png")
+    write_atomically(path, picture.getvalue())
