@@ -227,13 +227,13 @@ def _target(path: Path) -> Path:
     return target
 
 
-def _temporary_names(target: Path) -> str:
-    """What they begin with. The machine is in it, since another one's process ids say nothing here."""
+def _temporary_prefix(target: Path) -> str:
+    """Names the machine too: the process ids of another, on a shared disk, say nothing here."""
     return f".{target.name}.{zlib.crc32(platform.node().encode()):08x}-"
 
 
 def _replace(target: Path, data: bytes) -> None:
-    temporary = target.with_name(f"{_temporary_names(target)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f"{_temporary_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
     _writing.add(temporary.name)
     try:
         with temporary.open("xb") as file:  # x: never through a link that someone else has laid
@@ -249,7 +249,7 @@ def _replace(target: Path, data: bytes) -> None:
 
 def _clean(target: Path) -> None:
     """Remove the temporary files of processes that are no more."""
-    pattern = re.compile(re.escape(_temporary_names(target)) + r"(\d+)-[0-9a-f]+\.tmp")
+    pattern = re.compile(re.escape(_temporary_prefix(target)) + r"(\d+)-[0-9a-f]+\.tmp")
     with suppress(OSError):  # a folder closed to reading, a file of another user
         for left in target.parent.iterdir():
             owner = pattern.fullmatch(left.name)
