@@ -58,13 +58,15 @@ def _parse(arguments: list[str]) -> Any:
 
 
 def _one_line(box: str) -> str:
-    """The sentence in the box that tyro draws: what stands before its first rule."""
-    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
-    message = []
-    for line in lines[1:]:
-        if line.startswith("──"):
-            break
-        message.append(line)
+    """The sentence in the box that tyro draws: under the title, up to the next rule; in ASCII where the terminal is."""
+    message: list[str] = []
+    for line in box.splitlines()[1:]:
+        text = line.strip(" │|╭╮╰╯+")
+        if not text.strip("─-"):
+            if message:
+                break
+            continue
+        message.append(text)
     return " ".join(" ".join(message).split()) or "see loca-vision --help"
 
 

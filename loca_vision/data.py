@@ -50,7 +50,9 @@ def open_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             rgb: Image.Image = image.convert("RGB")
             return rgb
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: it cannot be read as an image") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: it cannot be read as an image ({error})") from error
 
 

@@ -32,7 +32,13 @@ class Spectrum(nn.Module):
     """
 
     def __init__(
-        self, shape: tuple[int, int], coefficients: Tensor, locations: Tensor, *, scale: float = 1.0, difference: str = "central"
+        self,
+        shape: tuple[int, int],
+        coefficients: Tensor,
+        locations: Tensor,
+        *,
+        scale: float = 1.0,
+        difference: str = "central",
     ) -> None:
         super().__init__()
         self.shape = shape

@@ -45,7 +45,9 @@ def test_any_axis_and_any_leading_axes(n, method):
     torch.testing.assert_close(dct(x[0, :, 0, 0], method=method), dct(x, 1, method=method)[0, :, 0, 0], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("n", "dtype", "bound"), [(768, torch.float32, 2e-7), (4096, torch.float32, 2e-7), (97, torch.float64, 1e-14)])
+@pytest.mark.parametrize(
+    ("n", "dtype", "bound"), [(768, torch.float32, 2e-7), (4096, torch.float32, 2e-7), (97, torch.float64, 1e-14)]
+)
 def test_matrix_is_orthonormal(n, dtype, bound):
     matrix = dct_matrix(n, dtype=dtype).double()
     assert (matrix @ matrix.T - torch.eye(n, dtype=torch.float64)).abs().max() < bound

