@@ -1,52 +1,33 @@
-"""Adapters as files: one safetensors file, whose header says what it is. Checked as a whole before a model is touched."""
+"""Adapters from models to files and back. A file is checked as a whole before a model is touched."""
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loca_vision.adapter_file import (
+    FILE_NAME,
+    FLOATS,
+    METADATA_KEY,
+    Description,
+    as_json,
+    check_values,
+    nearest,
+    read_description,
+)
 from loca_vision.config import LoCAConfig
 from loca_vision.inject import adapters, attach, check_new_name, classifier, linear_targets
 from loca_vision.record import Adapter, own_parameters, record_of, unwrap
-from loca_vision.safefile import Entry, open_safetensors, strict_json, write_safetensors
+from loca_vision.safefile import Entry, open_safetensors, write_safetensors
 from loca_vision.spectrum import Spectrum, cell_locations
 from loca_vision.targets import Target
 from loca_vision.version import __version__
-
-FILE_NAME = "pytorch_loca_weights.safetensors"
-METADATA_KEY = "loca_adapter_metadata"
-FORMAT_VERSION = 1
-_FIELDS = {"format_version", "method", "name", "config", "shapes", "whole", "base_model", "library_version"}
-_FLOATS = ("F32", "F16", "BF16", "F64")
-
-
-@dataclass(frozen=True)
-class Description:
-    """What the header of an adapter file says.
-
-    Args:
-        config: the adapter's settings; where counts differ, `n_components` names each projection.
-        shapes: (p, q) of each projection.
-        whole: names of the parameters trained whole beside them.
-        name, base_model, library_version: of the adapter, of what it was trained on, and of what wrote it.
-    """
-
-    config: LoCAConfig
-    shapes: dict[str, tuple[int, int]]
-    whole: tuple[str, ...]
-    name: str
-    base_model: str
-    library_version: str
 
 
 def save_adapter(
@@ -79,7 +60,7 @@ def save_adapter(
         tensors[f"{projection}.coefficients"] = spectrum.coefficients.detach().to("cpu", dtype)
         tensors[f"{projection}.locations"] = _flat_cells(projection, spectrum)
     check_values(tensors, about)
-    write_safetensors(file, tensors, {METADATA_KEY: json.dumps(_as_json(about))})  # of several keys the order is random
+    write_safetensors(file, tensors, {METADATA_KEY: json.dumps(as_json(about))})  # of several keys the order is random
     return file
 
 
@@ -133,10 +114,6 @@ def _describe(model: nn.Module, name: str, spectra: dict[str, Spectrum], whole: 
     return Description(config, shapes, tuple(sorted(whole)), name, base_model_name(model), __version__)
 
 
-def _as_json(about: Description) -> dict[str, Any]:
-    return {"format_version": FORMAT_VERSION, "method": "loca"} | vars(about) | {"config": about.config.as_json()}
-
-
 def _flat_cells(projection: str, spectrum: Spectrum) -> Tensor:
     rows, cols = spectrum.shape
     if rows * cols > 2**31:
@@ -185,104 +162,6 @@ def file_to_read(path: str | os.PathLike[str]) -> Path:
     raise FileNotFoundError(f"{file}: there is no {FILE_NAME} in that folder{hint}")
 
 
-def read_description(metadata: dict[str, str], entries: dict[str, Entry]) -> Description:
-    """Check header and metadata against each other, without a model.
-
-    Raises:
-        ValueError: naming the key and the rule.
-    """
-    if METADATA_KEY not in metadata:
-        raise ValueError(f"it is no LoCA adapter: the header has no {METADATA_KEY}")
-    fields = strict_json(metadata[METADATA_KEY])
-    if not isinstance(fields, dict) or type(fields.get("format_version")) is not int:
-        raise ValueError(f"{METADATA_KEY}: it is not an object with a format_version")
-    if fields["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"format_version={fields['format_version']}: this library reads version {FORMAT_VERSION}")
-    if set(fields) != _FIELDS:
-        raise ValueError(f"{METADATA_KEY}: the fields {sorted(set(fields) ^ _FIELDS)} are missing or unknown")
-    if fields["method"] != "loca":
-        raise ValueError(f"method={fields['method']!r}: this library reads 'loca'")
-    for field in ("name", "base_model", "library_version"):
-        if not isinstance(fields[field], str):
-            raise ValueError(f"{field}={fields[field]!r}: it is a text")
-    shapes, whole = _shapes(fields["shapes"]), _whole(fields["whole"])
-    config = _config(fields["config"], shapes)
-    _check_names(entries, shapes, whole)
-    _check_components(entries, config, shapes)
-    return Description(config, shapes, whole, fields["name"], fields["base_model"], fields["library_version"])
-
-
-def _shapes(fields: Any) -> dict[str, tuple[int, int]]:
-    if not isinstance(fields, dict) or not fields:
-        raise ValueError("shapes: it names no projection")
-    for projection, shape in fields.items():
-        whole = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
-        if not whole or math.prod(shape) > 2**31:
-            raise ValueError(f"shapes[{projection!r}]={shape!r}: two whole numbers from 1 up, with at most 2**31 cells")
-    return {projection: tuple(shape) for projection, shape in fields.items()}
-
-
-def _config(fields: Any, shapes: dict[str, tuple[int, int]]) -> LoCAConfig:
-    known = LoCAConfig().as_json()
-    if not isinstance(fields, dict) or set(fields) != set(known):
-        raise ValueError(f"config: its fields are {', '.join(known)}, all of them and no others")
-    config = LoCAConfig(**fields)
-    counts = config.n_components
-    if isinstance(counts, dict) and set(counts) != set(shapes):
-        raise ValueError("config: n_components does not name the projections of the file")
-    return config
-
-
-def _whole(fields: Any) -> tuple[str, ...]:
-    texts = isinstance(fields, list) and all(isinstance(name, str) for name in fields)
-    if not texts or len(set(fields)) < len(fields):
-        raise ValueError(f"whole={fields!r}: a list of different parameter names")
-    return tuple(fields)
-
-
-def _check_names(entries: dict[str, Entry], shapes: dict[str, tuple[int, int]], whole: tuple[str, ...]) -> None:
-    wanted = {f"{projection}.{kind}" for projection in shapes for kind in ("coefficients", "locations")}
-    wanted |= {f"full.{name}" for name in whole}
-    for key in sorted(wanted - set(entries)):
-        raise ValueError(f"the tensor {key} is missing")
-    for key in entries:
-        if key not in wanted:
-            raise ValueError(f"the tensor {key} is unknown{nearest(key, wanted)}")
-
-
-def _check_components(entries: dict[str, Entry], config: LoCAConfig, shapes: dict[str, tuple[int, int]]) -> None:
-    for projection, (rows, cols) in shapes.items():
-        counts = config.n_components
-        count = counts if isinstance(counts, int) else counts[projection]
-        if count > rows * cols:
-            raise ValueError(f"{projection} has {count} components, of {rows} x {cols} = {rows * cols} cells")
-        for kind, dtypes in (("coefficients", ("F32", "F16")), ("locations", ("I32",))):
-            entry = entries[f"{projection}.{kind}"]
-            if entry.dtype not in dtypes:
-                raise ValueError(f"{projection}.{kind} has dtype {entry.dtype}: it is {' or '.join(dtypes)}")
-            if entry.shape != (count,):
-                raise ValueError(f"{projection}.{kind} has shape {entry.shape}: n_components says ({count},)")
-
-
-def check_values(tensors: dict[str, Tensor], about: Description) -> None:
-    """Finite numbers, also as an update, and locations inside their matrices.
-
-    Raises:
-        ValueError: naming the key and the rule.
-    """
-    for key, value in tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise ValueError(f"{key} holds NaN or infinity as {value.dtype}")
-    for projection, (rows, cols) in about.shapes.items():
-        size = abs(about.config.scale) * tensors[f"{projection}.coefficients"].double().abs().sum()
-        if size > torch.finfo(torch.float32).max:
-            raise ValueError(f"{projection}.coefficients times the scale {about.config.scale} overflows float32")
-        flat = tensors[f"{projection}.locations"].long()
-        if flat.min() < 0 or flat.max() >= rows * cols:
-            bad = int(flat[(flat < 0) | (flat >= rows * cols)][0])
-            raise ValueError(f"{projection}.locations holds {bad}: a {rows} x {cols} matrix has cells 0 to {rows * cols - 1}")
-
-
 def _match_projections(model: nn.Module, about: Description) -> list[Target]:
     """The model's targets, which must be those of the file, in name and shape."""
     mine, theirs = base_model_name(model), about.base_model
@@ -305,8 +184,8 @@ def _match_whole_tensors(model: nn.Module, about: Description, entries: dict[str
     parameters = own_parameters(model)
     for name in about.whole:
         entry = entries[f"full.{name}"]
-        if entry.dtype not in _FLOATS:
-            raise ValueError(f"full.{name} has dtype {entry.dtype}: it is one of {', '.join(_FLOATS)}")
+        if entry.dtype not in FLOATS:
+            raise ValueError(f"full.{name} has dtype {entry.dtype}: it is one of {', '.join(FLOATS)}")
         if name not in parameters:
             raise ValueError(f"full.{name}: the model has no parameter {name}{nearest(name, parameters)}")
         shape = tuple(parameters[name].shape)
@@ -323,12 +202,6 @@ def _in_their_dtypes(model: nn.Module, about: Description, tensors: dict[str, Te
         if not torch.isfinite(value).all():
             raise ValueError(f"full.{name} overflows {value.dtype}, the model's dtype")
     return whole
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint; among names of ordinary length and number only, for comparing takes time."""
-    close = difflib.get_close_matches(name[:200], [n for n in islice(names, 2000) if len(n) <= 200], n=2)
-    return f"; near it are {', '.join(close)}" if close else ""
 
 
 def _spectrum(target: Target, tensors: dict[str, Tensor], config: LoCAConfig) -> Spectrum:

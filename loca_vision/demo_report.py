@@ -11,8 +11,8 @@ from typing import Any
 import timm
 import torch
 
+from loca_vision.atomic import write_atomically
 from loca_vision.plots import Travel
-from loca_vision.safefile import write_atomically
 from loca_vision.training import Step
 from loca_vision.version import __version__
 
@@ -38,7 +38,7 @@ def table(results: list[Result], travels: list[Travel], adapter_bytes: int, diff
         rows.append((result.method, f"{result.trained_parameters:,}", accuracy_text, seconds, size))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    moved = torch.cat([travel.distance > 0 for travel in travels]).float().mean().item()
+    moved = torch.cat([travel.moved for travel in travels]).float().mean().item()
     notes = (
         f"Trained numbers do not count the head ({results[0].head_parameters:,}), which is in the adapter's bytes.",
         f"{100 * moved:.0f} % of the components changed their cell.",
@@ -56,7 +56,7 @@ def write_metrics(
         "environment": _environment(),
         "adapter_bytes": adapter_bytes,
         "largest_difference_after_reload": difference,
-        "moved_components": {travel.name: int((travel.distance > 0).sum()) for travel in travels},
+        "moved_components": {travel.name: int(travel.moved.sum()) for travel in travels},
         "methods": [asdict(result) for result in results],
     }
     write_atomically(path, json.dumps(metrics, indent=1).encode())

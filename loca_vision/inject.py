@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from loca_vision.record import (
     Adapter,
     Record,
     activate,
+    adopt,
     end_record,
     own_parameters,
     park,
@@ -72,6 +74,7 @@ def attach(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Tar
     Whole tensors given with the adapter go into the model. Where it has none, those that stay trainable become its own.
     """
     record = start_record(model)
+    adopt(record, own_parameters(model))
     head = classifier(model)
     for parameter in own_parameters(model).values():
         parameter.requires_grad_(any(parameter is p for p in head))
@@ -202,11 +205,19 @@ def linear_targets(model: nn.Module, parts: Sequence[str]) -> list[Target]:
 
 
 def classifier(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a timm model's classifier head, wherever in `model` that timm model is."""
-    owner = next((module for module in model.modules() if hasattr(module, "get_classifier")), None)
-    head = owner.get_classifier() if owner is not None else None  # type: ignore[operator]
-    heads = head if isinstance(head, (tuple, list)) else [head]
-    return [parameter for module in heads if isinstance(module, nn.Module) for parameter in module.parameters()]
+    """The parameters of a timm model's classifier head, wherever in `model` that timm model is.
+
+    `get_classifier` leaves out the second head of VOLO, which the model's configuration names.
+    """
+    owner: Any = next((module for module in model.modules() if hasattr(module, "get_classifier")), None)
+    if owner is None:
+        return []
+    head, named = owner.get_classifier(), (getattr(owner, "pretrained_cfg", None) or {}).get("classifier") or ()
+    heads = [*(head if isinstance(head, (tuple, list)) else [head])]
+    for name in (named,) if isinstance(named, str) else named:
+        heads += [module for path, module in owner.named_modules() if path == name]
+    found = [parameter for module in heads if isinstance(module, nn.Module) for parameter in module.parameters()]
+    return list({id(parameter): parameter for parameter in found}.values())
 
 
 def check_new_name(model: nn.Module, name: object) -> None:

@@ -7,7 +7,8 @@ import os
 
 import torch
 
-from loca_vision.checkpoint import check_values, file_to_read, read_description
+from loca_vision.adapter_file import check_values, read_description
+from loca_vision.checkpoint import file_to_read
 from loca_vision.safefile import open_safetensors
 
 

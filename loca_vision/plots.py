@@ -9,11 +9,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from loca_vision.safefile import write_atomically
+from loca_vision.atomic import write_atomically
+from loca_vision.spectrum import Spectrum
 from loca_vision.training import Step
 
 COLOURS = ("#7f7f7f", "#1f6fb4", "#d1542c", "#3a923a")
@@ -22,7 +24,7 @@ MOST_PANELS = 96
 
 @dataclass(frozen=True)
 class Travel:
-    """One projection's components: cells (B, 2) at the start and at the end, in a matrix of `shape`."""
+    """One projection's components at the start and at the end: (B, 2) rows and columns, in cells, not rounded."""
 
     name: str
     shape: tuple[int, int]
@@ -33,6 +35,16 @@ class Travel:
     def distance(self) -> Tensor:
         """(B,) cells travelled, the larger of rows and columns."""
         return (self.end - self.start).abs().amax(1)
+
+    @property
+    def moved(self) -> Tensor:
+        """(B,) whether a component ended in another cell than its first."""
+        return (self.end.round() != self.start.round()).any(1)
+
+
+def positions(spectrum: Spectrum) -> Tensor:
+    """(B, 2) where the components stand, in cells: a copy on the CPU."""
+    return spectrum.locations.detach().cpu() * (torch.tensor(spectrum.shape) - 1)
 
 
 def draw_curves(path: Path, title: str, runs: Mapping[str, tuple[Sequence[Step], float]]) -> None:
@@ -60,19 +72,18 @@ def draw_spectrum(path: Path, travels: Sequence[Travel]) -> None:
     down = math.ceil(len(shown) / across)
     figure = Figure(figsize=(2.1 * across + 1, 2.2 * down + 1), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False).flat
-    furthest = max(1, *(int(travel.distance.max()) for travel in travels))
+    furthest = max(float(travel.distance.max()) for travel in travels) or 1.0
     for panel, travel in zip(panels, shown, strict=False):
         order = travel.distance.argsort()  # the travelled on top
         rows, cols = travel.end[order].T
-        points = panel.scatter(cols, rows, c=travel.distance[order], s=1.5, cmap="viridis_r", vmin=0, vmax=furthest)
-        moved = (travel.distance > 0).float().mean().item()
-        panel.set_title(f"{travel.name}\n{100 * moved:.0f} % moved", fontsize=7)
+        points = panel.scatter(cols, rows, c=travel.distance[order], s=2, cmap="YlGnBu", vmin=0, vmax=furthest)
+        panel.set_title(f"{travel.name}\n{100 * travel.moved.float().mean().item():.0f} % in another cell", fontsize=7)
         panel.set(xlim=(-1, travel.shape[1]), ylim=(travel.shape[0], -1), xticks=[], yticks=[], aspect="equal")
     for empty in list(panels):
         empty.set_axis_off()
     rest = f" (the first {len(shown)} of {len(travels)})" if len(shown) < len(travels) else ""
     figure.suptitle(f"Final locations in each projection's spectrum, low frequencies at the top left{rest}")
-    figure.colorbar(points, ax=figure.axes, label="cells travelled", shrink=0.6)
+    figure.colorbar(points, ax=figure.axes, label="cells travelled", shrink=0.6, pad=0.01)
     _save(figure, path)
 
 

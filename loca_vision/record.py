@@ -103,6 +103,15 @@ def activate(model: nn.Module, record: Record, active: dict[str, float]) -> None
 
 
 @torch.no_grad()
+def adopt(record: Record, parameters: dict[str, nn.Parameter]) -> None:
+    """Count what the user has made trainable since the last adapter came among that adapter's whole tensors."""
+    if record.supplier:
+        found = {name: p.detach().clone() for name, p in parameters.items() if p.requires_grad and name not in record.base}
+        record.adapters[record.supplier].whole |= found
+        record.base |= {name: value.clone() for name, value in found.items()}
+
+
+@torch.no_grad()
 def park(record: Record, parameters: dict[str, nn.Parameter]) -> None:
     """Keep the values that the supplying adapter has reached by now."""
     if record.supplier:

@@ -50,9 +50,14 @@ def find_targets(model: nn.Module, parts: Sequence[str]) -> Iterator[Target]:
     Raises:
         ValueError: a fused projection whose rows do not divide into its parts.
     """
+    attention_paths: list[str] = []
     for path, module in model.named_modules():
         children = {name: child for name, child in module.named_children() if not isinstance(child, nn.Identity)}
-        for part, child, rows in (*_attention(path, module, children), *_mlp(children)):
+        attention = _attention(path, module, children)
+        if attention:
+            attention_paths.append(f"{path}.")
+        mlp = _mlp(children, inside_attention=path.startswith(tuple(attention_paths)))
+        for part, child, rows in (*attention, *mlp):
             if part.split("_")[0] in parts:
                 where = f"{path}." if path else ""
                 yield Target(f"{where}{part}", part.split("_")[0], f"{where}{child}", children[child], rows)
@@ -69,8 +74,8 @@ def _attention(path: str, module: nn.Module, children: dict[str, nn.Module]) -> 
             found = [(part, name, None) for part, name in zip("qkv", names, strict=True)]
     if "qkv" in children:
         found = list(_fused(path, module, "qkv", children, "kv" if getattr(module, "use_global", False) else "qkv"))
-    elif "kv" in children and "q" in children:
-        found = [("q", "q", None), *_fused(path, module, "kv", children, "kv")]
+    elif "kv" in children:  # a pool may have a learned query without a projection
+        found = [("q", "q", None)] * ("q" in children) + list(_fused(path, module, "kv", children, "kv"))
     elif "qk" in children and "v" in children:
         found = [*_fused(path, module, "qk", children, "qk"), ("v", "v", None)]
     out = next((name for name in _OUT if name in children), None)
@@ -107,7 +112,17 @@ def _split(
             yield part, child, torch.arange(rows).view(heads, -1)[:, end - size : end].reshape(-1)
 
 
-def _mlp(children: dict[str, nn.Module]) -> list[tuple[str, str, Rows]]:
-    """fc1 and fc2 of an MLP; a gated one (SwiGLU) has its first layer in two, fc1_g and fc1_x."""
+def _mlp(children: dict[str, nn.Module], *, inside_attention: bool) -> list[tuple[str, str, Rows]]:
+    """fc1 and fc2 of an MLP; a gated one (SwiGLU) has its first layer in two, fc1_g and fc1_x.
+
+    Not those of squeeze-and-excitation, which gate channels, nor those that make position biases inside attention layers.
+    """
     first = [name for name in ("fc1", "fc1_g", "fc1_x") if name in children]
-    return [(name, name, None) for name in (*first, "fc2")] if first and "fc2" in children else []
+    if not first or "fc2" not in children:
+        return []
+    if "gate" in children and not isinstance(children["fc2"], nn.Linear):
+        return []
+    widths = getattr(children[first[0]], "in_features", None), getattr(children["fc2"], "out_features", None)
+    if inside_attention and widths[0] != widths[1]:
+        return []
+    return [(name, name, None) for name in (*first, "fc2")]

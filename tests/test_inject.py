@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from conftest import randomise
 from torch import nn
@@ -107,6 +108,18 @@ def test_each_adapter_has_its_own_head(vit, images):
     assert torch.equal(vit(images), base)
 
 
+def test_what_the_user_made_trainable_belongs_to_the_adapter(vit, images):
+    inject(vit, SMALL, "a")
+    vit.norm.requires_grad_(True)
+    vit.norm.weight.data.normal_()
+    trained = vit(images)
+    inject(vit, SMALL, "b")
+    assert torch.equal(vit(images), trained)
+    vit.head.weight.data.zero_()
+    set_adapters(vit, "a")
+    assert torch.equal(vit(images), trained)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 def test_merging_keeps_the_output_to_the_bit(vit, images, dtype):
     inject(vit, LoCAConfig(n_components=30, targets=("q", "v", "out", "fc1", "fc2")))
@@ -166,3 +179,24 @@ def test_a_spectrum_of_all_cells(vit):
     inject(vit, LoCAConfig(n_components=48 * 48, targets=("q",)))
     flat = adapters(vit)["blocks.0.attn.q"].cells @ torch.tensor([48, 1])
     assert len(flat.unique()) == 48 * 48
+
+
+def test_every_head_learns_that_the_model_names():
+    """VOLO adds the logits of a second head, which `get_classifier` does not return."""
+    with torch.device("meta"):
+        model = timm.create_model("volo_d1_224", num_classes=3)
+    inject(model, SMALL)
+    assert model.head.weight.requires_grad and model.aux_head.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    "name", ("maxvit_nano_rw_256", "swinv2_cr_tiny_224", "vit_relpos_small_patch16_224", "vit_base_patch16_siglip_224")
+)
+def test_mlps_are_those_of_the_blocks(name):
+    """Neither squeeze-and-excitation nor the networks that make position biases; an attention pool's MLP is one."""
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=3)
+    names = inject(model, LoCAConfig(n_components=3, targets=("fc1", "fc2")))
+    assert names
+    assert not any(word in projection for projection in names for word in ("se.", "meta_mlp", "rel_pos"))
+    assert any("attn_pool.mlp" in projection for projection in names) == ("siglip" in name)

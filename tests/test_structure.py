@@ -11,9 +11,9 @@ PACKAGE = Path(loca_vision.__file__).parent
 
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
-    {"version", "dct", "config", "safefile", "data"},
-    {"cosine_sum"},
-    {"spectrum"},
+    {"version", "dct", "config", "atomic", "data"},
+    {"cosine_sum", "safefile"},
+    {"spectrum", "adapter_file"},
     {"targets"},
     {"layer"},
     {"record"},

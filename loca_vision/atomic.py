@@ -1,0 +1,114 @@
+"""Files written whole or not at all, to stay."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import re
+import secrets
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+# Temporary files that this process is writing now. A restarted container has the process id of the one that was killed.
+_writing: set[str] = set()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write so that a crash, at any moment, leaves the old file or the new one, and the new one stays.
+
+    The umask is respected, and a symbolic link is written through. What a killed process left behind is cleaned.
+
+    Raises:
+        ValueError: a path with a NUL character.
+        OSError: it could not be written; what was there is as it was.
+    """
+    refuse_nul(path)
+    try:
+        target = _target(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clean(target)
+        _replace(target, data)
+    except OSError as error:
+        raise type(error)(f"{path}: it could not be written ({error.strerror}); what was there is as it was") from error
+    try:
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise type(error)(f"{path}: it is written, but might not outlive a power cut ({error.strerror})") from error
+
+
+def _target(path: Path) -> Path:
+    """The regular file, there or not, that `path` means at the end of all links."""
+    target = Path(os.path.realpath(path))  # `resolve` has another error for a circle of links in every Python
+    if os.path.lexists(target) and not target.is_file():  # a device would be exchanged for a file
+        raise OSError(errno.EINVAL, "what is there is no regular file")
+    return target
+
+
+def _temporary_prefix(target: Path) -> str:
+    """Names the machine too: the process ids of another, on a shared disk, say nothing here."""
+    return f".{target.name}.{zlib.crc32(platform.node().encode()):08x}-"
+
+
+def _replace(target: Path, data: bytes) -> None:
+    temporary = target.with_name(f"{_temporary_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    _writing.add(temporary.name)
+    try:
+        with temporary.open("xb") as file:  # x: never through a link that someone else has laid
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        _writing.discard(temporary.name)
+
+
+def _clean(target: Path) -> None:
+    """Remove the temporary files of processes that are no more."""
+    pattern = re.compile(re.escape(_temporary_prefix(target)) + r"(\d+)-[0-9a-f]+\.tmp")
+    with suppress(OSError):  # a folder closed to reading, a file of another user
+        for left in target.parent.iterdir():
+            owner = pattern.fullmatch(left.name)
+            if owner and left.name not in _writing and not _alive(int(owner[1])):
+                left.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    """Whether another process of that number runs."""
+    if process == os.getpid():
+        return False
+    if os.name != "posix":  # elsewhere signal 0 is no question
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):  # not to be had in this folder
+            raise
+
+
+def refuse_nul(path: Path) -> None:
+    """
+    Raises:
+        ValueError: a path with a NUL character.
+    """
+    if "\0" in str(path):
+        raise ValueError(f"{str(path)!r}: a path holds no NUL character")

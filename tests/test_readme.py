@@ -1,0 +1,76 @@
+"""Every code block of the README runs: Python as it stands, over tiny models; commands with settings that make them short."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from loca_vision.cli import main
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
+INSTALLS = [line for line in COMMANDS if line.startswith("python -m pip install")]
+SHORT = ["--model", "test_vit", "--weights", "none", "--image-size", "160", "--steps", "2", "--batch-size", "2"]
+
+
+def test_there_are_no_blocks_but_python_and_bash():
+    assert {language for language, _ in BLOCKS} == {"python", "bash"}
+
+
+def test_python_blocks(tmp_path, monkeypatch):
+    """One after the other in one folder: the second loads what the first saved."""
+    create = timm.create_model
+    small = {"embed_dim": 96, "depth": 1, "num_heads": 3}
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **kwargs: create(name, **small, **kwargs))
+    monkeypatch.chdir(tmp_path)
+    images = torch.randn(2, 3, 224, 224)
+    names = {"loader": [(images, torch.tensor([3, 5]))] * 2, "images": images}
+    for language, block in BLOCKS:
+        if language == "python":
+            exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "pets" / "pytorch_loca_weights.safetensors").exists()
+
+
+def test_the_two_commands_are_those_that_ci_runs():
+    assert [line.split(" && ")[1] for line in INSTALLS] == ["loca-vision demo", "python -m pytest"]
+    assert "grep -E '^python -m pip install" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_other_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "test"):
+        for name, value in (("cat", 40), ("dog", 200)):
+            for i in range(3):
+                folder = tmp_path / "photos" / part / name
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.full((20, 30, 3), value + i, np.uint8)).save(folder / f"{i}.png")
+    write_fashion(tmp_path / "data" / "FashionMNIST" / "raw")
+    for line in COMMANDS:
+        words = shlex.split(line)
+        if words[0] == "loca-vision":
+            if "--model" in words:
+                del words[words.index("--model") : words.index("--model") + 2]
+            assert main(words[1:] + (SHORT if words[1] == "demo" else [])) == 0, line
+        elif line not in INSTALLS:
+            script = [sys.executable, str(ROOT / words[1]), *words[2:], "--seeds", "1", "--steps", "20"]
+            assert words[0] == "python"
+            subprocess.run(script, check=True, capture_output=True)
+
+
+def write_fashion(raw):
+    """Four images in the published layout."""
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        pixels = torch.randint(256, (4, 28, 28), dtype=torch.uint8).numpy().tobytes()
+        sizes = b"".join(n.to_bytes(4, "big") for n in (4, 28, 28))
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + sizes + pixels)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + (4).to_bytes(4, "big") + bytes([0, 9, 3, 9]))
