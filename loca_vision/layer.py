@@ -57,10 +57,10 @@ class WeightUpdates(nn.Module):
         acting = [(place, spectrum) for place, spectrum in self.entries() if place.adapter in self.strengths]
         if torch.compiler.is_compiling():
             return self._build(base, acting)
-        if torch.is_grad_enabled() and any(p.requires_grad for _, spectrum in acting for p in spectrum.parameters()):
+        values = [base, *(p for _, spectrum in acting for p in spectrum.parameters())]
+        if torch.is_grad_enabled() and any(value.requires_grad for value in values):
             self._kept = None
             return self._build(base, acting)
-        values = [base, *(p for _, spectrum in acting for p in spectrum.parameters())]
         if self._kept is None or not self._kept.holds_for(values, self.strengths):
             with torch.inference_mode(False), torch.no_grad():
                 self._kept = _Kept(values, self.strengths, self._build(base, acting))

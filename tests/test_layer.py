@@ -86,6 +86,14 @@ def test_a_weight_kept_in_inference_mode_serves_training(adapted, images):
     assert inputs.grad.abs().sum() > 0
 
 
+def test_a_base_that_learns_beside_a_frozen_adapter_gets_its_gradient(adapted, images):
+    for spectrum in adapters(adapted).values():
+        spectrum.requires_grad_(False)
+    adapted.blocks[0].attn.qkv._parameters["weight"].requires_grad_(True)
+    adapted(images).sum().backward()
+    assert adapted.blocks[0].attn.qkv._parameters["weight"].grad.abs().sum() > 0
+
+
 def test_training_does_not_keep_weights(adapted, images):
     with torch.no_grad():
         adapted(images)
