@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loca_vision.config import LoCAConfig
-from loca_vision.layer import AdaptedLayer, WeightUpdates
+from loca_vision.layer import AdaptedLayer
 from loca_vision.spectrum import Spectrum
 
 _ATTRIBUTE = "_loca_record"
@@ -87,7 +87,7 @@ def spectra(model: nn.Module) -> list[Spectrum]:
 
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The model's parameters without those of its adapters."""
-    inside = {id(p) for module in model.modules() if isinstance(module, WeightUpdates) for p in module.parameters()}
+    inside = {id(p) for spectrum in spectra(model) for p in spectrum.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) not in inside}
 
 

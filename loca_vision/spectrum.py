@@ -49,8 +49,11 @@ class Spectrum(nn.Module):
 
     @property
     def cells(self) -> Tensor:
-        """(B, 2) int64: the row and column at which each component stands now."""
-        inside = self.locations.detach().clamp(0, 1)
+        """(B, 2) int64: the row and column at which each component stands now.
+
+        NaN, from a training that diverged, counts as 0: the loss tells of it, an index out of range would not.
+        """
+        inside = self.locations.detach().nan_to_num(0).clamp(0, 1)
         return torch.stack([(inside[:, axis] * (size - 1)).round().long() for axis, size in enumerate(self.shape)], 1)
 
     def delta(self, strength: float = 1.0) -> Tensor:

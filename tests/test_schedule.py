@@ -8,6 +8,7 @@ import torch
 
 from loca_vision import AlternatingSchedule, LoCAConfig, adapters, inject, parameter_groups
 from loca_vision.schedule import phase_at
+from loca_vision.spectrum import random_spectrum
 
 OPTIMISERS = {
     "adamw": lambda groups: torch.optim.AdamW(groups, weight_decay=0.5),
@@ -146,3 +147,10 @@ def test_wholly_frozen_adapters_stay_frozen(vit):
     AlternatingSchedule(vit)
     assert not any(p.requires_grad for s in adapters(vit, "old").values() for p in s.parameters())
     assert len(parameter_groups(vit, lr=1.0)[0]["params"]) == 4
+
+
+def test_a_spectrum_may_stand_alone():
+    spectrum = random_spectrum((6, 6), 3, name="q", seed=0)
+    groups = parameter_groups(spectrum, lr=0.1)
+    assert [group["name"] for group in groups] == ["coefficients", "locations"]
+    torch.optim.SGD(groups)

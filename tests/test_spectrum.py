@@ -72,3 +72,11 @@ def test_the_norm_is_scale_times_the_coefficients_norm():
         spectrum = random_spectrum((width, width), 12, name="q", seed=0, scale=3.0)
         spectrum.coefficients.data.normal_()
         assert spectrum.delta().norm().item() == pytest.approx(3.0 * spectrum.coefficients.norm().item(), rel=1e-5)
+
+
+def test_a_diverged_training_shows_in_the_loss_and_not_in_an_index():
+    spectrum = random_spectrum((6, 5), 4, name="q", seed=0)
+    spectrum.locations.data[1] = float("nan")
+    spectrum.coefficients.data[1] = float("nan")
+    spectrum.delta().sum().backward()
+    assert spectrum.delta().isnan().any()
