@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loca_vision.rows import Rows, Update, add_rows, row_linear
 from loca_vision.spectrum import Spectrum
-from loca_vision.targets import Rows, Target
+from loca_vision.targets import Target
 
 
 @dataclass(frozen=True)
@@ -54,26 +55,45 @@ class WeightUpdates(nn.Module):
         """W + sum of the acting updates, in W's dtype and shape; built anew where gradients are wanted, else kept."""
         if not self.strengths:
             return base
-        acting = [(place, spectrum) for place, spectrum in self.entries() if place.adapter in self.strengths]
         if torch.compiler.is_compiling():
-            return self._build(base, acting)
-        values = [base, *(p for _, spectrum in acting for p in spectrum.parameters())]
+            return add_rows(base, self._deltas())
+        values = [base, *self._learned()]
         if torch.is_grad_enabled() and any(value.requires_grad for value in values):
             self._kept = None
-            return self._build(base, acting)
+            return add_rows(base, self._deltas())
         if self._kept is None or not self._kept.holds_for(values, self.strengths):
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = _Kept(values, self.strengths, self._build(base, acting))
+                self._kept = _Kept(values, self.strengths, add_rows(base, self._deltas()))
         return self._kept.weight
 
-    def _build(self, base: Tensor, acting: list[tuple[Place, Spectrum]]) -> Tensor:
-        deltas: dict[str, tuple[Rows, Tensor]] = {}
-        for place, spectrum in acting:
+    def learns_alone(self, base: Tensor) -> bool:
+        """Whether a gradient is wanted of the updates, and none of W."""
+        wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not base.requires_grad
+        return wanted and any(value.requires_grad for value in self._learned())
+
+    def linear(self, x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor:
+        """x (W + sum of the acting updates)^T + bias, where `learns_alone`: no other row's gradient is computed."""
+        self._kept = None
+        updates = self._deltas()
+        with torch.no_grad():
+            weight = add_rows(base, updates)
+        return row_linear(x, weight, bias, updates)
+
+    def _acting(self) -> list[tuple[Place, Spectrum]]:
+        return [(place, spectrum) for place, spectrum in self.entries() if place.adapter in self.strengths]
+
+    def _learned(self) -> list[Tensor]:
+        return [parameter for _, spectrum in self._acting() for parameter in spectrum.parameters()]
+
+    def _deltas(self) -> list[Update]:
+        """The rows and the update of each projection, summed over the acting adapters."""
+        deltas: dict[str, Update] = {}
+        for place, spectrum in self._acting():
             delta = spectrum(self.strengths[place.adapter])
             if place.projection in deltas:
                 delta = deltas[place.projection][1] + delta
             deltas[place.projection] = place.rows, delta
-        return add_rows(base, list(deltas.values()))
+        return list(deltas.values())
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": None}  # a copy or a pickle builds its own
@@ -106,35 +126,24 @@ def _mark(tensor: Tensor) -> tuple[Any, ...]:
     return version, tensor.data_ptr(), tensor.dtype, tensor.device
 
 
-def add_rows(base: Tensor, updates: list[tuple[Rows, Tensor]]) -> Tensor:
-    """`base` (n, q) with each update (p, q) added to its rows, rounded to base's dtype once; other rows stay bit-identical.
-
-    Slices go through one concatenation, whose gradient is views of the weight's; interleaved rows through an index.
-    """
-    wide = base.to(torch.promote_types(base.dtype, torch.float32))
-    slices = [(rows or slice(0, len(base)), delta) for rows, delta in updates if not isinstance(rows, Tensor)]
-    pieces, end = [], 0
-    for rows, delta in sorted(slices, key=lambda update: update[0].start):
-        pieces += [wide[end : rows.start]] * (rows.start > end) + [wide[rows] + delta]
-        end = rows.stop
-    pieces += [wide[end:]] * (end < len(base))
-    wide = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-    for index, delta in updates:
-        if isinstance(index, Tensor):
-            wide = wide.index_add(0, index.to(base.device), delta.to(wide.dtype))
-    return wide.to(base.dtype)
-
-
 class AdaptedLayer(nn.Module):
     """Mixed into the class of a layer that carries `WeightUpdates` as its child `loca`."""
 
     original_class: type[nn.Module]
     loca: WeightUpdates
+    bias: Tensor | None
 
     @property
     def weight(self) -> Tensor:
         updated: Tensor = self.loca(self._parameters["weight"])
         return updated
+
+    def forward(self, x: Tensor) -> Tensor:
+        base: Tensor = self._parameters["weight"]  # type: ignore[assignment]
+        if self.original_class.forward is nn.Linear.forward and self.loca.learns_alone(base):
+            return self.loca.linear(x, base, self.bias)
+        result: Tensor = super().forward(x)
+        return result
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _empty_adapted, (self.original_class,), self.__dict__.copy()

@@ -8,9 +8,9 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-Rows = slice | Tensor | None
+from loca_vision.rows import Rows
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 
 import loca_vision.layer
 from loca_vision import LoCAConfig, adapters, inject, load_adapter, remove, save_adapter, set_adapters
-from loca_vision.layer import add_rows
+from loca_vision.rows import add_rows
 
 CONFIG = LoCAConfig(n_components=40, targets=("q", "v", "out", "fc1"))
 

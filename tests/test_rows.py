@@ -1,0 +1,48 @@
+"""The linear map that learns in some rows, against a whole weight in autograd's hands."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from loca_vision.rows import add_rows, row_linear
+
+ROWS = {
+    "all": [None],
+    "query and value": [slice(0, 4), slice(8, 12)],
+    "interleaved": [torch.tensor([0, 1, 6, 7]), torch.tensor([4, 5, 10, 11])],
+}
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+def test_values_and_gradients_are_those_of_the_whole_weight(rows, lead):
+    base, bias = torch.randn(12, 5).double(), torch.randn(12).double().requires_grad_()
+    deltas = [torch.randn_like(base if r is None else base[r]).requires_grad_() for r in rows]
+    updates = list(zip(rows, deltas, strict=True))
+    x = torch.randn(*lead, 5).double().requires_grad_()
+    inputs = (x, bias, *deltas)
+    with torch.no_grad():
+        weight = add_rows(base, updates)
+    mine, whole = row_linear(x, weight, bias, updates), F.linear(x, add_rows(base, updates), bias)
+    assert torch.equal(mine, whole)
+    direction = torch.randn_like(mine)
+    for ours, theirs in zip(*(torch.autograd.grad(y, inputs, direction) for y in (mine, whole)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_what_wants_no_gradient_costs_none():
+    x, delta = torch.randn(7, 5), torch.randn(4, 5, requires_grad=True)
+    frozen = torch.randn(4, 5)
+    updates = [(slice(0, 4), delta), (slice(8, 12), frozen)]
+    row_linear(x, torch.randn(12, 5), None, updates).sum().backward()
+    assert delta.grad is not None and x.grad is None and frozen.grad is None
+
+
+def test_under_autocast_the_product_is_in_its_dtype_and_the_gradient_is_not():
+    x, delta = torch.randn(7, 5, requires_grad=True), torch.randn(12, 5, requires_grad=True)
+    weight = torch.randn(12, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = row_linear(x, weight, torch.zeros(12), [(None, delta)])
+        assert torch.equal(y, F.linear(x, weight, torch.zeros(12)))
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16 and delta.grad.dtype == x.grad.dtype == torch.float32
