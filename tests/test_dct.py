@@ -36,7 +36,7 @@ def test_large_float32_transforms_are_scipys(shape):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("n", (*LENGTHS, 1030))
 def test_any_axis_and_any_leading_axes(n, method):
     x = torch.randn(2, n, 3, 4, dtype=torch.float64)
     along = torch.stack([dct(x[:, :, i, :], 1, method=method) for i in range(3)], 2)
