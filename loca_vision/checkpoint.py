@@ -23,7 +23,8 @@ from loca_vision.adapter_file import (
 )
 from loca_vision.config import LoCAConfig
 from loca_vision.inject import adapters, attach, check_new_name, classifier, linear_targets
-from loca_vision.record import Adapter, own_parameters, record_of, unwrap
+from loca_vision.layer import base_weight
+from loca_vision.record import Adapter, forget_lost, moved_by_training, own_tensors, record_of, unwrap
 from loca_vision.safefile import Entry, open_safetensors, write_safetensors
 from loca_vision.spectrum import Spectrum, cell_locations
 from loca_vision.targets import Target
@@ -81,11 +82,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         ValueError: anything in the file that is not as it must be for this model: the sentence names file, key and rule.
             In each case before the model is touched.
     """
-    model = unwrap(model)
     with open_safetensors(file_to_read(path)) as opened:
         about = read_description(opened.metadata, opened.entries)
         name = about.name if name is None else name
         check_new_name(model, name)
+        model = unwrap(model)
         targets = _match_projections(model, about)
         _match_whole_tensors(model, about, opened.entries)
         tensors = opened.tensors()  # no larger than the model, as is known by now
@@ -103,6 +104,8 @@ def base_model_name(model: nn.Module) -> str:
     architecture, tag = about.get("architecture"), about.get("tag")
     return f"{architecture}.{tag}" if architecture and tag else architecture or type(model).__name__
 
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Writing
 
@@ -130,23 +133,20 @@ def _whole_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     record = record_of(model)
     if record is None:
         return {}
-    live = own_parameters(model)
-    whole = (
-        dict(record.adapters[name].whole)
-        if record.supplier != name
-        else {key: live[key] for key in record.adapters[name].whole}
-    )
-    whole |= {key: p for key, p in live.items() if p.requires_grad and key not in record.base}
+    live = own_tensors(model)
+    forget_lost(record, live)
+    parked = record.adapters[name].whole
+    whole = {key: live[key] if record.supplier == name else value for key, value in parked.items()}
+    new = {key: p for key, p in moved_by_training(live).items() if key not in record.base and key in record.trainable}
+    whole = {key: value for key, value in (whole | new).items() if value.is_floating_point()}  # not a count of batches
     return {key: value.detach().cpu().clone().contiguous() for key, value in whole.items()}
 
 
 def _file_to_write(path: str | os.PathLike[str]) -> Path:
     file = Path(path)
-    if file.is_dir() or not file.suffix:
-        return file / FILE_NAME
-    if file.suffix != ".safetensors":
+    if file.suffix in PICKLES and not file.is_dir():
         raise ValueError(f"path={str(path)!r}: an adapter is a file that ends in .safetensors, or a folder for one")
-    return file
+    return file if file.suffix == ".safetensors" and not file.is_dir() else file / FILE_NAME
 
 
 # Reading
@@ -158,7 +158,7 @@ def file_to_read(path: str | os.PathLike[str]) -> Path:
         return file
     if (file / FILE_NAME).exists():
         return file / FILE_NAME
-    pickles = sorted(p.name for p in file.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    pickles = sorted(p.name for p in file.iterdir() if p.suffix in PICKLES)
     hint = f"; {pickles[0]} is there, but a pickle could run code when read" if pickles else ""
     raise FileNotFoundError(f"{file}: there is no {FILE_NAME} in that folder{hint}")
 
@@ -188,7 +188,7 @@ def _may_be_the_same(mine: str, theirs: str) -> bool:
 
 
 def _match_whole_tensors(model: nn.Module, about: Description, entries: dict[str, Entry]) -> None:
-    parameters = own_parameters(model)
+    parameters = own_tensors(model)
     for name in about.whole:
         entry = entries[f"full.{name}"]
         if entry.dtype not in FLOATS:
@@ -203,7 +203,7 @@ def _match_whole_tensors(model: nn.Module, about: Description, entries: dict[str
 
 def _in_their_dtypes(model: nn.Module, about: Description, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The whole tensors as the model's parameters hold them."""
-    parameters = own_parameters(model)
+    parameters = own_tensors(model)
     whole = {name: tensors[f"full.{name}"].to(parameters[name].dtype) for name in about.whole}
     for name, value in whole.items():
         if not torch.isfinite(value).all():
@@ -216,4 +216,5 @@ def _spectrum(target: Target, tensors: dict[str, Tensor], config: LoCAConfig) ->
     coefficients = tensors[f"{target.name}.coefficients"].to(torch.float32)
     spectrum = Spectrum(target.shape, coefficients, locations, scale=config.scale, difference=config.location_gradient)
     spectrum.locations.requires_grad_(False)
-    return spectrum.to(target.layer._parameters["weight"].device)  # type: ignore[union-attr]
+    spectrum.final = True
+    return spectrum.to(base_weight(target.layer).device)

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, TypeError, OSError) as error:
-        print(f"loca-vision: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"loca-vision: {_sentence(error)}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
         print("\nloca-vision: interrupted; every file that is there is whole", file=sys.stderr)
@@ -72,6 +72,12 @@ def _one_line(box: str) -> str:
             continue
         message.append(text)
     return " ".join(" ".join(message).split()) or "see loca-vision --help"
+
+
+def _sentence(error: Exception) -> str:
+    """The error on one line; of one that a worker process passes on with its traceback, the end."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if "Original Traceback" in str(error) else " ".join(" ".join(lines).split())
 
 
 def _run(command: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loca_vision.dct import _matrix, dct, dct2, idct
+from loca_vision.dct import dct, dct2, idct, matrix_for
 
 _STEPS = {"central": ((1, 0.5), (-1, -0.5)), "forward": ((1, 1.0), (0, -1.0)), "backward": ((0, 1.0), (-1, -1.0))}
 
@@ -46,7 +46,7 @@ def _cosine_sum(
 ) -> Tensor:
     with torch.autocast(coefficients.device.type, enabled=False):
         spectrum = _sparse(cells, coefficients * scale, (rows, cols))
-        atoms = _matrix(cols, coefficients.device, coefficients.dtype)
+        atoms = matrix_for(cols, coefficients.device, coefficients.dtype)
         return idct(spectrum @ atoms, 0)
 
 
@@ -107,7 +107,7 @@ def _spectrum_at(grad: Tensor, cells: Tensor) -> Tensor:
         return dct(half, 1)[cells[:, 0], cells[:, 1]]
     order = _row_major(cells, cols)
     pattern = _compressed(cells[order], half.new_zeros(len(cells)), (rows, cols))
-    atoms = _matrix(cols, grad.device, grad.dtype)
+    atoms = matrix_for(cols, grad.device, grad.dtype)
     sampled = torch.sparse.sampled_addmm(pattern, half.contiguous(), atoms.T, beta=0.0).values()
     return torch.empty_like(sampled).index_copy_(0, order, sampled)
 
@@ -124,6 +124,9 @@ def _row_major(cells: Tensor, cols: int) -> Tensor:
 def _compressed(cells: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     """CSR matrix of cells in row-major order; equal cells stay separate entries, which a product adds up."""
     starts = torch.searchsorted(cells[:, 0].contiguous(), torch.arange(shape[0] + 1, device=cells.device))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(starts, cells[:, 1].contiguous(), values, shape, check_invariants=False)
+    return torch.sparse_csr_tensor(starts, cells[:, 1].contiguous(), values, shape, check_invariants=False)
+
+
+with warnings.catch_warnings():  # torch says once that sparse CSR is in beta: here, to nobody
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0, 1], [0], [1.0], (1, 1), device="cpu")

@@ -41,7 +41,7 @@ def dct_matrix(n: int, *, device: torch.device | str | None = None, dtype: torch
     """
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ValueError(f"n={n!r}: the length of a transform is a whole number from 1 up")
-    return _matrix(n, torch.device(device or "cpu"), dtype).clone()
+    return matrix_for(n, torch.device(device or "cpu"), dtype).clone()
 
 
 def dct(x: Tensor, dim: int = -1, *, method: Method = "auto") -> Tensor:
@@ -76,15 +76,15 @@ def _transform(x: Tensor, dim: int, method: Method, *, inverse: bool) -> Tensor:
         method = "fast" if n >= _FAST_FROM.get(x.device.type, _FAST_FROM_ELSEWHERE) else "matrix"
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if method == "matrix":
-        return _by_matrix(wide, dim, inverse).to(x.dtype)
+        return _bymatrix_for(wide, dim, inverse).to(x.dtype)
     form = _by_inverse_fft if inverse else _by_fft
     if n >= _TURN_FROM and dim not in (-1, x.dim() - 1):
         return form(wide.movedim(dim, -1).contiguous(), -1).movedim(-1, dim).to(x.dtype).contiguous()
     return form(wide, dim).to(x.dtype)
 
 
-def _by_matrix(x: Tensor, dim: int, inverse: bool) -> Tensor:
-    matrix = _matrix(x.shape[dim], x.device, x.dtype)
+def _bymatrix_for(x: Tensor, dim: int, inverse: bool) -> Tensor:
+    matrix = matrix_for(x.shape[dim], x.device, x.dtype)
     matrix = matrix.T if inverse else matrix
     if x.dim() > 1 and dim % x.dim() == x.dim() - 2:
         return matrix @ x
@@ -119,10 +119,10 @@ def _along(values: Tensor, dim: int, dims: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _matrix(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def matrix_for(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     # Outside inference mode, so that a matrix made during inference can serve a later training step.
     with torch.inference_mode(False), torch.no_grad():
-        step = torch.arange(n, dtype=torch.float64)
+        step = torch.arange(n, dtype=torch.float64, device="cpu")
         matrix = torch.cos(math.pi / (2 * n) * torch.outer(step, 2 * step + 1)) * math.sqrt(2 / n)
         matrix[0] /= math.sqrt(2)
         return matrix.to(device=device, dtype=dtype)
@@ -132,8 +132,8 @@ def _matrix(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 def _fft_plan(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The order of the samples, its inverse, and the scaled turn exp(-i pi k / 2n) of the lower half of the spectrum."""
     with torch.inference_mode(False), torch.no_grad():
-        order = torch.cat([torch.arange(0, n, 2), torch.arange(1, n, 2).flip(0)])
-        angle = torch.arange(n // 2 + 1, dtype=torch.float64) * (-math.pi / (2 * n))
+        order = torch.cat([torch.arange(0, n, 2, device="cpu"), torch.arange(1, n, 2, device="cpu").flip(0)])
+        angle = torch.arange(n // 2 + 1, dtype=torch.float64, device="cpu") * (-math.pi / (2 * n))
         twiddle = torch.polar(torch.full_like(angle, math.sqrt(2 / n)), angle)
         twiddle[0] /= math.sqrt(2)
         complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64

@@ -82,13 +82,6 @@ def run(config: Demo) -> list[Result]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{spec.name} ({spec.weights} weights), {len(images.classes)} classes, {config.steps} steps each, on {device}")
 
-    probe = build_model(spec).to(device)
-    for parameter in probe.parameters():
-        parameter.requires_grad_(any(parameter is p for p in classifier(probe)))
-    head = {"params": classifier(probe), "lr": config.head_lr, "weight_decay": config.weight_decay}
-    results = [_train("linear probe", probe, [head], None, images, config)]
-    del probe
-
     model = build_model(spec).to(device)
     inject(model, LoCAConfig(n_components=config.n_components, scale=config.scale, seed=config.seed))
     starts = {name: positions(spectrum) for name, spectrum in adapters(model).items()}
@@ -96,6 +89,8 @@ def run(config: Demo) -> list[Result]:
         model, lr=config.lr, location_lr=config.location_lr, head_lr=config.head_lr, weight_decay=config.weight_decay
     )
     schedule = AlternatingSchedule(model, learning_steps=config.learning_steps)
+    # Only now the probe: what is wrong with the settings has shown by now.
+    results = [_train_probe(build_model(spec).to(device), images, config)]
     results.append(_train("LoCA", model, groups, schedule, images, config))
     travels = [Travel(name, s.shape, starts[name], positions(s)) for name, s in adapters(model).items()]
 
@@ -149,6 +144,14 @@ def _images(config: Demo, transform: data.Transform) -> data.ImageSet:
         read = data.fashion_mnist if config.dataset == "fashion-mnist" else data.folder
         found = read(config.root or Path(), transform)
     return data.ImageSet(found.train, data.first(found.test, config.max_test_images, config.seed), found.classes)
+
+
+def _train_probe(model: nn.Module, images: data.ImageSet, config: Demo) -> Result:
+    model.requires_grad_(False)
+    for parameter in classifier(model):
+        parameter.requires_grad_(True)
+    head = {"params": classifier(model), "lr": config.head_lr, "weight_decay": config.weight_decay}
+    return _train("linear probe", model, [head], None, images, config)
 
 
 def _train(

@@ -11,14 +11,17 @@ import torch
 from torch import nn
 
 from loca_vision.config import PARTS, LoCAConfig
-from loca_vision.layer import adapt, restore
+from loca_vision.layer import adapt, base_weight, restore
 from loca_vision.record import (
     Adapter,
     Record,
     activate,
     adopt,
     end_record,
+    forget_lost,
+    moved_by_training,
     own_parameters,
+    own_tensors,
     park,
     record_of,
     sites,
@@ -50,8 +53,8 @@ def inject(model: nn.Module, config: LoCAConfig, name: str = "default") -> tuple
     """
     if not isinstance(config, LoCAConfig):
         raise TypeError(f"config is a {type(config).__name__}: a LoCAConfig is wanted")
-    model = unwrap(model)
     check_new_name(model, name)
+    model = unwrap(model)
     found = linear_targets(model, config.targets)
     counts = config.components([target.name for target in found])
     for target in found:
@@ -74,29 +77,31 @@ def attach(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Tar
     Whole tensors given with the adapter go into the model. Where it has none, those that stay trainable become its own.
     """
     record = start_record(model)
-    adopt(record, own_parameters(model))
+    tensors = own_tensors(model)
+    adopt(record, tensors)
     head = classifier(model)
-    for parameter in own_parameters(model).values():
-        parameter.requires_grad_(any(parameter is p for p in head))
-    whole = own_parameters(model)
-    for key in adapter.whole:
-        whole[key].requires_grad_(True)
-    park(record, whole)
-    live = {key: p.detach().clone() for key, p in whole.items() if p.requires_grad}
+    for key, parameter in own_parameters(model).items():
+        learns = key in adapter.whole or any(parameter is p for p in head)
+        parameter.requires_grad_(learns)
+        if not learns:
+            parameter.grad = None  # an optimiser made before would still apply it
+    park(record, tensors)
+    live = {key: tensor.detach().clone() for key, tensor in moved_by_training(tensors).items()}
     record.base = {key: value.clone() for key, value in live.items()} | record.base
     adapter.whole = live | adapter.whole
     record.adapters[name] = adapter
     for target, spectrum in placed:
-        adapt(target.layer).add(name, target, spectrum.to(target.layer._parameters["weight"].device))  # type: ignore[union-attr]
+        adapt(target.layer).add(name, target, spectrum.to(base_weight(target.layer).device))
     activate(model, record, record.active | {name: 1.0})
 
 
 def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) -> None:
     """Take one adapter, or all of them, out of the model.
 
-    Without `merge` the base is back bit for bit, the head included; with it, what acts now is folded into the weights
-    (rounded once to their dtype) and a trained head stays. After the last adapter all layers have their own classes again
-    and parameters are as trainable as they were before the first.
+    Without `merge` the base is back bit for bit, the head and the statistics of batch normalisation included; with it, what
+    acts now is folded into the weights (rounded once to their dtype) and a trained head stays, unless an adapter that goes on
+    acting has its own. After the last adapter all layers have their own classes again, and parameters are as trainable as they
+    were before the first. What the user made trainable beside the head since `inject` keeps its values.
 
     Raises:
         ValueError: no such adapter, or `merge` of a named one that does not act.
@@ -106,9 +111,9 @@ def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) ->
     names = list(record.adapters) if name is None else [_known(record, name)]
     if merge and name is not None and name not in record.active:
         raise ValueError(f"adapter {name!r} does not act, so there is nothing to merge; call set_adapters first")
-    parameters = own_parameters(model)
+    forget_lost(record, own_tensors(model))
     if merge:
-        _merge(model, record, [n for n in names if n in record.active], parameters)
+        _merge(model, record, [n for n in names if n in record.active])
     for layer in sites(model):
         for gone in names:
             layer.loca.discard(gone)
@@ -123,14 +128,23 @@ def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) ->
 
 
 @torch.no_grad()
-def _merge(model: nn.Module, record: Record, names: list[str], parameters: dict[str, nn.Parameter]) -> None:
-    for layer in sites(model):
-        strengths = layer.loca.strengths
-        layer.loca.strengths = {n: weight for n, weight in strengths.items() if n in names}
-        layer._parameters["weight"].copy_(layer.weight)  # type: ignore[union-attr]
-        layer.loca.strengths = strengths
+def _merge(model: nn.Module, record: Record, names: list[str]) -> None:
+    strengths = {layer: layer.loca.strengths for layer in sites(model)}
+    try:
+        for layer, acting in strengths.items():
+            layer.loca.strengths = {n: weight for n, weight in acting.items() if n in names}
+        for layer in strengths:  # all of them, before the first is written
+            if not torch.isfinite(layer.weight).all():
+                raise ValueError(
+                    f"{layer.loca.places[0].projection}: merged, the weight would not be finite in {layer.weight.dtype}"
+                )
+        for layer in strengths:
+            base_weight(layer).copy_(layer.weight)
+    finally:
+        for layer, acting in strengths.items():
+            layer.loca.strengths = acting
     if record.supplier in names:
-        park(record, parameters)
+        park(record, own_tensors(model))
         record.base |= record.adapters[record.supplier].whole
 
 
@@ -156,6 +170,8 @@ def set_adapters(
         ValueError: an unknown or repeated name, a weight that is not finite, or another number of weights than names.
     """
     record = _record(model)
+    if isinstance(names, Mapping):
+        raise ValueError(f"names={dict(names)!r}: names come as a sequence, their weights as the next argument")
     names = [names] if isinstance(names, str) else list(names)
     for name in names:
         _known(record, name)
@@ -188,14 +204,19 @@ def linear_targets(model: nn.Module, parts: Sequence[str]) -> list[Target]:
         ValueError, TypeError: as `inject`.
     """
     head = {id(parameter) for parameter in classifier(model)}
-    found = []
+    found: list[Target] = []
+    owners: dict[int, tuple[str, str]] = {}
     for target in find_targets(model, parts):
         weight = target.layer._parameters.get("weight")
         if not isinstance(target.layer, nn.Linear) or weight is None:
             kind = type(target.layer).__name__
-            raise TypeError(f"{target.name} is a {kind}: LoCA adapts torch.nn.Linear layers that own their weight")
+            why = "" if weight is not None else ", and this one has no weight parameter of its own"
+            raise TypeError(f"{target.name} is a {kind}: LoCA adapts torch.nn.Linear layers that own their weight{why}")
         if id(weight) not in head:
             found.append(target)
+            first = owners.setdefault(id(weight), (target.layer_path, target.name))
+            if first[0] != target.layer_path:
+                raise ValueError(f"{target.name} shares its weight with {first[1]}: what adapts the one would change the other")
     for part in parts:
         if not any(target.part == part for target in found):
             there = ", ".join(sorted({target.part for target in find_targets(model, PARTS)}))
@@ -223,9 +244,20 @@ def classifier(model: nn.Module) -> list[nn.Parameter]:
 def check_new_name(model: nn.Module, name: object) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
         raise ValueError(f"name={name!r}: an adapter's name is 1 to 100 letters, digits, '_' or '-'")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "the model is wrapped in DistributedDataParallel, which would not see new parameters: wrap it afterwards"
+        )
     record = record_of(model)
-    if record and name in record.adapters:
+    known = record.adapters if record else {}
+    if name in known:
         raise ValueError(f"name={name!r}: the model has an adapter of that name; remove it first or choose another")
+    for place in (place for layer in sites(model) for place in layer.loca.places):
+        if place.adapter not in known:
+            raise ValueError(
+                f"{place.projection} has the adapter {place.adapter!r} through another module, above or below this one; "
+                "remove it there"
+            )
 
 
 def _record(model: nn.Module) -> Record:

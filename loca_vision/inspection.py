@@ -28,7 +28,7 @@ def describe(path: str | os.PathLike[str]) -> str:
         cells, which = torch.unique(tensors[f"{projection}.locations"].long(), return_inverse=True)
         coefficients = tensors[f"{projection}.coefficients"].double()
         # Atoms are orthonormal, so the norm is that of the spectrum, once components at one cell are added up.
-        norm = about.config.scale * math.sqrt(
+        norm = abs(about.config.scale) * math.sqrt(
             float(torch.zeros(len(cells)).double().index_add(0, which, coefficients).square().sum())
         )
         rows.append((projection, f"{shape[0]} x {shape[1]}", str(len(coefficients)), str(len(cells)), f"{norm:.4g}"))

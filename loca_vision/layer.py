@@ -61,10 +61,11 @@ class WeightUpdates(nn.Module):
         if torch.is_grad_enabled() and any(value.requires_grad for value in values):
             self._kept = None
             return add_rows(base, self._deltas())
-        if self._kept is None or not self._kept.holds_for(values, self.strengths):
+        kept = self._kept  # one reading: another thread may drop it meanwhile
+        if kept is None or not kept.holds_for(values, self.strengths):
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = _Kept(values, self.strengths, add_rows(base, self._deltas()))
-        return self._kept.weight
+                self._kept = kept = _Kept(values, self.strengths, add_rows(base, self._deltas()))
+        return kept.weight
 
     def learns_alone(self, base: Tensor) -> bool:
         """Whether a gradient is wanted of the updates, and none of W."""
@@ -135,18 +136,35 @@ class AdaptedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        updated: Tensor = self.loca(self._parameters["weight"])
+        try:
+            updated: Tensor = self.loca(base_weight(self))
+        except AttributeError as error:  # which Python would answer by looking the name up elsewhere: with the base weight
+            raise RuntimeError(f"the adapted weight cannot be built: {error}") from error
         return updated
 
-    def forward(self, x: Tensor) -> Tensor:
-        base: Tensor = self._parameters["weight"]  # type: ignore[assignment]
-        if self.original_class.forward is nn.Linear.forward and self.loca.learns_alone(base):
-            return self.loca.linear(x, base, self.bias)
-        result: Tensor = super().forward(x)
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise RuntimeError("the weight of an adapted layer is W + Delta W, to be read only: remove or merge its adapters first")
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        plain = self.original_class.forward is nn.Linear.forward and len(inputs) == 1 and not named
+        if plain and self.loca.learns_alone(base_weight(self)):
+            return self.loca.linear(inputs[0], base_weight(self), self.bias)
+        result: Tensor = super().forward(*inputs, **named)
         return result
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _empty_adapted, (self.original_class,), self.__dict__.copy()
+
+
+def base_weight(layer: nn.Module) -> Tensor:
+    """W itself, whatever `layer.weight` reads as."""
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        raise RuntimeError(
+            "the layer has no weight of its own any more: parametrize it before its adapters come, or not at all"
+        )
+    return weight
 
 
 _adapted_classes: dict[type[nn.Module], type[nn.Module]] = {}

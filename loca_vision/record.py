@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from loca_vision.config import LoCAConfig
 from loca_vision.layer import AdaptedLayer
@@ -91,37 +92,67 @@ def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if id(p) not in inside}
 
 
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """`own_parameters`, and the running statistics of batch normalisation, which training moves without a gradient."""
+    norms = {path: module for path, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    statistics = {
+        f"{path}.{name}": buffer for path, norm in norms.items() for name, buffer in norm.named_buffers(recurse=False)
+    }
+    return {**own_parameters(model), **statistics}
+
+
+def moved_by_training(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a model's own tensors: trainable parameters and running statistics."""
+    return {name: t for name, t in tensors.items() if t.requires_grad or not isinstance(t, nn.Parameter)}
+
+
+def acting_spectra(model: nn.Module) -> list[Spectrum]:
+    """Every spectrum but those of adapters that do not act."""
+    entries = [entry for layer in sites(model) for entry in ((layer.loca, *pair) for pair in layer.loca.entries())]
+    idle = {id(spectrum) for updates, place, spectrum in entries if place.adapter not in updates.strengths}
+    return [spectrum for spectrum in spectra(model) if id(spectrum) not in idle]
+
+
 def activate(model: nn.Module, record: Record, active: dict[str, float]) -> None:
     """Let exactly these adapters act: park the whole tensors of the one that supplied them, bring in those of the next."""
-    parameters = own_parameters(model)
-    park(record, parameters)
+    tensors = own_tensors(model)
+    park(record, tensors)
     record.active = active
-    supply(record, parameters)
+    supply(record, tensors)
     for layer in sites(model):
         here = {place.adapter for place in layer.loca.places}
         layer.loca.strengths = {name: weight for name, weight in active.items() if name in here}
 
 
 @torch.no_grad()
-def adopt(record: Record, parameters: dict[str, nn.Parameter]) -> None:
+def adopt(record: Record, tensors: dict[str, Tensor]) -> None:
     """Count what the user has made trainable since the last adapter came among that adapter's whole tensors."""
+    forget_lost(record, tensors)
     if record.supplier:
-        found = {name: p.detach().clone() for name, p in parameters.items() if p.requires_grad and name not in record.base}
+        found = {name: t.detach().clone() for name, t in moved_by_training(tensors).items() if name not in record.base}
         record.adapters[record.supplier].whole |= found
         record.base |= {name: value.clone() for name, value in found.items()}
 
 
+def forget_lost(record: Record, tensors: dict[str, Tensor]) -> None:
+    """Drop whole tensors that the model no longer has, or has in another shape: its head was exchanged."""
+    for values in (record.base, *(adapter.whole for adapter in record.adapters.values())):
+        for name in [n for n, value in values.items() if n not in tensors or tensors[n].shape != value.shape]:
+            del values[name]
+
+
 @torch.no_grad()
-def park(record: Record, parameters: dict[str, nn.Parameter]) -> None:
+def park(record: Record, tensors: dict[str, Tensor]) -> None:
     """Keep the values that the supplying adapter has reached by now."""
+    forget_lost(record, tensors)
     if record.supplier:
         whole = record.adapters[record.supplier].whole
-        whole.update({name: parameters[name].detach().clone() for name in whole})
+        whole.update({name: tensors[name].detach().clone() for name in whole})
 
 
 @torch.no_grad()
-def supply(record: Record, parameters: dict[str, nn.Parameter]) -> None:
+def supply(record: Record, tensors: dict[str, Tensor]) -> None:
     """Put the supplying adapter's whole tensors into the model, and the model's own where it has none."""
     whole = record.adapters[record.supplier].whole if record.supplier else {}
     for name, own in record.base.items():
-        parameters[name].copy_(whole.get(name, own))
+        tensors[name].copy_(whole.get(name, own))

@@ -18,7 +18,7 @@ def add_rows(base: Tensor, updates: list[Update]) -> Tensor:
 
     Slices go through one concatenation, whose gradient is views of the weight's; interleaved rows through an index.
     """
-    wide = base.to(torch.promote_types(base.dtype, torch.float32))
+    wide = base if base.dtype == torch.float64 else base.float()
     slices = [(rows or slice(0, len(base)), delta) for rows, delta in updates if not isinstance(rows, Tensor)]
     pieces, end = [], 0
     for rows, delta in sorted(slices, key=lambda update: update[0].start):
@@ -38,7 +38,7 @@ def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[Upd
     `weight` (n, q) already contains the updates and has no gradient; each update's is that of its own rows of the weight,
     so that nothing is computed for rows nobody adapts, a third of a fused qkv with query and value.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows, deltas = zip(*updates, strict=True)

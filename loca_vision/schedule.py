@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+import torch.distributed as dist
 from torch import nn
 
-from loca_vision.record import own_parameters, spectra, unwrap
+from loca_vision.record import acting_spectra, own_parameters, unwrap
 from loca_vision.spectrum import Spectrum
 
 Phase = Literal["coefficients", "locations", "both"]
@@ -31,7 +32,9 @@ class AlternatingSchedule:
     after each `optimizer.step()`, however many micro-batches that step accumulated.
 
     Args:
-        model: a model with adapters. Adapters that are wholly frozen when the schedule is made stay so.
+        model: a model with adapters. Those that do not act, or are wholly frozen, when the schedule is made are left alone,
+            and so are the final locations of a loaded one. Under DistributedDataParallel it is the wrapped model, with
+            `find_unused_parameters=True`: wrapped later, it would never share what is frozen at that moment.
         coefficient_steps: B_a, how long the coefficients move, from 0.
         location_steps: B_l, how long the locations do then, from 0.
         learning_steps: B_s, after which the locations are final. 0 for fixed random locations (V1 of Table 5), None for
@@ -54,8 +57,11 @@ class AlternatingSchedule:
         _check_steps(coefficient_steps=coefficient_steps, location_steps=location_steps, learning_steps=learning_steps)
         if coefficient_steps + location_steps == 0:
             raise ValueError("coefficient_steps=0, location_steps=0: a period has at least one step")
+        _check_wrapped(model)
         self._settings = (coefficient_steps, location_steps, learning_steps, bool(together))
         self._spectra = trainable_spectra(model)
+        for spectrum in self._spectra:
+            spectrum.scheduled = True
         self._step = 0
         self._apply()
 
@@ -98,7 +104,13 @@ class AlternatingSchedule:
     def _apply(self) -> None:
         for spectrum in self._spectra:
             _let_move(spectrum.coefficients, self.phase != "locations")
-            _let_move(spectrum.locations, self.phase != "coefficients")
+            _let_move(spectrum.locations, self.phase != "coefficients" and not spectrum.final)
+
+
+def _check_wrapped(model: nn.Module) -> None:
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if several and not isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("several processes train: wrap the model in DistributedDataParallel before its schedule is made")
 
 
 def _let_move(parameter: nn.Parameter, moves: bool) -> None:
@@ -108,12 +120,12 @@ def _let_move(parameter: nn.Parameter, moves: bool) -> None:
 
 
 def trainable_spectra(model: nn.Module) -> list[Spectrum]:
-    """The spectra of which a half, at least, is trainable.
+    """The acting spectra of which a half, at least, is trainable.
 
     Raises:
         ValueError: there is none.
     """
-    found = [s for s in spectra(model) if s.coefficients.requires_grad or s.locations.requires_grad]
+    found = [s for s in acting_spectra(model) if s.scheduled or any(half.requires_grad for half in s.parameters())]
     if not found:
         raise ValueError(f"{type(unwrap(model)).__name__} has no trainable adapter; inject one first")
     return found
@@ -145,7 +157,7 @@ def parameter_groups(
     head = [p for p in own_parameters(unwrap(model)).values() if p.requires_grad]
     groups = [
         {"name": "coefficients", "params": [s.coefficients for s in learned], "lr": lr, "weight_decay": weight_decay},
-        {"name": "locations", "params": [s.locations for s in learned], "lr": location_lr, "weight_decay": 0.0},
+        {"name": "locations", "params": [s.locations for s in learned if not s.final], "lr": location_lr, "weight_decay": 0.0},
         {"name": "head", "params": head, "lr": rates["head_lr"], "weight_decay": weight_decay},
     ]
     return [group for group in groups if group["params"]]

@@ -44,6 +44,8 @@ class Spectrum(nn.Module):
         self.shape = shape
         self.scale = scale
         self.difference = difference
+        self.final = False  # whether the locations are, for good
+        self.scheduled = False  # whether a schedule decides what moves: a half that is frozen may learn again
         self.coefficients = nn.Parameter(coefficients)
         self.locations = nn.Parameter(locations)
 
@@ -58,15 +60,16 @@ class Spectrum(nn.Module):
 
     def delta(self, strength: float = 1.0) -> Tensor:
         """`strength` times the update, (p, q) float32, differentiable in coefficients and locations."""
+        if self.locations.requires_grad and not torch.compiler.is_compiling():
+            self.confine()  # for those who train without a schedule, which does it too
         scale = self.scale * strength
         return cosine_sum(self.coefficients, self.locations, self.cells, self.shape, scale, self.difference)
 
     forward = delta
 
-    @torch.no_grad()
     def confine(self) -> None:
         """Bring locations an optimiser has carried out of [0, 1] back to the border: every cell stays within reach."""
-        self.locations.clamp_(0, 1)
+        self.locations.data.clamp_(0, 1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Spectrum:
         # Follow to another device, never to another precision: bfloat16 has no whole numbers above 256, and the
@@ -90,16 +93,17 @@ def random_spectrum(shape: tuple[int, int], n_components: int, *, name: str, see
     """
     rows, cols = shape
     generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
-    flat = _distinct(n_components, rows * cols, generator)
-    jitter = (torch.rand(n_components, 2, generator=generator) - 0.5) * _JITTER
-    locations = cell_locations(flat, shape) + jitter / torch.tensor(shape).sub(1).clamp(min=1)
-    return Spectrum(shape, torch.zeros(n_components), locations.clamp(0, 1), **settings)
+    with torch.device("cpu"), torch.inference_mode(False):  # parameters made in inference mode could never be trained
+        flat = _distinct(n_components, rows * cols, generator)
+        jitter = (torch.rand(n_components, 2, generator=generator, dtype=torch.float32) - 0.5) * _JITTER
+        locations = cell_locations(flat, shape) + jitter / torch.tensor(shape).sub(1).clamp(min=1)
+        return Spectrum(shape, torch.zeros(n_components, dtype=torch.float32), locations.clamp(0, 1), **settings)
 
 
 def cell_locations(flat: Tensor, shape: tuple[int, int]) -> Tensor:
     """(B, 2) float32 locations in [0, 1] at the centres of flat cells row * q + column (B,)."""
     cells = torch.stack([flat // shape[1], flat % shape[1]], 1)
-    return cells.to(torch.float32) / torch.tensor(shape).sub(1).clamp(min=1)
+    return cells.to(torch.float32) / torch.tensor(shape, device=flat.device).sub(1).clamp(min=1)
 
 
 def _distinct(count: int, total: int, generator: torch.Generator) -> Tensor:

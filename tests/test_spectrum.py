@@ -80,3 +80,15 @@ def test_a_diverged_training_shows_in_the_loss_and_not_in_an_index():
     spectrum.coefficients.data[1] = float("nan")
     spectrum.delta().sum().backward()
     assert spectrum.delta().isnan().any()
+
+
+def test_neither_default_dtype_nor_device_nor_inference_mode_matters():
+    expected = random_spectrum((9, 9), 5, name="q", seed=0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            spectrum = random_spectrum((9, 9), 5, name="q", seed=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for mine, other in zip(expected.parameters(), spectrum.parameters(), strict=True):
+        assert torch.equal(mine, other) and other.dtype == torch.float32 and not other.is_inference()
