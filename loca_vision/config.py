@@ -44,7 +44,7 @@ class LoCAConfig:
         _check_targets(self.targets)
         for field, allowed in (("location_init", LOCATION_INITS), ("location_gradient", LOCATION_GRADIENTS)):
             if getattr(self, field) not in allowed:
-                raise ValueError(f"{field}={getattr(self, field)!r}: it is one of {', '.join(map(repr, allowed))}")
+                raise ValueError(f"{field}={getattr(self, field)!r}: the choices are {', '.join(map(repr, allowed))}")
         if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed!r}: a seed is a whole number from 0 to 2**63 - 1")
         object.__setattr__(self, "targets", tuple(self.targets))

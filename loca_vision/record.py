@@ -18,7 +18,10 @@ _ATTRIBUTE = "_loca_record"
 
 @dataclass
 class Adapter:
-    """One named adapter: its settings, and its whole tensors (a classifier head) by parameter name while they are parked."""
+    """One named adapter: its settings and its whole tensors, such as a classifier head, by their names in the model.
+
+    Their values here count while the adapter does not supply them to the model; while it does, those in the model count.
+    """
 
     config: LoCAConfig
     whole: dict[str, Tensor] = field(default_factory=dict)
