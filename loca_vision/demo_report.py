@@ -13,6 +13,7 @@ import torch
 
 from loca_vision.atomic import write_atomically
 from loca_vision.plots import Travel
+from loca_vision.tables import aligned
 from loca_vision.training import Step
 from loca_vision.version import __version__
 
@@ -36,15 +37,13 @@ def table(results: list[Result], travels: list[Travel], adapter_bytes: int, diff
         size = f"{adapter_bytes:,}" if result.trained_parameters else "-"
         accuracy_text, seconds = f"{100 * result.test_accuracy:.1f} %", f"{result.seconds_per_step:.3f}"
         rows.append((result.method, f"{result.trained_parameters:,}", accuracy_text, seconds, size))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     moved = torch.cat([travel.moved for travel in travels]).float().mean().item()
     notes = (
         f"Trained numbers do not count the head ({results[0].head_parameters:,}), which is in the adapter's bytes.",
         f"{100 * moved:.0f} % of the components changed their cell.",
         f"Loaded into a new model in a new process, the adapter's logits differ by {difference:.1g}.",
     )
-    return "\n".join(["", *lines, "", *notes])
+    return "\n".join(["", aligned(rows, str.rjust), "", *notes])
 
 
 def write_metrics(

@@ -10,6 +10,7 @@ import torch
 from loca_vision.adapter_file import check_values, read_description
 from loca_vision.checkpoint import file_to_read
 from loca_vision.safefile import open_safetensors
+from loca_vision.tables import aligned
 
 
 def describe(path: str | os.PathLike[str]) -> str:
@@ -32,8 +33,6 @@ def describe(path: str | os.PathLike[str]) -> str:
             float(torch.zeros(len(cells)).double().index_add(0, which, coefficients).square().sum())
         )
         rows.append((projection, f"{shape[0]} x {shape[1]}", str(len(coefficients)), str(len(cells)), f"{norm:.4g}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     whole = {key.removeprefix("full."): tuple(value.shape) for key, value in tensors.items() if key.startswith("full.")}
     config = about.config
     head = [
@@ -41,4 +40,4 @@ def describe(path: str | os.PathLike[str]) -> str:
         f"targets {', '.join(config.targets)}; scale {config.scale:g}; seed {config.seed}",
         *(f"trained whole: {name} {shape}" for name, shape in whole.items()),
     ]
-    return "\n".join([*head, "", *lines])
+    return "\n".join([*head, "", aligned(rows, str.ljust)])

@@ -6,7 +6,9 @@ import copy
 import importlib
 import math
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -233,6 +235,22 @@ def randomise(model: nn.Module, name: str = "default", size: float = 0.3) -> Non
     for spectrum in adapters(model, name).values():
         spectrum.coefficients.copy_(torch.randn(spectrum.coefficients.shape, generator=generator) * size)
         spectrum.locations.copy_(torch.rand(spectrum.locations.shape, generator=generator))
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """What takes longer fails, rather than hang the suite."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(autouse=True)

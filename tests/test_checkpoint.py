@@ -7,12 +7,10 @@ import math
 import os
 import pickle
 import random
-import signal
 import string
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from conftest import within
 from torch import Tensor, nn
 
 from loca_vision import (
@@ -98,22 +97,6 @@ def assert_same(model: nn.Module, before: dict[str, Any]) -> None:
     assert list(after["tensors"]) == list(before["tensors"])
     assert all(torch.equal(after["tensors"][key], value) for key, value in before["tensors"].items())
     assert torch.equal(after["output"], before["output"])
-
-
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """What takes longer fails, rather than hang the suite."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError(f"more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="module")

@@ -7,42 +7,25 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import stat
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from conftest import within
 
 from loca_vision import atomic, safefile
 from loca_vision.safefile import MAX_HEADER, open_safetensors, strict_json, write_atomically, write_safetensors
 
 resource = pytest.importorskip("resource", reason="signals, modes and limits of POSIX")
 ROOT = Path(__file__).parents[1]
-
-
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """What takes longer fails, rather than hang the suite."""
-
-    def late(*_: object) -> None:
-        raise TimeoutError(f"more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def with_header(header: str | bytes, data: bytes = b"") -> bytes:

@@ -11,7 +11,7 @@ PACKAGE = Path(loca_vision.__file__).parent
 
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
-    {"version", "dct", "config", "atomic", "data", "rows"},
+    {"version", "dct", "config", "atomic", "data", "rows", "tables"},
     {"cosine_sum", "safefile"},
     {"spectrum", "adapter_file"},
     {"targets"},

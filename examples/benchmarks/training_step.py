@@ -76,8 +76,8 @@ def of_peft(model: nn.Module, config: Any) -> nn.Module:
 
 def methods(settings: Settings) -> dict[str, Callable[[nn.Module], nn.Module]]:
     whole = {"target_modules": ["qkv"], "modules_to_save": ["head"]}
-    lora = peft.LoraConfig(r=settings.rank, lora_alpha=settings.rank, **whole)  # type: ignore[arg-type]
-    fourier = peft.FourierFTConfig(n_frequency=settings.n_components, scaling=300.0, init_weights=True, **whole)  # type: ignore[arg-type]
+    lora = peft.LoraConfig(r=settings.rank, lora_alpha=settings.rank, **whole)
+    fourier = peft.FourierFTConfig(n_frequency=settings.n_components, scaling=300.0, init_weights=True, **whole)
     return {
         "floor": frozen,
         "LoCA, coefficients": partial(loca, settings=settings, phase="coefficients"),
