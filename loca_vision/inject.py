@@ -18,7 +18,6 @@ from loca_vision.record import (
     activate,
     adopt,
     end_record,
-    forget_lost,
     moved_by_training,
     own_parameters,
     own_tensors,
@@ -111,7 +110,6 @@ def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) ->
     names = list(record.adapters) if name is None else [_known(record, name)]
     if merge and name is not None and name not in record.active:
         raise ValueError(f"adapter {name!r} does not act, so there is nothing to merge; call set_adapters first")
-    forget_lost(record, own_tensors(model))
     if merge:
         _merge(model, record, [n for n in names if n in record.active])
     for layer in sites(model):
@@ -177,6 +175,12 @@ def set_adapters(
         _known(record, name)
     if len(set(names)) < len(names):
         raise ValueError(f"names={names!r}: an adapter is named twice")
+    strengths = _strengths(names, weights)
+    activate(unwrap(model), record, dict(zip(names, strengths, strict=True)))
+
+
+def _strengths(names: list[str], weights: float | Sequence[float] | Mapping[str, float] | None) -> list[float]:
+    """One finite number for each name, in whichever form they came."""
     if weights is None or isinstance(weights, (int, float)):
         weights = [1.0 if weights is None else weights] * len(names)
     if isinstance(weights, Mapping):
@@ -188,7 +192,7 @@ def set_adapters(
     for weight in weights:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ValueError(f"weights={list(weights)!r}: a weight is a finite number")
-    activate(unwrap(model), record, dict(zip(names, map(float, weights), strict=True)))
+    return list(map(float, weights))
 
 
 def active_adapters(model: nn.Module) -> dict[str, float]:
