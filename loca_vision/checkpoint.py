@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from loca_vision.adapter_file import (
     FILE_NAME,
@@ -19,14 +20,15 @@ from loca_vision.adapter_file import (
     as_json,
     check_values,
     nearest,
+    part_of,
     read_description,
 )
 from loca_vision.config import LoCAConfig
 from loca_vision.inject import adapters, attach, check_new_name, classifier, linear_targets
-from loca_vision.layer import base_weight
+from loca_vision.offload import stored, stored_at
 from loca_vision.record import Adapter, forget_lost, moved_by_training, own_tensors, record_of, unwrap
 from loca_vision.safefile import Entry, open_safetensors, write_safetensors
-from loca_vision.spectrum import Spectrum, cell_locations
+from loca_vision.spectrum import Spectrum, cell_locations, cells_at
 from loca_vision.targets import Target
 from loca_vision.version import __version__
 
@@ -52,16 +54,9 @@ def save_adapter(
     """
     if dtype not in (torch.float32, torch.float16):
         raise ValueError(f"dtype={dtype}: coefficients are stored as torch.float32 or torch.float16")
-    spectra = adapters(model, name)
     file = _file_to_write(path)
-    whole = _whole_tensors(unwrap(model), name)
-    about = _describe(unwrap(model), name, spectra, whole)
-    tensors = {f"full.{key}": value for key, value in whole.items()}
-    for projection, spectrum in spectra.items():
-        tensors[f"{projection}.coefficients"] = spectrum.coefficients.detach().to("cpu", dtype)
-        tensors[f"{projection}.locations"] = _flat_cells(projection, spectrum)
-    check_values(tensors, about)
-    write_safetensors(file, tensors, {METADATA_KEY: json.dumps(as_json(about))})  # of several keys the order is random
+    about, tensors = contents(model, name, dtype)
+    write_adapter(file, about, tensors)
     return file
 
 
@@ -84,17 +79,69 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     """
     with open_safetensors(file_to_read(path)) as opened:
         about = read_description(opened.metadata, opened.entries)
+        component = _only_component(about)
         name = about.name if name is None else name
-        check_new_name(model, name)
         model = unwrap(model)
-        targets = _match_projections(model, about)
-        _match_whole_tensors(model, about, opened.entries)
+        check_new_name(model, name)
+        if not component and not _may_be_the_same(base_model_name(model), about.base_model):
+            raise ValueError(f"it was trained on {about.base_model}; this model is {base_model_name(model)}")
+        part = about.of(component)
+        targets = match(model, part, part_of(opened.entries, component))
         tensors = opened.tensors()  # no larger than the model, as is known by now
         check_values(tensors, about)
-        whole = _in_their_dtypes(model, about, tensors)
-    placed = [(target, _spectrum(target, tensors, about.config)) for target in targets]
-    attach(model, name, Adapter(about.config, whole), placed)
+        adapter, placed = prepared(model, part, targets, part_of(tensors, component))
+    attach(model, name, adapter, placed)
     return tuple(target.name for target in targets)
+
+
+def contents(model: nn.Module, name: str, dtype: torch.dtype = torch.float32) -> tuple[Description, dict[str, Tensor]]:
+    """What the file of an adapter holds, for a model by itself.
+
+    Raises:
+        ValueError: no such adapter, or a value no file may hold.
+    """
+    spectra = adapters(model, name)
+    whole = _whole_tensors(unwrap(model), name)
+    about = _describe(unwrap(model), name, spectra, whole)
+    tensors = {f"full.{key}": value for key, value in whole.items()}
+    for projection, spectrum in spectra.items():
+        coefficients = stored(spectrum, "coefficients").detach()[: spectrum.count]
+        tensors[f"{projection}.coefficients"] = coefficients.to("cpu", dtype, copy=True)
+        tensors[f"{projection}.locations"] = _flat_cells(projection, spectrum)
+    return about, tensors
+
+
+def write_adapter(file: Path, about: Description, tensors: dict[str, Tensor]) -> None:
+    """Write the file, after a check of every value."""
+    check_values(tensors, about)
+    write_safetensors(file, tensors, {METADATA_KEY: json.dumps(as_json(about))})  # of several keys the order is random
+
+
+def match(model: nn.Module, about: Description, entries: dict[str, Entry]) -> list[Target]:
+    """The targets in the model that a described adapter is for: the very same projections and whole tensors, of one shape.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    targets = _match_projections(model, about)
+    _match_whole_tensors(model, about, entries)
+    return targets
+
+
+def prepared(
+    model: nn.Module, about: Description, targets: list[Target], tensors: dict[str, Tensor], room: int | None = None
+) -> tuple[Adapter, list[tuple[Target, Spectrum]]]:
+    """All that `attach` puts into the model, made beforehand.
+
+    Args:
+        room: components to make room for in every spectrum, so that another adapter can take their place later.
+
+    Raises:
+        ValueError: a whole tensor overflows the model's dtype, or a spectrum has more components than there is room for.
+    """
+    whole = _in_their_dtypes(model, about, tensors)
+    placed = [(target, _spectrum(target, tensors, about.configs[""], room)) for target in targets]
+    return Adapter(about.configs[""], whole), placed
 
 
 def base_model_name(model: nn.Module) -> str:
@@ -113,18 +160,19 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def _describe(model: nn.Module, name: str, spectra: dict[str, Spectrum], whole: dict[str, Tensor]) -> Description:
     config = record_of(model).adapters[name].config  # type: ignore[union-attr]
     if not isinstance(config.n_components, int):  # files name projections, never patterns
-        config = replace(config, n_components={projection: len(s.coefficients) for projection, s in spectra.items()})
+        config = replace(config, n_components={projection: s.count for projection, s in spectra.items()})
     shapes = {projection: s.shape for projection, s in spectra.items()}
-    return Description(config, shapes, tuple(sorted(whole)), name, base_model_name(model), __version__)
+    return Description({"": config}, shapes, tuple(sorted(whole)), name, base_model_name(model), __version__)
 
 
 def _flat_cells(projection: str, spectrum: Spectrum) -> Tensor:
     rows, cols = spectrum.shape
     if rows * cols > 2**31:
         raise ValueError(f"{projection}: {rows} x {cols} cells are more than int32 locations can number")
-    if not torch.isfinite(spectrum.locations).all():
+    locations = stored(spectrum, "locations")[: spectrum.count]
+    if not torch.isfinite(locations).all():
         raise ValueError(f"{projection}.locations holds NaN or infinity")
-    cells = spectrum.cells.cpu()
+    cells = cells_at(locations, spectrum.shape).cpu()
     return (cells[:, 0] * cols + cells[:, 1]).to(torch.int32)
 
 
@@ -136,8 +184,9 @@ def _whole_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     live = own_tensors(model)
     forget_lost(record, live)
     parked = record.adapters[name].whole
-    whole = {key: live[key] if record.supplier == name else value for key, value in parked.items()}
+    whole = {key: stored_at(model, key) if record.supplier == name else value for key, value in parked.items()}
     new = {key: p for key, p in moved_by_training(live).items() if key not in record.base and key in record.trainable}
+    new = new if record.frozen else {}
     whole = {key: value for key, value in (whole | new).items() if value.is_floating_point()}  # not a count of batches
     return {key: value.detach().cpu().clone().contiguous() for key, value in whole.items()}
 
@@ -150,6 +199,12 @@ def _file_to_write(path: str | os.PathLike[str]) -> Path:
 
 
 # Reading
+
+
+def _only_component(about: Description) -> str:
+    if len(about.configs) > 1:
+        raise ValueError(f"it is for {', '.join(about.configs)} of a pipeline: use the pipeline's load_loca_weights")
+    return next(iter(about.configs))
 
 
 def file_to_read(path: str | os.PathLike[str]) -> Path:
@@ -165,10 +220,7 @@ def file_to_read(path: str | os.PathLike[str]) -> Path:
 
 def _match_projections(model: nn.Module, about: Description) -> list[Target]:
     """The model's targets, which must be those of the file, in name and shape."""
-    mine, theirs = base_model_name(model), about.base_model
-    if not _may_be_the_same(mine, theirs):
-        raise ValueError(f"it was trained on {theirs}; this model is {mine}")
-    targets = linear_targets(model, about.config.targets)
+    targets = linear_targets(model, about.configs[""].targets)
     found = {target.name: target for target in targets}
     for projection, shape in about.shapes.items():
         if projection not in found:
@@ -211,10 +263,16 @@ def _in_their_dtypes(model: nn.Module, about: Description, tensors: dict[str, Te
     return whole
 
 
-def _spectrum(target: Target, tensors: dict[str, Tensor], config: LoCAConfig) -> Spectrum:
-    locations = cell_locations(tensors[f"{target.name}.locations"].long(), target.shape)
+def _spectrum(target: Target, tensors: dict[str, Tensor], config: LoCAConfig, room: int | None) -> Spectrum:
+    flat = tensors[f"{target.name}.locations"].long()
     coefficients = tensors[f"{target.name}.coefficients"].to(torch.float32)
+    count = len(flat)
+    if room is not None and count > room:
+        raise ValueError(f"{target.name} has {count} components: there is room for {room}")
+    if room is not None:
+        coefficients, flat = F.pad(coefficients, (0, room - count)), F.pad(flat, (0, room - count))
+    locations = cell_locations(flat, target.shape)
     spectrum = Spectrum(target.shape, coefficients, locations, scale=config.scale, difference=config.location_gradient)
     spectrum.locations.requires_grad_(False)
-    spectrum.final = True
-    return spectrum.to(base_weight(target.layer).device)
+    spectrum.count, spectrum.final = count, True
+    return spectrum

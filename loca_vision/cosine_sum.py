@@ -89,6 +89,50 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _cosine_sum.register_autograd(_backward, setup_context=_save)
 
 
+def cosine_applied(x: Tensor, coefficients: Tensor, cells: Tensor, shape: tuple[int, int], scale: float) -> Tensor:
+    """x (C^T S D)^T scale = iDCT(scale * S DCT(x)): the update applied to activations, and never built.
+
+    Costs two transforms of the activations and 2 B multiplications for each of their vectors.
+
+    Args:
+        x: (..., q) activations, in any floating-point dtype; computed in float32 at least.
+        coefficients, cells, shape, scale: as in `cosine_sum`.
+
+    Returns:
+        (..., p) in x's dtype, differentiable in x.
+    """
+    applied: Tensor = _cosine_applied(x, coefficients, cells, shape[0], shape[1], scale)
+    return applied
+
+
+@torch.library.custom_op("loca_vision::cosine_applied", mutates_args=())
+def _cosine_applied(x: Tensor, coefficients: Tensor, cells: Tensor, rows: int, cols: int, scale: float) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        wide = torch.promote_types(x.dtype, coefficients.dtype)
+        spectrum = _sparse(cells, (coefficients * scale).to(wide), (rows, cols))
+        frequencies = dct(x.reshape(-1, cols).to(wide))
+        return idct((spectrum @ frequencies.T).T).to(x.dtype).reshape(*x.shape[:-1], rows).contiguous()
+
+
+@_cosine_applied.register_fake
+def _(x, coefficients, cells, rows, cols, scale):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _save_applied(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, coefficients, cells, ctx.rows, ctx.cols, ctx.scale = inputs
+    ctx.save_for_backward(coefficients, cells)
+
+
+def _backward_applied(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    coefficients, cells = ctx.saved_tensors  # the transpose of an update is the update of the transposed spectrum
+    grad_x = _cosine_applied(grad, coefficients, cells.flip(1), ctx.cols, ctx.rows, ctx.scale)
+    return (grad_x, None, None, None, None, None)
+
+
+_cosine_applied.register_autograd(_backward_applied, setup_context=_save_applied)
+
+
 def _difference(z: Tensor, cells: Tensor, axis: int, difference: str) -> Tensor:
     """Finite difference of `z` (p, q) at `cells` along one axis, in units of cells: (B,)."""
     slope = z.new_zeros(len(cells))

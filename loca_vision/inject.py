@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from loca_vision.attention import AdaptedAttention, adapt_attention, restore_attention
 from loca_vision.config import PARTS, LoCAConfig
-from loca_vision.layer import adapt, base_weight, restore
+from loca_vision.layer import AdaptedLayer, adapt, restore
+from loca_vision.offload import device_for, stored_at
 from loca_vision.record import (
     Adapter,
     Record,
@@ -22,13 +24,17 @@ from loca_vision.record import (
     own_parameters,
     own_tensors,
     park,
+    places,
     record_of,
     sites,
     start_record,
     unwrap,
 )
+from loca_vision.root import circumstances, forget_circumstances
 from loca_vision.spectrum import Spectrum, random_spectrum
 from loca_vision.targets import Target, find_targets
+from loca_vision.updates import Place, WeightUpdates
+from loca_vision.weights import write_weights
 
 
 def inject(model: nn.Module, config: LoCAConfig, name: str = "default") -> tuple[str, ...]:
@@ -70,28 +76,45 @@ def inject(model: nn.Module, config: LoCAConfig, name: str = "default") -> tuple
     return tuple(target.name for target in found)
 
 
-def attach(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Target, Spectrum]]) -> None:
+def attach(
+    model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Target, Spectrum]], *, freeze: bool = True
+) -> None:
     """Put spectra made beforehand into their layers; the adapter acts at 1.0 at once. Nothing here can be refused any more.
 
-    Whole tensors given with the adapter go into the model. Where it has none, those that stay trainable become its own.
+    Whole tensors given with the adapter go into the model. With `freeze` everything else of the model stops learning but a
+    classifier head, which becomes the adapter's own where it brings none; without, as for inference, all stays as it is.
     """
     record = start_record(model)
     tensors = own_tensors(model)
-    adopt(record, tensors)
-    head = classifier(model)
-    for key, parameter in own_parameters(model).items():
-        learns = key in adapter.whole or any(parameter is p for p in head)
-        parameter.requires_grad_(learns)
-        if not learns:
-            parameter.grad = None  # an optimiser made before would still apply it
-    park(record, tensors)
-    live = {key: tensor.detach().clone() for key, tensor in moved_by_training(tensors).items()}
+    if record.frozen:
+        adopt(record, tensors)
+    if freeze:
+        record.frozen = True
+        head = classifier(model)
+        for key, parameter in own_parameters(model).items():
+            learns = key in adapter.whole or any(parameter is p for p in head)
+            parameter.requires_grad_(learns)
+            if not learns:
+                parameter.grad = None  # an optimiser made before would still apply it
+    park(model, record)
+    own = moved_by_training(tensors) if freeze else {}
+    live = {key: stored_at(model, key).detach().clone() for key in (own | adapter.whole)}
     record.base = {key: value.clone() for key, value in live.items()} | record.base
-    adapter.whole = live | adapter.whole
+    adapter.whole = {key: live[key] for key in own} | adapter.whole
     record.adapters[name] = adapter
     for target, spectrum in placed:
-        adapt(target.layer).add(name, target, spectrum.to(base_weight(target.layer).device))
+        updates = updates_of(target)
+        if target.attention is not None:
+            updates.shared = (circumstances(model),)
+        updates.add(Place(name, target.name, target.rows), spectrum.to(device_for(target.layer)))
     activate(model, record, record.active | {name: 1.0})
+
+
+def updates_of(target: Target) -> WeightUpdates:
+    """The updates of the target's weight, which its layer computes with from now on."""
+    if target.attention is not None:
+        return adapt_attention(target.attention).part(target.name.rpartition(".")[2])
+    return adapt(target.layer)
 
 
 def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) -> None:
@@ -112,37 +135,34 @@ def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) ->
         raise ValueError(f"adapter {name!r} does not act, so there is nothing to merge; call set_adapters first")
     if merge:
         _merge(model, record, [n for n in names if n in record.active])
-    for layer in sites(model):
+    for site in sites(model):
         for gone in names:
-            layer.loca.discard(gone)
-        if not layer.loca.places:
-            restore(layer)
+            site.updates.discard(gone)
+    for host in dict.fromkeys(site.host for site in sites(model)):
+        release(host)
     remaining = {n: weight for n, weight in record.active.items() if n not in names}
     activate(model, record, remaining)
     for gone in names:
         del record.adapters[gone]
     if not record.adapters:
         end_record(model)
+        forget_circumstances(model)
+
+
+def release(host: AdaptedLayer | AdaptedAttention) -> None:
+    """Give a layer without any update left its own class back."""
+    if isinstance(host, AdaptedLayer):
+        if not host.loca.places:
+            restore(host)
+    elif not any(updates.places for updates in host.loca.parts()):
+        restore_attention(host)
 
 
 @torch.no_grad()
 def _merge(model: nn.Module, record: Record, names: list[str]) -> None:
-    strengths = {layer: layer.loca.strengths for layer in sites(model)}
-    try:
-        for layer, acting in strengths.items():
-            layer.loca.strengths = {n: weight for n, weight in acting.items() if n in names}
-        for layer in strengths:  # all of them, before the first is written
-            if not torch.isfinite(layer.weight).all():
-                raise ValueError(
-                    f"{layer.loca.places[0].projection}: merged, the weight would not be finite in {layer.weight.dtype}"
-                )
-        for layer in strengths:
-            base_weight(layer).copy_(layer.weight)
-    finally:
-        for layer, acting in strengths.items():
-            layer.loca.strengths = acting
+    write_weights(model, {name: record.active[name] for name in names})
     if record.supplier in names:
-        park(record, own_tensors(model))
+        park(model, record)
         record.base |= record.adapters[record.supplier].whole
 
 
@@ -153,7 +173,7 @@ def adapters(model: nn.Module, name: str = "default") -> dict[str, Spectrum]:
         ValueError: no such adapter.
     """
     _known(_record(model), name)
-    entries = (entry for layer in sites(model) for entry in layer.loca.entries())
+    entries = (entry for site in sites(model) for entry in site.updates.entries())
     return {place.projection: spectrum for place, spectrum in entries if place.adapter == name}
 
 
@@ -212,6 +232,10 @@ def linear_targets(model: nn.Module, parts: Sequence[str]) -> list[Target]:
     owners: dict[int, tuple[str, str]] = {}
     for target in find_targets(model, parts):
         weight = target.layer._parameters.get("weight")
+        if target.attention is not None:
+            _check_linear(target)
+            found.append(target)
+            continue
         if not isinstance(target.layer, nn.Linear) or weight is None:
             kind = type(target.layer).__name__
             why = "" if weight is not None else ", and this one has no weight parameter of its own"
@@ -227,6 +251,13 @@ def linear_targets(model: nn.Module, parts: Sequence[str]) -> list[Target]:
             there = there or "no attention layer and no MLP"
             raise ValueError(f"targets: {type(model).__name__} has no {part!r} projection to adapt; it has {there}")
     return found
+
+
+def _check_linear(target: Target) -> None:
+    """Any layer that maps vectors to vectors will do: the update is added to what it answers."""
+    sizes = [getattr(target.layer, name, None) for name in ("in_features", "out_features")]
+    if not all(isinstance(size, int) for size in sizes):
+        raise TypeError(f"{target.name} is a {type(target.layer).__name__}: LoCA adapts linear layers")
 
 
 def classifier(model: nn.Module) -> list[nn.Parameter]:
@@ -256,7 +287,7 @@ def check_new_name(model: nn.Module, name: object) -> None:
     known = record.adapters if record else {}
     if name in known:
         raise ValueError(f"name={name!r}: the model has an adapter of that name; remove it first or choose another")
-    for place in (place for layer in sites(model) for place in layer.loca.places):
+    for place in places(model):
         if place.adapter not in known:
             raise ValueError(
                 f"{place.projection} has the adapter {place.adapter!r} through another module, above or below this one; "

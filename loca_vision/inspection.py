@@ -29,15 +29,17 @@ def describe(path: str | os.PathLike[str]) -> str:
         cells, which = torch.unique(tensors[f"{projection}.locations"].long(), return_inverse=True)
         coefficients = tensors[f"{projection}.coefficients"].double()
         # Atoms are orthonormal, so the norm is that of the spectrum, once components at one cell are added up.
-        norm = abs(about.config.scale) * math.sqrt(
+        norm = abs(about.config_for(projection).scale) * math.sqrt(
             float(torch.zeros(len(cells)).double().index_add(0, which, coefficients).square().sum())
         )
         rows.append((projection, f"{shape[0]} x {shape[1]}", str(len(coefficients)), str(len(cells)), f"{norm:.4g}"))
     whole = {key.removeprefix("full."): tuple(value.shape) for key, value in tensors.items() if key.startswith("full.")}
-    config = about.config
     head = [
         f"{opened.path}: {size:,} bytes, adapter {about.name!r} of {about.base_model}, by loca-vision {about.library_version}",
-        f"targets {', '.join(config.targets)}; scale {config.scale:g}; seed {config.seed}",
+        *(
+            f"{f'{component}: ' if component else ''}targets {', '.join(c.targets)}; scale {c.scale:g}; seed {c.seed}"
+            for component, c in about.configs.items()
+        ),
         *(f"trained whole: {name} {shape}" for name, shape in whole.items()),
     ]
     return "\n".join([*head, "", aligned(rows, str.ljust)])

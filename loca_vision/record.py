@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,11 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from loca_vision.attention import AdaptedAttention
 from loca_vision.config import LoCAConfig
 from loca_vision.layer import AdaptedLayer
+from loca_vision.offload import stored_at
 from loca_vision.spectrum import Spectrum
+from loca_vision.updates import Place, Reading, WeightUpdates
 
 _ATTRIBUTE = "_loca_record"
+
+
+Strength = float | Mapping[str, float]  # of an adapter: one number, or one for each of its projections
 
 
 @dataclass
@@ -28,6 +35,20 @@ class Adapter:
 
 
 @dataclass
+class Fused:
+    """
+    Args:
+        adapters: those in the weights, and how strongly.
+        originals: the weights before the first of them, by the paths of their layers, on the CPU, to be put back bit for bit.
+        marks: a checksum of each weight with them in it, which tells whether another hand has written to it since.
+    """
+
+    adapters: dict[str, Strength] = field(default_factory=dict)
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    marks: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
 class Record:
     """
     Args:
@@ -35,17 +56,28 @@ class Record:
         base: the model's own values of all tensors that some adapter trains whole.
         adapters: by name, in the order they came.
         active: the adapters that act, and how strongly. The last of them that has whole tensors supplies them.
+        enabled: whether any acts at all for now.
+        fused: what has been written into the weights.
+        frozen: whether an adapter froze the model's own parameters: what learns since is meant to.
     """
 
     trainable: dict[str, bool]
     base: dict[str, Tensor] = field(default_factory=dict)
     adapters: dict[str, Adapter] = field(default_factory=dict)
-    active: dict[str, float] = field(default_factory=dict)
+    active: dict[str, Strength] = field(default_factory=dict)
+    enabled: bool = True
+    fused: Fused = field(default_factory=Fused)
+    frozen: bool = False
 
     @property
     def supplier(self) -> str | None:
         """The adapter whose whole tensors are in the model now."""
-        return next((name for name in reversed(self.active) if self.adapters[name].whole), None)
+        return next((name for name in reversed(self.active) if self.adapters[name].whole and self.enabled), None)
+
+    @property
+    def effective(self) -> dict[str, Strength]:
+        """The adapters whose updates are to be added to what the weights hold."""
+        return {name: strength for name, strength in self.active.items() if self.enabled and name not in self.fused.adapters}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -74,14 +106,33 @@ def start_record(model: nn.Module) -> Record:
 def end_record(model: nn.Module) -> None:
     record = record_of(model)
     if record is not None:
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters() if record.frozen else ():
             parameter.requires_grad_(record.trainable.get(name, parameter.requires_grad))
         delattr(model, _ATTRIBUTE)
 
 
-def sites(model: nn.Module) -> list[AdaptedLayer]:
-    """Every adapted layer of the model."""
-    return [module for module in unwrap(model).modules() if isinstance(module, AdaptedLayer)]
+@dataclass(frozen=True)
+class Site:
+    """The updates of one weight, and the layer whose class was exchanged for them."""
+
+    updates: WeightUpdates
+    host: AdaptedLayer | AdaptedAttention
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """Where updates are, in the order of the model's modules."""
+    found: list[Site] = []
+    for module in unwrap(model).modules():
+        if isinstance(module, AdaptedLayer):
+            found.append(Site(module.loca, module))
+        elif isinstance(module, AdaptedAttention):
+            found += [Site(updates, module) for updates in module.loca.parts()]
+    return found
+
+
+def places(model: nn.Module) -> list[Place]:
+    """Every adapted projection of every adapter."""
+    return [place for site in sites(model) for place in site.updates.places]
 
 
 def spectra(model: nn.Module) -> list[Spectrum]:
@@ -111,20 +162,35 @@ def moved_by_training(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def acting_spectra(model: nn.Module) -> list[Spectrum]:
     """Every spectrum but those of adapters that do not act."""
-    entries = [entry for layer in sites(model) for entry in ((layer.loca, *pair) for pair in layer.loca.entries())]
+    entries = [(site.updates, *pair) for site in sites(model) for pair in site.updates.entries()]
     idle = {id(spectrum) for updates, place, spectrum in entries if place.adapter not in updates.strengths}
     return [spectrum for spectrum in spectra(model) if id(spectrum) not in idle]
 
 
-def activate(model: nn.Module, record: Record, active: dict[str, float]) -> None:
+def activate(model: nn.Module, record: Record, active: dict[str, Strength]) -> None:
     """Let exactly these adapters act: park the whole tensors of the one that supplied them, bring in those of the next."""
-    tensors = own_tensors(model)
-    park(record, tensors)
+    park(model, record)
     record.active = active
-    supply(record, tensors)
-    for layer in sites(model):
-        here = {place.adapter for place in layer.loca.places}
-        layer.loca.strengths = {name: weight for name, weight in active.items() if name in here}
+    supply(model, record)
+    strengthen(model, record)
+
+
+def strengthen(model: nn.Module, record: Record) -> None:
+    """Tell every update how strongly it acts: as the record says, unless it is disabled or fused into the weights."""
+    effective = record.effective
+    for site in sites(model):
+        site.updates.strengths = {
+            place.adapter: strength_at(effective[place.adapter], place.projection)
+            for place in site.updates.places
+            if place.adapter in effective
+        }
+    for module in unwrap(model).modules():
+        if isinstance(module, Reading):
+            module.refresh()
+
+
+def strength_at(strength: Strength, projection: str) -> float:
+    return strength[projection] if isinstance(strength, Mapping) else strength
 
 
 @torch.no_grad()
@@ -145,17 +211,17 @@ def forget_lost(record: Record, tensors: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def park(record: Record, tensors: dict[str, Tensor]) -> None:
+def park(model: nn.Module, record: Record) -> None:
     """Keep the values that the supplying adapter has reached by now."""
-    forget_lost(record, tensors)
+    forget_lost(record, own_tensors(model))
     if record.supplier:
         whole = record.adapters[record.supplier].whole
-        whole.update({name: tensors[name].detach().clone() for name in whole})
+        whole.update({name: stored_at(model, name).detach().clone() for name in whole})
 
 
 @torch.no_grad()
-def supply(record: Record, tensors: dict[str, Tensor]) -> None:
+def supply(model: nn.Module, record: Record) -> None:
     """Put the supplying adapter's whole tensors into the model, and the model's own where it has none."""
     whole = record.adapters[record.supplier].whole if record.supplier else {}
     for name, own in record.base.items():
-        tensors[name].copy_(whole.get(name, own))
+        stored_at(model, name).copy_(whole.get(name, own))

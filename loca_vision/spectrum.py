@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loca_vision.cosine_sum import cosine_sum
+from loca_vision.cosine_sum import cosine_applied, cosine_sum
 
 # Share of a cell's width over which a first location may lie off its centre: short of the whole, so that float32
 # cannot round it into the neighbour.
@@ -44,6 +44,7 @@ class Spectrum(nn.Module):
         self.shape = shape
         self.scale = scale
         self.difference = difference
+        self.count = len(coefficients)  # of them that mean something: behind may be zeros, room for another adapter
         self.final = False  # whether the locations are, for good
         self.scheduled = False  # whether a schedule decides what moves: a half that is frozen may learn again
         self.coefficients = nn.Parameter(coefficients)
@@ -55,8 +56,7 @@ class Spectrum(nn.Module):
 
         NaN, from a training that diverged, counts as 0: the loss tells of it, an index out of range would not.
         """
-        inside = self.locations.detach().nan_to_num(0).clamp(0, 1)
-        return torch.stack([(inside[:, axis] * (size - 1)).round().long() for axis, size in enumerate(self.shape)], 1)
+        return cells_at(self.locations, self.shape)
 
     def delta(self, strength: float = 1.0) -> Tensor:
         """`strength` times the update, (p, q) float32, differentiable in coefficients and locations."""
@@ -65,7 +65,17 @@ class Spectrum(nn.Module):
         scale = self.scale * strength
         return cosine_sum(self.coefficients, self.locations, self.cells, self.shape, scale, self.difference)
 
-    forward = delta
+    def applied(self, x: Tensor, strength: float = 1.0) -> Tensor:
+        """x times `strength` times the update, x Delta W^T, without building it: (..., q) to (..., p) in x's dtype.
+
+        Two transforms of the activations and a sparse product. Differentiable in x only.
+        """
+        scale = self.scale * strength
+        return cosine_applied(x, self.coefficients.to(x.device), self.cells.to(x.device), self.shape, scale)
+
+    def forward(self, strength: float = 1.0, x: Tensor | None = None) -> Tensor:
+        """`delta`, or, given activations, `applied`: through here, so that hooks which bring offloaded tensors see it."""
+        return self.delta(strength) if x is None else self.applied(x, strength)
 
     def confine(self) -> None:
         """Bring locations an optimiser has carried out of [0, 1] back to the border: every cell stays within reach."""
@@ -98,6 +108,12 @@ def random_spectrum(shape: tuple[int, int], n_components: int, *, name: str, see
         jitter = (torch.rand(n_components, 2, generator=generator, dtype=torch.float32) - 0.5) * _JITTER
         locations = cell_locations(flat, shape) + jitter / torch.tensor(shape).sub(1).clamp(min=1)
         return Spectrum(shape, torch.zeros(n_components, dtype=torch.float32), locations.clamp(0, 1), **settings)
+
+
+def cells_at(locations: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(B, 2) int64 cells nearest to locations (B, 2) in [0, 1]."""
+    inside = locations.detach().nan_to_num(0).clamp(0, 1)
+    return torch.stack([(inside[:, axis] * (size - 1)).round().long() for axis, size in enumerate(shape)], 1)
 
 
 def cell_locations(flat: Tensor, shape: tuple[int, int]) -> Tensor:

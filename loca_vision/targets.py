@@ -1,4 +1,4 @@
-"""Where a vision transformer keeps its projections: a short generator of targets, by structure, importing no model library."""
+"""Where a model keeps its projections: generators of targets, by structure, importing no model library."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from loca_vision.projections import Naming, kind_of, naming_of
+from loca_vision.projections import child as genuine_child
 from loca_vision.rows import Rows
 
 
@@ -22,6 +24,7 @@ class Target:
         part: "q", "k", "v", "out", "fc1" or "fc2".
         layer_path, layer: the module that holds the weight.
         rows: a slice or an index (int64) of the weight's rows; None for all of them.
+        attention: the attention layer, where it is adapted as a whole (diffusers, transformers).
     """
 
     name: str
@@ -29,10 +32,13 @@ class Target:
     layer_path: str
     layer: nn.Module
     rows: Rows = None
+    attention: nn.Module | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(p, q) of the projection. The layer must be linear."""
+        if self.attention is not None:  # the weight may be quantised, or offloaded
+            return self.layer.out_features, self.layer.in_features  # type: ignore[return-value]
         rows, cols = self.layer._parameters["weight"].shape  # type: ignore[union-attr]
         if isinstance(self.rows, slice):
             return len(range(*self.rows.indices(rows))), cols
@@ -52,15 +58,29 @@ def find_targets(model: nn.Module, parts: Sequence[str]) -> Iterator[Target]:
     """
     attention_paths: list[str] = []
     for path, module in model.named_modules():
+        naming = naming_of(module)
+        if naming is not None:
+            yield from _of_attention(path, module, naming, parts)
+            continue
         children = {name: child for name, child in module.named_children() if not isinstance(child, nn.Identity)}
         attention = _attention(path, module, children)
         if attention:
             attention_paths.append(f"{path}.")
         mlp = _mlp(children, inside_attention=path.startswith(tuple(attention_paths)))
         for part, child, rows in (*attention, *mlp):
-            if part.split("_")[0] in parts:
+            if kind_of(part) in parts:
                 where = f"{path}." if path else ""
-                yield Target(f"{where}{part}", part.split("_")[0], f"{where}{child}", children[child], rows)
+                yield Target(f"{where}{part}", kind_of(part), f"{where}{child}", children[child], rows)
+
+
+def _of_attention(path: str, attention: nn.Module, naming: Naming, parts: Sequence[str]) -> Iterator[Target]:
+    where = f"{path}." if path else ""
+    for part in naming.present(attention):
+        if kind_of(part) in parts:
+            place = naming.parts[part]
+            layer = genuine_child(attention, place)
+            assert layer is not None
+            yield Target(f"{where}{part}", kind_of(part), f"{where}{place}", layer, attention=attention)
 
 
 def _attention(path: str, module: nn.Module, children: dict[str, nn.Module]) -> list[tuple[str, str, Rows]]:

@@ -34,8 +34,8 @@ def gradients(model, images):
 def builds(monkeypatch):
     """Counts how often a weight is built."""
     count = []
-    build = loca_vision.layer.add_rows
-    monkeypatch.setattr(loca_vision.layer, "add_rows", lambda *given: count.append(1) or build(*given))
+    build = loca_vision.updates.add_rows
+    monkeypatch.setattr(loca_vision.updates, "add_rows", lambda *given: count.append(1) or build(*given))
     return count
 
 
@@ -148,7 +148,7 @@ def test_training_does_not_keep_weights(adapted, images):
     with torch.no_grad():
         adapted(images)
     adapted(images)
-    assert all(module._kept is None for module in adapted.modules() if isinstance(module, loca_vision.layer.WeightUpdates))
+    assert all(module._kept is None for module in adapted.modules() if isinstance(module, loca_vision.updates.WeightUpdates))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))

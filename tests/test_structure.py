@@ -11,14 +11,17 @@ PACKAGE = Path(loca_vision.__file__).parent
 
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
-    {"version", "dct", "config", "atomic", "data", "rows", "tables"},
+    {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload"},
     {"cosine_sum", "safefile"},
     {"spectrum", "adapter_file"},
-    {"targets"},
-    {"layer"},
+    {"targets", "updates"},
+    {"layer", "attention", "root"},
     {"record"},
-    {"inject"},
-    {"schedule", "checkpoint"},
+    {"weights"},
+    {"inject", "fusing"},
+    {"schedule", "checkpoint", "blocks", "sources"},
+    {"loader", "processor"},
+    {"diffusers"},
     {"inspection", "img_focus", "training"},
     {"vit", "plots"},
     {"reload", "demo_report"},
@@ -26,7 +29,7 @@ LAYERS = (
     {"cli"},
 )
 LIGHT = {"torch", "safetensors", "loca_vision"}
-NEEDS_MORE = {"data", "img_focus", "vit", "plots", "demo", "demo_report", "cli", "reload"}
+NEEDS_MORE = {"diffusers", "sources", "data", "img_focus", "vit", "plots", "demo", "demo_report", "cli", "reload"}
 
 
 def imported(file):

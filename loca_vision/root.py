@@ -1,0 +1,86 @@
+"""What a whole model needs besides its layers: the strength of one call, and a `save_pretrained` that writes the base alone."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from loca_vision.updates import Circumstances
+
+_CHILD, _HOOK = "loca_circumstances", "_loca_call_hook"
+_KEYWORDS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+
+
+def circumstances(model: nn.Module) -> Circumstances:
+    """Those of this model, which has them from now on."""
+    found = model._modules.get(_CHILD)
+    if not isinstance(found, Circumstances):
+        found = Circumstances()
+        model.add_module(_CHILD, found)
+        parameter = next(model.parameters(), None)
+        if parameter is not None and parameter.device.type != "meta":
+            found.to(parameter.device)
+        if _takes_attention_kwargs(model):
+            model.__dict__[_HOOK] = model.register_forward_pre_hook(read_strength, with_kwargs=True)
+        if hasattr(model, "save_pretrained"):
+            model.__dict__["save_pretrained"] = SaveBase(model)
+    return found
+
+
+def forget_circumstances(model: nn.Module) -> None:
+    """Undo what `circumstances` did."""
+    model._modules.pop(_CHILD, None)
+    hook = model.__dict__.pop(_HOOK, None)
+    if hook is not None:
+        hook.remove()
+    if isinstance(model.__dict__.get("save_pretrained"), SaveBase):
+        del model.__dict__["save_pretrained"]
+
+
+def _takes_attention_kwargs(model: nn.Module) -> bool:
+    return any(name in inspect.signature(type(model).forward).parameters for name in _KEYWORDS)
+
+
+def read_strength(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A forward pre-hook: `cross_attention_kwargs={"scale": s}` is how strongly all adapters act in this call.
+
+    It stands until the next call, since a checkpointed block runs again in the backward pass. The scale goes on to diffusers
+    only where peft has layers for it: without any, diffusers would warn that it has no effect.
+    """
+    strength = 1.0
+    for name in _KEYWORDS:
+        settings = named.get(name)
+        if settings is not None and "scale" in settings:
+            strength = settings["scale"]
+            if not hasattr(model, "peft_config"):
+                named = named | {name: {key: value for key, value in settings.items() if key != "scale"} or None}
+    model._modules[_CHILD].set_strength(strength)  # type: ignore[union-attr, operator]
+    return inputs, named
+
+
+class SaveBase:
+    """`save_pretrained` of a model with adapters: the file has the keys of the base, and the stock class loads it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._stock())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hook = self.model._register_state_dict_hook(without_adapters)
+        try:
+            return self._stock()(*args, **kwargs)
+        finally:
+            hook.remove()
+
+    def _stock(self) -> Any:
+        return type(self.model).save_pretrained.__get__(self.model)
+
+
+def without_adapters(model: nn.Module, state: dict[str, Any], prefix: str, local: Any) -> None:
+    for key in [key for key in state if ".loca." in f".{key}"]:
+        del state[key]

@@ -1,0 +1,299 @@
+"""What a weight reads as: W plus the updates that act on its rows, built once and kept until something changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loca_vision.rows import Rows, Update, add_rows, row_linear
+from loca_vision.spectrum import Spectrum
+
+
+@dataclass(frozen=True)
+class Place:
+    """Whose an update is, which projection it changes, and the rows of the weight that make up that projection."""
+
+    adapter: str
+    projection: str
+    rows: Rows
+
+
+class Circumstances(nn.Module):
+    """What holds for all updates of one model: how strongly they act in this call, and whether memory is to be spared.
+
+    Attributes:
+        strength: multiplies every adapter's own; eager code reads it.
+        factor: the same number as a tensor, (); compiled code reads it, so that another strength compiles nothing anew.
+        low_memory: apply updates to activations instead of building weights for them.
+    """
+
+    factor: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strength = 1.0
+        self.low_memory = False
+        self.register_buffer("factor", torch.ones((), device="cpu"), persistent=False)
+
+    def set_strength(self, strength: float) -> None:
+        self.strength = strength
+        self.factor.fill_(strength)
+
+
+_USUAL = Circumstances()  # of models that know no strength of a call
+
+
+@dataclass(frozen=True)
+class Acting:
+    """One spectrum that acts on a weight: on which of its rows, how strongly, and the projection it belongs to."""
+
+    projection: str
+    rows: Rows
+    spectrum: Spectrum
+    strength: float
+
+
+class Reading(nn.Module):
+    """W + Delta W for one weight; which spectra act on which of its rows, a subclass says.
+
+    In eager mode the sum is kept with a note of what it was made from. Compiled code finds the update in the buffer `delta`,
+    made when the code is traced and rewritten in place by `refresh` whenever adapters change, so that nothing is compiled anew.
+    """
+
+    delta: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("delta", None, persistent=False)
+        self._kept: _Kept | None = None
+
+    def acting(self) -> list[Acting]:
+        """What acts on the weight now."""
+        raise NotImplementedError
+
+    def all_spectra(self) -> list[Spectrum]:
+        """Acting or not."""
+        raise NotImplementedError
+
+    @property
+    def circumstances(self) -> Circumstances:
+        raise NotImplementedError
+
+    # The weight
+
+    def forward(self, base: Tensor) -> Tensor:
+        """W + sum of the acting updates, in W's dtype and shape; built anew where gradients are wanted, else kept."""
+        if torch.compiler.is_compiling():
+            return self._traced(base)
+        acting = self.acting()
+        if not acting:
+            return base
+        if torch.is_grad_enabled() and any(value.requires_grad for value in (base, *_parameters(acting))):
+            self._kept = None
+            return add_rows(base, self._deltas(acting, base.device))
+        return self._kept_or(base, acting, lambda: add_rows(base, self._deltas(acting, base.device)))
+
+    def sum(self, base: Tensor) -> Tensor:
+        """W + sum of the acting updates, built anew and not kept; whatever the strength of the last call."""
+        acting = self.acting()
+        return add_rows(base, self._deltas(acting, base.device, of_call=False)) if acting else base
+
+    def learns_alone(self, base: Tensor) -> bool:
+        """Whether a gradient is wanted of the updates, and none of W."""
+        wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not base.requires_grad
+        return wanted and any(value.requires_grad for value in _parameters(self.acting()))
+
+    def linear(self, x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor:
+        """x (W + sum of the acting updates)^T + bias, where `learns_alone`: no other row's gradient is computed."""
+        self._kept = None
+        updates = self._deltas(self.acting(), base.device)
+        with torch.no_grad():
+            weight = add_rows(base, updates)
+        return row_linear(x, weight, bias, updates)
+
+    # The update alone, for weights that cannot be read or must not be written out
+
+    def applied(self, x: Tensor, rows: int, *, keep: bool) -> Tensor:
+        """x times the sum of the acting updates, (..., q) to (..., rows): with a matrix that is kept, or without any."""
+        if torch.compiler.is_compiling() and self.delta is not None:
+            return F.linear(x, (self.circumstances.factor * self.delta).to(x.dtype))
+        acting = self.acting()
+        if not acting:
+            return x.new_zeros(*x.shape[:-1], rows)
+        if torch.is_grad_enabled() and any(value.requires_grad for value in _parameters(acting)):
+            return F.linear(x, self._matrix(x, rows, acting))
+        if not keep or self.circumstances.low_memory:
+            return self._by_activations(x, rows, acting)
+        return F.linear(x, self._kept_or(None, acting, lambda: self._matrix(x, rows, acting)))
+
+    def _matrix(self, x: Tensor, rows: int, acting: list[Acting]) -> Tensor:
+        empty = torch.zeros(rows, x.shape[-1], device=x.device)
+        matrix = add_rows(empty, self._deltas(acting, x.device))
+        return matrix.to(torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype)
+
+    def _by_activations(self, x: Tensor, rows: int, acting: list[Acting]) -> Tensor:
+        result = x.new_zeros(*x.shape[:-1], rows)
+        for one in acting:
+            part = one.spectrum(self.circumstances.strength * one.strength, x)
+            if one.rows is None and part.shape == result.shape:
+                result = result + part
+            else:
+                where = torch.arange(rows, device=x.device)[one.rows if one.rows is not None else slice(None)]
+                result = result.index_add(-1, where, part)
+        return result
+
+    # Compiled code
+
+    def _traced(self, base: Tensor) -> Tensor:
+        if self.delta is not None:
+            return (base + self.circumstances.factor * self.delta).to(base.dtype)
+        acting = self.acting()
+        return add_rows(base, self._deltas(acting, base.device)) if acting else base
+
+    def learns(self) -> bool:
+        """Whether any spectrum here may still change by training, acting or not: compiled code then builds its update."""
+        return any([p.requires_grad for spectrum in self.all_spectra() for p in (spectrum.coefficients, spectrum.locations)])
+
+    def settle(self, base: Tensor) -> None:
+        """Make the update that compiled code reads, for a weight like `base`; once made, `refresh` keeps it up to date."""
+        if self.learns() or self.circumstances.low_memory:
+            self.delta = None
+        elif self.delta is None:
+            self.delta = torch.zeros_like(base.detach(), requires_grad=False)
+            self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Rewrite `delta` in place, where there is one, after adapters came, went or changed."""
+        if self.delta is not None:
+            wide = torch.zeros(self.delta.shape, device=self.delta.device)
+            deltas = self._deltas(self.acting(), self.delta.device, of_call=False)
+            self.delta.copy_(add_rows(wide, deltas) if deltas else wide)
+
+    # Building
+
+    def _deltas(self, acting: list[Acting], device: torch.device, *, of_call: bool = True) -> list[Update]:
+        """The rows and the update of each projection, summed over the acting adapters."""
+        factor = self.circumstances.strength if of_call else 1.0
+        deltas: dict[str, Update] = {}
+        for one in acting:
+            delta = one.spectrum(factor * one.strength).to(device)
+            if one.projection in deltas:
+                delta = deltas[one.projection][1] + delta
+            deltas[one.projection] = one.rows, delta
+        return list(deltas.values())
+
+    def _kept_or(self, base: Tensor | None, acting: list[Acting], build: Callable[[], Tensor]) -> Tensor:
+        learned, strengths = list(_parameters(acting)), [self.circumstances.strength, *(one.strength for one in acting)]
+        kept = self._kept  # one reading: another thread may drop it meanwhile
+        if kept is None or not kept.holds_for(base, learned, strengths):
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = kept = _Kept(base, learned, strengths, build())
+        return kept.weight
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__ | {"_kept": None}  # a copy or a pickle builds its own
+        return state | {"_buffers": state["_buffers"] | {"delta": None}}
+
+
+class WeightUpdates(Reading):
+    """The updates of the weight of one linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spectra = nn.ModuleList()
+        self.places: list[Place] = []  # one for each spectrum
+        self.strengths: dict[str, float] = {}  # of the adapters that act
+        self.shared = (_USUAL,)  # in a tuple, which nn.Module does not take for a child
+
+    @property
+    def circumstances(self) -> Circumstances:
+        return self.shared[0]
+
+    def entries(self) -> list[tuple[Place, Spectrum]]:
+        return [(place, self.spectra[i]) for i, place in enumerate(self.places)]  # type: ignore[misc]
+
+    def acting(self) -> list[Acting]:
+        return [
+            Acting(place.projection, place.rows, spectrum, self.strengths[place.adapter])
+            for place, spectrum in self.entries()
+            if place.adapter in self.strengths
+        ]
+
+    def all_spectra(self) -> list[Spectrum]:
+        return list(self.spectra)  # type: ignore[arg-type]
+
+    def add(self, place: Place, spectrum: Spectrum) -> None:
+        self.spectra.append(spectrum)
+        self.places.append(place)
+
+    def discard(self, adapter: str) -> None:
+        kept = [(place, spectrum) for place, spectrum in self.entries() if place.adapter != adapter]
+        self.places = [place for place, _ in kept]
+        self.spectra = nn.ModuleList(spectrum for _, spectrum in kept)
+        self.strengths.pop(adapter, None)
+        self._kept = None
+
+
+class FusedUpdates(Reading):
+    """The same updates for a weight made by stacking those of several layers, as `fuse_qkv_projections` makes it.
+
+    Args:
+        parts: the updates of each stacked weight and the rows it has in the stack.
+    """
+
+    def __init__(self, parts: Sequence[tuple[WeightUpdates, slice]]) -> None:
+        super().__init__()
+        self.parts = tuple(parts)  # in a tuple: they are children elsewhere
+
+    @property
+    def circumstances(self) -> Circumstances:
+        return self.parts[0][0].circumstances
+
+    def acting(self) -> list[Acting]:
+        return [
+            Acting(one.projection, rows, one.spectrum, one.strength) for updates, rows in self.parts for one in updates.acting()
+        ]
+
+    def all_spectra(self) -> list[Spectrum]:
+        return [spectrum for updates, _ in self.parts for spectrum in updates.all_spectra()]
+
+
+def _parameters(acting: list[Acting]) -> Iterator[Tensor]:
+    for one in acting:
+        yield from (one.spectrum.coefficients, one.spectrum.locations)
+
+
+class _Kept:
+    """A weight built once, and what it was built from.
+
+    Versions tell of every in-place change but those made through `.data`; on the CPU, where it costs microseconds and no
+    synchronisation, the small tensors are compared by value as well.
+    """
+
+    def __init__(self, base: Tensor | None, learned: list[Tensor], strengths: list[float], weight: Tensor) -> None:
+        self.values, self.strengths, self.weight = [base, *learned], strengths, weight
+        self.marks = [_mark(value) for value in self.values]
+        self.copies = [value.detach().clone() if value.device.type == "cpu" else None for value in learned]
+
+    def holds_for(self, base: Tensor | None, learned: list[Tensor], strengths: list[float]) -> bool:
+        values = [base, *learned]
+        return (
+            self.strengths == strengths
+            and len(self.values) == len(values)
+            and all(old is new for old, new in zip(self.values, values, strict=True))
+            and self.marks == [_mark(value) for value in values]
+            and all(copy is None or torch.equal(copy, value) for copy, value in zip(self.copies, learned, strict=True))
+        )
+
+
+def _mark(tensor: Tensor | None) -> tuple[Any, ...]:
+    if tensor is None:
+        return ()
+    version = 0 if tensor.is_inference() else tensor._version
+    return version, tensor.data_ptr(), tensor.dtype, tensor.device

@@ -1,0 +1,110 @@
+"""Writing updates into the weights themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loca_vision.attention import AdaptedAttention, base_of
+from loca_vision.layer import AdaptedLayer
+from loca_vision.offload import stored
+from loca_vision.projections import child
+from loca_vision.record import Strength, sites, strength_at, unwrap
+from loca_vision.updates import Reading
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight that updates act on.
+
+    Args:
+        path, layer: of the linear layer.
+        reading: how it reads.
+        stack: the paths of the layers whose weights it stacks, for a projection that fuses several.
+    """
+
+    path: str
+    layer: nn.Module
+    reading: Reading
+    stack: tuple[str, ...] = ()
+
+    @property
+    def tensor(self) -> Tensor:
+        """W, to be read and written in place, wherever it is kept.
+
+        Raises:
+            ValueError: it is not a matrix of floating-point numbers.
+        """
+        weight = stored(self.layer, "weight") if "weight" in self.layer._parameters else None
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2 or weight.element_size() < 2:
+            kind = type(self.layer).__name__
+            raise ValueError(f"{self.path} is a {kind} without a plain floating-point weight: nothing can be written into it")
+        return weight
+
+
+def weights(model: nn.Module) -> list[Weight]:
+    """Every weight that adapters have updates for, acting or not, and of fused projections both what is stacked and the stack."""
+    found: list[Weight] = []
+    for path, module in unwrap(model).named_modules():
+        if isinstance(module, AdaptedLayer):
+            found.append(Weight(path, module, module.loca))
+        elif isinstance(module, AdaptedAttention):
+            for place, reading in module.loca.readings(module):
+                if reading.all_spectra():
+                    stack = tuple(f"{path}.{part}" for part in module.loca.stacked(module, place))
+                    found.append(Weight(f"{path}.{place}", base_of(child(module, place)), reading, stack))
+    return found
+
+
+def original(weight: Weight, model: nn.Module, originals: Mapping[str, Tensor]) -> Tensor:
+    """What the weight was, where that is known, and otherwise is; a stack is what its parts were."""
+    if not weight.stack:
+        return originals.get(weight.path, weight.tensor)
+    layers = [base_of(unwrap(model).get_submodule(path)) for path in weight.stack]
+    parts = [originals.get(path, stored(layer, "weight")) for path, layer in zip(weight.stack, layers, strict=True)]
+    return torch.cat([part.to(weight.tensor.device) for part in parts])
+
+
+@torch.no_grad()
+def write_weights(
+    model: nn.Module,
+    strengths: Mapping[str, Strength],
+    originals: Mapping[str, Tensor] | None = None,
+    *,
+    check: bool = True,
+) -> None:
+    """W + the updates of these adapters, at these strengths, into every weight they have updates for.
+
+    Args:
+        originals: W by the path of its layer; what the weights hold now by default.
+        check: build every weight before the first is written, and refuse one that is not finite.
+
+    Raises:
+        ValueError: a weight cannot be written, or would not be finite; nothing has been written then.
+    """
+    before = [(site.updates, site.updates.strengths) for site in sites(model)]
+    try:
+        for site in sites(model):
+            site.updates.strengths = {
+                place.adapter: strength_at(strengths[place.adapter], place.projection)
+                for place in site.updates.places
+                if place.adapter in strengths
+            }
+        there = [(weight, weight.tensor) for weight in weights(model) if weight.reading.acting()]
+        for weight, tensor in there if check else ():
+            if not torch.isfinite(_with_updates(weight, tensor, model, originals)).all():
+                projection = weight.reading.acting()[0].projection
+                raise ValueError(f"{projection}: merged, the weight would not be finite in {tensor.dtype}")
+        for weight, tensor in there:
+            tensor.copy_(_with_updates(weight, tensor, model, originals))
+    finally:
+        for updates, acting in before:
+            updates.strengths = acting
+
+
+def _with_updates(weight: Weight, tensor: Tensor, model: nn.Module, originals: Mapping[str, Tensor] | None) -> Tensor:
+    base = tensor if originals is None else original(weight, model, originals).to(tensor.device, tensor.dtype)
+    return weight.reading.sum(base)
