@@ -93,7 +93,7 @@ class AdaptedProjection:
         self.attention, self.path, self.reading = attention, path, reading
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer: Any = child(self.attention, self.path)
+        layer = self._layer()
         if torch.compiler.is_compiling():
             self._settle()
         if not self._acts():
@@ -111,14 +111,16 @@ class AdaptedProjection:
     @property
     def weight(self) -> Tensor:
         """W + Delta W, for processors that read it."""
-        layer: Any = child(self.attention, self.path)
-        weight: Tensor = self.reading(layer.weight)
+        weight: Tensor = self.reading(self._layer().weight)
         return weight
 
     def __getattr__(self, name: str) -> Any:
         if name in ("attention", "path", "reading") or name.startswith("__"):  # as while a copy is made
             raise AttributeError(name)
-        return getattr(child(self.attention, self.path), name)
+        return getattr(self._layer(), name)
+
+    def _layer(self) -> Any:
+        return child(self.attention, self.path)
 
     def _beside(self) -> bool:
         """Whether memory is to be spared, and can be: gradients of the updates need them as matrices."""
@@ -138,8 +140,7 @@ class AdaptedProjection:
 
     @torch.compiler.assume_constant_result
     def _settle(self) -> None:
-        layer: Any = child(self.attention, self.path)
-        weight = base_of(layer).weight
+        weight = base_of(self._layer()).weight
         if isinstance(weight, Tensor) and weight.is_floating_point():
             self.reading.settle(weight)
 
@@ -154,7 +155,8 @@ def base_of(layer: Any) -> Any:
 def _is_plain(layer: Any) -> bool:
     """Whether calling the layer is nothing but a product with its weight, which is there to be read."""
     return (
-        type(layer).forward is nn.Linear.forward
+        isinstance(layer, nn.Module)
+        and type(layer).forward is nn.Linear.forward
         and "forward" not in layer.__dict__  # accelerate's and diffusers' hooks stand there
         and not (layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks)
         and isinstance(layer._parameters.get("weight"), Tensor)

@@ -25,7 +25,7 @@ from loca_vision.adapter_file import (
 )
 from loca_vision.config import LoCAConfig
 from loca_vision.inject import adapters, attach, check_new_name, classifier, linear_targets
-from loca_vision.offload import stored, stored_at
+from loca_vision.offload import device_for, stored, stored_at
 from loca_vision.record import Adapter, forget_lost, moved_by_training, own_tensors, record_of, unwrap
 from loca_vision.safefile import Entry, open_safetensors, write_safetensors
 from loca_vision.spectrum import Spectrum, cell_locations, cells_at
@@ -100,7 +100,7 @@ def contents(model: nn.Module, name: str, dtype: torch.dtype = torch.float32) ->
     Raises:
         ValueError: no such adapter, or a value no file may hold.
     """
-    spectra = adapters(model, name)
+    spectra = {projection: spectrum for projection, spectrum in adapters(model, name).items() if spectrum.count}
     whole = _whole_tensors(unwrap(model), name)
     about = _describe(unwrap(model), name, spectra, whole)
     tensors = {f"full.{key}": value for key, value in whole.items()}
@@ -129,18 +129,28 @@ def match(model: nn.Module, about: Description, entries: dict[str, Entry]) -> li
 
 
 def prepared(
-    model: nn.Module, about: Description, targets: list[Target], tensors: dict[str, Tensor], room: int | None = None
+    model: nn.Module,
+    about: Description,
+    targets: list[Target],
+    tensors: dict[str, Tensor],
+    room: int | None = None,
+    *,
+    learn: bool = True,
 ) -> tuple[Adapter, list[tuple[Target, Spectrum]]]:
     """All that `attach` puts into the model, made beforehand.
 
     Args:
         room: components to make room for in every spectrum, so that another adapter can take their place later.
+        learn: whether the coefficients are to be trained on.
 
     Raises:
         ValueError: a whole tensor overflows the model's dtype, or a spectrum has more components than there is room for.
     """
     whole = _in_their_dtypes(model, about, tensors)
-    placed = [(target, _spectrum(target, tensors, about.configs[""], room)) for target in targets]
+    made = [_spectrum(target, tensors, about.configs[""], room) for target in targets]
+    for spectrum in made:
+        spectrum.coefficients.requires_grad_(learn)
+    placed = [(target, spectrum.to(device_for(target.layer))) for target, spectrum in zip(targets, made, strict=True)]
     return Adapter(about.configs[""], whole), placed
 
 

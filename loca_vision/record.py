@@ -175,6 +175,15 @@ def activate(model: nn.Module, record: Record, active: dict[str, Strength]) -> N
     strengthen(model, record)
 
 
+def enable(model: nn.Module, record: Record, enabled: bool) -> None:
+    """Let the active adapters act, or none."""
+    if record.enabled != enabled:
+        park(model, record)
+        record.enabled = enabled
+        supply(model, record)
+        strengthen(model, record)
+
+
 def strengthen(model: nn.Module, record: Record) -> None:
     """Tell every update how strongly it acts: as the record says, unless it is disabled or fused into the weights."""
     effective = record.effective

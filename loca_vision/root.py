@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from loca_vision.updates import Circumstances
+from loca_vision.updates import Circumstances, Reading
 
-_CHILD, _HOOK = "loca_circumstances", "_loca_call_hook"
-_KEYWORDS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+_CHILD, _HOOK, _SETTINGS = "loca_circumstances", "_loca_call_hook", "_loca_settings"
+KEYWORDS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+
+
+@dataclass
+class Settings:
+    """What was chosen for a model before and beyond any adapter.
+
+    Args:
+        max_components: room in every spectrum for the adapters that are to be swapped in.
+        low_memory: apply updates to activations instead of building weights for them.
+    """
+
+    max_components: int | None = None
+    low_memory: bool = False
+
+
+def settings_of(model: nn.Module) -> Settings:
+    found: Settings = model.__dict__.setdefault(_SETTINGS, Settings())
+    return found
 
 
 def circumstances(model: nn.Module) -> Circumstances:
@@ -18,11 +37,12 @@ def circumstances(model: nn.Module) -> Circumstances:
     found = model._modules.get(_CHILD)
     if not isinstance(found, Circumstances):
         found = Circumstances()
+        found.low_memory = settings_of(model).low_memory
         model.add_module(_CHILD, found)
         parameter = next(model.parameters(), None)
         if parameter is not None and parameter.device.type != "meta":
             found.to(parameter.device)
-        if _takes_attention_kwargs(model):
+        if takes_attention_kwargs(model):
             model.__dict__[_HOOK] = model.register_forward_pre_hook(read_strength, with_kwargs=True)
         if hasattr(model, "save_pretrained"):
             model.__dict__["save_pretrained"] = SaveBase(model)
@@ -39,8 +59,20 @@ def forget_circumstances(model: nn.Module) -> None:
         del model.__dict__["save_pretrained"]
 
 
-def _takes_attention_kwargs(model: nn.Module) -> bool:
-    return any(name in inspect.signature(type(model).forward).parameters for name in _KEYWORDS)
+def set_low_memory(model: nn.Module, enabled: bool) -> None:
+    """Whether the model's updates are applied to activations; what was built for them is dropped."""
+    settings_of(model).low_memory = enabled
+    found = model._modules.get(_CHILD)
+    if isinstance(found, Circumstances):
+        found.low_memory = enabled
+        for module in model.modules():
+            if isinstance(module, Reading):
+                module.drop()
+
+
+def takes_attention_kwargs(model: nn.Module) -> bool:
+    """Whether a call of the model can say how strongly its adapters act."""
+    return any(name in inspect.signature(type(model).forward).parameters for name in KEYWORDS)
 
 
 def read_strength(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -50,7 +82,7 @@ def read_strength(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, An
     only where peft has layers for it: without any, diffusers would warn that it has no effect.
     """
     strength = 1.0
-    for name in _KEYWORDS:
+    for name in KEYWORDS:
         settings = named.get(name)
         if settings is not None and "scale" in settings:
             strength = settings["scale"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -94,11 +94,11 @@ class _InMemory:
         return _InMemory(entries, {METADATA_KEY: about if isinstance(about, str) else json.dumps(about)}, held)
 
 
-def with_description(source: Opened, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+def with_description(source: Opened, shapes: Callable[[], Mapping[str, tuple[int, int]]]) -> dict[str, str]:
     """The metadata; of a state dict that carries none, what its tensors say, given the shapes of a pipeline's projections."""
     if METADATA_KEY in source.metadata or not isinstance(source, _InMemory):
         return source.metadata
-    about = described(source.entries, shapes)
+    about = described(source.entries, shapes())
     _LOG.warning("a state dict without %r does not say its scale: 1.0 is taken", METADATA_KEY)
     return {METADATA_KEY: json.dumps(as_json(about))}
 

@@ -175,6 +175,10 @@ class Reading(nn.Module):
             deltas = self._deltas(self.acting(), self.delta.device, of_call=False)
             self.delta.copy_(add_rows(wide, deltas) if deltas else wide)
 
+    def drop(self) -> None:
+        """Let go of all that was built."""
+        self._kept = self.delta = None
+
     # Building
 
     def _deltas(self, acting: list[Acting], device: torch.device, *, of_call: bool = True) -> list[Update]:

@@ -1,0 +1,471 @@
+"""LoCA on a diffusers pipeline: load, save, weigh, fuse and swap adapters over all its components."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loca_vision.adapter_file import Description, check_values, joined, part_of, read_description, with_prefix
+from loca_vision.blocks import block_strengths
+from loca_vision.calls import follow_calls
+from loca_vision.checkpoint import base_model_name, contents, match, prepared, write_adapter
+from loca_vision.config import PARTS
+from loca_vision.fusing import fuse, refuse_changed, unfuse
+from loca_vision.inject import adapters, attach, check_new_name, remove
+from loca_vision.record import Record, Strength, activate, enable, record_of, unwrap
+from loca_vision.root import set_low_memory, settings_of
+from loca_vision.sources import Opened, Place, opened, safe_name, with_description
+from loca_vision.swap import check_swap, swap
+from loca_vision.targets import find_targets
+
+
+class LoCALoaderMixin:
+    """The methods that `import loca_vision.diffusers` adds to `diffusers.DiffusionPipeline`.
+
+    An adapter has one name throughout a pipeline and may be in several of its components. One that was put into a component
+    with `loca_vision.inject` or `load_adapter` is one of the pipeline's.
+    """
+
+    components: dict[str, Any]
+
+    def load_loca_weights(
+        self,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool | None = None,
+        force_download: bool = False,
+        hotswap: bool = False,
+    ) -> None:
+        """Load an adapter; it becomes the only active one, at weight 1.0. What fails leaves the pipeline as it was.
+
+        The file is checked as a whole, against itself and against the pipeline, before anything is touched. Loaded spectra
+        do not learn; to train on, `loca_vision.load_adapter(pipe.unet, ...)`.
+
+        Args:
+            source: a folder, a file, `"user/repository"` on the hub, or a state dict (which is not changed).
+            adapter_name: letters, digits, `_` and `-`; by default `default_0`, `default_1`, ...
+            weight_name: of the file in the folder, by default `pytorch_loca_weights.safetensors`.
+            subfolder: of the folder or repository.
+            revision: branch, tag or commit of the repository.
+            token: for the hub; by default the one that is stored on this machine.
+            cache_dir: of the hub's files.
+            local_files_only: take them from the cache alone; by default as `HF_HUB_OFFLINE` says.
+            force_download: do not take them from the cache.
+            hotswap: put it in the place of the loaded adapter `adapter_name`, without anything being compiled anew.
+
+        Raises:
+            FileNotFoundError: there is no such file, folder or repository.
+            OSError: the hub or the file cannot be read.
+            ValueError: a name in use, or anything in the file that is not as it must be: the sentence names key and rule.
+            TypeError: another kind of source.
+        """
+        place = Place(weight_name, subfolder, revision, token, cache_dir, local_files_only, force_download)
+        with opened(source, place) as file:
+            about = read_description(_metadata(self, file), file.entries)
+            assigned = _assigned(self, about)
+            name = _name_to_load(self, adapter_name, hotswap)
+            found = {c: match(model, part, part_of(file.entries, key)) for c, (model, part, key) in assigned.items()}
+            tensors = file.tensors()  # no larger than the pipeline, as is known by now
+            check_values(tensors, about)
+            made = {}
+            for component, (model, part, key) in assigned.items():
+                room = None if hotswap else settings_of(model).max_components
+                made[component] = prepared(model, part, found[component], part_of(tensors, key), room, learn=False)
+                if hotswap:
+                    check_swap(model, name, made[component][1])
+        if hotswap:
+            _refuse_new_components(self, name, made)
+            for component, (model, record) in _adapted(self).items():
+                if name in record.adapters:
+                    adapter, placed = made.get(component) or (type(record.adapters[name])(record.adapters[name].config), [])
+                    swap(model, name, adapter, placed)
+        else:
+            _attach_all(self, name, {c: (assigned[c][0], *made[c]) for c in assigned})
+
+    def save_loca_weights(
+        self, directory: str | os.PathLike[str], adapter_name: str | None = None, *, weight_name: str | None = None
+    ) -> Path:
+        """Write one adapter, of all components it is in, as one file; a crash leaves the old file or the new one.
+
+        Args:
+            directory: made where it is missing.
+            adapter_name: by default the active one.
+            weight_name: by default `pytorch_loca_weights.safetensors`.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            ValueError: no such adapter, or none or several active where none is named; a name with a folder in it.
+            OSError: the file could not be written; what was there is as it was.
+        """
+        file = Path(directory) / safe_name(weight_name)
+        if Path(directory).exists() and not Path(directory).is_dir():
+            raise NotADirectoryError(f"{directory}: it is a file, and a folder is wanted")
+        if adapter_name is None:
+            active = LoCALoaderMixin.get_active_loca_adapters(self)
+            if len(active) != 1:
+                raise ValueError(f"adapter_name=None: {len(active)} adapters are active; name the one to save")
+            adapter_name = active[0]
+        models = {c: model for c, (model, record) in _adapted(self).items() if adapter_name in record.adapters}
+        _known(self, [adapter_name])
+        parts = {component: contents(model, adapter_name) for component, model in models.items()}
+        about = joined({component: part for component, (part, _) in parts.items()}, _base_name(models))
+        write_adapter(file, about, {k: v for c, (_, tensors) in parts.items() for k, v in with_prefix(tensors, c).items()})
+        return file
+
+    def unload_loca_weights(self) -> None:
+        """Take all adapters out, fused ones too: the pipeline is as it was before the first, bit for bit."""
+        models = [model for model, _ in _adapted(self).values()]
+        for model in models:
+            refuse_changed(model)
+        for model in models:
+            unfuse(model)
+            remove(model)
+        follow_calls(self)
+
+    def delete_loca_adapters(self, names: str | Sequence[str]) -> None:
+        """Take these adapters out of all components.
+
+        Raises:
+            ValueError: an unknown name, or one that is fused; nothing is deleted then.
+        """
+        names = _known(self, names)
+        for component, (_, record) in _adapted(self).items():
+            for name in names:
+                if name in record.fused.adapters:
+                    raise ValueError(f"adapter {name!r} is fused into {component}; call unfuse_loca first")
+        for model, record in _adapted(self).values():
+            for name in names:
+                if name in record.adapters:
+                    remove(model, name)
+        follow_calls(self)
+
+    def set_loca_adapters(self, names: str | Sequence[str], weights: Any = None) -> None:
+        """Let these adapters act, and no others; adapters that were disabled act again. An empty list: the base model.
+
+        Args:
+            names: of adapters.
+            weights: one weight for all, or a list with one for each: a number, None for 1.0, or a mapping from components to
+                numbers or, for a UNet, to blocks: `{"unet": {"down": 0.5, "mid": 1, "up": {"block_1": [1, 0, 0.5]}}}`. What
+                is not named acts at 1.0.
+
+        Raises:
+            ValueError: an unknown or repeated name, a component or block there is not, another number of weights than names,
+                or a weight that is not finite. Nothing is changed then.
+        """
+        names = _known(self, names, allow_none=True)
+        weights = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
+        if len(weights) != len(names):
+            raise ValueError(f"weights={weights!r}: {len(weights)} weights for {len(names)} adapters")
+        for name, weight in zip(names, weights, strict=True):
+            _check_components(self, name, weight)
+        chosen: dict[str, dict[str, Strength]] = {}
+        for component, (model, record) in _adapted(self).items():
+            for name in names:
+                if name in record.fused.adapters:
+                    raise ValueError(f"adapter {name!r} is fused into {component}; call unfuse_loca first")
+            chosen[component] = {
+                name: _strength(model, component, name, weight)
+                for name, weight in zip(names, weights, strict=True)
+                if name in record.adapters
+            }
+        for component, (model, record) in _adapted(self).items():
+            enable(model, record, True)
+            activate(model, record, chosen[component])
+
+    def get_active_loca_adapters(self) -> list[str]:
+        """The names of the active adapters, in order; also of those that are fused or disabled for now."""
+        return list(dict.fromkeys(name for _, record in _adapted(self).values() for name in record.active))
+
+    def get_loca_adapters(self) -> dict[str, list[str]]:
+        """The names of all adapters by component."""
+        return {component: list(record.adapters) for component, (_, record) in _adapted(self).items()}
+
+    def disable_loca(self) -> None:
+        """Let no adapter act until `enable_loca`; which are active, and how strongly, stays.
+
+        Raises:
+            ValueError: an adapter is fused.
+        """
+        for component, (_, record) in _adapted(self).items():
+            if record.fused.adapters:
+                raise ValueError(f"{', '.join(record.fused.adapters)} is fused into {component}; call unfuse_loca first")
+        for model, record in _adapted(self).values():
+            enable(model, record, False)
+
+    def enable_loca(self) -> None:
+        """Let the active adapters act again."""
+        for model, record in _adapted(self).values():
+            enable(model, record, True)
+
+    def set_loca_device(self, names: str | Sequence[str], device: torch.device | str | int) -> None:
+        """Move the spectra of these adapters; wherever they are, they go on working.
+
+        Raises:
+            ValueError: an unknown name.
+            RuntimeError: no such device.
+        """
+        names, device = _known(self, names), torch.device(device)
+        for model, record in _adapted(self).values():
+            for name in names:
+                if name in record.adapters:
+                    for spectrum in adapters(model, name).values():
+                        spectrum.to(device)
+
+    def fuse_loca(
+        self,
+        components: Sequence[str] | None = None,
+        *,
+        scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> None:
+        """Write adapters into the weights, which costs nothing at inference; `unfuse_loca` brings the weights back bit for bit.
+
+        The weights as they were are kept in main memory until then: as many bytes as the adapted weights have. What is fused
+        already stays as it is. Whole tensors, such as a `conv_in`, are in the model anyway.
+
+        Args:
+            components: by default all with adapters.
+            scale: multiplies the weights set before.
+            safe_fusing: refuse, before anything is written, where a weight would not be finite.
+            adapter_names: by default the active ones.
+
+        Raises:
+            ValueError: an unknown name, nothing to fuse, or a weight that nothing can be written into (quantised).
+        """
+        factor = block_strengths(nn.Module(), scale, (), "scale")
+        assert isinstance(factor, float)
+        here = _chosen(self, components)
+        names = None if adapter_names is None else _known(self, adapter_names)
+        wanted: dict[str, dict[str, Strength]] = {}
+        for component, (_, record) in here.items():
+            fusing = [name for name in (names or record.active) if name in record.adapters]
+            wanted[component] = {n: _times(record.active.get(n, 1.0), factor) for n in fusing if n not in record.fused.adapters}
+        if not any(wanted.values()) and not any(record.fused.adapters for _, record in here.values()):
+            raise ValueError("there is no active adapter to fuse; call set_loca_adapters first")
+        done: list[tuple[nn.Module, dict[str, Strength]]] = []
+        try:
+            for component, (model, record) in here.items():
+                done.append((model, dict(record.fused.adapters)))
+                if wanted[component]:
+                    fuse(model, wanted[component], check=safe_fusing)
+        except BaseException:
+            for model, before in done:
+                unfuse(model)
+                if before:
+                    fuse(model, before)
+            raise
+
+    def unfuse_loca(self, components: Sequence[str] | None = None) -> None:
+        """Put the weights back as they were, bit for bit; the adapters act beside them as before.
+
+        Raises:
+            ValueError: an unknown component, or a weight that somebody else has changed since.
+        """
+        here = _chosen(self, components) if components is not None else _adapted(self)
+        for model, _ in here.values():
+            refuse_changed(model)
+        for model, _ in here.values():
+            unfuse(model)
+
+    @property
+    def num_fused_locas(self) -> int:
+        """How many adapters are fused."""
+        return len(_fused(self))
+
+    @property
+    def fused_locas(self) -> set[str]:
+        """The names of the adapters that are fused, in whichever component."""
+        return _fused(self)
+
+    def enable_loca_hotswap(self, max_components: int) -> None:
+        """Make room for adapters that will be swapped in with `load_loca_weights(..., hotswap=True)`.
+
+        Only needed where they have more components than the first. To be called before the first adapter is loaded.
+
+        Args:
+            max_components: the most components of one projection of any of them.
+
+        Raises:
+            ValueError: it is no whole number from 1 up, or an adapter is loaded already.
+        """
+        if not isinstance(max_components, int) or isinstance(max_components, bool) or max_components < 1:
+            raise ValueError(f"max_components={max_components!r}: it is a whole number from 1 up")
+        if _adapted(self):
+            raise ValueError("an adapter is loaded already: call enable_loca_hotswap before the first")
+        for model in _models(self).values():
+            settings_of(model).max_components = max_components
+
+    def enable_loca_low_memory(self, enabled: bool = True) -> None:
+        """Apply updates to activations, and never build weights for them: less memory, more time for every call.
+
+        Without it the weight of every adapted projection is built at the first call and kept: as many bytes again as these
+        weights have, 187 MB in float16 for all attention of Stable Diffusion 1.5.
+        """
+        for model in _models(self).values():
+            set_low_memory(model, bool(enabled))
+
+
+METHODS = tuple(name for name, member in vars(LoCALoaderMixin).items() if callable(member) and not name.startswith("_"))
+PROPERTIES = tuple(name for name, member in vars(LoCALoaderMixin).items() if isinstance(member, property))
+
+
+# What is in a pipeline
+
+
+def _models(pipe: Any) -> dict[str, nn.Module]:
+    """Its models by component, out of the wrappers of compilation."""
+    return {name: unwrap(model) for name, model in pipe.components.items() if isinstance(model, nn.Module)}
+
+
+def _adapted(pipe: Any) -> dict[str, tuple[nn.Module, Record]]:
+    """Those that have adapters, with their records."""
+    found = ((name, model, record_of(model)) for name, model in _models(pipe).items())
+    return {name: (model, record) for name, model, record in found if record is not None}
+
+
+def _names(pipe: Any) -> list[str]:
+    return list(dict.fromkeys(name for _, record in _adapted(pipe).values() for name in record.adapters))
+
+
+def _fused(pipe: Any) -> set[str]:
+    return {name for _, record in _adapted(pipe).values() for name in record.fused.adapters}
+
+
+def _known(pipe: Any, names: Any, *, allow_none: bool = False) -> list[str]:
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        if name not in _names(pipe):
+            there = ", ".join(map(repr, _names(pipe))) or "none"
+            raise ValueError(f"no adapter {name!r} in the pipeline; it has {there}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"names={names!r}: an adapter is named twice")
+    if not names and not allow_none:
+        raise ValueError("names=[]: name at least one adapter")
+    return names
+
+
+def _chosen(pipe: Any, components: Sequence[str] | None) -> dict[str, tuple[nn.Module, Record]]:
+    there = _adapted(pipe)
+    if components is None:
+        if not there:
+            raise ValueError("the pipeline has no adapter; load one first")
+        return there
+    if isinstance(components, str) or not components:
+        raise ValueError(f"components={components!r}: a list of names is wanted, such as ['unet']")
+    for component in components:
+        if component not in there:
+            raise ValueError(f"components: {component!r} has no adapter; those with adapters are {', '.join(there) or 'none'}")
+    return {component: there[component] for component in components}
+
+
+# Loading
+
+
+def _metadata(pipe: Any, file: Opened) -> dict[str, str]:
+    def shapes() -> Iterator[tuple[str, tuple[int, int]]]:
+        for component, model in _models(pipe).items():
+            for target in find_targets(model, PARTS):
+                if target.attention is not None:
+                    yield f"{component}.{target.name}", target.shape
+
+    return with_description(file, lambda: dict(shapes()))
+
+
+def _assigned(pipe: Any, about: Description) -> dict[str, tuple[nn.Module, Description, str]]:
+    """The model of each component in the file, its part of the description, and the file's own name for the component."""
+    models = _models(pipe)
+    if "" in about.configs:  # saved from a model by itself: which of the components, its class tells
+        same = [name for name, model in models.items() if base_model_name(model) == about.base_model]
+        if len(same) != 1:
+            raise ValueError(f"it was trained on a {about.base_model}, of which the pipeline has {len(same)}")
+        return {same[0]: (models[same[0]], about.of(""), "")}
+    for component in about.configs:
+        if component not in models:
+            raise ValueError(f"it is for the component {component}, which the pipeline has not: it has {', '.join(models)}")
+    return {component: (models[component], about.of(component), component) for component in about.configs}
+
+
+def _name_to_load(pipe: Any, name: str | None, hotswap: bool) -> str:
+    names = _names(pipe)
+    if hotswap:
+        if name is None and len(names) == 1:
+            return names[0]
+        if name not in names:
+            raise ValueError(f"adapter_name={name!r}: hotswap replaces a loaded adapter; there is {', '.join(names) or 'none'}")
+        return name
+    if name is None:
+        return next(free for i in range(len(names) + 1) if (free := f"default_{i}") not in names)
+    if name in names:
+        raise ValueError(f"adapter_name={name!r}: the pipeline has an adapter of that name; delete it first or choose another")
+    for model in _models(pipe).values():
+        check_new_name(model, name)
+    return name
+
+
+def _attach_all(pipe: Any, name: str, made: Mapping[str, tuple[nn.Module, Any, Any]]) -> None:
+    """Into all components, or, where one fails after all, into none."""
+    before = [(model, record, dict(record.active), record.enabled) for model, record in _adapted(pipe).values()]
+    try:
+        for model, adapter, placed in made.values():
+            attach(model, name, adapter, placed, freeze=False)
+        for model, record in _adapted(pipe).values():
+            enable(model, record, True)
+            activate(model, record, {name: 1.0} if name in record.adapters else {})
+        follow_calls(pipe)
+    except BaseException:
+        for model, record in _adapted(pipe).values():
+            if name in record.adapters:
+                remove(model, name)
+        for model, record, active, enabled in before:
+            enable(model, record, enabled)
+            activate(model, record, active)
+        raise
+
+
+def _refuse_new_components(pipe: Any, name: str, made: Mapping[str, Any]) -> None:
+    for component in made:
+        there = _adapted(pipe).get(component)
+        if there is None or name not in there[1].adapters:
+            raise ValueError(f"it is for the component {component}, where there is no adapter {name!r} to be replaced")
+
+
+# Weights
+
+
+def _check_components(pipe: Any, name: str, weight: Any) -> None:
+    if isinstance(weight, Mapping):
+        there = [component for component, (_, record) in _adapted(pipe).items() if name in record.adapters]
+        for component in weight:
+            if component not in there:
+                raise ValueError(f"weights: adapter {name!r} is not in {component!r}; it is in {', '.join(there)}")
+
+
+def _strength(model: nn.Module, component: str, name: str, weight: Any) -> Strength:
+    here = weight.get(component) if isinstance(weight, Mapping) else weight
+    return block_strengths(model, 1.0 if here is None else here, list(adapters(model, name)), f"weights[{component!r}]")
+
+
+def _times(strength: Strength, factor: float) -> Strength:
+    return {name: s * factor for name, s in strength.items()} if isinstance(strength, Mapping) else strength * factor
+
+
+def _base_name(models: Mapping[str, nn.Module]) -> str:
+    """The repository of the hub that the adapted model came from, or its class: never a path of this machine."""
+    model = next(iter(models.values()))
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    remote = isinstance(name, str) and name.count("/") == 1 and name[0].isalnum() and not Path(name).exists()
+    return str(name) if remote else base_model_name(model)

@@ -1,0 +1,58 @@
+"""Another adapter in the place of one: the same tensors with other values, so that nothing compiled for them is compiled anew."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from loca_vision.inject import adapters
+from loca_vision.offload import stored, stored_at
+from loca_vision.record import Adapter, park, record_of, strengthen, supply
+from loca_vision.spectrum import Spectrum
+from loca_vision.targets import Target
+
+
+def check_swap(model: nn.Module, name: str, placed: list[tuple[Target, Spectrum]]) -> None:
+    """Raise where the adapter `name` of this model has no place for these spectra.
+
+    Raises:
+        ValueError: no such adapter, it is fused, or it lacks a projection or has too little room in it.
+    """
+    record = record_of(model)
+    if record is not None and name in record.fused.adapters:
+        raise ValueError(f"adapter {name!r} is fused into the weights; unfuse it before another takes its place")
+    present = adapters(model, name)
+    for target, spectrum in placed:
+        if target.name not in present:
+            raise ValueError(f"{target.name} is not among the projections of adapter {name!r}, in whose place this one should go")
+        room = len(present[target.name].coefficients)
+        if spectrum.count > room:
+            raise ValueError(
+                f"{target.name} has {spectrum.count} components and adapter {name!r} has room for {room}; "
+                "call enable_loca_hotswap before the first adapter is loaded"
+            )
+
+
+@torch.no_grad()
+def swap(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Target, Spectrum]]) -> None:
+    """Put these spectra and whole tensors in the place of those of the adapter `name`; projections it has beyond them rest."""
+    record = record_of(model)
+    assert record is not None
+    park(model, record)
+    record.base = {key: stored_at(model, key).detach().clone() for key in adapter.whole} | record.base
+    record.adapters[name] = adapter
+    given = {target.name: spectrum for target, spectrum in placed}
+    for projection, spectrum in adapters(model, name).items():
+        _take_over(spectrum, given.get(projection))
+    supply(model, record)
+    strengthen(model, record)
+
+
+def _take_over(spectrum: Spectrum, other: Spectrum | None) -> None:
+    coefficients, locations = stored(spectrum, "coefficients"), stored(spectrum, "locations")
+    coefficients.zero_()
+    spectrum.count = other.count if other is not None else 0
+    if other is not None:
+        coefficients[: other.count] = other.coefficients[: other.count].to(coefficients.device)
+        locations[: other.count] = other.locations[: other.count].to(locations.device)
+        spectrum.scale, spectrum.difference, spectrum.final = other.scale, other.difference, other.final
