@@ -41,8 +41,11 @@ class Circumstances(nn.Module):
         self.register_buffer("factor", torch.ones((), device="cpu"), persistent=False)
 
     def set_strength(self, strength: float) -> None:
-        self.strength = strength
-        self.factor.fill_(strength)
+        if torch.compiler.is_compiling():  # a product with a number is what dynamo can leave open; whatever reads it is not
+            self.factor.copy_(torch.ones_like(self.factor) * strength)
+        else:
+            self.strength = strength
+            self.factor.fill_(strength)
 
 
 _USUAL = Circumstances()  # of models that know no strength of a call
