@@ -124,9 +124,7 @@ def part_of(tensors: Mapping[str, Any], component: str) -> dict[str, Any]:
 def with_prefix(tensors: Mapping[str, Tensor], component: str) -> dict[str, Tensor]:
     """The other way round."""
     prefix = prefix_of(component)
-    return {
-        f"full.{prefix}{key[5:]}" if key.startswith("full.") else f"{prefix}{key}": value for key, value in tensors.items()
-    }
+    return {f"full.{prefix}{key[5:]}" if key.startswith("full.") else f"{prefix}{key}": value for key, value in tensors.items()}
 
 
 def as_json(about: Description) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +138,7 @@ class AdaptedProjection:
         weight = getattr(layer, "weight", None)
         return not isinstance(weight, Tensor) or weight.device == x.device
 
-    @torch.compiler.assume_constant_result
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _settle(self) -> None:
         weight = base_of(self._layer()).weight
         if isinstance(weight, Tensor) and weight.is_floating_point():
@@ -233,7 +233,7 @@ def adapt_attention(attention: nn.Module) -> AttentionUpdates:
     updates = AttentionUpdates(attention, naming)
     attention.add_module("loca", updates)
     _exchange_class(attention, adapted_class(type(attention)))
-    attention._look()  # type: ignore[operator]
+    cast(AdaptedAttention, attention)._look()
     return updates
 
 
@@ -248,7 +248,7 @@ def restore_attention(attention: AdaptedAttention) -> None:
 def _exchange_class(attention: nn.Module, new: type[nn.Module]) -> None:
     """Also where the hooks of accelerate and diffusers have kept the `forward` of the class that was there before."""
     old = type(attention).forward
-    attention.__class__ = new  # type: ignore[assignment]
+    attention.__class__ = new
     new_forward = MethodType(new.forward, attention)
     registry = getattr(attention, "_diffusers_hook", None)
     for holder, name in [(attention, "_old_forward")] + [

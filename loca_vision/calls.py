@@ -45,7 +45,8 @@ def _following_class(stock: type) -> type:
         @wraps(run)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             told = [circumstances(model) for model in _deaf(self) if record_of(model) is not None]
-            strength = next((given["scale"] for given in map(kwargs.get, KEYWORDS) if _has_scale(given)), 1.0)
+            given = [kwargs[name] for name in KEYWORDS if isinstance(kwargs.get(name), Mapping)]
+            strength = next((settings["scale"] for settings in given if "scale" in settings), 1.0)
             try:
                 for one in told:
                     one.set_strength(strength)
@@ -59,10 +60,5 @@ def _following_class(stock: type) -> type:
     return _following[stock]
 
 
-def _has_scale(given: Any) -> bool:
-    return isinstance(given, Mapping) and "scale" in given
-
-
 def _again(stock: type) -> Any:
-    cls = _following_class(stock)
-    return cls.__new__(cls)
+    return object.__new__(_following_class(stock))

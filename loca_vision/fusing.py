@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loca_vision.record import Strength, record_of, strengthen
-from loca_vision.weights import Weight, original, weights, write_weights
+from loca_vision.weights import original, weights, write_weights
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -72,5 +72,3 @@ def refuse_changed(model: nn.Module) -> None:
 def _checksum(tensor: Tensor) -> int:
     """Of the bits, so that it is the same on every device."""
     return int(tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64))
-
-

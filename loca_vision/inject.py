@@ -17,6 +17,7 @@ from loca_vision.offload import device_for, stored_at
 from loca_vision.record import (
     Adapter,
     Record,
+    Strength,
     activate,
     adopt,
     end_record,
@@ -195,7 +196,7 @@ def set_adapters(
         _known(record, name)
     if len(set(names)) < len(names):
         raise ValueError(f"names={names!r}: an adapter is named twice")
-    strengths = _strengths(names, weights)
+    strengths: list[Strength] = [*_strengths(names, weights)]
     activate(unwrap(model), record, dict(zip(names, strengths, strict=True)))
 
 
@@ -215,8 +216,8 @@ def _strengths(names: list[str], weights: float | Sequence[float] | Mapping[str,
     return list(map(float, weights))
 
 
-def active_adapters(model: nn.Module) -> dict[str, float]:
-    """The adapters that act, and how strongly; empty for a model without any."""
+def active_adapters(model: nn.Module) -> dict[str, Strength]:
+    """The adapters that act, and how strongly: a number, or a number for each projection; empty for a model without any."""
     record = record_of(model)
     return dict(record.active) if record else {}
 

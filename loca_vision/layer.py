@@ -43,7 +43,7 @@ class AdaptedLayer(nn.Module):
         result: Tensor = super().forward(*inputs, **named)
         return result
 
-    @torch.compiler.assume_constant_result
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _settle(self) -> None:
         self.loca.settle(base_weight(self))
 

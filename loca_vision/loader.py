@@ -319,6 +319,12 @@ class LoCALoaderMixin:
             set_low_memory(model, bool(enabled))
 
 
+def saved_as_stock(cls: type) -> type:
+    """Let a subclass go by the name of the diffusers pipeline it extends: what it saves, and what AutoPipeline looks up."""
+    cls.__name__ = next(base.__name__ for base in cls.__mro__ if base.__module__.startswith("diffusers."))
+    return cls
+
+
 METHODS = tuple(name for name, member in vars(LoCALoaderMixin).items() if callable(member) and not name.startswith("_"))
 PROPERTIES = tuple(name for name, member in vars(LoCALoaderMixin).items() if isinstance(member, property))
 
@@ -345,8 +351,8 @@ def _fused(pipe: Any) -> set[str]:
     return {name for _, record in _adapted(pipe).values() for name in record.fused.adapters}
 
 
-def _known(pipe: Any, names: Any, *, allow_none: bool = False) -> list[str]:
-    names = [names] if isinstance(names, str) else list(names)
+def _known(pipe: Any, given: str | Sequence[str], *, allow_none: bool = False) -> list[str]:
+    names = [given] if isinstance(given, str) else list(given)
     for name in names:
         if name not in _names(pipe):
             there = ", ".join(map(repr, _names(pipe))) or "none"

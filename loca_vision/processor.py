@@ -87,12 +87,15 @@ class LoCAAttnProcessor(nn.Module):
     @property
     def spectra(self) -> dict[str, Spectrum]:
         """By projection."""
-        return {name[3:]: updates.all_spectra()[0] for name, updates in self.weights.items()}  # type: ignore[operator]
+        return {name[3:]: updates.all_spectra()[0] for name, updates in self._updates()}
 
     def __call__(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        for updates in self.weights.values():
-            updates.strengths[_NAME] = self.scale  # type: ignore[index, union-attr]
+        for _, updates in self._updates():
+            updates.strengths[_NAME] = self.scale
         return self.processor(_Seen(attn, self._projections(attn)), *args, **kwargs)
+
+    def _updates(self) -> list[tuple[str, WeightUpdates]]:
+        return list(self.weights.items())  # type: ignore[arg-type]
 
     def _projections(self, attn: Any) -> dict[str, Any]:
         found: dict[str, Any] = {

@@ -103,14 +103,15 @@ class SaveBase:
         return inspect.signature(self._stock())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        hook = self.model._register_state_dict_hook(without_adapters)
+        hook = self.model._register_state_dict_hook(without_adapters)  # type: ignore[no-untyped-call]
         try:
             return self._stock()(*args, **kwargs)
         finally:
             hook.remove()
 
     def _stock(self) -> Any:
-        return type(self.model).save_pretrained.__get__(self.model)
+        cls: Any = type(self.model)
+        return cls.save_pretrained.__get__(self.model)
 
 
 def without_adapters(model: nn.Module, state: dict[str, Any], prefix: str, local: Any) -> None:

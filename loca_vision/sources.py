@@ -170,7 +170,8 @@ def _roots(folder: Path) -> Iterator[Path]:
 
 
 def _may_be_a_repository(text: str) -> bool:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     if text.startswith((".", "~", "/")) or text.endswith((".safetensors", ".bin", ".pt")):
         return False
@@ -200,9 +201,9 @@ def _from_hub(repository: str, place: Place) -> Path:
             subfolder=place.subfolder,
             revision=place.revision,
             token=place.token,
-            cache_dir=place.cache_dir,
+            cache_dir=None if place.cache_dir is None else str(place.cache_dir),
             force_download=place.force_download,
-            **({} if place.local_files_only is None else {"local_files_only": place.local_files_only}),
+            local_files_only=bool(place.local_files_only),  # HF_HUB_OFFLINE holds in either case
         )
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
@@ -218,5 +219,6 @@ def _from_hub(repository: str, place: Place) -> Path:
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"{where}: there is no {name} in that repository") from error
     except (HfHubHTTPError, OSError) as error:
-        raise OSError(f"{where}: the hub did not answer as hoped: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise OSError(f"{where}: the hub did not answer as hoped: {reason}") from error
     return Path(fetched)

@@ -1,4 +1,4 @@
-"""Another adapter in the place of one: the same tensors with other values, so that nothing compiled for them is compiled anew."""
+"""Another adapter in the place of one: the same tensors with other values, so that nothing is compiled anew."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_swap(model: nn.Module, name: str, placed: list[tuple[Target, Spectrum]
     present = adapters(model, name)
     for target, spectrum in placed:
         if target.name not in present:
-            raise ValueError(f"{target.name} is not among the projections of adapter {name!r}, in whose place this one should go")
+            raise ValueError(f"{target.name} is not among the projections of adapter {name!r}, which it should replace")
         room = len(present[target.name].coefficients)
         if spectrum.count > room:
             raise ValueError(

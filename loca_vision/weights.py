@@ -46,7 +46,7 @@ class Weight:
 
 
 def weights(model: nn.Module) -> list[Weight]:
-    """Every weight that adapters have updates for, acting or not, and of fused projections both what is stacked and the stack."""
+    """Every weight that adapters have updates for, acting or not; of fused projections what is stacked and the stack."""
     found: list[Weight] = []
     for path, module in unwrap(model).named_modules():
         if isinstance(module, AdaptedLayer):

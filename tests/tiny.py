@@ -117,9 +117,7 @@ _PLAIN = {"safety_checker": None, "feature_extractor": None, "requires_safety_ch
 
 
 def stable_diffusion(cls: Any = StableDiffusionPipeline) -> Any:
-    pipe = cls(
-        vae=vae(), text_encoder=text_encoder(), tokenizer=tokenizer(), unet=unet(), scheduler=scheduler(), **_PLAIN
-    )
+    pipe = cls(vae=vae(), text_encoder=text_encoder(), tokenizer=tokenizer(), unet=unet(), scheduler=scheduler(), **_PLAIN)
     return quiet(pipe)
 
 

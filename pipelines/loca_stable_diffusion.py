@@ -1,0 +1,13 @@
+"""Stable Diffusion with LoCA: the stock pipeline, and the methods of `loca_vision` on this class alone; nothing is patched.
+
+`DiffusionPipeline.from_pretrained(..., custom_pipeline="pipelines/loca_stable_diffusion.py", trust_remote_code=True)`
+"""
+
+from diffusers import StableDiffusionPipeline
+
+from loca_vision.loader import LoCALoaderMixin, saved_as_stock
+
+
+@saved_as_stock
+class LoCAStableDiffusionPipeline(LoCALoaderMixin, StableDiffusionPipeline):  # type: ignore[misc]
+    """`StableDiffusionPipeline` with `load_loca_weights` and its kin; saved, it is a `StableDiffusionPipeline`."""
