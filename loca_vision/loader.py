@@ -462,7 +462,8 @@ def _check_components(pipe: Any, name: str, weight: Any) -> None:
 
 def _strength(model: nn.Module, component: str, name: str, weight: Any) -> Strength:
     here = weight.get(component) if isinstance(weight, Mapping) else weight
-    return block_strengths(model, 1.0 if here is None else here, list(adapters(model, name)), f"weights[{component!r}]")
+    projections = list(adapters(model, name)) if isinstance(here, Mapping) else []
+    return block_strengths(model, 1.0 if here is None else here, projections, f"weights[{component!r}]")
 
 
 def _times(strength: Strength, factor: float) -> Strength:

@@ -186,20 +186,22 @@ def enable(model: nn.Module, record: Record, enabled: bool) -> None:
 
 def strengthen(model: nn.Module, record: Record) -> None:
     """Tell every update how strongly it acts: as the record says, unless it is disabled or fused into the weights."""
-    effective = record.effective
-    for site in sites(model):
-        site.updates.strengths = {
-            place.adapter: strength_at(effective[place.adapter], place.projection)
-            for place in site.updates.places
-            if place.adapter in effective
-        }
-    for module in unwrap(model).modules():
-        if isinstance(module, Reading):
-            module.refresh()
+    readings = [module for module in unwrap(model).modules() if isinstance(module, Reading)]
+    for updates in readings:
+        if isinstance(updates, WeightUpdates):
+            updates.strengths = strengths_at(updates, record.effective)
+    for reading in readings:
+        reading.refresh()
 
 
-def strength_at(strength: Strength, projection: str) -> float:
-    return strength[projection] if isinstance(strength, Mapping) else strength
+def strengths_at(updates: WeightUpdates, strengths: Mapping[str, Strength]) -> dict[str, float]:
+    """How strongly each of these adapters acts on one weight."""
+    found: dict[str, float] = {}
+    for place in updates.places:
+        if place.adapter in strengths:
+            strength = strengths[place.adapter]
+            found[place.adapter] = strength[place.projection] if isinstance(strength, Mapping) else strength
+    return found
 
 
 @torch.no_grad()
@@ -222,6 +224,8 @@ def forget_lost(record: Record, tensors: dict[str, Tensor]) -> None:
 @torch.no_grad()
 def park(model: nn.Module, record: Record) -> None:
     """Keep the values that the supplying adapter has reached by now."""
+    if not record.base:  # to look at every parameter takes milliseconds
+        return
     forget_lost(record, own_tensors(model))
     if record.supplier:
         whole = record.adapters[record.supplier].whole

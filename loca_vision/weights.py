@@ -12,7 +12,7 @@ from loca_vision.attention import AdaptedAttention, base_of
 from loca_vision.layer import AdaptedLayer
 from loca_vision.offload import stored
 from loca_vision.projections import child
-from loca_vision.record import Strength, sites, strength_at, unwrap
+from loca_vision.record import Strength, sites, strengths_at, unwrap
 from loca_vision.updates import Reading
 
 
@@ -88,11 +88,7 @@ def write_weights(
     before = [(site.updates, site.updates.strengths) for site in sites(model)]
     try:
         for site in sites(model):
-            site.updates.strengths = {
-                place.adapter: strength_at(strengths[place.adapter], place.projection)
-                for place in site.updates.places
-                if place.adapter in strengths
-            }
+            site.updates.strengths = strengths_at(site.updates, strengths)
         there = [(weight, weight.tensor) for weight in weights(model) if weight.reading.acting()]
         for weight, tensor in there if check else ():
             if not torch.isfinite(_with_updates(weight, tensor, model, originals)).all():

@@ -1,0 +1,241 @@
+"""What an adapter costs at inference: LoCA beside peft's LoRA on the UNet of Stable Diffusion 1.5, in one process.
+
+The UNet has the published configuration and random weights, which cost the same; its tensors are shared by all contenders.
+Loading and switching go through the pipeline, as users do it. Every contender takes a turn in every round of calls; the table
+gives medians, and the median of the ratios to the base model without any adapter.
+
+    python examples/benchmarks/pipeline_adapters.py --output pipeline.json
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import diffusers
+import peft
+import torch
+import tyro
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import loca_vision.diffusers as loca
+from loca_vision import LoCAConfig, adapters, inject, remove
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+WIDTHS = (320, 640, 1280, 1280)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Time loading, calling and switching adapters on the UNet of Stable Diffusion 1.5."""
+
+    batch_size: int = 2
+    """Latents of a call; two is one picture with guidance."""
+    size: int = 32
+    """Height and width of the latents; 64 is a picture of 512 pixels."""
+    rounds: int = 5
+    """Turns of each contender, after one that does not count."""
+    n_components: int = 1000
+    """B of LoCA for each projection."""
+    rank: int = 16
+    """r of LoRA."""
+    widths: tuple[int, int, int, int] = WIDTHS
+    """Of the UNet's blocks; multiples of 32."""
+    dtype: str = "float32"
+    """Of the UNet."""
+    threads: int | None = None
+    """Of torch; its own choice by default."""
+    output: Path | None = None
+    """JSON file for settings and figures."""
+
+    def __post_init__(self) -> None:
+        for field in ("batch_size", "size", "rounds", "n_components", "rank"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)}: it is a whole number from 1 up")
+        if self.dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"dtype={self.dtype}: it is float32, float16 or bfloat16")
+
+
+def unet(settings: Settings, like: nn.Module | None = None) -> UNet2DConditionModel:
+    """The UNet of Stable Diffusion 1.5 (860 million weights), on the tensors of another where one is given."""
+    with torch.device("meta" if like else "cpu"):
+        torch.manual_seed(0)
+        model = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, block_out_channels=settings.widths)
+    if like:
+        model.load_state_dict(like.state_dict(), assign=True)
+    return model.to(getattr(torch, settings.dtype)).requires_grad_(False).eval()
+
+
+def pipeline(model: UNet2DConditionModel) -> Any:
+    """The UNet in a pipeline whose other parts are as small as they can be."""
+    text = CLIPTextConfig(hidden_size=768, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=100)
+    return StableDiffusionPipeline(
+        unet=model,
+        vae=AutoencoderKL(block_out_channels=(32,)),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=None,
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def save_loca(pipe: Any, folder: Path, settings: Settings, seed: int) -> None:
+    inject(pipe.unet, LoCAConfig(n_components=settings.n_components, targets=("q", "k", "v", "out"), seed=seed), name="a")
+    for spectrum in adapters(pipe.unet, "a").values():
+        nn.init.normal_(spectrum.coefficients, std=1e-2)
+    loca.save_loca_weights(pipe, folder, "a")
+    remove(pipe.unet)
+
+
+def save_lora(pipe: Any, folder: Path, settings: Settings, seed: int) -> None:
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=TARGETS, init_lora_weights=False)
+    pipe.unet.add_adapter(config, "a")
+    state = diffusers.utils.convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(pipe.unet, adapter_name="a"))
+    pipe.save_lora_weights(folder, unet_lora_layers=state)
+    pipe.unload_lora_weights()
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def peak_of(work: Callable[[], Any]) -> float | None:
+    """MB of main memory that the process held at most during the work; None where the system does not tell (not Linux)."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    reset.write_text("5")
+    work()
+    return next(int(line.split()[1]) / 1000 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+
+
+def handling(load: Callable[[str], Any], unload: Callable[[], Any], switch: Callable[[str], Any], call: Any) -> dict[str, Any]:
+    """Seconds of loading and switching, and of the first call after each; leaves two adapters, of which one acts."""
+    loads, firsts, switches, seconds_after = [], [], [], []
+    for _ in range(3):
+        unload()
+        loads.append(seconds(partial(load, "a")))
+        firsts.append(seconds(call))
+    load("b")
+    for name in ("a", "b") * 2:
+        switches.append(seconds(partial(switch, name)))
+        seconds_after.append(seconds(call))
+    return {"load": loads, "first call": firsts, "switch": switches, "call after switch": seconds_after}
+
+
+def measure(settings: Settings, folder: Path) -> dict[str, dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    base = unet(settings)
+    dtype = getattr(torch, settings.dtype)
+    latents = torch.randn(settings.batch_size, 4, settings.size, settings.size, generator=generator).to(dtype)
+    text = torch.randn(settings.batch_size, 77, 768, generator=generator).to(dtype)
+
+    @torch.inference_mode()
+    def call(model: nn.Module) -> Tensor:
+        result: Tensor = model(latents, 500, text).sample
+        return result
+
+    mine, theirs = pipeline(unet(settings, base)), pipeline(unet(settings, base))
+    for name, seed in (("a", 1), ("b", 2)):
+        save_loca(mine, folder / "loca" / name, settings, seed)
+        save_lora(theirs, folder / "lora" / name, settings, seed)
+    figures: dict[str, dict[str, Any]] = {"base": {}}
+    figures["LoCA"] = handling(
+        lambda name: loca.load_loca_weights(mine, folder / "loca" / name, name),
+        lambda: loca.unload_loca_weights(mine),
+        lambda name: loca.set_loca_adapters(mine, name),
+        lambda: call(mine.unet),
+    )
+    lora = f"LoRA r={settings.rank}"
+    figures[lora] = handling(
+        lambda name: theirs.load_lora_weights(folder / "lora" / name, adapter_name=name),
+        lambda: theirs.unload_lora_weights(),
+        lambda name: theirs.set_adapters(name),
+        lambda: call(theirs.unet),
+    )
+    figures["LoCA"]["file bytes"] = _bytes(folder / "loca" / "a")
+    figures[lora]["file bytes"] = _bytes(folder / "lora" / "a")
+    sparing = pipeline(unet(settings, base))
+    loca.enable_loca_low_memory(sparing)
+    loca.load_loca_weights(sparing, folder / "loca" / "b")
+    _check(call(mine.unet), call(sparing.unet))
+    figures["LoCA, low memory"] = {}
+    models = {"base": base, "LoCA": mine.unet, "LoCA, low memory": sparing.unet, lora: theirs.unet}
+    for counted in tqdm([False] + [True] * settings.rounds, unit="round"):
+        for name, model in models.items():
+            figures[name].setdefault("call", []).extend([seconds(partial(call, model))] * counted)
+    for name, model in models.items():
+        for other in models.values():
+            _forget(other)
+        call(model)
+        figures[name]["peak MB"] = peak_of(partial(call, model))
+    return figures
+
+
+def _forget(model: nn.Module) -> None:
+    """Let go of kept weights, so that only one model holds any."""
+    for module in model.modules():
+        getattr(module, "drop", lambda: None)()
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _check(built: Tensor, applied: Tensor) -> None:
+    """Both ways of LoCA must answer the same before either is timed."""
+    error = float((built - applied).abs().max() / built.abs().max())
+    if error > (1e-4 if built.dtype == torch.float32 else 5e-2):
+        raise RuntimeError(f"built weights and applied updates differ by {error:.1e} of the largest output")
+
+
+def table(figures: dict[str, dict[str, Any]]) -> str:
+    columns = ("call", "load", "first call", "switch", "call after switch")
+    lines = [f"{'seconds':18}" + "".join(f"{name:>18}" for name in (*columns, "call / base", "peak MB", "file bytes"))]
+    for name, own in figures.items():
+        cells = [f"{median(own[column]):.3f}" if column in own else "-" for column in columns]
+        ratio = median(mine / least for mine, least in zip(own["call"], figures["base"]["call"], strict=True))
+        peak = "-" if own["peak MB"] is None else f"{own['peak MB']:,.0f}"
+        size = f"{own['file bytes']:,}" if "file bytes" in own else "-"
+        lines.append(f"{name:18}" + "".join(f"{cell:>18}" for cell in (*cells, f"{ratio:.3f}", peak, size)))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    try:
+        settings = tyro.cli(partial(Settings), description=Settings.__doc__, use_underscores=True)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    logging.disable(logging.WARNING)  # diffusers remarks on what a LoRA does not contain
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(settings, Path(folder))
+    if settings.output:
+        about = {"torch": torch.__version__, "peft": peft.__version__, "diffusers": diffusers.__version__}
+        fields = asdict(settings) | {"output": str(settings.output), "threads": torch.get_num_threads()}
+        settings.output.write_text(json.dumps({"settings": fields, **about, "figures": figures}, indent=1) + "\n")
+    print(table(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
