@@ -171,7 +171,7 @@ def _roots(folder: Path) -> Iterator[Path]:
 
 def _may_be_a_repository(text: str) -> bool:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub.utils import validate_repo_id
 
     if text.startswith((".", "~", "/")) or text.endswith((".safetensors", ".bin", ".pt")):
         return False
