@@ -18,7 +18,7 @@ from loca_vision.config import PARTS
 from loca_vision.fusing import fuse, refuse_changed, unfuse
 from loca_vision.inject import adapters, attach, check_new_name, remove
 from loca_vision.record import Record, Strength, activate, enable, record_of, unwrap
-from loca_vision.root import set_low_memory, settings_of
+from loca_vision.root import choose, set_low_memory, settings_of
 from loca_vision.sources import Opened, Place, opened, safe_name, with_description
 from loca_vision.swap import check_swap, swap
 from loca_vision.targets import find_targets
@@ -307,7 +307,7 @@ class LoCALoaderMixin:
         if _adapted(self):
             raise ValueError("an adapter is loaded already: call enable_loca_hotswap before the first")
         for model in _models(self).values():
-            settings_of(model).max_components = max_components
+            choose(model, max_components=max_components)
 
     def enable_loca_low_memory(self, enabled: bool = True) -> None:
         """Apply updates to activations, and never build weights for them: less memory, more time for every call.

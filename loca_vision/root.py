@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,7 @@ _CHILD, _HOOK, _SETTINGS = "loca_circumstances", "_loca_call_hook", "_loca_setti
 KEYWORDS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
     """What was chosen for a model before and beyond any adapter.
 
@@ -28,8 +28,15 @@ class Settings:
 
 
 def settings_of(model: nn.Module) -> Settings:
-    found: Settings = model.__dict__.setdefault(_SETTINGS, Settings())
+    found: Settings = model.__dict__.get(_SETTINGS, Settings())
     return found
+
+
+def choose(model: nn.Module, **settings: Any) -> None:
+    """Change some of them; those of a model that is as usual are not kept."""
+    model.__dict__[_SETTINGS] = replace(settings_of(model), **settings)
+    if settings_of(model) == Settings():
+        del model.__dict__[_SETTINGS]
 
 
 def circumstances(model: nn.Module) -> Circumstances:
@@ -61,7 +68,7 @@ def forget_circumstances(model: nn.Module) -> None:
 
 def set_low_memory(model: nn.Module, enabled: bool) -> None:
     """Whether the model's updates are applied to activations; what was built for them is dropped."""
-    settings_of(model).low_memory = enabled
+    choose(model, low_memory=enabled)
     found = model._modules.get(_CHILD)
     if isinstance(found, Circumstances):
         found.low_memory = enabled
