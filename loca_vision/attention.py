@@ -246,12 +246,12 @@ def restore_attention(attention: AdaptedAttention) -> None:
 
 
 def _exchange_class(attention: nn.Module, new: type[nn.Module]) -> None:
-    """Also where the hooks of accelerate and diffusers have kept the `forward` of the class that was there before."""
+    """Also where hooks of accelerate and diffusers keep the `forward` of the class that was there, or left it behind."""
     old = type(attention).forward
     attention.__class__ = new
     new_forward = MethodType(new.forward, attention)
     registry = getattr(attention, "_diffusers_hook", None)
-    for holder, name in [(attention, "_old_forward")] + [
+    for holder, name in [(attention, "_old_forward"), (attention, "forward")] + [
         (reference, name) for reference in getattr(registry, "_fn_refs", ()) for name in ("forward", "original_forward")
     ]:
         if getattr(getattr(holder, name, None), "__func__", None) is old:
