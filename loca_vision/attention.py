@@ -95,7 +95,7 @@ class AdaptedProjection:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self._layer()
         if torch.compiler.is_compiling():
-            self._settle()
+            self._prepare()
         if not self._acts():
             result: Tensor = layer(x, *args, **kwargs)
             return result
@@ -137,6 +137,13 @@ class AdaptedProjection:
         """A layer that is elsewhere between calls is offloaded: what is kept beside it would undo that."""
         weight = getattr(layer, "weight", None)
         return not isinstance(weight, Tensor) or weight.device == x.device
+
+    def _prepare(self) -> None:
+        """While code is traced: an update that may change is built in the graph, any other is made now."""
+        if self.reading.learns() or self.reading.circumstances.low_memory:
+            self.reading.drop()
+        else:
+            self._settle()
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _settle(self) -> None:

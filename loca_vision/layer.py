@@ -26,7 +26,10 @@ class AdaptedLayer(nn.Module):
     def weight(self) -> Tensor:
         try:
             if torch.compiler.is_compiling():
-                self._settle()
+                if self.loca.learns():
+                    self.loca.drop()
+                else:
+                    self._settle()
             updated: Tensor = self.loca(base_weight(self))
         except AttributeError as error:  # which Python would answer by looking the name up elsewhere: with the base weight
             raise RuntimeError(f"the adapted weight cannot be built: {error}") from error

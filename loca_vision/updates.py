@@ -97,7 +97,7 @@ class Reading(nn.Module):
         if not acting:
             return base
         if torch.is_grad_enabled() and any(value.requires_grad for value in (base, *_parameters(acting))):
-            self._kept = None
+            self.drop()
             return add_rows(base, self._deltas(acting, base.device))
         return self._kept_or(base, acting, lambda: add_rows(base, self._deltas(acting, base.device)))
 
@@ -113,7 +113,7 @@ class Reading(nn.Module):
 
     def linear(self, x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor:
         """x (W + sum of the acting updates)^T + bias, where `learns_alone`: no other row's gradient is computed."""
-        self._kept = None
+        self.drop()
         updates = self._deltas(self.acting(), base.device)
         with torch.no_grad():
             weight = add_rows(base, updates)
@@ -128,7 +128,8 @@ class Reading(nn.Module):
         acting = self.acting()
         if not acting:
             return x.new_zeros(*x.shape[:-1], rows)
-        if torch.is_grad_enabled() and any(value.requires_grad for value in _parameters(acting)):
+        if torch.is_grad_enabled() and any([value.requires_grad for value in _parameters(acting)]):
+            self.drop()
             return F.linear(x, self._matrix(x, rows, acting))
         if not keep or self.circumstances.low_memory:
             return self._by_activations(x, rows, acting)
@@ -164,9 +165,7 @@ class Reading(nn.Module):
 
     def settle(self, base: Tensor) -> None:
         """Make the update that compiled code reads, for a weight like `base`; once made, `refresh` keeps it up to date."""
-        if self.learns() or self.circumstances.low_memory:
-            self.delta = None
-        elif self.delta is None:
+        if self.delta is None:
             self.delta = torch.zeros_like(base.detach(), requires_grad=False)
             self.refresh()
 
@@ -180,7 +179,10 @@ class Reading(nn.Module):
 
     def drop(self) -> None:
         """Let go of all that was built."""
-        self._kept = self.delta = None
+        if not torch.compiler.is_compiling():  # which would be compiled anew when eager code keeps something
+            self._kept = None
+        if self.delta is not None:
+            self.delta = None
 
     # Building
 
