@@ -2,7 +2,7 @@
 
 A text-to-image model of a million weights learns scikit-learn's handwritten digits, 8 x 8 pixels, from prompts such as
 "seven": a stock `StableDiffusionPipeline` but for its autoencoder, which passes pixels through. Then LoCA learns on its
-attention, with everything else frozen, how the same digits look in blue ink on paper. The adapter is saved, loaded into a fresh
+attention, with everything else frozen, how the same digits look in amber. The adapter is saved, loaded into a fresh
 pipeline, and drawn at scales 0 (the base model, bit for bit), 0.5 and 1.
 
     python examples/scales.py --output scales
@@ -37,12 +37,12 @@ from loca_vision import AlternatingSchedule, LoCAConfig, inject, parameter_group
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE, LENGTH = 8, 8
-PAPER, INK = (0.96, 0.93, 0.84), (0.05, 0.15, 0.55)
+AMBER = (1.0, 0.6, 0.0)  # red, green and blue in [0, 1]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Train a small pipeline on digits, adapt it with LoCA to blue ink, draw both."""
+    """Train a small pipeline on digits, adapt it with LoCA to amber ones, draw both."""
 
     output: Path = Path("scales")
     """Folder for the adapter and the picture."""
@@ -67,7 +67,9 @@ class Pixels(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """An autoencoder whose latents are the pixels."""
 
     @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(self, scaling_factor: float = 1.0, block_out_channels: tuple[int, ...] = (1,), latent_channels: int = 3) -> None:
+    def __init__(
+        self, scaling_factor: float = 1.0, block_out_channels: tuple[int, ...] = (1,), latent_channels: int = 3
+    ) -> None:
         super().__init__()
         self.nothing = nn.Parameter(torch.zeros(()))
 
@@ -133,11 +135,9 @@ def digits() -> tuple[Tensor, Tensor]:
     return images, torch.from_numpy(data.target)
 
 
-def in_ink(images: Tensor) -> Tensor:
-    """The same digits in blue ink on paper."""
-    paper, ink = (torch.tensor(colour).view(1, 3, 1, 1) for colour in (PAPER, INK))
-    amount = (images + 1) / 2
-    return (paper * (1 - amount) + ink * amount) * 2 - 1
+def in_amber(images: Tensor) -> Tensor:
+    """The same digits in amber on black."""
+    return (images + 1) * torch.tensor(AMBER).view(1, 3, 1, 1) - 1
 
 
 def batches(images: Tensor, labels: Tensor, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -205,18 +205,20 @@ def run(settings: Settings) -> None:
     pipe = pipeline(settings.seed)
     pipe.text_encoder.requires_grad_(False)
     base_loss = train(pipe, torch.optim.AdamW(pipe.unet.parameters(), lr=2e-3), images, labels, settings, settings.base_steps)
-    inject(pipe.unet, LoCAConfig(n_components=settings.n_components, targets=("q", "k", "v", "out")), name="ink")
+    inject(pipe.unet, LoCAConfig(n_components=settings.n_components, targets=("q", "k", "v", "out")), name="amber")
     groups = parameter_groups(pipe.unet, lr=5e-2)
     trained = sum(p.numel() for group in groups if group["name"] == "coefficients" for p in group["params"])
-    before = loss_on(pipe, in_ink(images), labels, settings)
-    train(pipe, torch.optim.AdamW(groups), in_ink(images), labels, settings, settings.steps)
-    after = loss_on(pipe, in_ink(images), labels, settings)
-    file = loca.save_loca_weights(pipe, settings.output, "ink")
+    before = loss_on(pipe, in_amber(images), labels, settings)
+    train(pipe, torch.optim.AdamW(groups), in_amber(images), labels, settings, settings.steps)
+    after = loss_on(pipe, in_amber(images), labels, settings)
+    file = loca.save_loca_weights(pipe, settings.output, "amber")
     remove(pipe.unet)
     loca.load_loca_weights(pipe, settings.output)
     draw(pipe, settings.output / "scales.png")
     print(f"base: {sum(p.numel() for p in pipe.unet.parameters()):,} weights, loss {base_loss:.4f}")
-    print(f"LoCA: {trained:,} coefficients, loss on ink {before:.4f} before, {after:.4f} after; {file.stat().st_size:,} bytes")
+    print(
+        f"LoCA: {trained:,} coefficients, loss on amber {before:.4f} before, {after:.4f} after; {file.stat().st_size:,} bytes"
+    )
     print(f"{settings.output / 'scales.png'}")
 
 

@@ -19,6 +19,7 @@ from loca_vision.safefile import Entry, strict_json
 FILE_NAME = "pytorch_loca_weights.safetensors"
 METADATA_KEY = "loca_adapter_metadata"
 FORMAT_VERSION = 1
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FIELDS = {"format_version", "method", "name", "config", "shapes", "whole", "base_model", "library_version"}
 FLOATS = ("F32", "F16", "BF16", "F64")
 

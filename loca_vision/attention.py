@@ -8,13 +8,13 @@ are never replaced, so whoever sets, wraps, fuses, offloads, casts or compiles t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import MethodType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loca_vision.classes import exchange_class
 from loca_vision.projections import Naming, child, naming_of
 from loca_vision.updates import FusedUpdates, Reading, WeightUpdates
 
@@ -166,7 +166,7 @@ def _is_plain(layer: Any) -> bool:
         and type(layer).forward is nn.Linear.forward
         and "forward" not in layer.__dict__  # accelerate's and diffusers' hooks stand there
         and not (layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-        and isinstance(layer._parameters.get("weight"), Tensor)
+        and type(layer._parameters.get("weight")) in (nn.Parameter, Tensor)  # not one that is quantised and looks like it
         and layer.weight.device.type != "meta"
         and layer.weight.dtype in _PLAIN_DTYPES
     )
@@ -239,7 +239,7 @@ def adapt_attention(attention: nn.Module) -> AttentionUpdates:
     assert naming is not None
     updates = AttentionUpdates(attention, naming)
     attention.add_module("loca", updates)
-    _exchange_class(attention, adapted_class(type(attention)))
+    exchange_class(attention, adapted_class(type(attention)))
     cast(AdaptedAttention, attention)._look()
     return updates
 
@@ -249,17 +249,4 @@ def restore_attention(attention: AdaptedAttention) -> None:
     del attention._modules["loca"]
     for name in ("_loca_view", "_loca_projections"):
         attention.__dict__.pop(name, None)
-    _exchange_class(attention, attention.original_class)
-
-
-def _exchange_class(attention: nn.Module, new: type[nn.Module]) -> None:
-    """Also where hooks of accelerate and diffusers keep the `forward` of the class that was there, or left it behind."""
-    old = type(attention).forward
-    attention.__class__ = new
-    new_forward = MethodType(new.forward, attention)
-    registry = getattr(attention, "_diffusers_hook", None)
-    for holder, name in [(attention, "_old_forward"), (attention, "forward")] + [
-        (reference, name) for reference in getattr(registry, "_fn_refs", ()) for name in ("forward", "original_forward")
-    ]:
-        if getattr(getattr(holder, name, None), "__func__", None) is old:
-            setattr(holder, name, new_forward)
+    exchange_class(attention, attention.original_class)

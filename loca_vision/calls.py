@@ -1,4 +1,4 @@
-"""The strength of one pipeline call, for components whose `forward` never hears of it: text encoders."""
+"""The strength of one pipeline call, for components that never hear of it: text encoders, ControlNets."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 from torch import nn
 
 from loca_vision.record import record_of, unwrap
-from loca_vision.root import KEYWORDS, circumstances, takes_attention_kwargs
+from loca_vision.root import KEYWORDS, check_strength, circumstances
 
+_HEARING = ("unet", "transformer", "transformer_2")  # pipelines pass on to these what a call says
 _following: dict[type, type] = {}
 
 
 class _FollowsCalls:
-    """Mixed into the class of a pipeline whose text encoders are adapted."""
+    """Mixed into the class of a pipeline that has adapters in other components than those that hear of a call's strength."""
 
     stock_class: type
 
@@ -24,9 +25,9 @@ class _FollowsCalls:
 
 
 def follow_calls(pipe: Any) -> None:
-    """From now on `cross_attention_kwargs={"scale": s}` of a call of this pipeline holds for its text encoders as well."""
+    """From now on `cross_attention_kwargs={"scale": s}` of a call of this pipeline holds for all its adapted components."""
     followed = isinstance(pipe, _FollowsCalls)
-    wanted = any(record_of(model) is not None for model in _deaf(pipe))
+    wanted = bool(_deaf(pipe))
     if wanted and not followed:
         object.__setattr__(pipe, "__class__", _following_class(type(pipe)))
     elif followed and not wanted:
@@ -34,8 +35,8 @@ def follow_calls(pipe: Any) -> None:
 
 
 def _deaf(pipe: Any) -> list[nn.Module]:
-    models = [unwrap(model) for model in pipe.components.values() if isinstance(model, nn.Module)]
-    return [model for model in models if not takes_attention_kwargs(model)]
+    models = {name: unwrap(model) for name, model in pipe.components.items() if isinstance(model, nn.Module)}
+    return [model for name, model in models.items() if name not in _HEARING and record_of(model) is not None]
 
 
 def _following_class(stock: type) -> type:
@@ -44,15 +45,18 @@ def _following_class(stock: type) -> type:
 
         @wraps(run)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            told = [circumstances(model) for model in _deaf(self) if record_of(model) is not None]
             given = [kwargs[name] for name in KEYWORDS if isinstance(kwargs.get(name), Mapping)]
             strength = next((settings["scale"] for settings in given if "scale" in settings), 1.0)
+            check_strength(strength)
+            told = [circumstances(model) for model in _deaf(self)]
             try:
                 for one in told:
+                    one.usual = strength
                     one.set_strength(strength)
                 return run(self, *args, **kwargs)
             finally:
                 for one in told:
+                    one.usual = 1.0
                     one.set_strength(1.0)
 
         body = {"stock_class": stock, "__call__": call, "__module__": stock.__module__, "__doc__": stock.__doc__}

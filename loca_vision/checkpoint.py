@@ -16,6 +16,7 @@ from loca_vision.adapter_file import (
     FILE_NAME,
     FLOATS,
     METADATA_KEY,
+    PICKLES,
     Description,
     as_json,
     check_values,
@@ -146,11 +147,13 @@ def prepared(
     Raises:
         ValueError: a whole tensor overflows the model's dtype, or a spectrum has more components than there is room for.
     """
-    whole = _in_their_dtypes(model, about, tensors)
-    made = [_spectrum(target, tensors, about.configs[""], room) for target in targets]
-    for spectrum in made:
-        spectrum.coefficients.requires_grad_(learn)
-    placed = [(target, spectrum.to(device_for(target.layer))) for target, spectrum in zip(targets, made, strict=True)]
+    with torch.inference_mode(False):  # parameters made in inference mode could never be used outside of it
+        tensors = {key: value.clone() if value.is_inference() else value for key, value in tensors.items()}
+        whole = _in_their_dtypes(model, about, tensors)
+        made = [_spectrum(target, tensors, about.configs[""], room) for target in targets]
+        for spectrum in made:
+            spectrum.coefficients.requires_grad_(learn)
+        placed = [(target, spectrum.to(device_for(target.layer))) for target, spectrum in zip(targets, made, strict=True)]
     return Adapter(about.configs[""], whole), placed
 
 
@@ -161,8 +164,6 @@ def base_model_name(model: nn.Module) -> str:
     architecture, tag = about.get("architecture"), about.get("tag")
     return f"{architecture}.{tag}" if architecture and tag else architecture or type(model).__name__
 
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Writing
 

@@ -2,71 +2,85 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from loca_vision.record import Strength, record_of, strengthen
-from loca_vision.weights import original, weights, write_weights
+from loca_vision.record import Fused, Strength, changing, record_of
+from loca_vision.weights import Weight, acting_at, stacked, weights, write_weights
 
+_LOG = logging.getLogger(__name__)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
 def fuse(model: nn.Module, strengths: Mapping[str, Strength], *, check: bool = False) -> None:
-    """Write W + the updates of these adapters, and of those fused before, into the weights; rounded once, from the first W.
+    """Write W + the updates of these adapters, and of those fused before, into the weights; rounded once.
 
     Args:
         strengths: of the adapters to fuse; those fused before keep theirs.
         check: refuse before anything is written where a weight would not be finite.
 
     Raises:
-        ValueError: a weight that is quantised or otherwise cannot be written, or a change by another hand since the last fuse.
+        ValueError: a weight that is quantised or otherwise cannot be written. The weights are as they were then.
     """
     record = record_of(model)
     assert record is not None
-    refuse_changed(model)
-    together = dict(strengths) | record.fused.adapters
-    touched = [w for w in weights(model) if not w.stack]
-    kept = {w.path: w.tensor.detach().to("cpu", copy=True) for w in touched if w.path not in record.fused.originals}
-    originals = kept | record.fused.originals
-    write_weights(model, together, originals, check=check)
-    record.fused.adapters, record.fused.originals = together, originals
-    record.fused.marks = {w.path: _checksum(w.tensor) for w in touched}
-    strengthen(model, record)
+    before = record.fused.adapters
+    unfuse(model)
+    originals = {w.path: w.tensor.detach().to("cpu", copy=True) for w in weights(model) if not w.stack}
+    try:
+        write_weights(model, {**strengths, **before}, check=check)
+    except BaseException:
+        for weight in weights(model):
+            weight.tensor.copy_(stacked(model, weight) if weight.stack else originals[weight.path])
+        if before:
+            fuse(model, before)
+        raise
+    with changing(model, record):
+        marks = {w.path: _checksum(w.tensor) for w in weights(model) if not w.stack}
+        record.fused = Fused({**strengths, **before}, originals, marks)
 
 
 @torch.no_grad()
 def unfuse(model: nn.Module) -> None:
-    """Put the weights back as they were before the first fuse; the adapters act as they did.
+    """Put the weights back as they were before the first fuse; the adapters act beside them as before.
 
-    Raises:
-        ValueError: somebody else has written to a weight since.
+    Where another hand has changed a weight since, as a LoRA that was fused later, its change stays: then the update is taken
+    away again, which is exact to rounding only, and said in the log.
     """
     record = record_of(model)
     if record is None or not record.fused.adapters:
         return
-    refuse_changed(model)
+    with acting_at(model, record.fused.adapters):
+        changed = [w.path for w in weights(model) if not w.stack and not _restore(w, record.fused)]
     for weight in weights(model):
-        weight.tensor.copy_(original(weight, model, record.fused.originals))
-    record.fused = type(record.fused)()
-    strengthen(model, record)
+        if weight.stack:
+            weight.tensor.copy_(stacked(model, weight))
+    with changing(model, record):
+        record.fused = Fused()
+    if changed:
+        _LOG.warning(
+            "%d weights had been changed since LoCA was fused; unfused, they keep that change, up to rounding", len(changed)
+        )
 
 
-def refuse_changed(model: nn.Module) -> None:
-    """Raise where a fused weight holds something else than what `fuse` wrote, as after another tool's fuse."""
-    record = record_of(model)
-    fused = record.fused if record else None
-    for weight in weights(model) if fused and fused.adapters else ():
-        if weight.stack or weight.path not in fused.originals:  # type: ignore[union-attr]
-            continue
-        same_dtype = weight.tensor.dtype == fused.originals[weight.path].dtype  # type: ignore[union-attr]
-        if same_dtype and _checksum(weight.tensor) != fused.marks[weight.path]:  # type: ignore[union-attr]
-            raise ValueError(
-                f"{weight.path} has been changed since LoCA was fused into it; undo that first (LoRA: unfuse_lora), "
-                "or the change would be lost"
-            )
+def _restore(weight: Weight, fused: Fused) -> bool:
+    """Whether it could be done exactly: nobody else has written to the weight."""
+    now = weight.tensor
+    if weight.path not in fused.originals:
+        return True
+    kept = fused.originals[weight.path]
+    before = kept.to(now.device, now.dtype)
+    if now.dtype == kept.dtype and _checksum(now) == fused.marks[weight.path]:
+        now.copy_(before)
+        return True
+    written = weight.reading.sum(kept.to(now.device)).to(now.dtype)  # in a precision the model has been brought to since
+    exact = torch.equal(now, written)
+    now.copy_(before if exact else now.float() - (written.float() - before.float()))
+    return exact
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -27,6 +27,7 @@ from loca_vision.record import (
     park,
     places,
     record_of,
+    refuse_fused,
     sites,
     start_record,
     unwrap,
@@ -108,7 +109,7 @@ def attach(
         if target.attention is not None:
             updates.shared = (circumstances(model),)
         updates.add(Place(name, target.name, target.rows), spectrum.to(device_for(target.layer)))
-    activate(model, record, record.active | {name: 1.0})
+    activate(model, record, record.active | {name: 1.0}, enabled=True)
 
 
 def updates_of(target: Target) -> WeightUpdates:
@@ -132,6 +133,7 @@ def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) ->
     model = unwrap(model)
     record = _record(model)
     names = list(record.adapters) if name is None else [_known(record, name)]
+    refuse_fused(record, names)
     if merge and name is not None and name not in record.active:
         raise ValueError(f"adapter {name!r} does not act, so there is nothing to merge; call set_adapters first")
     if merge:
@@ -196,8 +198,9 @@ def set_adapters(
         _known(record, name)
     if len(set(names)) < len(names):
         raise ValueError(f"names={names!r}: an adapter is named twice")
+    refuse_fused(record, {*names, *record.fused.adapters})
     strengths: list[Strength] = [*_strengths(names, weights)]
-    activate(unwrap(model), record, dict(zip(names, strengths, strict=True)))
+    activate(unwrap(model), record, dict(zip(names, strengths, strict=True)), enabled=True)
 
 
 def _strengths(names: list[str], weights: float | Sequence[float] | Mapping[str, float] | None) -> list[float]:
@@ -256,6 +259,13 @@ def linear_targets(model: nn.Module, parts: Sequence[str]) -> list[Target]:
 
 def _check_linear(target: Target) -> None:
     """Any layer that maps vectors to vectors will do: the update is added to what it answers."""
+    attention: Any = target.attention
+    mine = vars(attention).get("forward")
+    hooked = any(hasattr(attention, name) for name in ("_hf_hook", "_diffusers_hook"))
+    if mine is not None and not hooked and getattr(mine, "__func__", None) is not type(attention).forward:
+        raise TypeError(
+            f"{target.name}: somebody has put a forward of their own on that attention layer, which would go around it"
+        )
     sizes = [getattr(target.layer, name, None) for name in ("in_features", "out_features")]
     if not all(isinstance(size, int) for size in sizes):
         raise TypeError(f"{target.name} is a {type(target.layer).__name__}: LoCA adapts linear layers")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loca_vision.classes import exchange_class
 from loca_vision.updates import WeightUpdates
 
 
@@ -86,11 +87,11 @@ def adapt(layer: nn.Module) -> WeightUpdates:
         return layer.loca
     updates = WeightUpdates()
     layer.add_module("loca", updates)
-    layer.__class__ = adapted_class(type(layer))
+    exchange_class(layer, adapted_class(type(layer)))
     return updates
 
 
 def restore(layer: AdaptedLayer) -> None:
     """Give the layer its own class back; its parameters were never touched."""
     del layer._modules["loca"]
-    layer.__class__ = layer.original_class  # type: ignore[assignment]
+    exchange_class(layer, layer.original_class)

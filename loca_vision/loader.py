@@ -15,11 +15,11 @@ from loca_vision.blocks import block_strengths
 from loca_vision.calls import follow_calls
 from loca_vision.checkpoint import base_model_name, contents, match, prepared, write_adapter
 from loca_vision.config import PARTS
-from loca_vision.fusing import fuse, refuse_changed, unfuse
+from loca_vision.fusing import fuse, unfuse
 from loca_vision.inject import adapters, attach, check_new_name, remove
-from loca_vision.record import Record, Strength, activate, enable, record_of, unwrap
+from loca_vision.record import Record, Strength, activate, record_of, refuse_fused, unwrap
 from loca_vision.root import choose, set_low_memory, settings_of
-from loca_vision.sources import Opened, Place, opened, safe_name, with_description
+from loca_vision.sources import Opened, Request, opened, safe_name, with_description
 from loca_vision.swap import check_swap, swap
 from loca_vision.targets import find_targets
 
@@ -70,8 +70,8 @@ class LoCALoaderMixin:
             ValueError: a name in use, or anything in the file that is not as it must be: the sentence names key and rule.
             TypeError: another kind of source.
         """
-        place = Place(weight_name, subfolder, revision, token, cache_dir, local_files_only, force_download)
-        with opened(source, place) as file:
+        request = Request(weight_name, subfolder, revision, token, cache_dir, local_files_only, force_download)
+        with opened(source, request) as file:
             about = read_description(_metadata(self, file), file.entries)
             assigned = _assigned(self, about)
             name = _name_to_load(self, adapter_name, hotswap)
@@ -121,16 +121,16 @@ class LoCALoaderMixin:
         models = {c: model for c, (model, record) in _adapted(self).items() if adapter_name in record.adapters}
         _known(self, [adapter_name])
         parts = {component: contents(model, adapter_name) for component, model in models.items()}
+        parts = {
+            component: part for component, part in parts.items() if part[0].shapes
+        }  # all of another may have been swapped in
         about = joined({component: part for component, (part, _) in parts.items()}, _base_name(models))
         write_adapter(file, about, {k: v for c, (_, tensors) in parts.items() for k, v in with_prefix(tensors, c).items()})
         return file
 
     def unload_loca_weights(self) -> None:
         """Take all adapters out, fused ones too: the pipeline is as it was before the first, bit for bit."""
-        models = [model for model, _ in _adapted(self).values()]
-        for model in models:
-            refuse_changed(model)
-        for model in models:
+        for model, _ in _adapted(self).values():
             unfuse(model)
             remove(model)
         follow_calls(self)
@@ -142,14 +142,11 @@ class LoCALoaderMixin:
             ValueError: an unknown name, or one that is fused; nothing is deleted then.
         """
         names = _known(self, names)
-        for component, (_, record) in _adapted(self).items():
-            for name in names:
-                if name in record.fused.adapters:
-                    raise ValueError(f"adapter {name!r} is fused into {component}; call unfuse_loca first")
+        for _, record in _adapted(self).values():
+            refuse_fused(record, names)
         for model, record in _adapted(self).values():
-            for name in names:
-                if name in record.adapters:
-                    remove(model, name)
+            for name in [name for name in names if name in record.adapters]:
+                remove(model, name)
         follow_calls(self)
 
     def set_loca_adapters(self, names: str | Sequence[str], weights: Any = None) -> None:
@@ -173,17 +170,14 @@ class LoCALoaderMixin:
             _check_components(self, name, weight)
         chosen: dict[str, dict[str, Strength]] = {}
         for component, (model, record) in _adapted(self).items():
-            for name in names:
-                if name in record.fused.adapters:
-                    raise ValueError(f"adapter {name!r} is fused into {component}; call unfuse_loca first")
+            refuse_fused(record, names)
             chosen[component] = {
                 name: _strength(model, component, name, weight)
                 for name, weight in zip(names, weights, strict=True)
                 if name in record.adapters
             }
         for component, (model, record) in _adapted(self).items():
-            enable(model, record, True)
-            activate(model, record, chosen[component])
+            activate(model, record, chosen[component], enabled=True)
 
     def get_active_loca_adapters(self) -> list[str]:
         """The names of the active adapters, in order; also of those that are fused or disabled for now."""
@@ -199,16 +193,15 @@ class LoCALoaderMixin:
         Raises:
             ValueError: an adapter is fused.
         """
-        for component, (_, record) in _adapted(self).items():
-            if record.fused.adapters:
-                raise ValueError(f"{', '.join(record.fused.adapters)} is fused into {component}; call unfuse_loca first")
+        for _, record in _adapted(self).values():
+            refuse_fused(record, record.fused.adapters)
         for model, record in _adapted(self).values():
-            enable(model, record, False)
+            activate(model, record, record.active, enabled=False)
 
     def enable_loca(self) -> None:
         """Let the active adapters act again."""
         for model, record in _adapted(self).values():
-            enable(model, record, True)
+            activate(model, record, record.active, enabled=True)
 
     def set_loca_device(self, names: str | Sequence[str], device: torch.device | str | int) -> None:
         """Move the spectra of these adapters; wherever they are, they go on working.
@@ -235,7 +228,7 @@ class LoCALoaderMixin:
         """Write adapters into the weights, which costs nothing at inference; `unfuse_loca` brings the weights back bit for bit.
 
         The weights as they were are kept in main memory until then: as many bytes as the adapted weights have. What is fused
-        already stays as it is. Whole tensors, such as a `conv_in`, are in the model anyway.
+        already stays as it is. Whole tensors, such as a `conv_in`, stay in the model as long.
 
         Args:
             components: by default all with adapters.
@@ -244,7 +237,8 @@ class LoCALoaderMixin:
             adapter_names: by default the active ones.
 
         Raises:
-            ValueError: an unknown name, nothing to fuse, or a weight that nothing can be written into (quantised).
+            ValueError: an unknown name, nothing to fuse, adapters that are disabled, or a weight that nothing can be written
+                into (quantised).
         """
         factor = block_strengths(nn.Module(), scale, (), "scale")
         assert isinstance(factor, float)
@@ -253,6 +247,8 @@ class LoCALoaderMixin:
         wanted: dict[str, dict[str, Strength]] = {}
         for component, (_, record) in here.items():
             fusing = [name for name in (names or record.active) if name in record.adapters]
+            if fusing and not record.enabled:
+                raise ValueError("the adapters are disabled; call enable_loca first")
             wanted[component] = {n: _times(record.active.get(n, 1.0), factor) for n in fusing if n not in record.fused.adapters}
         if not any(wanted.values()) and not any(record.fused.adapters for _, record in here.values()):
             raise ValueError("there is no active adapter to fuse; call set_loca_adapters first")
@@ -272,12 +268,12 @@ class LoCALoaderMixin:
     def unfuse_loca(self, components: Sequence[str] | None = None) -> None:
         """Put the weights back as they were, bit for bit; the adapters act beside them as before.
 
+        Where somebody else has changed a weight since, as `fuse_lora` does, that change stays, and the log says so.
+
         Raises:
-            ValueError: an unknown component, or a weight that somebody else has changed since.
+            ValueError: an unknown component.
         """
         here = _chosen(self, components) if components is not None else _adapted(self)
-        for model, _ in here.values():
-            refuse_changed(model)
         for model, _ in here.values():
             unfuse(model)
 
@@ -338,7 +334,8 @@ def _models(pipe: Any) -> dict[str, nn.Module]:
 
 
 def _adapted(pipe: Any) -> dict[str, tuple[nn.Module, Record]]:
-    """Those that have adapters, with their records."""
+    """Those that have adapters, with their records; from now on calls of this pipeline reach all of them."""
+    follow_calls(pipe)
     found = ((name, model, record_of(model)) for name, model in _models(pipe).items())
     return {name: (model, record) for name, model, record in found if record is not None}
 
@@ -429,16 +426,14 @@ def _attach_all(pipe: Any, name: str, made: Mapping[str, tuple[nn.Module, Any, A
         for model, adapter, placed in made.values():
             attach(model, name, adapter, placed, freeze=False)
         for model, record in _adapted(pipe).values():
-            enable(model, record, True)
-            activate(model, record, {name: 1.0} if name in record.adapters else {})
+            activate(model, record, {name: 1.0} if name in record.adapters else {}, enabled=True)
         follow_calls(pipe)
     except BaseException:
         for model, record in _adapted(pipe).values():
             if name in record.adapters:
                 remove(model, name)
         for model, record, active, enabled in before:
-            enable(model, record, enabled)
-            activate(model, record, active)
+            activate(model, record, active, enabled=enabled)
         raise
 
 

@@ -150,6 +150,9 @@ class _SeenProjection(AdaptedProjection):
     def _layer(self) -> Any:
         return _layer_at(self.attention, self.path)
 
+    def _prepare(self) -> None:
+        """It is made in the traced code itself: so is its update."""
+
 
 class _Seen:
     """An attention layer, but for its adapted projections."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from loca_vision.attention import AdaptedAttention
 from loca_vision.config import LoCAConfig
@@ -39,7 +41,7 @@ class Fused:
     """
     Args:
         adapters: those in the weights, and how strongly.
-        originals: the weights before the first of them, by the paths of their layers, on the CPU, to be put back bit for bit.
+        originals: the weights before, by the paths of their layers, on the CPU, to be put back bit for bit.
         marks: a checksum of each weight with them in it, which tells whether another hand has written to it since.
     """
 
@@ -59,6 +61,7 @@ class Record:
         enabled: whether any acts at all for now.
         fused: what has been written into the weights.
         frozen: whether an adapter froze the model's own parameters: what learns since is meant to.
+        hook: lets `load_state_dict` take the base's own.
     """
 
     trainable: dict[str, bool]
@@ -68,11 +71,13 @@ class Record:
     enabled: bool = True
     fused: Fused = field(default_factory=Fused)
     frozen: bool = False
+    hook: RemovableHandle | None = None
 
     @property
     def supplier(self) -> str | None:
-        """The adapter whose whole tensors are in the model now."""
-        return next((name for name in reversed(self.active) if self.adapters[name].whole and self.enabled), None)
+        """The adapter whose whole tensors are in the model now: the last that acts, or is fused, and has any."""
+        acting = [*self.fused.adapters, *(self.active if self.enabled else ())]
+        return next((name for name in reversed(acting) if self.adapters[name].whole), None)
 
     @property
     def effective(self) -> dict[str, Strength]:
@@ -98,9 +103,19 @@ def record_of(model: nn.Module) -> Record | None:
 
 def start_record(model: nn.Module) -> Record:
     """The model's record; a new one where it has none yet."""
-    record = record_of(model) or Record({name: p.requires_grad for name, p in model.named_parameters()})
-    setattr(model, _ATTRIBUTE, record)
+    record = record_of(model)
+    if record is None:
+        record = Record({name: p.requires_grad for name, p in model.named_parameters()})
+        record.hook = model.register_load_state_dict_post_hook(_allow_the_base)  # type: ignore[no-untyped-call]
+        setattr(model, _ATTRIBUTE, record)
     return record
+
+
+def _allow_the_base(model: nn.Module, keys: Any) -> None:
+    """A `state_dict` of the base, without a tensor of any adapter, is complete as it is; half an adapter is not."""
+    own = [key for key in keys.missing_keys if ".loca." in f".{key}"]
+    if len(own) == sum(len(spectrum.state_dict()) for spectrum in spectra(model)):
+        keys.missing_keys[:] = [key for key in keys.missing_keys if key not in own]
 
 
 def end_record(model: nn.Module) -> None:
@@ -108,6 +123,8 @@ def end_record(model: nn.Module) -> None:
     if record is not None:
         for name, parameter in model.named_parameters() if record.frozen else ():
             parameter.requires_grad_(record.trainable.get(name, parameter.requires_grad))
+        if record.hook is not None:
+            record.hook.remove()
         delattr(model, _ATTRIBUTE)
 
 
@@ -133,6 +150,13 @@ def sites(model: nn.Module) -> list[Site]:
 def places(model: nn.Module) -> list[Place]:
     """Every adapted projection of every adapter."""
     return [place for site in sites(model) for place in site.updates.places]
+
+
+def refuse_fused(record: Record, names: Iterable[str]) -> None:
+    """Raise where one of these adapters is in the weights: what acts there cannot be changed from outside."""
+    for name in names:
+        if name in record.fused.adapters:
+            raise ValueError(f"adapter {name!r} is fused into the weights; call unfuse_loca first")
 
 
 def spectra(model: nn.Module) -> list[Spectrum]:
@@ -167,21 +191,22 @@ def acting_spectra(model: nn.Module) -> list[Spectrum]:
     return [spectrum for spectrum in spectra(model) if id(spectrum) not in idle]
 
 
-def activate(model: nn.Module, record: Record, active: dict[str, Strength]) -> None:
-    """Let exactly these adapters act: park the whole tensors of the one that supplied them, bring in those of the next."""
+@contextmanager
+def changing(model: nn.Module, record: Record) -> Iterator[None]:
+    """Around a change of what acts: the whole tensors in the model, and how strongly every update acts, follow it."""
     park(model, record)
-    record.active = active
-    supply(model, record)
-    strengthen(model, record)
-
-
-def enable(model: nn.Module, record: Record, enabled: bool) -> None:
-    """Let the active adapters act, or none."""
-    if record.enabled != enabled:
-        park(model, record)
-        record.enabled = enabled
+    try:
+        yield
+    finally:
         supply(model, record)
         strengthen(model, record)
+
+
+def activate(model: nn.Module, record: Record, active: dict[str, Strength], *, enabled: bool | None = None) -> None:
+    """Let exactly these adapters act, or, with `enabled` False, be the ones that will."""
+    with changing(model, record):
+        record.active = active
+        record.enabled = record.enabled if enabled is None else enabled
 
 
 def strengthen(model: nn.Module, record: Record) -> None:

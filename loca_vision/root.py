@@ -6,8 +6,10 @@ import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
+from loca_vision.record import record_of
 from loca_vision.updates import Circumstances, Reading
 
 _CHILD, _HOOK, _SETTINGS = "loca_circumstances", "_loca_call_hook", "_loca_settings"
@@ -43,7 +45,8 @@ def circumstances(model: nn.Module) -> Circumstances:
     """Those of this model, which has them from now on."""
     found = model._modules.get(_CHILD)
     if not isinstance(found, Circumstances):
-        found = Circumstances()
+        with torch.inference_mode(False):
+            found = Circumstances()
         found.low_memory = settings_of(model).low_memory
         model.add_module(_CHILD, found)
         parameter = next(model.parameters(), None)
@@ -88,15 +91,22 @@ def read_strength(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, An
     It stands until the next call, since a checkpointed block runs again in the backward pass. The scale goes on to diffusers
     only where peft has layers for it: without any, diffusers would warn that it has no effect.
     """
-    strength = 1.0
+    found: Any = model._modules[_CHILD]
+    strength = found.usual
     for name in KEYWORDS:
         settings = named.get(name)
         if settings is not None and "scale" in settings:
             strength = settings["scale"]
+            check_strength(strength)
             if not hasattr(model, "peft_config"):
                 named = named | {name: {key: value for key, value in settings.items() if key != "scale"} or None}
-    model._modules[_CHILD].set_strength(strength)  # type: ignore[union-attr, operator]
+    found.set_strength(strength)
     return inputs, named
+
+
+def check_strength(strength: Any) -> None:
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or strength - strength != 0:
+        raise ValueError(f"scale={strength!r}: the scale of a call is a finite number")
 
 
 class SaveBase:
@@ -122,5 +132,9 @@ class SaveBase:
 
 
 def without_adapters(model: nn.Module, state: dict[str, Any], prefix: str, local: Any) -> None:
+    """Also without an adapter's whole tensors, unless its updates are in the weights too."""
     for key in [key for key in state if ".loca." in f".{key}"]:
         del state[key]
+    record = record_of(model)
+    if record is not None and record.supplier not in record.fused.adapters:
+        state.update({key: value for key, value in record.base.items() if key in state})

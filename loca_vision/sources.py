@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from loca_vision.adapter_file import FILE_NAME, METADATA_KEY, as_json, described
+from loca_vision.adapter_file import FILE_NAME, METADATA_KEY, PICKLES, as_json, described
 from loca_vision.safefile import Entry, open_safetensors
 
 _LOG = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Opened(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
+class Request:
     """Where on the hub, or in a folder, to look: the arguments of `load_loca_weights`."""
 
     weight_name: str | None = None
@@ -48,7 +48,7 @@ class Place:
 
 
 @contextmanager
-def opened(source: Any, place: Place) -> Iterator[Opened]:
+def opened(source: Any, request: Request) -> Iterator[Opened]:
     """The adapter at a source; what is found wrong with it inside the `with` says where it came from.
 
     Raises:
@@ -62,7 +62,7 @@ def opened(source: Any, place: Place) -> Iterator[Opened]:
         except (ValueError, TypeError) as error:
             raise ValueError(f"state dict: {error}") from None
     elif isinstance(source, (str, os.PathLike)):
-        with open_safetensors(locate(source, place)) as file:
+        with open_safetensors(locate(source, request)) as file:
             yield file
     else:
         raise TypeError(f"source is a {type(source).__name__}: a folder, a file, a hub id or a state dict is wanted")
@@ -84,9 +84,10 @@ class _InMemory:
     def of(state: Mapping[str, Any]) -> _InMemory:
         held = {key: value for key, value in state.items() if key != METADATA_KEY}
         for key, value in held.items():
-            if not isinstance(key, str) or not isinstance(value, Tensor) or value.dtype not in _DTYPES:
-                what = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{key!r} holds a {what}: tensors of coefficients and locations are wanted")
+            plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta"
+            if not isinstance(key, str) or not plain or value.dtype not in _DTYPES:
+                what = f"{value.layout} {value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{key!r} holds a {what}: plain tensors of coefficients and locations are wanted")
         entries = {key: Entry(_DTYPES[value.dtype], tuple(value.shape), 0, 0) for key, value in held.items()}
         about = state.get(METADATA_KEY)
         if about is None:
@@ -106,23 +107,25 @@ def with_description(source: Opened, shapes: Callable[[], Mapping[str, tuple[int
 # Paths and the hub
 
 
-def locate(source: str | os.PathLike[str], place: Place) -> Path:
+def locate(source: str | os.PathLike[str], request: Request) -> Path:
     """The path of the adapter's file, which is fetched from the hub where the source is the name of a repository."""
-    for what, name in (("weight_name", place.weight_name), ("subfolder", place.subfolder)):
+    for what, name in (("weight_name", request.weight_name), ("subfolder", request.subfolder)):
         _refuse_escape(what, name)
-    if place.weight_name is not None and (len(PurePosixPath(place.weight_name).parts) != 1 or "\\" in place.weight_name):
-        raise ValueError(f"weight_name={place.weight_name!r}: it is the name of a file, without a folder; see subfolder")
+    if request.weight_name is not None and (len(PurePosixPath(request.weight_name).parts) != 1 or "\\" in request.weight_name):
+        raise ValueError(f"weight_name={request.weight_name!r}: it is the name of a file, without a folder; see subfolder")
     text = os.fspath(source)
     if not isinstance(text, str) or not text or "\0" in text:
         raise ValueError(f"source={source!r}: a folder, a file or a hub id is wanted")
     path = Path(text)
     if path.is_dir():
-        return _in_folder(path, place)
+        return _in_folder(path, request)
     if path.exists():
+        if request.weight_name is not None or request.subfolder is not None:
+            raise ValueError(f"{text}: it is a file, in which there is no weight_name or subfolder to look for")
         return path
     if not isinstance(source, str) or not _may_be_a_repository(text):
         raise FileNotFoundError(f"{text}: there is no such file or folder")
-    return _from_hub(text, place)
+    return _from_hub(text, request)
 
 
 def safe_name(name: str | None) -> str:
@@ -149,12 +152,13 @@ def _refuse_escape(what: str, name: Any) -> None:
         raise ValueError(f"{what}={name!r}: it must stay inside the folder")
 
 
-def _in_folder(folder: Path, place: Place) -> Path:
-    inside = folder / place.subfolder if place.subfolder else folder
-    file = inside / (place.weight_name or FILE_NAME)
+def _in_folder(folder: Path, request: Request) -> Path:
+    inside = folder / request.subfolder if request.subfolder else folder
+    file = inside / (request.weight_name or FILE_NAME)
     if not file.exists():
         there = sorted(p.name for p in inside.iterdir() if p.is_file())[:5] if inside.is_dir() else []
         hint = f"; there are {', '.join(there)}" if there else ""
+        hint += "; a pickle could run code when read" if any(name.endswith(PICKLES) for name in there) else ""
         raise FileNotFoundError(f"{inside}: there is no {file.name} in that folder{hint}")
     if not any(file.resolve().is_relative_to(root) for root in _roots(folder.resolve())):
         raise ValueError(f"{file}: it is a link that leaves the folder")
@@ -162,11 +166,12 @@ def _in_folder(folder: Path, place: Place) -> Path:
 
 
 def _roots(folder: Path) -> Iterator[Path]:
-    """The folder; and, for a snapshot in the hub's cache, the `blobs` its files are links to."""
+    """The folder; and, for a snapshot in the hub's cache, the `blobs` beside it that its files are links to."""
     yield folder
-    for parent in folder.parents:
-        if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
-            yield (parent.parent / "blobs").resolve()
+    for snapshots in folder.parents:
+        blobs = snapshots.parent / "blobs"
+        if snapshots.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink():
+            yield blobs
 
 
 def _may_be_a_repository(text: str) -> bool:
@@ -182,7 +187,7 @@ def _may_be_a_repository(text: str) -> bool:
     return text.count("/") == 1
 
 
-def _from_hub(repository: str, place: Place) -> Path:
+def _from_hub(repository: str, request: Request) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -192,18 +197,18 @@ def _from_hub(repository: str, place: Place) -> Path:
         RevisionNotFoundError,
     )
 
-    name = place.weight_name or FILE_NAME
-    where = f"{repository}{f'/{place.subfolder}' if place.subfolder else ''}"
+    name = request.weight_name or FILE_NAME
+    where = f"{repository}{f'/{request.subfolder}' if request.subfolder else ''}"
     try:
         fetched = hf_hub_download(
             repository,
             name,
-            subfolder=place.subfolder,
-            revision=place.revision,
-            token=place.token,
-            cache_dir=None if place.cache_dir is None else str(place.cache_dir),
-            force_download=place.force_download,
-            local_files_only=bool(place.local_files_only),  # HF_HUB_OFFLINE holds in either case
+            subfolder=request.subfolder,
+            revision=request.revision,
+            token=request.token,
+            cache_dir=None if request.cache_dir is None else str(request.cache_dir),
+            force_download=request.force_download,
+            local_files_only=bool(request.local_files_only),  # HF_HUB_OFFLINE holds in either case
         )
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
@@ -215,7 +220,7 @@ def _from_hub(repository: str, place: Place) -> Path:
             f"{repository}: there is no such folder here, and no such repository on the hub that this token may read"
         ) from error
     except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{repository}: it has no revision {place.revision!r}") from error
+        raise FileNotFoundError(f"{repository}: it has no revision {request.revision!r}") from error
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"{where}: there is no {name} in that repository") from error
     except (HfHubHTTPError, OSError) as error:

@@ -7,7 +7,7 @@ from torch import nn
 
 from loca_vision.inject import adapters
 from loca_vision.offload import stored, stored_at
-from loca_vision.record import Adapter, park, record_of, strengthen, supply
+from loca_vision.record import Adapter, changing, record_of, refuse_fused
 from loca_vision.spectrum import Spectrum
 from loca_vision.targets import Target
 
@@ -19,8 +19,8 @@ def check_swap(model: nn.Module, name: str, placed: list[tuple[Target, Spectrum]
         ValueError: no such adapter, it is fused, or it lacks a projection or has too little room in it.
     """
     record = record_of(model)
-    if record is not None and name in record.fused.adapters:
-        raise ValueError(f"adapter {name!r} is fused into the weights; unfuse it before another takes its place")
+    assert record is not None
+    refuse_fused(record, [name])
     present = adapters(model, name)
     for target, spectrum in placed:
         if target.name not in present:
@@ -38,14 +38,12 @@ def swap(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Targe
     """Put these spectra and whole tensors in the place of those of the adapter `name`; projections it has beyond them rest."""
     record = record_of(model)
     assert record is not None
-    park(model, record)
-    record.base = {key: stored_at(model, key).detach().clone() for key in adapter.whole} | record.base
-    record.adapters[name] = adapter
     given = {target.name: spectrum for target, spectrum in placed}
-    for projection, spectrum in adapters(model, name).items():
-        _take_over(spectrum, given.get(projection))
-    supply(model, record)
-    strengthen(model, record)
+    with changing(model, record):
+        record.base = {key: stored_at(model, key).detach().clone() for key in adapter.whole} | record.base
+        record.adapters[name] = adapter
+        for projection, spectrum in adapters(model, name).items():
+            _take_over(spectrum, given.get(projection))
 
 
 def _take_over(spectrum: Spectrum, other: Spectrum | None) -> None:

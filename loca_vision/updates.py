@@ -27,8 +27,9 @@ class Circumstances(nn.Module):
     """What holds for all updates of one model: how strongly they act in this call, and whether memory is to be spared.
 
     Attributes:
-        strength: multiplies every adapter's own; eager code reads it.
-        factor: the same number as a tensor, (); compiled code reads it, so that another strength compiles nothing anew.
+        factor: multiplies every adapter's own, (); compiled code reads it, so that another strength compiles nothing anew.
+        number: the same, for eager code; 1 for compiled code, which applies the factor itself.
+        usual: the strength of a call that says nothing of it.
         low_memory: apply updates to activations instead of building weights for them.
     """
 
@@ -36,16 +37,24 @@ class Circumstances(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.strength = 1.0
+        self._number: float | None = 1.0  # None: compiled code has written the factor, and the factor alone
+        self.usual = 1.0
         self.low_memory = False
         self.register_buffer("factor", torch.ones((), device="cpu"), persistent=False)
 
+    @property
+    def number(self) -> float:
+        if torch.compiler.is_compiling():
+            return 1.0
+        return float(self.factor) if self._number is None else self._number
+
     def set_strength(self, strength: float) -> None:
-        if torch.compiler.is_compiling():  # a product with a number is what dynamo can leave open; whatever reads it is not
+        if torch.compiler.is_compiling():  # a product with a number is what dynamo leaves open; kept, it would be a constant
             self.factor.copy_(torch.ones_like(self.factor) * strength)
+            self._number = None
         else:
-            self.strength = strength
             self.factor.fill_(strength)
+            self._number = strength
 
 
 _USUAL = Circumstances()  # of models that know no strength of a call
@@ -74,6 +83,12 @@ class Reading(nn.Module):
         super().__init__()
         self.register_buffer("delta", None, persistent=False)
         self._kept: _Kept | None = None
+        self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Reading:
+        self._kept = None  # on the device, and in the precision, of before
+        result: Reading = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return result
 
     def acting(self) -> list[Acting]:
         """What acts on the weight now."""
@@ -99,7 +114,7 @@ class Reading(nn.Module):
         if torch.is_grad_enabled() and any(value.requires_grad for value in (base, *_parameters(acting))):
             self.drop()
             return add_rows(base, self._deltas(acting, base.device))
-        return self._kept_or(base, acting, lambda: add_rows(base, self._deltas(acting, base.device)))
+        return self._kept_or(base, acting, (), lambda: add_rows(base, self._deltas(acting, base.device)))
 
     def sum(self, base: Tensor) -> Tensor:
         """W + sum of the acting updates, built anew and not kept; whatever the strength of the last call."""
@@ -133,17 +148,18 @@ class Reading(nn.Module):
             return F.linear(x, self._matrix(x, rows, acting))
         if not keep or self.circumstances.low_memory:
             return self._by_activations(x, rows, acting)
-        return F.linear(x, self._kept_or(None, acting, lambda: self._matrix(x, rows, acting)))
+        return F.linear(x, self._kept_or(None, acting, (_computed_in(x), x.device), lambda: self._matrix(x, rows, acting)))
 
     def _matrix(self, x: Tensor, rows: int, acting: list[Acting]) -> Tensor:
         empty = torch.zeros(rows, x.shape[-1], device=x.device)
-        matrix = add_rows(empty, self._deltas(acting, x.device))
-        return matrix.to(torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype)
+        return add_rows(empty, self._deltas(acting, x.device)).to(_computed_in(x))
 
     def _by_activations(self, x: Tensor, rows: int, acting: list[Acting]) -> Tensor:
         result = x.new_zeros(*x.shape[:-1], rows)
         for one in acting:
-            part = one.spectrum(self.circumstances.strength * one.strength, x)
+            part = one.spectrum(self.circumstances.number * one.strength, x)
+            if torch.compiler.is_compiling():
+                part = part * self.circumstances.factor.to(part.dtype)
             if one.rows is None and part.shape == result.shape:
                 result = result + part
             else:
@@ -166,8 +182,10 @@ class Reading(nn.Module):
     def settle(self, base: Tensor) -> None:
         """Make the update that compiled code reads, for a weight like `base`; once made, `refresh` keeps it up to date."""
         if self.delta is None:
-            self.delta = torch.zeros_like(base.detach(), requires_grad=False)
-            self.refresh()
+            with torch.inference_mode(False), torch.no_grad():
+                dtype = base.dtype if base.element_size() > 1 else torch.float32  # stored in eight bits, not computed with
+                self.delta = torch.zeros(base.shape, dtype=dtype, device=base.device)
+                self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -188,21 +206,25 @@ class Reading(nn.Module):
 
     def _deltas(self, acting: list[Acting], device: torch.device, *, of_call: bool = True) -> list[Update]:
         """The rows and the update of each projection, summed over the acting adapters."""
-        factor = self.circumstances.strength if of_call else 1.0
+        factor = self.circumstances.number if of_call else 1.0
         deltas: dict[str, Update] = {}
         for one in acting:
             delta = one.spectrum(factor * one.strength).to(device)
+            if of_call and torch.compiler.is_compiling():
+                delta = delta * self.circumstances.factor
             if one.projection in deltas:
                 delta = deltas[one.projection][1] + delta
             deltas[one.projection] = one.rows, delta
         return list(deltas.values())
 
-    def _kept_or(self, base: Tensor | None, acting: list[Acting], build: Callable[[], Tensor]) -> Tensor:
-        learned, strengths = list(_parameters(acting)), [self.circumstances.strength, *(one.strength for one in acting)]
+    def _kept_or(self, base: Tensor | None, acting: list[Acting], form: tuple[Any, ...], build: Callable[[], Tensor]) -> Tensor:
+        """What is kept, as long as W, spectra, strengths and the form that is asked for are those it was built from."""
+        learned = list(_parameters(acting))
+        terms = (*form, self.circumstances.number, *(one.strength for one in acting))
         kept = self._kept  # one reading: another thread may drop it meanwhile
-        if kept is None or not kept.holds_for(base, learned, strengths):
+        if kept is None or not kept.holds_for(base, learned, terms):
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = kept = _Kept(base, learned, strengths, build())
+                self._kept = kept = _Kept(base, learned, terms, build())
         return kept.weight
 
     def __getstate__(self) -> dict[str, Any]:
@@ -278,27 +300,51 @@ def _parameters(acting: list[Acting]) -> Iterator[Tensor]:
         yield from (one.spectrum.coefficients, one.spectrum.locations)
 
 
+def _after_loading(reading: nn.Module, keys: Any) -> None:
+    """After `load_state_dict`: other values may be there, and compiled code would not look."""
+    reading.refresh()  # type: ignore[operator]
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+
+
 class _Kept:
     """A weight built once, and what it was built from.
 
-    Versions tell of every in-place change but those made through `.data`; on the CPU, where it costs microseconds and no
-    synchronisation, the small tensors are compared by value as well.
+    Versions tell of every in-place change but those made through `.data`, as peft's when it merges. On the CPU, where it costs
+    microseconds and no synchronisation, spectra are compared by value as well, and of W a sample.
     """
 
-    def __init__(self, base: Tensor | None, learned: list[Tensor], strengths: list[float], weight: Tensor) -> None:
-        self.values, self.strengths, self.weight = [base, *learned], strengths, weight
+    def __init__(self, base: Tensor | None, learned: list[Tensor], terms: tuple[Any, ...], weight: Tensor) -> None:
+        self.values, self.terms, self.weight = [base, *learned], terms, weight
         self.marks = [_mark(value) for value in self.values]
-        self.copies = [value.detach().clone() if value.device.type == "cpu" else None for value in learned]
+        self.samples = [_sample(value).clone() for value in self.values if _comparable(value)]
 
-    def holds_for(self, base: Tensor | None, learned: list[Tensor], strengths: list[float]) -> bool:
+    def holds_for(self, base: Tensor | None, learned: list[Tensor], terms: tuple[Any, ...]) -> bool:
         values = [base, *learned]
         return (
-            self.strengths == strengths
+            self.terms == terms
             and len(self.values) == len(values)
             and all(old is new for old, new in zip(self.values, values, strict=True))
             and self.marks == [_mark(value) for value in values]
-            and all(copy is None or torch.equal(copy, value) for copy, value in zip(self.copies, learned, strict=True))
+            and all(map(torch.equal, self.samples, [_sample(value) for value in values if _comparable(value)]))
         )
+
+
+def _comparable(value: Tensor | None) -> bool:
+    return value is not None and value.device.type == "cpu"
+
+
+def _sample(value: Any) -> Tensor:
+    """All of a spectrum; about 64 values of a weight, one in each of as many rows."""
+    value = value.detach()
+    if value.shape[-1] <= 2 or value.dim() == 1:
+        return value  # type: ignore[no-any-return]
+    step = max(1, len(value) // 64)
+    rows = torch.arange(0, len(value), step)
+    return value[rows, rows * 7 % value.shape[1]]  # type: ignore[no-any-return]
 
 
 def _mark(tensor: Tensor | None) -> tuple[Any, ...]:

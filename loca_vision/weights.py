@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -59,48 +60,40 @@ def weights(model: nn.Module) -> list[Weight]:
     return found
 
 
-def original(weight: Weight, model: nn.Module, originals: Mapping[str, Tensor]) -> Tensor:
-    """What the weight was, where that is known, and otherwise is; a stack is what its parts were."""
-    if not weight.stack:
-        return originals.get(weight.path, weight.tensor)
+def stacked(model: nn.Module, weight: Weight) -> Tensor:
+    """What a stack of weights should be: those of its parts, as they are now."""
     layers = [base_of(unwrap(model).get_submodule(path)) for path in weight.stack]
-    parts = [originals.get(path, stored(layer, "weight")) for path, layer in zip(weight.stack, layers, strict=True)]
-    return torch.cat([part.to(weight.tensor.device) for part in parts])
+    return torch.cat([stored(layer, "weight").to(weight.tensor.device) for layer in layers])
 
 
-@torch.no_grad()
-def write_weights(
-    model: nn.Module,
-    strengths: Mapping[str, Strength],
-    originals: Mapping[str, Tensor] | None = None,
-    *,
-    check: bool = True,
-) -> None:
-    """W + the updates of these adapters, at these strengths, into every weight they have updates for.
-
-    Args:
-        originals: W by the path of its layer; what the weights hold now by default.
-        check: build every weight before the first is written, and refuse one that is not finite.
-
-    Raises:
-        ValueError: a weight cannot be written, or would not be finite; nothing has been written then.
-    """
+@contextmanager
+def acting_at(model: nn.Module, strengths: Mapping[str, Strength]) -> Iterator[None]:
+    """Inside, exactly these adapters act, at these strengths."""
     before = [(site.updates, site.updates.strengths) for site in sites(model)]
     try:
         for site in sites(model):
             site.updates.strengths = strengths_at(site.updates, strengths)
-        there = [(weight, weight.tensor) for weight in weights(model) if weight.reading.acting()]
-        for weight, tensor in there if check else ():
-            if not torch.isfinite(_with_updates(weight, tensor, model, originals)).all():
-                projection = weight.reading.acting()[0].projection
-                raise ValueError(f"{projection}: merged, the weight would not be finite in {tensor.dtype}")
-        for weight, tensor in there:
-            tensor.copy_(_with_updates(weight, tensor, model, originals))
+        yield
     finally:
         for updates, acting in before:
             updates.strengths = acting
 
 
-def _with_updates(weight: Weight, tensor: Tensor, model: nn.Module, originals: Mapping[str, Tensor] | None) -> Tensor:
-    base = tensor if originals is None else original(weight, model, originals).to(tensor.device, tensor.dtype)
-    return weight.reading.sum(base)
+@torch.no_grad()
+def write_weights(model: nn.Module, strengths: Mapping[str, Strength], *, check: bool = True) -> None:
+    """W + the updates of these adapters, at these strengths, into every weight they have updates for.
+
+    Args:
+        check: build every weight before the first is written, and refuse one that is not finite.
+
+    Raises:
+        ValueError: a weight cannot be written, or would not be finite; nothing has been written then.
+    """
+    with acting_at(model, strengths):
+        there = [(weight, weight.tensor) for weight in weights(model) if weight.reading.acting()]
+        for weight, tensor in there if check else ():
+            if not torch.isfinite(weight.reading.sum(tensor)).all():
+                projection = weight.reading.acting()[0].projection
+                raise ValueError(f"{projection}: merged, the weight would not be finite in {tensor.dtype}")
+        for weight, tensor in there:
+            tensor.copy_(weight.reading.sum(tensor))

@@ -11,13 +11,13 @@ PACKAGE = Path(loca_vision.__file__).parent
 
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
-    {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload"},
+    {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes"},
     {"cosine_sum", "safefile"},
     {"spectrum", "adapter_file"},
     {"targets", "updates"},
-    {"layer", "attention", "root"},
+    {"layer", "attention"},
     {"record"},
-    {"weights"},
+    {"weights", "root"},
     {"inject", "fusing", "blocks", "calls", "sources"},
     {"schedule", "checkpoint", "swap", "processor"},
     {"loader"},
