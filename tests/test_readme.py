@@ -9,15 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import tiny
 import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
+import loca_vision.diffusers
+from loca_vision import LoCAConfig, inject
 from loca_vision.cli import main
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
 INSTALLS = [line for line in COMMANDS if line.startswith("python -m pip install")]
+SHORT_SCRIPTS = {
+    "toy_regression.py": ["--seeds", "1", "--steps", "20"],
+    "scales.py": ["--base_steps", "2", "--steps", "2", "--n_components", "20", "--batch_size", "4"],
+}
 SHORT = ["--model", "test_vit", "--weights", "none", "--image-size", "160", "--steps", "2", "--batch-size", "2"]
 
 
@@ -31,12 +39,19 @@ def test_python_blocks(tmp_path, monkeypatch):
     small = {"embed_dim": 96, "depth": 1, "num_heads": 3}
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **kwargs: create(name, **small, **kwargs))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(StableDiffusionInstructPix2PixPipeline, "from_pretrained", lambda name: tiny.instruct_pix2pix())
+    for folder in ("user/cartoon-loca", "ink"):
+        pipe = tiny.instruct_pix2pix()
+        inject(pipe.unet, LoCAConfig(n_components=5))
+        loca_vision.diffusers.save_loca_weights(pipe, folder)
     images = torch.randn(2, 3, 224, 224)
-    names = {"loader": [(images, torch.tensor([3, 5]))] * 2, "images": images}
+    photo = Image.fromarray(np.full((16, 16, 3), 100, np.uint8))
+    names = {"loader": [(images, torch.tensor([3, 5]))] * 2, "images": images, "photo": photo}
     for language, block in BLOCKS:
         if language == "python":
             exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "pets" / "pytorch_loca_weights.safetensors").exists()
+    assert names["picture"].size == (16, 16)
 
 
 def test_the_two_commands_are_those_that_ci_runs():
@@ -61,9 +76,10 @@ def test_other_commands(tmp_path, monkeypatch):
                 del words[words.index("--model") : words.index("--model") + 2]
             assert main(words[1:] + (SHORT if words[1] == "demo" else [])) == 0, line
         elif line not in INSTALLS:
-            script = [sys.executable, str(ROOT / words[1]), *words[2:], "--seeds", "1", "--steps", "20"]
+            script = [sys.executable, str(ROOT / words[1]), *words[2:], *SHORT_SCRIPTS[Path(words[1]).name]]
             assert words[0] == "python"
             subprocess.run(script, check=True, capture_output=True)
+    assert (tmp_path / "scales" / "scales.png").stat().st_size > 0
 
 
 def write_fashion(raw):
