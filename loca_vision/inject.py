@@ -198,7 +198,7 @@ def set_adapters(
         _known(record, name)
     if len(set(names)) < len(names):
         raise ValueError(f"names={names!r}: an adapter is named twice")
-    refuse_fused(record, {*names, *record.fused.adapters})
+    refuse_fused(record, names or record.fused.adapters)  # the base model is not to be had then
     strengths: list[Strength] = [*_strengths(names, weights)]
     activate(unwrap(model), record, dict(zip(names, strengths, strict=True)), enabled=True)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ from loca_vision.checkpoint import base_model_name, contents, match, prepared, w
 from loca_vision.config import PARTS
 from loca_vision.fusing import fuse, unfuse
 from loca_vision.inject import adapters, attach, check_new_name, remove
-from loca_vision.record import Record, Strength, activate, record_of, refuse_fused, unwrap
+from loca_vision.record import Adapter, Record, Strength, activate, record_of, refuse_fused, unwrap
 from loca_vision.root import choose, set_low_memory, settings_of
 from loca_vision.sources import Opened, Request, opened, safe_name, with_description
-from loca_vision.swap import check_swap, swap
-from loca_vision.targets import find_targets
+from loca_vision.spectrum import Spectrum
+from loca_vision.swap import check_swap, held, swap
+from loca_vision.targets import Target, find_targets
 
 
 class LoCALoaderMixin:
@@ -74,22 +77,22 @@ class LoCALoaderMixin:
         with opened(source, request) as file:
             about = read_description(_metadata(self, file), file.entries)
             assigned = _assigned(self, about)
-            name = _name_to_load(self, adapter_name, hotswap)
-            found = {c: match(model, part, part_of(file.entries, key)) for c, (model, part, key) in assigned.items()}
+            name = _name_to_load(self, adapter_name, hotswap, assigned)
+            found = {}
+            for component, (model, part, key) in assigned.items():
+                with _naming(component):
+                    found[component] = match(model, part, part_of(file.entries, key))
             tensors = file.tensors()  # no larger than the pipeline, as is known by now
             check_values(tensors, about)
             made = {}
             for component, (model, part, key) in assigned.items():
-                room = None if hotswap else settings_of(model).max_components
-                made[component] = prepared(model, part, found[component], part_of(tensors, key), room, learn=False)
-                if hotswap:
-                    check_swap(model, name, made[component][1])
+                with _naming(component):
+                    room = None if hotswap else settings_of(model).max_components
+                    made[component] = prepared(model, part, found[component], part_of(tensors, key), room, learn=False)
+                    if hotswap:
+                        check_swap(model, name, made[component][1])
         if hotswap:
-            _refuse_new_components(self, name, made)
-            for component, (model, record) in _adapted(self).items():
-                if name in record.adapters:
-                    adapter, placed = made.get(component) or (type(record.adapters[name])(record.adapters[name].config), [])
-                    swap(model, name, adapter, placed)
+            _swap_all(self, name, made)
         else:
             _attach_all(self, name, {c: (assigned[c][0], *made[c]) for c in assigned})
 
@@ -124,7 +127,7 @@ class LoCALoaderMixin:
         parts = {
             component: part for component, part in parts.items() if part[0].shapes
         }  # all of another may have been swapped in
-        about = joined({component: part for component, (part, _) in parts.items()}, _base_name(models))
+        about = joined({component: part for component, (part, _) in parts.items()}, _base_name(self, models))
         write_adapter(file, about, {k: v for c, (_, tensors) in parts.items() for k, v in with_prefix(tensors, c).items()})
         return file
 
@@ -170,7 +173,7 @@ class LoCALoaderMixin:
             _check_components(self, name, weight)
         chosen: dict[str, dict[str, Strength]] = {}
         for component, (model, record) in _adapted(self).items():
-            refuse_fused(record, names)
+            refuse_fused(record, names or record.fused.adapters)  # the base model is not to be had then
             chosen[component] = {
                 name: _strength(model, component, name, weight)
                 for name, weight in zip(names, weights, strict=True)
@@ -178,6 +181,7 @@ class LoCALoaderMixin:
             }
         for component, (model, record) in _adapted(self).items():
             activate(model, record, chosen[component], enabled=True)
+        follow_calls(self)
 
     def get_active_loca_adapters(self) -> list[str]:
         """The names of the active adapters, in order; also of those that are fused or disabled for now."""
@@ -202,6 +206,7 @@ class LoCALoaderMixin:
         """Let the active adapters act again."""
         for model, record in _adapted(self).values():
             activate(model, record, record.active, enabled=True)
+        follow_calls(self)
 
     def set_loca_device(self, names: str | Sequence[str], device: torch.device | str | int) -> None:
         """Move the spectra of these adapters; wherever they are, they go on working.
@@ -334,8 +339,7 @@ def _models(pipe: Any) -> dict[str, nn.Module]:
 
 
 def _adapted(pipe: Any) -> dict[str, tuple[nn.Module, Record]]:
-    """Those that have adapters, with their records; from now on calls of this pipeline reach all of them."""
-    follow_calls(pipe)
+    """Those that have adapters, with their records."""
     found = ((name, model, record_of(model)) for name, model in _models(pipe).items())
     return {name: (model, record) for name, model, record in found if record is not None}
 
@@ -349,6 +353,8 @@ def _fused(pipe: Any) -> set[str]:
 
 
 def _known(pipe: Any, given: str | Sequence[str], *, allow_none: bool = False) -> list[str]:
+    if isinstance(given, Mapping):
+        raise ValueError(f"names={dict(given)!r}: names come as a list, their weights as the next argument")
     names = [given] if isinstance(given, str) else list(given)
     for name in names:
         if name not in _names(pipe):
@@ -402,13 +408,24 @@ def _assigned(pipe: Any, about: Description) -> dict[str, tuple[nn.Module, Descr
     return {component: (models[component], about.of(component), component) for component in about.configs}
 
 
-def _name_to_load(pipe: Any, name: str | None, hotswap: bool) -> str:
+@contextmanager
+def _naming(component: str) -> Iterator[None]:
+    """What is found wrong inside is about this component."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{component}: {error}") from None
+
+
+def _name_to_load(pipe: Any, name: str | None, hotswap: bool, components: Collection[str]) -> str:
     names = _names(pipe)
     if hotswap:
-        if name is None and len(names) == 1:
-            return names[0]
+        name = names[0] if name is None and len(names) == 1 else name
         if name not in names:
             raise ValueError(f"adapter_name={name!r}: hotswap replaces a loaded adapter; there is {', '.join(names) or 'none'}")
+        for component in components:
+            if name not in LoCALoaderMixin.get_loca_adapters(pipe).get(component, ()):
+                raise ValueError(f"it is for the component {component}, where there is no adapter {name!r} to be replaced")
         return name
     if name is None:
         return next(free for i in range(len(names) + 1) if (free := f"default_{i}") not in names)
@@ -417,6 +434,19 @@ def _name_to_load(pipe: Any, name: str | None, hotswap: bool) -> str:
     for model in _models(pipe).values():
         check_new_name(model, name)
     return name
+
+
+def _swap_all(pipe: Any, name: str, made: Mapping[str, tuple[Adapter, list[tuple[Target, Spectrum]]]]) -> None:
+    """In all components, or, where one fails after all, in none. Where the new adapter has nothing, the old one rests."""
+    before = [(model, held(model, name)) for model, record in _adapted(pipe).values() if name in record.adapters]
+    try:
+        for component, (model, record) in _adapted(pipe).items():
+            if name in record.adapters:
+                swap(model, name, *made.get(component, (Adapter(record.adapters[name].config), [])))
+    except BaseException:
+        for model, old in before:
+            swap(model, name, *old)
+        raise
 
 
 def _attach_all(pipe: Any, name: str, made: Mapping[str, tuple[nn.Module, Any, Any]]) -> None:
@@ -434,14 +464,8 @@ def _attach_all(pipe: Any, name: str, made: Mapping[str, tuple[nn.Module, Any, A
                 remove(model, name)
         for model, record, active, enabled in before:
             activate(model, record, active, enabled=enabled)
+        follow_calls(pipe)
         raise
-
-
-def _refuse_new_components(pipe: Any, name: str, made: Mapping[str, Any]) -> None:
-    for component in made:
-        there = _adapted(pipe).get(component)
-        if there is None or name not in there[1].adapters:
-            raise ValueError(f"it is for the component {component}, where there is no adapter {name!r} to be replaced")
 
 
 # Weights
@@ -465,9 +489,16 @@ def _times(strength: Strength, factor: float) -> Strength:
     return {name: s * factor for name, s in strength.items()} if isinstance(strength, Mapping) else strength * factor
 
 
-def _base_name(models: Mapping[str, nn.Module]) -> str:
-    """The repository of the hub that the adapted model came from, or its class: never a path of this machine."""
+def _base_name(pipe: Any, models: Mapping[str, nn.Module]) -> str:
+    """The repository of the hub that the pipeline or its adapted model came from, or the model's class: never a path."""
     model = next(iter(models.values()))
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    remote = isinstance(name, str) and name.count("/") == 1 and name[0].isalnum() and not Path(name).exists()
-    return str(name) if remote else base_model_name(model)
+    for owner in (pipe, model):
+        name = getattr(getattr(owner, "config", None), "_name_or_path", None)
+        if not isinstance(name, str):
+            continue
+        cached = re.search(r"models--([\w.-]+?)--([\w.-]+)", name)
+        if cached:
+            return "/".join(cached.groups())
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists():
+            return name
+    return base_model_name(model)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import torch
 from torch import nn
 
+from loca_vision.config import PARTS
 from loca_vision.inject import adapters
 from loca_vision.offload import stored, stored_at
-from loca_vision.record import Adapter, changing, record_of, refuse_fused
+from loca_vision.record import Adapter, changing, park, record_of, refuse_fused
 from loca_vision.spectrum import Spectrum
-from loca_vision.targets import Target
+from loca_vision.targets import Target, find_targets
 
 
 def check_swap(model: nn.Module, name: str, placed: list[tuple[Target, Spectrum]]) -> None:
@@ -44,6 +48,17 @@ def swap(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Targe
         record.adapters[name] = adapter
         for projection, spectrum in adapters(model, name).items():
             _take_over(spectrum, given.get(projection))
+
+
+@torch.no_grad()
+def held(model: nn.Module, name: str) -> tuple[Adapter, list[tuple[Target, Spectrum]]]:
+    """What `swap` would have to be given to bring the adapter `name` back as it is now."""
+    record = record_of(model)
+    assert record is not None
+    park(model, record)
+    old, present = record.adapters[name], adapters(model, name)
+    targets = [target for target in find_targets(model, PARTS) if target.name in present]
+    return replace(old, whole=dict(old.whole)), [(target, copy.deepcopy(present[target.name])) for target in targets]
 
 
 def _take_over(spectrum: Spectrum, other: Spectrum | None) -> None:
