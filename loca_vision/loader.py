@@ -491,7 +491,7 @@ def _times(strength: Strength, factor: float) -> Strength:
 
 def _base_name(pipe: Any, models: Mapping[str, nn.Module]) -> str:
     """The repository of the hub that the pipeline or its adapted model came from, or the model's class: never a path."""
-    model = next(iter(models.values()))
+    model = next((models[name] for name in ("unet", "transformer") if name in models), next(iter(models.values())))
     for owner in (pipe, model):
         name = getattr(getattr(owner, "config", None), "_name_or_path", None)
         if not isinstance(name, str):
