@@ -123,8 +123,9 @@ class Reading(nn.Module):
 
     def learns_alone(self, base: Tensor) -> bool:
         """Whether a gradient is wanted of the updates, and none of W."""
-        wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not base.requires_grad
-        return wanted and any(value.requires_grad for value in _parameters(self.acting()))
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or base.requires_grad:
+            return False
+        return any(value.requires_grad for value in _parameters(self.acting()))
 
     def linear(self, x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor:
         """x (W + sum of the acting updates)^T + bias, where `learns_alone`: no other row's gradient is computed."""
@@ -189,7 +190,9 @@ class Reading(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Rewrite `delta` in place, where there is one, after adapters came, went or changed."""
+        """After adapters came, went or changed: rewrite `delta` in place, where there is one, and keep nothing in vain."""
+        if not self.acting():
+            self._kept = None
         if self.delta is not None:
             wide = torch.zeros(self.delta.shape, device=self.delta.device)
             deltas = self._deltas(self.acting(), self.delta.device, of_call=False)
@@ -338,13 +341,11 @@ def _comparable(value: Tensor | None) -> bool:
 
 
 def _sample(value: Any) -> Tensor:
-    """All of a spectrum; about 64 values of a weight, one in each of as many rows."""
+    """All of a spectrum; of a weight (p, q) some 64 values, spread over it."""
     value = value.detach()
-    if value.shape[-1] <= 2 or value.dim() == 1:
-        return value  # type: ignore[no-any-return]
-    step = max(1, len(value) // 64)
-    rows = torch.arange(0, len(value), step)
-    return value[rows, rows * 7 % value.shape[1]]  # type: ignore[no-any-return]
+    if value.dim() == 2 and value.shape[1] > 2:
+        value = value[:: max(1, value.shape[0] // 8), :: max(1, value.shape[1] // 8)]
+    return value  # type: ignore[no-any-return]
 
 
 def _mark(tensor: Tensor | None) -> tuple[Any, ...]:

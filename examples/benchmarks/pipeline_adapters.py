@@ -116,14 +116,13 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def peak_of(work: Callable[[], Any]) -> float | None:
-    """MB of main memory that the process held at most during the work; None where the system does not tell (not Linux)."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return None
-    reset.write_text("5")
-    work()
-    return next(int(line.split()[1]) / 1000 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+def held(model: nn.Module, base: nn.Module) -> float:
+    """MB of what the model holds beyond the base: the adapters' tensors, and the weights LoCA has built and keeps."""
+    notes: list[Any] = [getattr(module, "_kept", None) for module in model.modules()]
+    kept = [note.weight for note in notes if note is not None]
+    shared = {tensor.data_ptr() for tensor in base.parameters()}
+    own = [tensor for tensor in (*model.parameters(), *model.buffers(), *kept) if tensor.data_ptr() not in shared]
+    return sum(int(tensor.nbytes) for tensor in own) / 1e6
 
 
 def handling(load: Callable[[str], Any], unload: Callable[[], Any], switch: Callable[[str], Any], call: Any) -> dict[str, Any]:
@@ -182,17 +181,8 @@ def measure(settings: Settings, folder: Path) -> dict[str, dict[str, Any]]:
         for name, model in models.items():
             figures[name].setdefault("call", []).extend([seconds(partial(call, model))] * counted)
     for name, model in models.items():
-        for other in models.values():
-            _forget(other)
-        call(model)
-        figures[name]["peak MB"] = peak_of(partial(call, model))
+        figures[name]["MB held"] = held(model, base)
     return figures
-
-
-def _forget(model: nn.Module) -> None:
-    """Let go of kept weights, so that only one model holds any."""
-    for module in model.modules():
-        getattr(module, "drop", lambda: None)()
 
 
 def _bytes(folder: Path) -> int:
@@ -208,13 +198,12 @@ def _check(built: Tensor, applied: Tensor) -> None:
 
 def table(figures: dict[str, dict[str, Any]]) -> str:
     columns = ("call", "load", "first call", "switch", "call after switch")
-    lines = [f"{'seconds':18}" + "".join(f"{name:>18}" for name in (*columns, "call / base", "peak MB", "file bytes"))]
+    lines = [f"{'seconds':18}" + "".join(f"{name:>18}" for name in (*columns, "call / base", "MB held", "file bytes"))]
     for name, own in figures.items():
         cells = [f"{median(own[column]):.3f}" if column in own else "-" for column in columns]
         ratio = median(mine / least for mine, least in zip(own["call"], figures["base"]["call"], strict=True))
-        peak = "-" if own["peak MB"] is None else f"{own['peak MB']:,.0f}"
         size = f"{own['file bytes']:,}" if "file bytes" in own else "-"
-        lines.append(f"{name:18}" + "".join(f"{cell:>18}" for cell in (*cells, f"{ratio:.3f}", peak, size)))
+        lines.append(f"{name:18}" + "".join(f"{cell:>18}" for cell in (*cells, f"{ratio:.3f}", f"{own['MB held']:,.1f}", size)))
     return "\n".join(lines)
 
 
