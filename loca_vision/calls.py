@@ -1,68 +1,44 @@
-"""The strength of one pipeline call, for components that never hear of it: text encoders, ControlNets."""
+"""The strength of a pipeline call, for components that the pipeline does not tell of it: text encoders, ControlNets."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from functools import wraps
+from types import FrameType
 from typing import Any
 
-from torch import nn
-
-from loca_vision.record import record_of, unwrap
-from loca_vision.root import KEYWORDS, check_strength, circumstances
-
-_HEARING = ("unet", "transformer", "transformer_2")  # pipelines pass on to these what a call says
-_following: dict[type, type] = {}
+KEYWORDS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
-class _FollowsCalls:
-    """Mixed into the class of a pipeline that has adapters in other components than those that hear of a call's strength."""
+def scale_in(settings: Any) -> Any:
+    """The `scale` of keyword arguments for attention, None where they have none.
 
-    stock_class: type
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _again, (self.stock_class,), self.__dict__
-
-
-def follow_calls(pipe: Any) -> None:
-    """From now on `cross_attention_kwargs={"scale": s}` of a call of this pipeline holds for all its adapted components."""
-    followed = isinstance(pipe, _FollowsCalls)
-    wanted = bool(_deaf(pipe))
-    if wanted and not followed:
-        object.__setattr__(pipe, "__class__", _following_class(type(pipe)))
-    elif followed and not wanted:
-        object.__setattr__(pipe, "__class__", pipe.stock_class)
+    Raises:
+        ValueError: it is no finite number.
+    """
+    if not isinstance(settings, Mapping) or "scale" not in settings:
+        return None
+    scale = settings["scale"]
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or scale - scale != 0:
+        raise ValueError(f"scale={scale!r}: the scale of a call is a finite number")
+    return scale
 
 
-def _deaf(pipe: Any) -> list[nn.Module]:
-    models = {name: unwrap(model) for name, model in pipe.components.items() if isinstance(model, nn.Module)}
-    return [model for name, model in models.items() if name not in _HEARING and record_of(model) is not None]
+def scale_of_the_call_above() -> float:
+    """What the nearest pipeline call on the stack was given, 1.0 where there is none.
 
-
-def _following_class(stock: type) -> type:
-    if stock not in _following:
-        run: Any = stock.__call__
-
-        @wraps(run)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            given = [kwargs[name] for name in KEYWORDS if isinstance(kwargs.get(name), Mapping)]
-            strength = next((settings["scale"] for settings in given if "scale" in settings), 1.0)
-            check_strength(strength)
-            told = [circumstances(model) for model in _deaf(self)]
-            try:
-                for one in told:
-                    one.usual = strength
-                    one.set_strength(strength)
-                return run(self, *args, **kwargs)
-            finally:
-                for one in told:
-                    one.usual = 1.0
-                    one.set_strength(1.0)
-
-        body = {"stock_class": stock, "__call__": call, "__module__": stock.__module__, "__doc__": stock.__doc__}
-        _following[stock] = type(stock.__name__, (_FollowsCalls, stock), body)
-    return _following[stock]
-
-
-def _again(stock: type) -> Any:
-    return object.__new__(_following_class(stock))
+    A pipeline passes the number on to its UNet or transformer alone, and nothing leads from a text encoder to the pipelines
+    it is in: the arguments of the call that is under way are the one place where it stands.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name in ("__call__", "encode_prompt"):
+            given = frame.f_locals
+            if hasattr(given.get("self"), "components"):
+                named = [{"scale": given["lora_scale"]}] if given.get("lora_scale") is not None else []
+                scales = [scale_in(settings) for settings in (*named, *map(given.get, KEYWORDS))]
+                found = next((scale for scale in scales if scale is not None), None)
+                if found is not None or frame.f_code.co_name == "__call__":
+                    return 1.0 if found is None else float(found)
+        frame = frame.f_back
+    return 1.0

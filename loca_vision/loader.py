@@ -14,7 +14,6 @@ from torch import nn
 
 from loca_vision.adapter_file import Description, check_values, joined, part_of, read_description, with_prefix
 from loca_vision.blocks import block_strengths
-from loca_vision.calls import follow_calls
 from loca_vision.checkpoint import base_model_name, contents, match, prepared, write_adapter
 from loca_vision.config import PARTS
 from loca_vision.fusing import fuse, unfuse
@@ -136,7 +135,6 @@ class LoCALoaderMixin:
         for model, _ in _adapted(self).values():
             unfuse(model)
             remove(model)
-        follow_calls(self)
 
     def delete_loca_adapters(self, names: str | Sequence[str]) -> None:
         """Take these adapters out of all components.
@@ -150,7 +148,6 @@ class LoCALoaderMixin:
         for model, record in _adapted(self).values():
             for name in [name for name in names if name in record.adapters]:
                 remove(model, name)
-        follow_calls(self)
 
     def set_loca_adapters(self, names: str | Sequence[str], weights: Any = None) -> None:
         """Let these adapters act, and no others; adapters that were disabled act again. An empty list: the base model.
@@ -181,7 +178,6 @@ class LoCALoaderMixin:
             }
         for component, (model, record) in _adapted(self).items():
             activate(model, record, chosen[component], enabled=True)
-        follow_calls(self)
 
     def get_active_loca_adapters(self) -> list[str]:
         """The names of the active adapters, in order; also of those that are fused or disabled for now."""
@@ -206,7 +202,6 @@ class LoCALoaderMixin:
         """Let the active adapters act again."""
         for model, record in _adapted(self).values():
             activate(model, record, record.active, enabled=True)
-        follow_calls(self)
 
     def set_loca_device(self, names: str | Sequence[str], device: torch.device | str | int) -> None:
         """Move the spectra of these adapters; wherever they are, they go on working.
@@ -457,14 +452,12 @@ def _attach_all(pipe: Any, name: str, made: Mapping[str, tuple[nn.Module, Any, A
             attach(model, name, adapter, placed, freeze=False)
         for model, record in _adapted(pipe).values():
             activate(model, record, {name: 1.0} if name in record.adapters else {}, enabled=True)
-        follow_calls(pipe)
     except BaseException:
         for model, record in _adapted(pipe).values():
             if name in record.adapters:
                 remove(model, name)
         for model, record, active, enabled in before:
             activate(model, record, active, enabled=enabled)
-        follow_calls(pipe)
         raise
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from loca_vision.calls import KEYWORDS, scale_in, scale_of_the_call_above
 from loca_vision.record import record_of
 from loca_vision.updates import Circumstances, Reading
 
 _CHILD, _HOOK, _SETTINGS = "loca_circumstances", "_loca_call_hook", "_loca_settings"
-KEYWORDS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,9 @@ def circumstances(model: nn.Module) -> Circumstances:
         parameter = next(model.parameters(), None)
         if parameter is not None and parameter.device.type != "meta":
             found.to(parameter.device)
-        if takes_attention_kwargs(model):
-            model.__dict__[_HOOK] = model.register_forward_pre_hook(read_strength, with_kwargs=True)
+        hearing = takes_attention_kwargs(model)
+        hook = read_strength if hearing else hear_strength
+        model.__dict__[_HOOK] = model.register_forward_pre_hook(hook, with_kwargs=hearing)
         if hasattr(model, "save_pretrained"):
             model.__dict__["save_pretrained"] = SaveBase(model)
     return found
@@ -91,22 +92,23 @@ def read_strength(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, An
     It stands until the next call, since a checkpointed block runs again in the backward pass. The scale goes on to diffusers
     only where peft has layers for it: without any, diffusers would warn that it has no effect.
     """
-    found: Any = model._modules[_CHILD]
-    strength = found.usual
+    strength = None
     for name in KEYWORDS:
         settings = named.get(name)
         if settings is not None and "scale" in settings:
-            strength = settings["scale"]
-            check_strength(strength)
+            strength = scale_in(settings)
             if not hasattr(model, "peft_config"):
                 named = named | {name: {key: value for key, value in settings.items() if key != "scale"} or None}
-    found.set_strength(strength)
+    if strength is None:
+        strength = 1.0 if torch.compiler.is_compiling() else scale_of_the_call_above()
+    model._modules[_CHILD].set_strength(strength)  # type: ignore[union-attr, operator]
     return inputs, named
 
 
-def check_strength(strength: Any) -> None:
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or strength - strength != 0:
-        raise ValueError(f"scale={strength!r}: the scale of a call is a finite number")
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def hear_strength(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """The same for a model whose `forward` takes no such argument."""
+    model._modules[_CHILD].set_strength(scale_of_the_call_above())  # type: ignore[union-attr, operator]
 
 
 class SaveBase:

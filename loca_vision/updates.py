@@ -29,7 +29,6 @@ class Circumstances(nn.Module):
     Attributes:
         factor: multiplies every adapter's own, (); compiled code reads it, so that another strength compiles nothing anew.
         number: the same, for eager code; 1 for compiled code, which applies the factor itself.
-        usual: the strength of a call that says nothing of it.
         low_memory: apply updates to activations instead of building weights for them.
     """
 
@@ -38,7 +37,6 @@ class Circumstances(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._number: float | None = 1.0  # None: compiled code has written the factor, and the factor alone
-        self.usual = 1.0
         self.low_memory = False
         self.register_buffer("factor", torch.ones((), device="cpu"), persistent=False)
 

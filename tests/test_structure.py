@@ -11,14 +11,14 @@ PACKAGE = Path(loca_vision.__file__).parent
 
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
-    {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes"},
+    {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls"},
     {"cosine_sum", "safefile"},
     {"spectrum", "adapter_file"},
     {"targets", "updates"},
     {"layer", "attention"},
     {"record"},
     {"weights", "root"},
-    {"inject", "fusing", "blocks", "calls", "sources"},
+    {"inject", "fusing", "blocks", "sources"},
     {"schedule", "checkpoint", "swap", "processor"},
     {"loader"},
     {"diffusers"},
