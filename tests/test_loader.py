@@ -48,7 +48,6 @@ import loca_vision.diffusers as loca
 from loca_vision import LoCAConfig, active_adapters, adapters, inject, loader, remove
 from loca_vision.loader import LoCALoaderMixin
 
-
 METHODS = {
     "load_loca_weights": "source, adapter_name=None, *, weight_name=None, subfolder=None, revision=None, token=None, "
     "cache_dir=None, local_files_only=None, force_download=False, hotswap=False",
@@ -822,6 +821,15 @@ def test_a_call_that_fails_leaves_no_strength_behind(pipe: Any, first: Made) -> 
     with torch.no_grad():
         assert_near(pipe.text_encoder(ids)[0], merged((first, 1.0)).text_encoder(ids)[0])
     assert torch.equal(picture(pipe), shown)
+
+
+def test_prompts_encoded_beforehand_have_a_strength_too(pipe: Any, first: Made) -> None:
+    pipe.load_loca_weights(first.state())
+    for strength in (None, 0.5, 0.0):
+        with torch.no_grad():
+            found = pipe.encode_prompt("a cat", "cpu", 1, False, lora_scale=strength)[0]
+            wanted = merged((first, 1.0 if strength is None else strength))
+            assert_near(found, wanted.encode_prompt("a cat", "cpu", 1, False)[0])
 
 
 @pytest.mark.parametrize("scale", ["0.5", math.nan, math.inf, None, True, [0.5]], ids=str)
