@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from loca_vision.adapter_file import Description, check_values, joined, part_of, read_description, with_prefix
+from loca_vision.adapter_file import joined, with_prefix
 from loca_vision.blocks import block_strengths
-from loca_vision.checkpoint import base_model_name, contents, match, prepared, write_adapter
-from loca_vision.config import PARTS
+from loca_vision.checkpoint import base_model_name, contents, write_adapter
+from loca_vision.components import adapted_in, chosen, fused_in, known, models_in
 from loca_vision.fusing import fuse, unfuse
-from loca_vision.inject import adapters, attach, check_new_name, remove
-from loca_vision.record import Adapter, Record, Strength, activate, record_of, refuse_fused, unwrap
-from loca_vision.root import choose, set_low_memory, settings_of
-from loca_vision.sources import Opened, Request, opened, safe_name, with_description
-from loca_vision.spectrum import Spectrum
-from loca_vision.swap import check_swap, held, swap
-from loca_vision.targets import Target, find_targets
+from loca_vision.inject import adapters, remove
+from loca_vision.loading import load
+from loca_vision.record import Strength, activate, refuse_fused
+from loca_vision.root import choose, set_low_memory
+from loca_vision.sources import Request, safe_name
 
 
 class LoCALoaderMixin:
@@ -73,27 +70,7 @@ class LoCALoaderMixin:
             TypeError: another kind of source.
         """
         request = Request(weight_name, subfolder, revision, token, cache_dir, local_files_only, force_download)
-        with opened(source, request) as file:
-            about = read_description(_metadata(self, file), file.entries)
-            assigned = _assigned(self, about)
-            name = _name_to_load(self, adapter_name, hotswap, assigned)
-            found = {}
-            for component, (model, part, key) in assigned.items():
-                with _naming(component):
-                    found[component] = match(model, part, part_of(file.entries, key))
-            tensors = file.tensors()  # no larger than the pipeline, as is known by now
-            check_values(tensors, about)
-            made = {}
-            for component, (model, part, key) in assigned.items():
-                with _naming(component):
-                    room = None if hotswap else settings_of(model).max_components
-                    made[component] = prepared(model, part, found[component], part_of(tensors, key), room, learn=False)
-                    if hotswap:
-                        check_swap(model, name, made[component][1])
-        if hotswap:
-            _swap_all(self, name, made)
-        else:
-            _attach_all(self, name, {c: (assigned[c][0], *made[c]) for c in assigned})
+        load(self, source, request, adapter_name, hotswap=hotswap)
 
     def save_loca_weights(
         self, directory: str | os.PathLike[str], adapter_name: str | None = None, *, weight_name: str | None = None
@@ -120,8 +97,8 @@ class LoCALoaderMixin:
             if len(active) != 1:
                 raise ValueError(f"adapter_name=None: {len(active)} adapters are active; name the one to save")
             adapter_name = active[0]
-        models = {c: model for c, (model, record) in _adapted(self).items() if adapter_name in record.adapters}
-        _known(self, [adapter_name])
+        models = {c: model for c, (model, record) in adapted_in(self).items() if adapter_name in record.adapters}
+        known(self, [adapter_name])
         parts = {component: contents(model, adapter_name) for component, model in models.items()}
         parts = {
             component: part for component, part in parts.items() if part[0].shapes
@@ -132,7 +109,7 @@ class LoCALoaderMixin:
 
     def unload_loca_weights(self) -> None:
         """Take all adapters out, fused ones too: the pipeline is as it was before the first, bit for bit."""
-        for model, _ in _adapted(self).values():
+        for model, _ in adapted_in(self).values():
             unfuse(model)
             remove(model)
 
@@ -142,10 +119,10 @@ class LoCALoaderMixin:
         Raises:
             ValueError: an unknown name, or one that is fused; nothing is deleted then.
         """
-        names = _known(self, names)
-        for _, record in _adapted(self).values():
+        names = known(self, names)
+        for _, record in adapted_in(self).values():
             refuse_fused(record, names)
-        for model, record in _adapted(self).values():
+        for model, record in adapted_in(self).values():
             for name in [name for name in names if name in record.adapters]:
                 remove(model, name)
 
@@ -162,30 +139,30 @@ class LoCALoaderMixin:
             ValueError: an unknown or repeated name, a component or block there is not, another number of weights than names,
                 or a weight that is not finite. Nothing is changed then.
         """
-        names = _known(self, names, allow_none=True)
+        names = known(self, names, allow_none=True)
         weights = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
         if len(weights) != len(names):
             raise ValueError(f"weights={weights!r}: {len(weights)} weights for {len(names)} adapters")
         for name, weight in zip(names, weights, strict=True):
             _check_components(self, name, weight)
         chosen: dict[str, dict[str, Strength]] = {}
-        for component, (model, record) in _adapted(self).items():
+        for component, (model, record) in adapted_in(self).items():
             refuse_fused(record, names or record.fused.adapters)  # the base model is not to be had then
             chosen[component] = {
                 name: _strength(model, component, name, weight)
                 for name, weight in zip(names, weights, strict=True)
                 if name in record.adapters
             }
-        for component, (model, record) in _adapted(self).items():
+        for component, (model, record) in adapted_in(self).items():
             activate(model, record, chosen[component], enabled=True)
 
     def get_active_loca_adapters(self) -> list[str]:
         """The names of the active adapters, in order; also of those that are fused or disabled for now."""
-        return list(dict.fromkeys(name for _, record in _adapted(self).values() for name in record.active))
+        return list(dict.fromkeys(name for _, record in adapted_in(self).values() for name in record.active))
 
     def get_loca_adapters(self) -> dict[str, list[str]]:
         """The names of all adapters by component."""
-        return {component: list(record.adapters) for component, (_, record) in _adapted(self).items()}
+        return {component: list(record.adapters) for component, (_, record) in adapted_in(self).items()}
 
     def disable_loca(self) -> None:
         """Let no adapter act until `enable_loca`; which are active, and how strongly, stays.
@@ -193,14 +170,14 @@ class LoCALoaderMixin:
         Raises:
             ValueError: an adapter is fused.
         """
-        for _, record in _adapted(self).values():
+        for _, record in adapted_in(self).values():
             refuse_fused(record, record.fused.adapters)
-        for model, record in _adapted(self).values():
+        for model, record in adapted_in(self).values():
             activate(model, record, record.active, enabled=False)
 
     def enable_loca(self) -> None:
         """Let the active adapters act again."""
-        for model, record in _adapted(self).values():
+        for model, record in adapted_in(self).values():
             activate(model, record, record.active, enabled=True)
 
     def set_loca_device(self, names: str | Sequence[str], device: torch.device | str | int) -> None:
@@ -210,8 +187,8 @@ class LoCALoaderMixin:
             ValueError: an unknown name.
             RuntimeError: no such device.
         """
-        names, device = _known(self, names), torch.device(device)
-        for model, record in _adapted(self).values():
+        names, device = known(self, names), torch.device(device)
+        for model, record in adapted_in(self).values():
             for name in names:
                 if name in record.adapters:
                     for spectrum in adapters(model, name).values():
@@ -242,8 +219,8 @@ class LoCALoaderMixin:
         """
         factor = block_strengths(nn.Module(), scale, (), "scale")
         assert isinstance(factor, float)
-        here = _chosen(self, components)
-        names = None if adapter_names is None else _known(self, adapter_names)
+        here = chosen(self, components)
+        names = None if adapter_names is None else known(self, adapter_names)
         wanted: dict[str, dict[str, Strength]] = {}
         for component, (_, record) in here.items():
             fusing = [name for name in (names or record.active) if name in record.adapters]
@@ -273,19 +250,19 @@ class LoCALoaderMixin:
         Raises:
             ValueError: an unknown component.
         """
-        here = _chosen(self, components) if components is not None else _adapted(self)
+        here = chosen(self, components) if components is not None else adapted_in(self)
         for model, _ in here.values():
             unfuse(model)
 
     @property
     def num_fused_locas(self) -> int:
         """How many adapters are fused."""
-        return len(_fused(self))
+        return len(fused_in(self))
 
     @property
     def fused_locas(self) -> set[str]:
         """The names of the adapters that are fused, in whichever component."""
-        return _fused(self)
+        return fused_in(self)
 
     def enable_loca_hotswap(self, max_components: int) -> None:
         """Make room for adapters that will be swapped in with `load_loca_weights(..., hotswap=True)`.
@@ -300,9 +277,9 @@ class LoCALoaderMixin:
         """
         if not isinstance(max_components, int) or isinstance(max_components, bool) or max_components < 1:
             raise ValueError(f"max_components={max_components!r}: it is a whole number from 1 up")
-        if _adapted(self):
+        if adapted_in(self):
             raise ValueError("an adapter is loaded already: call enable_loca_hotswap before the first")
-        for model in _models(self).values():
+        for model in models_in(self).values():
             choose(model, max_components=max_components)
 
     def enable_loca_low_memory(self, enabled: bool = True) -> None:
@@ -311,7 +288,7 @@ class LoCALoaderMixin:
         Without it the weight of every adapted projection is built at the first call and kept: as many bytes again as these
         weights have, 187 MB in float16 for all attention of Stable Diffusion 1.5.
         """
-        for model in _models(self).values():
+        for model in models_in(self).values():
             set_low_memory(model, bool(enabled))
 
 
@@ -325,148 +302,12 @@ METHODS = tuple(name for name, member in vars(LoCALoaderMixin).items() if callab
 PROPERTIES = tuple(name for name, member in vars(LoCALoaderMixin).items() if isinstance(member, property))
 
 
-# What is in a pipeline
-
-
-def _models(pipe: Any) -> dict[str, nn.Module]:
-    """Its models by component, out of the wrappers of compilation."""
-    return {name: unwrap(model) for name, model in pipe.components.items() if isinstance(model, nn.Module)}
-
-
-def _adapted(pipe: Any) -> dict[str, tuple[nn.Module, Record]]:
-    """Those that have adapters, with their records."""
-    found = ((name, model, record_of(model)) for name, model in _models(pipe).items())
-    return {name: (model, record) for name, model, record in found if record is not None}
-
-
-def _names(pipe: Any) -> list[str]:
-    return list(dict.fromkeys(name for _, record in _adapted(pipe).values() for name in record.adapters))
-
-
-def _fused(pipe: Any) -> set[str]:
-    return {name for _, record in _adapted(pipe).values() for name in record.fused.adapters}
-
-
-def _known(pipe: Any, given: str | Sequence[str], *, allow_none: bool = False) -> list[str]:
-    if isinstance(given, Mapping):
-        raise ValueError(f"names={dict(given)!r}: names come as a list, their weights as the next argument")
-    names = [given] if isinstance(given, str) else list(given)
-    for name in names:
-        if name not in _names(pipe):
-            there = ", ".join(map(repr, _names(pipe))) or "none"
-            raise ValueError(f"no adapter {name!r} in the pipeline; it has {there}")
-    if len(set(names)) < len(names):
-        raise ValueError(f"names={names!r}: an adapter is named twice")
-    if not names and not allow_none:
-        raise ValueError("names=[]: name at least one adapter")
-    return names
-
-
-def _chosen(pipe: Any, components: Sequence[str] | None) -> dict[str, tuple[nn.Module, Record]]:
-    there = _adapted(pipe)
-    if components is None:
-        if not there:
-            raise ValueError("the pipeline has no adapter; load one first")
-        return there
-    if isinstance(components, str) or not components:
-        raise ValueError(f"components={components!r}: a list of names is wanted, such as ['unet']")
-    for component in components:
-        if component not in there:
-            raise ValueError(f"components: {component!r} has no adapter; those with adapters are {', '.join(there) or 'none'}")
-    return {component: there[component] for component in components}
-
-
-# Loading
-
-
-def _metadata(pipe: Any, file: Opened) -> dict[str, str]:
-    def shapes() -> Iterator[tuple[str, tuple[int, int]]]:
-        for component, model in _models(pipe).items():
-            for target in find_targets(model, PARTS):
-                if target.attention is not None:
-                    yield f"{component}.{target.name}", target.shape
-
-    return with_description(file, lambda: dict(shapes()))
-
-
-def _assigned(pipe: Any, about: Description) -> dict[str, tuple[nn.Module, Description, str]]:
-    """The model of each component in the file, its part of the description, and the file's own name for the component."""
-    models = _models(pipe)
-    if "" in about.configs:  # saved from a model by itself: which of the components, its class tells
-        same = [name for name, model in models.items() if base_model_name(model) == about.base_model]
-        if len(same) != 1:
-            raise ValueError(f"it was trained on a {about.base_model}, of which the pipeline has {len(same)}")
-        return {same[0]: (models[same[0]], about.of(""), "")}
-    for component in about.configs:
-        if component not in models:
-            raise ValueError(f"it is for the component {component}, which the pipeline has not: it has {', '.join(models)}")
-    return {component: (models[component], about.of(component), component) for component in about.configs}
-
-
-@contextmanager
-def _naming(component: str) -> Iterator[None]:
-    """What is found wrong inside is about this component."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{component}: {error}") from None
-
-
-def _name_to_load(pipe: Any, name: str | None, hotswap: bool, components: Collection[str]) -> str:
-    names = _names(pipe)
-    if hotswap:
-        name = names[0] if name is None and len(names) == 1 else name
-        if name not in names:
-            raise ValueError(f"adapter_name={name!r}: hotswap replaces a loaded adapter; there is {', '.join(names) or 'none'}")
-        for component in components:
-            if name not in LoCALoaderMixin.get_loca_adapters(pipe).get(component, ()):
-                raise ValueError(f"it is for the component {component}, where there is no adapter {name!r} to be replaced")
-        return name
-    if name is None:
-        return next(free for i in range(len(names) + 1) if (free := f"default_{i}") not in names)
-    if name in names:
-        raise ValueError(f"adapter_name={name!r}: the pipeline has an adapter of that name; delete it first or choose another")
-    for model in _models(pipe).values():
-        check_new_name(model, name)
-    return name
-
-
-def _swap_all(pipe: Any, name: str, made: Mapping[str, tuple[Adapter, list[tuple[Target, Spectrum]]]]) -> None:
-    """In all components, or, where one fails after all, in none. Where the new adapter has nothing, the old one rests."""
-    before = [(model, held(model, name)) for model, record in _adapted(pipe).values() if name in record.adapters]
-    try:
-        for component, (model, record) in _adapted(pipe).items():
-            if name in record.adapters:
-                swap(model, name, *made.get(component, (Adapter(record.adapters[name].config), [])))
-    except BaseException:
-        for model, old in before:
-            swap(model, name, *old)
-        raise
-
-
-def _attach_all(pipe: Any, name: str, made: Mapping[str, tuple[nn.Module, Any, Any]]) -> None:
-    """Into all components, or, where one fails after all, into none."""
-    before = [(model, record, dict(record.active), record.enabled) for model, record in _adapted(pipe).values()]
-    try:
-        for model, adapter, placed in made.values():
-            attach(model, name, adapter, placed, freeze=False)
-        for model, record in _adapted(pipe).values():
-            activate(model, record, {name: 1.0} if name in record.adapters else {}, enabled=True)
-    except BaseException:
-        for model, record in _adapted(pipe).values():
-            if name in record.adapters:
-                remove(model, name)
-        for model, record, active, enabled in before:
-            activate(model, record, active, enabled=enabled)
-        raise
-
-
 # Weights
 
 
 def _check_components(pipe: Any, name: str, weight: Any) -> None:
     if isinstance(weight, Mapping):
-        there = [component for component, (_, record) in _adapted(pipe).items() if name in record.adapters]
+        there = [component for component, (_, record) in adapted_in(pipe).items() if name in record.adapters]
         for component in weight:
             if component not in there:
                 raise ValueError(f"weights: adapter {name!r} is not in {component!r}; it is in {', '.join(there)}")

@@ -45,7 +45,7 @@ from tiny import instruct_pix2pix, picture, quiet, stable_diffusion, stable_diff
 from torch import Tensor, nn
 
 import loca_vision.diffusers as loca
-from loca_vision import LoCAConfig, active_adapters, adapters, inject, loader, remove
+from loca_vision import LoCAConfig, active_adapters, adapters, inject, loader, loading, remove
 from loca_vision.loader import LoCALoaderMixin
 
 METHODS = {
@@ -423,9 +423,9 @@ def failing(function: Callable[..., Any], at: int) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("what", "at"),
     [
-        ("loca_vision.loader.attach", 2),
-        ("loca_vision.loader.prepared", 2),
-        ("loca_vision.loader.activate", 2),
+        ("loca_vision.loading.attach", 2),
+        ("loca_vision.loading.prepared", 2),
+        ("loca_vision.loading.activate", 2),
         ("loca_vision.inject.updates_of", 3),
         ("loca_vision.inject.updates_of", 12),
         ("loca_vision.inject.activate", 2),
@@ -459,7 +459,7 @@ def test_a_load_that_fails_half_way_keeps_whole_tensors(pipe: Any, first: Made, 
     before = facts(pipe)
     other = adapter(stable_diffusion(), BOTH, seed=7, whole=["unet.conv_in.weight", "unet.conv_in.bias"])
     with monkeypatch.context() as patch:
-        patch.setattr(loader, "activate", failing(loader.activate, 2))
+        patch.setattr(loading, "activate", failing(loading.activate, 2))
         with pytest.raises(RuntimeError, match="no memory left"):
             pipe.load_loca_weights(other.state(), "other")
     assert_same(pipe, before)
