@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loca_vision.classes import exchange_class
+from loca_vision.classes import exchange_class, once_while_traced
 from loca_vision.projections import Naming, child, naming_of
 from loca_vision.updates import FusedUpdates, Reading, WeightUpdates
 
@@ -145,7 +145,7 @@ class AdaptedProjection:
         else:
             self._settle()
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @once_while_traced
     def _settle(self) -> None:
         weight = base_of(self._layer()).weight
         if isinstance(weight, Tensor) and weight.is_floating_point():

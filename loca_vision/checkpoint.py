@@ -214,7 +214,10 @@ def _file_to_write(path: str | os.PathLike[str]) -> Path:
 
 def _only_component(about: Description) -> str:
     if len(about.configs) > 1:
-        raise ValueError(f"it is for {', '.join(about.configs)} of a pipeline: use the pipeline's load_loca_weights")
+        raise ValueError(
+            f"it is for {', '.join(about.configs)} of a pipeline: use load_loca_weights(pipe, ...), whose spectra learn once "
+            "they are told to with requires_grad_(True)"
+        )
     return next(iter(about.configs))
 
 

@@ -12,6 +12,10 @@ from loca_vision.record import Record, record_of, unwrap
 
 def models_in(pipe: Any) -> dict[str, nn.Module]:
     """Its models by component, out of the wrappers of compilation."""
+    if not isinstance(getattr(pipe, "components", None), Mapping):
+        raise TypeError(
+            f"a {type(pipe).__name__} is no pipeline; for a model by itself there are inject, load_adapter, save_adapter"
+        )
     return {name: unwrap(model) for name, model in pipe.components.items() if isinstance(model, nn.Module)}
 
 
@@ -30,6 +34,8 @@ def fused_in(pipe: Any) -> set[str]:
 
 
 def known(pipe: Any, given: str | Sequence[str], *, allow_none: bool = False) -> list[str]:
+    if given is None:
+        raise ValueError("names=None: the name of an adapter, or a list of names, is wanted")
     if isinstance(given, Mapping):
         raise ValueError(f"names={dict(given)!r}: names come as a list, their weights as the next argument")
     names = [given] if isinstance(given, str) else list(given)

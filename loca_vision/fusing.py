@@ -46,7 +46,7 @@ def fuse(model: nn.Module, strengths: Mapping[str, Strength], *, check: bool = F
 
 @torch.no_grad()
 def unfuse(model: nn.Module) -> None:
-    """Put the weights back as they were before the first fuse; the adapters act beside them as before.
+    """Put the weights back as they were before the first fuse; those adapters that are active act beside them.
 
     Where another hand has changed a weight since, as a LoRA that was fused later, its change stays: then the update is taken
     away again, which is exact to rounding only, and said in the log.

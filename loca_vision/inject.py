@@ -40,13 +40,14 @@ from loca_vision.weights import write_weights
 
 
 def inject(model: nn.Module, config: LoCAConfig, name: str = "default") -> tuple[str, ...]:
-    """Adapt the projections `config.targets` of every attention layer (and MLP) of a timm model.
+    """Adapt the projections `config.targets` of every attention layer (and MLP of a ViT) of a model.
 
     The model's own parameters are frozen, a timm classifier head stays trainable. Coefficients start at zero, so the
     output is bit-identical at first; adapters that act already go on acting. Every key of the base `state_dict` stays.
 
     Args:
-        model: any timm model with attention layers, or a module that contains one.
+        model: any timm model with attention layers, a diffusers UNet or transformer, a CLIP or T5 text encoder; or a module
+            that contains one.
         config: what to inject.
         name: of the adapter, letters, digits, `_` and `-`.
 
@@ -60,6 +61,10 @@ def inject(model: nn.Module, config: LoCAConfig, name: str = "default") -> tuple
     """
     if not isinstance(config, LoCAConfig):
         raise TypeError(f"config is a {type(config).__name__}: a LoCAConfig is wanted")
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}: inject into a module; of a pipeline, into a component such as pipe.unet"
+        )
     check_new_name(model, name)
     model = unwrap(model)
     found = linear_targets(model, config.targets)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loca_vision.classes import exchange_class
+from loca_vision.classes import exchange_class, once_while_traced
 from loca_vision.updates import WeightUpdates
 
 
@@ -47,7 +47,7 @@ class AdaptedLayer(nn.Module):
         result: Tensor = super().forward(*inputs, **named)
         return result
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @once_while_traced
     def _settle(self) -> None:
         self.loca.settle(base_weight(self))
 

@@ -48,8 +48,9 @@ class LoCALoaderMixin:
     ) -> None:
         """Load an adapter; it becomes the only active one, at weight 1.0. What fails leaves the pipeline as it was.
 
-        The file is checked as a whole, against itself and against the pipeline, before anything is touched. Loaded spectra
-        do not learn; to train on, `loca_vision.load_adapter(pipe.unet, ...)`.
+        The file is checked as a whole, against itself and against the pipeline, before anything is touched. Adapters that
+        were disabled may act again afterwards; what is fused stays in the weights, beside the new adapter. Loaded spectra do
+        not learn until `spectrum.requires_grad_(True)` for those in `loca_vision.adapters(pipe.unet, adapter_name).values()`.
 
         Args:
             source: a folder, a file, `"user/repository"` on the hub, or a state dict (which is not changed).
@@ -61,7 +62,8 @@ class LoCALoaderMixin:
             cache_dir: of the hub's files.
             local_files_only: take them from the cache alone; by default as `HF_HUB_OFFLINE` says.
             force_download: do not take them from the cache.
-            hotswap: put it in the place of the loaded adapter `adapter_name`, without anything being compiled anew.
+            hotswap: put it in the place of the loaded adapter `adapter_name`, without anything being compiled anew; weights and
+                what else is active stay as they are.
 
         Raises:
             FileNotFoundError: there is no such file, folder or repository.
@@ -89,6 +91,8 @@ class LoCALoaderMixin:
             ValueError: no such adapter, or none or several active where none is named; a name with a folder in it.
             OSError: the file could not be written; what was there is as it was.
         """
+        if Path(directory).suffix == ".safetensors" and not Path(directory).is_dir():
+            raise ValueError(f"directory={str(directory)!r}: a folder is wanted; the name of the file in it is weight_name")
         file = Path(directory) / safe_name(weight_name)
         if Path(directory).exists() and not Path(directory).is_dir():
             raise NotADirectoryError(f"{directory}: it is a file, and a folder is wanted")
@@ -157,7 +161,7 @@ class LoCALoaderMixin:
             activate(model, record, chosen[component], enabled=True)
 
     def get_active_loca_adapters(self) -> list[str]:
-        """The names of the active adapters, in order; also of those that are fused or disabled for now."""
+        """The names of the active adapters, in order, also while they are disabled; `fused_locas` has those in the weights."""
         return list(dict.fromkeys(name for _, record in adapted_in(self).values() for name in record.active))
 
     def get_loca_adapters(self) -> dict[str, list[str]]:
@@ -204,6 +208,7 @@ class LoCALoaderMixin:
     ) -> None:
         """Write adapters into the weights, which costs nothing at inference; `unfuse_loca` brings the weights back bit for bit.
 
+        The scale of a call has no effect on what is fused: that is `scale` here.
         The weights as they were are kept in main memory until then: as many bytes as the adapted weights have. What is fused
         already stays as it is. Whole tensors, such as a `conv_in`, stay in the model as long.
 
@@ -243,7 +248,7 @@ class LoCALoaderMixin:
             raise
 
     def unfuse_loca(self, components: Sequence[str] | None = None) -> None:
-        """Put the weights back as they were, bit for bit; the adapters act beside them as before.
+        """Put the weights back as they were, bit for bit; those adapters that are active act beside them.
 
         Where somebody else has changed a weight since, as `fuse_lora` does, that change stays, and the log says so.
 

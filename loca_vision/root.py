@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 from loca_vision.calls import KEYWORDS, scale_in, scale_of_the_call_above
 from loca_vision.record import record_of
@@ -105,7 +106,7 @@ def read_strength(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, An
     return inputs, named
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_disable_dynamo  # torch.compiler.disable, which would import the compiler here and now
 def hear_strength(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     """The same for a model whose `forward` takes no such argument."""
     model._modules[_CHILD].set_strength(scale_of_the_call_above())  # type: ignore[union-attr, operator]

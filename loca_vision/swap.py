@@ -33,7 +33,7 @@ def check_swap(model: nn.Module, name: str, placed: list[tuple[Target, Spectrum]
         if spectrum.count > room:
             raise ValueError(
                 f"{target.name} has {spectrum.count} components and adapter {name!r} has room for {room}; "
-                "call enable_loca_hotswap before the first adapter is loaded"
+                f"call enable_loca_hotswap before the first adapter is loaded, with {spectrum.count} or more"
             )
 
 

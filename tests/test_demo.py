@@ -1,5 +1,6 @@
 """The command's main job in small: what it writes, what it finds, and what an interruption leaves."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -80,8 +81,12 @@ def test_an_interruption_leaves_nothing_half_done(photos, tmp_path):
     while time.monotonic() - started < 60:  # until the bar moves
         if "it/s" in process.stderr.readline(200):
             break
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
+    said = ""
+    for _ in range(5):  # Python drops an interrupt that falls into a finaliser or a callback; people press the keys again
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            said = process.communicate(timeout=15)[1]
+            break
     assert process.returncode == 130
     assert said.splitlines()[-1] == "loca-vision: interrupted; every file that is there is whole"
     assert "Traceback" not in said

@@ -31,7 +31,7 @@ from peft import LoraConfig
 from tiny import instruct_pix2pix, picture, quiet, stable_diffusion, stable_diffusion_xl
 from torch import Tensor, nn
 
-from loca_vision import LoCAConfig, adapters, fusing, inject, loader, remove, save_adapter, set_adapters
+from loca_vision import LoCAConfig, adapters, fusing, inject, loader, loading, remove, save_adapter, set_adapters
 from loca_vision.spectrum import Spectrum
 
 BOTH = {"unet": ("q", "v"), "text_encoder": ("q", "out")}
@@ -847,7 +847,7 @@ def test_a_swap_that_fails_half_way_changes_nothing(pipe: Any, monkeypatch: pyte
     before = facts(pipe)
     other = adapter(stable_diffusion(), BOTH, seed=3)
     with monkeypatch.context() as patch:
-        patch.setattr(loader, "swap", Failing(loader.swap, 2))
+        patch.setattr(loading, "swap", Failing(loading.swap, 2))
         with pytest.raises(RuntimeError, match="no memory left"):
             pipe.load_loca_weights(other.state(), "a", hotswap=True)
     assert_same(pipe, before)

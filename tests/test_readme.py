@@ -52,6 +52,7 @@ def test_python_blocks(tmp_path, monkeypatch):
             exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "pets" / "pytorch_loca_weights.safetensors").exists()
     assert names["picture"].size == (16, 16)
+    assert (tmp_path / "mine" / "pytorch_loca_weights.safetensors").exists()
 
 
 def test_the_two_commands_are_those_that_ci_runs():

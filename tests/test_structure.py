@@ -66,3 +66,10 @@ def test_importing_the_library_pulls_nothing_heavy():
     code = "import sys, loca_vision; print(*{m.split('.')[0] for m in sys.modules})"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert not loaded & {"timm", "torchvision", "diffusers", "transformers", "accelerate", "matplotlib", "sklearn", "tyro"}
+
+
+def test_importing_the_library_does_not_import_the_compiler():
+    """Which takes a second, and which `import torch` leaves alone."""
+    code = "import sys, torch; there = set(sys.modules); import loca_vision; print(*(set(sys.modules) - there))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "loca_vision.attention" in loaded and "torch._dynamo" not in loaded
