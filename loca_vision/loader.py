@@ -91,11 +91,11 @@ class LoCALoaderMixin:
             ValueError: no such adapter, or none or several active where none is named; a name with a folder in it.
             OSError: the file could not be written; what was there is as it was.
         """
-        if Path(directory).suffix == ".safetensors" and not Path(directory).is_dir():
-            raise ValueError(f"directory={str(directory)!r}: a folder is wanted; the name of the file in it is weight_name")
         file = Path(directory) / safe_name(weight_name)
         if Path(directory).exists() and not Path(directory).is_dir():
             raise NotADirectoryError(f"{directory}: it is a file, and a folder is wanted")
+        if Path(directory).suffix == ".safetensors" and not Path(directory).is_dir():
+            raise ValueError(f"directory={str(directory)!r}: a folder is wanted; the name of the file in it is weight_name")
         if adapter_name is None:
             active = LoCALoaderMixin.get_active_loca_adapters(self)
             if len(active) != 1:

@@ -556,6 +556,20 @@ def test_what_cannot_be_saved_leaves_the_old_file(pipe: Any, first: Made, tmp_pa
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [(FILE_NAME, old)]
 
 
+def test_a_file_name_is_no_folder(pipe: Any, first: Made, tmp_path: Path) -> None:
+    pipe.load_loca_weights(first.state())
+    with pytest.raises(ValueError, match="the name of the file in it is weight_name"):
+        pipe.save_loca_weights(tmp_path / "mine.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_pipelines_and_models_are_told_apart(pipe: Any) -> None:
+    with pytest.raises(TypeError, match="model is a StableDiffusionPipeline: .*such as pipe.unet"):
+        inject(pipe, LoCAConfig(n_components=4))
+    with pytest.raises(TypeError, match="a UNet2DConditionModel is no pipeline"):
+        loca.get_loca_adapters(pipe.unet)
+
+
 def hub_cache(folder: Path, repository: str, revision: str = "a" * 40) -> Path:
     """The folder of a repository's files in a cache of the hub."""
     top = folder / f"models--{repository.replace('/', '--')}"
