@@ -564,7 +564,7 @@ def test_a_file_name_is_no_folder(pipe: Any, first: Made, tmp_path: Path) -> Non
 
 
 def test_pipelines_and_models_are_told_apart(pipe: Any) -> None:
-    with pytest.raises(TypeError, match="model is a StableDiffusionPipeline: .*such as pipe.unet"):
+    with pytest.raises(TypeError, match=r"model is a StableDiffusionPipeline: .*such as pipe\.unet"):
         inject(pipe, LoCAConfig(n_components=4))
     with pytest.raises(TypeError, match="a UNet2DConditionModel is no pipeline"):
         loca.get_loca_adapters(pipe.unet)
