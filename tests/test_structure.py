@@ -11,10 +11,10 @@ PACKAGE = Path(loca_vision.__file__).parent
 
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
-    {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls"},
-    {"cosine_sum", "safefile", "update", "haar"},
-    {"kinds"},
-    {"spectrum", "low_rank"},
+    {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls", "sampling"},
+    {"cosine_sum", "safefile", "update", "haar", "augmentation", "published", "hub_datasets"},
+    {"kinds", "catalogue"},
+    {"spectrum", "low_rank", "datasets"},
     {"sparse"},
     {"loca", "sdctft", "fourierft"},
     {"selora", "adapter_file"},
@@ -34,7 +34,18 @@ LAYERS = (
     {"cli"},
 )
 LIGHT = {"torch", "safetensors", "loca_vision"}
-NEEDS_MORE = {"diffusers", "sources", "data", "img_focus", "vit", "plots", "demo", "demo_report", "cli", "reload"}
+NEEDS_MORE = {"published", "catalogue", "hub_datasets", "datasets", "augmentation"} | {
+    "diffusers",
+    "sources",
+    "data",
+    "img_focus",
+    "vit",
+    "plots",
+    "demo",
+    "demo_report",
+    "cli",
+    "reload",
+}
 
 
 def imported(file):
