@@ -11,10 +11,11 @@ PACKAGE = Path(loca_vision.__file__).parent
 
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
-    {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls"},
-    {"cosine_sum", "safefile"},
-    {"spectrum", "adapter_file"},
-    {"targets", "updates"},
+    {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls"}
+    | {"console", "settings_file", "optimizer_state", "generator_state"},
+    {"cosine_sum", "safefile", "atomic_folder", "settings"},
+    {"spectrum", "adapter_file", "manifest"},
+    {"targets", "updates", "checkpoint_folder"},
     {"layer", "attention"},
     {"record"},
     {"weights", "root"},
@@ -31,6 +32,7 @@ LAYERS = (
 )
 LIGHT = {"torch", "safetensors", "loca_vision"}
 NEEDS_MORE = {"diffusers", "sources", "data", "img_focus", "vit", "plots", "demo", "demo_report", "cli", "reload"}
+NEEDS_MORE |= {"settings", "settings_file"}
 
 
 def imported(file):
@@ -65,7 +67,17 @@ def test_the_core_needs_torch_and_safetensors_only():
 def test_importing_the_library_pulls_nothing_heavy():
     code = "import sys, loca_vision; print(*{m.split('.')[0] for m in sys.modules})"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
-    assert not loaded & {"timm", "torchvision", "diffusers", "transformers", "accelerate", "matplotlib", "sklearn", "tyro"}
+    assert not loaded & {
+        "timm",
+        "torchvision",
+        "diffusers",
+        "transformers",
+        "accelerate",
+        "matplotlib",
+        "sklearn",
+        "tyro",
+        "yaml",
+    }
 
 
 def test_importing_the_library_does_not_import_the_compiler():
