@@ -8,10 +8,11 @@ import platform
 import re
 import secrets
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# Temporary files that this process is writing now. A restarted container has the process id of the one that was killed.
+# The marks of what this process is writing now. A restarted container has the process id of the one that was killed.
 _writing: set[str] = set()
 
 
@@ -33,7 +34,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:
         raise type(error)(f"{path}: it could not be written ({error.strerror}); what was there is as it was") from error
     try:
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         raise type(error)(f"{path}: it is written, but might not outlive a power cut ({error.strerror})") from error
 
@@ -46,33 +47,54 @@ def _target(path: Path) -> Path:
     return target
 
 
-def _temporary_prefix(target: Path) -> str:
-    """Names the machine too: the process ids of another, on a shared disk, say nothing here."""
-    return f".{target.name}.{zlib.crc32(platform.node().encode()):08x}-"
+@contextmanager
+def writing_mark() -> Iterator[str]:
+    """A part of a temporary name that no other writer has, and that tells later whether its writer still runs."""
+    mark = f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    _writing.add(mark)
+    try:
+        yield mark
+    finally:
+        _writing.discard(mark)
+
+
+def machine() -> str:
+    """Eight hexadecimal digits: the process ids of another machine, on a shared disk, say nothing here."""
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def abandoned(mark: str) -> bool:
+    """Whether the writer of that mark is no more; False where it cannot be known, and for what is no mark."""
+    owner = re.fullmatch(rf"{machine()}-([0-9]+)-[0-9a-f]+", mark)
+    return owner is not None and mark not in _writing and not _alive(int(owner[1]))
 
 
 def _replace(target: Path, data: bytes) -> None:
-    temporary = target.with_name(f"{_temporary_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    _writing.add(temporary.name)
-    try:
-        with temporary.open("xb") as file:  # x: never through a link that someone else has laid
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        _writing.discard(temporary.name)
+    with writing_mark() as mark:
+        temporary = target.with_name(f".{target.name}.{mark}.tmp")
+        try:
+            write_synced(temporary, data)
+            temporary.replace(target)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file that is not there yet, and wait until it lies on the disk."""
+    with path.open("xb") as file:  # x: never through a link that someone else has laid
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _clean(target: Path) -> None:
     """Remove the temporary files of processes that are no more."""
-    pattern = re.compile(re.escape(_temporary_prefix(target)) + r"(\d+)-[0-9a-f]+\.tmp")
+    pattern = re.compile(re.escape(f".{target.name}.") + r"(.+)\.tmp")
     with suppress(OSError):  # a folder closed to reading, a file of another user
         for left in target.parent.iterdir():
-            owner = pattern.fullmatch(left.name)
-            if owner and left.name not in _writing and not _alive(int(owner[1])):
+            name = pattern.fullmatch(left.name)
+            if name and abandoned(name[1]):
                 left.unlink(missing_ok=True)
 
 
@@ -91,7 +113,8 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder lie on the disk, where that is to be had."""
     if os.name != "posix":  # elsewhere a folder cannot be opened
         return
     try:

