@@ -39,10 +39,10 @@ def parts(splits):
 
 
 def test_the_names():
-    assert NAMES == (
+    assert (
         *("oxford_pets", "stanford_cars", "cifar10", "dtd", "eurosat", "fgvc_aircraft", "resisc45"),
         *("cifar100", "fashion_mnist", "digits", "folder"),
-    )
+    ) == NAMES
     assert set(NAMES) == set(WRITERS)
 
 
