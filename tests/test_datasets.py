@@ -17,7 +17,7 @@ from loca_vision.data import first, hold_out, open_image
 from loca_vision.datasets import NAMES, load
 
 IN_IMAGE_FILES = [name for name in NAMES if name not in ("digits", "cifar10", "cifar100", "fashion_mnist")]
-SIZES = {"dtd": (43, 5, 12), "eurosat": (28, 10, 10), "resisc45": (24, 12, 12), "digits": (1078, 120, 599)}
+SIZES = {"dtd": (60, 7, 17), "eurosat": (42, 15, 15), "resisc45": (36, 12, 12), "digits": (1078, 120, 599)}
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def test_what_is_read_is_what_was_written(name, tmp_path):
     written = WRITERS[name](tmp_path)
     splits = load(name, tmp_path)
     assert splits.classes == written.classes
-    assert tuple(map(len, parts(splits).values())) == SIZES.get(name, (21, 3, 12))
+    assert tuple(map(len, parts(splits).values())) == SIZES.get(name, (32, 4, 12))
     found = [label for images in parts(splits).values() for _, label in everything(images)]
     if written.parts:
         assert Counter(found) == Counter(label for labels in written.parts.values() for label in labels)
@@ -103,7 +103,7 @@ def test_the_protocol_is_a_record(name, tmp_path):
 def test_the_shares_are_recorded(tmp_path):
     WRITERS["dtd"](tmp_path)
     record = load("dtd", tmp_path).protocol
-    assert (record["test"], record["validation"]) == ("1/5 of 60, drawn by the seed", "1/10 of 48, drawn by the seed")
+    assert (record["test"], record["validation"]) == ("1/5 of 84, drawn by the seed", "1/10 of 67, drawn by the seed")
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_a_folder_with_its_own_validation_part(name, tmp_path):
     write_folder(tmp_path, validation=2)
     (tmp_path / "val").rename(tmp_path / name)
     splits = load("folder", tmp_path)
-    assert tuple(map(len, parts(splits).values())) == (24, 6, 12)
+    assert tuple(map(len, parts(splits).values())) == (36, 6, 12)
     assert splits.protocol["validation"] == "published"
 
 
@@ -246,7 +246,7 @@ def test_the_files_are_split_whatever_folder_they_are_in(tmp_path):
 def test_images_are_found_at_any_depth(tmp_path):
     write_folder(tmp_path)
     save(tmp_path / "train" / "red" / "deep" / "er" / "1.JPG", 2, 5000)
-    assert load("folder", tmp_path).protocol["validation"].startswith("1/10 of 25")
+    assert load("folder", tmp_path).protocol["validation"].startswith("1/10 of 37")
 
 
 FOLDERS = {
