@@ -34,7 +34,8 @@ class Demo:
     """Fine-tune a pretrained ViT on real images with LoCA, beside a linear probe of the same head, steps and schedule."""
 
     dataset: Literal["digits", "fashion-mnist", "folder"] = "digits"
-    """digits: inside scikit-learn. fashion-mnist: in --root. folder: --root has train/ and test/ with a folder per class."""
+    """digits: inside scikit-learn. fashion-mnist: in --root. folder: --root has train/ and test/ with a folder per class,
+    or the classes' folders alone, of which a tenth is for testing."""
     root: Path | None = None
     """Where the data set lies."""
     model: str = TIMM_NAME

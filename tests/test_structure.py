@@ -12,13 +12,14 @@ PACKAGE = Path(loca_vision.__file__).parent
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
     {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls", "sampling"}
-    | {"console", "settings_file", "optimizer_state", "generator_state"},
-    {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings", "augmentation", "published", "hub_datasets"},
-    {"kinds", "manifest", "catalogue"},
+    | {"console", "settings_value", "optimizer_state", "generator_state", "presets", "evaluation"},
+    {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings_file", "augmentation", "published", "hub_datasets"},
+    {"kinds", "manifest", "catalogue", "settings"},
     {"spectrum", "low_rank", "checkpoint_folder", "datasets"},
     {"sparse"},
     {"loca", "sdctft", "fourierft"},
     {"selora", "adapter_file"},
+    {"recipe"},
     {"targets", "updates"},
     {"layer", "attention"},
     {"record"},
@@ -30,13 +31,20 @@ LAYERS = (
     {"diffusers"},
     {"inspection", "img_focus", "training"},
     {"vit", "plots"},
+    {"classification", "hub"},
+    {"run_report"},
+    {"fit"},
     {"reload", "demo_report"},
     {"demo"},
     {"cli"},
 )
 LIGHT = {"torch", "safetensors", "loca_vision"}
-NEEDS_MORE = {"diffusers", "sources", "data", "img_focus", "vit", "plots", "demo", "demo_report", "cli", "reload"}
-NEEDS_MORE |= {"published", "catalogue", "hub_datasets", "datasets", "augmentation", "settings", "settings_file"}
+NEEDS_MORE = {
+    *("diffusers", "sources", "img_focus", "vit", "plots", "demo", "demo_report", "cli", "reload"),
+    *("data", "published", "catalogue", "hub_datasets", "datasets", "augmentation"),
+    *("settings", "settings_file", "settings_value", "console"),
+    *("recipe", "classification", "evaluation", "fit", "run_report", "hub"),
+}
 
 
 def imported(file):
