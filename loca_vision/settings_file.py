@@ -104,7 +104,7 @@ def _table(path: Path, text: str) -> list[tuple[Any, Any]]:
         raise ValueError(f"{path}{line}: it is not YAML ({error.problem})") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: it is not YAML ({' '.join(str(error).split())})") from None
-    if root is None:
+    if root is None or (isinstance(root, yaml.ScalarNode) and not root.style and not root.value):
         return []
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path}: it is not a table of settings, as in `name: value`")
