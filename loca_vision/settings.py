@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from loca_vision.console import usage_in_one_line
-from loca_vision.settings_file import nearest, read_settings, write_settings
+from loca_vision.settings_file import read_settings, write_settings
+from loca_vision.settings_value import nearest
 
 
 class Settings(Protocol):

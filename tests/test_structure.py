@@ -12,9 +12,9 @@ PACKAGE = Path(loca_vision.__file__).parent
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
     {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls"}
-    | {"console", "settings_file", "optimizer_state", "generator_state"},
-    {"cosine_sum", "safefile", "atomic_folder", "settings"},
-    {"spectrum", "adapter_file", "manifest"},
+    | {"console", "settings_value", "optimizer_state", "generator_state"},
+    {"cosine_sum", "safefile", "atomic_folder", "settings_file"},
+    {"spectrum", "adapter_file", "manifest", "settings"},
     {"targets", "updates", "checkpoint_folder"},
     {"layer", "attention"},
     {"record"},
