@@ -33,7 +33,7 @@ LAYERS = (
     {"vit", "plots"},
     {"classification", "hub"},
     {"run_report", "study_report"},
-    {"fit"},
+    {"fit", "evaluate"},
     {"reload", "demo_report"},
     {"demo"},
     {"cli"},
@@ -43,7 +43,7 @@ NEEDS_MORE = {
     *("diffusers", "sources", "img_focus", "vit", "plots", "demo", "demo_report", "cli", "reload"),
     *("data", "published", "catalogue", "hub_datasets", "datasets", "augmentation"),
     *("settings", "settings_file", "settings_value", "console"),
-    *("recipe", "classification", "evaluation", "fit", "run_report", "study_report", "environment", "hub"),
+    *("recipe", "classification", "evaluation", "evaluate", "fit", "run_report", "study_report", "environment", "hub"),
 }
 
 
