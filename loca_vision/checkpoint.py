@@ -26,6 +26,7 @@ from loca_vision.inject import adapters, attach, check_new_name, classifier, lin
 from loca_vision.offload import device_for, stored_at
 from loca_vision.record import Adapter, forget_lost, moved_by_training, own_tensors, record_of, unwrap
 from loca_vision.safefile import Entry, open_safetensors, write_safetensors
+from loca_vision.sources import Request, locate, may_be_a_repository
 from loca_vision.targets import Target
 from loca_vision.update import Update
 from loca_vision.version import __version__
@@ -63,7 +64,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
 
     Args:
         model: built like the one it was trained on, head included, without an adapter of that name.
-        path: the file, or the folder that `save_adapter` was given.
+        path: the file, the folder that `save_adapter` was given, or a repository on the hub, "user/name".
         name: for the adapter; by default the one it was saved under.
 
     Returns:
@@ -197,7 +198,10 @@ def _only_component(about: Description) -> str:
 
 
 def file_to_read(path: str | os.PathLike[str]) -> Path:
+    """The file itself, that in a folder, or, for the name of a repository on the hub, a copy of the one in there."""
     file = Path(path)
+    if isinstance(path, str) and not file.exists() and may_be_a_repository(path):
+        return locate(path, Request())
     if not file.is_dir():
         return file
     if (file / FILE_NAME).exists():

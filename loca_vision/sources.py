@@ -123,7 +123,7 @@ def locate(source: str | os.PathLike[str], request: Request) -> Path:
         if request.weight_name is not None or request.subfolder is not None:
             raise ValueError(f"{text}: it is a file, in which there is no weight_name or subfolder to look for")
         return path
-    if not isinstance(source, str) or not _may_be_a_repository(text):
+    if not isinstance(source, str) or not may_be_a_repository(text):
         raise FileNotFoundError(f"{text}: there is no such file or folder")
     return _from_hub(text, request)
 
@@ -174,7 +174,8 @@ def _roots(folder: Path) -> Iterator[Path]:
             yield blobs
 
 
-def _may_be_a_repository(text: str) -> bool:
+def may_be_a_repository(text: str) -> bool:
+    """Whether a text that is no path here could be the name of a repository on the hub."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

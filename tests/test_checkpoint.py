@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
@@ -1077,3 +1078,40 @@ def test_the_name_of_the_base_model(about_it: dict[str, str] | None, name: str) 
 )
 def test_which_bases_are_told_apart(mine: str, theirs: str, same: bool) -> None:
     assert checkpoint._may_be_the_same(mine, theirs) is same
+
+
+# The hub
+
+
+def test_a_repository_is_loaded_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake hub: what `hf_hub_download` is asked for, from a folder."""
+    source = trained()
+    save_adapter(source, tmp_path / "repository")
+    asked = []
+
+    def fetched(repository: str, name: str, **named: Any) -> str:
+        asked.append((repository, name))
+        return str(tmp_path / "repository" / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetched)
+    model = tiny()
+    assert load_adapter(model, "user/pets") == PROJECTIONS
+    assert asked == [("user/pets", FILE_NAME)]
+    assert torch.equal(output(model), output(source))
+
+
+@pytest.mark.parametrize("path", ["nowhere/pets.safetensors", "./user/pets", "a/b/c", Path("user/pets")], ids=str)
+def test_what_can_be_no_repository_is_looked_for_here_only(
+    path: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
+    with pytest.raises(FileNotFoundError):
+        load_adapter(tiny(), path)
+
+
+def test_a_folder_goes_before_a_repository_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
+    save_adapter(trained(), "user/pets")
+    assert load_adapter(tiny(), "user/pets") == PROJECTIONS
