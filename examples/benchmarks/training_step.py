@@ -1,10 +1,12 @@
-"""Seconds of one training step: LoCA in both phases beside peft's LoRA and FourierFT, on one model, in one process.
+"""Seconds of one training step: every kind of adapter beside peft's LoRA and FourierFT, on one model, in one process.
 
 Every method takes a turn in every round, so that a machine whose speed drifts is unfair to none; the table gives medians, and
 the median of the ratios to the floor. The floor is what no adapter of inner layers can save: forward and backward through the
-frozen model, with a gradient at its input and at the head. peft adapts the fused qkv as one matrix; LoCA its query and value.
+frozen model, with a gradient at its input and at the head. peft adapts the fused qkv as one matrix; this library its query
+and value.
 
     python examples/benchmarks/training_step.py --batch_size 8 --output step.json
+    python examples/benchmarks/training_step.py --batch_size 8 --only "floor" "LoRA r=16" "LoRA r=16, peft"
 """
 
 from __future__ import annotations
@@ -26,7 +28,16 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from loca_vision import LoCAConfig, adapters, inject
+from loca_vision import (
+    AdapterConfig,
+    FourierFTConfig,
+    LoCAConfig,
+    LoRAConfig,
+    SDCTFTConfig,
+    SeLoRAConfig,
+    adapters,
+    inject,
+)
 
 
 @dataclass(frozen=True)
@@ -40,9 +51,11 @@ class Settings:
     rounds: int = 7
     """Turns of each method, after one that does not count."""
     n_components: int = 3000
-    """B of LoCA for each projection, and n of FourierFT for each qkv."""
+    """Of LoCA, sDCTFT and FourierFT for each projection, and of peft's FourierFT for each qkv."""
     rank: int = 16
-    """r of LoRA."""
+    """r of LoRA and SeLoRA."""
+    only: tuple[str, ...] = ()
+    """Some of the methods, by the names they have in the table, beside the floor; all by default."""
     threads: int | None = None
     """Of torch; its own choice by default."""
     output: Path | None = None
@@ -69,6 +82,11 @@ def loca(model: nn.Module, settings: Settings, phase: str) -> nn.Module:
     return model
 
 
+def of_kind(model: nn.Module, config: AdapterConfig) -> nn.Module:
+    inject(model, config)
+    return model
+
+
 def of_peft(model: nn.Module, config: Any) -> nn.Module:
     adapted: nn.Module = peft.get_peft_model(model, config)
     return adapted
@@ -78,13 +96,23 @@ def methods(settings: Settings) -> dict[str, Callable[[nn.Module], nn.Module]]:
     whole = {"target_modules": ["qkv"], "modules_to_save": ["head"]}
     lora = peft.LoraConfig(r=settings.rank, lora_alpha=settings.rank, **whole)
     fourier = peft.FourierFTConfig(n_frequency=settings.n_components, scaling=300.0, init_weights=True, **whole)
-    return {
+    count, rank = settings.n_components, settings.rank
+    found = {
         "floor": frozen,
         "LoCA, coefficients": partial(loca, settings=settings, phase="coefficients"),
         "LoCA, locations": partial(loca, settings=settings, phase="locations"),
-        f"LoRA r={settings.rank}": partial(of_peft, config=lora),
-        f"FourierFT n={settings.n_components}": partial(of_peft, config=fourier),
+        "sDCTFT": partial(of_kind, config=SDCTFTConfig(n_components=count)),
+        f"FourierFT n={count}": partial(of_kind, config=FourierFTConfig(n_components=count)),
+        f"LoRA r={rank}": partial(of_kind, config=LoRAConfig(r=rank, alpha=rank)),
+        f"DoRA r={rank}": partial(of_kind, config=LoRAConfig(r=rank, alpha=rank, use_dora=True)),
+        f"SeLoRA r={rank}": partial(of_kind, config=SeLoRAConfig(r=rank, alpha=rank)),
+        f"LoRA r={rank}, peft": partial(of_peft, config=lora),
+        f"FourierFT n={count}, peft": partial(of_peft, config=fourier),
     }
+    for name in settings.only:
+        if name not in found:
+            raise ValueError(f"only={name!r}: the methods are {', '.join(found)}")
+    return {name: adapt for name, adapt in found.items() if not settings.only or name in ("floor", *settings.only)}
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
@@ -117,16 +145,17 @@ def measure(settings: Settings) -> dict[str, list[float]]:
 
 def table(seconds: dict[str, list[float]]) -> str:
     floor = seconds["floor"]
-    lines = [f"{'':20}{'seconds':>10}{'/ floor':>10}"]
+    lines = [f"{'':24}{'seconds':>10}{'/ floor':>10}"]
     for name, own in seconds.items():
         ratio = median(mine / least for mine, least in zip(own, floor, strict=True))
-        lines.append(f"{name:20}{median(own):10.3f}{ratio:10.3f}")
+        lines.append(f"{name:24}{median(own):10.3f}{ratio:10.3f}")
     return "\n".join(lines)
 
 
 def main() -> int:
     try:
         settings = tyro.cli(partial(Settings), description=Settings.__doc__, use_underscores=True)
+        methods(settings)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
