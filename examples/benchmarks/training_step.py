@@ -97,7 +97,7 @@ def methods(settings: Settings) -> dict[str, Callable[[nn.Module], nn.Module]]:
     lora = peft.LoraConfig(r=settings.rank, lora_alpha=settings.rank, **whole)
     fourier = peft.FourierFTConfig(n_frequency=settings.n_components, scaling=300.0, init_weights=True, **whole)
     count, rank = settings.n_components, settings.rank
-    found = {
+    found: dict[str, Callable[[nn.Module], nn.Module]] = {
         "floor": frozen,
         "LoCA, coefficients": partial(loca, settings=settings, phase="coefficients"),
         "LoCA, locations": partial(loca, settings=settings, phase="locations"),
