@@ -13,9 +13,9 @@ PACKAGE = Path(loca_vision.__file__).parent
 LAYERS = (
     {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls"},
     {"cosine_sum", "safefile", "approximation", "low_rank"},
-    {"spectrum", "adapter_file"},
-    {"targets", "updates"},
-    {"layer", "attention"},
+    {"spectrum", "adapter_file", "lora_names", "lora_scales"},
+    {"targets", "updates", "lora_files"},
+    {"layer", "attention", "lora_writing"},
     {"record"},
     {"weights", "root"},
     {"inject", "fusing", "blocks", "sources"},
