@@ -91,6 +91,18 @@ def open_safetensors(path: Path) -> Iterator[OpenFile]:
             raise ValueError(f"{path}: {_one_line(str(error))}") from None
 
 
+def may_be_read(file: Path, folder: Path) -> bool:
+    """Whether a file of a folder lies in it at the end of all links; or, for a snapshot in the hub's cache, in the `blobs`
+    beside it that its files are links to."""
+    there = folder.resolve()
+    roots = [there]
+    for snapshots in there.parents:
+        blobs = snapshots.parent / "blobs"
+        if snapshots.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink():
+            roots.append(blobs)
+    return any(file.resolve().is_relative_to(root) for root in roots)
+
+
 def _check_regular(path: Path) -> None:
     refuse_nul(path)
     if not path.exists():

@@ -1,6 +1,7 @@
 """LoRA files of others, read and written: what peft and diffusers do with them is the measure."""
 
 import json
+import random
 import re
 
 import peft
@@ -473,3 +474,45 @@ def test_a_pipeline_without_text_encoder_two_calls_its_own_te(tmp_path):
     keys = safetensors.torch.load_file(write_kohya_lora(tmp_path / "x.safetensors", made_up(pipe)))
     assert any(key.startswith("lora_te_text_model_encoder_layers_0") for key in keys)
     assert isinstance(pipe, StableDiffusionPipeline)
+
+
+def test_any_soup_of_keys_is_read_or_refused_in_one_line(tmp_path):
+    """Whatever keys and shapes meet: pairs that are sound, or a sentence."""
+    generator = random.Random(0)
+    layers = [
+        "unet.a.to_q",
+        "lora_unet_conv_in",
+        "base_model.model.b",
+        "x.processor.to_out",
+        "",
+        "lora_te_text_model",
+        "..",
+        "é\n",
+    ]
+    endings = [
+        ".lora_A.weight",
+        ".lora_B.weight",
+        ".lora_down.weight",
+        ".lora_up.weight",
+        "_lora.up.weight",
+        "_lora.down.weight",
+    ]
+    endings += [".alpha", ".lora_A.x.weight", ".dora_scale", ".hada_w1_a", ".weight", ".lora_B.bias", ".lora_mid.weight"]
+    shapes = [(), (1,), (2,), (0, 2), (2, 2), (2, 0), (2, 2, 1, 1), (2, 2, 3, 3), (2, 2, 1)]
+    outcomes = {"read": 0, "refused": 0}
+    for trial in range(300):
+        keys = {
+            generator.choice(layers[: 1 + trial % 8]) + generator.choice(endings[: 2 + trial % 12])
+            for _ in range(1 + trial % 5)
+        }
+        tensors = {key: torch.ones(generator.choice(shapes if trial % 2 else [(2, 2)])) for key in keys if key}
+        safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
+        try:
+            found = read_lora(tmp_path / "x.safetensors", skip=bool(trial % 3))
+        except ValueError as error:
+            assert str(error).startswith(str(tmp_path)) and "\n" not in str(error)
+            outcomes["refused"] += 1
+        else:
+            assert found.pairs and all(torch.isfinite(pair.delta()).all() for pair in found.pairs.values())
+            outcomes["read"] += 1
+    assert min(outcomes.values()) > 10, outcomes

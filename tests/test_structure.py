@@ -14,7 +14,7 @@ LAYERS = (
     {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls"},
     {"cosine_sum", "safefile", "approximation", "low_rank"},
     {"spectrum", "adapter_file", "lora_names", "lora_scales"},
-    {"targets", "updates", "lora_files"},
+    {"targets", "updates", "lora_files", "sharded"},
     {"layer", "attention", "lora_writing"},
     {"record"},
     {"weights", "root"},
