@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from loca_vision.adapter_file import FLOATS, PICKLES
+from loca_vision.factors import LowRankPair
 from loca_vision.lora_names import PEFT_PREFIX, parse_key
 from loca_vision.lora_scales import LoraSettings, read_settings, settings_in_header
-from loca_vision.low_rank import LowRankPair
 from loca_vision.safefile import Entry, open_safetensors, read_json
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"

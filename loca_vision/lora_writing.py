@@ -14,10 +14,10 @@ from torch import Tensor
 
 from loca_vision.adapter_file import PICKLES
 from loca_vision.atomic import folder_atomically, write_atomically
+from loca_vision.factors import LowRankPair
 from loca_vision.lora_files import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 from loca_vision.lora_names import PEFT_PREFIX, canonical, flattened
 from loca_vision.lora_scales import METADATA_KEY
-from loca_vision.low_rank import LowRankPair
 from loca_vision.safefile import write_safetensors
 
 _COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")

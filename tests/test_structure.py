@@ -12,7 +12,7 @@ PACKAGE = Path(loca_vision.__file__).parent
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
     {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls"},
-    {"cosine_sum", "safefile", "approximation", "low_rank"},
+    {"cosine_sum", "safefile", "approximation", "factors"},
     {"spectrum", "adapter_file", "lora_names", "lora_scales"},
     {"targets", "updates", "lora_files", "sharded"},
     {"layer", "attention", "lora_writing"},
