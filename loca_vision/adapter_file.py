@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loca_vision.config import PARTS, LoCAConfig
+from loca_vision.config import PARTS
+from loca_vision.kinds import KINDS, AdapterConfig, Stored
+from loca_vision.loca import LoCAConfig
 from loca_vision.projections import kind_of
 from loca_vision.safefile import Entry, strict_json
 
@@ -36,21 +38,29 @@ class Description:
         name, base_model, library_version: of the adapter, of what it was trained on, and of what wrote it.
     """
 
-    configs: dict[str, LoCAConfig]
+    configs: dict[str, AdapterConfig]
     shapes: dict[str, tuple[int, int]]
     whole: tuple[str, ...]
     name: str
     base_model: str
     library_version: str
 
-    def config_for(self, projection: str) -> LoCAConfig:
-        return self.configs[component_of(projection, self.configs)]
+    @property
+    def method(self) -> str:
+        """The kind of adapter, one for all components."""
+        return next(iter(self.configs.values())).method
 
-    def count(self, projection: str) -> int:
-        """The components that `n_components` says this projection has."""
-        component = component_of(projection, self.configs)
-        counts = self.configs[component].n_components
-        return counts if isinstance(counts, int) else counts[projection[len(prefix_of(component)) :]]
+    def layout(self) -> dict[str, Stored]:
+        """What the file holds beside whole tensors, by key.
+
+        Raises:
+            ValueError: the settings do not fit the shapes.
+        """
+        found: dict[str, Stored] = {}
+        for component, config in self.configs.items():
+            part = config.layout(self.of(component).shapes)
+            found |= {prefix_of(component) + key: must for key, must in part.items()}
+        return found
 
     def of(self, component: str) -> Description:
         """The part that one component of a pipeline has in it, as a description of that model by itself."""
@@ -61,8 +71,17 @@ class Description:
 
 
 def joined(parts: Mapping[str, Description], base_model: str) -> Description:
-    """One description of the parts of several components, which are of one adapter."""
+    """One description of the parts of several components, which are of one adapter.
+
+    Raises:
+        ValueError: they are of different kinds.
+    """
     first = next(iter(parts.values()))
+    for component, part in parts.items():
+        if part.method != first.method:
+            raise ValueError(
+                f"adapter {first.name!r} is {part.method} in {component} and {first.method} elsewhere: one kind a file"
+            )
     return replace(
         first,
         configs={component: part.configs[""] for component, part in parts.items()},
@@ -89,7 +108,7 @@ def described(entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, int]
         component, _, projection = name.partition(".")
         counts.setdefault(component, {})[projection] = math.prod(entries[f"{name}.coefficients"].shape)
     parts = {c: tuple(p for p in PARTS if p in {kind_of(n.rpartition(".")[2]) for n in of}) for c, of in counts.items()}
-    configs = {component: LoCAConfig(n_components=counts[component], targets=parts[component]) for component in counts}
+    configs: dict[str, AdapterConfig] = {c: LoCAConfig(n_components=counts[c], targets=parts[c]) for c in counts}
     whole = tuple(sorted(key.removeprefix("full.") for key in entries if key.startswith("full.")))
     return Description(configs, {name: shapes[name] for name in names}, whole, "default", "unknown", "unknown")
 
@@ -131,8 +150,8 @@ def with_prefix(tensors: Mapping[str, Tensor], component: str) -> dict[str, Tens
 def as_json(about: Description) -> dict[str, Any]:
     """The metadata, from which `read_description` makes an equal description."""
     configs = {component: config.as_json() for component, config in about.configs.items()}
-    fields = {key: value for key, value in vars(about).items() if key != "configs"}
-    return {"format_version": FORMAT_VERSION, "method": "loca", "config": configs.get("", configs)} | fields
+    others = {key: value for key, value in vars(about).items() if key != "configs"}
+    return {"format_version": FORMAT_VERSION, "method": about.method, "config": configs.get("", configs)} | others
 
 
 def read_description(metadata: dict[str, str], entries: dict[str, Entry]) -> Description:
@@ -143,23 +162,22 @@ def read_description(metadata: dict[str, str], entries: dict[str, Entry]) -> Des
     """
     if METADATA_KEY not in metadata:
         raise ValueError(f"it is no LoCA adapter: the header has no {METADATA_KEY}")
-    fields = strict_json(metadata[METADATA_KEY])
-    if not isinstance(fields, dict) or type(fields.get("format_version")) is not int:
+    said = strict_json(metadata[METADATA_KEY])
+    if not isinstance(said, dict) or type(said.get("format_version")) is not int:
         raise ValueError(f"{METADATA_KEY}: it is not an object with a format_version")
-    if fields["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"format_version={fields['format_version']}: this library reads version {FORMAT_VERSION}")
-    if set(fields) != _FIELDS:
-        raise ValueError(f"{METADATA_KEY}: the fields {sorted(set(fields) ^ _FIELDS)} are missing or unknown")
-    if fields["method"] != "loca":
-        raise ValueError(f"method={fields['method']!r}: this library reads 'loca'")
+    if said["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format_version={said['format_version']}: this library reads version {FORMAT_VERSION}")
+    if set(said) != _FIELDS:
+        raise ValueError(f"{METADATA_KEY}: the said {sorted(set(said) ^ _FIELDS)} are missing or unknown")
+    if said["method"] not in KINDS:
+        raise ValueError(f"method={said['method']!r}: this library reads {', '.join(map(repr, sorted(KINDS)))}")
     for field in ("name", "base_model", "library_version"):
-        if not isinstance(fields[field], str):
-            raise ValueError(f"{field}={fields[field]!r}: it is a text")
-    shapes, whole = _shapes(fields["shapes"]), _whole(fields["whole"])
-    configs = _configs(fields["config"], shapes, whole)
-    about = Description(configs, shapes, whole, fields["name"], fields["base_model"], fields["library_version"])
-    _check_names(entries, shapes, whole)
-    _check_components(entries, about)
+        if not isinstance(said[field], str):
+            raise ValueError(f"{field}={said[field]!r}: it is a text")
+    shapes, whole = _shapes(said["shapes"]), _whole(said["whole"])
+    configs = _configs(KINDS[said["method"]], said["config"], shapes, whole)
+    about = Description(configs, shapes, whole, said["name"], said["base_model"], said["library_version"])
+    _check_tensors(entries, about)
     return about
 
 
@@ -173,11 +191,13 @@ def _shapes(fields: Any) -> dict[str, tuple[int, int]]:
     return {projection: tuple(shape) for projection, shape in fields.items()}
 
 
-def _configs(fields: Any, shapes: dict[str, tuple[int, int]], whole: tuple[str, ...]) -> dict[str, LoCAConfig]:
+def _configs(
+    kind: type[AdapterConfig], said: Any, shapes: dict[str, tuple[int, int]], whole: tuple[str, ...]
+) -> dict[str, AdapterConfig]:
     """One configuration for a model, or one for each component of a pipeline that the names begin with."""
-    if not isinstance(fields, dict) or "n_components" in fields or not fields:
-        return {"": _config(fields, list(shapes))}
-    names: dict[str, list[str]] = {component: [] for component in fields}
+    if not isinstance(said, dict) or "targets" in said or not said:
+        return {"": _config(kind, said, list(shapes))}
+    names: dict[str, list[str]] = {component: [] for component in said}
     for name in shapes:
         component = component_of(name, names)
         names[component].append(name[len(component) + 1 :])
@@ -186,17 +206,15 @@ def _configs(fields: Any, shapes: dict[str, tuple[int, int]], whole: tuple[str, 
     for component, projections in names.items():
         if not component.isidentifier() or not projections:
             raise ValueError(f"config: {component!r} is no component that the file has projections for")
-    return {component: _config(fields[component], names[component]) for component in fields}
+    return {component: _config(kind, said[component], names[component]) for component in said}
 
 
-def _config(fields: Any, projections: list[str]) -> LoCAConfig:
-    known = LoCAConfig().as_json()
-    if not isinstance(fields, dict) or set(fields) != set(known):
+def _config(kind: type[AdapterConfig], said: Any, projections: list[str]) -> AdapterConfig:
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    if not isinstance(said, dict) or set(said) != set(known):
         raise ValueError(f"config: its fields are {', '.join(known)}, all of them and no others")
-    config = LoCAConfig(**fields)
-    counts = config.n_components
-    if isinstance(counts, dict) and set(counts) != set(projections):
-        raise ValueError("config: n_components does not name the projections of the file")
+    config = kind(**said)
+    config.check_names(projections)
     return config
 
 
@@ -207,27 +225,19 @@ def _whole(fields: Any) -> tuple[str, ...]:
     return tuple(fields)
 
 
-def _check_names(entries: dict[str, Entry], shapes: dict[str, tuple[int, int]], whole: tuple[str, ...]) -> None:
-    wanted = {f"{projection}.{kind}" for projection in shapes for kind in ("coefficients", "locations")}
-    wanted |= {f"full.{name}" for name in whole}
+def _check_tensors(entries: dict[str, Entry], about: Description) -> None:
+    layout = about.layout()
+    wanted = {*layout, *(f"full.{name}" for name in about.whole)}
     for key in sorted(wanted - set(entries)):
         raise ValueError(f"the tensor {key} is missing")
     for key in entries:
         if key not in wanted:
             raise ValueError(f"the tensor {key} is unknown{nearest(key, wanted)}")
-
-
-def _check_components(entries: dict[str, Entry], about: Description) -> None:
-    for projection, (rows, cols) in about.shapes.items():
-        count = about.count(projection)
-        if count > rows * cols:
-            raise ValueError(f"{projection} has {count} components, of {rows} x {cols} = {rows * cols} cells")
-        for kind, dtypes in (("coefficients", ("F32", "F16")), ("locations", ("I32",))):
-            entry = entries[f"{projection}.{kind}"]
-            if entry.dtype not in dtypes:
-                raise ValueError(f"{projection}.{kind} has dtype {entry.dtype}: it is {' or '.join(dtypes)}")
-            if entry.shape != (count,):
-                raise ValueError(f"{projection}.{kind} has shape {entry.shape}: n_components says ({count},)")
+    for key, must in layout.items():
+        if entries[key].dtype not in must.dtypes:
+            raise ValueError(f"{key} has dtype {entries[key].dtype}: it is {' or '.join(must.dtypes)}")
+        if entries[key].shape != must.shape:
+            raise ValueError(f"{key} has shape {entries[key].shape}: by the settings it is {must.shape}")
 
 
 def check_values(tensors: dict[str, Tensor], about: Description) -> None:
@@ -239,15 +249,18 @@ def check_values(tensors: dict[str, Tensor], about: Description) -> None:
     for key, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ValueError(f"{key} holds NaN or infinity as {value.dtype}")
-    for projection, (rows, cols) in about.shapes.items():
-        scale = about.config_for(projection).scale
-        size = abs(scale) * tensors[f"{projection}.coefficients"].double().abs().sum()
-        if size > torch.finfo(torch.float32).max:
-            raise ValueError(f"{projection}.coefficients times the scale {scale} overflows float32")
-        flat = tensors[f"{projection}.locations"].long()
-        if flat.min() < 0 or flat.max() >= rows * cols:
-            bad = int(flat[(flat < 0) | (flat >= rows * cols)][0])
-            raise ValueError(f"{projection}.locations holds {bad}: a {rows} x {cols} matrix has cells 0 to {rows * cols - 1}")
+    for key, must in about.layout().items():
+        if must.cells_of is not None:
+            _check_cells(key, tensors[key].long(), must.cells_of)
+    for projection, shape in about.shapes.items():
+        about.configs[component_of(projection, about.configs)].check_values(projection, shape, tensors)
+
+
+def _check_cells(key: str, flat: Tensor, matrix: tuple[int, int]) -> None:
+    rows, cols = matrix
+    outside = flat[(flat < 0) | (flat >= rows * cols)]
+    if len(outside):
+        raise ValueError(f"{key} holds {int(outside[0])}: a {rows} x {cols} matrix has cells 0 to {rows * cols - 1}")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -7,21 +7,22 @@ import os
 import platform
 import re
 import secrets
-import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# Temporary files that this process is writing now. A restarted container has the process id of the one that was killed.
+Content = bytes | Iterable[bytes | memoryview]  # of a file: at once, or piece by piece
+
+# The marks of what this process is writing now. A restarted container has the process id of the one that was killed.
 _writing: set[str] = set()
 
 
-def write_atomically(path: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
+def write_atomically(path: Path, data: Content) -> None:
     """Write so that a crash, at any moment, leaves the old file or the new one, and the new one stays.
 
     The umask is respected, and a symbolic link is written through. What a killed process left behind is cleaned.
-    The content may come piece by piece; what goes wrong in making it passes through, and the old file stays.
+    What goes wrong in making the content, where it comes piece by piece, passes through, and the old file stays.
 
     Raises:
         ValueError: a path with a NUL character.
@@ -36,7 +37,7 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes | memoryview]) -> 
     except OSError as error:
         raise type(error)(f"{path}: it could not be written ({error.strerror}); what was there is as it was") from error
     try:
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         raise type(error)(f"{path}: it is written, but might not outlive a power cut ({error.strerror})") from error
 
@@ -49,38 +50,55 @@ def _target(path: Path) -> Path:
     return target
 
 
-def _temporary_prefix(target: Path) -> str:
-    """Names the machine too: the process ids of another, on a shared disk, say nothing here."""
-    return f".{target.name}.{zlib.crc32(platform.node().encode()):08x}-"
-
-
-def _temporary(target: Path) -> Path:
-    return target.with_name(f"{_temporary_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}.tmp")
-
-
-def _replace(target: Path, data: bytes | Iterable[bytes | memoryview]) -> None:
-    temporary = _temporary(target)
-    _writing.add(temporary.name)
+@contextmanager
+def writing_mark() -> Iterator[str]:
+    """A part of a temporary name that no other writer has, and that tells later whether its writer still runs."""
+    mark = f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    _writing.add(mark)
     try:
-        with temporary.open("xb") as file:  # x: never through a link that someone else has laid
-            file.writelines([data] if isinstance(data, bytes) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        yield mark
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        _writing.discard(temporary.name)
+        _writing.discard(mark)
 
 
-def _clean(target: Path, remove: Callable[[Path], object] = lambda file: file.unlink(missing_ok=True)) -> None:
-    """Remove the temporary files (or, by another `remove`, folders) of processes that are no more."""
-    pattern = re.compile(re.escape(_temporary_prefix(target)) + r"(\d+)-[0-9a-f]+\.tmp")
+def machine() -> str:
+    """Eight hexadecimal digits: the process ids of another machine, on a shared disk, say nothing here."""
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def abandoned(mark: str) -> bool:
+    """Whether the writer of that mark is no more; False where it cannot be known, and for what is no mark."""
+    owner = re.fullmatch(rf"{machine()}-([0-9]+)-[0-9a-f]+", mark)
+    return owner is not None and mark not in _writing and not _alive(int(owner[1]))
+
+
+def _replace(target: Path, data: Content) -> None:
+    with writing_mark() as mark:
+        temporary = target.with_name(f".{target.name}.{mark}.tmp")
+        try:
+            write_synced(temporary, data)
+            temporary.replace(target)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def write_synced(path: Path, data: Content) -> None:
+    """Write a file that is not there yet, and wait until it lies on the disk."""
+    with path.open("xb") as file:  # x: never through a link that someone else has laid
+        file.writelines([data] if isinstance(data, bytes) else data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _clean(target: Path) -> None:
+    """Remove the temporary files of processes that are no more."""
+    pattern = re.compile(re.escape(f".{target.name}.") + r"(.+)\.tmp")
     with suppress(OSError):  # a folder closed to reading, a file of another user
         for left in target.parent.iterdir():
-            owner = pattern.fullmatch(left.name)
-            if owner and left.name not in _writing and not _alive(int(owner[1])):
-                remove(left)
+            name = pattern.fullmatch(left.name)
+            if name and abandoned(name[1]):
+                left.unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:
@@ -98,66 +116,8 @@ def _alive(process: int) -> bool:
     return True
 
 
-@contextmanager
-def folder_atomically(path: Path, *, overwrite: bool, ours: Callable[[Path], bool]) -> Iterator[Path]:
-    """An empty folder to fill, which stands at `path` once the block has ended without an error: whole, or not at all.
-
-    Args:
-        overwrite: take the place of a folder that is there.
-        ours: whether a file of that folder is one that may go; if one may not, nothing is replaced.
-
-    Raises:
-        FileExistsError: something is there that may not be replaced.
-        OSError: it could not be written; what was there is as it was.
-    """
-    refuse_nul(path)
-    target = Path(os.path.realpath(path))
-    _check_replaceable(path, target, overwrite=overwrite, ours=ours)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _clean(target, lambda folder: shutil.rmtree(folder, ignore_errors=True))
-    temporary = _temporary(target)
-    _writing.add(temporary.name)
-    try:
-        temporary.mkdir()
-        yield temporary
-        _sync_folder(temporary)
-        _check_replaceable(path, target, overwrite=overwrite, ours=ours)
-        _exchange(temporary, target)
-        _sync_folder(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        _writing.discard(temporary.name)
-
-
-def _check_replaceable(path: Path, target: Path, *, overwrite: bool, ours: Callable[[Path], bool]) -> None:
-    if not os.path.lexists(target):
-        return
-    if not target.is_dir():
-        raise FileExistsError(f"{path}: a file is there, where a folder is to be written")
-    there = sorted(target.iterdir())
-    if there and not overwrite:
-        raise FileExistsError(f"{path}: that folder is not empty; choose another, or say that it may be overwritten")
-    for file in there:
-        if not file.is_file() or not ours(file):
-            raise FileExistsError(f"{path}: {file.name} is there, which was not written here; it is not overwritten")
-
-
-def _exchange(temporary: Path, target: Path) -> None:
-    """Put a folder in the place of another. A crash between the two renamings leaves the old one beside, under its name
-    with a dot before and `.old` behind."""
-    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
-    if target.is_dir():
-        target.rename(old)
-    try:
-        temporary.rename(target)
-    except BaseException:
-        if old.is_dir():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder lie on the disk, where that is to be had."""
     if os.name != "posix":  # elsewhere a folder cannot be opened
         return
     try:

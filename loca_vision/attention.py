@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loca_vision.classes import exchange_class, once_while_traced
-from loca_vision.projections import Naming, child, naming_of
+from loca_vision.offload import stored
+from loca_vision.projections import Naming, base_of, child, naming_of
 from loca_vision.updates import FusedUpdates, Reading, WeightUpdates
 
 
@@ -106,7 +107,8 @@ class AdaptedProjection:
                 return self.reading.linear(x, weight, bias)
             return F.linear(x, self.reading(weight), bias)
         result = layer(x, *args, **kwargs)
-        return result + self.reading.applied(x, result.shape[-1], keep=self._may_keep(layer, x)).to(result.dtype)
+        applied = self.reading.applied(x, result.shape[-1], keep=self._may_keep(layer, x), base=self._base)
+        return result + applied.to(result.dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -122,6 +124,9 @@ class AdaptedProjection:
     def _layer(self) -> Any:
         return child(self.attention, self.path)
 
+    def _base(self) -> Tensor:
+        return stored(base_of(self._layer()), "weight")
+
     def _beside(self) -> bool:
         """Whether memory is to be spared, and can be: gradients of the updates need them as matrices."""
         return self.reading.circumstances.low_memory and not (torch.is_grad_enabled() and self.reading.learns())
@@ -129,7 +134,7 @@ class AdaptedProjection:
     def _acts(self) -> bool:
         """Compiled code asks only whether there is anything that could: which of it acts, and how, the buffer tells."""
         if torch.compiler.is_compiling():
-            return bool(self.reading.all_spectra())
+            return bool(self.reading.all_updates())
         return bool(self.reading.acting())
 
     @staticmethod
@@ -150,13 +155,6 @@ class AdaptedProjection:
         weight = base_of(self._layer()).weight
         if isinstance(weight, Tensor) and weight.is_floating_point():
             self.reading.settle(weight)
-
-
-def base_of(layer: Any) -> Any:
-    """The linear layer inside the wrappers that peft puts around it."""
-    while isinstance(getattr(layer, "base_layer", None), nn.Module):
-        layer = layer.base_layer
-    return layer
 
 
 def _is_plain(layer: Any) -> bool:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from loca_vision.adapter_file import (
     FILE_NAME,
@@ -24,13 +22,12 @@ from loca_vision.adapter_file import (
     part_of,
     read_description,
 )
-from loca_vision.config import LoCAConfig
 from loca_vision.inject import adapters, attach, check_new_name, classifier, linear_targets
-from loca_vision.offload import device_for, stored, stored_at
+from loca_vision.offload import device_for, stored_at
 from loca_vision.record import Adapter, forget_lost, moved_by_training, own_tensors, record_of, unwrap
 from loca_vision.safefile import Entry, open_safetensors, write_safetensors
-from loca_vision.spectrum import Spectrum, cell_locations, cells_at
 from loca_vision.targets import Target
+from loca_vision.update import Update
 from loca_vision.version import __version__
 
 
@@ -101,15 +98,12 @@ def contents(model: nn.Module, name: str, dtype: torch.dtype = torch.float32) ->
     Raises:
         ValueError: no such adapter, or a value no file may hold.
     """
-    spectra = {projection: spectrum for projection, spectrum in adapters(model, name).items() if spectrum.count}
+    updates = {projection: update for projection, update in adapters(model, name).items() if not update.rests}
     whole = _whole_tensors(unwrap(model), name)
-    about = _describe(unwrap(model), name, spectra, whole)
-    tensors = {f"full.{key}": value for key, value in whole.items()}
-    for projection, spectrum in spectra.items():
-        coefficients = stored(spectrum, "coefficients").detach()[: spectrum.count]
-        tensors[f"{projection}.coefficients"] = coefficients.to("cpu", dtype, copy=True)
-        tensors[f"{projection}.locations"] = _flat_cells(projection, spectrum)
-    return about, tensors
+    config = record_of(model).adapters[name].config.of(updates)  # type: ignore[union-attr]
+    shapes = {projection: update.shape for projection, update in updates.items()}
+    about = Description({"": config}, shapes, tuple(sorted(whole)), name, base_model_name(unwrap(model)), __version__)
+    return about, {f"full.{key}": value for key, value in whole.items()} | config.tensors(updates, dtype)
 
 
 def write_adapter(file: Path, about: Description, tensors: dict[str, Tensor]) -> None:
@@ -137,12 +131,12 @@ def prepared(
     room: int | None = None,
     *,
     learn: bool = True,
-) -> tuple[Adapter, list[tuple[Target, Spectrum]]]:
+) -> tuple[Adapter, list[tuple[Target, Update]]]:
     """All that `attach` puts into the model, made beforehand.
 
     Args:
         room: components to make room for in every spectrum, so that another adapter can take their place later.
-        learn: whether the coefficients are to be trained on.
+        learn: whether the updates are to be trained on; locations are final.
 
     Raises:
         ValueError: a whole tensor overflows the model's dtype, or a spectrum has more components than there is room for.
@@ -150,10 +144,10 @@ def prepared(
     with torch.inference_mode(False):  # parameters made in inference mode could never be used outside of it
         tensors = {key: value.clone() if value.is_inference() else value for key, value in tensors.items()}
         whole = _in_their_dtypes(model, about, tensors)
-        made = [_spectrum(target, tensors, about.configs[""], room) for target in targets]
-        for spectrum in made:
-            spectrum.coefficients.requires_grad_(learn)
-        placed = [(target, spectrum.to(device_for(target.layer))) for target, spectrum in zip(targets, made, strict=True)]
+        made = [about.configs[""].restored(target.name, target.shape, tensors, room) for target in targets]
+        for parameter in (p for update in made for p in update.learned()):
+            parameter.requires_grad_(learn)
+        placed = [(target, update.to(device_for(target.layer))) for target, update in zip(targets, made, strict=True)]
     return Adapter(about.configs[""], whole), placed
 
 
@@ -166,25 +160,6 @@ def base_model_name(model: nn.Module) -> str:
 
 
 # Writing
-
-
-def _describe(model: nn.Module, name: str, spectra: dict[str, Spectrum], whole: dict[str, Tensor]) -> Description:
-    config = record_of(model).adapters[name].config  # type: ignore[union-attr]
-    if not isinstance(config.n_components, int):  # files name projections, never patterns
-        config = replace(config, n_components={projection: s.count for projection, s in spectra.items()})
-    shapes = {projection: s.shape for projection, s in spectra.items()}
-    return Description({"": config}, shapes, tuple(sorted(whole)), name, base_model_name(model), __version__)
-
-
-def _flat_cells(projection: str, spectrum: Spectrum) -> Tensor:
-    rows, cols = spectrum.shape
-    if rows * cols > 2**31:
-        raise ValueError(f"{projection}: {rows} x {cols} cells are more than int32 locations can number")
-    locations = stored(spectrum, "locations")[: spectrum.count]
-    if not torch.isfinite(locations).all():
-        raise ValueError(f"{projection}.locations holds NaN or infinity")
-    cells = cells_at(locations, spectrum.shape).cpu()
-    return (cells[:, 0] * cols + cells[:, 1]).to(torch.int32)
 
 
 def _whole_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -275,18 +250,3 @@ def _in_their_dtypes(model: nn.Module, about: Description, tensors: dict[str, Te
         if not torch.isfinite(value).all():
             raise ValueError(f"full.{name} overflows {value.dtype}, the model's dtype")
     return whole
-
-
-def _spectrum(target: Target, tensors: dict[str, Tensor], config: LoCAConfig, room: int | None) -> Spectrum:
-    flat = tensors[f"{target.name}.locations"].long()
-    coefficients = tensors[f"{target.name}.coefficients"].to(torch.float32)
-    count = len(flat)
-    if room is not None and count > room:
-        raise ValueError(f"{target.name} has {count} components: there is room for {room}")
-    if room is not None:
-        coefficients, flat = F.pad(coefficients, (0, room - count)), F.pad(flat, (0, room - count))
-    locations = cell_locations(flat, target.shape)
-    spectrum = Spectrum(target.shape, coefficients, locations, scale=config.scale, difference=config.location_gradient)
-    spectrum.locations.requires_grad_(False)
-    spectrum.count, spectrum.final = count, True
-    return spectrum

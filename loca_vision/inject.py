@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from loca_vision.attention import AdaptedAttention, adapt_attention, restore_attention
-from loca_vision.config import PARTS, LoCAConfig
+from loca_vision.config import PARTS
+from loca_vision.kinds import AdapterConfig
 from loca_vision.layer import AdaptedLayer, adapt, restore
 from loca_vision.offload import device_for, stored_at
 from loca_vision.record import (
@@ -33,34 +34,34 @@ from loca_vision.record import (
     unwrap,
 )
 from loca_vision.root import circumstances, forget_circumstances
-from loca_vision.spectrum import Spectrum, random_spectrum
 from loca_vision.targets import Target, find_targets
+from loca_vision.update import Update
 from loca_vision.updates import Place, WeightUpdates
 from loca_vision.weights import write_weights
 
 
-def inject(model: nn.Module, config: LoCAConfig, name: str = "default") -> tuple[str, ...]:
+def inject(model: nn.Module, config: AdapterConfig, name: str = "default") -> tuple[str, ...]:
     """Adapt the projections `config.targets` of every attention layer (and MLP of a ViT) of a model.
 
-    The model's own parameters are frozen, a timm classifier head stays trainable. Coefficients start at zero, so the
+    The model's own parameters are frozen, a timm classifier head stays trainable. Updates start at zero, so the
     output is bit-identical at first; adapters that act already go on acting. Every key of the base `state_dict` stays.
 
     Args:
         model: any timm model with attention layers, a diffusers UNet or transformer, a CLIP or T5 text encoder; or a module
             that contains one.
-        config: what to inject.
+        config: what to inject: a LoCAConfig, or one of another kind.
         name: of the adapter, letters, digits, `_` and `-`.
 
     Returns:
         The names of the adapted projections, "<path of the attention layer>.<part>", in the order of the model's modules.
 
     Raises:
-        ValueError: the name is in use, a part of `config.targets` is nowhere in the model, or n_components does not fit.
+        ValueError: the name is in use, a part of `config.targets` is nowhere in the model, or the settings do not fit it.
         TypeError: a target is not a `torch.nn.Linear` with a weight of its own.
         In each case before the model is touched.
     """
-    if not isinstance(config, LoCAConfig):
-        raise TypeError(f"config is a {type(config).__name__}: a LoCAConfig is wanted")
+    if not isinstance(config, AdapterConfig):
+        raise TypeError(f"config is a {type(config).__name__}: a LoCAConfig, or one of another kind, is wanted")
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model is a {type(model).__name__}: inject into a module; of a pipeline, into a component such as pipe.unet"
@@ -68,25 +69,12 @@ def inject(model: nn.Module, config: LoCAConfig, name: str = "default") -> tuple
     check_new_name(model, name)
     model = unwrap(model)
     found = linear_targets(model, config.targets)
-    counts = config.components([target.name for target in found])
-    for target in found:
-        rows, cols = target.shape
-        if counts[target.name] > rows * cols:
-            raise ValueError(f"n_components={counts[target.name]}: {target.name} has {rows} x {cols} = {rows * cols} cells")
-    spectra = [
-        random_spectrum(
-            t.shape, counts[t.name], name=t.name, seed=config.seed, scale=config.scale, difference=config.location_gradient
-        )
-        for t in found
-    ]
-    attach(model, name, Adapter(config), list(zip(found, spectra, strict=True)))
+    attach(model, name, Adapter(config), list(zip(found, config.created(found), strict=True)))
     return tuple(target.name for target in found)
 
 
-def attach(
-    model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Target, Spectrum]], *, freeze: bool = True
-) -> None:
-    """Put spectra made beforehand into their layers; the adapter acts at 1.0 at once. Nothing here can be refused any more.
+def attach(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Target, Update]], *, freeze: bool = True) -> None:
+    """Put updates made beforehand into their layers; the adapter acts at 1.0 at once. Nothing here can be refused any more.
 
     Whole tensors given with the adapter go into the model. With `freeze` everything else of the model stops learning but a
     classifier head, which becomes the adapter's own where it brings none; without, as for inference, all stays as it is.
@@ -109,11 +97,11 @@ def attach(
     record.base = {key: value.clone() for key, value in live.items()} | record.base
     adapter.whole = {key: live[key] for key in own} | adapter.whole
     record.adapters[name] = adapter
-    for target, spectrum in placed:
+    for target, update in placed:
         updates = updates_of(target)
         if target.attention is not None:
             updates.shared = (circumstances(model),)
-        updates.add(Place(name, target.name, target.rows), spectrum.to(device_for(target.layer)))
+        updates.add(Place(name, target.name, target.rows), update.to(device_for(target.layer)))
     activate(model, record, record.active | {name: 1.0}, enabled=True)
 
 
@@ -174,15 +162,15 @@ def _merge(model: nn.Module, record: Record, names: list[str]) -> None:
         record.base |= record.adapters[record.supplier].whole
 
 
-def adapters(model: nn.Module, name: str = "default") -> dict[str, Spectrum]:
-    """The spectra of one adapter by projection, in the order of the model's modules.
+def adapters(model: nn.Module, name: str = "default") -> dict[str, Any]:
+    """The updates of one adapter by projection, in the order of the model's modules: of LoCA, each a `Spectrum`.
 
     Raises:
         ValueError: no such adapter.
     """
     _known(_record(model), name)
     entries = (entry for site in sites(model) for entry in site.updates.entries())
-    return {place.projection: spectrum for place, spectrum in entries if place.adapter == name}
+    return {place.projection: update for place, update in entries if place.adapter == name}
 
 
 def set_adapters(
@@ -248,7 +236,7 @@ def linear_targets(model: nn.Module, parts: Sequence[str]) -> list[Target]:
         if not isinstance(target.layer, nn.Linear) or weight is None:
             kind = type(target.layer).__name__
             why = "" if weight is not None else ", and this one has no weight parameter of its own"
-            raise TypeError(f"{target.name} is a {kind}: LoCA adapts torch.nn.Linear layers that own their weight{why}")
+            raise TypeError(f"{target.name} is a {kind}: adapters go on torch.nn.Linear layers that own their weight{why}")
         if id(weight) not in head:
             found.append(target)
             first = owners.setdefault(id(weight), (target.layer_path, target.name))
@@ -273,7 +261,7 @@ def _check_linear(target: Target) -> None:
         )
     sizes = [getattr(target.layer, name, None) for name in ("in_features", "out_features")]
     if not all(isinstance(size, int) for size in sizes):
-        raise TypeError(f"{target.name} is a {type(target.layer).__name__}: LoCA adapts linear layers")
+        raise TypeError(f"{target.name} is a {type(target.layer).__name__}: adapters go on linear layers")
 
 
 def classifier(model: nn.Module) -> list[nn.Parameter]:

@@ -17,9 +17,9 @@ from loca_vision.inject import attach, check_new_name, remove
 from loca_vision.record import Adapter, activate
 from loca_vision.root import settings_of
 from loca_vision.sources import Opened, Request, opened, with_description
-from loca_vision.spectrum import Spectrum
 from loca_vision.swap import check_swap, held, swap
 from loca_vision.targets import Target, find_targets
+from loca_vision.update import Update
 
 
 def load(
@@ -102,7 +102,7 @@ def _name_to_load(pipe: Any, name: str | None, hotswap: bool, components: Collec
     return name
 
 
-def _swap_all(pipe: Any, name: str, made: Mapping[str, tuple[Adapter, list[tuple[Target, Spectrum]]]]) -> None:
+def _swap_all(pipe: Any, name: str, made: Mapping[str, tuple[Adapter, list[tuple[Target, Update]]]]) -> None:
     """In all components, or, where one fails after all, in none. Where the new adapter has nothing, the old one rests."""
     before = [(model, held(model, name)) for model, record in adapted_in(pipe).values() if name in record.adapters]
     try:

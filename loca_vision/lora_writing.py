@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from loca_vision.adapter_file import PICKLES
-from loca_vision.atomic import folder_atomically, write_atomically
+from loca_vision.atomic_folder import check_replaceable, write_folder
 from loca_vision.factors import LowRankPair
 from loca_vision.lora_files import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
 from loca_vision.lora_names import PEFT_PREFIX, canonical, flattened
@@ -140,7 +141,7 @@ def write_peft_lora(
 
     Raises:
         ValueError: no pair.
-        FileExistsError, OSError: as `folder_atomically`.
+        FileExistsError, OSError: as `check_replaceable`, `write_folder`.
     """
     _check_any(pairs)
     tensors = {f"{PEFT_PREFIX}{name}": tensor.detach().cpu().clone() for name, tensor in (whole or {}).items()}
@@ -150,10 +151,10 @@ def write_peft_lora(
     modules = sorted({name.rpartition(".")[0] for name in whole or {}})
     config = _peft_config(pairs) | {"modules_to_save": modules or None, "base_model_name_or_path": base_model}
     path = Path(folder)
-    names = (PEFT_WEIGHTS, PEFT_CONFIG)
-    with folder_atomically(path, overwrite=overwrite, ours=lambda file: file.name in names) as made:
-        write_safetensors(made / PEFT_WEIGHTS, tensors, {"format": "pt"})
-        write_atomically(made / PEFT_CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+    weights = safetensors.torch.save(tensors, {"format": "pt"})
+    files = {PEFT_WEIGHTS: weights, PEFT_CONFIG: json.dumps(config, indent=2, sort_keys=True).encode()}
+    check_replaceable(path, overwrite=overwrite, ours=lambda file: file.name in files)
+    write_folder(path, files)
     return path
 
 

@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from loca_vision.attention import AdaptedProjection
-from loca_vision.config import LoCAConfig
+from loca_vision.kinds import AdapterConfig
 from loca_vision.projections import DIFFUSERS, child, kind_of
-from loca_vision.spectrum import Spectrum, random_spectrum
+from loca_vision.targets import Target
+from loca_vision.update import Update
 from loca_vision.updates import FusedUpdates, Place, WeightUpdates
 
 _NAME = "default"
@@ -33,61 +34,48 @@ class LoCAAttnProcessor(nn.Module):
         TypeError: something that is no processor or no spectrum.
     """
 
-    def __init__(self, processor: Any, spectra: Mapping[str, Spectrum], scale: float = 1.0) -> None:
+    def __init__(self, processor: Any, spectra: Mapping[str, Update], scale: float = 1.0) -> None:
         super().__init__()
         if not callable(processor):
             raise TypeError(f"processor is a {type(processor).__name__}: an attention processor is called")
         if not spectra:
             raise ValueError("spectra={}: name at least one projection")
-        for part, spectrum in spectra.items():
+        for part, update in spectra.items():
             if part not in DIFFUSERS.parts:
                 raise ValueError(f"spectra: {part!r} is not one of {', '.join(DIFFUSERS.parts)}")
-            if not isinstance(spectrum, Spectrum):
-                raise TypeError(f"spectra[{part!r}] is a {type(spectrum).__name__}: a Spectrum is wanted")
+            if not isinstance(update, Update):
+                raise TypeError(f"spectra[{part!r}] is a {type(update).__name__}: a Spectrum, or another update, is wanted")
         self.processor = processor
         self.scale = scale
-        self.weights = nn.ModuleDict({f"on_{part}": _updates(part, spectrum) for part, spectrum in spectra.items()})
+        self.weights = nn.ModuleDict({f"on_{part}": _updates(part, update) for part, update in spectra.items()})
         self.__dict__["__call__"] = _Signature(self)
 
     @classmethod
-    def of(cls, attention: nn.Module, config: LoCAConfig, processor: Any = None, *, name: str = "") -> LoCAAttnProcessor:
-        """A processor with spectra for the projections `config.targets` of a layer, which changes nothing at first.
+    def of(cls, attention: nn.Module, config: AdapterConfig, processor: Any = None, *, name: str = "") -> LoCAAttnProcessor:
+        """A processor with updates for the projections `config.targets` of a layer, which changes nothing at first.
 
         Args:
             attention: a `diffusers` attention layer.
-            config: `n_components` as one number.
+            config: of LoCA or another kind; `n_components` as one number.
             processor: by default the one the layer has.
             name: of the layer: with the seed, it decides where the components stand.
 
         Raises:
-            ValueError: counts by name, more components than cells, or no such projection in the layer.
+            ValueError: counts by name, settings that do not fit the layer, or no such projection in it.
         """
-        if not isinstance(config.n_components, int):
-            raise ValueError(f"n_components={config.n_components!r}: one number is wanted for one layer")
-        spectra = {}
-        for part in DIFFUSERS.present(attention):
-            layer: Any = child(attention, DIFFUSERS.parts[part])
-            shape = (layer.out_features, layer.in_features)
-            if kind_of(part) not in config.targets:
-                continue
-            if config.n_components > shape[0] * shape[1]:
-                raise ValueError(f"n_components={config.n_components}: {part} has {shape[0]} x {shape[1]} cells")
-            spectra[part] = random_spectrum(
-                shape,
-                config.n_components,
-                name=f"{name}.{part}" if name else part,
-                seed=config.seed,
-                scale=config.scale,
-                difference=config.location_gradient,
-            )
-        if not spectra:
+        counts = getattr(config, "n_components", 0)
+        if isinstance(counts, Mapping):
+            raise ValueError(f"n_components={counts!r}: one number is wanted for one layer")
+        parts = [part for part in DIFFUSERS.present(attention) if kind_of(part) in config.targets]
+        if not parts:
             raise ValueError(f"targets={config.targets!r}: {type(attention).__name__} has no such projection")
-        return cls(attention.processor if processor is None else processor, spectra)
+        updates = dict(zip(parts, config.created([_target(attention, part, name) for part in parts]), strict=True))
+        return cls(attention.processor if processor is None else processor, updates)
 
     @property
-    def spectra(self) -> dict[str, Spectrum]:
+    def spectra(self) -> dict[str, Update]:
         """By projection."""
-        return {name[3:]: updates.all_spectra()[0] for name, updates in self._updates()}
+        return {name[3:]: updates.all_updates()[0] for name, updates in self._updates()}
 
     def __call__(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for _, updates in self._updates():
@@ -118,9 +106,15 @@ class LoCAAttnProcessor(nn.Module):
         return stack  # type: ignore[return-value]
 
 
-def _updates(part: str, spectrum: Spectrum) -> WeightUpdates:
+def _target(attention: nn.Module, part: str, name: str) -> Target:
+    path = DIFFUSERS.parts[part]
+    layer: Any = child(attention, path)
+    return Target(f"{name}.{part}" if name else part, kind_of(part), path, layer, attention=attention)
+
+
+def _updates(part: str, update: Update) -> WeightUpdates:
     updates = WeightUpdates()
-    updates.add(Place(_NAME, part, None), spectrum)
+    updates.add(Place(_NAME, part, None), update)
     return updates
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -59,3 +60,10 @@ def child(module: nn.Module, path: str) -> nn.Module | None:
     if not rest or found is None:
         return found
     return found._modules.get(rest) if isinstance(found, nn.ModuleList) else None  # of a Sequential the whole is called
+
+
+def base_of(layer: Any) -> Any:
+    """The linear layer inside the wrappers that peft puts around it."""
+    while isinstance(getattr(layer, "base_layer", None), nn.Module):
+        layer = layer.base_layer
+    return layer

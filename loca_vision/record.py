@@ -13,10 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from loca_vision.attention import AdaptedAttention
-from loca_vision.config import LoCAConfig
+from loca_vision.kinds import AdapterConfig
 from loca_vision.layer import AdaptedLayer
 from loca_vision.offload import stored_at
-from loca_vision.spectrum import Spectrum
+from loca_vision.update import Update
 from loca_vision.updates import Place, Reading, WeightUpdates
 
 _ATTRIBUTE = "_loca_record"
@@ -32,7 +32,7 @@ class Adapter:
     Their values here count while the adapter does not supply them to the model; while it does, those in the model count.
     """
 
-    config: LoCAConfig
+    config: AdapterConfig
     whole: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -114,7 +114,7 @@ def start_record(model: nn.Module) -> Record:
 def _allow_the_base(model: nn.Module, keys: Any) -> None:
     """A `state_dict` of the base, without a tensor of any adapter, is complete as it is; half an adapter is not."""
     own = [key for key in keys.missing_keys if ".loca." in f".{key}"]
-    if len(own) == sum(len(spectrum.state_dict()) for spectrum in spectra(model)):
+    if len(own) == sum(len(update.state_dict()) for update in all_updates(model)):
         keys.missing_keys[:] = [key for key in keys.missing_keys if key not in own]
 
 
@@ -159,14 +159,14 @@ def refuse_fused(record: Record, names: Iterable[str]) -> None:
             raise ValueError(f"adapter {name!r} is fused into the weights; call unfuse_loca first")
 
 
-def spectra(model: nn.Module) -> list[Spectrum]:
-    """Every spectrum of every adapter of the model."""
-    return [module for module in unwrap(model).modules() if isinstance(module, Spectrum)]
+def all_updates(model: nn.Module) -> list[Update]:
+    """Every update of every adapter of the model."""
+    return [module for module in unwrap(model).modules() if isinstance(module, Update)]
 
 
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The model's parameters without those of its adapters."""
-    inside = {id(p) for spectrum in spectra(model) for p in spectrum.parameters()}
+    inside = {id(p) for update in all_updates(model) for p in update.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) not in inside}
 
 
@@ -184,11 +184,11 @@ def moved_by_training(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t for name, t in tensors.items() if t.requires_grad or not isinstance(t, nn.Parameter)}
 
 
-def acting_spectra(model: nn.Module) -> list[Spectrum]:
-    """Every spectrum but those of adapters that do not act."""
+def acting_updates(model: nn.Module) -> list[Update]:
+    """Every update but those of adapters that do not act."""
     entries = [(site.updates, *pair) for site in sites(model) for pair in site.updates.entries()]
-    idle = {id(spectrum) for updates, place, spectrum in entries if place.adapter not in updates.strengths}
-    return [spectrum for spectrum in spectra(model) if id(spectrum) not in idle]
+    idle = {id(update) for updates, place, update in entries if place.adapter not in updates.strengths}
+    return [update for update in all_updates(model) if id(update) not in idle]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +22,7 @@ from loca_vision.atomic import refuse_nul, write_atomically
 MAX_HEADER = 8 * 2**20
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _PICKLES = {b"PK\x03\x04": "a PyTorch archive"} | {bytes((0x80, protocol)): "a pickle" for protocol in range(2, 6)}
-_MAX_AXES = 8  # the product of thousands of sizes would take minutes
+MAX_AXES = 8  # the product of thousands of sizes would take minutes
 _MAX_NESTING = 8
 
 
@@ -139,17 +140,22 @@ def _opened(path: Path, file: BinaryIO, size: int) -> OpenFile:
     return OpenFile(path, start + raw, entries, metadata, file)
 
 
-def strict_json(text: str) -> Any:
+def strict_json(text: str, *, longest: int = 32, nesting: int = 8) -> Any:
     """The value of a JSON text without repeated keys, NaN, infinity, absurd numbers or absurd nesting.
+
+    Args:
+        longest: characters that a number may have.
+        nesting: tables and lists that may lie inside one another.
 
     Raises:
         ValueError: it is not such a text.
     """
+    number = partial(_number, longest=longest)
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_int=_number, parse_float=_number, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_int=number, parse_float=number, parse_constant=_no_constant)
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
-    _check_nesting(value, _MAX_NESTING)
+    _check_nesting(value, nesting)
     return value
 
 
@@ -179,11 +185,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _number(text: str) -> int | float:
-    """Python reads 1e999 as infinity, and whole numbers too large for a float."""
-    if len(text) <= 32:
+def _number(text: str, longest: int) -> int | float:
+    """Python reads 1e999 as infinity, and whole numbers of any length."""
+    if len(text) <= longest:
         value = int(text) if text.lstrip("-").isdigit() else float(text)
-        if math.isfinite(value):
+        if isinstance(value, int) or math.isfinite(value):
             return value
     raise ValueError(f"{text[:32]} is too long or too large for a number")
 
@@ -208,8 +214,8 @@ def _entry(name: str, fields: Any) -> Entry:
         raise ValueError(f"{name!r}: dtype {dtype!r} is not one of {', '.join(_SIZES)}")
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
         raise ValueError(f"{name!r}: shape and data_offsets are lists of whole numbers from 0 up")
-    if len(shape) > _MAX_AXES:
-        raise ValueError(f"{name!r}: {len(shape)} axes, of at most {_MAX_AXES}")
+    if len(shape) > MAX_AXES:
+        raise ValueError(f"{name!r}: {len(shape)} axes, of at most {MAX_AXES}")
     if offsets[1] - offsets[0] != math.prod(shape) * _SIZES[dtype]:
         raise ValueError(f"{name!r}: {offsets[1] - offsets[0]} bytes for {shape} of {dtype}")
     return Entry(dtype, tuple(shape), *offsets)

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import nn
 
-from loca_vision.record import acting_spectra, own_parameters, unwrap
+from loca_vision.record import acting_updates, own_parameters, unwrap
 from loca_vision.spectrum import Spectrum
+from loca_vision.update import Update
 
 Phase = Literal["coefficients", "locations", "both"]
 
@@ -125,7 +126,23 @@ def trainable_spectra(model: nn.Module) -> list[Spectrum]:
     Raises:
         ValueError: there is none.
     """
-    found = [s for s in acting_spectra(model) if s.scheduled or any(half.requires_grad for half in s.parameters())]
+    found = [update for update in trainable_updates(model) if isinstance(update, Spectrum)]
+    if not found:
+        raise ValueError(f"{type(unwrap(model)).__name__} has no spectrum to schedule; its adapters are of other kinds")
+    return found
+
+
+def trainable_updates(model: nn.Module) -> list[Update]:
+    """The acting updates of which something, at least, is trainable.
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    def scheduled(update: Update) -> bool:
+        return isinstance(update, Spectrum) and update.scheduled
+
+    found = [u for u in acting_updates(model) if scheduled(u) or any(p.requires_grad for p in u.parameters())]
     if not found:
         raise ValueError(f"{type(unwrap(model)).__name__} has no trainable adapter; inject one first")
     return found
@@ -135,6 +152,8 @@ def parameter_groups(
     model: nn.Module, *, lr: float, location_lr: float = 1e-4, head_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimiser: coefficients, locations (never decayed), and what else is trainable.
+
+    Of kinds without a spectrum, the factors and magnitudes are in the place of the coefficients.
 
     Args:
         model: a model with adapters, in any phase of a schedule.
@@ -147,17 +166,18 @@ def parameter_groups(
         Dicts with `params`, `lr`, `weight_decay` and `name` ("coefficients", "locations", "head").
 
     Raises:
-        ValueError: a rate that is not a finite number from 0 up, or a model without a trainable spectrum.
+        ValueError: a rate that is not a finite number from 0 up, or a model without a trainable adapter.
     """
     rates = {"lr": lr, "location_lr": location_lr, "head_lr": lr if head_lr is None else head_lr}
     for field, value in (rates | {"weight_decay": weight_decay}).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise ValueError(f"{field}={value!r}: it is a finite number from 0 up")
-    learned = trainable_spectra(model)
+    learned = trainable_updates(model)
+    moving = [u.locations for u in learned if isinstance(u, Spectrum) and not u.final]
     head = [p for p in own_parameters(unwrap(model)).values() if p.requires_grad]
     groups = [
-        {"name": "coefficients", "params": [s.coefficients for s in learned], "lr": lr, "weight_decay": weight_decay},
-        {"name": "locations", "params": [s.locations for s in learned if not s.final], "lr": location_lr, "weight_decay": 0.0},
+        {"name": "coefficients", "params": [p for u in learned for p in u.learned()], "lr": lr, "weight_decay": weight_decay},
+        {"name": "locations", "params": moving, "lr": location_lr, "weight_decay": 0.0},
         {"name": "head", "params": head, "lr": rates["head_lr"], "weight_decay": weight_decay},
     ]
     return [group for group in groups if group["params"]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from loca_vision.adapter_file import PICKLES
-from loca_vision.atomic import folder_atomically, write_atomically
+from loca_vision.atomic import Content, write_atomically
+from loca_vision.atomic_folder import check_replaceable, put_back, sweep, write_folder
 from loca_vision.safefile import Entry, OpenFile, may_be_read, open_safetensors, read_json
 from loca_vision.version import __version__
 
@@ -162,10 +164,11 @@ def write_weights_files(
         return target
     if target.suffix in PICKLES:
         raise ValueError(f"{target}: weights are written to a safetensors file, or to a folder")
-    with folder_atomically(target, overwrite=overwrite, ours=lambda file: _is_ours(file, extra or {})) as folder:
-        _fill(folder, entries, tensor, stem, shard_size)
-        for name, content in (extra or {}).items():
-            write_atomically(folder / name, content)
+    own = re.compile(re.escape(target.name))
+    put_back(target.parent, own)
+    check_replaceable(target, overwrite=overwrite, ours=lambda file: _is_ours(file, extra or {}))
+    write_folder(target, _files(entries, tensor, stem, shard_size) | dict(extra or {}))
+    sweep(target.parent, own)
     return target
 
 
@@ -180,18 +183,16 @@ def _is_ours(file: Path, extra: Mapping[str, bytes]) -> bool:
         return False
 
 
-def _fill(folder: Path, entries: Mapping[str, Entry], tensor: Callable[[str], Tensor], stem: str, shard_size: int) -> None:
+def _files(entries: Mapping[str, Entry], tensor: Callable[[str], Tensor], stem: str, shard_size: int) -> dict[str, Content]:
+    """The files of a folder by name, their content yet to be made."""
     shards = _divided(entries, shard_size)
     if len(shards) == 1:
-        write_atomically(folder / f"{stem}.safetensors", _content(entries, shards[0], tensor))
-        return
-    places: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_atomically(folder / file, _content(entries, names, tensor))
-        places |= dict.fromkeys(names, file)
+        return {f"{stem}.safetensors": _content(entries, shards[0], tensor)}
+    named = {f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors": names for number, names in enumerate(shards, 1)}
+    places = {name: file for file, names in named.items() for name in names}
     index = {"metadata": {"total_size": sum(map(_size, entries.values()))}, "weight_map": places}
-    write_atomically(folder / f"{stem}{INDEX_SUFFIX}", json.dumps(index, indent=2).encode())
+    files: dict[str, Content] = {file: _content(entries, names, tensor) for file, names in named.items()}
+    return files | {f"{stem}{INDEX_SUFFIX}": json.dumps(index, indent=2).encode()}
 
 
 def _divided(entries: Mapping[str, Entry], shard_size: int) -> list[list[str]]:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loca_vision.cosine_sum import cosine_applied, cosine_sum
+from loca_vision.kinds import generator_of
+from loca_vision.offload import stored
+from loca_vision.update import Update
 
 # Share of a cell's width over which a first location may lie off its centre: short of the whole, so that float32
 # cannot round it into the neighbour.
 _JITTER = 0.99
 
 
-class Spectrum(nn.Module):
+class Spectrum(Update):
     """Delta W = scale * C^T S D of shape (p, q), with B components (LoCA, Eq. 2).
 
     Args:
@@ -40,9 +41,7 @@ class Spectrum(nn.Module):
         scale: float = 1.0,
         difference: str = "central",
     ) -> None:
-        super().__init__()
-        self.shape = shape
-        self.scale = scale
+        super().__init__(shape, scale)
         self.difference = difference
         self.count = len(coefficients)  # of them that mean something: behind may be zeros, room for another adapter
         self.final = False  # whether the locations are, for good
@@ -58,14 +57,14 @@ class Spectrum(nn.Module):
         """
         return cells_at(self.locations, self.shape)
 
-    def delta(self, strength: float = 1.0) -> Tensor:
+    def delta(self, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         """`strength` times the update, (p, q) float32, differentiable in coefficients and locations."""
         if self.locations.requires_grad and not torch.compiler.is_compiling():
             self.confine()  # for those who train without a schedule, which does it too
         scale = self.scale * strength
         return cosine_sum(self.coefficients, self.locations, self.cells, self.shape, scale, self.difference)
 
-    def applied(self, x: Tensor, strength: float = 1.0) -> Tensor:
+    def applied(self, x: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         """x times `strength` times the update, x Delta W^T, without building it: (..., q) to (..., p) in x's dtype.
 
         Two transforms of the activations and a sparse product. Differentiable in x only.
@@ -73,41 +72,55 @@ class Spectrum(nn.Module):
         scale = self.scale * strength
         return cosine_applied(x, self.coefficients.to(x.device), self.cells.to(x.device), self.shape, scale)
 
-    def forward(self, strength: float = 1.0, x: Tensor | None = None) -> Tensor:
-        """`delta`, or, given activations, `applied`: through here, so that hooks which bring offloaded tensors see it."""
-        return self.delta(strength) if x is None else self.applied(x, strength)
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.coefficients, self.locations
+
+    def learned(self) -> list[nn.Parameter]:
+        return [self.coefficients]
 
     def confine(self) -> None:
         """Bring locations an optimiser has carried out of [0, 1] back to the border: every cell stays within reach."""
         self.locations.data.clamp_(0, 1)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Spectrum:
-        # Follow to another device, never to another precision: bfloat16 has no whole numbers above 256, and the
-        # coefficients move by less than its spacing.
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+    def check_room(self, other: Update, place: str) -> None:
+        if type(other) is not type(self) or not isinstance(other, Spectrum):
+            raise ValueError(f"{place} is of another kind in the adapter that it should replace")
+        if other.count > len(self.coefficients):
+            raise ValueError(
+                f"{place} has {other.count} components and the adapter that it should replace has room for "
+                f"{len(self.coefficients)}; call enable_loca_hotswap before the first adapter is loaded, "
+                f"with {other.count} or more"
+            )
 
-        result: Spectrum = super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
-        return result
-
-    def extra_repr(self) -> str:
-        return f"shape={self.shape}, n_components={len(self.coefficients)}, scale={self.scale}"
+    @torch.no_grad()
+    def take_over(self, other: Update | None) -> None:
+        self.rests = other is None or other.rests
+        if not isinstance(other, Spectrum):
+            return
+        coefficients, locations = stored(self, "coefficients"), stored(self, "locations")
+        coefficients.zero_()
+        coefficients[: other.count] = other.coefficients[: other.count].to(coefficients.device)
+        locations[: other.count] = other.locations[: other.count].to(locations.device)
+        self.count, self.scale, self.difference, self.final = other.count, other.scale, other.difference, other.final
 
 
 def random_spectrum(shape: tuple[int, int], n_components: int, *, name: str, seed: int, **settings: Any) -> Spectrum:
-    """A spectrum of zero coefficients at different cells, every cell as likely as any other.
-
-    Each location lies somewhere within its cell, not at the centre, so that some are about to cross into the next
-    cell and others are not. Drawn on the CPU from (seed, name): the same on every device and for every set of targets.
-    """
-    rows, cols = shape
-    generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
+    """A spectrum of zero coefficients at different cells, drawn on the CPU from (seed, name)."""
     with torch.device("cpu"), torch.inference_mode(False):  # parameters made in inference mode could never be trained
-        flat = _distinct(n_components, rows * cols, generator)
-        jitter = (torch.rand(n_components, 2, generator=generator, dtype=torch.float32) - 0.5) * _JITTER
-        locations = cell_locations(flat, shape) + jitter / torch.tensor(shape).sub(1).clamp(min=1)
-        return Spectrum(shape, torch.zeros(n_components, dtype=torch.float32), locations.clamp(0, 1), **settings)
+        locations = random_locations(shape, n_components, generator_of(seed, name))
+        return Spectrum(shape, torch.zeros(n_components, dtype=torch.float32), locations, **settings)
+
+
+def random_locations(shape: tuple[int, int], count: int, generator: torch.Generator) -> Tensor:
+    """(B, 2) float32 locations at different cells, every cell as likely as any other.
+
+    Each lies somewhere within its cell, not at the centre, so that some are about to cross into the next cell and others
+    are not.
+    """
+    flat = distinct(count, shape[0] * shape[1], generator)
+    jitter = (torch.rand(count, 2, generator=generator, dtype=torch.float32) - 0.5) * _JITTER
+    locations = cell_locations(flat, shape) + jitter / torch.tensor(shape).sub(1).clamp(min=1)
+    return locations.clamp(0, 1)
 
 
 def cells_at(locations: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -122,7 +135,7 @@ def cell_locations(flat: Tensor, shape: tuple[int, int]) -> Tensor:
     return cells.to(torch.float32) / torch.tensor(shape, device=flat.device).sub(1).clamp(min=1)
 
 
-def _distinct(count: int, total: int, generator: torch.Generator) -> Tensor:
+def distinct(count: int, total: int, generator: torch.Generator) -> Tensor:
     """`count` different whole numbers below `total`, in random order, in memory of the order of `count`."""
     if 2 * count > total:
         return torch.randperm(total, generator=generator)[:count]

@@ -8,9 +8,10 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from loca_vision.projections import Naming, kind_of, naming_of
+from loca_vision.offload import stored
+from loca_vision.projections import Naming, base_of, kind_of, naming_of
 from loca_vision.projections import child as genuine_child
 from loca_vision.rows import Rows
 
@@ -43,6 +44,20 @@ class Target:
         if isinstance(self.rows, slice):
             return len(range(*self.rows.indices(rows))), cols
         return (rows if self.rows is None else len(self.rows)), cols
+
+    def weight(self) -> Tensor:
+        """(p, q), these rows of the weight before any update, wherever it is kept.
+
+        Raises:
+            ValueError: it is not a matrix of floating-point numbers.
+        """
+        layer = base_of(self.layer)
+        weight: Any = stored(layer, "weight") if "weight" in layer._parameters else None
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2 or weight.element_size() < 2:
+            raise ValueError(
+                f"{self.name} is a {type(layer).__name__}: its weight is no matrix of floating-point numbers to start from"
+            )
+        return weight.detach() if self.rows is None else weight.detach()[self.rows]
 
 
 # The layers of timm 1.0 by the names of their children; `*` stands for whatever follows in the model's own names.

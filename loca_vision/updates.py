@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loca_vision.rows import Rows, Update, add_rows, row_linear
-from loca_vision.spectrum import Spectrum
+from loca_vision.rows import LowRankRows, RowDelta, Rows, add_low_rank, add_rows, low_rank_term, row_linear
+from loca_vision.update import Update
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,16 @@ _USUAL = Circumstances()  # of models that know no strength of a call
 
 @dataclass(frozen=True)
 class Acting:
-    """One spectrum that acts on a weight: on which of its rows, how strongly, and the projection it belongs to."""
+    """One update that acts on a weight: on which of its rows, how strongly, and the projection it belongs to."""
 
     projection: str
     rows: Rows
-    spectrum: Spectrum
+    update: Update
     strength: float
 
 
 class Reading(nn.Module):
-    """W + Delta W for one weight; which spectra act on which of its rows, a subclass says.
+    """W + Delta W for one weight; which updates act on which of its rows, a subclass says.
 
     In eager mode the sum is kept with a note of what it was made from. Compiled code finds the update in the buffer `delta`,
     made when the code is traced and rewritten in place by `refresh` whenever adapters change, so that nothing is compiled anew.
@@ -81,6 +81,8 @@ class Reading(nn.Module):
         super().__init__()
         self.register_buffer("delta", None, persistent=False)
         self._kept: _Kept | None = None
+        # the weight that `delta` was made for; in a tuple, for it is another's parameter
+        self._settled: tuple[Tensor] | None = None
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Reading:
@@ -92,7 +94,7 @@ class Reading(nn.Module):
         """What acts on the weight now."""
         raise NotImplementedError
 
-    def all_spectra(self) -> list[Spectrum]:
+    def all_updates(self) -> list[Update]:
         """Acting or not."""
         raise NotImplementedError
 
@@ -109,54 +111,82 @@ class Reading(nn.Module):
         acting = self.acting()
         if not acting:
             return base
-        if torch.is_grad_enabled() and any(value.requires_grad for value in (base, *_parameters(acting))):
+        if torch.is_grad_enabled() and any(value.requires_grad for value in (base, *_tensors(acting))):
             self.drop()
-            return add_rows(base, self._deltas(acting, base.device))
-        return self._kept_or(base, acting, (), lambda: add_rows(base, self._deltas(acting, base.device)))
+            return add_rows(base, self._deltas(acting, base))
+        return self._kept_or(base, acting, (), lambda: add_rows(base, self._deltas(acting, base)))
 
     def sum(self, base: Tensor) -> Tensor:
         """W + sum of the acting updates, built anew and not kept; whatever the strength of the last call."""
         acting = self.acting()
-        return add_rows(base, self._deltas(acting, base.device, of_call=False)) if acting else base
+        return add_rows(base, self._deltas(acting, base, of_call=False)) if acting else base
 
     def learns_alone(self, base: Tensor) -> bool:
         """Whether a gradient is wanted of the updates, and none of W."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or base.requires_grad:
             return False
-        return any(value.requires_grad for value in _parameters(self.acting()))
+        return any(value.requires_grad for value in _tensors(self.acting()))
 
     def linear(self, x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor:
-        """x (W + sum of the acting updates)^T + bias, where `learns_alone`: no other row's gradient is computed."""
+        """x (W + sum of the acting updates)^T + bias, where `learns_alone`: no other row's gradient is computed.
+
+        Updates of low rank act on the activations, which spares the gradient of a whole matrix; of others the sum is built.
+        """
         self.drop()
-        updates = self._deltas(self.acting(), base.device)
-        with torch.no_grad():
-            weight = add_rows(base, updates)
-        return row_linear(x, weight, bias, updates)
+        whole, pairs = self._by_rank(self.acting())
+        if whole:
+            updates = self._deltas(whole, base)
+            with torch.no_grad():
+                weight = add_rows(base, updates)
+            result = row_linear(x, weight, bias, updates)
+        else:
+            result = F.linear(x, base, bias)
+        return add_low_rank(result, x, pairs) if pairs else result
 
     # The update alone, for weights that cannot be read or must not be written out
 
-    def applied(self, x: Tensor, rows: int, *, keep: bool) -> Tensor:
-        """x times the sum of the acting updates, (..., q) to (..., rows): with a matrix that is kept, or without any."""
+    def applied(self, x: Tensor, rows: int, *, keep: bool, base: Callable[[], Tensor]) -> Tensor:
+        """x times the sum of the acting updates, (..., q) to (..., rows): with a matrix that is kept, or without any.
+
+        Args:
+            base: gives W, which is asked for where an update depends on it.
+        """
         if torch.compiler.is_compiling() and self.delta is not None:
             return F.linear(x, (self.circumstances.factor * self.delta).to(x.dtype))
         acting = self.acting()
         if not acting:
             return x.new_zeros(*x.shape[:-1], rows)
-        if torch.is_grad_enabled() and any([value.requires_grad for value in _parameters(acting)]):
+        weight = base() if any([one.update.needs_weight for one in acting]) else None
+        if torch.is_grad_enabled() and any([value.requires_grad for value in _tensors(acting)]):
             self.drop()
-            return F.linear(x, self._matrix(x, rows, acting))
+            whole, pairs = self._by_rank(acting)
+            result = F.linear(x, self._matrix(x, rows, whole, weight)) if whole else x.new_zeros(())
+            return result + low_rank_term(x, rows, pairs) if pairs else result
         if not keep or self.circumstances.low_memory:
-            return self._by_activations(x, rows, acting)
-        return F.linear(x, self._kept_or(None, acting, (_computed_in(x), x.device), lambda: self._matrix(x, rows, acting)))
+            return self._by_activations(x, rows, acting, weight)
+        form = (_computed_in(x), x.device)
+        return F.linear(x, self._kept_or(weight, acting, form, lambda: self._matrix(x, rows, acting, weight)))
 
-    def _matrix(self, x: Tensor, rows: int, acting: list[Acting]) -> Tensor:
+    def _by_rank(self, acting: list[Acting]) -> tuple[list[Acting], list[LowRankRows]]:
+        """Those that are to be built, and the factors of those that are not."""
+        whole, pairs = [], []
+        for one in acting:
+            pair = one.update.factors(self.circumstances.number * one.strength)
+            if pair is None:
+                whole.append(one)
+            else:
+                up = pair[0] * self.circumstances.factor if torch.compiler.is_compiling() else pair[0]
+                pairs.append((one.rows, up, pair[1]))
+        return whole, pairs
+
+    def _matrix(self, x: Tensor, rows: int, acting: list[Acting], weight: Tensor | None) -> Tensor:
         empty = torch.zeros(rows, x.shape[-1], device=x.device)
-        return add_rows(empty, self._deltas(acting, x.device)).to(_computed_in(x))
+        return add_rows(empty, self._deltas(acting, empty if weight is None else weight, x.device)).to(_computed_in(x))
 
-    def _by_activations(self, x: Tensor, rows: int, acting: list[Acting]) -> Tensor:
+    def _by_activations(self, x: Tensor, rows: int, acting: list[Acting], weight: Tensor | None) -> Tensor:
         result = x.new_zeros(*x.shape[:-1], rows)
         for one in acting:
-            part = one.spectrum(self.circumstances.number * one.strength, x)
+            part = one.update(self.circumstances.number * one.strength, x, _rows_of(weight, one, x.device))
             if torch.compiler.is_compiling():
                 part = part * self.circumstances.factor.to(part.dtype)
             if one.rows is None and part.shape == result.shape:
@@ -172,11 +202,11 @@ class Reading(nn.Module):
         if self.delta is not None:
             return (base + self.circumstances.factor * self.delta).to(base.dtype)
         acting = self.acting()
-        return add_rows(base, self._deltas(acting, base.device)) if acting else base
+        return add_rows(base, self._deltas(acting, base)) if acting else base
 
     def learns(self) -> bool:
-        """Whether any spectrum here may still change by training, acting or not: compiled code then builds its update."""
-        return any([p.requires_grad for spectrum in self.all_spectra() for p in (spectrum.coefficients, spectrum.locations)])
+        """Whether any update here may still change by training, acting or not: compiled code then builds it."""
+        return any([value.requires_grad for update in self.all_updates() for value in update.tensors()])
 
     def settle(self, base: Tensor) -> None:
         """Make the update that compiled code reads, for a weight like `base`; once made, `refresh` keeps it up to date."""
@@ -184,6 +214,7 @@ class Reading(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 dtype = base.dtype if base.element_size() > 1 else torch.float32  # stored in eight bits, not computed with
                 self.delta = torch.zeros(base.shape, dtype=dtype, device=base.device)
+                self._settled = (base,)
                 self.refresh()
 
     @torch.no_grad()
@@ -193,7 +224,8 @@ class Reading(nn.Module):
             self._kept = None
         if self.delta is not None:
             wide = torch.zeros(self.delta.shape, device=self.delta.device)
-            deltas = self._deltas(self.acting(), self.delta.device, of_call=False)
+            base = self._settled[0] if self._settled else self.delta
+            deltas = self._deltas(self.acting(), base, self.delta.device, of_call=False)
             self.delta.copy_(add_rows(wide, deltas) if deltas else wide)
 
     def drop(self) -> None:
@@ -202,15 +234,19 @@ class Reading(nn.Module):
             self._kept = None
         if self.delta is not None:
             self.delta = None
+            self._settled = None
 
     # Building
 
-    def _deltas(self, acting: list[Acting], device: torch.device, *, of_call: bool = True) -> list[Update]:
-        """The rows and the update of each projection, summed over the acting adapters."""
+    def _deltas(
+        self, acting: list[Acting], base: Tensor, device: torch.device | None = None, *, of_call: bool = True
+    ) -> list[RowDelta]:
+        """The rows and the update of each projection of W, summed over the acting adapters; by default on W's device."""
+        device = device or base.device
         factor = self.circumstances.number if of_call else 1.0
-        deltas: dict[str, Update] = {}
+        deltas: dict[str, RowDelta] = {}
         for one in acting:
-            delta = one.spectrum(factor * one.strength).to(device)
+            delta = one.update(factor * one.strength, None, _rows_of(base, one, device)).to(device)
             if of_call and torch.compiler.is_compiling():
                 delta = delta * self.circumstances.factor
             if one.projection in deltas:
@@ -220,7 +256,7 @@ class Reading(nn.Module):
 
     def _kept_or(self, base: Tensor | None, acting: list[Acting], form: tuple[Any, ...], build: Callable[[], Tensor]) -> Tensor:
         """What is kept, as long as W, spectra, strengths and the form that is asked for are those it was built from."""
-        learned = list(_parameters(acting))
+        learned = list(_tensors(acting))
         terms = (*form, self.circumstances.number, *(one.strength for one in acting))
         kept = self._kept  # one reading: another thread may drop it meanwhile
         if kept is None or not kept.holds_for(base, learned, terms):
@@ -229,7 +265,7 @@ class Reading(nn.Module):
         return kept.weight
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__ | {"_kept": None}  # a copy or a pickle builds its own
+        state = self.__dict__ | {"_kept": None, "_settled": None}  # a copy or a pickle builds its own
         return state | {"_buffers": state["_buffers"] | {"delta": None}}
 
 
@@ -238,8 +274,8 @@ class WeightUpdates(Reading):
 
     def __init__(self) -> None:
         super().__init__()
-        self.spectra = nn.ModuleList()
-        self.places: list[Place] = []  # one for each spectrum
+        self.updates = nn.ModuleList()
+        self.places: list[Place] = []  # one for each update
         self.strengths: dict[str, float] = {}  # of the adapters that act
         self.shared = (_USUAL,)  # in a tuple, which nn.Module does not take for a child
 
@@ -247,27 +283,27 @@ class WeightUpdates(Reading):
     def circumstances(self) -> Circumstances:
         return self.shared[0]
 
-    def entries(self) -> list[tuple[Place, Spectrum]]:
-        return [(place, self.spectra[i]) for i, place in enumerate(self.places)]  # type: ignore[misc]
+    def entries(self) -> list[tuple[Place, Update]]:
+        return [(place, self.updates[i]) for i, place in enumerate(self.places)]  # type: ignore[misc]
 
     def acting(self) -> list[Acting]:
         return [
-            Acting(place.projection, place.rows, spectrum, self.strengths[place.adapter])
-            for place, spectrum in self.entries()
-            if place.adapter in self.strengths
+            Acting(place.projection, place.rows, update, self.strengths[place.adapter])
+            for place, update in self.entries()
+            if place.adapter in self.strengths and not update.rests
         ]
 
-    def all_spectra(self) -> list[Spectrum]:
-        return list(self.spectra)  # type: ignore[arg-type]
+    def all_updates(self) -> list[Update]:
+        return list(self.updates)  # type: ignore[arg-type]
 
-    def add(self, place: Place, spectrum: Spectrum) -> None:
-        self.spectra.append(spectrum)
+    def add(self, place: Place, update: Update) -> None:
+        self.updates.append(update)
         self.places.append(place)
 
     def discard(self, adapter: str) -> None:
-        kept = [(place, spectrum) for place, spectrum in self.entries() if place.adapter != adapter]
+        kept = [(place, update) for place, update in self.entries() if place.adapter != adapter]
         self.places = [place for place, _ in kept]
-        self.spectra = nn.ModuleList(spectrum for _, spectrum in kept)
+        self.updates = nn.ModuleList(update for _, update in kept)
         self.strengths.pop(adapter, None)
         self._kept = None
 
@@ -289,16 +325,23 @@ class FusedUpdates(Reading):
 
     def acting(self) -> list[Acting]:
         return [
-            Acting(one.projection, rows, one.spectrum, one.strength) for updates, rows in self.parts for one in updates.acting()
+            Acting(one.projection, rows, one.update, one.strength) for updates, rows in self.parts for one in updates.acting()
         ]
 
-    def all_spectra(self) -> list[Spectrum]:
-        return [spectrum for updates, _ in self.parts for spectrum in updates.all_spectra()]
+    def all_updates(self) -> list[Update]:
+        return [update for updates, _ in self.parts for update in updates.all_updates()]
 
 
-def _parameters(acting: list[Acting]) -> Iterator[Tensor]:
+def _tensors(acting: list[Acting]) -> Iterator[Tensor]:
     for one in acting:
-        yield from (one.spectrum.coefficients, one.spectrum.locations)
+        yield from one.update.tensors()
+
+
+def _rows_of(weight: Tensor | None, one: Acting, device: torch.device) -> Tensor | None:
+    """The rows of W that an update needs to know; nothing for those that need none."""
+    if weight is None or not one.update.needs_weight:
+        return None
+    return (weight if one.rows is None else weight[one.rows]).to(device)
 
 
 def _after_loading(reading: nn.Module, keys: Any) -> None:

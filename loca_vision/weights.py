@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loca_vision.attention import AdaptedAttention, base_of
+from loca_vision.attention import AdaptedAttention
 from loca_vision.layer import AdaptedLayer
 from loca_vision.offload import stored
-from loca_vision.projections import child
+from loca_vision.projections import base_of, child
 from loca_vision.record import Strength, sites, strengths_at, unwrap
 from loca_vision.updates import Reading
 
@@ -54,7 +54,7 @@ def weights(model: nn.Module) -> list[Weight]:
             found.append(Weight(path, module, module.loca))
         elif isinstance(module, AdaptedAttention):
             for place, reading in module.loca.readings(module):
-                if reading.all_spectra():
+                if reading.all_updates():
                     stack = tuple(f"{path}.{part}" for part in module.loca.stacked(module, place))
                     found.append(Weight(f"{path}.{place}", base_of(child(module, place)), reading, stack))
     return found

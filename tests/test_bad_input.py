@@ -58,7 +58,10 @@ def adapted(vit):
 
 
 CALLS = {
-    "config of another kind": (lambda m: inject(m, {"n_components": 3}), "config is a dict: a LoCAConfig is wanted"),
+    "config of another kind": (
+        lambda m: inject(m, {"n_components": 3}),
+        "config is a dict: a LoCAConfig, or one of another kind, is wanted",
+    ),
     "name in use": (lambda m: inject(m, LoCAConfig(n_components=1)), "name='default': the model has an adapter of that name"),
     "name with a dot": (lambda m: inject(m, LoCAConfig(), "a.b"), "name='a.b': an adapter's name is 1 to 100 letters"),
     "empty name": (lambda m: inject(m, LoCAConfig(), ""), "name='': an adapter's name is 1 to 100 letters"),
@@ -80,7 +83,7 @@ CALLS = {
     ),
     "attention of convolutions": (
         lambda m: inject(timm.create_model("coatnet_pico_rw_224"), LoCAConfig()),
-        "is a Conv2d: LoCA adapts torch.nn.Linear layers that own their weight",
+        "is a Conv2d: adapters go on torch.nn.Linear layers that own their weight",
     ),
     "unknown adapter": (lambda m: adapters(m, "cars"), "no adapter 'cars' in the model; it has 'default'"),
     "unknown adapter to remove": (lambda m: remove(m, "cars"), "no adapter 'cars' in the model; it has 'default'"),

@@ -13,7 +13,6 @@ from PIL import Image
 
 from loca_vision import active_adapters, load_adapter
 from loca_vision.cli import main
-from loca_vision.data import digits, first, transform_for
 from loca_vision.demo import Demo, run
 from loca_vision.training import accuracy, fine_tune
 from loca_vision.vit import ModelSpec, build_model
@@ -90,16 +89,6 @@ def test_an_interruption_leaves_nothing_half_done(photos, tmp_path):
     assert said.splitlines()[-1] == "loca-vision: interrupted; every file that is there is whole"
     assert "Traceback" not in said
     assert list(out.iterdir()) == []
-
-
-def test_digits_are_split_without_overlap():
-    images = digits(transform_for(8, (0, 0, 0), (1, 1, 1)), seed=3)
-    assert len(images.train) + len(images.test) == 1797
-    seen = {tuple(x.flatten().tolist()) for x, _ in (images.train[i] for i in range(300))}
-    assert not seen & {tuple(x.flatten().tolist()) for x, _ in (images.test[i] for i in range(300))}
-    image, label = images.train[0]
-    assert image.shape == (3, 8, 8) and image.min() >= 0 and image.max() <= 1 and 0 <= label < 10
-    assert len(first(images.test, 7, 0)) == 7
 
 
 def test_the_loop_takes_the_steps_it_is_asked_for():

@@ -747,7 +747,7 @@ def test_more_components_need_room(pipe: Any) -> None:
         adapter(stable_diffusion(), BOTH, n=13),
         adapter(stable_diffusion(), BOTH, n=lambda name: 13 if name == "text_encoder.encoder.layers.1.self_attn.out" else 12),
     ):
-        words = r"\.\w+ has 13 components and adapter 'a' has room for 12; call enable_loca_hotswap before the first"
+        words = r"\.\w+ has 13 components and the adapter that it should replace has room for 12; call "
         with pytest.raises(ValueError, match=words):
             pipe.load_loca_weights(made.state(), "a", hotswap=True)
         assert_same(pipe, before)
@@ -761,7 +761,7 @@ def test_with_room_any_count_up_to_it_fits(a: Made) -> None:
         pipe.load_loca_weights(other.state(), "a", hotswap=True)
         assert_near(picture(pipe), expected((other, 1.0)))
     before = facts(pipe)
-    with pytest.raises(ValueError, match="has 41 components and adapter 'a' has room for 40"):
+    with pytest.raises(ValueError, match="has 41 components and the adapter that it should replace has room for 40"):
         pipe.load_loca_weights(adapter(stable_diffusion(), BOTH, n=41).state(), "a", hotswap=True)
     with pytest.raises(ValueError, match="has 41 components: there is room for 40"):
         pipe.load_loca_weights(adapter(stable_diffusion(), BOTH, n=41).state(), "b")

@@ -385,7 +385,7 @@ def test_a_save_inside_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_link_laid_under_the_temporary_name_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atomic.secrets, "token_hex", lambda _: "0")
     (tmp_path / "victim").write_bytes(b"precious")
-    (tmp_path / f"{atomic._temporary_prefix(tmp_path / 'x')}{os.getpid()}-0.tmp").symlink_to("victim")
+    (tmp_path / f".x.{atomic.machine()}-{os.getpid()}-0.tmp").symlink_to("victim")
     monkeypatch.setattr(atomic, "_clean", lambda _: None)  # it comes after the cleaning
     with pytest.raises(FileExistsError):
         write_atomically(tmp_path / "x", b"new")
@@ -395,7 +395,7 @@ def test_a_link_laid_under_the_temporary_name_is_not_followed(tmp_path: Path, mo
 def test_only_what_the_dead_left_of_this_file_is_cleaned(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    mine = atomic._temporary_prefix(tmp_path / "x")
+    mine = f".x.{atomic.machine()}-"
     gone = {f"{mine}{dead.pid}-0af1.tmp", f"{mine}{os.getpid()}-77.tmp"}  # the second: same id after a restart
     kept = {f"{mine}{os.getppid()}-0af1.tmp", f".x.00000000-{dead.pid}-0af1.tmp", f".y{mine[2:]}{dead.pid}-0af1.tmp"}
     kept |= {f"{mine}{dead.pid}-0af1.tmp.txt", f"{mine}{10**30}-0af1.tmp", "y.tmp"}
@@ -410,7 +410,7 @@ def test_a_temporary_file_that_cannot_be_cleaned_does_not_stop_the_save(
 ) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    stale = tmp_path / f"{atomic._temporary_prefix(tmp_path / 'x')}{dead.pid}-0.tmp"
+    stale = tmp_path / f".x.{atomic.machine()}-{dead.pid}-0.tmp"
     stale.mkdir()  # unlinking it is refused, as that of another user's file is
     write_atomically(tmp_path / "x", b"new")
     assert (tmp_path / "x").read_bytes() == b"new" and stale.exists()

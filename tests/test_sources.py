@@ -720,10 +720,10 @@ HOSTILE: dict[str, tuple[Callable[[Made], Made], str]] = {
     "a negative location": (tensor(L, lambda t: t.fill_(-1)), f"{L} holds -1"),
     "int64 locations": (tensor(L, lambda t: t.long()), f"{L} has dtype I64"),
     "bfloat16 coefficients": (tensor(C, lambda t: t.bfloat16()), f"{C} has dtype BF16"),
-    "another count": (tensor(C, lambda t: t[:-1].clone()), f"{C} has shape (11,): n_components says (12,)"),
+    "another count": (tensor(C, lambda t: t[:-1].clone()), f"{C} has shape (11,): by the settings it is (12,)"),
     "10**9 components": (about(lambda f: f["config"]["unet"].update(n_components=10**9)), "1000000000 components, of"),
     "an unknown version": (lambda m: m.but(format_version=2), "format_version=2"),
-    "another method": (lambda m: m.but(method="lora"), "method='lora'"),
+    "another method": (lambda m: m.but(method="lokr"), "method='lokr'"),
     "a field more": (lambda m: m.but(auto_map="x"), "['auto_map']"),
     "scale 0": (about(lambda f: f["config"]["unet"].update(scale=0)), "scale=0"),
     "conv_in of other channels": (
@@ -738,7 +738,7 @@ HOSTILE: dict[str, tuple[Callable[[Made], Made], str]] = {
     "a whole tensor of no component": (whole("conv_in.bias", torch.ones(16)), "conv_in.bias belongs to none of the components"),
     "a whole tensor of another component": (whole("vae.conv_in.bias", torch.ones(16)), "belongs to none of the components"),
     "a whole tensor of the adapter here": (
-        whole(f"{Q.replace('attn1.q', 'attn1')}.loca.weights.on_q.spectra.0.coefficients", torch.ones(12)),
+        whole(f"{Q.replace('attn1.q', 'attn1')}.loca.weights.on_q.updates.0.coefficients", torch.ones(12)),
         "has no parameter",
     ),
 }

@@ -11,9 +11,15 @@ PACKAGE = Path(loca_vision.__file__).parent
 
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
-    {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls"},
-    {"cosine_sum", "safefile", "approximation", "factors"},
-    {"spectrum", "adapter_file", "lora_names", "lora_scales"},
+    {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls", "sampling"}
+    | {"console", "settings_file", "optimizer_state", "generator_state"},
+    {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings", "augmentation", "published", "hub_datasets"}
+    | {"approximation", "factors", "lora_names"},
+    {"kinds", "manifest", "catalogue", "lora_scales"},
+    {"spectrum", "low_rank", "checkpoint_folder", "datasets"},
+    {"sparse"},
+    {"loca", "sdctft", "fourierft"},
+    {"selora", "adapter_file"},
     {"targets", "updates", "lora_files", "sharded"},
     {"layer", "attention", "lora_writing"},
     {"record"},
@@ -31,6 +37,7 @@ LAYERS = (
 )
 LIGHT = {"torch", "safetensors", "loca_vision"}
 NEEDS_MORE = {"diffusers", "sources", "data", "img_focus", "vit", "plots", "demo", "demo_report", "cli", "reload"}
+NEEDS_MORE |= {"published", "catalogue", "hub_datasets", "datasets", "augmentation", "settings", "settings_file"}
 
 
 def imported(file):
@@ -65,7 +72,17 @@ def test_the_core_needs_torch_and_safetensors_only():
 def test_importing_the_library_pulls_nothing_heavy():
     code = "import sys, loca_vision; print(*{m.split('.')[0] for m in sys.modules})"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
-    assert not loaded & {"timm", "torchvision", "diffusers", "transformers", "accelerate", "matplotlib", "sklearn", "tyro"}
+    assert not loaded & {
+        "timm",
+        "torchvision",
+        "diffusers",
+        "transformers",
+        "accelerate",
+        "matplotlib",
+        "sklearn",
+        "tyro",
+        "yaml",
+    }
 
 
 def test_importing_the_library_does_not_import_the_compiler():

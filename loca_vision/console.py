@@ -1,0 +1,80 @@
+"""What every command shares: a user's mistake is one line on stderr and exit status 2, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+
+USAGE, INTERRUPTED = 2, 130
+
+
+def guarded(prog: str, function: Callable[[], object], *, extra: str) -> int:
+    """Run a command to its exit status: 0, 2 after a user's mistake, 130 when interrupted, 1 when nobody reads its output.
+
+    Args:
+        prog: the command's name, which begins every line about it.
+        function: the command. An error of the kinds that a user can make (ValueError, TypeError, OSError, or a module that is
+            missing) is told in one line; any other is a fault of the program and passes through, traceback and all.
+        extra: what installs a missing module, as in `pip install 'loca-vision[EXTRA]'`.
+    """
+    try:
+        function()
+    except ModuleNotFoundError as error:
+        return _told(prog, f"{error.name or error} is missing: python -m pip install 'loca-vision[{extra}]'")
+    except BrokenPipeError:  # as when the reader, `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, TypeError, OSError) as error:
+        return _told(prog, _sentence(error))
+    except KeyboardInterrupt:
+        print(f"\n{prog}: interrupted; every file that is there is whole", file=sys.stderr)
+        return INTERRUPTED
+    except SystemExit as stop:
+        if isinstance(stop.code, str):  # which Python itself would print
+            return _told(prog, stop.code)
+        return stop.code or 0
+    return 0
+
+
+@contextmanager
+def usage_in_one_line(prog: str) -> Iterator[None]:
+    """Parse a command line with tyro in here; asked for help, it leaves with SystemExit(0) as ever.
+
+    Raises:
+        ValueError: bad usage; the sentence that tyro draws a box around.
+    """
+    said = StringIO()
+    try:
+        with redirect_stderr(said):
+            yield
+    except SystemExit as stop:
+        if stop.code:
+            raise ValueError(_unboxed(said.getvalue()) or f"see {prog} --help") from None
+        raise
+
+
+def _told(prog: str, sentence: str) -> int:
+    print(f"{prog}: {sentence}", file=sys.stderr)
+    return USAGE
+
+
+def _unboxed(box: str) -> str:
+    """The sentence in the box that tyro draws: under the title, up to the next rule; in ASCII where the terminal is."""
+    message: list[str] = []
+    for line in box.splitlines()[1:]:
+        text = line.strip(" │|╭╮╰╯+")
+        if not text.strip("─-"):
+            if message:
+                break
+            continue
+        message.append(text)
+    return " ".join(" ".join(message).split())
+
+
+def _sentence(error: Exception) -> str:
+    """The error on one line; of one that a worker process passes on with its traceback, the end."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if "Original Traceback" in str(error) else " ".join(" ".join(lines).split())

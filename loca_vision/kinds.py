@@ -1,0 +1,157 @@
+"""Kinds of adapter: the settings of each, and how they become updates, new ones or those in a file."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from loca_vision.offload import stored
+from loca_vision.update import Update
+
+FLOATS = ("F32", "F16")
+
+
+class Projection(Protocol):
+    """What is to be adapted: (p, q) rows of one weight."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def weight(self) -> Tensor:
+        """(p, q), the weight before any update.
+
+        Raises:
+            ValueError: it is quantised, or otherwise no matrix of floating-point numbers.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a tensor in a file has to be: its shape, dtypes as safetensors calls them, and of what matrix it numbers cells."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = FLOATS
+    cells_of: tuple[int, int] | None = None
+
+
+class AdapterConfig:
+    """The settings of one kind of adapter. A subclass is a frozen dataclass, decorated with `kind`.
+
+    It has the fields `targets` and `seed`, makes updates that change nothing (`made`), and may start them (`started`).
+
+    Attributes:
+        method: the name of the kind, in files and on command lines.
+    """
+
+    method: ClassVar[str]
+    targets: tuple[str, ...]
+    seed: int
+
+    # New updates
+
+    def made(self, shape: tuple[int, int]) -> Update:
+        """An update for a weight (p, q), on the current device; all its numbers are about to be written."""
+        raise NotImplementedError
+
+    def started(self, update: Update, projection: Projection, generator: torch.Generator) -> None:
+        """Give a new update its first numbers; the generator is the projection's own. The update is to change nothing."""
+
+    def created(self, projections: Sequence[Projection]) -> list[Update]:
+        """New updates for these projections, of which none changes anything.
+
+        Raises:
+            ValueError: the settings do not fit one of them.
+        """
+        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():  # else they could never be trained
+            updates = [self.made(projection.shape) for projection in projections]
+            for update, projection in zip(updates, projections, strict=True):
+                self.started(update, projection, generator_of(self.seed, projection.name))
+        return updates
+
+    # Files
+
+    def layout(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Stored]:
+        """What a file of this adapter holds for projections of these shapes, by key.
+
+        Raises:
+            ValueError: the settings do not fit one of them.
+        """
+        with torch.device("meta"):
+            made = {projection: self.made(shape).state_dict() for projection, shape in shapes.items()}
+        return {f"{projection}.{key}": Stored(tuple(t.shape)) for projection, of in made.items() for key, t in of.items()}
+
+    def tensors(self, updates: Mapping[str, Update], dtype: torch.dtype) -> dict[str, Tensor]:
+        """What goes into the file, by key; floating-point numbers in `dtype`.
+
+        Raises:
+            ValueError: a value no file may hold.
+        """
+        return {
+            f"{projection}.{key}": stored(update, key).detach().to("cpu", dtype, copy=True)
+            for projection, update in updates.items()
+            for key in update.state_dict()
+        }
+
+    def check_values(self, projection: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
+        """Raise where finite numbers in a file make an update that is not: naming the key and the rule."""
+
+    def restored(
+        self, projection: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], room: int | None = None
+    ) -> Update:
+        """The update in a file; its cells, where it has any, are final.
+
+        Args:
+            room: components to make room for, so that an adapter with more of them can take its place later.
+
+        Raises:
+            ValueError: there are more.
+        """
+        update = self.made(shape)
+        with torch.no_grad():
+            for key, value in update.state_dict().items():
+                value.copy_(tensors[f"{projection}.{key}"])
+        return update
+
+    def of(self, updates: Mapping[str, Update]) -> AdapterConfig:
+        """The settings as a file of these updates has them: projections by name, never by pattern."""
+        return self
+
+    def check_names(self, projections: Collection[str]) -> None:
+        """Raise where settings read from a file name other projections than its header does."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as JSON values, from which the class makes an equal configuration."""
+        fields = asdict(self)  # type: ignore[call-overload]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
+KINDS: dict[str, type[AdapterConfig]] = {}
+
+_Config = TypeVar("_Config", bound=AdapterConfig)
+
+
+def kind(cls: type[_Config]) -> type[_Config]:
+    """Make a kind of adapter known by its method's name, so that its files can be read.
+
+    Raises:
+        ValueError: another class has that name.
+    """
+    known = KINDS.get(cls.method)
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"method={cls.method!r}: {known.__module__}.{known.__qualname__} has that name")
+    KINDS[cls.method] = cls
+    return cls
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """Random numbers of one projection, so that targets do not disturb each other; the same on every device."""
+    return torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
