@@ -13,10 +13,12 @@ from loca_vision.console import guarded, usage_in_one_line
 
 @dataclass(frozen=True)
 class Inspect:
-    """Say what is in an adapter file, projection by projection."""
+    """Say what is in an adapter file or a LoRA, projection by projection."""
 
     file: Path
     """The adapter, or the folder it is in."""
+    picture: Path | None = None
+    """A PNG for the cosine spectra of the updates."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,21 +32,49 @@ def _parse(arguments: list[str]) -> Any:
     import tyro
 
     from loca_vision.demo import Demo
+    from loca_vision.exchange_commands import Convert, Extract, Merge
 
-    commands = Annotated[Demo, tyro.conf.subcommand("demo")] | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    commands = (
+        Annotated[Demo, tyro.conf.subcommand("demo")]
+        | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+        | Annotated[Convert, tyro.conf.subcommand("convert")]
+        | Annotated[Extract, tyro.conf.subcommand("extract")]
+        | Annotated[Merge, tyro.conf.subcommand("merge")]
+    )
     with usage_in_one_line("loca-vision"):
-        return tyro.cli(commands, prog="loca-vision", args=arguments, config=(tyro.conf.PositionalRequiredArgs,))
+        return tyro.cli(
+            commands, prog="loca-vision", args=arguments, config=(tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
+        )
 
 
 def _run(command: Any) -> None:
-    if isinstance(command, Inspect):
-        from loca_vision.inspection import describe
+    from loca_vision import exchange_commands
+    from loca_vision.exchange_commands import Convert, Extract, Merge
 
-        print(describe(command.file))
+    if isinstance(command, Inspect):
+        _inspect(command)
+    elif isinstance(command, Convert):
+        print(exchange_commands.convert(command))
+    elif isinstance(command, Extract):
+        print(exchange_commands.extract(command))
+    elif isinstance(command, Merge):
+        print(exchange_commands.merged(command))
     else:
         from loca_vision.demo import run
 
         run(command)
+
+
+def _inspect(command: Inspect) -> None:
+    from loca_vision.inspection import contents_of, describe
+
+    print(describe(command.file))
+    if command.picture is not None:
+        from loca_vision.spectrum_picture import draw_spectra
+
+        draw_spectra(
+            command.picture, f"Cosine spectra of the updates in {command.file.name}", contents_of(command.file).layers()
+        )
 
 
 if __name__ == "__main__":

@@ -77,6 +77,11 @@ def read_lora(path: str | os.PathLike[str], *, skip: bool = False) -> LoraFile:
     return LoraFile(pairs, {name: tensors[key] for name, key in found.whole.items()}, skipped)
 
 
+def has_lora(path: Path) -> bool:
+    """Whether a folder has a LoRA under one of its usual names."""
+    return path.is_dir() and any((path / name).exists() for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS))
+
+
 def _file(path: Path) -> Path:
     if not path.is_dir():
         if path.suffix in PICKLES:

@@ -62,7 +62,7 @@ def draw_curves(path: Path, title: str, runs: Mapping[str, tuple[Sequence[Step],
     drawn = bars.bar(list(runs), values, color=COLOURS[: len(runs)])
     bars.bar_label(drawn, [f"{100 * value:.1f} %" for value in values])
     bars.set(ylim=(0, 1.08), title="test accuracy")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_spectrum(path: Path, travels: Sequence[Travel]) -> None:
@@ -84,7 +84,7 @@ def draw_spectrum(path: Path, travels: Sequence[Travel]) -> None:
     rest = f" (the first {len(shown)} of {len(travels)})" if len(shown) < len(travels) else ""
     figure.suptitle(f"Final locations in each projection's spectrum, low frequencies at the top left{rest}")
     figure.colorbar(points, ax=figure.axes, label="cells travelled", shrink=0.6, pad=0.01)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _smooth(values: Sequence[float], window: int = 10) -> list[float]:
@@ -99,7 +99,7 @@ def _shade_location_phases(axes: Any, steps: Sequence[Step]) -> None:
         axes.axvspan(number - 0.5, number + 0.5, color="#f2d7a0", alpha=0.5, linewidth=0, label=label)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     # An Agg canvas of its own: no window system, and no global state of pyplot.
     picture = BytesIO()
     FigureCanvasAgg(figure).print_figure(picture, dpi=130, format="png")

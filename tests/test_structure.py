@@ -21,7 +21,8 @@ LAYERS = (
     {"loca", "sdctft", "fourierft"},
     {"selora", "adapter_file"},
     {"targets", "updates", "lora_files", "sharded"},
-    {"layer", "attention", "lora_writing"},
+    {"places"},
+    {"layer", "attention", "lora_writing", "exchange_source"},
     {"record"},
     {"weights", "root"},
     {"inject", "fusing", "blocks", "sources"},
@@ -29,14 +30,15 @@ LAYERS = (
     {"loading"},
     {"loader"},
     {"diffusers"},
-    {"inspection", "img_focus", "training"},
+    {"inspection", "img_focus", "training", "exchange", "merging"},
     {"vit", "plots"},
-    {"reload", "demo_report"},
+    {"reload", "demo_report", "spectrum_picture", "exchange_commands"},
     {"demo"},
     {"cli"},
 )
 LIGHT = {"torch", "safetensors", "loca_vision"}
 NEEDS_MORE = {"diffusers", "sources", "data", "img_focus", "vit", "plots", "demo", "demo_report", "cli", "reload"}
+NEEDS_MORE |= {"exchange", "exchange_commands", "spectrum_picture"}
 NEEDS_MORE |= {"published", "catalogue", "hub_datasets", "datasets", "augmentation", "settings", "settings_file"}
 
 
