@@ -87,9 +87,13 @@ def _read(entry: Entry, root: Path, download: bool) -> ImageSet:
     try:
         return _whole(entry.read(root, fetch))
     except OSError as error:
-        raise OSError(f"{root}: {entry.title} cannot be {'downloaded' if fetch else 'read'} ({error})") from error
+        raise OSError(f"{root}: {entry.title} cannot be {'downloaded' if fetch else 'read'} ({_line(error)})") from error
+    except (ImportError, MemoryError):
+        raise
     except Exception as error:  # whatever torchvision, scipy and pickle raise at files that are not what they expect
-        raise ValueError(f"{root}: the files of {entry.title} are not as published ({_line(error)})") from error
+        raise ValueError(
+            f"{root}: the files of {entry.title} are not as published ({type(error).__name__}: {_line(error)})"
+        ) from error
 
 
 def _whole(found: ImageSet) -> ImageSet:
@@ -100,4 +104,4 @@ def _whole(found: ImageSet) -> ImageSet:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return " ".join(str(error).split())

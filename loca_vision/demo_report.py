@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
 from loca_vision.atomic import write_atomically
+from loca_vision.environment import environment
 from loca_vision.plots import Travel
 from loca_vision.tables import aligned
 from loca_vision.training import Step
-from loca_vision.version import __version__
 
 
 @dataclass(frozen=True)
@@ -52,22 +50,10 @@ def write_metrics(
     """Everything a reader needs to repeat or plot the run, as one JSON object."""
     metrics = {
         "config": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
-        "environment": _environment(),
+        "environment": environment(),
         "adapter_bytes": adapter_bytes,
         "largest_difference_after_reload": difference,
         "moved_components": {travel.name: int(travel.moved.sum()) for travel in travels},
         "methods": [asdict(result) for result in results],
     }
     write_atomically(path, json.dumps(metrics, indent=1).encode())
-
-
-def _environment() -> dict[str, Any]:
-    return {
-        "loca_vision": __version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }

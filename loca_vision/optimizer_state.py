@@ -151,11 +151,11 @@ def _check_same(optimizer: Optimizer, state: Mapping[str, Any], saved: Mapping[s
 
 
 def _exact(loaded: Any, saved: Any) -> Any:
-    """What torch has brought to the right device, with the dtype it was saved with: torch takes on the parameter's."""
-    if isinstance(loaded, Tensor):
-        return saved.to(loaded.device) if isinstance(saved, Tensor) else loaded
-    if isinstance(loaded, dict):
-        return {key: _exact(value, saved.get(key, value)) for key, value in loaded.items()}
-    if isinstance(loaded, (list, tuple)):
-        return type(loaded)(_exact(*pair) for pair in zip(loaded, saved, strict=True))
-    return loaded
+    """What was saved, on the device torch has brought it to; its dtype torch makes the parameter's, and texts it spoils."""
+    if isinstance(saved, Tensor):
+        return saved.to(loaded.device) if isinstance(loaded, Tensor) else saved
+    if isinstance(saved, dict) and isinstance(loaded, dict):
+        return loaded | {key: _exact(loaded.get(key), value) for key, value in saved.items()}
+    if isinstance(saved, (list, tuple)) and isinstance(loaded, (list, tuple)):
+        return type(saved)(_exact(*pair) for pair in zip(loaded, saved, strict=True))
+    return loaded if isinstance(loaded, Tensor) else saved  # a count, of which newer versions make a tensor

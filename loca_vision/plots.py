@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from loca_vision.atomic import write_atomically
@@ -20,6 +21,7 @@ from loca_vision.training import Step
 
 COLOURS = ("#7f7f7f", "#1f6fb4", "#d1542c", "#3a923a")
 MOST_PANELS = 96
+MOVING = ("locations", "both")  # the phases in which they do
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def draw_curves(path: Path, title: str, runs: Mapping[str, tuple[Sequence[Step],
         numbers, values = [step.number for step in steps], [step.loss for step in steps]
         losses.plot(numbers, values, color=colour, alpha=0.25, linewidth=0.8)
         losses.plot(numbers, _smooth(values), color=colour, label=method)
-        _shade_location_phases(losses, steps)
+        _shade([step.number for step in steps if step.phase in MOVING], losses)
     losses.set(xlabel="optimiser step", ylabel="training loss", yscale="log", title=title)
     losses.legend()
     values = [result for _, result in runs.values()]
@@ -63,6 +65,47 @@ def draw_curves(path: Path, title: str, runs: Mapping[str, tuple[Sequence[Step],
     bars.bar_label(drawn, [f"{100 * value:.1f} %" for value in values])
     bars.set(ylim=(0, 1.08), title="test accuracy")
     save_figure(figure, path)
+
+
+def draw_run(path: Path, title: str, curve: Mapping[str, Sequence[Any]], epochs: Sequence[Mapping[str, float]]) -> None:
+    """Loss by step, smoothed over the raw one, and validation accuracy by epoch.
+
+    Args:
+        curve: "loss" and "phase" of each step.
+        epochs: "epoch", from 1, and "validation_accuracy" of each.
+    """
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    losses, validation = figure.subplots(1, 2, width_ratios=(3, 2))
+    numbers = range(1, len(curve["loss"]) + 1)
+    losses.plot(numbers, curve["loss"], color=COLOURS[1], alpha=0.25, linewidth=0.8)
+    losses.plot(numbers, _smooth(curve["loss"]), color=COLOURS[1], label="training loss")
+    _shade([number for number, phase in zip(numbers, curve["phase"], strict=True) if phase in MOVING], losses)
+    losses.set(xlabel="optimiser step", ylabel="training loss", yscale="log", title=title)
+    losses.legend()
+    found = [100 * epoch["validation_accuracy"] for epoch in epochs]
+    validation.plot([epoch["epoch"] for epoch in epochs], found, color=COLOURS[2], marker="o")
+    validation.xaxis.set_major_locator(MaxNLocator(integer=True))
+    validation.set(xlabel="epoch", ylabel="%", title=f"validation accuracy, best {max(found):.1f} %")
+    _save(figure, path)
+
+
+def draw_confusion(path: Path, matrix: Tensor, classes: Sequence[str]) -> None:
+    """How often each class (row) was taken for each class (column): matrix (n, n) of counts, shaded by shares of the row."""
+    count = len(classes)
+    side = min(24.0, 3.5 + 0.3 * count)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    drawn = axes.imshow(shares, cmap="YlGnBu", vmin=0, vmax=1)
+    size = max(3.0, min(9.0, 300 / count))
+    axes.set_xticks(range(count), classes, rotation=90, fontsize=size)
+    axes.set_yticks(range(count), classes, fontsize=size)
+    axes.set(xlabel="taken for", ylabel="class", title=f"{int(matrix.diagonal().sum())} of {int(matrix.sum())} right")
+    for row, col in matrix.nonzero().tolist() if count <= 40 else ():
+        colour = "white" if shares[row, col] > 0.5 else "black"
+        axes.text(col, row, str(int(matrix[row, col])), ha="center", va="center", fontsize=size * 0.8, color=colour)
+    figure.colorbar(drawn, ax=axes, label="share of the class", shrink=0.7)
+    _save(figure, path)
 
 
 def draw_spectrum(path: Path, travels: Sequence[Travel]) -> None:
@@ -92,8 +135,8 @@ def _smooth(values: Sequence[float], window: int = 10) -> list[float]:
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
 
 
-def _shade_location_phases(axes: Any, steps: Sequence[Step]) -> None:
-    moving = [step.number for step in steps if step.phase in ("locations", "both")]
+def _shade(moving: Sequence[int], axes: Any) -> None:
+    """Mark the steps in which locations moved."""
     for number in moving:
         label = "locations move" if number == moving[0] else None
         axes.axvspan(number - 0.5, number + 0.5, color="#f2d7a0", alpha=0.5, linewidth=0, label=label)

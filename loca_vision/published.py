@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -35,6 +36,8 @@ def oxford_pets(root: Path, download: bool = False) -> ImageSet:
 
 def stanford_cars(root: Path, download: bool = False) -> ImageSet:
     """196 makes and models: 8144 photographs and 8041 for testing, of `root/stanford_cars`; it cannot be downloaded."""
+    if importlib.util.find_spec("scipy") is None:
+        raise ModuleNotFoundError("Stanford Cars needs scipy: python -m pip install scipy", name="scipy")
     parts = [datasets.StanfordCars(str(root), split) for split in ("train", "test")]
     train, test = (ImageFiles(*zip(*part._samples, strict=True)) for part in parts)
     return ImageSet(train, tuple(parts[0].classes), test)
@@ -99,7 +102,7 @@ def resisc45(root: Path, download: bool = False) -> ImageSet:
 
 
 def _listed(root: Path, name: str) -> ImageSet:
-    names = (root / name).read_text().split()
+    names = (root / name).read_text(encoding="utf-8").split()
     kinds = [line.rpartition("_")[0] for line in names]
     files = (root / "NWPU-RESISC45" / kind / line for kind, line in zip(kinds, names, strict=True))
     return _named(zip(files, kinds, strict=True))

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from loca_vision.console import usage_in_one_line
-from loca_vision.settings_file import nearest, read_settings, write_settings
+from loca_vision.settings_file import read_settings, write_settings
+from loca_vision.settings_value import nearest
 
 
 class Settings(Protocol):
@@ -77,7 +78,7 @@ def _as_json(value: Any) -> Any:
 def _flags(cls: type[Settings], arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     """The fields that a command line names, as tyro reads it, with the word that follows; of two, the last counts."""
     names = {field.name for field in dataclasses.fields(cls)}
-    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for word, following in zip(arguments, [*arguments[1:], None], strict=False):
         if word.startswith("--"):
             flag, equals, value = word[2:].partition("=")
             name = flag.replace("-", "_")

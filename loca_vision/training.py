@@ -72,15 +72,3 @@ def _batches(data: Images, size: int, count: int, seed: int, workers: int) -> It
             count -= 1
             if not count:
                 return
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: Images, *, batch_size: int = 64, workers: int = 0) -> float:
-    """The share of images whose largest logit is their class, in evaluation mode."""
-    model.eval()
-    device = next(model.parameters()).device
-    right = total = 0
-    for images, labels in DataLoader(data, batch_size, num_workers=workers):
-        right += int((model(images.to(device)).argmax(1).cpu() == labels).sum())
-        total += len(labels)
-    return right / total

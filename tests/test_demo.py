@@ -14,7 +14,8 @@ from PIL import Image
 from loca_vision import active_adapters, load_adapter
 from loca_vision.cli import main
 from loca_vision.demo import Demo, run
-from loca_vision.training import accuracy, fine_tune
+from loca_vision.evaluation import accuracy_of, confusion
+from loca_vision.training import fine_tune
 from loca_vision.vit import ModelSpec, build_model
 
 TINY = {"model": "test_vit", "weights": "none", "image_size": 160, "batch_size": 4, "n_components": 20}
@@ -104,4 +105,4 @@ def test_the_loop_takes_the_steps_it_is_asked_for():
     assert len(set(seen[0] + seen[1])) == 8 and seen[0] != seen[2]
     model.weight.data.zero_()
     model.bias.data.copy_(torch.tensor([1.0, 0.0]))
-    assert accuracy(model, data) == 1.0
+    assert accuracy_of(confusion(model, data, 2)) == 1.0

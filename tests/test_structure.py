@@ -12,17 +12,19 @@ PACKAGE = Path(loca_vision.__file__).parent
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
     {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls", "sampling"}
-    | {"console", "settings_file", "optimizer_state", "generator_state"},
-    {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings", "augmentation", "published", "hub_datasets"}
-    | {"approximation", "factors", "lora_names"},
-    {"kinds", "manifest", "catalogue", "lora_scales"},
+    | {"console", "settings_value", "optimizer_state", "generator_state", "presets", "evaluation"},
+    {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings_file", "augmentation", "published", "hub_datasets"},
+    {"kinds", "manifest", "catalogue", "settings"},
+    {"approximation", "factors", "lora_names", "lora_scales"},
     {"spectrum", "low_rank", "checkpoint_folder", "datasets"},
     {"sparse"},
     {"loca", "sdctft", "fourierft"},
     {"selora", "adapter_file"},
-    {"targets", "updates", "lora_files", "sharded"},
-    {"places"},
-    {"layer", "attention", "lora_writing", "exchange_source"},
+    {"recipe"},
+    {"targets", "updates"},
+    {"places", "lora_files", "sharded"},
+    {"lora_writing", "exchange_source"},
+    {"layer", "attention"},
     {"record"},
     {"weights", "root"},
     {"inject", "fusing", "blocks", "sources"},
@@ -30,16 +32,25 @@ LAYERS = (
     {"loading"},
     {"loader"},
     {"diffusers"},
-    {"inspection", "img_focus", "training", "exchange", "merging"},
+    {"inspection", "img_focus", "training"},
+    {"exchange", "merging"},
     {"vit", "plots"},
-    {"reload", "demo_report", "spectrum_picture", "exchange_commands"},
+    {"spectrum_picture", "exchange_commands"},
+    {"classification", "hub"},
+    {"run_report"},
+    {"fit"},
+    {"reload", "demo_report", "environment"},
     {"demo"},
     {"cli"},
 )
 LIGHT = {"torch", "safetensors", "loca_vision"}
-NEEDS_MORE = {"diffusers", "sources", "data", "img_focus", "vit", "plots", "demo", "demo_report", "cli", "reload"}
-NEEDS_MORE |= {"exchange", "exchange_commands", "spectrum_picture"}
-NEEDS_MORE |= {"published", "catalogue", "hub_datasets", "datasets", "augmentation", "settings", "settings_file"}
+NEEDS_MORE = {
+    *("diffusers", "sources", "img_focus", "vit", "plots", "demo", "demo_report", "cli", "reload"),
+    *("data", "published", "catalogue", "hub_datasets", "datasets", "augmentation"),
+    *("settings", "settings_file", "settings_value", "console"),
+    *("recipe", "classification", "evaluation", "fit", "run_report", "hub"),
+    *("exchange", "exchange_commands", "spectrum_picture"),
+}
 
 
 def imported(file):

@@ -1,0 +1,53 @@
+"""What a classifier answers on images it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+
+@torch.no_grad()
+def confusion(
+    model: nn.Module,
+    images: Dataset[tuple[Tensor, int]],
+    classes: int,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    share: slice = slice(None),
+    computing: AbstractContextManager[Any] | None = None,
+) -> Tensor:
+    """(classes, classes) int64: how many images of each class (row) were taken for each class (column), in evaluation mode.
+
+    Args:
+        share: which of the images, as `slice(rank, None, processes)` for one of several processes.
+        computing: autocast, where that is wanted.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    positions = range(len(images))[share]  # type: ignore[arg-type]
+    matrix = torch.zeros(classes, classes, dtype=torch.int64)
+    with computing or nullcontext():
+        for batch, labels in _batches(images, positions, batch_size, workers):
+            answers = model(batch.to(device)).argmax(1).cpu()
+            matrix += torch.bincount(labels * classes + answers, minlength=classes * classes).view(classes, classes)
+    return matrix
+
+
+def _batches(
+    images: Dataset[tuple[Tensor, int]], positions: Sequence[int], batch_size: int, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    own = torch.Generator()  # the loader would draw from the global one
+    part = images if len(positions) == len(images) else Subset(images, positions)  # type: ignore[arg-type]
+    if len(positions):
+        yield from DataLoader(part, batch_size, num_workers=workers, generator=own)
+
+
+def accuracy_of(matrix: Tensor) -> float:
+    """The share of images that were taken for what they are."""
+    return float(matrix.diagonal().sum() / matrix.sum().clamp(min=1))
