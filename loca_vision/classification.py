@@ -73,8 +73,10 @@ def _limited(splits: ImageSplits, recipe: Recipe) -> ImageSplits:
         return images if count is None else first(images, count, recipe.split_seed)
 
     train, test = some(splits.train, recipe.train_images), some(splits.test, recipe.test_images)
-    sizes = {"train": len(train), "validation": len(splits.validation), "test": len(test)}
-    return replace(splits, train=train, test=test, protocol=splits.protocol | {"sizes": sizes})
+    validation = some(splits.validation, recipe.validation_images)
+    sizes = {"train": len(train), "validation": len(validation), "test": len(test)}
+    protocol = splits.protocol | {"sizes": sizes}
+    return replace(splits, train=train, validation=validation, test=test, protocol=protocol)
 
 
 def _workers(recipe: Recipe) -> int:

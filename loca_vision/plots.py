@@ -64,7 +64,7 @@ def draw_curves(path: Path, title: str, runs: Mapping[str, tuple[Sequence[Step],
     drawn = bars.bar(list(runs), values, color=COLOURS[: len(runs)])
     bars.bar_label(drawn, [f"{100 * value:.1f} %" for value in values])
     bars.set(ylim=(0, 1.08), title="test accuracy")
-    save_figure(figure, path)
+    save(figure, path)
 
 
 def draw_run(path: Path, title: str, curve: Mapping[str, Sequence[Any]], epochs: Sequence[Mapping[str, float]]) -> None:
@@ -86,7 +86,7 @@ def draw_run(path: Path, title: str, curve: Mapping[str, Sequence[Any]], epochs:
     validation.plot([epoch["epoch"] for epoch in epochs], found, color=COLOURS[2], marker="o")
     validation.xaxis.set_major_locator(MaxNLocator(integer=True))
     validation.set(xlabel="epoch", ylabel="%", title=f"validation accuracy, best {max(found):.1f} %")
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_confusion(path: Path, matrix: Tensor, classes: Sequence[str]) -> None:
@@ -105,7 +105,7 @@ def draw_confusion(path: Path, matrix: Tensor, classes: Sequence[str]) -> None:
         colour = "white" if shares[row, col] > 0.5 else "black"
         axes.text(col, row, str(int(matrix[row, col])), ha="center", va="center", fontsize=size * 0.8, color=colour)
     figure.colorbar(drawn, ax=axes, label="share of the class", shrink=0.7)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_spectrum(path: Path, travels: Sequence[Travel]) -> None:
@@ -127,7 +127,7 @@ def draw_spectrum(path: Path, travels: Sequence[Travel]) -> None:
     rest = f" (the first {len(shown)} of {len(travels)})" if len(shown) < len(travels) else ""
     figure.suptitle(f"Final locations in each projection's spectrum, low frequencies at the top left{rest}")
     figure.colorbar(points, ax=figure.axes, label="cells travelled", shrink=0.6, pad=0.01)
-    save_figure(figure, path)
+    save(figure, path)
 
 
 def _smooth(values: Sequence[float], window: int = 10) -> list[float]:
@@ -142,7 +142,8 @@ def _shade(moving: Sequence[int], axes: Any) -> None:
         axes.axvspan(number - 0.5, number + 0.5, color="#f2d7a0", alpha=0.5, linewidth=0, label=label)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """As PNG, whole or not at all."""
     # An Agg canvas of its own: no window system, and no global state of pyplot.
     picture = BytesIO()
     FigureCanvasAgg(figure).print_figure(picture, dpi=130, format="png")

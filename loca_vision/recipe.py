@@ -43,6 +43,8 @@ class Recipe:
     """Of the parts that are held out where the authors left that open."""
     train_images: int | None = None
     """Train on so many images only, drawn by the split seed."""
+    validation_images: int | None = None
+    """Validate on so many images only, drawn by the split seed."""
     test_images: int | None = None
     """Test on so many images only, drawn by the split seed."""
     augment: Literal["crop", "flip", "none"] | None = None
@@ -239,7 +241,15 @@ def _check_numbers(recipe: Recipe) -> None:
     }
     for name, least in counts.items():
         check_count(name, getattr(recipe, name), least)
-    maybe = {"train_images": 1, "test_images": 1, "image_size": 1, "early_stop": 1, "checkpoint_steps": 1, "workers": 0}
+    maybe = {
+        "train_images": 1,
+        "validation_images": 1,
+        "test_images": 1,
+        "image_size": 1,
+        "early_stop": 1,
+        "checkpoint_steps": 1,
+        "workers": 0,
+    }
     for name, least in maybe.items():
         if getattr(recipe, name) is not None:
             check_count(name, getattr(recipe, name), least)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from loca_vision.dct import dct2
 from loca_vision.inspection import Layer
-from loca_vision.plots import MOST_PANELS, save_figure
+from loca_vision.plots import MOST_PANELS, save
 
 _PIXELS, _DECADES = 96, 4.0
 
@@ -44,7 +44,7 @@ def draw_spectra(path: Path, title: str, layers: Iterator[Layer]) -> None:
         empty.set_axis_off()
     figure.suptitle(title)
     figure.colorbar(shown, ax=figure.axes, label="log10 |coefficient|", shrink=0.6, pad=0.01)
-    save_figure(figure, path)
+    save(figure, path)
 
 
 def _shrunk(delta: Tensor) -> Tensor:
