@@ -9,9 +9,11 @@ from typing import Literal
 
 import torch
 
+from loca_vision.adapter_file import FILE_NAME as ADAPTER_NAME
 from loca_vision.approximation import Budget, Kind
 from loca_vision.exchange import loss_table, to_loca, to_lora
 from loca_vision.exchange_source import Source, open_difference, read_source
+from loca_vision.lora_files import DIFFUSERS_WEIGHTS
 from loca_vision.merging import merge
 from loca_vision.places import Place, places_in, places_of_modules
 
@@ -63,8 +65,9 @@ class Form:
                 raise ValueError("--rank and --half are for LoRA: say which with --to")
         elif self.shared or any(getattr(self, kind) is not None for kind in KINDS):
             raise ValueError(f"--to {self.to}: a LoRA has a --rank, no number of components")
-        if output.is_file() and not self.overwrite:
-            raise FileExistsError(f"{output}: it is there; choose another name, or say --overwrite")
+        there = output / (ADAPTER_NAME if self.to == "loca" else DIFFUSERS_WEIGHTS) if output.is_dir() else output
+        if there.is_file() and not self.overwrite:
+            raise FileExistsError(f"{there}: it is there; choose another name, or say --overwrite")
 
 
 @dataclass(frozen=True)

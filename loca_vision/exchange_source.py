@@ -65,13 +65,25 @@ def read_source(path: str | os.PathLike[str], places: Sequence[Place] | None = N
         file = file / FILE_NAME
     if file.is_dir() or not _is_adapter(file):
         lora = read_lora(file, skip=skip)
-        shapes = {module: pair.shape for module, pair in lora.pairs.items()}
-        return Source(shapes, lambda module, _: lora.pairs[module], lora.whole, lora.skipped)
+        pairs = _without_empty_kinds(lora.pairs)
+        shapes = {module: pair.shape for module, pair in pairs.items()}
+        return Source(shapes, lambda module, _: pairs[module], lora.whole, lora.skipped)
     with open_safetensors(file) as opened:
         about = read_description(opened.metadata, opened.entries)
         tensors = opened.tensors()
         check_values(tensors, about)
         return _of_adapter(about, tensors, {place.projection: place for place in places or ()})
+
+
+def _without_empty_kinds(pairs: Mapping[str, LowRankPair]) -> dict[str, LowRankPair]:
+    """Without projections that have zeros wherever they are: kohya's keys may have one for the sake of diffusers."""
+    filled = {_kind(module) for module, pair in pairs.items() if pair.up.any() and pair.down.any()}
+    return {module: pair for module, pair in pairs.items() if _kind(module) in filled} or dict(pairs)
+
+
+def _kind(module: str) -> tuple[str, str]:
+    """The component and the name of a projection: the same in every layer."""
+    return module.partition(".")[0], module.removesuffix(".0").rpartition(".")[2]
 
 
 def _is_adapter(file: Path) -> bool:

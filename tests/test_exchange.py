@@ -81,6 +81,22 @@ def test_a_pipeline_loads_what_a_lora_was_converted_to(budget, write, tmp_path):
         assert total_loss(losses) < 1e-6
 
 
+def test_zeros_for_the_sake_of_diffusers_are_no_target(tmp_path):
+    pipe = stable_diffusion()
+    pairs = {path: pair for path, pair in attention_lora(pipe).items() if not path.endswith(("out_proj", "k_proj"))}
+    write_kohya_lora(tmp_path / "lora.safetensors", pairs)
+    to_loca(read_source(tmp_path / "lora.safetensors"), Budget("count", 5), tmp_path / "loca")
+    load_loca_weights(pipe, tmp_path / "loca", "default")
+    assert {name.rpartition(".")[2] for name in adapters(pipe.text_encoder)} == {"q", "v"}
+
+
+def test_what_is_there_is_replaced_on_request_only(tmp_path, capsys):
+    write_diffusers_lora(tmp_path / "lora.safetensors", attention_lora(stable_diffusion()))
+    words = f"convert {tmp_path}/lora.safetensors {tmp_path}/out --count 3".split()
+    assert [main(words), main(words), main([*words, "--overwrite"])] == [0, 2, 0]
+    assert "say --overwrite" in capsys.readouterr().err
+
+
 def peft_of(model, tmp_path, **settings):
     adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, modules_to_save=["head"], **settings))
     for module in adapted.modules():
