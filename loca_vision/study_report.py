@@ -62,7 +62,8 @@ def study_table(points: Sequence[Point], seeds: Sequence[int]) -> str:
     """Markdown: a row for each method and budget, accuracies in percent."""
     of = "/".join(map(str, seeds))
     lines = [
-        f"| method | trained numbers | rate | validation at each, seed {seeds[0]} | test, seeds {of} | mean ± std | s/step | file |",
+        "| method | trained numbers | rate "
+        f"| validation at each, seed {seeds[0]} | test, seeds {of} | mean ± std | s/step | bytes |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for point in points:

@@ -38,7 +38,7 @@ LAYERS = (
     {"spectrum_picture", "exchange_commands"},
     {"classification", "hub"},
     {"run_report", "study_report"},
-    {"fit"},
+    {"fit", "evaluate"},
     {"reload", "demo_report"},
     {"demo"},
     {"cli"},
@@ -48,7 +48,7 @@ NEEDS_MORE = {
     *("diffusers", "sources", "img_focus", "vit", "plots", "demo", "demo_report", "cli", "reload"),
     *("data", "published", "catalogue", "hub_datasets", "datasets", "augmentation"),
     *("settings", "settings_file", "settings_value", "console"),
-    *("recipe", "classification", "evaluation", "fit", "run_report", "study_report", "environment", "hub"),
+    *("recipe", "classification", "evaluation", "evaluate", "fit", "run_report", "study_report", "environment", "hub"),
     *("exchange", "exchange_commands", "spectrum_picture"),
 }
 

@@ -78,7 +78,10 @@ def _one(recipe: Recipe, folder: Path, accelerator: Accelerator) -> dict[str, An
     """Train with one seed, test the best epoch, write everything down."""
     if (folder / METRICS).exists():  # with --resume: this seed is done
         return _finished(recipe, folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.yaml", as_yaml(replace(recipe, resume=False)).encode())
+    accelerator.wait_for_everyone()
     set_seed(recipe.seed)
     task = task_of(recipe, recipe.seed)
     model = build(task, recipe)
