@@ -1,4 +1,4 @@
-"""From any update of weights to a LoCA adapter, by its largest DCT coefficients, or to a LoRA, by its largest singular values.
+"""From any update of weights to an adapter of this library: LoCA, by its largest DCT coefficients, or LoRA.
 
 Each says what it loses: the relative error of every layer and of all together, in the Frobenius norm.
 """
@@ -7,73 +7,27 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from loca_vision.adapter_file import FILE_NAME as ADAPTER_NAME
 from loca_vision.adapter_file import Description, nearest, prefix_of
-from loca_vision.approximation import Budget, Components, largest_components
+from loca_vision.approximation import Budget, largest_components
 from loca_vision.checkpoint import write_adapter
 from loca_vision.config import PARTS
 from loca_vision.exchange_source import Source
-from loca_vision.factors import LowRankPair, truncated
+from loca_vision.factors import LowRankPair, cut
 from loca_vision.kinds import AdapterConfig
 from loca_vision.loca import LoCAConfig
-from loca_vision.lora_writing import write_diffusers_lora, write_kohya_lora, write_peft_lora
+from loca_vision.losses import Loss
+from loca_vision.low_rank import LoRAConfig
 from loca_vision.places import Place, places_of_modules
 from loca_vision.projections import kind_of
-from loca_vision.tables import aligned
 from loca_vision.version import __version__
-
-Layout = Literal["diffusers", "kohya", "peft"]
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What one layer keeps of its update.
-
-    Args:
-        layer: the projection, or the module.
-        shape: (p, q).
-        kept: components, or the rank.
-        norm, error: Frobenius norms of the update and of what is lost of it.
-    """
-
-    layer: str
-    shape: tuple[int, int]
-    kept: int
-    norm: float
-    error: float
-
-    @property
-    def relative(self) -> float:
-        return self.error / self.norm if self.norm else 0.0
-
-
-def total_loss(losses: Sequence[Loss]) -> float:
-    """The relative error of all layers together."""
-    norm = math.hypot(*(loss.norm for loss in losses))
-    return math.hypot(*(loss.error for loss in losses)) / norm if norm else 0.0
-
-
-def loss_table(losses: Sequence[Loss], unit: str) -> str:
-    """A line for each layer, and one for all: shape, what is kept (`unit`), norm of the update, relative error."""
-    rows = [("layer", "shape", unit, "norm", "relative error")]
-    for loss in losses:
-        rows.append(
-            (loss.layer, f"{loss.shape[0]} x {loss.shape[1]}", str(loss.kept), f"{loss.norm:.4g}", f"{loss.relative:.4g}")
-        )
-    norm = math.hypot(*(loss.norm for loss in losses))
-    rows.append(("all", "", str(sum(loss.kept for loss in losses)), f"{norm:.4g}", f"{total_loss(losses):.4g}"))
-    return aligned(rows, str.ljust)
-
-
-# To LoCA
 
 
 def to_loca(
@@ -101,9 +55,94 @@ def to_loca(
     """
     projections = _Projections(source, _places(source, places, skip=skip))
     kept = largest_components(projections, budget)
-    about, tensors = _adapter(kept, source, base_model or source.base_model, name or source.name)
-    write_adapter(_file_of_adapter(path), about, tensors)
+    tensors: dict[str, Tensor] = {}
+    for projection, part in kept.items():
+        if math.prod(part.shape) > 2**31:
+            raise ValueError(f"{projection}: {part.shape[0]} x {part.shape[1]} cells are more than int32 locations can number")
+        tensors |= {f"{projection}.coefficients": part.coefficients, f"{projection}.locations": part.cells.to(torch.int32)}
+    counts = {projection: len(part.cells) for projection, part in kept.items()}
+    shapes = {projection: part.shape for projection, part in kept.items()}
+
+    def config(component: str, targets: tuple[str, ...]) -> LoCAConfig:
+        prefix = prefix_of(component)
+        mine = {name[len(prefix) :]: count for name, count in counts.items() if name.startswith(prefix)}
+        same = set(mine.values())
+        return LoCAConfig(n_components=same.pop() if len(same) == 1 else mine, targets=targets)
+
+    _write(path, source, shapes, tensors, config, base_model or source.base_model, name or source.name)
     return [Loss(layer, part.shape, len(part.cells), part.norm, part.error) for layer, part in kept.items()]
+
+
+def to_lora_adapter(
+    source: Source,
+    path: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    places: Sequence[Place] | None = None,
+    base_model: str | None = None,
+    name: str | None = None,
+    skip: bool = False,
+) -> list[Loss]:
+    """Write the LoRA adapter of this library closest to an update: exact where it has factors and no rank is asked for.
+
+    One adapter has one rank, the largest; factors of lower ranks are filled up with zeros. The scale is folded into B. The
+    parts of a fused projection each have the same A.
+
+    Args:
+        rank: of every module, as in `to_lora`; the others as in `to_loca`.
+
+    Raises:
+        ValueError, OSError: as `to_loca` and `to_lora`.
+    """
+    there = _places(source, places, skip=skip)
+    modules = [module for module in source.shapes if any(place.module == module for place in there)]
+    kept = {module: cut(module, source.read(module, None), rank) for module in modules}
+    r = max(one.pair.rank for one in kept.values())
+    tensors: dict[str, Tensor] = {}
+    for place in there:
+        up, down = _factors(place, kept[place.module].pair if place.module in kept else None, r)
+        tensors |= {f"{place.projection}.up": up, f"{place.projection}.down": down}
+    shapes = {
+        place.projection: (len(tensors[f"{place.projection}.up"]), tensors[f"{place.projection}.down"].shape[1])
+        for place in there
+    }
+
+    def config(component: str, targets: tuple[str, ...]) -> LoRAConfig:
+        return LoRAConfig(r=r, alpha=float(r), targets=targets)
+
+    _write(path, source, shapes, tensors, config, base_model or source.base_model, name or source.name)
+    return [Loss(module, source.shapes[module], one.pair.rank, one.norm, one.error) for module, one in kept.items()]
+
+
+def _factors(place: Place, pair: LowRankPair | None, rank: int) -> tuple[Tensor, Tensor]:
+    """B (p, rank) with the scale in it, and A (rank, q), float32; zeros for a projection without an update."""
+    if pair is None:
+        assert place.size is not None
+        return torch.zeros(place.count(place.size[0]), rank), torch.zeros(rank, place.size[1])
+    more = rank - pair.rank
+    up, down = place.taken(pair.up.float() * pair.scale), pair.down.float()
+    return F.pad(up, (0, more)), F.pad(down, (0, 0, 0, more))
+
+
+def _write(
+    path: str | os.PathLike[str],
+    source: Source,
+    shapes: Mapping[str, tuple[int, int]],
+    tensors: Mapping[str, Tensor],
+    config: Callable[[str, tuple[str, ...]], AdapterConfig],
+    base_model: str,
+    name: str,
+) -> None:
+    """One adapter file; `config` makes the settings of each component, given the parts it adapts."""
+    of_pipeline = bool(places_of_modules(source.shapes))
+    kinds: dict[str, set[str]] = {}
+    for projection in shapes:
+        component = projection.partition(".")[0] if of_pipeline else ""
+        kinds.setdefault(component, set()).add(kind_of(projection.rpartition(".")[2]))
+    configs = {component: config(component, tuple(p for p in PARTS if p in of)) for component, of in kinds.items()}
+    about = Description(configs, dict(shapes), tuple(sorted(source.whole)), name, base_model, __version__)
+    whole = {f"full.{key}": value.contiguous() for key, value in source.whole.items()}
+    write_adapter(_file_of_adapter(path), about, whole | {key: value.contiguous() for key, value in tensors.items()})
 
 
 class _Projections(Mapping[str, Tensor]):
@@ -185,96 +224,6 @@ def _is_flat(component: str) -> bool:
         return not hasattr(CLIPTextModel(CLIPTextConfig(**sizes, **words)), "text_model")
 
 
-def _adapter(
-    kept: Mapping[str, Components], source: Source, base_model: str, name: str
-) -> tuple[Description, dict[str, Tensor]]:
-    counts: dict[str, dict[str, int]] = {}
-    tensors: dict[str, Tensor] = {f"full.{key}": value.contiguous() for key, value in source.whole.items()}
-    components = {module.partition(".")[0] for module in source.shapes} if places_of_modules(source.shapes) else {""}
-    for projection, part in kept.items():
-        if math.prod(part.shape) > 2**31:
-            raise ValueError(f"{projection}: {part.shape[0]} x {part.shape[1]} cells are more than int32 locations can number")
-        component = "" if "" in components else projection.partition(".")[0]
-        counts.setdefault(component, {})[projection[len(prefix_of(component)) :]] = len(part.cells)
-        tensors |= {f"{projection}.coefficients": part.coefficients, f"{projection}.locations": part.cells.to(torch.int32)}
-    configs: dict[str, AdapterConfig] = {component: _config(of) for component, of in counts.items()}
-    shapes = {projection: part.shape for projection, part in kept.items()}
-    return Description(configs, shapes, tuple(sorted(source.whole)), name, base_model, __version__), tensors
-
-
-def _config(counts: Mapping[str, int]) -> LoCAConfig:
-    kinds = {kind_of(projection.rpartition(".")[2]) for projection in counts}
-    same = set(counts.values())
-    return LoCAConfig(
-        n_components=same.pop() if len(same) == 1 else counts, targets=tuple(part for part in PARTS if part in kinds)
-    )
-
-
 def _file_of_adapter(path: str | os.PathLike[str]) -> Path:
     file = Path(path)
     return file if file.suffix == ".safetensors" and not file.is_dir() else file / ADAPTER_NAME
-
-
-# To LoRA
-
-
-def to_lora(
-    source: Source,
-    path: str | os.PathLike[str],
-    *,
-    layout: Layout,
-    rank: int | None = None,
-    dtype: torch.dtype | None = None,
-    base_model: str | None = None,
-    overwrite: bool = False,
-    skip: bool = False,
-) -> list[Loss]:
-    """Write the LoRA of some rank closest to an update.
-
-    Args:
-        layout: the keys: "diffusers" or "kohya" for a pipeline's components, or "peft", a folder for one model.
-        rank: of every module, or, where that is larger, the one that loses nothing; None keeps the factors that there are.
-        dtype: of the factors.
-        skip: leave out tensors trained whole, which only "peft" has room for.
-
-    Raises:
-        ValueError: a rank below 1; None where the update has no factors; whole tensors; modules without a name in this layout.
-        OSError: as `write_atomically`.
-    """
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank={rank}: it is a whole number from 1 up")
-    if source.whole and layout != "peft" and not skip:
-        first = next(iter(source.whole))
-        raise ValueError(f"{first} was trained whole, for which {layout} keys have no room; it can be left out (skip)")
-    pairs, losses = {}, []
-    for module, shape in source.shapes.items():
-        pairs[module], loss = _pair(module, source.read(module, None), shape, rank)
-        losses.append(loss)
-    if layout == "peft":
-        names, whole = _without_component(pairs, source.whole)
-        write_peft_lora(path, names, whole=whole, base_model=base_model, overwrite=overwrite)
-    else:
-        (write_diffusers_lora if layout == "diffusers" else write_kohya_lora)(path, pairs, dtype=dtype)
-    return losses
-
-
-def _pair(module: str, update: Tensor | LowRankPair, shape: tuple[int, int], rank: int | None) -> tuple[LowRankPair, Loss]:
-    if rank is None or (isinstance(update, LowRankPair) and update.rank <= rank):
-        if not isinstance(update, LowRankPair):
-            raise ValueError(f"{module}: its update has no factors yet; say which rank they are to have")
-        return update, Loss(module, shape, update.rank, truncated(update, 1).norm, 0.0)
-    cut = truncated(update, min(rank, *shape))
-    return cut.pair, Loss(module, shape, cut.pair.rank, cut.norm, cut.error)
-
-
-def _without_component(
-    pairs: Mapping[str, LowRankPair], whole: Mapping[str, Tensor]
-) -> tuple[dict[str, LowRankPair], dict[str, Tensor]]:
-    """By the names of one model: peft's files are for one."""
-    if not places_of_modules(pairs):
-        return dict(pairs), dict(whole)
-    components = {module.partition(".")[0] for module in pairs}
-    if len(components) > 1:
-        raise ValueError(f"peft's files are for one model, and this update is for {', '.join(sorted(components))}")
-    prefix = prefix_of(components.pop())
-    return {m[len(prefix) :]: pair for m, pair in pairs.items()}, {name[len(prefix) :]: t for name, t in whole.items()}

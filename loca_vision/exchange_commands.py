@@ -11,9 +11,11 @@ import torch
 
 from loca_vision.adapter_file import FILE_NAME as ADAPTER_NAME
 from loca_vision.approximation import Budget, Kind
-from loca_vision.exchange import loss_table, to_loca, to_lora
+from loca_vision.exchange import to_loca, to_lora_adapter
+from loca_vision.exchange_lora import to_lora
 from loca_vision.exchange_source import Source, open_difference, read_source
 from loca_vision.lora_files import DIFFUSERS_WEIGHTS
+from loca_vision.losses import loss_table
 from loca_vision.merging import merge
 from loca_vision.places import Place, places_in, places_of_modules
 
@@ -24,8 +26,8 @@ KINDS: tuple[Kind, ...] = ("count", "threshold", "ratio", "energy")
 class Form:
     """What is to be made of updates."""
 
-    to: Literal["loca", "diffusers", "kohya", "peft"] = "loca"
-    """LoCA, or LoRA with these keys. ComfyUI reads kohya's."""
+    to: Literal["loca", "lora", "diffusers", "kohya", "peft"] = "loca"
+    """LoCA or LoRA, as adapters of this library; or a LoRA file of others. ComfyUI reads kohya's."""
     count: int | None = None
     """LoCA: so many components."""
     threshold: float | None = None
@@ -65,7 +67,7 @@ class Form:
                 raise ValueError("--rank and --half are for LoRA: say which with --to")
         elif self.shared or any(getattr(self, kind) is not None for kind in KINDS):
             raise ValueError(f"--to {self.to}: a LoRA has a --rank, no number of components")
-        there = output / (ADAPTER_NAME if self.to == "loca" else DIFFUSERS_WEIGHTS) if output.is_dir() else output
+        there = output / (ADAPTER_NAME if self.to in ("loca", "lora") else DIFFUSERS_WEIGHTS) if output.is_dir() else output
         if there.is_file() and not self.overwrite:
             raise FileExistsError(f"{there}: it is there; choose another name, or say --overwrite")
 
@@ -195,6 +197,8 @@ def _model(name: str | None) -> tuple[list[Place] | None, str | None]:
 def _write(output: Path, form: Form, source: Source, places: Sequence[Place] | None, base_model: str | None) -> str:
     if form.to == "loca":
         losses = to_loca(source, form.budget(), output, places=places, base_model=base_model, skip=form.skip)
+    elif form.to == "lora":
+        losses = to_lora_adapter(source, output, rank=form.rank, places=places, base_model=base_model, skip=form.skip)
     else:
         losses = to_lora(
             source,

@@ -105,3 +105,16 @@ def _of_pair(pair: LowRankPair) -> tuple[Tensor, Tensor, Tensor]:
     right, right_in = torch.linalg.qr(pair.down.detach().double().T)
     inner_left, values, inner_right = _svd(pair.scale * left_in @ right_in.T)
     return left @ inner_left, values, inner_right @ right.T
+
+
+def cut(module: str, update: Tensor | LowRankPair, rank: int | None) -> Truncated:
+    """The closest update of a rank; with None, or where it has no higher one, its own factors.
+
+    Raises:
+        ValueError: it has no factors yet, and no rank is asked for.
+    """
+    if isinstance(update, LowRankPair) and (rank is None or update.rank <= rank):
+        return Truncated(update, truncated(update, 1).norm, 0.0)
+    if rank is None:
+        raise ValueError(f"{module}: its update has no factors yet; say which rank they are to have")
+    return truncated(update, min(rank, *update.shape))

@@ -16,13 +16,15 @@ from loca_vision import LoCAConfig, adapters, inject, load_adapter, remove, save
 from loca_vision.approximation import Budget
 from loca_vision.cli import main
 from loca_vision.diffusers import load_loca_weights
-from loca_vision.exchange import loss_table, to_loca, to_lora, total_loss
+from loca_vision.exchange import to_loca, to_lora_adapter
+from loca_vision.exchange_lora import to_lora
 from loca_vision.exchange_source import open_difference, read_source
 from loca_vision.factors import LowRankPair
 from loca_vision.fourierft import FourierFTConfig
 from loca_vision.inspection import describe
 from loca_vision.lora_files import read_lora
 from loca_vision.lora_writing import write_diffusers_lora, write_kohya_lora
+from loca_vision.losses import loss_table, total_loss
 from loca_vision.low_rank import LoRAConfig
 from loca_vision.merging import merge
 from loca_vision.places import place_of, places_in, places_of_modules
@@ -79,6 +81,38 @@ def test_a_pipeline_loads_what_a_lora_was_converted_to(budget, write, tmp_path):
     check_told(losses, expected, got)
     if budget.kind == "ratio":
         assert total_loss(losses) < 1e-6
+
+
+@pytest.mark.parametrize("ranks", [(4,), (4, 2, 7)], ids=str)
+def test_a_lora_of_a_pipeline_becomes_an_adapter_of_this_library(ranks, tmp_path):
+    """One rank for all of them, the largest; to the last bit but the scale's rounding."""
+    pipe = stable_diffusion()
+    pairs = attention_lora(pipe, ranks)
+    write_diffusers_lora(tmp_path / "lora.safetensors", pairs)
+    losses = to_lora_adapter(read_source(tmp_path / "lora.safetensors"), tmp_path / "own")
+    assert total_loss(losses) == 0 and {loss.kept for loss in losses} == set(ranks)
+    load_loca_weights(pipe, tmp_path / "own", "default")
+    got = adapters(pipe.unet, "default")
+    assert {update.up.shape[1] for update in got.values()} == {max(ranks)}
+    for path, pair in pairs.items():
+        component, _, projection = places_of_modules([path])[path].projection.partition(".")
+        update = adapters(getattr(pipe, component), "default")[projection]
+        torch.testing.assert_close(update.delta(), pair.delta(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_timm_model_computes_alike_with_the_lora_that_peft_trained(tmp_path, capsys):
+    """A fused qkv: each part has its own rows of B, and the same A."""
+    images = torch.randn(2, 3, 160, 160)
+    adapted = peft_of(vit_model(), tmp_path, target_modules=["qkv", "fc2"])
+    assert main(f"convert {tmp_path / 'peft'} {tmp_path / 'own'} --model {NAME} --to lora".split()) == 0
+    model = vit_model()
+    load_adapter(model, tmp_path / "own")
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), adapted(images), atol=1e-4, rtol=1e-4)
+    assert main(f"convert {tmp_path / 'own'} {tmp_path / 'cut'} --model {NAME} --to lora --rank 2".split()) == 0
+    assert "relative error" in capsys.readouterr().out
+    load_adapter(model, tmp_path / "cut", "cut")
+    assert {update.up.shape[1] for update in adapters(model, "cut").values()} == {2}
 
 
 def test_zeros_for_the_sake_of_diffusers_are_no_target(tmp_path):

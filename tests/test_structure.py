@@ -23,7 +23,7 @@ LAYERS = (
     {"recipe"},
     {"targets", "updates"},
     {"places", "lora_files", "sharded"},
-    {"lora_writing", "exchange_source"},
+    {"lora_writing", "exchange_source", "losses"},
     {"layer", "attention"},
     {"record"},
     {"weights", "root"},
@@ -33,7 +33,7 @@ LAYERS = (
     {"loader"},
     {"diffusers"},
     {"inspection", "img_focus", "training", "environment"},
-    {"exchange", "merging"},
+    {"exchange", "exchange_lora", "merging"},
     {"vit", "plots"},
     {"spectrum_picture", "exchange_commands"},
     {"classification", "hub"},
@@ -49,7 +49,7 @@ NEEDS_MORE = {
     *("data", "published", "catalogue", "hub_datasets", "datasets", "augmentation"),
     *("settings", "settings_file", "settings_value", "console"),
     *("recipe", "classification", "evaluation", "evaluate", "fit", "run_report", "study_report", "environment", "hub"),
-    *("exchange", "exchange_commands", "spectrum_picture"),
+    *("exchange", "exchange_lora", "exchange_commands", "spectrum_picture"),
 }
 
 
