@@ -23,6 +23,8 @@ from loca_vision.kinds import Projection, kind
 from loca_vision.sparse import SparseConfig
 from loca_vision.spectrum import Spectrum, cell_locations
 
+_MOST_BANDS = 1000
+
 
 @kind
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class SDCTFTConfig(SparseConfig):
         check_components(self.n_components)
         check_factor("scale", self.scale, "the factor of the update")
         check_targets(self.targets)
-        check_count("n_bands", self.n_bands)
+        check_count("n_bands", self.n_bands, most=_MOST_BANDS)
         check_share("energy_share", self.energy_share)
         _check_budgets(self.budgets, self.n_bands)
         check_seed(self.seed)
