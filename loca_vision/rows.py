@@ -45,8 +45,8 @@ def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[Row
     `weight` (n, q) already contains the updates and has no gradient; each update's is that of its own rows of the weight,
     so that nothing is computed for rows nobody adapts, a third of a fused qkv with query and value.
     """
-    dtype = computed_in(x)
-    if dtype != x.dtype:
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = computed_in(x)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows, deltas = zip(*updates, strict=True)
     result: Tensor = _RowLinear.apply(x, weight, bias, rows, *deltas)
@@ -71,6 +71,13 @@ class _RowLinear(torch.autograd.Function):
             for rows, wants in zip(ctx.rows, wanted, strict=True)
         ]
         return grad @ weight if wants_x else None, None, flat.sum(0) if wants_bias else None, None, *deltas
+
+
+def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: list[LowRankRows]) -> Tensor:
+    """x weight^T + bias + `low_rank_term`: (..., q) to (..., n); `weight` (n, q) does not contain the updates."""
+    flat = x.reshape(-1, x.shape[-1])  # of more axes the product is a view, which autograd copies where it is changed in place
+    result = add_low_rank(F.linear(flat, weight, bias), flat, pairs)
+    return result.view(*x.shape[:-1], result.shape[-1])
 
 
 def low_rank_term(x: Tensor, rows: int, pairs: list[LowRankRows]) -> Tensor:

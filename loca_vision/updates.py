@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loca_vision.rows import LowRankRows, RowDelta, Rows, add_low_rank, add_rows, computed_in, low_rank_term, row_linear
+from loca_vision.rows import LowRankRows, RowDelta, Rows, add_rows, computed_in, low_rank_linear, low_rank_term, row_linear
 from loca_vision.update import Update
 
 
@@ -130,18 +130,17 @@ class Reading(nn.Module):
     def linear(self, x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor:
         """x (W + sum of the acting updates)^T + bias, where `learns_alone`: no other row's gradient is computed.
 
-        Updates of low rank act on the activations, which spares the gradient of a whole matrix; of others the sum is built.
+        Updates all of low rank act on the activations, which spares the gradient of a whole matrix; else the sum is built.
         """
         self.drop()
-        whole, pairs = self._by_rank(self.acting())
-        if whole:
-            updates = self._deltas(whole, base)
-            with torch.no_grad():
-                weight = add_rows(base, updates)
-            result = row_linear(x, weight, bias, updates)
-        else:
-            result = F.linear(x, base, bias)
-        return add_low_rank(result, x, pairs) if pairs else result
+        acting = self.acting()
+        whole, pairs = self._by_rank(acting)
+        if not whole:
+            return low_rank_linear(x, base, bias, pairs)
+        updates = self._deltas(acting, base)
+        with torch.no_grad():
+            weight = add_rows(base, updates)
+        return row_linear(x, weight, bias, updates)
 
     # The update alone, for weights that cannot be read or must not be written out
 
@@ -186,7 +185,7 @@ class Reading(nn.Module):
     def _by_activations(self, x: Tensor, rows: int, acting: list[Acting], weight: Tensor | None) -> Tensor:
         result = x.new_zeros(*x.shape[:-1], rows)
         for one in acting:
-            part = one.update(self.circumstances.number * one.strength, x, _rows_of(weight, one, x.device))
+            part = one.update(self.circumstances.number * one.strength, x, _rows_of(weight, one, x.device)).to(result.dtype)
             if torch.compiler.is_compiling():
                 part = part * self.circumstances.factor.to(part.dtype)
             if one.rows is None and part.shape == result.shape:
