@@ -23,13 +23,14 @@ def describe(path: str | os.PathLike[str]) -> str:
         about = read_description(opened.metadata, opened.entries)
         tensors = opened.tensors()
         size = opened.path.stat().st_size
-    check_values(tensors, about)
+        check_values(tensors, about)
     rows = [("projection", "shape", "trained", "norm")]
     for projection, shape in about.shapes.items():
         config = about.configs[component_of(projection, about.configs)]
         update = config.restored(projection, shape, tensors)
-        norm = "-" if update.needs_weight else f"{update.delta().norm():.4g}"
-        rows.append((projection, f"{shape[0]} x {shape[1]}", str(sum(p.numel() for p in update.learned())), norm))
+        norm = update.norm()
+        trained = sum(p.numel() for p in update.learned())
+        rows.append((projection, f"{shape[0]} x {shape[1]}", str(trained), "-" if norm is None else f"{norm:.4g}"))
     whole = {key.removeprefix("full."): tuple(value.shape) for key, value in tensors.items() if key.startswith("full.")}
     head = [
         f"{opened.path}: {size:,} bytes, adapter {about.name!r} of {about.base_model}, by loca-vision {about.library_version}",

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from loca_vision.config import check_seed, check_targets
 from loca_vision.offload import stored_at
 from loca_vision.update import Update
 
@@ -58,6 +59,16 @@ class AdapterConfig:
     targets: tuple[str, ...]
     seed: int
 
+    def __post_init__(self) -> None:
+        """Check the fields that all kinds have; a subclass with more of them checks those too.
+
+        Raises:
+            ValueError: naming the field, its value and the rule.
+        """
+        check_targets(self.targets)
+        check_seed(self.seed)
+        object.__setattr__(self, "targets", tuple(self.targets))  # which a file has as a list
+
     # New updates
 
     def made(self, shape: tuple[int, int]) -> Update:
@@ -68,8 +79,11 @@ class AdapterConfig:
         """
         raise NotImplementedError
 
-    def started(self, update: Update, projection: Projection, generator: torch.Generator) -> None:
-        """Give a new update its first numbers; the generator is the projection's own. The update is to change nothing."""
+    def started(self, update: Any, projection: Projection, generator: torch.Generator) -> None:
+        """Give an update that `made` has made its first numbers, with which it is to change nothing.
+
+        The generator is the projection's own; whoever draws from it draws the same for the same seed.
+        """
 
     def created(self, projections: Sequence[Projection]) -> list[Update]:
         """New updates for these projections, of which none changes anything.

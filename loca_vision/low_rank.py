@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from loca_vision.config import check_count, check_factor, check_flag, check_seed, check_targets
+from loca_vision.config import check_count, check_factor, check_flag
 from loca_vision.kinds import AdapterConfig, Projection, kind
 from loca_vision.update import Update
 
@@ -100,12 +100,10 @@ class LoRAConfig(AdapterConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("r", self.r)
         check_factor("alpha", self.alpha, "the factor of the update, times r,")
-        check_targets(self.targets)
         check_flag("use_dora", self.use_dora)
-        check_seed(self.seed)
-        object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "alpha", float(self.alpha))
 
     @property
@@ -116,8 +114,7 @@ class LoRAConfig(AdapterConfig):
         check_rank(self.r, shape)
         return LoRA(shape, self.r, self.scale, weight_decomposed=self.use_dora)
 
-    def started(self, update: Update, projection: Projection, generator: torch.Generator) -> None:
-        assert isinstance(update, LoRA)
+    def started(self, update: LoRA, projection: Projection, generator: torch.Generator) -> None:
         nn.init.kaiming_uniform_(update.down, a=math.sqrt(5), generator=generator)
         start_magnitude(update, projection)
 

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from loca_vision.config import check_choice, check_count, check_factor, check_flag, check_seed, check_share, check_targets
+from loca_vision.config import check_choice, check_count, check_factor, check_flag, check_share
 from loca_vision.fourierft import inverse_real
 from loca_vision.haar import inverse_haar2
 from loca_vision.kinds import AdapterConfig, Projection, Stored, generator_of, kind
@@ -103,14 +103,12 @@ class SeLoRAConfig(AdapterConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("r", self.r)
         check_share("eta", self.eta, open_end=True)
         check_choice("basis", self.basis, ("haar", "fft"))
         check_factor("alpha", self.alpha, "the factor of the update, times r,")
-        check_targets(self.targets)
         check_flag("use_dora", self.use_dora)
-        check_seed(self.seed)
-        object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "eta", float(self.eta))
         object.__setattr__(self, "alpha", float(self.alpha))
 
@@ -134,8 +132,7 @@ class SeLoRAConfig(AdapterConfig):
         counts = self.count(shape[0]), self.count(shape[1])
         return SpectralLowRank(shape, self.r, counts, self.scale, basis=self.basis, weight_decomposed=self.use_dora)
 
-    def started(self, update: Update, projection: Projection, generator: torch.Generator) -> None:
-        assert isinstance(update, SpectralLowRank)
+    def started(self, update: SpectralLowRank, projection: Projection, generator: torch.Generator) -> None:
         rows, cols = update.shape
         update.up_cells.copy_(self._cells((rows, self.r), len(update.up_cells)))
         update.down_cells.copy_(self._cells((self.r, cols), len(update.down_cells)))

@@ -45,6 +45,15 @@ class Update(nn.Module):
         """(p, r) and (r, q), whose product is `delta`; None for an update that is not of low rank."""
         return None
 
+    @torch.no_grad()
+    def norm(self) -> float | None:
+        """The Frobenius norm of the update; None for one that depends on the weight."""
+        pair = self.factors()
+        if pair is None:
+            return None if self.needs_weight else float(self.delta().norm())
+        up, down = pair[0].double(), pair[1].double()  # without building it: |B A|^2 is the trace of (B^T B) (A A^T)
+        return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
+
     def applied(self, x: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         """x times `strength` times the update, x Delta W^T: (..., q) to (..., p) in x's dtype, without gradients."""
         pair = self.factors(strength)

@@ -377,6 +377,19 @@ def test_copies_are_independent_and_complete(kind, clone):
 
 
 @every_kind
+def test_the_norm_is_that_of_the_matrix(kind):
+    """Also with two components at one cell, and at a cell and its mirror image."""
+    for update in adapters(adapted(kind)).values():
+        if kind in ("loca", "fourierft"):
+            update.locations.data[1] = update.locations[0]
+            update.locations.data[2] = ((-update.cells[0]) % torch.tensor(update.shape)) / (torch.tensor(update.shape) - 1)
+        if update.needs_weight:
+            assert update.norm() is None
+        else:
+            assert update.norm() == pytest.approx(update.delta().norm().item(), rel=1e-4)
+
+
+@every_kind
 def test_state_dicts_and_whole_models_travel(kind):
     model, other = adapted(kind), tiny("vit")
     inject(other, config_of(kind))

@@ -105,9 +105,9 @@ def test_fused_projections_with_and_without_autocast(kind, low_memory):
     model.fuse_qkv_projections()
     set_low_memory(model, low_memory)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert (tiny.output_of(model) - wanted).norm() < 0.3 * effect
+        assert (tiny.output_of(model) - wanted).norm() < 0.5 * effect
         learning = model(**tiny.inputs_of(model), return_dict=False)[0]
-    assert (learning.detach() - wanted).norm() < 0.3 * effect
+    assert (learning.detach() - wanted).norm() < 0.5 * effect
     learning.float().sum().backward()
     assert all(p.grad.isfinite().all() for update in adapters(model).values() for p in update.learned())
     near(tiny.output_of(model), wanted)
