@@ -25,8 +25,8 @@ from loca_vision import (
 from loca_vision.inject import linear_targets
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
-families = pytest.mark.parametrize("family", ("vit", "maxvit", "beit", "swinv2"))  # fused, interleaved, around the forward
-PARTS = {"vit": ("q", "v", "out", "fc1"), "maxvit": ("q", "v", "out"), "beit": ("q", "v", "out"), "swinv2": ("q", "k", "out")}
+families = pytest.mark.parametrize("family", ("vit", "maxvit", "beit"))  # fused, interleaved, around the forward
+PARTS = {"vit": ("q", "v", "out", "fc1"), "maxvit": ("q", "v", "out"), "beit": ("q", "v", "out")}
 WITHOUT_LOCATIONS = ("lora", "dora", "selora haar", "selora fft", "selora dora")
 
 
@@ -143,7 +143,7 @@ def test_half_a_strength_is_half_the_change(kind):
 
 
 @every_kind
-@pytest.mark.parametrize("other", ("loca", "dora", "selora haar"))
+@pytest.mark.parametrize("other", ("loca", "dora"))
 def test_two_adapters_of_different_kinds_at_once(kind, other):
     """On the same rows of the same fused weight: both changes are of W, and add."""
     model = adapted(kind, name="a")
@@ -414,8 +414,13 @@ class Two(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own making
-@pytest.mark.parametrize("kind", ("fourierft", "lora", "dora", "selora haar", "selora fft"))
-@pytest.mark.parametrize("learned", (True, False))
+@pytest.mark.parametrize(
+    ("kind", "learned"),
+    [
+        *((kind, True) for kind in ("fourierft", "lora", "dora", "selora haar")),
+        *((kind, False) for kind in ("lora", "dora", "selora fft")),
+    ],
+)
 def test_compiled_it_is_the_same(kind, learned):
     torch._dynamo.reset()
     model, x = Two(), torch.randn(2, 5, 48)
