@@ -1,6 +1,6 @@
 """An update of your own, with everything that LoCA has: here a sum of Kronecker products, full rank from few numbers.
 
-    python examples/your_own_update.py
+python examples/your_own_update.py
 """
 
 from dataclasses import dataclass
