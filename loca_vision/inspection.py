@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,16 +19,24 @@ from loca_vision.lora_files import has_lora, read_lora
 from loca_vision.safefile import open_safetensors
 from loca_vision.tables import aligned
 
+_MOST_CELLS = 2**26  # of a matrix that is built to be looked at: 8192 x 8192, 256 MB
 HEADER = ("projection", "shape", "trained", "norm", "energy", "low / middle / high")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One update: its name, (p, q), how many numbers were trained, and the matrix, or None where only a weight tells it."""
+    """One update.
+
+    Args:
+        trained: how many numbers it was made from.
+        norm: Frobenius; None where only a weight tells it.
+        delta: the matrix, or None there too, and for one that is too large to look at.
+    """
 
     name: str
     shape: tuple[int, int]
     trained: int
+    norm: float | None
     delta: Tensor | None
 
 
@@ -68,22 +77,19 @@ def describe(path: str | os.PathLike[str]) -> str:
     """The file's settings, then a line for each projection: (p, q), trained numbers, Frobenius norm of the update, its share of
     the squared norm of all, and how that is spread over the lower, middle and upper third of the frequencies.
 
-    Of a weight-decomposed update only a model tells the last three.
+    Of a weight-decomposed update only a model tells the last three, and an enormous one is not spread out.
 
     Raises:
         FileNotFoundError, ValueError: as `contents_of`.
     """
     found = contents_of(path)
-    measured = [(layer.name, layer.shape, layer.trained, _bands(layer.delta)) for layer in found.layers()]
-    total = sum(sum(bands) for *_, bands in measured if bands) or 1.0
+    measured = [(layer.name, layer.shape, layer.trained, layer.norm, _bands(layer.delta)) for layer in found.layers()]
+    total = sum(norm**2 for *_, norm, _ in measured if norm is not None) or 1.0
     rows = [HEADER]
-    for name, (p, q), trained, bands in measured:
-        norm, energy, spread = "-", "-", "-"
-        if bands:
-            mine = sum(bands)
-            norm, energy = f"{mine**0.5:.4g}", f"{100 * mine / total:.1f} %"
-            spread = " / ".join(f"{100 * band / (mine or 1.0):.0f}" for band in bands) + " %"
-        rows.append((name, f"{p} x {q}", str(trained), norm, energy, spread))
+    for name, (p, q), trained, norm, bands in measured:
+        size, energy = ("-", "-") if norm is None else (f"{norm:.4g}", f"{100 * norm**2 / total:.1f} %")
+        spread = " / ".join(f"{100 * band / (sum(bands) or 1.0):.0f}" for band in bands) + " %" if bands else "-"
+        rows.append((name, f"{p} x {q}", str(trained), size, energy, spread))
     return "\n".join([*found.head, "", aligned(rows, str.ljust)])
 
 
@@ -97,7 +103,8 @@ def _updates(about: Description, tensors: dict[str, Tensor]) -> Iterator[Layer]:
     for projection, shape in about.shapes.items():
         update = about.configs[component_of(projection, about.configs)].restored(projection, shape, tensors)
         trained = sum(parameter.numel() for parameter in update.learned())
-        yield Layer(projection, shape, trained, None if update.needs_weight else update.delta())
+        seen = not update.needs_weight and math.prod(shape) <= _MOST_CELLS
+        yield Layer(projection, shape, trained, update.norm(), update.delta() if seen else None)
 
 
 def _of_lora(file: Path) -> Contents:
@@ -111,7 +118,8 @@ def _of_lora(file: Path) -> Contents:
 
     def layers() -> Iterator[Layer]:
         for name, pair in lora.pairs.items():
-            yield Layer(name, pair.shape, pair.up.numel() + pair.down.numel(), pair.delta().float())
+            delta = pair.delta().float()
+            yield Layer(name, pair.shape, pair.up.numel() + pair.down.numel(), float(delta.norm()), delta)
 
     return Contents(head, layers)
 
