@@ -12,10 +12,11 @@ PACKAGE = Path(loca_vision.__file__).parent
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
     {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls", "sampling"}
-    | {"console", "settings_value", "optimizer_state", "generator_state", "presets", "evaluation"},
-    {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings_file", "augmentation", "published", "hub_datasets"},
-    {"kinds", "manifest", "catalogue", "settings"},
-    {"approximation", "factors", "lora_names", "lora_scales"},
+    | {"console", "settings_value", "optimizer_state", "generator_state", "presets", "evaluation", "cartoon"},
+    {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings_file", "augmentation", "published", "hub_datasets"}
+    | {"photographs", "pairs", "diffusion_loss"},
+    {"kinds", "manifest", "catalogue", "settings", "tensor_store", "pair_views"},
+    {"approximation", "factors", "lora_names", "lora_scales", "diffusion_cache"},
     {"spectrum", "low_rank", "checkpoint_folder", "datasets"},
     {"sparse"},
     {"loca", "sdctft", "fourierft"},
@@ -26,7 +27,7 @@ LAYERS = (
     {"lora_writing", "exchange_source", "losses"},
     {"layer", "attention"},
     {"record"},
-    {"weights", "root"},
+    {"weights", "root", "conv_in", "ema"},
     {"inject", "fusing", "blocks", "sources"},
     {"schedule", "checkpoint", "swap", "processor", "components"},
     {"loading"},
@@ -50,6 +51,7 @@ NEEDS_MORE = {
     *("settings", "settings_file", "settings_value", "console"),
     *("recipe", "classification", "evaluation", "evaluate", "fit", "run_report", "study_report", "environment", "hub"),
     *("exchange", "exchange_lora", "exchange_commands", "spectrum_picture"),
+    *("cartoon", "photographs", "pairs", "pair_views", "diffusion_cache"),
 }
 
 
