@@ -40,17 +40,26 @@ class Encoded(TypedDict):
 
 @dataclass(frozen=True)
 class Encoders:
-    """The frozen parts of a pipeline that turn images and texts into what the UNet takes."""
+    """The frozen parts of a pipeline that turn images and texts into what the UNet takes.
+
+    Models are put into evaluation mode, and compute in their own dtypes whatever autocast is on: nothing but their input
+    decides what comes out.
+    """
 
     vae: Any
     text_encoder: Any
     tokenizer: Any
 
+    def __post_init__(self) -> None:
+        for model in (self.vae, self.text_encoder):
+            model.eval()
+
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) in [-1, 1] to (n, 2, c, h, w): mean and standard deviation of the latents, without scaling."""
         images = images.to(self.vae.device, self.vae.dtype)
-        found = (self.vae.encode(image[None]).latent_dist for image in images)
+        with torch.autocast(images.device.type, enabled=False):
+            found = [self.vae.encode(image[None]).latent_dist for image in images]
         return torch.stack([torch.cat([one.mean, one.std]) for one in found])
 
     @torch.no_grad()
@@ -59,7 +68,8 @@ class Encoders:
         length = self.tokenizer.model_max_length
         given = self.tokenizer(list(prompts), max_length=length, padding="max_length", truncation=True, return_tensors="pt")
         words = given.input_ids.to(self.text_encoder.device)
-        return torch.cat([self.text_encoder(one[None])[0] for one in words])
+        with torch.autocast(words.device.type, enabled=False):
+            return torch.cat([self.text_encoder(one[None])[0] for one in words])
 
     def batch(self, items: Mapping[str, Any]) -> Encoded:
         """A batch of `PairTensors`, encoded here and now: the very tensors that `EncodedPairs` would have for it."""

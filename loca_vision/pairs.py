@@ -56,7 +56,9 @@ class Pairs(Dataset[Pair]):
             _check_column(rows, name, option, where)
         for name in (columns.original, columns.edited):
             rows = _as_images(rows, name, where)
-        self.rows = rows.select_columns(list(vars(columns).values()))
+        if getattr(rows.features[columns.prompt], "dtype", None) not in ("string", "large_string"):
+            raise ValueError(f"{where}: the column {columns.prompt} holds {_kind(rows, columns.prompt)}, not texts")
+        self.rows = rows.select_columns(list(dict.fromkeys(vars(columns).values())))  # one may be original and edited
         for index, prompt in enumerate(self.rows.select_columns([columns.prompt])[columns.prompt]):
             if not isinstance(prompt, str) or not prompt.strip():
                 raise ValueError(f"{where}, row {index}: there is no text in {columns.prompt}")
@@ -152,7 +154,12 @@ def _as_images(rows: Any, name: str, where: str) -> Any:
     named = set(kind) if isinstance(kind, dict) else set()
     if "bytes" in named or getattr(kind, "dtype", None) in ("binary", "large_binary"):
         return rows.cast_column(name, library.Image())
-    raise ValueError(f"{where}: the column {name} holds {getattr(kind, 'dtype', type(kind).__name__)}, not images")
+    raise ValueError(f"{where}: the column {name} holds {_kind(rows, name)}, not images")
+
+
+def _kind(rows: Any, name: str) -> str:
+    kind = rows.features[name]
+    return str(getattr(kind, "dtype", type(kind).__name__))
 
 
 def _line(error: Exception) -> str:

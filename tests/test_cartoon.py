@@ -54,7 +54,7 @@ def test_it_is_flat_with_ink_around_forms(side):
 
 
 def test_colours_are_few():
-    colours, counts = np.unique(np.asarray(cartoon(scene(256))).reshape(-1, 3), axis=0, return_counts=True)
+    _, counts = np.unique(np.asarray(cartoon(scene(256))).reshape(-1, 3), axis=0, return_counts=True)
     assert counts[np.argsort(counts)[-COLOURS:]].sum() > 0.85 * 256 * 256  # the others are where ink begins
 
 

@@ -86,7 +86,10 @@ def build(wanted: Pairs) -> dict[str, list[dict[str, str]]]:
     write_atomically(wanted.output / CARD, _card(wanted, rows).encode())
     counts = ", ".join(f"{len(found)} {split}" for split, found in rows.items())
     small = len(photographs) - sum(map(len, rows.values())) // wanted.crops
-    print(f"{wanted.output}: {counts}" + (f"; {small} photographs smaller than {wanted.size} pixels left out" if small else ""))
+    print(
+        f"{wanted.output}: {counts}"
+        + (f"; {small} of the photographs smaller than {wanted.size} pixels, left out" if small else "")
+    )
     return rows
 
 
@@ -112,7 +115,8 @@ def _claim(wanted: Pairs) -> None:
     about |= {"filter": VERSION, "opencv": opencv().__version__, "instructions": len(INSTRUCTIONS)}
     file = wanted.output / SETTINGS
     if not file.exists():
-        if wanted.output.exists() and (not wanted.output.is_dir() or any(wanted.output.iterdir())):
+        folder = wanted.output  # names that begin with a dot are temporary files of a killed run, or a file manager's
+        if folder.exists() and (not folder.is_dir() or any(not found.name.startswith(".") for found in folder.iterdir())):
             raise ValueError(f"output={str(wanted.output)!r}: something else is there; choose a folder that is new or empty")
         write_atomically(file, (json.dumps(about, indent=1) + "\n").encode())
     there = read_json(file)
