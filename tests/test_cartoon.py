@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,12 +32,10 @@ def test_it_is_a_function_of_the_pixels():
 
 def test_another_process_draws_the_same_with_more_threads():
     code = (
-        "import sys; sys.path.insert(0, 'tests'); import cv2; cv2.setNumThreads(4); import zlib, numpy as np\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import cv2; cv2.setNumThreads(4); import zlib, numpy as np\n"
         "from test_cartoon import scene; from loca_vision.cartoon import cartoon\n"
         "print(zlib.crc32(np.asarray(cartoon(scene())).tobytes()), cv2.getNumThreads())"
     )
-    import zlib
-
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert said[0] == str(zlib.crc32(np.asarray(cartoon(scene())).tobytes()))
     assert said[1] != "1"  # what the caller chose is put back

@@ -85,6 +85,12 @@ def test_the_latents_are_those_of_the_stock_script(encoders, tmp_path):
     assert torch.equal(mean + deviation * noise, drawn)
 
 
+def test_an_image_may_be_original_and_edited_at_once(encoders, tmp_path):
+    pairs = Listed([Pair(picture(0, (16, 16)), picture(0, (16, 16)), "a cat")])
+    item = made(encoders, tmp_path, pairs, View(16))[0]
+    assert torch.equal(item["original"], item["edited"][0]) and item["edited"].shape == (2, 4, 8, 8)
+
+
 def test_both_views_are_cached_and_each_epoch_chooses(encoders, tmp_path):
     cached = made(encoders, tmp_path)
     seen = set()

@@ -178,6 +178,14 @@ def test_both_images_are_cropped_and_mirrored_alike():
     assert {flipped for flipped, _ in seen} == {True, False} and {top for _, top in seen} == set(range(13))
 
 
+def test_each_image_is_its_own():
+    pair, view = Pair(picture(0, (8, 8)), picture(1, (8, 8)), "x"), View(8)
+    for pixels, image in zip(view.pixels(pair, Drawn()), pair[:2], strict=True):
+        assert torch.equal(pixels.permute(1, 2, 0), torch.from_numpy(np.array(image)))
+    item = PairTensors(Listed([pair]), view, 0)[0]
+    assert torch.equal(item["edited"], scaled(view.pixels(pair, Drawn())[1])) and item["prompt"] == "x"
+
+
 def test_a_view_is_a_function_of_seed_epoch_and_index():
     view = View(8, crop="random", flip=True)
     draws = [view.drawn(*keys) for keys in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]]
