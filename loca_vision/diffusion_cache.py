@@ -1,80 +1,24 @@
-"""What autoencoder and text encoder make of pairs, computed once and kept on disk: the same bits as without a cache.
-
-Images and texts are encoded one by one, so that what comes out depends on each alone and not on what shares its batch.
-"""
+"""What autoencoder and text encoder make of pairs, computed once and kept on disk: the same bits as without a cache."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from loca_vision.encoders import Encoded, Encoders, identity_of, words_of
 from loca_vision.pair_views import View, scaled
 from loca_vision.pairs import Pair
 from loca_vision.tensor_store import TensorStore
 
 SHARD = 256  # tensors of a file: what a run that is killed may have to compute again
-
-
-class Encoded(TypedDict):
-    """One pair, or several with an axis in front; in the dtypes of the encoders, on the CPU where they come from a cache.
-
-    original: (c, h, w), the mode of the latent distribution, as the UNet sees it: not scaled.
-    edited: (2, c, h, w), mean and standard deviation of it, to be sampled from, and scaled then.
-    text: (tokens, width).
-    """
-
-    original: Tensor
-    edited: Tensor
-    text: Tensor
-
-
-@dataclass(frozen=True)
-class Encoders:
-    """The frozen parts of a pipeline that turn images and texts into what the UNet takes.
-
-    Models are put into evaluation mode, and compute in their own dtypes whatever autocast is on: nothing but their input
-    decides what comes out.
-    """
-
-    vae: Any
-    text_encoder: Any
-    tokenizer: Any
-
-    def __post_init__(self) -> None:
-        for model in (self.vae, self.text_encoder):
-            model.eval()
-
-    @torch.no_grad()
-    def moments(self, images: Tensor) -> Tensor:
-        """(n, 3, H, W) in [-1, 1] to (n, 2, c, h, w): mean and standard deviation of the latents, without scaling."""
-        images = images.to(self.vae.device, self.vae.dtype)
-        with torch.autocast(images.device.type, enabled=False):
-            found = [self.vae.encode(image[None]).latent_dist for image in images]
-        return torch.stack([torch.cat([one.mean, one.std]) for one in found])
-
-    @torch.no_grad()
-    def embeddings(self, prompts: Sequence[str]) -> Tensor:
-        """(n, tokens, width), of texts padded or cut to the tokenizer's length."""
-        length = self.tokenizer.model_max_length
-        given = self.tokenizer(list(prompts), max_length=length, padding="max_length", truncation=True, return_tensors="pt")
-        words = given.input_ids.to(self.text_encoder.device)
-        with torch.autocast(words.device.type, enabled=False):
-            return torch.cat([self.text_encoder(one[None])[0] for one in words])
-
-    def batch(self, items: Mapping[str, Any]) -> Encoded:
-        """A batch of `PairTensors`, encoded here and now: the very tensors that `EncodedPairs` would have for it."""
-        texts = self.embeddings(items["prompt"])
-        return {"original": self.moments(items["original"])[:, 0], "edited": self.moments(items["edited"]), "text": texts}
 
 
 @dataclass(frozen=True)
@@ -123,8 +67,8 @@ def encoded(
     """
     if not view.all:
         raise ValueError(f"crop={view.crop!r}: latents of random crops cannot be cached; use crop='center' or no cache")
-    latents = _Filling(_store(folder, "latents", _identity(encoders.vae)))
-    texts = _Filling(_store(folder, "texts", _identity(encoders.text_encoder) + _words(encoders.tokenizer)))
+    latents = _Filling(_store(folder, "latents", identity_of(encoders.vae)))
+    texts = _Filling(_store(folder, "texts", identity_of(encoders.text_encoder) + words_of(encoders.tokenizer)))
     count: Any = pairs
     rows = []
     try:
@@ -189,26 +133,3 @@ def _key(kind: str, data: bytes) -> str:
 
 def _image_key(kind: str, pixels: Tensor) -> str:
     return _key(f"{kind} {tuple(pixels.shape)}", pixels.numpy().tobytes())
-
-
-def _identity(model: nn.Module) -> str:
-    """Class, settings, dtype and weights of a model, of which the name it goes by is no part."""
-    weights = sha256()
-    for name, value in sorted(model.state_dict().items()):
-        weights.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        data: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        weights.update(data)
-    config: Any = model.config
-    facts = dict(config) if isinstance(config, Mapping) else config.to_dict()
-    kept = {name: value for name, value in facts.items() if not name.startswith("_") and "version" not in name}
-    settings = sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
-    return f"{type(model).__name__} {settings[:16]} {weights.hexdigest()}"
-
-
-def _words(tokenizer: Any) -> str:
-    """What texts become numbers by."""
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    inner = getattr(tokenizer, "backend_tokenizer", None)  # how words are split; the rest of it changes with every call
-    splitting = json.loads(inner.to_str())["model"] if inner is not None else None
-    about = [type(tokenizer).__name__, tokenizer.model_max_length, tokenizer.pad_token_id, vocabulary, splitting]
-    return " " + sha256(json.dumps(about).encode()).hexdigest()

@@ -32,7 +32,8 @@ def test_it_is_a_function_of_the_pixels():
 
 def test_another_process_draws_the_same_with_more_threads():
     code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import cv2; cv2.setNumThreads(4); import zlib, numpy as np\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import zlib, cv2, numpy as np\n"
+        "cv2.setNumThreads(4)\n"
         "from test_cartoon import scene; from loca_vision.cartoon import cartoon\n"
         "print(zlib.crc32(np.asarray(cartoon(scene())).tobytes()), cv2.getNumThreads())"
     )

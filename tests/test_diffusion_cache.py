@@ -14,7 +14,8 @@ from test_pairs import Listed, picture
 from torch.utils.data import DataLoader
 
 from loca_vision import diffusion_cache
-from loca_vision.diffusion_cache import Encoders, encoded
+from loca_vision.diffusion_cache import encoded
+from loca_vision.encoders import Encoders, words_of
 from loca_vision.pair_views import PairTensors, View
 from loca_vision.pairs import Pair
 from loca_vision.tensor_store import TensorStore
@@ -208,9 +209,9 @@ def test_random_crops_cannot_be_cached(encoders, tmp_path):
 
 def test_the_tokenizer_is_the_same_after_a_call(encoders):
     fresh = tiny.tokenizer()
-    before = diffusion_cache._words(fresh)
+    before = words_of(fresh)
     fresh(["a cat"], max_length=7, padding="max_length", truncation=True)
-    assert diffusion_cache._words(fresh) == before
+    assert words_of(fresh) == before
 
 
 # The store

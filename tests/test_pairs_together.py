@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from loca_vision import LoCAConfig, inject
 from loca_vision.conv_in import widen_conv_in
-from loca_vision.diffusion_cache import Encoders, encoded
+from loca_vision.diffusion_cache import encoded
 from loca_vision.diffusion_loss import (
     denoising_loss,
     draws,
@@ -19,6 +19,7 @@ from loca_vision.diffusion_loss import (
     target,
     without_conditioning,
 )
+from loca_vision.encoders import Encoders
 from loca_vision.pair_views import PairTensors, View
 from loca_vision.pairs import CARTOONIZATION, read_pairs
 
