@@ -96,6 +96,7 @@ def build(task: Task, recipe: Recipe) -> nn.Module:
         ValueError, TypeError, OSError: it cannot be built, or the adapter does not fit it.
     """
     model = build_model(task.spec)
+    _check_size(model, task.spec)
     if recipe.checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):
             raise ValueError(f"--checkpointing: {task.spec.name} has no gradient checkpointing")
@@ -108,6 +109,15 @@ def build(task: Task, recipe: Recipe) -> nn.Module:
         for parameter in classifier(model):
             parameter.requires_grad_(True)
     return model
+
+
+@torch.no_grad()
+def _check_size(model: nn.Module, spec: ModelSpec) -> None:
+    """One empty image: some models are built for any size, and find out with the first one."""
+    try:
+        model(torch.zeros(1, 3, spec.image_size or 0, spec.image_size or 0))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"image_size={spec.image_size}: {spec.name} does not take it ({error})") from error
 
 
 def groups_of(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -66,8 +67,14 @@ def accelerator_for(recipe: Recipe) -> Accelerator:
     _check_tracker(recipe.report_to)
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("precision='fp16': it needs a GPU; bf16 works on processors too")
+    # Started as one of several processes, accelerate shares the work among them only where it knows on what.
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.cuda.is_available()
     return Accelerator(
-        mixed_precision=precision, log_with=log_with, project_dir=str(recipe.output_dir), kwargs_handlers=[parallel]
+        cpu=not alone,
+        mixed_precision=precision,
+        log_with=log_with,
+        project_dir=str(recipe.output_dir),
+        kwargs_handlers=[parallel],
     )
 
 

@@ -107,7 +107,7 @@ def _metadata(metrics: Mapping[str, Any], title: str) -> str:
 
     config, licence = metrics["config"], metrics["licence"]
     copies = metrics["protocol"]["repositories"]
-    adapter = not metrics["adapter_file"] == TRAINED
+    adapter = metrics["adapter_file"] != TRAINED
     base = {"base_model": f"timm/{config['model']}", "base_model_relation": "adapter" if adapter else "finetune"}
     known = _LICENCES.get(licence)
     result = EvalResult(

@@ -101,7 +101,7 @@ def draw_confusion(path: Path, matrix: Tensor, classes: Sequence[str]) -> None:
     side = min(24.0, 3.5 + 0.3 * count)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
-    shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    shares = (matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
     drawn = axes.imshow(shares, cmap="YlGnBu", norm=PowerNorm(0.5, vmin=0, vmax=1))
     size = max(3.0, min(9.0, 300 / count))
     axes.set_xticks(range(count), classes, rotation=90, fontsize=size)

@@ -181,10 +181,19 @@ def finished(study: Study, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
         for checkpoint in folder.glob("checkpoint-*"):
             _remove(checkpoint)
     metrics = read_metrics(folder)
-    for name, value in _settings(study).items():
-        if str(metrics["config"].get(name)) != str(value):
+    theirs = {flag.removeprefix("--"): value for flag, value in zip(arm.flags[::2], arm.flags[1::2], strict=True)}
+    for name, value in (_settings(study) | theirs).items():
+        if not _same(metrics["config"].get(name), value):
             raise ValueError(f"{folder}: the run there has {name}={metrics['config'].get(name)!r}, the study {value!r}")
     return metrics
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    """Whether a recorded setting is what a flag said."""
+    try:
+        return float(found) == float(wanted)
+    except (TypeError, ValueError):
+        return str(found) == str(wanted)
 
 
 def _flags(study: Study) -> list[str]:
