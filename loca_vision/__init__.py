@@ -3,7 +3,7 @@
 from loca_vision.checkpoint import load_adapter, save_adapter
 from loca_vision.fourierft import FourierFTConfig
 from loca_vision.inject import active_adapters, adapters, inject, remove, set_adapters
-from loca_vision.kinds import KINDS, AdapterConfig, kind
+from loca_vision.kinds import KINDS, AdapterConfig, Projection, kind
 from loca_vision.loca import LoCAConfig
 from loca_vision.low_rank import LoRAConfig
 from loca_vision.schedule import AlternatingSchedule, parameter_groups
@@ -20,6 +20,7 @@ __all__ = [
     "FourierFTConfig",
     "LoCAConfig",
     "LoRAConfig",
+    "Projection",
     "SDCTFTConfig",
     "SeLoRAConfig",
     "Spectrum",

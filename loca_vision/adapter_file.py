@@ -169,7 +169,7 @@ def read_description(metadata: dict[str, str], entries: dict[str, Entry]) -> Des
         raise ValueError(f"format_version={said['format_version']}: this library reads version {FORMAT_VERSION}")
     if set(said) != _FIELDS:
         raise ValueError(f"{METADATA_KEY}: the said {sorted(set(said) ^ _FIELDS)} are missing or unknown")
-    if said["method"] not in KINDS:
+    if not isinstance(said["method"], str) or said["method"] not in KINDS:
         raise ValueError(f"method={said['method']!r}: this library reads {', '.join(map(repr, sorted(KINDS)))}")
     for field in ("name", "base_model", "library_version"):
         if not isinstance(said[field], str):

@@ -8,18 +8,21 @@ import platform
 import re
 import secrets
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+Content = bytes | Iterable[bytes | memoryview]  # of a file: at once, or piece by piece
 
 # The marks of what this process is writing now. A restarted container has the process id of the one that was killed.
 _writing: set[str] = set()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: Content) -> None:
     """Write so that a crash, at any moment, leaves the old file or the new one, and the new one stays.
 
     The umask is respected, and a symbolic link is written through. What a killed process left behind is cleaned.
+    What goes wrong in making the content, where it comes piece by piece, passes through, and the old file stays.
 
     Raises:
         ValueError: a path with a NUL character.
@@ -69,7 +72,7 @@ def abandoned(mark: str) -> bool:
     return owner is not None and mark not in _writing and not _alive(int(owner[1]))
 
 
-def _replace(target: Path, data: bytes) -> None:
+def _replace(target: Path, data: Content) -> None:
     with writing_mark() as mark:
         temporary = target.with_name(f".{target.name}.{mark}.tmp")
         try:
@@ -80,10 +83,10 @@ def _replace(target: Path, data: bytes) -> None:
                 temporary.unlink(missing_ok=True)
 
 
-def write_synced(path: Path, data: bytes) -> None:
+def write_synced(path: Path, data: Content) -> None:
     """Write a file that is not there yet, and wait until it lies on the disk."""
     with path.open("xb") as file:  # x: never through a link that someone else has laid
-        file.write(data)
+        file.writelines([data] if isinstance(data, bytes) else data)
         file.flush()
         os.fsync(file.fileno())
 

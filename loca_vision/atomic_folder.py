@@ -10,16 +10,16 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from loca_vision.atomic import abandoned, refuse_nul, sync_folder, write_synced, writing_mark
+from loca_vision.atomic import Content, abandoned, refuse_nul, sync_folder, write_synced, writing_mark
 
 ASIDE = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)-(?P<mark>[0-9a-f]{8}-[0-9]+-[0-9a-f]+)")
 
 
-def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
+def write_folder(target: Path, files: Mapping[str, Content]) -> None:
     """Write a folder of files so that a crash, at any moment, leaves the old one or the new one, and the new one stays.
 
     One process at a time may write to a target; others may read.
@@ -47,7 +47,7 @@ def write_folder(target: Path, files: Mapping[str, bytes]) -> None:
             shutil.rmtree(aside)
 
 
-def _make(temporary: Path, target: Path, aside: Path, files: Mapping[str, bytes]) -> None:
+def _make(temporary: Path, target: Path, aside: Path, files: Mapping[str, Content]) -> None:
     try:
         temporary.mkdir()
         for name, data in files.items():
@@ -61,6 +61,29 @@ def _make(temporary: Path, target: Path, aside: Path, files: Mapping[str, bytes]
         if aside.exists() and not target.exists():
             aside.rename(target)
         raise
+
+
+def check_replaceable(target: Path, *, overwrite: bool, ours: Callable[[Path], bool]) -> None:
+    """Raise unless `write_folder` would lose nothing of anybody's.
+
+    Args:
+        overwrite: whether a folder that is there may go, with the files in it for which `ours` holds.
+
+    Raises:
+        ValueError: a path with a NUL character.
+        FileExistsError: something is there that may not go.
+    """
+    refuse_nul(target)
+    if not os.path.lexists(target):
+        return
+    if target.is_symlink() or not target.is_dir():
+        raise FileExistsError(f"{target}: what is there is no folder")
+    there = sorted(target.iterdir())
+    if there and not overwrite:
+        raise FileExistsError(f"{target}: that folder is not empty; choose another, or say that it may be overwritten")
+    for file in there:
+        if not file.is_file() or not ours(file):
+            raise FileExistsError(f"{target}: {file.name} is there, which was not written here; it is not overwritten")
 
 
 def remove_folder(folder: Path) -> None:

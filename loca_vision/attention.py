@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loca_vision.classes import exchange_class, once_while_traced
-from loca_vision.offload import stored
+from loca_vision.classes import Adapted, adapted_class, exchange_class, once_while_traced
 from loca_vision.projections import Naming, base_of, child, naming_of
+from loca_vision.targets import readable_weight
 from loca_vision.updates import FusedUpdates, Reading, WeightUpdates
 
 
@@ -61,11 +61,21 @@ class AttentionUpdates(nn.Module):
         return parts
 
 
-class AdaptedAttention(nn.Module):
+class AdaptedAttention(Adapted):
     """Mixed into the class of an attention layer that carries `AttentionUpdates` as its child `loca`."""
 
-    original_class: type[nn.Module]
     loca: AttentionUpdates
+
+    @classmethod
+    def members(cls, original: type[nn.Module]) -> dict[str, Any]:
+        """A `forward` that computes with adapted projections."""
+        run = original.forward  # closed over: to be found once, not at every call
+
+        def forward(self: Any, *inputs: Any, **named: Any) -> Any:
+            return run(self._loca_view, *inputs, **named)
+
+        forward.__doc__, forward.__wrapped__ = run.__doc__, run  # type: ignore[attr-defined]
+        return {"forward": forward}
 
     def _look(self) -> None:
         """Make the view that `forward` runs on: it shares all attributes, this one included."""
@@ -74,9 +84,8 @@ class AdaptedAttention(nn.Module):
         object.__setattr__(view, "__dict__", self.__dict__)
         self.__dict__["_loca_view"] = view
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        state = {key: value for key, value in self.__dict__.items() if key not in ("_loca_view", "_loca_projections")}
-        return _empty_adapted, (self.original_class,), state
+    def kept_state(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_loca_view", "_loca_projections")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -125,7 +134,7 @@ class AdaptedProjection:
         return child(self.attention, self.path)
 
     def _base(self) -> Tensor:
-        return stored(base_of(self._layer()), "weight")
+        return readable_weight(self._layer(), self.path)
 
     def _beside(self) -> bool:
         """Whether memory is to be spared, and can be: gradients of the updates need them as matrices."""
@@ -199,7 +208,6 @@ def _answer(name: str) -> property:
 
 
 _view_classes: dict[type[nn.Module], type[nn.Module]] = {}
-_adapted_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _view_class(original: type[nn.Module], naming: Naming) -> type[nn.Module]:
@@ -210,25 +218,6 @@ def _view_class(original: type[nn.Module], naming: Naming) -> type[nn.Module]:
     return _view_classes[original]
 
 
-def adapted_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The one subclass of `original` that computes with adapted projections."""
-    if original not in _adapted_classes:
-        run = original.forward  # closed over: to be found once, not at every call
-
-        def forward(self: Any, *inputs: Any, **named: Any) -> Any:
-            return run(self._loca_view, *inputs, **named)
-
-        forward.__doc__, forward.__wrapped__ = run.__doc__, run  # type: ignore[attr-defined]
-        body = {"original_class": original, "forward": forward, "__module__": original.__module__, "__doc__": original.__doc__}
-        _adapted_classes[original] = type(f"Adapted{original.__name__}", (AdaptedAttention, original), body)
-    return _adapted_classes[original]
-
-
-def _empty_adapted(original: type[nn.Module]) -> nn.Module:
-    cls = adapted_class(original)
-    return cls.__new__(cls)
-
-
 def adapt_attention(attention: nn.Module) -> AttentionUpdates:
     """Make the layer compute through its updates, and return them; a layer that does already stays as it is."""
     if isinstance(attention, AdaptedAttention):
@@ -237,7 +226,7 @@ def adapt_attention(attention: nn.Module) -> AttentionUpdates:
     assert naming is not None
     updates = AttentionUpdates(attention, naming)
     attention.add_module("loca", updates)
-    exchange_class(attention, adapted_class(type(attention)))
+    exchange_class(attention, adapted_class(AdaptedAttention, type(attention)))
     cast(AdaptedAttention, attention)._look()
     return updates
 

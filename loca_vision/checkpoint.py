@@ -27,7 +27,7 @@ from loca_vision.offload import device_for, stored_at
 from loca_vision.record import Adapter, forget_lost, moved_by_training, own_tensors, record_of, unwrap
 from loca_vision.safefile import Entry, open_safetensors, write_safetensors
 from loca_vision.sources import Request, locate, may_be_a_repository
-from loca_vision.targets import Target
+from loca_vision.targets import Target, readable_weight
 from loca_vision.update import Update
 from loca_vision.version import __version__
 
@@ -146,6 +146,8 @@ def prepared(
         tensors = {key: value.clone() if value.is_inference() else value for key, value in tensors.items()}
         whole = _in_their_dtypes(model, about, tensors)
         made = [about.configs[""].restored(target.name, target.shape, tensors, room) for target in targets]
+        for target in (target for target, update in zip(targets, made, strict=True) if update.needs_weight):
+            readable_weight(target.layer, target.name)
         for parameter in (p for update in made for p in update.learned()):
             parameter.requires_grad_(learn)
         placed = [(target, update.to(device_for(target.layer))) for target, update in zip(targets, made, strict=True)]

@@ -1,11 +1,51 @@
-"""Exchanging the class of a module in place; a mark for methods of such classes."""
+"""Exchanging the class of a module in place for one that is adapted; a mark for methods of such classes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from types import MethodType
+from typing import Any
 
 from torch import nn
+
+
+class Adapted(nn.Module):
+    """A mixin for the class of a module that is exchanged in place; it comes back from a copy or a pickle as it was.
+
+    Attributes:
+        original_class: what it was exchanged for, and is again in the end.
+    """
+
+    original_class: type[nn.Module]
+
+    @classmethod
+    def members(cls, original: type[nn.Module]) -> dict[str, Any]:
+        """What else the class for `original` has."""
+        return {}
+
+    def kept_state(self) -> dict[str, Any]:
+        """What goes into a copy or a pickle."""
+        return self.__dict__.copy()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _empty, (type(self).__bases__[0], self.original_class), self.kept_state()
+
+
+_classes: dict[tuple[type[Adapted], type[nn.Module]], type[nn.Module]] = {}
+
+
+def adapted_class(mixin: type[Adapted], original: type[nn.Module]) -> type[nn.Module]:
+    """The one subclass of `original` with this mixin."""
+    if (mixin, original) not in _classes:
+        about = {"original_class": original, "__module__": original.__module__, "__doc__": original.__doc__}
+        body = about | mixin.members(original)
+        _classes[mixin, original] = type(f"Adapted{original.__name__}", (mixin, original), body)
+    return _classes[mixin, original]
+
+
+def _empty(mixin: type[Adapted], original: type[nn.Module]) -> nn.Module:
+    cls = adapted_class(mixin, original)
+    return cls.__new__(cls)
 
 
 def exchange_class(module: nn.Module, new: type[nn.Module]) -> None:

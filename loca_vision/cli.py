@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,10 +13,12 @@ from loca_vision.console import guarded, usage_in_one_line
 
 @dataclass(frozen=True)
 class Inspect:
-    """Say what is in an adapter file, projection by projection."""
+    """Say what is in an adapter file or a LoRA, projection by projection."""
 
     file: Path
     """The adapter, or the folder it is in."""
+    picture: Path | None = None
+    """A PNG for the cosine spectra of the updates."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,21 +32,47 @@ def _parse(arguments: list[str]) -> Any:
     import tyro
 
     from loca_vision.demo import Demo
+    from loca_vision.evaluate import Evaluate
+    from loca_vision.exchange_commands import Convert, Extract, Merge
 
-    commands = Annotated[Demo, tyro.conf.subcommand("demo")] | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    commands = (
+        Annotated[Demo, tyro.conf.subcommand("demo")]
+        | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Convert, tyro.conf.subcommand("convert")]
+        | Annotated[Extract, tyro.conf.subcommand("extract")]
+        | Annotated[Merge, tyro.conf.subcommand("merge")]
+    )
     with usage_in_one_line("loca-vision"):
-        return tyro.cli(commands, prog="loca-vision", args=arguments, config=(tyro.conf.PositionalRequiredArgs,))
+        return tyro.cli(
+            commands, prog="loca-vision", args=arguments, config=(tyro.conf.PositionalRequiredArgs, tyro.conf.OmitArgPrefixes)
+        )
 
 
 def _run(command: Any) -> None:
-    if isinstance(command, Inspect):
-        from loca_vision.inspection import describe
+    from loca_vision import demo, evaluate, exchange_commands
 
-        print(describe(command.file))
-    else:
-        from loca_vision.demo import run
+    run: dict[type[Any], Callable[[Any], object]] = {
+        Inspect: _inspect,
+        demo.Demo: demo.run,
+        evaluate.Evaluate: evaluate.evaluate,
+        exchange_commands.Convert: lambda wanted: print(exchange_commands.convert(wanted)),
+        exchange_commands.Extract: lambda wanted: print(exchange_commands.extract(wanted)),
+        exchange_commands.Merge: lambda wanted: print(exchange_commands.merged(wanted)),
+    }
+    run[type(command)](command)
 
-        run(command)
+
+def _inspect(command: Inspect) -> None:
+    from loca_vision.inspection import contents_of, describe
+
+    print(describe(command.file))
+    if command.picture is not None:
+        from loca_vision.spectrum_picture import draw_spectra
+
+        draw_spectra(
+            command.picture, f"Cosine spectra of the updates in {command.file.name}", contents_of(command.file).layers()
+        )
 
 
 if __name__ == "__main__":

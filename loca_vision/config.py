@@ -33,9 +33,9 @@ def check_seed(seed: object) -> None:
         raise ValueError(f"seed={seed!r}: a seed is a whole number from 0 to 2**63 - 1")
 
 
-def check_count(field: str, value: object, least: int = 1) -> None:
-    if not is_whole(value) or value < least:  # type: ignore[operator]
-        raise ValueError(f"{field}={value!r}: it is a whole number from {least} up")
+def check_count(field: str, value: object, least: int = 1, most: int | None = None) -> None:
+    if not is_whole(value) or value < least or (most is not None and value > most):  # type: ignore[operator]
+        raise ValueError(f"{field}={value!r}: it is a whole number from {least} {'up' if most is None else f'to {most}'}")
 
 
 def check_share(field: str, value: object, *, open_end: bool = False) -> None:

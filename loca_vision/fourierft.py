@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -9,10 +10,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from loca_vision.config import check_choice, check_components, check_factor, check_seed, check_targets
+from loca_vision.config import check_choice, check_components, check_factor
 from loca_vision.kinds import Projection, kind
 from loca_vision.sparse import SparseConfig
-from loca_vision.spectrum import Spectrum, random_locations
+from loca_vision.spectrum import Spectrum, by_cell, random_locations
 from loca_vision.update import Update
 
 
@@ -26,6 +27,13 @@ class FourierSpectrum(Spectrum):
     def delta(self, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         """`strength` times the update, (p, q) float32, differentiable in the coefficients."""
         return inverse_real(self.coefficients * (self.scale * strength), self.cells, self.shape)
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """Without building it: of the real part's spectrum, half of it at every cell and half at its mirror image."""
+        values, cells = self.coefficients.double() / 2, self.cells
+        both = by_cell(torch.cat([values, values]), torch.cat([cells, -cells % torch.tensor(self.shape, device=cells.device)]))
+        return abs(self.scale) * float(torch.linalg.vector_norm(both)) / math.sqrt(math.prod(self.shape))
 
     def applied(self, x: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         return Update.applied(self, x, strength)
@@ -84,12 +92,10 @@ class FourierFTConfig(SparseConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_components(self.n_components)
         check_factor("scale", self.scale, "the factor of the update")
-        check_targets(self.targets)
         check_choice("coefficient_init", self.coefficient_init, ("zero", "normal"))
-        check_seed(self.seed)
-        object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "scale", float(self.scale))
         if isinstance(self.n_components, Mapping):
             object.__setattr__(self, "n_components", dict(self.n_components))

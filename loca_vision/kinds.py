@@ -10,10 +10,12 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from loca_vision.offload import stored
+from loca_vision.config import check_seed, check_targets
+from loca_vision.offload import stored_at
 from loca_vision.update import Update
 
 FLOATS = ("F32", "F16")
+_WHOLE = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
 class Projection(Protocol):
@@ -46,7 +48,8 @@ class Stored:
 class AdapterConfig:
     """The settings of one kind of adapter. A subclass is a frozen dataclass, decorated with `kind`.
 
-    It has the fields `targets` and `seed`, makes updates that change nothing (`made`), and may start them (`started`).
+    It has the fields `targets` and `seed`, makes updates that change nothing (`made`), and may start them (`started`). That is
+    enough for all else, files included: they hold the `state_dict` of every update.
 
     Attributes:
         method: the name of the kind, in files and on command lines.
@@ -56,14 +59,31 @@ class AdapterConfig:
     targets: tuple[str, ...]
     seed: int
 
+    def __post_init__(self) -> None:
+        """Check the fields that all kinds have; a subclass with more of them checks those too.
+
+        Raises:
+            ValueError: naming the field, its value and the rule.
+        """
+        check_targets(self.targets)
+        check_seed(self.seed)
+        object.__setattr__(self, "targets", tuple(self.targets))  # which a file has as a list
+
     # New updates
 
     def made(self, shape: tuple[int, int]) -> Update:
-        """An update for a weight (p, q), on the current device; all its numbers are about to be written."""
+        """An update for a weight (p, q), on the current device; all its numbers are about to be written.
+
+        Raises:
+            ValueError: the settings do not fit the shape; the sentence need not name the projection.
+        """
         raise NotImplementedError
 
-    def started(self, update: Update, projection: Projection, generator: torch.Generator) -> None:
-        """Give a new update its first numbers; the generator is the projection's own. The update is to change nothing."""
+    def started(self, update: Any, projection: Projection, generator: torch.Generator) -> None:
+        """Give an update that `made` has made its first numbers, with which it is to change nothing.
+
+        The generator is the projection's own; whoever draws from it draws the same for the same seed.
+        """
 
     def created(self, projections: Sequence[Projection]) -> list[Update]:
         """New updates for these projections, of which none changes anything.
@@ -72,10 +92,17 @@ class AdapterConfig:
             ValueError: the settings do not fit one of them.
         """
         with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():  # else they could never be trained
-            updates = [self.made(projection.shape) for projection in projections]
+            updates = [self._made(projection.name, projection.shape) for projection in projections]
             for update, projection in zip(updates, projections, strict=True):
                 self.started(update, projection, generator_of(self.seed, projection.name))
         return updates
+
+    def _made(self, projection: str, shape: tuple[int, int]) -> Update:
+        """With the name of the projection in what is said against the settings, absurd sizes in a file among them."""
+        try:
+            return self.made(shape)
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            raise ValueError(f"{projection}: {error}") from None
 
     # Files
 
@@ -86,17 +113,21 @@ class AdapterConfig:
             ValueError: the settings do not fit one of them.
         """
         with torch.device("meta"):
-            made = {projection: self.made(shape).state_dict() for projection, shape in shapes.items()}
-        return {f"{projection}.{key}": Stored(tuple(t.shape)) for projection, of in made.items() for key, t in of.items()}
+            made = {projection: self._made(projection, shape) for projection, shape in shapes.items()}
+        return {
+            f"{projection}.{key}": Stored(tuple(value.shape), _dtypes(update, key, value))
+            for projection, update in made.items()
+            for key, value in update.state_dict().items()
+        }
 
     def tensors(self, updates: Mapping[str, Update], dtype: torch.dtype) -> dict[str, Tensor]:
-        """What goes into the file, by key; floating-point numbers in `dtype`.
+        """What goes into the file, by key; floating-point numbers in `dtype`, but for those that an update keeps `exact`.
 
         Raises:
             ValueError: a value no file may hold.
         """
         return {
-            f"{projection}.{key}": stored(update, key).detach().to("cpu", dtype, copy=True)
+            f"{projection}.{key}": _written(update, key, dtype)
             for projection, update in updates.items()
             for key in update.state_dict()
         }
@@ -115,7 +146,8 @@ class AdapterConfig:
         Raises:
             ValueError: there are more.
         """
-        update = self.made(shape)
+        with torch.device("cpu"):
+            update = self.made(shape)
         with torch.no_grad():
             for key, value in update.state_dict().items():
                 value.copy_(tensors[f"{projection}.{key}"])
@@ -132,6 +164,21 @@ class AdapterConfig:
         """The fields as JSON values, from which the class makes an equal configuration."""
         fields = asdict(self)  # type: ignore[call-overload]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
+def _dtypes(update: Update, key: str, value: Tensor) -> tuple[str, ...]:
+    """Whole numbers in their own dtype only, which no other holds exactly."""
+    if value.is_floating_point():
+        return FLOATS[:1] if key in update.exact else FLOATS
+    if value.dtype not in _WHOLE:
+        raise ValueError(f"{key} is {value.dtype}, which no adapter file holds")
+    return (_WHOLE[value.dtype],)
+
+
+def _written(update: Update, key: str, dtype: torch.dtype) -> Tensor:
+    value = stored_at(update, key).detach()
+    as_it_is = key in update.exact or not value.is_floating_point()
+    return value.to("cpu", value.dtype if as_it_is else dtype, copy=True)
 
 
 KINDS: dict[str, type[AdapterConfig]] = {}

@@ -7,19 +7,16 @@ Swin V2, is adapted like code that does not.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from loca_vision.classes import exchange_class, once_while_traced
+from loca_vision.classes import Adapted, adapted_class, exchange_class, once_while_traced
 from loca_vision.updates import WeightUpdates
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(Adapted):
     """Mixed into the class of a layer that carries `WeightUpdates` as its child `loca`."""
 
-    original_class: type[nn.Module]
     loca: WeightUpdates
     bias: Tensor | None
 
@@ -51,9 +48,6 @@ class AdaptedLayer(nn.Module):
     def _settle(self) -> None:
         self.loca.settle(base_weight(self))
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _empty_adapted, (self.original_class,), self.__dict__.copy()
-
 
 def base_weight(layer: nn.Module) -> Tensor:
     """W itself, whatever `layer.weight` reads as."""
@@ -65,29 +59,13 @@ def base_weight(layer: nn.Module) -> Tensor:
     return weight
 
 
-_adapted_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def adapted_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The one subclass of `original` whose weight is adapted."""
-    if original not in _adapted_classes:
-        attributes = {"original_class": original, "__module__": original.__module__, "__doc__": original.__doc__}
-        _adapted_classes[original] = type(f"Adapted{original.__name__}", (AdaptedLayer, original), attributes)
-    return _adapted_classes[original]
-
-
-def _empty_adapted(original: type[nn.Module]) -> nn.Module:
-    cls = adapted_class(original)
-    return cls.__new__(cls)
-
-
 def adapt(layer: nn.Module) -> WeightUpdates:
     """Make `layer` read its weight through its updates, and return them; a layer that does already stays as it is."""
     if isinstance(layer, AdaptedLayer):
         return layer.loca
     updates = WeightUpdates()
     layer.add_module("loca", updates)
-    exchange_class(layer, adapted_class(type(layer)))
+    exchange_class(layer, adapted_class(AdaptedLayer, type(layer)))
     return updates
 
 

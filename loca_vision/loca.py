@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from loca_vision.config import check_choice, check_components, check_factor, check_seed, check_targets
+from loca_vision.config import check_choice, check_components, check_factor
 from loca_vision.kinds import Projection, kind
 from loca_vision.sparse import SparseConfig
 from loca_vision.spectrum import Spectrum, random_locations
@@ -46,13 +46,11 @@ class LoCAConfig(SparseConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_components(self.n_components)
         check_factor("scale", self.scale, "alpha")
-        check_targets(self.targets)
         check_choice("location_init", self.location_init, LOCATION_INITS)
         check_choice("location_gradient", self.location_gradient, LOCATION_GRADIENTS)
-        check_seed(self.seed)
-        object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "scale", float(self.scale))
         if isinstance(self.n_components, Mapping):
             object.__setattr__(self, "n_components", dict(self.n_components))

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from loca_vision.config import check_count, check_factor, check_flag, check_seed, check_targets
+from loca_vision.config import check_count, check_factor, check_flag
 from loca_vision.kinds import AdapterConfig, Projection, kind
 from loca_vision.update import Update
 
@@ -24,6 +24,7 @@ class LowRank(Update):
         magnitude: (p,) float32 parameter; None for plain LoRA.
     """
 
+    exact = ("magnitude",)  # rounded, it would change the whole weight: by more than a small update does
     magnitude: nn.Parameter | None
 
     def __init__(self, shape: tuple[int, int], scale: float, *, weight_decomposed: bool) -> None:
@@ -48,7 +49,7 @@ class LowRank(Update):
         if weight is None:
             raise ValueError("a weight-decomposed update depends on the weight: give it as `weight`")
         up, down = self.pair()
-        weight = weight.detach().float()
+        weight = weight if weight.dtype == torch.float64 else weight.float()
         moved = weight + self.scale * (up @ down)
         return strength * ((self.magnitude / row_norms(moved.detach()))[:, None] * moved - weight)
 
@@ -67,7 +68,7 @@ class LoRA(LowRank):
 
 def row_norms(weight: Tensor) -> Tensor:
     """(p,) norms of the rows; of an empty row 1, which leaves it empty."""
-    norms = torch.linalg.vector_norm(weight.float(), dim=1)
+    norms = torch.linalg.vector_norm(weight, dim=1)
     return torch.where(norms > 0, norms, 1)
 
 
@@ -99,12 +100,10 @@ class LoRAConfig(AdapterConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("r", self.r)
         check_factor("alpha", self.alpha, "the factor of the update, times r,")
-        check_targets(self.targets)
         check_flag("use_dora", self.use_dora)
-        check_seed(self.seed)
-        object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "alpha", float(self.alpha))
 
     @property
@@ -112,10 +111,10 @@ class LoRAConfig(AdapterConfig):
         return self.alpha / self.r
 
     def made(self, shape: tuple[int, int]) -> LoRA:
+        check_rank(self.r, shape)
         return LoRA(shape, self.r, self.scale, weight_decomposed=self.use_dora)
 
-    def started(self, update: Update, projection: Projection, generator: torch.Generator) -> None:
-        assert isinstance(update, LoRA)
+    def started(self, update: LoRA, projection: Projection, generator: torch.Generator) -> None:
         nn.init.kaiming_uniform_(update.down, a=math.sqrt(5), generator=generator)
         start_magnitude(update, projection)
 
@@ -127,6 +126,12 @@ def start_magnitude(update: LowRank, projection: Projection) -> None:
     """DoRA's magnitudes are the norms of the weight's rows at first."""
     if update.magnitude is not None:
         update.magnitude.copy_(row_norms(projection.weight().detach().float()))
+
+
+def check_rank(r: int, shape: tuple[int, int]) -> None:
+    """Raise where there are more columns and rows than any matrix of the shape has use for."""
+    if r > min(shape):
+        raise ValueError(f"r={r}: a {shape[0]} x {shape[1]} matrix has at most the rank {min(shape)}")
 
 
 def check_product(projection: str, scale: float, up: Tensor, down: Tensor) -> None:

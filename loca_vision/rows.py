@@ -33,14 +33,20 @@ def add_rows(base: Tensor, updates: list[RowDelta]) -> Tensor:
     return wide.to(base.dtype)
 
 
+def computed_in(x: Tensor) -> torch.dtype:
+    """The dtype of a product with x: autocast's where it is on, but for float64, which it leaves alone."""
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+
+
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[RowDelta]) -> Tensor:
     """x weight^T + bias, in autocast's dtype where it is on: (..., q) to (..., n).
 
     `weight` (n, q) already contains the updates and has no gradient; each update's is that of its own rows of the weight,
     so that nothing is computed for rows nobody adapts, a third of a fused qkv with query and value.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = computed_in(x)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows, deltas = zip(*updates, strict=True)
     result: Tensor = _RowLinear.apply(x, weight, bias, rows, *deltas)
@@ -67,9 +73,16 @@ class _RowLinear(torch.autograd.Function):
         return grad @ weight if wants_x else None, None, flat.sum(0) if wants_bias else None, None, *deltas
 
 
+def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: list[LowRankRows]) -> Tensor:
+    """x weight^T + bias + `low_rank_term`: (..., q) to (..., n); `weight` (n, q) does not contain the updates."""
+    flat = x.reshape(-1, x.shape[-1])  # of more axes the product is a view, which autograd copies where it is changed in place
+    result = add_low_rank(F.linear(flat, weight, bias), flat, pairs)
+    return result.view(*x.shape[:-1], result.shape[-1])
+
+
 def low_rank_term(x: Tensor, rows: int, pairs: list[LowRankRows]) -> Tensor:
     """x times the sum of these products of factors, each on its rows: (..., q) to (..., rows), in x's or autocast's dtype."""
-    return add_low_rank(x.new_zeros(*x.shape[:-1], rows), x, pairs)
+    return add_low_rank(x.new_zeros(*x.shape[:-1], rows, dtype=computed_in(x)), x, pairs)
 
 
 def add_low_rank(result: Tensor, x: Tensor, pairs: list[LowRankRows]) -> Tensor:

@@ -57,6 +57,22 @@ class OpenFile:
         except Exception as error:  # the library raises its own type, over several versions
             raise ValueError(str(error)) from error
 
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, in memory of its own; of a large file no more than that is read.
+
+        Raises:
+            KeyError: no tensor of that name.
+            ValueError: the file is shorter than it was.
+        """
+        entry = self.entries[name]
+        self.file.seek(len(self.header) + entry.start)
+        data = self.file.read(entry.end - entry.start)
+        if len(data) < entry.end - entry.start:
+            raise ValueError("it was changed while it was read")
+        about = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [0, len(data)]}
+        header = json.dumps({"tensor": about}).encode()
+        return safetensors.torch.load(len(header).to_bytes(8, "little") + header + data)["tensor"]
+
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[OpenFile]:
@@ -68,16 +84,32 @@ def open_safetensors(path: Path) -> Iterator[OpenFile]:
         FileNotFoundError: nothing is there.
         ValueError: what is there is no regular file, or not a sound safetensors file; the sentence says where.
     """
-    refuse_nul(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such file")
-    if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would hang on opening
-        raise ValueError(f"{path}: it is not a regular file")
+    _check_regular(path)
     with path.open("rb") as file:
         try:
             yield _opened(path, file, os.fstat(file.fileno()).st_size)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {_one_line(str(error))}") from None
+
+
+def may_be_read(file: Path, folder: Path) -> bool:
+    """Whether a file of a folder lies in it at the end of all links; or, for a snapshot in the hub's cache, in the `blobs`
+    beside it that its files are links to."""
+    there = folder.resolve()
+    roots = [there]
+    for snapshots in there.parents:
+        blobs = snapshots.parent / "blobs"
+        if snapshots.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink():
+            roots.append(blobs)
+    return any(file.resolve().is_relative_to(root) for root in roots)
+
+
+def _check_regular(path: Path) -> None:
+    refuse_nul(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would hang on opening
+        raise ValueError(f"{path}: it is not a regular file")
 
 
 def _one_line(text: str) -> str:
@@ -125,6 +157,24 @@ def strict_json(text: str, *, longest: int = 32, nesting: int = 8) -> Any:
         raise ValueError("its JSON is nested too deeply") from None
     _check_nesting(value, nesting)
     return value
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file of at most 8 MiB, as strict as `strict_json`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: no regular file, or no such text; the sentence begins with the path.
+    """
+    _check_regular(path)
+    with path.open("rb") as file:
+        raw = file.read(MAX_HEADER + 1)
+    try:
+        if len(raw) > MAX_HEADER:
+            raise ValueError(f"it has more than {MAX_HEADER} bytes")
+        return strict_json(raw.decode("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {_one_line(str(error))}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,15 +13,15 @@ from loca_vision.config import (
     check_components,
     check_count,
     check_factor,
-    check_seed,
     check_share,
-    check_targets,
     is_finite,
 )
 from loca_vision.dct import dct2
 from loca_vision.kinds import Projection, kind
 from loca_vision.sparse import SparseConfig
 from loca_vision.spectrum import Spectrum, cell_locations
+
+_MOST_BANDS = 1000
 
 
 @kind
@@ -60,14 +60,12 @@ class SDCTFTConfig(SparseConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_components(self.n_components)
         check_factor("scale", self.scale, "the factor of the update")
-        check_targets(self.targets)
-        check_count("n_bands", self.n_bands)
+        check_count("n_bands", self.n_bands, most=_MOST_BANDS)
         check_share("energy_share", self.energy_share)
         _check_budgets(self.budgets, self.n_bands)
-        check_seed(self.seed)
-        object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "scale", float(self.scale))
         if self.budgets is not None:
             object.__setattr__(self, "budgets", tuple(map(float, self.budgets)))

@@ -11,11 +11,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from loca_vision.config import check_choice, check_count, check_factor, check_flag, check_seed, check_share, check_targets
+from loca_vision.config import check_choice, check_count, check_factor, check_flag, check_share
 from loca_vision.fourierft import inverse_real
 from loca_vision.haar import inverse_haar2
 from loca_vision.kinds import AdapterConfig, Projection, Stored, generator_of, kind
-from loca_vision.low_rank import LowRank, check_product, start_magnitude
+from loca_vision.low_rank import LowRank, check_product, check_rank, start_magnitude
 from loca_vision.offload import stored
 from loca_vision.spectrum import distinct
 from loca_vision.update import Update
@@ -103,14 +103,12 @@ class SeLoRAConfig(AdapterConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("r", self.r)
         check_share("eta", self.eta, open_end=True)
         check_choice("basis", self.basis, ("haar", "fft"))
         check_factor("alpha", self.alpha, "the factor of the update, times r,")
-        check_targets(self.targets)
         check_flag("use_dora", self.use_dora)
-        check_seed(self.seed)
-        object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "eta", float(self.eta))
         object.__setattr__(self, "alpha", float(self.alpha))
 
@@ -130,11 +128,11 @@ class SeLoRAConfig(AdapterConfig):
         return count
 
     def made(self, shape: tuple[int, int]) -> SpectralLowRank:
+        check_rank(self.r, shape)
         counts = self.count(shape[0]), self.count(shape[1])
         return SpectralLowRank(shape, self.r, counts, self.scale, basis=self.basis, weight_decomposed=self.use_dora)
 
-    def started(self, update: Update, projection: Projection, generator: torch.Generator) -> None:
-        assert isinstance(update, SpectralLowRank)
+    def started(self, update: SpectralLowRank, projection: Projection, generator: torch.Generator) -> None:
         rows, cols = update.shape
         update.up_cells.copy_(self._cells((rows, self.r), len(update.up_cells)))
         update.down_cells.copy_(self._cells((self.r, cols), len(update.down_cells)))
@@ -156,27 +154,17 @@ class SeLoRAConfig(AdapterConfig):
         return distinct(count, shape[0] * shape[1], generator_of(self.seed, _key(*shape)))
 
     def layout(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Stored]:
-        found: dict[str, Stored] = {}
-        for projection, (rows, cols) in shapes.items():
-            up, down = self.count(rows), self.count(cols)
-            found[f"{projection}.up_coefficients"] = Stored((up,))
-            found[f"{projection}.down_coefficients"] = Stored((down,))
-            if self.use_dora:
-                found[f"{projection}.magnitude"] = Stored((rows,))
-            found[_key(rows, self.r)] = Stored((up,), ("I32",), cells_of=(rows, self.r))
-            found[_key(self.r, cols)] = Stored((down,), ("I32",), cells_of=(self.r, cols))
+        found = {key: must for key, must in super().layout(shapes).items() if not key.endswith("_cells")}
+        for rows, cols in shapes.values():
+            for size, matrix in ((rows, (rows, self.r)), (cols, (self.r, cols))):
+                found[_key(*matrix)] = Stored((self.count(size),), ("I32",), cells_of=matrix)
         return found
 
     def tensors(self, updates: Mapping[str, Update], dtype: torch.dtype) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for projection, update in updates.items():
-            rows, cols = update.shape
-            for key in update.state_dict():
-                value = stored(update, key).detach()
-                if value.is_floating_point():
-                    found[f"{projection}.{key}"] = value.to("cpu", dtype, copy=True)
-            found[_key(rows, self.r)] = stored(update, "up_cells").to("cpu", torch.int32)
-            found[_key(self.r, cols)] = stored(update, "down_cells").to("cpu", torch.int32)
+        found = {key: value for key, value in super().tensors(updates, dtype).items() if not key.endswith("_cells")}
+        for update in updates.values():
+            found[_key(update.shape[0], self.r)] = stored(update, "up_cells").to("cpu", torch.int32)
+            found[_key(self.r, update.shape[1])] = stored(update, "down_cells").to("cpu", torch.int32)
         return found
 
     def check_values(self, projection: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loca_vision.adapter_file import FILE_NAME, METADATA_KEY, PICKLES, as_json, described
-from loca_vision.safefile import Entry, open_safetensors
+from loca_vision.safefile import Entry, may_be_read, open_safetensors
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {
@@ -160,18 +160,9 @@ def _in_folder(folder: Path, request: Request) -> Path:
         hint = f"; there are {', '.join(there)}" if there else ""
         hint += "; a pickle could run code when read" if any(name.endswith(PICKLES) for name in there) else ""
         raise FileNotFoundError(f"{inside}: there is no {file.name} in that folder{hint}")
-    if not any(file.resolve().is_relative_to(root) for root in _roots(folder.resolve())):
+    if not may_be_read(file, folder):
         raise ValueError(f"{file}: it is a link that leaves the folder")
     return file
-
-
-def _roots(folder: Path) -> Iterator[Path]:
-    """The folder; and, for a snapshot in the hub's cache, the `blobs` beside it that its files are links to."""
-    yield folder
-    for snapshots in folder.parents:
-        blobs = snapshots.parent / "blobs"
-        if snapshots.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink():
-            yield blobs
 
 
 def may_be_a_repository(text: str) -> bool:

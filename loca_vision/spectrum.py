@@ -72,6 +72,11 @@ class Spectrum(Update):
         scale = self.scale * strength
         return cosine_applied(x, self.coefficients.to(x.device), self.cells.to(x.device), self.shape, scale)
 
+    @torch.no_grad()
+    def norm(self) -> float:
+        """Without building it: atoms of different cells are orthonormal."""
+        return abs(self.scale) * float(torch.linalg.vector_norm(by_cell(self.coefficients.double(), self.cells)))
+
     def tensors(self) -> tuple[Tensor, ...]:
         return self.coefficients, self.locations
 
@@ -127,6 +132,12 @@ def cells_at(locations: Tensor, shape: tuple[int, int]) -> Tensor:
     """(B, 2) int64 cells nearest to locations (B, 2) in [0, 1]."""
     inside = locations.detach().nan_to_num(0).clamp(0, 1)
     return torch.stack([(inside[:, axis] * (size - 1)).round().long() for axis, size in enumerate(shape)], 1)
+
+
+def by_cell(values: Tensor, cells: Tensor) -> Tensor:
+    """The sums of values (B,) that stand at one of the cells (B, 2), for every different cell."""
+    different, where = torch.unique(cells, dim=0, return_inverse=True)
+    return values.new_zeros(len(different)).index_add(0, where, values)
 
 
 def cell_locations(flat: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -49,15 +49,28 @@ class Target:
         """(p, q), these rows of the weight before any update, wherever it is kept.
 
         Raises:
-            ValueError: it is not a matrix of floating-point numbers.
+            ValueError: it is not a matrix of floating-point numbers, or has none yet.
         """
-        layer = base_of(self.layer)
-        weight: Any = stored(layer, "weight") if "weight" in layer._parameters else None
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2 or weight.element_size() < 2:
-            raise ValueError(
-                f"{self.name} is a {type(layer).__name__}: its weight is no matrix of floating-point numbers to start from"
-            )
-        return weight.detach() if self.rows is None else weight.detach()[self.rows]
+        weight = readable_weight(self.layer, self.name).detach()
+        if weight.device.type == "meta":
+            raise ValueError(f"{self.name}: its weight has no values yet, which the adapter would start from")
+        return weight if self.rows is None else weight[self.rows]
+
+
+def readable_weight(layer: Any, name: str) -> Tensor:
+    """The weight of a layer, past the wrappers that peft puts around it, for those updates that depend on it.
+
+    Raises:
+        ValueError: it is not a matrix of floating-point numbers.
+    """
+    layer = base_of(layer)
+    weight: Any = stored(layer, "weight") if "weight" in layer._parameters else None
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+        raise ValueError(
+            f"{name} is a {type(layer).__module__}.{type(layer).__name__}: its weight is no matrix of floating-point numbers, "
+            "which the adapter depends on"
+        )
+    return weight
 
 
 # The layers of timm 1.0 by the names of their children; `*` stands for whatever follows in the model's own names.

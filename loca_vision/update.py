@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loca_vision.offload import stored
+from loca_vision.offload import stored_at
 
 
 class Update(nn.Module):
-    """Delta W of shape (p, q), from parameters and buffers that a subclass has.
+    """Delta W of shape (p, q), from float32 parameters and buffers that a subclass has.
 
     A subclass says how the matrix is made (`delta`), or, where it has a low rank, which two factors make it (`factors`). All
     else is the same for all kinds: where it goes, how it is saved, cast, merged, weighed and swapped.
@@ -21,10 +21,12 @@ class Update(nn.Module):
         shape: (p, q), rows (out_features) and columns (in_features) of the weight.
         scale: a factor of the update.
         needs_weight: whether the update depends on the weight it is added to.
+        exact: the names of those tensors that files hold in float32 even where they hold others in float16.
         rests: whether it is to be passed over, since the adapter that took another's place has nothing for this weight.
     """
 
     needs_weight = False
+    exact: tuple[str, ...] = ()
 
     def __init__(self, shape: tuple[int, int], scale: float = 1.0) -> None:
         super().__init__()
@@ -43,6 +45,15 @@ class Update(nn.Module):
         """(p, r) and (r, q), whose product is `delta`; None for an update that is not of low rank."""
         return None
 
+    @torch.no_grad()
+    def norm(self) -> float | None:
+        """The Frobenius norm of the update; None for one that depends on the weight."""
+        pair = self.factors()
+        if pair is None:
+            return None if self.needs_weight else float(self.delta().norm())
+        up, down = pair[0].double(), pair[1].double()  # without building it: |B A|^2 is the trace of (B^T B) (A A^T)
+        return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
+
     def applied(self, x: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         """x times `strength` times the update, x Delta W^T: (..., q) to (..., p) in x's dtype, without gradients."""
         pair = self.factors(strength)
@@ -51,8 +62,17 @@ class Update(nn.Module):
         return F.linear(F.linear(x, pair[1].to(x)), pair[0].to(x))
 
     def forward(self, strength: float = 1.0, x: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
-        """`delta`, or, given activations, `applied`: through here, so that hooks which bring offloaded tensors see it."""
-        return self.delta(strength, weight) if x is None else self.applied(x, strength, weight)
+        """`delta`, or, given activations, `applied`: through here, so that hooks which bring offloaded tensors see it.
+
+        Autocast is for activations: a matrix made under it is the one that is made without, and may be kept.
+        """
+        if x is not None:
+            return self.applied(x, strength, weight)
+        device = next((value.device.type for value in self.tensors()), "cpu")
+        if not torch.amp.is_autocast_available(device):  # there is none on the meta device
+            return self.delta(strength, weight)
+        with torch.autocast(device, enabled=False):
+            return self.delta(strength, weight)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All that the update is made from."""
@@ -64,19 +84,18 @@ class Update(nn.Module):
 
     def check_room(self, other: Update, place: str) -> None:
         """Raise where `other` could not take this update's place; `place` is for the sentence."""
-        theirs = other.state_dict()
-        for key, mine in self.state_dict().items():
-            if type(self) is not type(other) or key not in theirs or theirs[key].shape != mine.shape:
-                raise ValueError(f"{place} is of another kind or size in the adapter that it should replace")
+        sizes = [{key: value.shape for key, value in update.state_dict().items()} for update in (self, other)]
+        if type(self) is not type(other) or sizes[0] != sizes[1]:
+            raise ValueError(f"{place} is of another kind or size in the adapter that it should replace")
 
     @torch.no_grad()
     def take_over(self, other: Update | None) -> None:
         """Become what `other` is, in the same tensors, so that nothing is compiled anew; without one, rest."""
         self.rests = other is None or other.rests
         if other is not None:
-            self.scale = other.scale
+            self.__dict__.update({name: value for name, value in vars(other).items() if _is_setting(name)})
             for key in other.state_dict():
-                stored(self, key).copy_(stored(other, key))
+                stored_at(self, key).copy_(stored_at(other, key))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Update:
         # Follow to another device, never to another precision: bfloat16 has no whole numbers above 256, and trained
@@ -90,3 +109,8 @@ class Update(nn.Module):
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, trained={sum(p.numel() for p in self.learned())}, scale={self.scale:g}"
+
+
+def _is_setting(name: str) -> bool:
+    """Whether an attribute of an update says what it is: not how it is kept, hooked or trained."""
+    return not name.startswith("_") and name not in ("forward", "training")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loca_vision.rows import LowRankRows, RowDelta, Rows, add_low_rank, add_rows, low_rank_term, row_linear
+from loca_vision.rows import LowRankRows, RowDelta, Rows, add_rows, computed_in, low_rank_linear, low_rank_term, row_linear
 from loca_vision.update import Update
 
 
@@ -130,18 +130,17 @@ class Reading(nn.Module):
     def linear(self, x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor:
         """x (W + sum of the acting updates)^T + bias, where `learns_alone`: no other row's gradient is computed.
 
-        Updates of low rank act on the activations, which spares the gradient of a whole matrix; of others the sum is built.
+        Updates all of low rank act on the activations, which spares the gradient of a whole matrix; else the sum is built.
         """
         self.drop()
-        whole, pairs = self._by_rank(self.acting())
-        if whole:
-            updates = self._deltas(whole, base)
-            with torch.no_grad():
-                weight = add_rows(base, updates)
-            result = row_linear(x, weight, bias, updates)
-        else:
-            result = F.linear(x, base, bias)
-        return add_low_rank(result, x, pairs) if pairs else result
+        acting = self.acting()
+        whole, pairs = self._by_rank(acting)
+        if not whole:
+            return low_rank_linear(x, base, bias, pairs)
+        updates = self._deltas(acting, base)
+        with torch.no_grad():
+            weight = add_rows(base, updates)
+        return row_linear(x, weight, bias, updates)
 
     # The update alone, for weights that cannot be read or must not be written out
 
@@ -164,7 +163,7 @@ class Reading(nn.Module):
             return result + low_rank_term(x, rows, pairs) if pairs else result
         if not keep or self.circumstances.low_memory:
             return self._by_activations(x, rows, acting, weight)
-        form = (_computed_in(x), x.device)
+        form = (computed_in(x), x.device)
         return F.linear(x, self._kept_or(weight, acting, form, lambda: self._matrix(x, rows, acting, weight)))
 
     def _by_rank(self, acting: list[Acting]) -> tuple[list[Acting], list[LowRankRows]]:
@@ -181,12 +180,12 @@ class Reading(nn.Module):
 
     def _matrix(self, x: Tensor, rows: int, acting: list[Acting], weight: Tensor | None) -> Tensor:
         empty = torch.zeros(rows, x.shape[-1], device=x.device)
-        return add_rows(empty, self._deltas(acting, empty if weight is None else weight, x.device)).to(_computed_in(x))
+        return add_rows(empty, self._deltas(acting, empty if weight is None else weight, x.device)).to(computed_in(x))
 
     def _by_activations(self, x: Tensor, rows: int, acting: list[Acting], weight: Tensor | None) -> Tensor:
         result = x.new_zeros(*x.shape[:-1], rows)
         for one in acting:
-            part = one.update(self.circumstances.number * one.strength, x, _rows_of(weight, one, x.device))
+            part = one.update(self.circumstances.number * one.strength, x, _rows_of(weight, one, x.device)).to(result.dtype)
             if torch.compiler.is_compiling():
                 part = part * self.circumstances.factor.to(part.dtype)
             if one.rows is None and part.shape == result.shape:
@@ -349,11 +348,6 @@ def _after_loading(reading: nn.Module, keys: Any) -> None:
     reading.refresh()  # type: ignore[operator]
 
 
-def _computed_in(x: Tensor) -> torch.dtype:
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-
-
 class _Kept:
     """A weight built once, and what it was built from.
 
@@ -364,7 +358,7 @@ class _Kept:
     def __init__(self, base: Tensor | None, learned: list[Tensor], terms: tuple[Any, ...], weight: Tensor) -> None:
         self.values, self.terms, self.weight = [base, *learned], terms, weight
         self.marks = [_mark(value) for value in self.values]
-        self.samples = [_sample(value).clone() for value in self.values if _comparable(value)]
+        self.samples = [value.clone() for value in _compared(base, learned)]
 
     def holds_for(self, base: Tensor | None, learned: list[Tensor], terms: tuple[Any, ...]) -> bool:
         values = [base, *learned]
@@ -373,20 +367,14 @@ class _Kept:
             and len(self.values) == len(values)
             and all(old is new for old, new in zip(self.values, values, strict=True))
             and self.marks == [_mark(value) for value in values]
-            and all(map(torch.equal, self.samples, [_sample(value) for value in values if _comparable(value)]))
+            and all(map(torch.equal, self.samples, _compared(base, learned)))
         )
 
 
-def _comparable(value: Tensor | None) -> bool:
-    return value is not None and value.device.type == "cpu"
-
-
-def _sample(value: Any) -> Tensor:
-    """All of a spectrum; of a weight (p, q) some 64 values, spread over it."""
-    value = value.detach()
-    if value.dim() == 2 and value.shape[1] > 2:
-        value = value[:: max(1, value.shape[0] // 8), :: max(1, value.shape[1] // 8)]
-    return value  # type: ignore[no-any-return]
+def _compared(base: Tensor | None, learned: list[Tensor]) -> list[Tensor]:
+    """Of what is on the CPU all that is learned, and of W (p, q) some 64 values, spread over it."""
+    sample = [] if base is None else [base[:: max(1, base.shape[0] // 8), :: max(1, base.shape[1] // 8)]]
+    return [value.detach() for value in (*sample, *learned) if value.device.type == "cpu"]
 
 
 def _mark(tensor: Tensor | None) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -79,6 +79,19 @@ def acting_at(model: nn.Module, strengths: Mapping[str, Strength]) -> Iterator[N
             updates.strengths = acting
 
 
+def _check_dependent(model: nn.Module, written: Collection[str]) -> None:
+    """The change a weight-decomposed adapter makes is of W as it was when the adapter came, not with another in it."""
+    for site in sites(model):
+        changed = {place.projection for place, _ in site.updates.entries() if place.adapter in written}
+        for place, update in site.updates.entries():
+            goes_on = place.adapter in site.updates.strengths and place.adapter not in written
+            if goes_on and update.needs_weight and place.projection in changed:
+                raise ValueError(
+                    f"{place.projection}: adapter {place.adapter!r} depends on the weight, which would be changed under it; "
+                    f"write it into the weight too, or first let it not act"
+                )
+
+
 @torch.no_grad()
 def write_weights(model: nn.Module, strengths: Mapping[str, Strength], *, check: bool = True) -> None:
     """W + the updates of these adapters, at these strengths, into every weight they have updates for.
@@ -87,8 +100,10 @@ def write_weights(model: nn.Module, strengths: Mapping[str, Strength], *, check:
         check: build every weight before the first is written, and refuse one that is not finite.
 
     Raises:
-        ValueError: a weight cannot be written, or would not be finite; nothing has been written then.
+        ValueError: a weight cannot be written, would not be finite, or is what an adapter that goes on acting depends on;
+            nothing has been written then.
     """
+    _check_dependent(model, strengths)
     with acting_at(model, strengths):
         there = [(weight, weight.tensor) for weight in weights(model) if weight.reading.acting()]
         for weight, tensor in there if check else ():

@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -69,7 +70,9 @@ def weights(out: Path) -> bytes:
 
 def fork(function: Callable[[], int], log: Path) -> int:
     """Run in a copy of this process, where everything is imported already; the process id. A process's imports take seconds."""
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a runner of tests that has threads
+        child = os.fork()
     if child:
         return child
     status = 70

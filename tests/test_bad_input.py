@@ -162,7 +162,7 @@ def places(tmp_path):
 
 TINY = "--model test_vit --weights none --image-size 160 --steps 1 --batch-size 4 --n-components 5"
 LINES = {
-    "no command": ("", "Expected one of {demo, inspect}."),
+    "no command": ("", "Expected one of {demo, inspect, evaluate, convert, extract, merge}"),
     "unknown command": ("demos", "Unrecognized options: demos"),
     "unknown option": ("demo --stepz 3", "Unrecognized options: --stepz"),
     "no number": ("demo --steps many", "Error parsing --steps"),

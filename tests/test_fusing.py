@@ -747,7 +747,10 @@ def test_more_components_need_room(pipe: Any) -> None:
         adapter(stable_diffusion(), BOTH, n=13),
         adapter(stable_diffusion(), BOTH, n=lambda name: 13 if name == "text_encoder.encoder.layers.1.self_attn.out" else 12),
     ):
-        words = r"\.\w+ has 13 components and the adapter that it should replace has room for 12; call "
+        words = (
+            r"\.\w+ has 13 components and the adapter that it should replace has room for 12; "
+            "call enable_loca_hotswap before the first"
+        )
         with pytest.raises(ValueError, match=words):
             pipe.load_loca_weights(made.state(), "a", hotswap=True)
         assert_same(pipe, before)

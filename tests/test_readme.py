@@ -12,11 +12,14 @@ import timm
 import tiny
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
+from layouts import write_oxford_pets
 from PIL import Image
 
 import loca_vision.diffusers
 from loca_vision import LoCAConfig, inject
 from loca_vision.cli import main
+from loca_vision.factors import LowRankPair
+from loca_vision.lora_writing import write_diffusers_lora
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -24,6 +27,9 @@ COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in
 INSTALLS = [line for line in COMMANDS if line.startswith("python -m pip install")]
 SHORT_SCRIPTS = {
     "toy_regression.py": ["--seeds", "1", "--steps", "20"],
+    "train.py": ["--model", "test_vit", "--weights", "none", "--image_size", "160", "--epochs", "1", "--batch_size", "2"],
+    "evaluate.py": [],
+    "report.py": [],
     "scales.py": ["--base_steps", "2", "--steps", "2", "--n_components", "20", "--batch_size", "4"],
 }
 SHORT = ["--model", "test_vit", "--weights", "none", "--image-size", "160", "--steps", "2", "--batch-size", "2"]
@@ -56,7 +62,7 @@ def test_python_blocks(tmp_path, monkeypatch):
 
 
 def test_the_two_commands_are_those_that_ci_runs():
-    assert [line.split(" && ")[1] for line in INSTALLS] == ["loca-vision demo", "python -m pytest"]
+    assert [line.split(" && ")[1] for line in INSTALLS if " && " in line] == ["loca-vision demo", "python -m pytest"]
     assert "grep -E '^python -m pip install" in (ROOT / ".ci" / "run").read_text()
 
 
@@ -70,6 +76,8 @@ def test_other_commands(tmp_path, monkeypatch):
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(np.full((20, 30, 3), value + i, np.uint8)).save(folder / f"{i}.png")
     write_fashion(tmp_path / "data" / "FashionMNIST" / "raw")
+    write_oxford_pets(tmp_path / "data")
+    write_checkpoints()
     for line in COMMANDS:
         words = shlex.split(line)
         if words[0] == "loca-vision":
@@ -77,10 +85,29 @@ def test_other_commands(tmp_path, monkeypatch):
                 del words[words.index("--model") : words.index("--model") + 2]
             assert main(words[1:] + (SHORT if words[1] == "demo" else [])) == 0, line
         elif line not in INSTALLS:
-            script = [sys.executable, str(ROOT / words[1]), *words[2:], *SHORT_SCRIPTS[Path(words[1]).name]]
-            assert words[0] == "python"
-            subprocess.run(script, check=True, capture_output=True)
+            launch = {"python": [], "accelerate": ["-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]}[words[0]]
+            words = [word for word in words[1:] if word != "launch"]
+            script = [sys.executable, *launch, str(ROOT / words[0]), *words[1:], *SHORT_SCRIPTS[Path(words[0]).name]]
+            done = subprocess.run(script, check=False, capture_output=True, text=True)
+            assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
     assert (tmp_path / "scales" / "scales.png").stat().st_size > 0
+
+
+def write_checkpoints():
+    """A LoRA of a pipeline, its UNet's weights, and others, into the working folder."""
+    pipe = tiny.stable_diffusion()
+    pipe.unet.save_pretrained("unet-base")
+    write_diffusers_lora("cartoon-lora", attention_lora(pipe, "unet"))
+    with torch.no_grad():
+        for name, parameter in pipe.unet.named_parameters():
+            if name.endswith("to_v.weight"):
+                parameter.add_(0.1)
+    pipe.unet.save_pretrained("unet-tuned")
+
+
+def attention_lora(pipe, component):
+    layers = {f"{component}.{p}": m for p, m in getattr(pipe, component).named_modules() if p.endswith(("to_q", "to_v"))}
+    return {p: LowRankPair(torch.randn(2, m.in_features), torch.randn(m.out_features, 2)) for p, m in layers.items()}
 
 
 def write_fashion(raw):

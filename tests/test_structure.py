@@ -15,12 +15,15 @@ LAYERS = (
     | {"console", "settings_value", "optimizer_state", "generator_state", "presets", "evaluation"},
     {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings_file", "augmentation", "published", "hub_datasets"},
     {"kinds", "manifest", "catalogue", "settings"},
+    {"approximation", "factors", "lora_names", "lora_scales"},
     {"spectrum", "low_rank", "checkpoint_folder", "datasets"},
     {"sparse"},
     {"loca", "sdctft", "fourierft"},
     {"selora", "adapter_file"},
     {"recipe"},
     {"targets", "updates"},
+    {"places", "lora_files", "sharded"},
+    {"lora_writing", "exchange_source", "losses"},
     {"layer", "attention"},
     {"record"},
     {"weights", "root"},
@@ -30,7 +33,9 @@ LAYERS = (
     {"loader"},
     {"diffusers"},
     {"inspection", "img_focus", "training", "environment"},
+    {"exchange", "exchange_lora", "merging"},
     {"vit", "plots"},
+    {"spectrum_picture", "exchange_commands"},
     {"classification"},
     {"run_report", "study_report"},
     {"fit", "evaluate", "hub"},
@@ -44,6 +49,7 @@ NEEDS_MORE = {
     *("data", "published", "catalogue", "hub_datasets", "datasets", "augmentation"),
     *("settings", "settings_file", "settings_value", "console"),
     *("recipe", "classification", "evaluation", "evaluate", "fit", "run_report", "study_report", "environment", "hub"),
+    *("exchange", "exchange_lora", "exchange_commands", "spectrum_picture"),
 }
 
 

@@ -132,6 +132,7 @@ def dropout(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork there")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("name", RESUMED)
 def test_killed_runs_go_on_to_the_same_bits(name, tmp_path, dropout, capsys):
     chance = random.Random(name)

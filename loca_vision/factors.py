@@ -1,0 +1,120 @@
+"""Updates of low rank, as LoRA has them, and the closest one to a given matrix (Eckart and Young, 1936)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRankPair:
+    """Delta W = scale * up @ down.
+
+    Args:
+        down: (r, q), which LoRA calls A.
+        up: (p, r), B.
+        scale: alpha / r, or alpha / sqrt(r) where ranks are stabilised.
+
+    Raises:
+        ValueError: shapes that do not fit each other, or a scale that is not finite.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.down.dim() != 2 or self.up.dim() != 2 or self.down.shape[0] != self.up.shape[1] or not self.down.shape[0]:
+            raise ValueError(
+                f"up is {tuple(self.up.shape)} and down {tuple(self.down.shape)}: (p, r) and (r, q) are wanted, r from 1 up"
+            )
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale={self.scale!r}: it is a finite number")
+
+    @property
+    def rank(self) -> int:
+        return int(self.down.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(p, q) of the update."""
+        return int(self.up.shape[0]), int(self.down.shape[1])
+
+    def delta(self) -> Tensor:
+        """The update, (p, q), in float32 or, where the factors are, float64."""
+        wide = torch.promote_types(self.up.dtype, torch.float32)
+        return self.scale * (self.up.to(wide) @ self.down.to(wide))
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """A matrix cut down to a rank.
+
+    Args:
+        pair: the factors, in float32, their columns and rows of equal norms.
+        norm: Frobenius norm of the matrix.
+        error: Frobenius norm of what is left out.
+    """
+
+    pair: LowRankPair
+    norm: float
+    error: float
+
+    @property
+    def relative_error(self) -> float:
+        """error / norm, from 0 to 1; 0 for a matrix of zeros."""
+        return self.error / self.norm if self.norm else 0.0
+
+
+def truncated(delta: Tensor | LowRankPair, rank: int) -> Truncated:
+    """The matrix of rank at most `rank` closest to `delta`, by its singular values, which also tell the error.
+
+    The factors of an update of low rank are turned into a small matrix first: nothing of size (p, q) is built, and where
+    it has that rank already the error is 0 and the pair returned has its own rank.
+
+    Raises:
+        ValueError: a rank below 1 or above min(p, q); not a matrix; NaN or infinity.
+    """
+    shape = tuple(delta.shape)
+    if len(shape) != 2:
+        raise ValueError(f"delta has shape {shape}: a matrix is wanted")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(shape):
+        raise ValueError(f"rank={rank!r}: a {shape[0]} x {shape[1]} matrix has ranks from 1 to {min(shape)}")
+    left, values, right = _of_pair(delta) if isinstance(delta, LowRankPair) else _svd(delta.detach())
+    squares = values.double().square()
+    root = values[:rank].sqrt()
+    up, down = left[:, :rank] * root, root[:, None] * right[:rank]
+    pair = LowRankPair(down.float().contiguous(), up.float().contiguous())
+    return Truncated(pair, math.sqrt(float(squares.sum())), math.sqrt(float(squares[rank:].sum())))
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    if not torch.isfinite(matrix).all():
+        raise ValueError("delta holds NaN or infinity")
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left, values, right
+
+
+def _of_pair(pair: LowRankPair) -> tuple[Tensor, Tensor, Tensor]:
+    """Orthonormal bases of both factors, and the singular values of what lies between them: (r, r)."""
+    left, left_in = torch.linalg.qr(pair.up.detach().double())
+    right, right_in = torch.linalg.qr(pair.down.detach().double().T)
+    inner_left, values, inner_right = _svd(pair.scale * left_in @ right_in.T)
+    return left @ inner_left, values, inner_right @ right.T
+
+
+def cut(module: str, update: Tensor | LowRankPair, rank: int | None) -> Truncated:
+    """The closest update of a rank; with None, or where it has no higher one, its own factors.
+
+    Raises:
+        ValueError: it has no factors yet, and no rank is asked for.
+    """
+    if isinstance(update, LowRankPair) and (rank is None or update.rank <= rank):
+        return Truncated(update, truncated(update, 1).norm, 0.0)
+    if rank is None:
+        raise ValueError(f"{module}: its update has no factors yet; say which rank they are to have")
+    return truncated(update, min(rank, *update.shape))
