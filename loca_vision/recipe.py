@@ -227,8 +227,9 @@ def _check_contradictions(recipe: Recipe, given: Collection[str]) -> None:
         raise ValueError(f"root={str(recipe.root)!r}: the {recipe.dataset} need none; say --dataset for a set of your own")
     if recipe.push_to_hub and recipe.seeds:
         raise ValueError("--push_to_hub uploads one run, and --seeds are several: choose one")
-    if recipe.hub_model_id is not None and not recipe.push_to_hub:
-        raise ValueError(f"hub_model_id={recipe.hub_model_id!r}: say --push_to_hub too")
+    for name in ("hub_model_id", "hub_private"):
+        if getattr(recipe, name) and not recipe.push_to_hub:
+            raise ValueError(f"{name}={getattr(recipe, name)!r}: say --push_to_hub too")
 
 
 def _check_numbers(recipe: Recipe) -> None:
@@ -264,8 +265,10 @@ def _check_numbers(recipe: Recipe) -> None:
         raise ValueError(f"clip={recipe.clip!r}: it is a finite number above 0")
     if recipe.batch_size % recipe.accumulate:
         raise ValueError(f"accumulate={recipe.accumulate}: it does not divide batch_size={recipe.batch_size}")
-    if len(set(recipe.seeds)) < len(recipe.seeds) or not all(is_whole(seed) and seed >= 0 for seed in recipe.seeds):
-        raise ValueError(f"seeds={recipe.seeds!r}: different whole numbers from 0 up")
+    if recipe.seed >= 2**32:
+        raise ValueError(f"seed={recipe.seed}: it is below 2^32, as numpy's are")
+    if len(set(recipe.seeds)) < len(recipe.seeds) or not all(is_whole(seed) and 0 <= seed < 2**32 for seed in recipe.seeds):
+        raise ValueError(f"seeds={recipe.seeds!r}: different whole numbers from 0 up, below 2^32")
 
 
 def differences(recipe: Recipe, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

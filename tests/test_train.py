@@ -29,6 +29,7 @@ METHODS = {
     "lp": ("--method", "lp"),
     "lp-cached": ("--method", "lp", "--cache_features"),
 }
+forks = pytest.mark.skipif(sys.platform == "win32" or torch.cuda.is_available(), reason="no fork there, or none with CUDA")
 WIDTH, PROJECTIONS = 64, 12  # query and value of six blocks
 HEAD = 10 * WIDTH + 10
 TRAINED = {
@@ -71,6 +72,7 @@ def test_every_image_set_from_start_to_end(name, tmp_path, monkeypatch, capsys):
     found, printed = evaluated(out, capsys)
     assert found["test_accuracy"] == metrics["test_accuracy"]
     assert f"{100 * metrics['test_accuracy']:.2f} % of 12 test images" in printed
+    assert metrics["test_accuracy"] == sum(row[i] for i, row in enumerate(found["confusion"])) / 12
     assert sum(map(sum, found["confusion"])) == 12 == sum(row["images"] for row in found["classes"])
     if name not in ("digits", "fashion_mnist"):  # three colours
         assert metrics["test_accuracy"] > 0.6
@@ -131,7 +133,7 @@ def dropout(monkeypatch):
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **kwargs: create(name, pretrained, **rates, **kwargs))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no fork there")
+@forks
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("name", RESUMED)
 def test_killed_runs_go_on_to_the_same_bits(name, tmp_path, dropout, capsys):
@@ -232,7 +234,7 @@ def without_key_bias(tensors):
     }
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no fork there")
+@forks
 @pytest.mark.parametrize("name", ["loca", "lora", "full"])
 def test_two_processes_are_one(name, tmp_path):
     """The same global batch, shared; and a run of two processes goes on, to the same bits."""
