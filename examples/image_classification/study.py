@@ -61,6 +61,8 @@ class Study:
     """LoCA: steps after which the locations are final."""
     precision: Literal["float32", "bf16"] = "bf16"
     """What is multiplied in."""
+    title: str | None = None
+    """Of the picture; by default the data set's name."""
     jobs: int = 1
     """Runs at a time, each with its share of the cores."""
 
@@ -134,7 +136,7 @@ def run(study: Study) -> list[Point]:
 
         points = list(workers.map(one, chosen))
     write_atomically(study.output_dir / "study.md", study_table(points, study.seeds).encode())
-    draw_study(study.output_dir / "study.png", f"{study.dataset}, {study.image_size} pixels", points)
+    draw_study(study.output_dir / "study.png", f"{study.title or study.dataset}, {study.image_size} pixels", points)
     print(study_table(points, study.seeds))
     return points
 
