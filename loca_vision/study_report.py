@@ -99,5 +99,10 @@ def draw_study(path: Path, title: str, points: Sequence[Point]) -> None:
             label=method,
         )
     axes.set(xscale="log", xlabel="trained numbers beside the head", ylabel="test accuracy, %", title=title)
-    axes.legend()
+    budgets = sorted({point.trained for point in points if point.method in adapters})
+    if budgets:
+        axes.set_xlim(budgets[0] / 1.4, budgets[-1] * 1.4)
+        axes.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
+        axes.set_xticks([], minor=True)
+    figure.legend(loc="outside right upper")
     save(figure, path)
