@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,6 +96,7 @@ def build(task: Task, recipe: Recipe) -> nn.Module:
         ValueError, TypeError, OSError: it cannot be built, or the adapter does not fit it.
     """
     model = build_model(task.spec)
+    _check_size(model, task.spec)
     if recipe.checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):
             raise ValueError(f"--checkpointing: {task.spec.name} has no gradient checkpointing")
@@ -109,10 +111,19 @@ def build(task: Task, recipe: Recipe) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def _check_size(model: nn.Module, spec: ModelSpec) -> None:
+    """One empty image: some models are built for any size, and find out with the first one."""
+    try:
+        model(torch.zeros(1, 3, spec.image_size or 0, spec.image_size or 0))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"image_size={spec.image_size}: {spec.name} does not take it ({error})") from error
+
+
 def groups_of(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Parameter groups for the optimiser."""
-    assert recipe.lr is not None and recipe.head_lr is not None
     if recipe.method not in ("lp", "full"):
+        assert recipe.lr is not None
         return parameter_groups(
             model, lr=recipe.lr, location_lr=recipe.location_lr, head_lr=recipe.head_lr, weight_decay=recipe.weight_decay
         )
@@ -165,8 +176,14 @@ def checksum(model: nn.Module, trained: dict[str, Tensor]) -> int:
 
 
 @torch.no_grad()
-def with_features(model: nn.Module, task: Task, batch_size: int = 64) -> tuple[nn.Module, Task]:
+def with_features(
+    model: nn.Module, task: Task, *, device: torch.device, computing: AbstractContextManager[Any], batch_size: int = 64
+) -> tuple[nn.Module, Task]:
     """The head alone, and in the place of the images what it sees of them, computed once.
+
+    Args:
+        device: to compute on; the model stays there.
+        computing: autocast, where that is wanted.
 
     Raises:
         ValueError: the model's head is not one linear layer.
@@ -177,9 +194,15 @@ def with_features(model: nn.Module, task: Task, batch_size: int = 64) -> tuple[n
 
     def features(images: Dataset[tuple[Tensor, int]]) -> Dataset[tuple[Tensor, int]]:
         loaded = torch.utils.data.DataLoader(images, batch_size, num_workers=task.workers)
-        seen = [(model.forward_head(model.forward_features(x), pre_logits=True), y) for x, y in loaded]  # type: ignore[operator]
+        seen = [(_seen_by_head(model, x.to(device)).cpu(), y) for x, y in loaded]
         return TensorDataset(*(torch.cat(part) for part in zip(*seen, strict=True)))  # type: ignore[return-value]
 
-    model.eval()
-    train, validation, test = features(task.train), features(task.validation), features(task.test)
+    model.to(device).eval()
+    with computing:
+        train, validation, test = features(task.train), features(task.validation), features(task.test)
     return head, replace(task, train=train, validation=validation, test=test, workers=0)
+
+
+def _seen_by_head(model: Any, images: Tensor) -> Tensor:
+    features: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
+    return features

@@ -101,13 +101,13 @@ def _recipe(folder: Path, wanted: Evaluate) -> Recipe:
 
 def _by_class(matrix: Tensor, classes: tuple[str, ...]) -> list[dict[str, Any]]:
     """Of every class: its images, how many were taken for it (recall), and how many taken for it are of it (precision)."""
-    images, taken, right = matrix.sum(1), matrix.sum(0), matrix.diagonal()
+    images, taken, right = matrix.sum(1).tolist(), matrix.sum(0).tolist(), matrix.diagonal().tolist()
     return [
         {
             "class": name,
-            "images": int(images[i]),
-            "recall": float(right[i] / images[i]) if images[i] else None,
-            "precision": float(right[i] / taken[i]) if taken[i] else None,
+            "images": images[i],
+            "recall": right[i] / images[i] if images[i] else None,
+            "precision": right[i] / taken[i] if taken[i] else None,
             "most_often_taken_for": classes[int(matrix[i].argmax())] if images[i] else None,
         }
         for i, name in enumerate(classes)

@@ -50,4 +50,4 @@ def _batches(
 
 def accuracy_of(matrix: Tensor) -> float:
     """The share of images that were taken for what they are."""
-    return float(matrix.diagonal().sum() / matrix.sum().clamp(min=1))
+    return int(matrix.diagonal().sum()) / max(1, int(matrix.sum()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,7 +39,7 @@ class Progress:
     Args:
         step: optimiser steps taken.
         curve: loss, rate and phase of each.
-        epochs: of each one finished: mean loss, validation accuracy, seconds.
+        epochs: of each one finished: its number from 1, mean loss, validation accuracy.
         best_epoch: counted from 0; the one whose weights are kept.
         stale: epochs since.
         seconds, waiting: spent in training, and of that in waiting for images.
@@ -62,11 +64,27 @@ def accelerator_for(recipe: Recipe) -> Accelerator:
     # Which halves of a spectrum have gradients changes from step to step.
     parallel = DistributedDataParallelKwargs(find_unused_parameters=recipe.method == "loca")
     log_with = None if recipe.report_to == "none" else recipe.report_to
+    _check_tracker(recipe.report_to)
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("precision='fp16': it needs a GPU; bf16 works on processors too")
+    # Started as one of several processes, accelerate shares the work among them only where it knows on what.
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.cuda.is_available()
     return Accelerator(
-        mixed_precision=precision, log_with=log_with, project_dir=str(recipe.output_dir), kwargs_handlers=[parallel]
+        cpu=not alone,
+        mixed_precision=precision,
+        log_with=log_with,
+        project_dir=str(recipe.output_dir),
+        kwargs_handlers=[parallel],
     )
+
+
+def _check_tracker(name: str) -> None:
+    """accelerate passes over one that is missing, and the curves would be lost."""
+    there = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    if name not in ("none", "all") and name not in there:
+        raise ValueError(f"report_to={name!r}: it is not installed; python -m pip install {name}")
+    if name == "all" and not there:
+        raise ValueError("report_to='all': no tracker is installed; python -m pip install tensorboard")
 
 
 class Run:

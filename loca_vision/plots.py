@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -78,33 +79,38 @@ def draw_run(path: Path, title: str, curve: Mapping[str, Sequence[Any]], epochs:
     losses, validation = figure.subplots(1, 2, width_ratios=(3, 2))
     numbers = range(1, len(curve["loss"]) + 1)
     losses.plot(numbers, curve["loss"], color=COLOURS[1], alpha=0.25, linewidth=0.8)
-    losses.plot(numbers, _smooth(curve["loss"]), color=COLOURS[1], label="training loss")
+    marker = "o" if len(curve["loss"]) == 1 else None  # a line needs two
+    losses.plot(numbers, _smooth(curve["loss"]), color=COLOURS[1], marker=marker, label="training loss")
     _shade([number for number, phase in zip(numbers, curve["phase"], strict=True) if phase in MOVING], losses)
     losses.set(xlabel="optimiser step", ylabel="training loss", yscale="log", title=title)
     losses.legend()
     found = [100 * epoch["validation_accuracy"] for epoch in epochs]
     validation.plot([epoch["epoch"] for epoch in epochs], found, color=COLOURS[2], marker="o")
-    validation.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes, count in ((losses, len(curve["loss"])), (validation, len(epochs))):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if count == 1:
+            axes.set_xlim(0, 2)
     validation.set(xlabel="epoch", ylabel="%", title=f"validation accuracy, best {max(found):.1f} %")
     save(figure, path)
 
 
 def draw_confusion(path: Path, matrix: Tensor, classes: Sequence[str]) -> None:
-    """How often each class (row) was taken for each class (column): matrix (n, n) of counts, shaded by shares of the row."""
+    """How often each class (row) was taken for each class (column): matrix (n, n) of counts, shaded by shares of the row, on a
+    scale on which rare mistakes show."""
     count = len(classes)
     side = min(24.0, 3.5 + 0.3 * count)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
-    shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    drawn = axes.imshow(shares, cmap="YlGnBu", vmin=0, vmax=1)
+    shares = (matrix / matrix.sum(1, keepdim=True).clamp(min=1)).numpy()
+    drawn = axes.imshow(shares, cmap="YlGnBu", norm=PowerNorm(0.5, vmin=0, vmax=1))
     size = max(3.0, min(9.0, 300 / count))
     axes.set_xticks(range(count), classes, rotation=90, fontsize=size)
     axes.set_yticks(range(count), classes, fontsize=size)
     axes.set(xlabel="taken for", ylabel="class", title=f"{int(matrix.diagonal().sum())} of {int(matrix.sum())} right")
     for row, col in matrix.nonzero().tolist() if count <= 40 else ():
-        colour = "white" if shares[row, col] > 0.5 else "black"
+        colour = "white" if shares[row, col] > 0.3 else "black"
         axes.text(col, row, str(int(matrix[row, col])), ha="center", va="center", fontsize=size * 0.8, color=colour)
-    figure.colorbar(drawn, ax=axes, label="share of the class", shrink=0.7)
+    figure.colorbar(drawn, ax=axes, label="share of the class", shrink=0.7, fraction=0.04, pad=0.01)
     save(figure, path)
 
 

@@ -155,7 +155,7 @@ FIELDS: dict[str, set[str]] = {
     "lp": {"cache_features"},
 }
 # Where the paper has no rate of its own (sdctft, selora, full): that of the nearest method, and a usual one of full training.
-_RATES = {"loca": 5e-2, "sdctft": 5e-2, "fourierft": 5e-2, "lora": 5e-3, "selora": 5e-3, "full": 5e-5, "lp": 0.0}
+_RATES = {"loca": 5e-2, "sdctft": 5e-2, "fourierft": 5e-2, "lora": 5e-3, "selora": 5e-3, "full": 5e-5}
 _HEAD_RATES = {"full": 1e-3}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "loca": {"n_components": 3000, "scale": 1.0},
@@ -181,7 +181,7 @@ def settled(recipe: Recipe, given: Collection[str]) -> Recipe:
         ValueError: a value out of range, or settings that contradict each other; one sentence.
     """
     _check_contradictions(recipe, given)
-    rates = {"lr": _RATES[recipe.method], "head_lr": _HEAD_RATES.get(recipe.method, 1e-2)}
+    rates = {"lr": _RATES.get(recipe.method), "head_lr": _HEAD_RATES.get(recipe.method, 1e-2)}
     missing = {
         name: value for name, value in (rates | _DEFAULTS.get(recipe.method, {})).items() if getattr(recipe, name) is None
     }
@@ -225,8 +225,11 @@ def _check_contradictions(recipe: Recipe, given: Collection[str]) -> None:
         raise ValueError(f"--seed {recipe.seed} and --seeds contradict each other: choose one")
     if recipe.dataset in EVERYWHERE and recipe.root:
         raise ValueError(f"root={str(recipe.root)!r}: the {recipe.dataset} need none; say --dataset for a set of your own")
-    if recipe.hub_model_id is not None and not recipe.push_to_hub:
-        raise ValueError(f"hub_model_id={recipe.hub_model_id!r}: say --push_to_hub too")
+    if recipe.push_to_hub and recipe.seeds:
+        raise ValueError("--push_to_hub uploads one run, and --seeds are several: choose one")
+    for name in ("hub_model_id", "hub_private"):
+        if getattr(recipe, name) and not recipe.push_to_hub:
+            raise ValueError(f"{name}={getattr(recipe, name)!r}: say --push_to_hub too")
 
 
 def _check_numbers(recipe: Recipe) -> None:
@@ -254,14 +257,18 @@ def _check_numbers(recipe: Recipe) -> None:
         if getattr(recipe, name) is not None:
             check_count(name, getattr(recipe, name), least)
     for name in ("lr", "location_lr", "head_lr", "weight_decay"):
+        if name == "lr" and recipe.method == "lp":
+            continue
         if not is_finite(getattr(recipe, name)) or getattr(recipe, name) < 0:
             raise ValueError(f"{name}={getattr(recipe, name)!r}: it is a finite number from 0 up")
     if recipe.clip is not None and not (is_finite(recipe.clip) and recipe.clip > 0):
         raise ValueError(f"clip={recipe.clip!r}: it is a finite number above 0")
     if recipe.batch_size % recipe.accumulate:
         raise ValueError(f"accumulate={recipe.accumulate}: it does not divide batch_size={recipe.batch_size}")
-    if len(set(recipe.seeds)) < len(recipe.seeds) or not all(is_whole(seed) and seed >= 0 for seed in recipe.seeds):
-        raise ValueError(f"seeds={recipe.seeds!r}: different whole numbers from 0 up")
+    if recipe.seed >= 2**32:
+        raise ValueError(f"seed={recipe.seed}: it is below 2^32, as numpy's are")
+    if len(set(recipe.seeds)) < len(recipe.seeds) or not all(is_whole(seed) and 0 <= seed < 2**32 for seed in recipe.seeds):
+        raise ValueError(f"seeds={recipe.seeds!r}: different whole numbers from 0 up, below 2^32")
 
 
 def differences(recipe: Recipe, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from loca_vision.atomic import write_atomically
 from loca_vision.checkpoint import base_model_name, save_adapter
-from loca_vision.safefile import open_safetensors, write_safetensors
+from loca_vision.safefile import OpenFile, open_safetensors, strict_json, write_safetensors
 
 METRICS = "metrics.json"
 TRAINED = "trained_weights.safetensors"  # of methods without an adapter: the head, or the whole model
@@ -53,22 +54,39 @@ def save_trained(model: nn.Module, folder: Path, tensors: Mapping[str, Tensor], 
     return folder / TRAINED
 
 
-def load_trained(model: nn.Module, file: Path) -> None:
+def load_trained(model: nn.Module, file: str | Path) -> None:
     """Put the tensors of `save_trained` into a model built like the one they are of.
 
     Raises:
         FileNotFoundError, ValueError: no such file, or its tensors are not the model's; the model is as it was.
     """
-    with open_safetensors(file) as opened:
+    with open_safetensors(Path(file)) as opened:
         own = model.state_dict()
-        if _TRAINED_KEY not in opened.metadata:
-            raise ValueError(f"it holds no trained weights: the header has no {_TRAINED_KEY}")
+        _check_description(opened, base_model_name(model))
         for name, entry in opened.entries.items():
             if name not in own:
                 raise ValueError(f"the model has no tensor {name}")
             if tuple(own[name].shape) != entry.shape:
                 raise ValueError(f"{name} is {entry.shape} in the file and {tuple(own[name].shape)} in the model")
-        model.load_state_dict({**own, **opened.tensors()})
+        tensors = opened.tensors()
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} holds NaN or infinity")
+        model.load_state_dict({**own, **tensors})
+
+
+def _check_description(opened: OpenFile, model: str) -> None:
+    """What the header says must be what the file holds, and of this model."""
+    if _TRAINED_KEY not in opened.metadata:
+        raise ValueError(f"it holds no trained weights: the header has no {_TRAINED_KEY}")
+    about = strict_json(opened.metadata[_TRAINED_KEY], nesting=2)
+    if not isinstance(about, dict) or about.get("format_version") != 1:
+        raise ValueError(f"{_TRAINED_KEY}: this version reads format_version 1")
+    if about.get("base_model") != model:
+        raise ValueError(f"it was trained on {about.get('base_model')}; this model is {model}")
+    names = about.get("tensors")
+    if names != sorted(opened.entries):
+        raise ValueError(f"{_TRAINED_KEY}: the tensors of the file are not those of its header")
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -27,15 +27,16 @@ def phase_at(
 
 
 class AlternatingSchedule:
-    """Freezes one half of every trainable spectrum at a time, by optimiser steps.
+    """Freezes one half of every spectrum whose locations learn at a time, by optimiser steps.
 
     A frozen half has no gradient at all, so no optimiser moves it, by momentum or weight decay either. Call `step()` once
     after each `optimizer.step()`, however many micro-batches that step accumulated.
 
     Args:
         model: a model with adapters. Those that do not act, or are wholly frozen, when the schedule is made are left alone,
-            and so are the final locations of a loaded one. Under DistributedDataParallel it is the wrapped model, with
-            `find_unused_parameters=True`: wrapped later, it would never share what is frozen at that moment.
+            and so is whatever has no locations to learn: a loaded adapter, whose locations are final, and other kinds. Where
+            there is nothing but that, the phase is always "coefficients". Under DistributedDataParallel it is the wrapped
+            model, with `find_unused_parameters=True`: wrapped later, it would never share what is frozen at that moment.
         coefficient_steps: B_a, how long the coefficients move, from 0.
         location_steps: B_l, how long the locations do then, from 0.
         learning_steps: B_s, after which the locations are final. 0 for fixed random locations (V1 of Table 5), None for
@@ -43,7 +44,7 @@ class AlternatingSchedule:
         together: move both at every one of the `learning_steps` instead (V3).
 
     Raises:
-        ValueError: a setting out of range, or a model without a trainable spectrum.
+        ValueError: a setting out of range, or a model without a trainable adapter.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class AlternatingSchedule:
             raise ValueError("coefficient_steps=0, location_steps=0: a period has at least one step")
         _check_wrapped(model)
         self._settings = (coefficient_steps, location_steps, learning_steps, bool(together))
-        self._spectra = trainable_spectra(model)
+        self._spectra = [u for u in trainable_updates(model) if isinstance(u, Spectrum) and not u.final]
         for spectrum in self._spectra:
             spectrum.scheduled = True
         self._step = 0
@@ -69,7 +70,7 @@ class AlternatingSchedule:
     @property
     def phase(self) -> Phase:
         """What moves at the coming optimiser step."""
-        return phase_at(self._step, *self._settings)
+        return phase_at(self._step, *self._settings) if self._spectra else "coefficients"
 
     @property
     def steps_done(self) -> int:
@@ -105,7 +106,7 @@ class AlternatingSchedule:
     def _apply(self) -> None:
         for spectrum in self._spectra:
             _let_move(spectrum.coefficients, self.phase != "locations")
-            _let_move(spectrum.locations, self.phase != "coefficients" and not spectrum.final)
+            _let_move(spectrum.locations, self.phase != "coefficients")
 
 
 def _check_wrapped(model: nn.Module) -> None:
@@ -118,18 +119,6 @@ def _let_move(parameter: nn.Parameter, moves: bool) -> None:
     parameter.requires_grad_(moves)
     if not moves:
         parameter.grad = None  # an optimiser passes over a parameter without a gradient, momentum, decay and all
-
-
-def trainable_spectra(model: nn.Module) -> list[Spectrum]:
-    """The acting spectra of which a half, at least, is trainable.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = [update for update in trainable_updates(model) if isinstance(update, Spectrum)]
-    if not found:
-        raise ValueError(f"{type(unwrap(model)).__name__} has no spectrum to schedule; its adapters are of other kinds")
-    return found
 
 
 def trainable_updates(model: nn.Module) -> list[Update]:

@@ -81,6 +81,7 @@ def draw_study(path: Path, title: str, points: Sequence[Point]) -> None:
     """Mean test accuracy, with one standard deviation, against trained numbers; methods without an adapter as lines."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    adapters = list(dict.fromkeys(point.method for point in points if point.method not in ("lp", "full")))
     for method in dict.fromkeys(point.method for point in points):
         mine = sorted((point for point in points if point.method == method), key=lambda point: point.trained)
         if method in ("lp", "full"):
@@ -88,8 +89,9 @@ def draw_study(path: Path, title: str, points: Sequence[Point]) -> None:
             label = "head alone" if method == "lp" else f"full, {mine[0].trained / 1e6:.1f} M"
             axes.axhline(100 * mine[0].mean, color="#7f7f7f", linestyle=style, label=label)
             continue
+        aside = 1.04 ** (adapters.index(method) - (len(adapters) - 1) / 2)  # of those at the same place
         axes.errorbar(
-            [point.trained for point in mine],
+            [point.trained * aside for point in mine],
             [100 * point.mean for point in mine],
             yerr=[100 * point.deviation for point in mine],
             marker=_MARKS.get(method, "o"),
@@ -97,5 +99,10 @@ def draw_study(path: Path, title: str, points: Sequence[Point]) -> None:
             label=method,
         )
     axes.set(xscale="log", xlabel="trained numbers beside the head", ylabel="test accuracy, %", title=title)
-    axes.legend()
+    budgets = sorted({point.trained for point in points if point.method in adapters})
+    if budgets:
+        axes.set_xlim(budgets[0] / 1.4, budgets[-1] * 1.4)
+        axes.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
+        axes.set_xticks([], minor=True)
+    figure.legend(loc="outside right upper")
     save(figure, path)

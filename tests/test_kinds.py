@@ -285,10 +285,15 @@ def test_training_moves_it_and_the_base_stays(kind, images, tmp_path):
     assert torch.equal(output(fresh), output(model))
 
 
-@pytest.mark.parametrize("kind", WITHOUT_LOCATIONS)
-def test_without_locations_there_is_nothing_to_alternate(kind):
-    with pytest.raises(ValueError, match="has no spectrum to schedule; its adapters are of other kinds"):
-        AlternatingSchedule(adapted(kind))
+@every_kind
+def test_a_schedule_pauses_only_what_has_locations_to_learn(kind):
+    """So that a training loop stays the same when the kind changes."""
+    model = adapted(kind)
+    schedule = AlternatingSchedule(model, coefficient_steps=0)
+    learning = all(p.requires_grad for update in adapters(model).values() for p in update.learned())
+    assert (schedule.phase, learning) == (("locations", False) if kind == "loca" else ("coefficients", True))
+    schedule.step()
+    assert schedule.steps_done == 1
 
 
 @pytest.mark.parametrize("kind", WITHOUT_LOCATIONS)

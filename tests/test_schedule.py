@@ -168,6 +168,8 @@ def test_final_locations_and_idle_adapters_are_left_alone(vit, build, tmp_path):
     schedule = AlternatingSchedule(other, coefficient_steps=0)
     assert schedule.phase == "locations"
     assert not any(s.locations.requires_grad for s in adapters(other, "old").values())
+    assert all(s.coefficients.requires_grad for s in adapters(other, "old").values())
+    assert not any(s.coefficients.requires_grad for s in adapters(other, "new").values())
     assert all(s.locations.requires_grad for s in adapters(other, "new").values())
     groups = {group["name"]: group["params"] for group in parameter_groups(other, lr=1.0)}
     assert (len(groups["coefficients"]), len(groups["locations"])) == (8, 4)

