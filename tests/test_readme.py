@@ -29,6 +29,7 @@ SHORT_SCRIPTS = {
     "toy_regression.py": ["--seeds", "1", "--steps", "20"],
     "train.py": ["--model", "test_vit", "--weights", "none", "--image_size", "160", "--epochs", "1", "--batch_size", "2"],
     "evaluate.py": [],
+    "build_pairs.py": ["--size", "16", "--crops", "1"],
     "report.py": [],
     "scales.py": ["--base_steps", "2", "--steps", "2", "--n_components", "20", "--batch_size", "4"],
 }
