@@ -21,6 +21,7 @@ from loca_vision import adapters
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start; accelerate remarks on it where it is not set
 torch.set_num_threads(1)  # the models are so small that a second thread costs more than it brings
 
 
