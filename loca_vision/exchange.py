@@ -53,7 +53,7 @@ def to_loca(
             update is not finite.
         OSError: as `write_adapter`.
     """
-    projections = _Projections(source, _places(source, places, skip=skip))
+    projections = _Projections(source, _that_change(source, _places(source, places, skip=skip)))
     kept = largest_components(projections, budget)
     tensors: dict[str, Tensor] = {}
     for projection, part in kept.items():
@@ -94,7 +94,7 @@ def to_lora_adapter(
     Raises:
         ValueError, OSError: as `to_loca` and `to_lora`.
     """
-    there = _places(source, places, skip=skip)
+    there = _that_change(source, _places(source, places, skip=skip))
     modules = [module for module in source.shapes if any(place.module == module for place in there)]
     kept = {module: cut(module, source.read(module, None), rank) for module in modules}
     r = max(one.pair.rank for one in kept.values())
@@ -183,6 +183,13 @@ def _places(source: Source, places: Sequence[Place] | None, *, skip: bool) -> li
         return found
     parts = {_part(place) for place in found}
     return [place for place in places if _part(place) in parts]
+
+
+def _that_change(source: Source, places: list[Place]) -> list[Place]:
+    """Without the parts of fused projections that no layer's update changes, as the key where query and value are adapted."""
+    projections = _Projections(source, places)
+    changed = {_part(place) for place in places if projections[place.projection].any()}
+    return [place for place in places if not changed or _part(place) in changed]
 
 
 def _check_module(

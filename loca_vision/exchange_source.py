@@ -116,10 +116,12 @@ def _of_adapter(about: Description, tensors: dict[str, Tensor], known: Mapping[s
 
 @torch.no_grad()
 def _joined(updates: Sequence[tuple[Place, Update]], shape: tuple[int, int], weight: Tensor | None) -> Tensor | LowRankPair:
-    (place, first), *rest = updates
-    factors = first.factors()
-    if factors is not None and not rest and place.rows is None:
-        return LowRankPair(factors[1], factors[0])
+    factors = [(place, update.factors()) for place, update in updates]
+    if all(pair is not None for _, pair in factors):
+        return LowRankPair(
+            torch.cat([pair[1] for _, pair in factors if pair]),
+            torch.cat([_placed(place, pair[0], shape[0]) for place, pair in factors if pair], 1),
+        )
     result = torch.zeros(shape)
     for place, update in updates:
         if update.needs_weight and weight is None:
@@ -130,6 +132,13 @@ def _joined(updates: Sequence[tuple[Place, Update]], shape: tuple[int, int], wei
         else:
             result[place.rows] += delta
     return result
+
+
+def _placed(place: Place, up: Tensor, rows: int) -> Tensor:
+    """B of a projection as that of the whole weight, whose other rows it leaves alone."""
+    whole = up.new_zeros(rows, up.shape[1])
+    whole[slice(None) if place.rows is None else place.rows] = up
+    return whole
 
 
 # The difference of two checkpoints

@@ -115,6 +115,22 @@ def test_a_timm_model_computes_alike_with_the_lora_that_peft_trained(tmp_path, c
     assert {update.up.shape[1] for update in adapters(model, "cut").values()} == {2}
 
 
+@pytest.mark.parametrize("to", ["--count 30", "--to lora", "--ratio 1.0"])
+def test_parts_of_a_fused_projection_that_nothing_changes_are_left_out(to, tmp_path):
+    source = vit_model()
+    inject(source, LoRAConfig(r=2))
+    for update in adapters(source).values():
+        torch.nn.init.normal_(update.up)
+    save_adapter(source, tmp_path / "lora")
+    assert main(f"convert {tmp_path / 'lora'} {tmp_path / 'out'} --model {NAME} {to}".split()) == 0
+    model = vit_model()
+    load_adapter(model, tmp_path / "out", "default")
+    assert adapters(model).keys() == adapters(source).keys()
+    if "count" not in to:
+        for name, update in adapters(model).items():
+            torch.testing.assert_close(update.delta(), adapters(source)[name].delta(), rtol=1e-4, atol=1e-5)
+
+
 def test_zeros_for_the_sake_of_diffusers_are_no_target(tmp_path):
     pipe = stable_diffusion()
     pairs = {path: pair for path, pair in attention_lora(pipe).items() if not path.endswith(("out_proj", "k_proj"))}
