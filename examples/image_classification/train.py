@@ -118,7 +118,8 @@ def _begin(recipe: Recipe, whole: Recipe, accelerator: Accelerator) -> None:
             write_atomically(each.output_dir / "config.yaml", as_yaml(replace(each, resume=False)).encode())
     if recipe.report_to != "none":
         accelerator.project_configuration.logging_dir = str(recipe.output_dir)
-        accelerator.init_trackers("loca-vision", config={k: str(v) for k, v in as_json_dict(recipe).items()})
+        settings = {name: str(value) for name, value in as_json_dict(recipe).items()}
+        accelerator.init_trackers("loca-vision", config=settings, init_kwargs={"wandb": {"dir": str(recipe.output_dir)}})
 
 
 def _written(run: Run, model: nn.Module, metrics: dict[str, Any]) -> dict[str, Any]:
