@@ -1,20 +1,17 @@
-"""Optimisers and random generators that go on, from a checkpoint, with the same bits."""
+"""Optimisers that go on, from a checkpoint, with the same bits."""
 
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from loca_vision.checkpoint_folder import read_checkpoint, write_checkpoint
-from loca_vision.generator_state import generator_states, restore_generators
 from loca_vision.optimizer_state import optimizer_tensors, restore_optimizer
 
 Make = Callable[[Any], torch.optim.Optimizer]
@@ -212,83 +209,3 @@ def test_a_state_that_is_neither_tensor_nor_json_is_refused() -> None:
     optimizer.param_groups[0]["odd"] = {1, 2}
     with pytest.raises(TypeError, match=r"optimizer\.group\.0\.odd: a set in an optimiser's state"):
         optimizer_tensors(optimizer)
-
-
-# Generators
-
-
-def draws() -> list[Any]:
-    return [random.random(), random.gauss(0, 1), torch.randn(3).tolist(), np.random.rand(2).tolist(), np.random.randn()]
-
-
-@pytest.mark.parametrize("before", range(4))
-def test_generators_go_on_with_the_same_numbers(before: int, tmp_path: Path) -> None:
-    """Also between the two halves of a pair of normal numbers."""
-    for _ in range(before):
-        random.gauss(0, 1), np.random.randn(), torch.rand(1)
-    tensors, state = generator_states()
-    path = write_checkpoint(tmp_path, 1, tensors, {"generators": state})
-    wanted = draws()
-    draws()
-    found, states = read_checkpoint(path)
-    restore_generators(found, states["generators"])
-    assert draws() == wanted
-    restore_generators(found, states["generators"])
-    assert draws() == wanted
-
-
-def test_another_generator_of_numpy() -> None:
-    original = np.random.get_bit_generator()
-    twister = generator_states()
-    np.random.set_bit_generator(np.random.PCG64(0))
-    try:
-        with pytest.raises(ValueError, match="the checkpoint has MT19937, here it is PCG64"):
-            restore_generators(*twister)
-        tensors, state = generator_states()  # with numbers of 128 bits
-        wanted = draws()
-        restore_generators(tensors, state)
-        assert draws() == wanted
-    finally:
-        np.random.set_bit_generator(original)
-
-
-def _spoilt(name: str) -> Any:
-    return lambda t, s: s["numpy"]["state"].update({name: {"pos": 625, "key": [1]}[name]})
-
-
-@pytest.mark.parametrize(
-    ("spoil", "sentence"),
-    [
-        (lambda t, s: s.update(cuda=7), "the checkpoint has those of 7 CUDA devices, here are"),
-        (lambda t, s: s.pop("cuda"), "the checkpoint has those of None CUDA devices"),
-        (lambda t, s: t.pop("generator.torch"), "generator.torch: it cannot be restored"),
-        (lambda t, s: t.update({"generator.torch": torch.zeros(3, dtype=torch.uint8)}), "generator.torch"),
-        (lambda t, s: t.update({"generator.torch": t["generator.torch"].int()}), "generator.torch"),
-        (lambda t, s: t.update({"generator.torch": torch.full_like(t["generator.torch"], 255)}), "generator.torch"),
-        (lambda t, s: s.pop("python"), "generator.python"),
-        (lambda t, s: s.update(python=[9, [1], None]), "generator.python"),
-        (lambda t, s: s["python"][1].append(3), "generator.python"),
-        (lambda t, s: s["python"][1].__setitem__(-1, 10**6), "generator.python"),
-        (lambda t, s: s["python"].__setitem__(2, "x"), "generator.python"),
-        (_spoilt("pos"), "generator.numpy: it cannot be restored .position 625 of 624"),
-        (_spoilt("key"), "generator.numpy"),
-        (lambda t, s: s.update(numpy=3), "generator.numpy"),
-    ],
-)
-def test_a_generator_that_cannot_be_restored_is_named_and_none_is_touched(spoil: Any, sentence: str) -> None:
-    tensors, state = generator_states()
-    spoil(tensors, state)
-    before = generator_states()
-    random.random(), np.random.rand(), torch.rand(1)
-    now = generator_states()
-    with pytest.raises(ValueError, match=sentence):
-        restore_generators(tensors, state)
-    assert same(generator_states(), now) and not same(before, now)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_generators_of_every_cuda_device() -> None:
-    saved = generator_states()
-    wanted = [torch.rand(3, device=f"cuda:{i}").tolist() for i in range(torch.cuda.device_count())]
-    restore_generators(*saved)
-    assert [torch.rand(3, device=f"cuda:{i}").tolist() for i in range(torch.cuda.device_count())] == wanted
