@@ -320,7 +320,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("flags", "sentence"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
 def test_a_mistake_is_one_line_and_writes_nothing(flags, sentence, photos, monkeypatch, capsys):
     monkeypatch.chdir(photos)
-    monkeypatch.setattr("loca_vision.fit.get_available_trackers", list)
+    monkeypatch.setattr("loca_vision.stepper.get_available_trackers", list)
     before = sorted(map(str, photos.rglob("*")))
     assert main("train", "--batch_size", 8, *MODEL, "--workers", 0, "--output_dir", "out", *flags) == 2
     said = capsys.readouterr().err
