@@ -51,8 +51,7 @@ def save_adapter(
         ValueError: no such adapter, another dtype, a value no file may hold, or a path that is neither of the two.
         OSError: the file could not be written; what was there is as it was.
     """
-    if dtype not in (torch.float32, torch.float16):
-        raise ValueError(f"dtype={dtype}: coefficients are stored as torch.float32 or torch.float16")
+    check_stored(dtype)
     file = _file_to_write(path)
     about, tensors = contents(model, name, dtype)
     write_adapter(file, about, tensors)
@@ -91,6 +90,12 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         adapter, placed = prepared(model, part, targets, part_of(tensors, component))
     attach(model, name, adapter, placed)
     return tuple(target.name for target in targets)
+
+
+def check_stored(dtype: torch.dtype) -> None:
+    """Raise unless coefficients are stored in that dtype."""
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"dtype={dtype}: coefficients are stored as torch.float32 or torch.float16")
 
 
 def contents(model: nn.Module, name: str, dtype: torch.dtype = torch.float32) -> tuple[Description, dict[str, Tensor]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -109,15 +109,18 @@ class ImageSplits:
     protocol: dict[str, Any]
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
     """The image as RGB.
+
+    Args:
+        path: of its file, or, where `content` has what would be in it, a name for messages.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read as an image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else content) as image:
             rgb: Image.Image = image.convert("RGB")
             return rgb
     except FileNotFoundError:

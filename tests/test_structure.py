@@ -12,7 +12,7 @@ PACKAGE = Path(loca_vision.__file__).parent
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
     {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls", "sampling"}
-    | {"console", "settings_value", "optimizer_state", "presets", "evaluation", "cartoon", "encoders"},
+    | {"console", "settings_value", "optimizer_state", "presets", "evaluation", "cartoon", "encoders", "contact_sheet"},
     {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings_file", "augmentation", "published", "hub_datasets"}
     | {"photographs", "pairs", "diffusion_loss", "environment"},
     {"kinds", "manifest", "catalogue", "settings", "tensor_store", "pair_views"},
@@ -31,7 +31,7 @@ LAYERS = (
     {"weights", "root", "conv_in", "ema"},
     {"inject", "fusing", "blocks", "sources"},
     {"schedule", "checkpoint", "swap", "processor", "components", "trained"},
-    {"loading", "stepper"},
+    {"loading", "stepper", "edits"},
     {"loader"},
     {"diffusers"},
     {"inspection", "img_focus", "training"},
@@ -52,7 +52,7 @@ NEEDS_MORE = {
     *("settings", "settings_file", "settings_value", "console"),
     *("recipe", "classification", "evaluation", "evaluate", "fit", "run_report", "study_report", "hub"),
     *("exchange", "exchange_lora", "exchange_commands", "spectrum_picture"),
-    *("cartoon", "photographs", "pairs", "pair_views", "diffusion_cache", "stepper"),
+    *("cartoon", "photographs", "pairs", "pair_views", "diffusion_cache", "stepper", "edits", "contact_sheet"),
 }
 
 
