@@ -32,7 +32,9 @@ LAYERS = (
     {"inject", "fusing", "blocks", "sources"},
     {"schedule", "checkpoint", "swap", "processor", "components", "trained"},
     {"loading", "stepper", "edits"},
-    {"loader"},
+    {"loader", "edit_models", "edit_data", "edit_card"},
+    {"edit_validation"},
+    {"edit_fit"},
     {"diffusers"},
     {"inspection", "img_focus", "training"},
     {"exchange", "exchange_lora", "merging"},
@@ -40,7 +42,7 @@ LAYERS = (
     {"spectrum_picture", "exchange_commands"},
     {"classification"},
     {"run_report", "study_report"},
-    {"fit", "evaluate", "hub"},
+    {"fit", "evaluate", "hub", "classifier_card"},
     {"reload", "demo_report"},
     {"demo"},
     {"cli"},
@@ -50,9 +52,10 @@ NEEDS_MORE = {
     *("diffusers", "sources", "img_focus", "vit", "plots", "demo", "demo_report", "cli", "reload"),
     *("data", "published", "catalogue", "hub_datasets", "datasets", "augmentation"),
     *("settings", "settings_file", "settings_value", "console"),
-    *("recipe", "classification", "evaluation", "evaluate", "fit", "run_report", "study_report", "hub"),
+    *("recipe", "classification", "evaluation", "evaluate", "fit", "run_report", "study_report", "classifier_card", "hub"),
     *("exchange", "exchange_lora", "exchange_commands", "spectrum_picture"),
     *("cartoon", "photographs", "pairs", "pair_views", "diffusion_cache", "stepper", "edits", "contact_sheet"),
+    *("edit_recipe", "edit_models", "edit_data", "edit_validation", "edit_fit", "edit_card"),
 }
 
 

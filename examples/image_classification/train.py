@@ -20,6 +20,7 @@ from torch import nn
 
 from loca_vision.atomic import write_atomically
 from loca_vision.classification import build, counts, task_of, with_features
+from loca_vision.classifier_card import classifier_card
 from loca_vision.console import guarded
 from loca_vision.environment import environment
 from loca_vision.evaluation import accuracy_of
@@ -58,9 +59,20 @@ def train(recipe: Recipe) -> dict[str, Any]:
     accelerator.wait_for_everyone()  # before the first of the processes writes
     metrics = _several(recipe, accelerator) if recipe.seeds else _one(recipe, recipe, accelerator)
     if recipe.push_to_hub and accelerator.is_main_process:
-        print(push(recipe.output_dir, metrics, recipe.hub_model_id, private=recipe.hub_private))
+        print(_pushed(recipe, metrics))
     accelerator.end_training()
     return metrics
+
+
+def _pushed(recipe: Recipe, metrics: dict[str, Any]) -> str:
+    return push(
+        recipe.output_dir,
+        [metrics["adapter_file"], METRICS, "config.yaml", "curves.png"],
+        lambda name: classifier_card(metrics, name),
+        recipe.hub_model_id,
+        message="Upload a fine-tuned classifier",
+        private=recipe.hub_private,
+    )
 
 
 def _several(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
