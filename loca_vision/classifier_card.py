@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 
+from loca_vision.methods import NAMES
 from loca_vision.run_report import TRAINED
 from loca_vision.vit import default_weights
 
@@ -49,10 +50,9 @@ def classifier_card(metrics: Mapping[str, Any], repository: str) -> str:
 
 
 def _method(metrics: Mapping[str, Any]) -> str:
-    names = {"loca": "LoCA", "sdctft": "sDCTFT", "fourierft": "FourierFT", "lora": "LoRA", "selora": "SeLoRA"}
     others = {"full": "full training", "lp": "a linear probe"}
     method = metrics["config"]["method"]
-    return names.get(method) or others[method]
+    return NAMES.get(method) or others[method]
 
 
 def _weights(config: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_NAMES = {"loca": "LoCA", "sdctft": "sDCTFT", "fourierft": "FourierFT", "lora": "LoRA", "selora": "SeLoRA"}
+from loca_vision.methods import NAMES
 
 
 def edit_card(metrics: Mapping[str, Any], repository: str) -> str:
@@ -26,7 +26,7 @@ def edit_card(metrics: Mapping[str, Any], repository: str) -> str:
         "",
         f"# {title}",
         "",
-        f"{_NAMES[config['method']]} for the attention of `{base}`, trained to follow instructions about images on "
+        f"{NAMES[config['method']]} for the attention of `{base}`, trained to follow instructions about images on "
         f"{_data(config)} by loca-vision.",
         "",
         *_picture(metrics),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ class EditRun:
         self.sampler.set_epoch(epoch, start=done)
         self.stepper.wrapped.train()
         batches = loader(items, self.sampler, workers=self.recipe.dataloader_num_workers)
-        for batch in self.stepper.timed(batches):
+        for batch in self.stepper.timed(islice(batches, self.total - self.progress.step)):
             torch.manual_seed(stream_seed(self.seed, self.progress.step, self.accelerator.process_index, _DROPOUT))
             self.stepper.step(self._parts(batch))
             if self.ema:
@@ -124,9 +125,7 @@ class EditRun:
             self.stepper.flush(bar, now=last or kept or self._pictures_due())
             if kept or last:
                 self._save()
-            if last:
-                break
-            if self._pictures_due():
+            if self._pictures_due() and not last:
                 self.draw()
 
     def _parts(self, batch: Mapping[str, Any]) -> list[Callable[[], Tensor]]:
@@ -229,10 +228,17 @@ class EditRun:
 
 
 def checkpoint_of(recipe: EditRecipe) -> Path | None:
-    """The checkpoint that a recipe goes on from; None where it does not, or where it is the latest of none."""
+    """The checkpoint that a recipe goes on from; None where it does not, or where it is the latest of none.
+
+    Raises:
+        FileNotFoundError: it names one that is not there.
+    """
     if recipe.resume_from_checkpoint in (None, "latest"):
         return latest_checkpoint(recipe.output_dir) if recipe.resume_from_checkpoint else None
-    return Path(str(recipe.resume_from_checkpoint)).expanduser()
+    path = Path(str(recipe.resume_from_checkpoint)).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"resume_from_checkpoint={str(path)!r}: there is no such folder")
+    return path
 
 
 def saved_settings(recipe: EditRecipe) -> dict[str, Any]:

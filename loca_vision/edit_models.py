@@ -40,13 +40,15 @@ class EditModels:
     """
 
     def __init__(self, recipe: EditRecipe, accelerator: Accelerator) -> None:
+        if accelerator.mixed_precision not in _DTYPES:
+            raise ValueError(f"mixed_precision={accelerator.mixed_precision!r}: the choices are {', '.join(_DTYPES)}")
         self.recipe = recipe
         self.pipe = _pipeline(recipe)
         _check_resolution(recipe, self.pipe)
-        dtype = _DTYPES[accelerator.mixed_precision]
         for model in (self.pipe.vae, self.pipe.text_encoder, self.pipe.unet):
             model.requires_grad_(False)
-            model.to(accelerator.device, dtype)
+            # Module's own: that of diffusers warns of layers to be kept in float32, of which there are none.
+            nn.Module.to(model, accelerator.device, _DTYPES[accelerator.mixed_precision])
         _adapt(self.pipe.unet, recipe)
         self.encoders = Encoders(self.pipe.vae, self.pipe.text_encoder, self.pipe.tokenizer)
         self.scheduler = DDPMScheduler.from_config(self.pipe.scheduler.config)
@@ -69,10 +71,8 @@ class EditModels:
         settings: dict[str, Any] = {"betas": (of.adam_beta1, of.adam_beta2), "eps": of.adam_epsilon}
         if not of.use_8bit_adam:
             return AdamW(groups, **settings)
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise ValueError("--use_8bit_adam: it needs bitsandbytes; python -m pip install bitsandbytes") from error
+        from bitsandbytes.optim import AdamW8bit
+
         small: Optimizer = AdamW8bit(groups, **settings)
         return small
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,8 +46,8 @@ class EditRecipe:
     """Train on so many pairs only, drawn by the seed."""
     cache_dir: Path | None = None
     """For what comes from the hub, and what the library datasets makes of files."""
-    cache_latents: bool | None = None
-    """Encode images and texts once and keep them on disk; by default unless crops are random."""
+    cache_latents: bool = True
+    """Encode images and texts once and keep them on disk, unless crops are random."""
     latents_dir: Path | None = None
     """Where they are kept, for many runs if you like; by default the folder latents in the output folder."""
 
@@ -120,7 +121,7 @@ class EditRecipe:
     snr_gamma: float | None = None
     """Weigh samples by min(SNR, gamma) (Hang et al., 2023); they suggest 5."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the UNet predicts; by default what the pipeline's scheduler says."""
+    """What the UNet predicts; by default what the pipeline's scheduler says. At inference its scheduler must say so, too."""
     use_8bit_adam: bool = False
     """AdamW of bitsandbytes, where that is installed."""
     adam_beta1: float = 0.9
@@ -151,7 +152,7 @@ class EditRecipe:
     validation_prompt: str | None = None
     """Instruction for validation images."""
     validation_image: tuple[str, ...] = ()
-    """Images to edit for validation, files or URLs; without any, the first ones of the data set's split validation."""
+    """Images to edit for validation, files or URLs; without any, some of the data set's split validation."""
     validation_target: tuple[str, ...] = ()
     """How they would look, for the picture alone."""
     val_image_url: str | None = None
@@ -260,11 +261,11 @@ def settled(recipe: EditRecipe, given: Collection[str]) -> EditRecipe:
         count = 3000 if recipe.n_components is None else recipe.n_components
         usual = 64.0 if recipe.method == "fourierft" else 1.0
         recipe = replace(recipe, n_components=count, loca_scale=usual if recipe.loca_scale is None else recipe.loca_scale)
-    if recipe.cache_latents is None:
-        recipe = replace(recipe, cache_latents=recipe.center_crop)
+    recipe = replace(recipe, cache_latents=recipe.cache_latents and recipe.center_crop)
     if recipe.val_image_url is not None:
         recipe = replace(recipe, validation_image=(recipe.val_image_url, *recipe.validation_image), val_image_url=None)
     _check_numbers(recipe)
+    _check_installed(recipe)
     adapter_of(recipe)
     return recipe
 
@@ -306,9 +307,9 @@ def _check_contradictions(recipe: EditRecipe, given: Collection[str]) -> None:
         raise ValueError(f"--dataset_name or --train_data_dir says where the pairs are; {said} was given")
     if recipe.together and recipe.learning_steps == 0:
         raise ValueError("--together moves locations, and learning_steps=0 keeps them from moving: choose one")
-    if recipe.cache_latents and not recipe.center_crop:
+    if "cache_latents" in given and recipe.cache_latents and not recipe.center_crop:
         raise ValueError("--cache_latents: latents of random crops cannot be kept; say --center_crop too")
-    if recipe.latents_dir is not None and (recipe.cache_latents is False or not recipe.center_crop):
+    if recipe.latents_dir is not None and not (recipe.cache_latents and recipe.center_crop):
         raise ValueError("--latents_dir is for latents that are kept; say --center_crop and not --no-cache_latents")
     if "conv_in_lr" in given and not recipe.train_conv_in:
         raise ValueError(f"conv_in_lr={recipe.conv_in_lr}: say --train_conv_in too")
@@ -368,6 +369,13 @@ def _check_numbers(recipe: EditRecipe) -> None:
         min_snr_weights(_NONE, recipe.snr_gamma, "epsilon")
     if recipe.seed is not None and recipe.seed >= 2**32:
         raise ValueError(f"seed={recipe.seed}: it is below 2^32, as numpy's are")
+
+
+def _check_installed(recipe: EditRecipe) -> None:
+    """Before models are loaded, which takes a while."""
+    for name, library in (("use_8bit_adam", "bitsandbytes"), ("enable_xformers_memory_efficient_attention", "xformers")):
+        if getattr(recipe, name) and find_spec(library) is None:
+            raise ValueError(f"--{name}: it needs {library}; python -m pip install {library}")
 
 
 def _check_above(name: str, value: float, *, or_zero: bool) -> None:

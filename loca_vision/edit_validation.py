@@ -12,6 +12,7 @@ from loca_vision.contact_sheet import contact_sheet
 from loca_vision.edit_data import pairs_of
 from loca_vision.edit_recipe import EditRecipe
 from loca_vision.edits import Sampling, edit, read_photograph, square
+from loca_vision.methods import NAMES
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Case:
 
 
 def cases_of(recipe: EditRecipe) -> list[Case]:
-    """The validation images of a recipe: those it names, or the first of the data set's split validation; perhaps none.
+    """The validation images of a recipe: those it names, or some of the data set's split validation; perhaps none.
 
     Raises:
         OSError, ValueError: one that is named cannot be read.
@@ -48,8 +49,8 @@ def _of_the_split(recipe: EditRecipe, seed: int) -> list[Case]:
     except OSError:
         print("no validation pictures: neither --validation_image, nor a split validation in the data set")
         return []
-    chosen = [pairs[index] for index in range(min(recipe.num_validation_images, len(pairs)))]
-    size = recipe.resolution
+    count, size = min(recipe.num_validation_images, len(pairs)), recipe.resolution
+    chosen = [pairs[number * len(pairs) // count] for number in range(count)]  # neighbours may be crops of one photograph
     return [
         Case(square(one.original, size), recipe.validation_prompt or one.prompt, seed + i, square(one.edited, size))
         for i, one in enumerate(chosen)
@@ -64,7 +65,7 @@ class Validation:
         cases: at least one.
         sampling: of all edits.
         scales: of the adapter.
-        method: its name, for the heads of the columns.
+        method: what is trained, for the heads of the columns.
     """
 
     def __init__(self, pipe: Any, cases: Sequence[Case], sampling: Sampling, scales: Sequence[float], method: str) -> None:
@@ -85,7 +86,7 @@ class Validation:
             [case.image, *edits, *([case.target] if targets else [])]
             for case, edits in zip(self.cases, zip(*drawn, strict=True), strict=True)
         ]
-        heads = ["image", "base model", *(f"{self.method} at {scale:g}" for scale in self.scales)]
+        heads = ["image", "base model", *(f"{NAMES[self.method]} at {scale:g}" for scale in self.scales)]
         labels = [f"{case.prompt}\nseed {case.seed}" for case in self.cases]
         return contact_sheet(rows, columns=[*heads, *(["target"] if targets else [])], labels=labels)
 

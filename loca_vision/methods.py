@@ -12,6 +12,8 @@ from loca_vision.low_rank import LoRAConfig
 from loca_vision.sdctft import SDCTFTConfig
 from loca_vision.selora import SeLoRAConfig
 
+NAMES = {"loca": "LoCA", "sdctft": "sDCTFT", "fourierft": "FourierFT", "lora": "LoRA", "selora": "SeLoRA"}
+"""As they are written in sentences."""
 _SPARSE = ("n_components", "scale", "targets", "seed")
 _LOW_RANK = ("r", "alpha", "use_dora", "targets", "seed")
 _METHODS: dict[str, tuple[type[AdapterConfig], tuple[str, ...]]] = {

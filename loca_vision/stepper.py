@@ -59,7 +59,7 @@ def accelerator_for(*, precision: str | None, report_to: str, folder: Path, movi
     _check_tracker(report_to)
     precision = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("precision='fp16': it needs a GPU; bf16 works on processors too")
+        raise ValueError("fp16: this precision needs a GPU; bf16 works on processors too")
     # Started as one of several processes, accelerate shares the work among them only where it knows on what.
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.cuda.is_available()
     return Accelerator(

@@ -306,7 +306,7 @@ MISTAKES = [
     ((*FOLDER, "--batch_size", "64"), "batch_size=64: there are 32 images, too few for one batch"),
     ((*FOLDER, "--output_dir", "file"), "output_dir='file': a file is in the place of that folder"),
     ((*FOLDER, "--output_dir", "file/out"), "file/out"),
-    ((*FOLDER, "--precision", "fp16"), "precision='fp16': it needs a GPU; bf16 works on processors too"),
+    ((*FOLDER, "--precision", "fp16"), "fp16: this precision needs a GPU; bf16 works on processors too"),
     ((*FOLDER, "--lp"), "--lp"),
     ((*FOLDER, "--epochs", "two"), "epochs"),
     (("--root", "photos"), "dataset"),

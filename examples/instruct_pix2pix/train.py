@@ -82,6 +82,7 @@ def _check_folder(recipe: EditRecipe) -> None:
     folder = recipe.output_dir
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={str(folder)!r}: a file is in the place of that folder")
+    checkpoint_of(recipe)
     there = [*folder.glob("checkpoint-*"), *folder.glob(METRICS)]
     if there and not recipe.resume_from_checkpoint:
         raise ValueError(
