@@ -12,6 +12,7 @@ from torch import nn
 
 from loca_vision.attention import AdaptedAttention, adapt_attention, restore_attention
 from loca_vision.config import PARTS
+from loca_vision.conv_in import WEIGHT, fit_conv_in
 from loca_vision.kinds import AdapterConfig
 from loca_vision.layer import AdaptedLayer, adapt, restore
 from loca_vision.offload import device_for, stored_at
@@ -76,8 +77,9 @@ def inject(model: nn.Module, config: AdapterConfig, name: str = "default") -> tu
 def attach(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Target, Update]], *, freeze: bool = True) -> None:
     """Put updates made beforehand into their layers; the adapter acts at 1.0 at once. Nothing here can be refused any more.
 
-    Whole tensors given with the adapter go into the model. With `freeze` everything else of the model stops learning but a
-    classifier head, which becomes the adapter's own where it brings none; without, as for inference, all stays as it is.
+    Whole tensors given with the adapter go into the model, whose `conv_in` is widened for one of more channels. With `freeze`
+    everything else of the model stops learning but a classifier head, which becomes the adapter's own where it brings none;
+    without, as for inference, all stays as it is.
     """
     record = start_record(model)
     tensors = own_tensors(model)
@@ -97,6 +99,7 @@ def attach(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Tar
     record.base = {key: value.clone() for key, value in live.items()} | record.base
     adapter.whole = {key: live[key] for key in own} | adapter.whole
     record.adapters[name] = adapter
+    fit_conv_in(model, record)
     for target, update in placed:
         updates = updates_of(target)
         if target.attention is not None:
@@ -140,6 +143,7 @@ def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) ->
     activate(model, record, remaining)
     for gone in names:
         del record.adapters[gone]
+    fit_conv_in(model, record)
     if not record.adapters:
         end_record(model)
         forget_circumstances(model)
@@ -159,7 +163,10 @@ def _merge(model: nn.Module, record: Record, names: list[str]) -> None:
     write_weights(model, {name: record.active[name] for name in names})
     if record.supplier in names:
         park(model, record)
-        record.base |= record.adapters[record.supplier].whole
+        merged = record.adapters[record.supplier].whole
+        record.base |= merged
+        if WEIGHT in merged:
+            record.narrow = None  # the model's own is the wide one from now on
 
 
 def adapters(model: nn.Module, name: str = "default") -> dict[str, Any]:
