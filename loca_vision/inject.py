@@ -118,10 +118,11 @@ def updates_of(target: Target) -> WeightUpdates:
 def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) -> None:
     """Take one adapter, or all of them, out of the model.
 
-    Without `merge` the base is back bit for bit, the head and the statistics of batch normalisation included; with it, what
-    acts now is folded into the weights (rounded once to their dtype) and a trained head stays, unless an adapter that goes on
-    acting has its own. After the last adapter all layers have their own classes again, and parameters are as trainable as they
-    were before the first. What the user made trainable beside the head since `inject` keeps its values.
+    Without `merge` the base is back bit for bit, the head, a `conv_in` of fewer channels and the statistics of batch
+    normalisation included; with it, what acts now is folded into the weights (rounded once to their dtype) and a trained head
+    or `conv_in` stays, unless an adapter that goes on acting has its own. After the last adapter all layers have their own
+    classes again, and parameters are as trainable as they were before the first. What the user made trainable beside the head
+    since `inject` keeps its values.
 
     Raises:
         ValueError: no such adapter, or `merge` of a named one that does not act.

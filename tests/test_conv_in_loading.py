@@ -432,6 +432,18 @@ def test_swapped_in_it_widens_and_swapped_out_the_old_layer_is_back(wide: Made, 
     assert_as_before(pipe, before)
 
 
+def test_swapped_for_another_wide_one_the_parameter_stays(wide: Made, other: Made) -> None:
+    """So that nothing is compiled anew."""
+    pipe = pipeline()
+    before = everything(pipe)
+    pipe.load_loca_weights(wide.state(), "a")
+    weight = pipe.unet.conv_in.weight
+    pipe.load_loca_weights(other.state(), "a", hotswap=True)
+    assert pipe.unet.conv_in.weight is weight and torch.equal(weight, other.whole[CONV_IN[0]])
+    pipe.unload_loca_weights()
+    assert_as_before(pipe, before)
+
+
 def test_swapped_for_one_with_four_channels_of_its_own(wide: Made, narrow: Made, wanted: Tensor) -> None:
     pipe = pipeline()
     before = everything(pipe)
