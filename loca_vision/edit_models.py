@@ -128,11 +128,9 @@ def _adapt(unet: nn.Module, recipe: EditRecipe) -> None:
         _use_xformers(unet)
     if recipe.gradient_checkpointing:
         unet.enable_gradient_checkpointing()  # type: ignore[operator]
-    first: Any = unet.conv_in
     if recipe.train_conv_in:
-        first.float()
-    inject(unet, adapter_of(recipe), NAME)
-    first.requires_grad_(recipe.train_conv_in)
+        unet.conv_in.float()
+    inject(unet, adapter_of(recipe), NAME, modules_to_save=("conv_in",) if recipe.train_conv_in else ())
 
 
 def _use_xformers(unet: Any) -> None:

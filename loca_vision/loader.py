@@ -52,6 +52,10 @@ class LoCALoaderMixin:
         were disabled may act again afterwards; what is fused stays in the weights, beside the new adapter. Loaded spectra do
         not learn until `spectrum.requires_grad_(True)` for those in `loca_vision.adapters(pipe.unet, adapter_name).values()`.
 
+        Where the file has a `conv_in` for more channels than the UNet's, as that of an InstructPix2Pix model trained from a
+        plain one has, the UNet takes as many until the last adapter with such a `conv_in` is taken out. While it does not act,
+        what is in the new channels has no effect. The pipeline has to be one that gives its UNet so many.
+
         Args:
             source: a folder, a file, `"user/repository"` on the hub, or a state dict (which is not changed).
             adapter_name: letters, digits, `_` and `-`; by default `default_0`, `default_1`, ...

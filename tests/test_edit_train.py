@@ -20,7 +20,6 @@ from test_cartoon import scene
 from torch import nn
 
 import loca_vision.diffusers  # noqa: F401  the pipelines' methods
-from loca_vision.conv_in import widen_conv_in
 from loca_vision.edit_recipe import EditRecipe
 from loca_vision.safefile import open_safetensors
 
@@ -412,7 +411,6 @@ def test_a_base_of_four_channels(flags, plain_base, tmp_path, pictures, capsys):
     assert trained_in.shape == (16, 8, 3, 3) and trained_in[:, 4:].any()
     assert (trained_in[:, :4] - unet.conv_in.weight).abs().max() < 0.1
     pipe = pipeline(plain_base)
-    widen_conv_in(pipe.unet)
     pipe.load_loca_weights(out)
     command = script(TRAIN)
     recipe = command.settled(command.parse(EditRecipe, list(map(str, asked)), prog="", presets={}).settings, ())
