@@ -12,7 +12,17 @@ PACKAGE = Path(loca_vision.__file__).parent
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
     {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls", "sampling"}
-    | {"console", "settings_value", "optimizer_state", "presets", "evaluation", "cartoon", "encoders", "contact_sheet"},
+    | {
+        "console",
+        "settings_value",
+        "optimizer_state",
+        "presets",
+        "evaluation",
+        "cartoon",
+        "encoders",
+        "contact_sheet",
+        "image_quality",
+    },
     {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings_file", "augmentation", "published", "hub_datasets"}
     | {"photographs", "pairs", "diffusion_loss"},
     {"kinds", "manifest", "catalogue", "settings", "tensor_store", "pair_views"},
@@ -52,7 +62,7 @@ NEEDS_MORE = {
     *("recipe", "classification", "evaluation", "evaluate", "fit", "run_report", "study_report", "environment", "hub"),
     *("exchange", "exchange_lora", "exchange_commands", "spectrum_picture"),
     *("cartoon", "photographs", "pairs", "pair_views", "diffusion_cache"),
-    *("edits", "contact_sheet"),
+    *("edits", "contact_sheet", "image_quality"),
 }
 
 
