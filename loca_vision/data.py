@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -129,6 +130,13 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
         raise ValueError(f"{path}: it cannot be read as an image") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: it cannot be read as an image ({error})") from error
+
+
+def as_png(image: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
+    data = BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
 
 
 def hold_out(size: int, share: Fraction, seed: int) -> tuple[list[int], list[int]]:

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from scipy.signal import convolve2d
 from test_cartoon import scene
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+from tiny_clip import write_tiny_clip
+from transformers import CLIPImageProcessor, CLIPModel
 
 from loca_vision.image_quality import Clip, Perceptual, finite, psnr, similarity, ssim
 
@@ -45,18 +46,7 @@ def pictures():
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    words = tiny.tokenizer()
-    marks = {f"{mark}_token_id": getattr(words, f"{mark}_token_id") for mark in ("bos", "eos", "pad")}
-    text = shape | marks | {"vocab_size": len(words), "max_position_embeddings": 12}
-    vision = shape | {"image_size": 16, "patch_size": 4}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    model.save_pretrained(folder)
-    words.save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    write_tiny_clip(folder)
     return folder
 
 

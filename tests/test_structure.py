@@ -12,20 +12,11 @@ PACKAGE = Path(loca_vision.__file__).parent
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
     {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls", "sampling"}
-    | {
-        "console",
-        "settings_value",
-        "optimizer_state",
-        "presets",
-        "evaluation",
-        "cartoon",
-        "encoders",
-        "contact_sheet",
-        "image_quality",
-    },
+    | {"console", "settings_value", "optimizer_state", "presets", "evaluation", "cartoon", "encoders"}
+    | {"contact_sheet", "image_quality"},
     {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings_file", "augmentation", "published", "hub_datasets"}
-    | {"photographs", "pairs", "diffusion_loss"},
-    {"kinds", "manifest", "catalogue", "settings", "tensor_store", "pair_views"},
+    | {"photographs", "pairs", "diffusion_loss", "edit_measures"},
+    {"kinds", "manifest", "catalogue", "settings", "tensor_store", "pair_views", "claimed_folder"},
     {"approximation", "factors", "lora_names", "lora_scales", "diffusion_cache"},
     {"spectrum", "low_rank", "checkpoint_folder", "datasets"},
     {"sparse"},
@@ -41,10 +32,10 @@ LAYERS = (
     {"inject", "fusing", "blocks", "sources"},
     {"schedule", "checkpoint", "swap", "processor", "components"},
     {"loading", "edits"},
-    {"loader"},
-    {"diffusers"},
+    {"loader", "edit_subjects", "edit_choices"},
+    {"diffusers", "edit_columns"},
     {"inspection", "img_focus", "training", "environment"},
-    {"exchange", "exchange_lora", "merging"},
+    {"exchange", "exchange_lora", "merging", "edit_evaluation"},
     {"vit", "plots"},
     {"spectrum_picture", "exchange_commands"},
     {"classification"},
@@ -62,7 +53,8 @@ NEEDS_MORE = {
     *("recipe", "classification", "evaluation", "evaluate", "fit", "run_report", "study_report", "environment", "hub"),
     *("exchange", "exchange_lora", "exchange_commands", "spectrum_picture"),
     *("cartoon", "photographs", "pairs", "pair_views", "diffusion_cache"),
-    *("edits", "contact_sheet", "image_quality"),
+    *("edits", "contact_sheet", "image_quality", "edit_measures", "edit_subjects", "edit_choices", "edit_columns"),
+    "edit_evaluation",
 }
 
 
