@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -150,6 +151,13 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if isinstance(image.info.get("transparency"), bytes):  # of a palette, at which PIL warns
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def as_png(image: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
+    data = BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
 
 
 def hold_out(size: int, share: Fraction, seed: int) -> tuple[list[int], list[int]]:

@@ -60,8 +60,17 @@ def square(photo: Image.Image, size: int) -> Image.Image:
         ValueError: a size below 1.
     """
     upright = _upright(photo)
-    pixels = View(size).pixels(Pair(upright, upright, ""), Drawn())[0]
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    return squares(Pair(upright, upright, ""), size)[0]
+
+
+def squares(pair: Pair, size: int) -> tuple[Image.Image, Image.Image]:
+    """Both images of a pair as training sees them without a random crop or flip: RGB, (size, size).
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    original, edited = View(size).pixels(pair, Drawn()).permute(0, 2, 3, 1).contiguous().numpy()
+    return Image.fromarray(original), Image.fromarray(edited)
 
 
 def edit(pipe: Any, photo: Image.Image, prompt: str, sampling: Sampling, *, seed: int, scale: float = 1.0) -> Image.Image:

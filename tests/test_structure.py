@@ -12,10 +12,11 @@ PACKAGE = Path(loca_vision.__file__).parent
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
     {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls", "sampling"}
-    | {"console", "settings_value", "optimizer_state", "presets", "evaluation", "cartoon", "encoders", "contact_sheet"},
+    | {"console", "settings_value", "optimizer_state", "presets", "evaluation", "cartoon", "encoders"}
+    | {"contact_sheet", "image_quality"},
     {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings_file", "augmentation", "published", "hub_datasets"}
-    | {"photographs", "pairs", "diffusion_loss", "environment"},
-    {"kinds", "manifest", "catalogue", "settings", "tensor_store", "pair_views"},
+    | {"photographs", "pairs", "diffusion_loss", "environment", "edit_measures"},
+    {"kinds", "manifest", "catalogue", "settings", "tensor_store", "pair_views", "claimed_folder"},
     {"approximation", "factors", "lora_names", "lora_scales", "diffusion_cache"},
     {"spectrum", "low_rank", "checkpoint_folder", "datasets"},
     {"sparse"},
@@ -33,12 +34,12 @@ LAYERS = (
     {"inject", "fusing", "blocks", "sources"},
     {"schedule", "checkpoint", "swap", "processor", "components", "trained"},
     {"loading", "stepper", "edits"},
-    {"loader", "edit_models", "edit_data", "edit_card"},
+    {"loader", "edit_models", "edit_data", "edit_card", "edit_subjects", "edit_choices"},
     {"edit_validation"},
     {"edit_fit"},
-    {"diffusers"},
+    {"diffusers", "edit_columns"},
     {"inspection", "img_focus", "training"},
-    {"exchange", "exchange_lora", "merging"},
+    {"exchange", "exchange_lora", "merging", "edit_evaluation"},
     {"vit", "plots"},
     {"spectrum_picture", "exchange_commands"},
     {"classification"},
@@ -55,8 +56,10 @@ NEEDS_MORE = {
     *("settings", "settings_file", "settings_value", "console"),
     *("recipe", "classification", "evaluation", "evaluate", "fit", "run_report", "study_report", "classifier_card", "hub"),
     *("exchange", "exchange_lora", "exchange_commands", "spectrum_picture"),
-    *("cartoon", "photographs", "pairs", "pair_views", "diffusion_cache", "stepper", "edits", "contact_sheet"),
+    *("cartoon", "photographs", "pairs", "pair_views", "diffusion_cache", "stepper"),
     *("edit_recipe", "edit_models", "edit_data", "edit_validation", "edit_fit", "edit_card"),
+    *("edits", "contact_sheet", "image_quality", "edit_measures", "edit_subjects", "edit_choices", "edit_columns"),
+    "edit_evaluation",
 }
 
 
