@@ -163,8 +163,8 @@ def _caption(measures: Measures) -> str:
 
 def table(means: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Means by editor and measure, as lines for a terminal; what is not measured is left out."""
-    names = list(dict.fromkeys(name for measures in means.values() for name in measures))
-    names = [name for name in names if any(measures.get(name, {}).get("mean") is not None for measures in means.values())]
+    every = max(means.values(), key=len)  # photograph and target are not compared with themselves
+    names = [name for name in every if any(measures.get(name, {}).get("mean") is not None for measures in means.values())]
     rows = [("", *(name.replace("_", " ") for name in names))]
     for title, measures in means.items():
         found = (measures.get(name, {}).get("mean") for name in names)
