@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from loca_vision.atomic import write_atomically
 from loca_vision.checkpoint_folder import latest_checkpoint, read_checkpoint, write_checkpoint
+from loca_vision.data import as_png
 from loca_vision.diffusion_loss import (
     denoising_loss,
     draws,
@@ -183,7 +183,7 @@ class EditRun:
         if self.accelerator.is_main_process and self.validation is not None:
             with self.averaged(), self.accelerator.autocast():
                 sheet = self.validation.sheet()
-            write_atomically(self.recipe.output_dir / f"validation-{self.progress.step}.png", _png(sheet))
+            write_atomically(self.recipe.output_dir / f"validation-{self.progress.step}.png", as_png(sheet))
             self._track(sheet)
         self.accelerator.wait_for_everyone()
 
@@ -244,9 +244,3 @@ def checkpoint_of(recipe: EditRecipe) -> Path | None:
 def saved_settings(recipe: EditRecipe) -> dict[str, Any]:
     """As JSON, but for the token, which nobody else may see."""
     return as_json_dict(recipe) | {"hub_token": None}
-
-
-def _png(image: Image.Image) -> bytes:
-    data = BytesIO()
-    image.save(data, "PNG")
-    return data.getvalue()

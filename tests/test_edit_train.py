@@ -476,7 +476,10 @@ REFUSED = {
     "resolution": (("--resolution", "17"), "resolution=17: it is a multiple of 2"),
     "batch": ((*LOCA, "--train_batch_size", "11"), "too few for one batch"),
     "components": (("--n_components", "1000"), "n_components=1000"),
-    "base": (("--pretrained_model_name_or_path", "nowhere/at-all"), "nowhere/at-all: it cannot be read as a pipeline"),
+    "base": (
+        ("--pretrained_model_name_or_path", "nowhere/at-all"),
+        "nowhere/at-all: it cannot be loaded as a pipeline",
+    ),
     "fp16": (("--mixed_precision", "fp16"), "fp16: this precision needs a GPU"),
     "conv_in": (("--conv_in_lr", "1"), "conv_in_lr=1.0: say --train_conv_in too"),
     "ema": (("--ema_decay", "0.5"), "ema_decay=0.5: say --use_ema too"),
