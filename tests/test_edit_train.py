@@ -315,20 +315,6 @@ def test_a_seed_is_drawn_where_none_is_given(flags, tmp_path):
 # What the settings do
 
 
-@pytest.fixture
-def norms(monkeypatch):
-    """The norm of all gradients at each step of the optimiser."""
-    found, step = [], torch.optim.AdamW.step
-
-    def watched(self, *arguments, **more):
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        found.append(torch.cat([grad.flatten() for grad in grads]).norm().item())
-        return step(self, *arguments, **more)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    return found
-
-
 def test_clipping_clips(flags, tmp_path, norms):
     trained(tmp_path / "free", *flags, *LOCA, "--max_grad_norm", "1e9")
     free = norms[:]
