@@ -51,7 +51,7 @@ class EditRun:
         models, data: of the recipe.
         recipe: settled, with its seed.
         accelerator: of `accelerator_for`.
-        validation: None for no pictures.
+        validation: of the main process; None for no pictures.
     """
 
     def __init__(
@@ -165,9 +165,9 @@ class EditRun:
     # Pictures
 
     def _pictures_due(self) -> bool:
-        recipe = self.recipe
-        every = recipe.validation_steps or recipe.validation_epochs * self.epoch_steps
-        return self.validation is not None and self.progress.step % every == 0
+        """The same in all processes, which wait for the one that draws, and have agreed on their losses before."""
+        every = self.recipe.validation_steps or self.recipe.validation_epochs * self.epoch_steps
+        return self.progress.step % every == 0
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

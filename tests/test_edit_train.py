@@ -288,9 +288,10 @@ def test_a_run_is_made_longer(flags, tmp_path):
 
 @forks
 @pytest.mark.parametrize("method", ["loca", "lora"])
-def test_two_processes_are_one(method, flags, tmp_path):
-    """Half of the pairs of each step each; the cache is filled by the first."""
-    more = (*flags, "--method", method, *METHODS[method], *SMOOTH, "--use_ema", "--gradient_accumulation_steps", "2")
+def test_two_processes_are_one(method, flags, tmp_path, pictures):
+    """Half of the pairs of each step each; the cache is filled by the first, which draws, too, while the other waits."""
+    more = (*flags, "--method", method, *METHODS[method], *SMOOTH, "--use_ema")
+    more += ("--gradient_accumulation_steps", "2", "--validation_steps", "4", "--num_validation_images", "1")
     metrics = trained(tmp_path / "one", *more, "--train_batch_size", "2")
     log, out = tmp_path / "log.txt", tmp_path / "two"
     assert together(log, *more, "--train_batch_size", "1", "--output_dir", out, name=TRAIN) == [0, 0], log.read_text()
