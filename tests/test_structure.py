@@ -12,13 +12,14 @@ PACKAGE = Path(loca_vision.__file__).parent
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
     {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls", "sampling"}
-    | {"console", "settings_value", "optimizer_state", "presets", "evaluation", "cartoon", "encoders"},
+    | {"console", "settings_value", "optimizer_state", "presets", "evaluation", "cartoon", "encoders"}
+    | {"linear_start"},
     {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings_file", "augmentation", "published", "hub_datasets"}
-    | {"photographs", "pairs", "diffusion_loss"},
+    | {"photographs", "pairs", "diffusion_loss", "small_pipeline"},
     {"kinds", "manifest", "catalogue", "settings", "tensor_store", "pair_views"},
-    {"approximation", "factors", "lora_names", "lora_scales", "diffusion_cache"},
+    {"approximation", "factors", "lora_names", "lora_scales", "diffusion_cache", "photo_batches"},
     {"spectrum", "low_rank", "checkpoint_folder", "datasets"},
-    {"sparse"},
+    {"sparse", "pretraining"},
     {"loca", "sdctft", "fourierft"},
     {"selora", "adapter_file"},
     {"recipe"},
@@ -52,6 +53,7 @@ NEEDS_MORE = {
     *("recipe", "classification", "evaluation", "evaluate", "fit", "run_report", "study_report", "environment", "hub"),
     *("exchange", "exchange_lora", "exchange_commands", "spectrum_picture"),
     *("cartoon", "photographs", "pairs", "pair_views", "diffusion_cache"),
+    *("linear_start", "small_pipeline", "photo_batches", "pretraining"),
 }
 
 
