@@ -22,6 +22,7 @@ from loca_vision.adapter_file import (
     part_of,
     read_description,
 )
+from loca_vision.conv_in import WEIGHT, check_wider
 from loca_vision.inject import adapters, attach, check_new_name, classifier, linear_targets
 from loca_vision.offload import device_for, stored_at
 from loca_vision.record import Adapter, forget_lost, moved_by_training, own_tensors, record_of, unwrap
@@ -51,8 +52,7 @@ def save_adapter(
         ValueError: no such adapter, another dtype, a value no file may hold, or a path that is neither of the two.
         OSError: the file could not be written; what was there is as it was.
     """
-    if dtype not in (torch.float32, torch.float16):
-        raise ValueError(f"dtype={dtype}: coefficients are stored as torch.float32 or torch.float16")
+    check_stored(dtype)
     file = _file_to_write(path)
     about, tensors = contents(model, name, dtype)
     write_adapter(file, about, tensors)
@@ -63,7 +63,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     """Put a saved adapter into a model, where it acts at 1.0; the model is frozen as `inject` does, locations are final.
 
     Args:
-        model: built like the one it was trained on, head included, without an adapter of that name.
+        model: built like the one it was trained on, head included, without an adapter of that name. The `conv_in` of a UNet may
+            take fewer channels than the file's: it is widened, and `remove` gives the old one back.
         path: the file, the folder that `save_adapter` was given, or a repository on the hub, "user/name".
         name: for the adapter; by default the one it was saved under.
 
@@ -86,11 +87,17 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
             raise ValueError(f"it was trained on {about.base_model}; this model is {base_model_name(model)}")
         part = about.of(component)
         targets = match(model, part, part_of(opened.entries, component))
-        tensors = opened.tensors()  # no larger than the model, as is known by now
+        tensors = opened.tensors()  # no larger than the model, but for a wider conv_in, as is known by now
         check_values(tensors, about)
         adapter, placed = prepared(model, part, targets, part_of(tensors, component))
     attach(model, name, adapter, placed)
     return tuple(target.name for target in targets)
+
+
+def check_stored(dtype: torch.dtype) -> None:
+    """Raise unless coefficients are stored in that dtype."""
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"dtype={dtype}: coefficients are stored as torch.float32 or torch.float16")
 
 
 def contents(model: nn.Module, name: str, dtype: torch.dtype = torch.float32) -> tuple[Description, dict[str, Tensor]]:
@@ -113,14 +120,19 @@ def write_adapter(file: Path, about: Description, tensors: dict[str, Tensor]) ->
     write_safetensors(file, tensors, {METADATA_KEY: json.dumps(as_json(about))})  # of several keys the order is random
 
 
-def match(model: nn.Module, about: Description, entries: dict[str, Entry]) -> list[Target]:
+def match(model: nn.Module, about: Description, entries: dict[str, Entry], *, replacing: str | None = None) -> list[Target]:
     """The targets in the model that a described adapter is for: the very same projections and whole tensors, of one shape.
+
+    A `conv_in` of more channels than the model's is one that `attach` and `swap` make room for.
+
+    Args:
+        replacing: the adapter that is to leave for this one.
 
     Raises:
         ValueError: naming what differs.
     """
     targets = _match_projections(model, about)
-    _match_whole_tensors(model, about, entries)
+    _match_whole_tensors(model, about, entries, replacing)
     return targets
 
 
@@ -234,7 +246,7 @@ def _may_be_the_same(mine: str, theirs: str) -> bool:
     return architecture == other and (not tag or not other_tag or tag == other_tag)
 
 
-def _match_whole_tensors(model: nn.Module, about: Description, entries: dict[str, Entry]) -> None:
+def _match_whole_tensors(model: nn.Module, about: Description, entries: dict[str, Entry], replacing: str | None) -> None:
     parameters = own_tensors(model)
     for name in about.whole:
         entry = entries[f"full.{name}"]
@@ -243,7 +255,7 @@ def _match_whole_tensors(model: nn.Module, about: Description, entries: dict[str
         if name not in parameters:
             raise ValueError(f"full.{name}: the model has no parameter {name}{nearest(name, parameters)}")
         shape = tuple(parameters[name].shape)
-        if shape != entry.shape:
+        if shape != entry.shape and not (name == WEIGHT and check_wider(model, entry.shape, replacing)):
             hint = ": build it with as many classes" if any(parameters[name] is p for p in classifier(model)) else ""
             raise ValueError(f"full.{name} is {entry.shape} in the file and {shape} in the model{hint}")
 

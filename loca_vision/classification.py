@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -137,11 +136,6 @@ def groups_of(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def has_locations(model: nn.Module) -> bool:
-    """Whether anything is there for an alternating schedule to move."""
-    return any(isinstance(update, Spectrum) and not update.final for update in all_updates(model))
-
-
 def counts(model: nn.Module, recipe: Recipe) -> dict[str, int]:
     """Trained numbers: the adapter's or the model's without the head, its locations, the head's."""
     head = sum(p.numel() for p in classifier(model))
@@ -152,24 +146,6 @@ def counts(model: nn.Module, recipe: Recipe) -> dict[str, int]:
         trained = sum(p.numel() for update in updates for p in update.learned())
     locations = sum(u.locations.numel() for u in updates if isinstance(u, Spectrum) and not u.final)
     return {"trained_parameters": trained, "location_parameters": locations, "head_parameters": head}
-
-
-def trained_tensors(model: nn.Module, groups: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """What training moves, by name: the optimiser's parameters, and buffers such as running statistics."""
-    moved = {id(parameter) for group in groups for parameter in group["params"]}
-    kept = model.state_dict()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
-    return {name: p for name, p in model.named_parameters() if id(p) in moved} | buffers
-
-
-def checksum(model: nn.Module, trained: dict[str, Tensor]) -> int:
-    """Of everything that is not trained, so that a run goes on with the weights it began with."""
-    total = 0
-    for name, value in model.named_parameters():
-        if name not in trained:
-            data: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            total = zlib.crc32(data, total)
-    return total
 
 
 # The linear probe on what it sees

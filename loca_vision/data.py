@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -109,23 +110,54 @@ class ImageSplits:
     protocol: dict[str, Any]
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
     """The image as RGB.
+
+    Args:
+        path: of its file, or, where `content` has what would be in it, a name for messages.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read as an image.
     """
     try:
-        with Image.open(path) as image:
-            rgb: Image.Image = image.convert("RGB")
-            return rgb
+        with Image.open(path if content is None else content) as image:
+            return as_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such image") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path}: it cannot be read as an image") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: it cannot be read as an image ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The image with 8 bits for each of red, green and blue, as diffusers' `load_image` shows it.
+
+    Where it is transparent it shows the colour underneath. Grey of 16 bits keeps the first 8, where PIL would cut off all that
+    is brighter than 255.
+
+    Raises:
+        ValueError: grey of 32 bits, of which nothing says how much is white.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of PIL's mode {image.mode!r}: 8 or 16 bits a channel are wanted")
+    if image.mode.startswith("I;16"):
+        grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        grey.info.update(image.info)  # such as how the camera was turned
+        image = grey
+    if isinstance(image.info.get("transparency"), bytes):  # of a palette, at which PIL warns
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def as_png(image: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
+    data = BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
 
 
 def hold_out(size: int, share: Fraction, seed: int) -> tuple[list[int], list[int]]:

@@ -55,7 +55,7 @@ class Decay:
 
 
 class EMA:
-    """Averages of trained tensors by name, in their dtypes and on their devices.
+    """Averages of trained tensors by name, on their devices and in float32 at least: smaller steps are lost in less.
 
     Locations are taken as they are: the mean of two cells is a third one, where no component has been. All others are
     averaged at every step, also in those in which an alternating schedule keeps them still.
@@ -75,7 +75,7 @@ class EMA:
             raise ValueError(f"taken={min(taken - trained.keys())!r}: it is not among what is trained")
         self.trained, self.taken, self.decay = dict(trained), taken, decay or Decay()
         self.steps = 0
-        self.averages = {name: value.detach().clone() for name, value in trained.items()}
+        self.averages = {name: _exact(value) for name, value in trained.items()}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -86,7 +86,7 @@ class EMA:
             if name in self.taken or not average.is_floating_point():
                 average.copy_(self.trained[name])
             else:
-                average.sub_(moving * (average - self.trained[name]))
+                average.sub_(moving * (average - self.trained[name].to(average.dtype)))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -125,6 +125,12 @@ class EMA:
     def _put(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             self.trained[name].copy_(value)
+
+
+def _exact(value: Tensor) -> Tensor:
+    """A copy, of numbers with fewer bits than float32 in float32."""
+    small = value.is_floating_point() and value.element_size() < 4
+    return value.detach().to(torch.float32 if small else value.dtype, copy=True)
 
 
 def locations_among(model: nn.Module, trained: Mapping[str, Tensor]) -> frozenset[str]:

@@ -46,11 +46,20 @@ class Encoders:
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """(n, 3, H, W) in [-1, 1] to (n, 2, c, h, w): mean and standard deviation of the latents, without scaling."""
+        """(n, 3, H, W) in [-1, 1] to (n, 2, c, h, w): mean and standard deviation of the latents, without scaling.
+
+        Raises:
+            ValueError: they are not finite, as from an autoencoder that overflows float16.
+        """
         images = images.to(self.vae.device, self.vae.dtype)
         with torch.autocast(images.device.type, enabled=False):
             found = [self.vae.encode(image[None]).latent_dist for image in images]
-        return torch.stack([torch.cat([one.mean, one.std]) for one in found])
+        latents = torch.stack([torch.cat([one.mean, one.std]) for one in found])
+        if not latents.isfinite().all():
+            raise ValueError(
+                f"the latents of an image are not finite in {latents.dtype}: bring the autoencoder to torch.float32"
+            )
+        return latents
 
     @torch.no_grad()
     def embeddings(self, prompts: Sequence[str]) -> Tensor:
@@ -68,7 +77,7 @@ class Encoders:
 
 
 def identity_of(model: nn.Module) -> str:
-    """Class, settings, dtype and weights of a model, of which the name it goes by is no part."""
+    """Class, settings, dtype, weights and, where it works in tiles, their sizes; the name a model goes by is no part of it."""
     weights = sha256()
     for name, value in sorted(model.state_dict().items()):
         weights.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
@@ -77,6 +86,8 @@ def identity_of(model: nn.Module) -> str:
     config: Any = model.config
     facts = dict(config) if isinstance(config, Mapping) else config.to_dict()
     kept = {name: value for name, value in facts.items() if not name.startswith("_") and "version" not in name}
+    if getattr(model, "use_tiling", False):  # which changes what comes out of large images
+        kept |= {name: value for name, value in vars(model).items() if name.startswith("tile_")}
     settings = sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
     return f"{type(model).__name__} {settings[:16]} {weights.hexdigest()}"
 

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loca_vision.attention import AdaptedAttention, adapt_attention, restore_attention
 from loca_vision.config import PARTS
+from loca_vision.conv_in import WEIGHT, fit_conv_in
 from loca_vision.kinds import AdapterConfig
 from loca_vision.layer import AdaptedLayer, adapt, restore
 from loca_vision.offload import device_for, stored_at
@@ -40,7 +41,9 @@ from loca_vision.updates import Place, WeightUpdates
 from loca_vision.weights import write_weights
 
 
-def inject(model: nn.Module, config: AdapterConfig, name: str = "default") -> tuple[str, ...]:
+def inject(
+    model: nn.Module, config: AdapterConfig, name: str = "default", *, modules_to_save: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Adapt the projections `config.targets` of every attention layer (and MLP of a ViT) of a model.
 
     The model's own parameters are frozen, a timm classifier head stays trainable. Updates start at zero, so the
@@ -51,12 +54,15 @@ def inject(model: nn.Module, config: AdapterConfig, name: str = "default") -> tu
             that contains one.
         config: what to inject: a LoCAConfig, or one of another kind.
         name: of the adapter, letters, digits, `_` and `-`.
+        modules_to_save: names of modules that are trained whole beside the updates and belong to the adapter from now on: they
+            are saved with it, and leave with it. As peft has it.
 
     Returns:
         The names of the adapted projections, "<path of the attention layer>.<part>", in the order of the model's modules.
 
     Raises:
-        ValueError: the name is in use, a part of `config.targets` is nowhere in the model, or the settings do not fit it.
+        ValueError: the name is in use, a part of `config.targets` or a module to save is nowhere in the model, or the settings
+            do not fit it.
         TypeError: a target is not a `torch.nn.Linear` with a weight of its own.
         In each case before the model is touched.
     """
@@ -69,15 +75,33 @@ def inject(model: nn.Module, config: AdapterConfig, name: str = "default") -> tu
     check_new_name(model, name)
     model = unwrap(model)
     found = linear_targets(model, config.targets)
-    attach(model, name, Adapter(config), list(zip(found, config.created(found), strict=True)))
+    whole = _parameters_of(model, modules_to_save, found)
+    attach(model, name, Adapter(config, whole), list(zip(found, config.created(found), strict=True)))
     return tuple(target.name for target in found)
+
+
+def _parameters_of(model: nn.Module, modules: Sequence[str], targets: Sequence[Target]) -> dict[str, Tensor]:
+    """Copies of the parameters of these modules, by name."""
+    if isinstance(modules, str):
+        raise ValueError(f"modules_to_save={modules!r}: names come as a sequence")
+    keys: list[str] = []
+    for module in modules:
+        inside = [key for key in own_parameters(model) if key.startswith(f"{module}.")]
+        if not inside:
+            raise ValueError(f"modules_to_save={module!r}: the model has no module of that name with parameters")
+        adapted = next((target.name for target in targets if f"{target.layer_path}.".startswith(f"{module}.")), None)
+        if adapted is not None:
+            raise ValueError(f"modules_to_save={module!r}: {adapted} is in there, which is adapted")
+        keys += inside
+    return {key: stored_at(model, key).detach().clone() for key in keys}
 
 
 def attach(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Target, Update]], *, freeze: bool = True) -> None:
     """Put updates made beforehand into their layers; the adapter acts at 1.0 at once. Nothing here can be refused any more.
 
-    Whole tensors given with the adapter go into the model. With `freeze` everything else of the model stops learning but a
-    classifier head, which becomes the adapter's own where it brings none; without, as for inference, all stays as it is.
+    Whole tensors given with the adapter go into the model, whose `conv_in` is widened for one of more channels. With `freeze`
+    everything else of the model stops learning but a classifier head, which becomes the adapter's own where it brings none;
+    without, as for inference, all stays as it is.
     """
     record = start_record(model)
     tensors = own_tensors(model)
@@ -97,6 +121,7 @@ def attach(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Tar
     record.base = {key: value.clone() for key, value in live.items()} | record.base
     adapter.whole = {key: live[key] for key in own} | adapter.whole
     record.adapters[name] = adapter
+    fit_conv_in(model, record)
     for target, update in placed:
         updates = updates_of(target)
         if target.attention is not None:
@@ -115,10 +140,11 @@ def updates_of(target: Target) -> WeightUpdates:
 def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) -> None:
     """Take one adapter, or all of them, out of the model.
 
-    Without `merge` the base is back bit for bit, the head and the statistics of batch normalisation included; with it, what
-    acts now is folded into the weights (rounded once to their dtype) and a trained head stays, unless an adapter that goes on
-    acting has its own. After the last adapter all layers have their own classes again, and parameters are as trainable as they
-    were before the first. What the user made trainable beside the head since `inject` keeps its values.
+    Without `merge` the base is back bit for bit, the head, a `conv_in` of fewer channels and the statistics of batch
+    normalisation included; with it, what acts now is folded into the weights (rounded once to their dtype) and a trained head
+    or `conv_in` stays, unless an adapter that goes on acting has its own. After the last adapter all layers have their own
+    classes again, and parameters are as trainable as they were before the first. What the user made trainable beside the head
+    since `inject` keeps its values.
 
     Raises:
         ValueError: no such adapter, or `merge` of a named one that does not act.
@@ -140,6 +166,7 @@ def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) ->
     activate(model, record, remaining)
     for gone in names:
         del record.adapters[gone]
+    fit_conv_in(model, record)
     if not record.adapters:
         end_record(model)
         forget_circumstances(model)
@@ -159,7 +186,10 @@ def _merge(model: nn.Module, record: Record, names: list[str]) -> None:
     write_weights(model, {name: record.active[name] for name in names})
     if record.supplier in names:
         park(model, record)
-        record.base |= record.adapters[record.supplier].whole
+        merged = record.adapters[record.supplier].whole
+        record.base |= merged
+        if WEIGHT in merged:
+            record.narrow = None  # the model's own is the wide one from now on
 
 
 def adapters(model: nn.Module, name: str = "default") -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from loca_vision.adapter_file import joined, with_prefix
 from loca_vision.blocks import block_strengths
-from loca_vision.checkpoint import base_model_name, contents, write_adapter
+from loca_vision.checkpoint import base_model_name, check_stored, contents, write_adapter
 from loca_vision.components import adapted_in, chosen, fused_in, known, models_in
 from loca_vision.fusing import fuse, unfuse
 from loca_vision.inject import adapters, remove
@@ -52,6 +52,10 @@ class LoCALoaderMixin:
         were disabled may act again afterwards; what is fused stays in the weights, beside the new adapter. Loaded spectra do
         not learn until `spectrum.requires_grad_(True)` for those in `loca_vision.adapters(pipe.unet, adapter_name).values()`.
 
+        Where the file has a `conv_in` for more channels than the UNet's, as that of an InstructPix2Pix model trained from a
+        plain one has, the UNet takes as many until the last adapter with such a `conv_in` is taken out. While it does not act,
+        what is in the new channels has no effect. The pipeline has to be one that gives its UNet so many.
+
         Args:
             source: a folder, a file, `"user/repository"` on the hub, or a state dict (which is not changed).
             adapter_name: letters, digits, `_` and `-`; by default `default_0`, `default_1`, ...
@@ -75,7 +79,12 @@ class LoCALoaderMixin:
         load(self, source, request, adapter_name, hotswap=hotswap)
 
     def save_loca_weights(
-        self, directory: str | os.PathLike[str], adapter_name: str | None = None, *, weight_name: str | None = None
+        self,
+        directory: str | os.PathLike[str],
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Path:
         """Write one adapter, of all components it is in, as one file; a crash leaves the old file or the new one.
 
@@ -83,14 +92,17 @@ class LoCALoaderMixin:
             directory: made where it is missing.
             adapter_name: by default the active one.
             weight_name: by default `pytorch_loca_weights.safetensors`.
+            dtype: of the stored coefficients, float32 or float16.
 
         Returns:
             The path of the file.
 
         Raises:
-            ValueError: no such adapter, or none or several active where none is named; a name with a folder in it.
+            ValueError: no such adapter, or none or several active where none is named; a name with a folder in it; another
+                dtype.
             OSError: the file could not be written; what was there is as it was.
         """
+        check_stored(dtype)
         file = Path(directory) / safe_name(weight_name)
         if Path(directory).exists() and not Path(directory).is_dir():
             raise NotADirectoryError(f"{directory}: it is a file, and a folder is wanted")
@@ -103,7 +115,7 @@ class LoCALoaderMixin:
             adapter_name = active[0]
         models = {c: model for c, (model, record) in adapted_in(self).items() if adapter_name in record.adapters}
         known(self, [adapter_name])
-        parts = {component: contents(model, adapter_name) for component, model in models.items()}
+        parts = {component: contents(model, adapter_name, dtype) for component, model in models.items()}
         parts = {
             component: part for component, part in parts.items() if part[0].shapes
         }  # all of another may have been swapped in

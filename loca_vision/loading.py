@@ -33,8 +33,8 @@ def load(
         found = {}
         for component, (model, part, key) in assigned.items():
             with _naming(component):
-                found[component] = match(model, part, part_of(file.entries, key))
-        tensors = file.tensors()  # no larger than the pipeline, as is known by now
+                found[component] = match(model, part, part_of(file.entries, key), replacing=name if hotswap else None)
+        tensors = file.tensors()  # no larger than the pipeline, but for a wider conv_in, as is known by now
         check_values(tensors, about)
         made = {}
         for component, (model, part, key) in assigned.items():

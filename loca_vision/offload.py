@@ -15,16 +15,28 @@ def stored(module: nn.Module, name: str) -> Tensor:
     """
     held = module._parameters.get(name)
     tensor: Any = held if held is not None else module._buffers.get(name)
-    if tensor is None or tensor.device.type != "meta":
-        return tensor  # type: ignore[no-any-return]
+    kept = None if tensor is None or tensor.device.type != "meta" else _kept(module, name)
+    return tensor if kept is None else kept[name]  # type: ignore[no-any-return]
+
+
+def exchange(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put another parameter, of whichever shape, in the place of `name`, and its values where those of the old one are kept."""
+    old: Any = module._parameters[name]
+    kept: Any = _kept(module, name) if old.device.type == "meta" else None
+    if kept is None:
+        module._parameters[name] = parameter
+        return
+    module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    prefix = getattr(kept, "prefix", "")  # accelerate's view of all the model's tensors, some of which may be on a disk
+    every = getattr(kept, "dataset", kept)
+    getattr(every, "state_dict", every)[f"{prefix}{name}"] = parameter.detach()
+
+
+def _kept(module: nn.Module, name: str) -> Any:
+    """Where accelerate has the values of a tensor that is on the meta device, if it has them."""
     hook: Any = getattr(module, "_hf_hook", None)
-    for candidate in getattr(hook, "hooks", (hook,)):
-        kept = getattr(candidate, "weights_map", None)
-        if kept is not None:
-            found: Tensor = kept[name]
-            if found.device.type != "meta":
-                return found
-    return tensor  # type: ignore[no-any-return]
+    maps = (getattr(candidate, "weights_map", None) for candidate in getattr(hook, "hooks", (hook,)))
+    return next((kept for kept in maps if kept is not None and kept[name].device.type != "meta"), None)
 
 
 def stored_at(model: nn.Module, path: str) -> Tensor:

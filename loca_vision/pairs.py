@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from loca_vision.config import check_count
+from loca_vision.data import as_rgb
 from loca_vision.sampling import stream_seed
 from loca_vision.settings_value import nearest
 
@@ -77,7 +78,10 @@ class Pairs(Dataset[Pair]):
     def _image(self, image: Image.Image | None, index: int, column: str) -> Image.Image:
         if image is None:
             raise ValueError(f"{self.where}, row {index}: there is no image in {column}")
-        return image.convert("RGB")
+        try:
+            return as_rgb(image)
+        except ValueError as error:
+            raise ValueError(f"{self.where}, row {index}, {column}: {error}") from None
 
     def some(self, count: int | None, seed: int) -> Pairs:
         """So many of them at random by the seed; all where there are no more, or with None."""

@@ -77,21 +77,36 @@ def draw_run(path: Path, title: str, curve: Mapping[str, Sequence[Any]], epochs:
     """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     losses, validation = figure.subplots(1, 2, width_ratios=(3, 2))
-    numbers = range(1, len(curve["loss"]) + 1)
-    losses.plot(numbers, curve["loss"], color=COLOURS[1], alpha=0.25, linewidth=0.8)
-    marker = "o" if len(curve["loss"]) == 1 else None  # a line needs two
-    losses.plot(numbers, _smooth(curve["loss"]), color=COLOURS[1], marker=marker, label="training loss")
-    _shade([number for number, phase in zip(numbers, curve["phase"], strict=True) if phase in MOVING], losses)
-    losses.set(xlabel="optimiser step", ylabel="training loss", yscale="log", title=title)
-    losses.legend()
+    _loss_of(curve, losses, title)
     found = [100 * epoch["validation_accuracy"] for epoch in epochs]
     validation.plot([epoch["epoch"] for epoch in epochs], found, color=COLOURS[2], marker="o")
-    for axes, count in ((losses, len(curve["loss"])), (validation, len(epochs))):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        if count == 1:
-            axes.set_xlim(0, 2)
+    _whole_ticks(validation, len(epochs))
     validation.set(xlabel="epoch", ylabel="%", title=f"validation accuracy, best {max(found):.1f} %")
     save(figure, path)
+
+
+def draw_loss(path: Path, title: str, curve: Mapping[str, Sequence[Any]]) -> None:
+    """Loss by step, smoothed over the raw one; "loss" and "phase" of each step."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    _loss_of(curve, figure.subplots(), title)
+    save(figure, path)
+
+
+def _loss_of(curve: Mapping[str, Sequence[Any]], axes: Any, title: str) -> None:
+    numbers = range(1, len(curve["loss"]) + 1)
+    axes.plot(numbers, curve["loss"], color=COLOURS[1], alpha=0.25, linewidth=0.8)
+    marker = "o" if len(curve["loss"]) == 1 else None  # a line needs two
+    axes.plot(numbers, _smooth(curve["loss"]), color=COLOURS[1], marker=marker, label="training loss")
+    _shade([number for number, phase in zip(numbers, curve["phase"], strict=True) if phase in MOVING], axes)
+    axes.set(xlabel="optimiser step", ylabel="training loss", yscale="log", title=title)
+    axes.legend()
+    _whole_ticks(axes, len(curve["loss"]))
+
+
+def _whole_ticks(axes: Any, count: int) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if count == 1:
+        axes.set_xlim(0, 2)
 
 
 def draw_confusion(path: Path, matrix: Tensor, classes: Sequence[str]) -> None:

@@ -9,13 +9,9 @@ from typing import Any, Literal
 
 from loca_vision.config import check_count, is_finite, is_whole
 from loca_vision.datasets import EVERYWHERE
-from loca_vision.fourierft import FourierFTConfig
 from loca_vision.kinds import AdapterConfig
-from loca_vision.loca import LoCAConfig
-from loca_vision.low_rank import LoRAConfig
+from loca_vision.methods import config_of
 from loca_vision.presets import PRESETS
-from loca_vision.sdctft import SDCTFTConfig
-from loca_vision.selora import SeLoRAConfig
 
 Dataset = Literal[
     "oxford_pets", "stanford_cars", "cifar10", "dtd", "eurosat", "fgvc_aircraft", "resisc45", "cifar100",
@@ -193,20 +189,8 @@ def settled(recipe: Recipe, given: Collection[str]) -> Recipe:
 
 def adapter_config(recipe: Recipe, seed: int) -> AdapterConfig | None:
     """What to inject; None for full training and the linear probe."""
-    of = recipe
-    sparse: dict[str, Any] = {"n_components": of.n_components, "scale": of.scale, "targets": of.targets, "seed": seed}
-    low_rank: dict[str, Any] = {"r": of.r, "alpha": of.alpha, "targets": of.targets, "use_dora": of.use_dora, "seed": seed}
-    if of.method == "loca":
-        return LoCAConfig(**sparse, location_gradient=of.location_gradient)
-    if of.method == "sdctft":
-        return SDCTFTConfig(**sparse)
-    if of.method == "fourierft":
-        return FourierFTConfig(**sparse)
-    if of.method == "lora":
-        return LoRAConfig(**low_rank)
-    if of.method == "selora":
-        return SeLoRAConfig(**low_rank, eta=of.eta, basis=of.basis)  # type: ignore[arg-type]
-    return None
+    names = ("targets", "n_components", "scale", "location_gradient", "r", "alpha", "use_dora", "eta", "basis")
+    return config_of(recipe.method, {name: getattr(recipe, name) for name in names} | {"seed": seed})
 
 
 def _check_contradictions(recipe: Recipe, given: Collection[str]) -> None:

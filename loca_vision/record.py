@@ -62,6 +62,7 @@ class Record:
         fused: what has been written into the weights.
         frozen: whether an adapter froze the model's own parameters: what learns since is meant to.
         hook: lets `load_state_dict` take the base's own.
+        narrow: the weight that `conv_in` had before an adapter came whose own takes more channels.
     """
 
     trainable: dict[str, bool]
@@ -72,12 +73,18 @@ class Record:
     fused: Fused = field(default_factory=Fused)
     frozen: bool = False
     hook: RemovableHandle | None = None
+    narrow: nn.Parameter | None = None
 
     @property
     def supplier(self) -> str | None:
         """The adapter whose whole tensors are in the model now: the last that acts, or is fused, and has any."""
         acting = [*self.fused.adapters, *(self.active if self.enabled else ())]
         return next((name for name in reversed(acting) if self.adapters[name].whole), None)
+
+    @property
+    def supplier_is_fused(self) -> bool:
+        """Whether the whole tensors in the model belong to what is in the weights too, so that it is not the base."""
+        return self.supplier in self.fused.adapters
 
     @property
     def effective(self) -> dict[str, Strength]:

@@ -11,6 +11,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from loca_vision.calls import KEYWORDS, scale_in, scale_of_the_call_above
+from loca_vision.conv_in import WEIGHT, conv_in_of_the_base
 from loca_vision.record import record_of
 from loca_vision.updates import Circumstances, Reading
 
@@ -125,7 +126,8 @@ class SaveBase:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hook = self.model._register_state_dict_hook(without_adapters)  # type: ignore[no-untyped-call]
         try:
-            return self._stock()(*args, **kwargs)
+            with conv_in_of_the_base(self.model):
+                return self._stock()(*args, **kwargs)
         finally:
             hook.remove()
 
@@ -139,5 +141,6 @@ def without_adapters(model: nn.Module, state: dict[str, Any], prefix: str, local
     for key in [key for key in state if ".loca." in f".{key}"]:
         del state[key]
     record = record_of(model)
-    if record is not None and record.supplier not in record.fused.adapters:
-        state.update({key: value for key, value in record.base.items() if key in state})
+    if record is not None and not record.supplier_is_fused:
+        narrow = {} if record.narrow is None else {WEIGHT: record.narrow.detach()}
+        state.update({key: value for key, value in (record.base | narrow).items() if key in state})

@@ -1,7 +1,7 @@
 """Settings of a script: one frozen dataclass as documentation, command line, presets and YAML file.
 
 Its fields are int, float, bool, str, Path, Literal, `tuple[X, ...]` of these, or `X | None`; the text under one is its help.
-Two fields are needed: `preset: str | None = None` and `config: Path | None = None`.
+One field is needed, `config: Path | None = None`; where there are presets another, `preset: str | None = None`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def parse(cls: type[S], arguments: Sequence[str], *, prog: str, presets: Mapping
     values = _defaults(cls, tyro.MISSING)
     path = flags.get("config") or "None"
     file = {} if path == "None" else read_settings(cls, Path(path))
-    preset = flags.get("preset") or file.get("preset", values["preset"])
+    preset = flags.get("preset") or file.get("preset", values.get("preset"))
     if preset not in (None, "None"):
         values |= _preset(cls, preset, presets)
     given = {name for name, value in file.items() if not _same(value, values[name])} | flags.keys()

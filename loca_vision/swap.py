@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from loca_vision.config import PARTS
+from loca_vision.conv_in import fit_conv_in
 from loca_vision.inject import adapters
 from loca_vision.offload import stored_at
 from loca_vision.record import Adapter, changing, park, record_of, refuse_fused
@@ -41,6 +42,7 @@ def swap(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Targe
     with changing(model, record):
         record.base = {key: stored_at(model, key).detach().clone() for key in adapter.whole} | record.base
         record.adapters[name] = adapter
+        fit_conv_in(model, record)
         for projection, update in adapters(model, name).items():
             update.take_over(given.get(projection))
 

@@ -1,4 +1,4 @@
-"""The scripts of image classification as modules, run in this process or in forks of it, on what takes a second."""
+"""The scripts of the examples as modules, run in this process or in forks of it, on what takes a second."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ LOCA += ("--learning_steps", "7", "--location_lr", "1e-2")
 
 @cache
 def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"image_classification_{name}", EXAMPLES / f"{name}.py")
+    """By its path in the examples, or its name alone for one of image classification."""
+    file = (EXAMPLES.parent if "/" in name else EXAMPLES) / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"script_{name.replace('/', '_')}", file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -94,9 +96,9 @@ def joined(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def killed(out: Path, checkpoint: int, delay: float, *arguments: Any) -> None:
+def killed(out: Path, checkpoint: int, delay: float, *arguments: Any, command: tuple[Any, ...] = ("train", *DIGITS)) -> None:
     """Train until that checkpoint is there, and a moment longer; then the process is killed."""
-    child = fork(lambda: main("train", *DIGITS, "--output_dir", out, *arguments), out.parent / "log.txt")
+    child = fork(lambda: main(*command, "--output_dir", out, *arguments), out.parent / "log.txt")
     started = time.monotonic()
     while not (out / f"checkpoint-{checkpoint}").exists() and os.waitpid(child, os.WNOHANG) == (0, 0):
         assert time.monotonic() < started + 60
@@ -106,8 +108,8 @@ def killed(out: Path, checkpoint: int, delay: float, *arguments: Any) -> None:
     assert joined(child) == -signal.SIGKILL, (out.parent / "log.txt").read_text()
 
 
-def together(log: Path, *arguments: Any, count: int = 2) -> list[int]:
-    """Run train.py as `torchrun --nproc_per_node 2` does: as several processes, on processors with gloo."""
+def together(log: Path, *arguments: Any, count: int = 2, name: str = "train") -> list[int]:
+    """Run a script as `torchrun --nproc_per_node 2` does: as several processes, on processors with gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -115,7 +117,7 @@ def together(log: Path, *arguments: Any, count: int = 2) -> list[int]:
     def process(rank: int) -> int:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        return main("train", *arguments)
+        return main(name, *arguments)
 
     children = [fork(lambda rank=rank: process(rank), log) for rank in range(count)]
     return [joined(child) for child in children]

@@ -245,3 +245,24 @@ def test_a_key_that_was_changed_in_the_header_is_noticed(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(TensorStore(tmp_path, "mine")) == 0
     assert not list(tmp_path.iterdir()) and "removed" in caplog.text
+
+
+def test_latents_made_in_tiles_are_others(encoders, tmp_path):
+    """At 32 pixels, of an autoencoder whose tiles are of 16."""
+    vae, view = tiny.vae(), View(32)
+    tiled = Encoders(vae, encoders.text_encoder, encoders.tokenizer)
+    whole = made(tiled, tmp_path, view=view)[0]["original"]
+    vae.enable_tiling()
+    item = PairTensors(some(), view, 3)[0]
+    found = made(tiled, tmp_path, view=view)[0]["original"]
+    assert torch.equal(found, tiled.moments(item["original"][None])[0, 0]) and not torch.equal(found, whole)
+
+
+def test_an_autoencoder_that_overflows_is_refused_and_nothing_is_kept(encoders, tmp_path):
+    vae = tiny.vae().half()
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.fill_(6e4)
+    broken = Encoders(vae, encoders.text_encoder, encoders.tokenizer)
+    with pytest.raises(ValueError, match=r"not finite in torch\.float16: bring the autoencoder to torch\.float32"):
+        made(broken, tmp_path)
+    assert not list(tmp_path.rglob("latents-*/*"))

@@ -121,3 +121,19 @@ def test_wrong_numbers_are_refused(wrong):
         Decay(**wrong)
     with pytest.raises(ValueError, match="taken='z'"):
         EMA({"a": torch.zeros(1)}, taken=frozenset("z"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_steps_are_not_lost_in_half_precision(dtype):
+    """One in ten thousand of the way, as at the end of training, is nothing to numbers of 8 or 11 bits."""
+    value = torch.ones(3, dtype=dtype)
+    ema = EMA({"a": value}, Decay(0.9999, least=0.9999))
+    ema.step()
+    value.fill_(2.0)
+    for _ in range(1000):
+        ema.step()
+    wanted = 2 - 0.9999**1000
+    torch.testing.assert_close(ema.averages["a"], torch.full((3,), wanted), rtol=1e-4, atol=0)
+    with ema.applied():
+        assert value.dtype == dtype and torch.equal(value, torch.full((3,), wanted).to(dtype))
+    assert torch.equal(value, torch.full((3,), 2.0).to(dtype))

@@ -9,7 +9,7 @@ from accelerate.utils import LoggerType
 from scripts import DIGITS, LOCA, main, trained, weights, write_weights
 from torch import nn
 
-from loca_vision import fit
+from loca_vision import stepper
 from loca_vision.safefile import open_safetensors
 
 
@@ -161,7 +161,7 @@ class Tracker:
 
 def test_curves_go_to_the_tracker(tmp_path, monkeypatch):
     """TensorBoard need not be installed for that: a folder of events for each seed."""
-    for module in (tracking, fit):
+    for module in (tracking, stepper):
         monkeypatch.setattr(module, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Tracker)
     monkeypatch.setattr(Tracker, "made", [])
@@ -177,7 +177,7 @@ def test_curves_go_to_the_tracker(tmp_path, monkeypatch):
 
 
 def test_a_tracker_that_is_missing_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("loca_vision.fit.get_available_trackers", list)
+    monkeypatch.setattr("loca_vision.stepper.get_available_trackers", list)
     for name, sentence in (("tensorboard", "it is not installed"), ("all", "no tracker is installed")):
         assert main("train", *DIGITS, "--report_to", name, "--output_dir", tmp_path / "out") == 2
         assert sentence in capsys.readouterr().err

@@ -230,3 +230,48 @@ def test_a_wrong_view_is_refused():
         View(0)
     with pytest.raises(ValueError, match="crop='middle'"):
         View(8, crop="middle")
+
+
+def in_a_folder(folder, image, name="0.png", **settings):
+    """The pairs of an imagefolder with one row, of which both images are this one."""
+    (folder / "set").mkdir()
+    image.save(folder / "set" / name, **settings)
+    row = {"input_image_file_name": name, "edited_image_file_name": name, "edit_prompt": "x"}
+    (folder / "set" / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    return read_pairs(folder / "set", cache_dir=folder / "cache")
+
+
+def test_a_camera_that_was_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (pair,) = in_a_folder(tmp_path, picture(0), exif=exif)
+    assert all(np.array_equal(np.asarray(image), np.rot90(np.asarray(picture(0)), -1)) for image in pair[:2])
+
+
+def test_grey_of_sixteen_bits_is_not_white(tmp_path):
+    grey = np.linspace(0, 65535, 96).reshape(8, 12).astype(np.uint16)
+    (pair,) = in_a_folder(tmp_path, Image.fromarray(grey))
+    assert np.array_equal(np.asarray(pair.original), np.repeat((grey // 256).astype(np.uint8)[..., None], 3, 2))
+
+
+def test_a_palette_with_transparency_has_its_colours(tmp_path):
+    paletted = picture(0).convert("P")
+    (pair,) = in_a_folder(tmp_path, paletted, transparency=bytes(range(256)))
+    assert np.array_equal(np.asarray(pair.original), np.asarray(paletted.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "1", "CMYK"])
+def test_any_other_kind_is_as_diffusers_loads_it(mode, tmp_path):
+    from diffusers.utils import load_image
+
+    image = picture(0).convert(mode)
+    image.putalpha(picture(1).convert("L")) if mode in ("RGBA", "LA") else None
+    name = "0.tiff" if mode == "CMYK" else "0.png"
+    (pair,) = in_a_folder(tmp_path, image, name)
+    assert np.array_equal(np.asarray(pair.edited), np.asarray(load_image(str(tmp_path / "set" / name))))
+
+
+def test_grey_of_thirty_two_bits_is_refused(tmp_path):
+    pairs = in_a_folder(tmp_path, Image.fromarray(np.linspace(0, 1, 96, dtype=np.float32).reshape(8, 12)), "0.tiff")
+    with pytest.raises(ValueError, match=r"\(train\), row 0, input_image: its pixels are of PIL's mode 'F': 8 or 16 bits"):
+        pairs[0]

@@ -204,14 +204,14 @@ def test_a_run_on_the_hub(method, tmp_path, monkeypatch, capsys):
 
 
 def card_of(config, **more):
-    from loca_vision.hub import model_card
+    from loca_vision.classifier_card import classifier_card
 
     recipe = settled(Recipe(dataset="stanford_cars", root="/home/me/data", **config), ())
     metrics = {"config": as_json_dict(recipe), "licence": "unclear; for research", "test_accuracy": 0.5, "steps": 3, "seed": 0}
     metrics |= {"validation_accuracy": 0.5, "trained_parameters": 1, "head_parameters": 2, "adapter_bytes": 3}
     metrics |= {"classes": ["a", "b"], "adapter_file": "pytorch_loca_weights.safetensors"} | more
     metrics["protocol"] = {"image_size": 224, "sizes": {"train": 1, "validation": 1, "test": 1}, "repositories": ["a/cars"]}
-    _, front, text = model_card(metrics, "me/cars").split("---\n", 2)
+    _, front, text = classifier_card(metrics, "me/cars").split("---\n", 2)
     return yaml.safe_load(front), text
 
 
@@ -240,9 +240,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub, "HfApi", unreachable)
     assert main("train", *flags) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.endswith(
-        "digits: the run is finished and whole, but not on the hub (no route); give the command again with --resume"
-    )
+    assert said.endswith("digits: the run is finished and whole, but not on the hub (no route); resume it to upload it")
     before = (out / "metrics.json").read_bytes()
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     assert main("train", *flags, "--resume", "--hub_private") == 0

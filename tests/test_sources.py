@@ -726,9 +726,9 @@ HOSTILE: dict[str, tuple[Callable[[Made], Made], str]] = {
     "another method": (lambda m: m.but(method="lokr"), "method='lokr'"),
     "a field more": (lambda m: m.but(auto_map="x"), "['auto_map']"),
     "scale 0": (about(lambda f: f["config"]["unet"].update(scale=0)), "scale=0"),
-    "conv_in of other channels": (
-        whole("unet.conv_in.weight", torch.ones(16, 8, 3, 3)),
-        "full.conv_in.weight is (16, 8, 3, 3)",
+    "conv_in of fewer channels": (
+        whole("unet.conv_in.weight", torch.ones(16, 3, 3, 3)),
+        "full.conv_in.weight is (16, 3, 3, 3)",
     ),
     "conv_in that overflows": (
         whole("unet.conv_in.bias", torch.full((16,), 1e300, dtype=torch.float64)),

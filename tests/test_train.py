@@ -306,7 +306,7 @@ MISTAKES = [
     ((*FOLDER, "--batch_size", "64"), "batch_size=64: there are 32 images, too few for one batch"),
     ((*FOLDER, "--output_dir", "file"), "output_dir='file': a file is in the place of that folder"),
     ((*FOLDER, "--output_dir", "file/out"), "file/out"),
-    ((*FOLDER, "--precision", "fp16"), "precision='fp16': it needs a GPU; bf16 works on processors too"),
+    ((*FOLDER, "--precision", "fp16"), "fp16: this precision needs a GPU; bf16 works on processors too"),
     ((*FOLDER, "--lp"), "--lp"),
     ((*FOLDER, "--epochs", "two"), "epochs"),
     (("--root", "photos"), "dataset"),
@@ -320,7 +320,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("flags", "sentence"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
 def test_a_mistake_is_one_line_and_writes_nothing(flags, sentence, photos, monkeypatch, capsys):
     monkeypatch.chdir(photos)
-    monkeypatch.setattr("loca_vision.fit.get_available_trackers", list)
+    monkeypatch.setattr("loca_vision.stepper.get_available_trackers", list)
     before = sorted(map(str, photos.rglob("*")))
     assert main("train", "--batch_size", 8, *MODEL, "--workers", 0, "--output_dir", "out", *flags) == 2
     said = capsys.readouterr().err

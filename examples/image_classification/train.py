@@ -19,17 +19,20 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from loca_vision.atomic import write_atomically
-from loca_vision.classification import build, counts, task_of, trained_tensors, with_features
+from loca_vision.classification import build, counts, task_of, with_features
+from loca_vision.classifier_card import classifier_card
 from loca_vision.console import guarded
 from loca_vision.environment import environment
 from loca_vision.evaluation import accuracy_of
-from loca_vision.fit import Run, accelerator_for, peak_memory
+from loca_vision.fit import Run
 from loca_vision.hub import push
 from loca_vision.plots import draw_run
 from loca_vision.presets import PRESETS
 from loca_vision.recipe import Recipe, adapter_config, differences, settled
 from loca_vision.run_report import METRICS, read_metrics, save_trained, summary, write_metrics
 from loca_vision.settings import as_json_dict, as_yaml, parse
+from loca_vision.stepper import accelerator_for, end_trackers, peak_memory
+from loca_vision.trained import trained_tensors
 
 PROG = "train.py"
 
@@ -46,14 +49,30 @@ def _main(arguments: list[str]) -> None:
 
 def train(recipe: Recipe) -> dict[str, Any]:
     """Every seed of a recipe; returns, in the main process, the metrics of the run, or of several their summary."""
-    accelerator = accelerator_for(recipe)
+    accelerator = accelerator_for(
+        precision="no" if recipe.precision == "float32" else recipe.precision,
+        report_to=recipe.report_to,
+        folder=recipe.output_dir,
+        moving=recipe.method == "loca",
+    )
     _check_folder(recipe)
     accelerator.wait_for_everyone()  # before the first of the processes writes
     metrics = _several(recipe, accelerator) if recipe.seeds else _one(recipe, recipe, accelerator)
     if recipe.push_to_hub and accelerator.is_main_process:
-        print(push(recipe.output_dir, metrics, recipe.hub_model_id, private=recipe.hub_private))
+        print(_pushed(recipe, metrics))
     accelerator.end_training()
     return metrics
+
+
+def _pushed(recipe: Recipe, metrics: dict[str, Any]) -> str:
+    return push(
+        recipe.output_dir,
+        [metrics["adapter_file"], METRICS, "config.yaml", "curves.png"],
+        lambda name: classifier_card(metrics, name),
+        recipe.hub_model_id,
+        message="Upload a fine-tuned classifier",
+        private=recipe.hub_private,
+    )
 
 
 def _several(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
@@ -107,7 +126,7 @@ def _one(recipe: Recipe, whole: Recipe, accelerator: Accelerator) -> dict[str, A
     accelerator.log({"test_accuracy": metrics["test_accuracy"]}, step=run.progress.step)
     if accelerator.is_main_process:
         metrics = _written(run, model, metrics)
-    _end(accelerator)
+    end_trackers(accelerator)
     return metrics
 
 
@@ -134,15 +153,6 @@ def _written(run: Run, model: nn.Module, metrics: dict[str, Any]) -> dict[str, A
     accuracy = 100 * metrics["test_accuracy"]
     print(f"{folder}: {accuracy:.2f} % of {len(splits.test)} test images, {saved.stat().st_size:,} bytes")
     return metrics
-
-
-def _end(accelerator: Accelerator) -> None:
-    """Of one seed; `end_training` would end the group of processes too."""
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    accelerator.trackers = []
-    accelerator.free_memory()
-    accelerator.wait_for_everyone()
 
 
 def _finished(recipe: Recipe, folder: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ and cartoonized_image, in the splits train, validation and test. Started again, 
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -17,15 +16,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from PIL import Image
 from tqdm import tqdm
 
 from loca_vision.atomic import write_atomically
 from loca_vision.cartoon import VERSION, cartoon, opencv
+from loca_vision.claimed_folder import claim
 from loca_vision.config import check_count, check_share
 from loca_vision.console import guarded, usage_in_one_line
+from loca_vision.data import as_png
 from loca_vision.photographs import INSTRUCTIONS, SPLITS, Photograph, crops_of, instruction_for, photographs_in, split_of
-from loca_vision.safefile import read_json
 
 PROG = "build_pairs.py"
 SETTINGS, METADATA, CARD = "build_pairs.json", "metadata.jsonl", "README.md"
@@ -113,19 +112,7 @@ def _claim(wanted: Pairs) -> None:
     """Make the folder this data set's own: pairs that were made in another way do not belong with these."""
     about = {name: value for name, value in asdict(wanted).items() if name not in ("photographs", "output")}
     about |= {"filter": VERSION, "opencv": opencv().__version__, "instructions": len(INSTRUCTIONS)}
-    file = wanted.output / SETTINGS
-    if not file.exists():
-        folder = wanted.output  # names that begin with a dot are temporary files of a killed run, or a file manager's
-        if folder.exists() and (not folder.is_dir() or any(not found.name.startswith(".") for found in folder.iterdir())):
-            raise ValueError(f"output={str(wanted.output)!r}: something else is there; choose a folder that is new or empty")
-        write_atomically(file, (json.dumps(about, indent=1) + "\n").encode())
-    there = read_json(file)
-    for name in about:
-        if not isinstance(there, dict) or there.get(name) != about[name]:
-            before = there.get(name) if isinstance(there, dict) else None
-            raise ValueError(
-                f"{file}: the pairs there were made with {name}={before!r}, not {about[name]!r}; choose another folder"
-            )
+    claim(wanted.output, SETTINGS, about, "pairs")
 
 
 def _pairs_of(photograph: Photograph, wanted: Pairs, folder: Path) -> list[dict[str, str]]:
@@ -138,7 +125,7 @@ def _pairs_of(photograph: Photograph, wanted: Pairs, folder: Path) -> list[dict[
             return []
         for pair, crop in zip(files, made, strict=True):
             for file, image in zip(pair, (crop, cartoon(crop)), strict=True):
-                write_atomically(folder / file, _png(image))
+                write_atomically(folder / file, as_png(image))
     prompts = [instruction_for(photograph, wanted.seed, crop) for crop in range(wanted.crops)]
     return [_row(*pair, prompt) for pair, prompt in zip(files, prompts, strict=True)]
 
@@ -146,12 +133,6 @@ def _pairs_of(photograph: Photograph, wanted: Pairs, folder: Path) -> list[dict[
 def _row(original: str, edited: str, prompt: str) -> dict[str, str]:
     """As imagefolder wants it: of `X_file_name` it makes a column X of images."""
     return {"original_image_file_name": original, "edit_prompt": prompt, "cartoonized_image_file_name": edited}
-
-
-def _png(image: Image.Image) -> bytes:
-    data = io.BytesIO()
-    image.save(data, "PNG")
-    return data.getvalue()
 
 
 def _card(wanted: Pairs, rows: dict[str, list[Any]]) -> str:

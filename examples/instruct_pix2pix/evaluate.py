@@ -1,0 +1,36 @@
+"""Edit photographs with an InstructPix2Pix model and its adapters, and measure the edits.
+
+    python examples/instruct_pix2pix/evaluate.py --pretrained_model_name_or_path timbrooks/instruct-pix2pix \
+        --adapter cartoon --other cartoon-lora --photographs photos --prompt "Change the natural image to a cartoon-style image"
+    python examples/instruct_pix2pix/evaluate.py --pretrained_model_name_or_path timbrooks/instruct-pix2pix \
+        --adapter cartoon --pairs pairs --split test --output_dir evaluation
+
+It writes evaluation.json, contact_sheet.png and edits/. Started again, it goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from loca_vision.console import guarded
+from loca_vision.settings import parse
+
+PROG = "evaluate.py"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate as the command line says; returns the exit status."""
+    return guarded(PROG, lambda: _main(sys.argv[1:] if arguments is None else list(arguments)), extra="edit")
+
+
+def _main(arguments: list[str]) -> None:
+    from loca_vision.edit_choices import EvaluateEdits
+    from loca_vision.edit_evaluation import evaluate
+
+    parsed = parse(EvaluateEdits, arguments, prog=PROG, presets={})
+    evaluate(parsed.settings, parsed.given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""How near one picture is to another, and to a text: PSNR and SSIM always, LPIPS and CLIP where their weights can be had."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+SMALLEST, SMALLEST_LPIPS = 11, 64  # pixels a side: the window of SSIM, and what AlexNet leaves something of
+
+
+def psnr(one: Image.Image, other: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB: 10 log10(1 / mean squared error), of RGB in [0, 1]; infinity for equal pictures.
+
+    Raises:
+        ValueError: they have different sizes.
+    """
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    _check_sizes(one, other, 1)
+    return float(peak_signal_noise_ratio(_pixels(one), _pixels(other), data_range=1.0))
+
+
+def ssim(one: Image.Image, other: Image.Image) -> float:
+    """Structural similarity in [-1, 1], 1 for equal pictures: Wang et al., 2004, the mean of red, green and blue.
+
+    The window is theirs: 11 x 11, a Gaussian of 1.5 pixels, where it lies wholly in the picture.
+
+    Raises:
+        ValueError: they have different sizes, or a side shorter than 11 pixels.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    _check_sizes(one, other, SMALLEST)
+    pair = (_pixels(one), _pixels(other))
+    everywhere: Any = structural_similarity_index_measure(*pair, data_range=1.0, return_full_image=True)
+    margin = SMALLEST // 2  # some versions of torchmetrics count this, where the window lies on a mirrored border
+    return float(everywhere[1][..., margin:-margin, margin:-margin].mean())
+
+
+class Perceptual:
+    """LPIPS (Zhang et al., 2018) on AlexNet: from 0 for equal pictures up.
+
+    Raises:
+        ModuleNotFoundError: torchmetrics or torchvision is missing.
+        OSError: AlexNet's weights are not here and cannot be fetched.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        self.device = torch.device(device)
+        try:
+            self.metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(self.device)
+        except (OSError, RuntimeError) as error:  # no connection, a full disk, or another hash than torchvision's
+            raise OSError(f"the weights of AlexNet cannot be had ({_line(error)})") from error
+
+    @torch.no_grad()
+    def __call__(self, one: Image.Image, other: Image.Image) -> float:
+        """
+        Raises:
+            ValueError: different sizes, or a side shorter than 64 pixels.
+        """
+        _check_sizes(one, other, SMALLEST_LPIPS)
+        distance: Any = self.metric(*(_pixels(image).float().to(self.device) for image in (one, other)))
+        self.metric.reset()  # it would keep every pair
+        return float(distance)
+
+
+class Clip:
+    """Pictures and texts as directions in the space of a CLIP model (Radford et al., 2021); `similarity` compares two.
+
+    Args:
+        source: a folder, or the name of a model on the hub, with its tokenizer and its image processor.
+        device: where it computes, in float32.
+
+    Raises:
+        ModuleNotFoundError: transformers is missing.
+        OSError: it cannot be had, or is no CLIP model in safetensors files.
+    """
+
+    def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:
+        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+        self.device, place = torch.device(device), str(Path(source).expanduser()) if Path(source).exists() else str(source)
+        try:
+            model: Any = CLIPModel.from_pretrained(place, use_safetensors=True)
+            self.tokenizer: Any = CLIPTokenizer.from_pretrained(place)
+            self.processor: Any = CLIPImageProcessor.from_pretrained(place)
+        except (OSError, ValueError, TypeError, KeyError) as error:  # transformers tells the same fault in several ways
+            raise OSError(f"{source}: it cannot be read as a CLIP model ({_line(error)})") from error
+        self.model = model.to(self.device, torch.float32).eval()
+
+    @torch.no_grad()
+    def image(self, image: Image.Image) -> Tensor:
+        """(width,) float32 on the CPU, of length 1."""
+        pixels = self.processor(images=image.convert("RGB"), return_tensors="pt").pixel_values.to(self.device)
+        return _unit(self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output))
+
+    @torch.no_grad()
+    def text(self, text: str) -> Tensor:
+        """(width,) float32 on the CPU, of length 1; of a text longer than the model takes, its beginning."""
+        most = self.model.config.text_config.max_position_embeddings
+        words = self.tokenizer(text, max_length=most, truncation=True, return_tensors="pt").to(self.device)
+        return _unit(self.model.text_projection(self.model.text_model(**words).pooler_output))
+
+
+def similarity(one: Tensor, other: Tensor) -> float:
+    """The cosine between two directions of `Clip`, in [-1, 1]."""
+    return max(-1.0, min(1.0, float(one.double() @ other.double())))
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(rows[0].float(), dim=0).cpu()
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """(1, 3, h, w) float64 in [0, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].double() / 255
+
+
+def _check_sizes(one: Image.Image, other: Image.Image, least: int) -> None:
+    if one.size != other.size:
+        sizes = " and ".join(f"{image.width} x {image.height}" for image in (one, other))
+        raise ValueError(f"pictures of {sizes} pixels: those that are compared have one size")
+    if min(one.size) < least:
+        raise ValueError(f"pictures of {one.width} x {one.height} pixels: at least {least} a side are wanted")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def finite(value: float) -> float | None:
+    """The value, or None where JSON has no number for it: the PSNR of equal pictures."""
+    return value if math.isfinite(value) else None
