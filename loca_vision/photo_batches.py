@@ -62,18 +62,9 @@ class PhotoBatches:
         coloured = grey + _between(saturation, _SATURATION) * (part - grey)
         return ((coloured + 1) * _between(brightness, _BRIGHTNESS) - 1).clamp(-1, 1)
 
-    def held(self) -> Tensor:
-        """(n, 3, size, size) float32 in [-1, 1]: the centre of every photograph, as large as can be, as it is."""
-        return torch.stack([scaled(_centre(copies[0], self.size)) for copies in self.copies])
-
 
 def _between(share: float, ends: tuple[float, float]) -> float:
     return ends[0] + share * (ends[1] - ends[0])
-
-
-def _centre(image: Tensor, size: int) -> Tensor:
-    top, left = ((side - size) // 2 for side in image.shape[1:])
-    return image[:, top : top + size, left : left + size]
 
 
 def _copies(photograph: Photograph, size: int) -> list[Tensor]:

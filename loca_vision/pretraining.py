@@ -6,7 +6,7 @@ Every random number is a function of (seed, step), so that a run which was stopp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ PHRASES = (
 )
 _WARMUP = 50  # steps in which the rate rises
 _KL, _ABSOLUTE = 1e-6, 0.1  # weights beside the squared error of pixels
-_LATENT_NOISE = 32  # a key of the stream of random numbers
+_LATENT_NOISE, _IMAGE_NOISE = 32, 33  # keys of streams of random numbers
 _UNSEEN = 10**9  # a step that no training reaches, for batches to measure on
 
 
@@ -146,15 +146,17 @@ def measure_scale(autoencoder: Any, photos: PhotoBatches) -> float:
 
 
 def identity_loss(
-    pipe: Any, photos: PhotoBatches, count: int, dropout: float, computing: Computing, phrases: Sequence[str] = PHRASES
+    pipe: Any, photos: PhotoBatches, count: int, dropout: float, noise: float, computing: Computing
 ) -> Callable[[int], Tensor]:
     """The loss of InstructPix2Pix where the edited image is the photograph itself.
 
     Args:
         dropout: probability of losing the text alone, as large as that of the image alone and of both: 0 to 1/3.
+        noise: half of the images have noise on their latents, of deviations from 0 to this: conditioning augmentation (Ho et
+            al., 2022, section 4). Without it the UNet would do no more than copy, and look at nothing.
     """
     encoders = Encoders(pipe.vae, pipe.text_encoder, pipe.tokenizer)
-    texts, empty = encoders.embeddings(phrases), encoders.embeddings([""])
+    texts, empty = encoders.embeddings(PHRASES), encoders.embeddings([""])
     scheduler = pipe.scheduler
 
     def loss_at(step: int) -> Tensor:
@@ -164,11 +166,20 @@ def identity_loss(
         moments = torch.stack([found.mean, found.std], 1).float()
         drawn = draws(count, tuple(found.mean.shape[1:]), timesteps=len(scheduler.alphas_cumprod), seed=photos.seed, step=step)
         latents = sampled(moments, drawn.posterior, pipe.vae.config.scaling_factor)
-        text = texts[[(step + place) % len(phrases) for place in range(count)]]
-        text, image = without_conditioning(text, moments[:, 0], empty, drawn.dropout, dropout)
+        text = texts[[(step + place) % len(PHRASES) for place in range(count)]]
+        text, image = without_conditioning(
+            text, _noised(moments[:, 0], noise, photos.seed, step), empty, drawn.dropout, dropout
+        )
         noisy = scheduler.add_noise(latents, drawn.noise, drawn.timesteps)
         with computing():
             prediction = pipe.unet(torch.cat([noisy, image], 1), drawn.timesteps, text).sample
         return denoising_loss(prediction, target(scheduler, latents, drawn.noise, drawn.timesteps))
 
     return loss_at
+
+
+def _noised(image: Tensor, most: float, seed: int, step: int) -> Tensor:
+    """Half of the latents as they are, the others with noise of some deviation each."""
+    generator = torch.Generator().manual_seed(stream_seed(seed, step, _IMAGE_NOISE))
+    deviations = most * (2 * torch.rand(len(image), generator=generator) - 1).clamp(min=0)
+    return image + deviations[:, None, None, None] * torch.randn(image.shape, generator=generator)

@@ -58,7 +58,7 @@ def test_the_base_is_a_pipeline_that_edits(made):
     pipe.set_progress_bar_config(disable=True)
     edits = pipe(INSTRUCTIONS[0], image=Image.new("RGB", (16, 16)), num_inference_steps=2, output_type="np").images
     assert edits.shape == (1, 16, 16, 3) and np.isfinite(edits).all()
-    assert pipe.vae.config.scaling_factor != 0.18215 and pipe.scheduler.config.prediction_type == "v_prediction"
+    assert pipe.vae.config.scaling_factor != 0.18215 and pipe.scheduler.config.prediction_type == "sample"
     record = json.loads((made / "pretrain.json").read_text())
     card = (made / "README.md").read_text()
     assert all(f"{record['measured'][name]:.2f} dB" in card for name in ("autoencoder_psnr", "identity_psnr"))
@@ -99,6 +99,7 @@ def test_a_finished_base_is_not_made_again(pretrain, photos, made, monkeypatch, 
     ("flags", "sentence"),
     [
         (["--seed", "1"], "seed=0, not 1"),
+        (["--image_noise", "-1"], "image_noise=-1"),
         (["--steps", "4"], "steps=3, not 4"),
         (["--steps", "0"], "steps=0"),
         (["--learning_rate", "nan"], "learning_rate=nan"),
@@ -147,7 +148,6 @@ def test_batches_are_functions_of_seed_and_step(photos):
     assert one.shape == (3, 3, 16, 16) and one.min() >= -1 and one.max() <= 1
     assert torch.equal(one, PhotoBatches.of(found, 16, 0).batch(5, 3))
     assert not torch.equal(one, batches.batch(6, 3)) and not torch.equal(one, other.batch(5, 3))
-    assert torch.equal(batches.held(), other.held()) and batches.held().shape == (4, 3, 16, 16)
 
 
 @pytest.mark.parametrize("shape", [TINY, Shape()])

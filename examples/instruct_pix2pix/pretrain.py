@@ -11,6 +11,7 @@ Started again, it goes on where it was stopped, to the very same weights.
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,13 +22,18 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from diffusers import StableDiffusionInstructPix2PixPipeline
-from torch import Tensor
+from PIL import Image
+from tqdm import tqdm
 
 from loca_vision.atomic import write_atomically
 from loca_vision.atomic_folder import remove_folder
+from loca_vision.claimed_folder import claim
 from loca_vision.config import check_count, check_share
 from loca_vision.console import guarded, usage_in_one_line
+from loca_vision.data import open_image
+from loca_vision.edits import Sampling, edit, square
+from loca_vision.environment import environment
+from loca_vision.image_quality import psnr
 from loca_vision.photo_batches import PhotoBatches
 from loca_vision.photographs import INSTRUCTIONS, Photograph, photographs_in, split_of
 from loca_vision.pretraining import PHRASES, Stage, autoencoder_loss, identity_loss, measure_scale, train_stage
@@ -35,7 +41,7 @@ from loca_vision.safefile import read_json
 from loca_vision.small_pipeline import Shape, small_pipeline
 
 PROG = "pretrain.py"
-RECORD, CARD, CHECKPOINTS = "pretrain.json", "README.md", "checkpoints"
+SETTINGS, RESULT, CARD, CHECKPOINTS = "settings.json", "pretrain.json", "README.md", "checkpoints"
 VERSION = 1  # of what the settings mean
 HELD_SHARE = 0.1  # of the photographs, where no others are given
 
@@ -68,6 +74,9 @@ class Pretrain:
     """Photographs a step, of both."""
     conditioning_dropout_prob: float = 0.1
     """Text alone, image alone, and both are left out with this probability each."""
+    image_noise: float = 0.5
+    """Of half of the images that are given to the UNet, the largest deviation of noise on their latents: it learns to see
+    what is in them, as it can then not only copy."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """What is multiplied in. On processors with bfloat16 units (AMX) bf16 takes half the time; on others it is slow."""
     checkpointing_steps: int = 100
@@ -90,11 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             wanted = tyro.cli(Pretrain, prog=PROG, args=arguments, use_underscores=True)
         pretrain(wanted)
 
-    return guarded(PROG, command, extra="diffusers")
+    return guarded(PROG, command, extra="edit")
 
 
 def pretrain(wanted: Pretrain) -> dict[str, Any]:
-    """Train what is missing, measure and save; returns the record that is written to pretrain.json.
+    """Train what is missing, measure and save; returns what pretrain.json holds.
 
     Raises:
         ValueError: a setting out of range, another than the folder was begun with, or training diverged.
@@ -104,17 +113,18 @@ def pretrain(wanted: Pretrain) -> dict[str, Any]:
     shape = _check(wanted)
     shown, held = _parts(wanted)
     about = _about(wanted, shown, held)
-    record = _claimed(wanted.base, about)
-    if "measured" in record:
+    claim(wanted.base, SETTINGS, about, "weights")
+    if (wanted.base / RESULT).exists():
         print(f"{wanted.base}: it is finished, with these settings and photographs")
-        return record
+        done: dict[str, Any] = read_json(wanted.base / RESULT)
+        return done
     photos = PhotoBatches.of(shown, wanted.resolution, wanted.seed)
     pipe = _trained(wanted, shape, photos, about)
-    measured = _measured(pipe, wanted, PhotoBatches.of(held, wanted.resolution, wanted.seed).held())
+    measured = _measured(pipe, wanted, held)
     pipe.save_pretrained(wanted.base)
-    record |= {"measured": measured, "torch": torch.__version__}
-    write_atomically(wanted.base / CARD, _card(wanted, record, len(shown), len(held)).encode())
-    write_atomically(wanted.base / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+    write_atomically(wanted.base / CARD, _card(wanted, measured, len(shown), len(held)).encode())
+    record = {"settings": about, "measured": measured, "environment": environment()}
+    write_atomically(wanted.base / RESULT, (json.dumps(record, indent=1) + "\n").encode())  # the last: it is finished
     _forget(wanted.base / CHECKPOINTS)
     print(f"{wanted.base}: " + ", ".join(f"{name} {value:.2f}" for name, value in measured.items()))
     return record
@@ -130,6 +140,8 @@ def _check(wanted: Pretrain) -> Shape:
     check_share("conditioning_dropout_prob", wanted.conditioning_dropout_prob)
     if wanted.conditioning_dropout_prob > 1 / 3:
         raise ValueError(f"conditioning_dropout_prob={wanted.conditioning_dropout_prob}: it is at most 1/3")
+    if not 0 <= wanted.image_noise <= 10:
+        raise ValueError(f"image_noise={wanted.image_noise}: it is a number from 0 to 10")
     return Shape(wanted.resolution, wanted.channels, wanted.autoencoder_channels)
 
 
@@ -160,23 +172,6 @@ def _names(photographs: Sequence[Photograph]) -> str:
     return sha256(" ".join(one.content for one in photographs).encode()).hexdigest()
 
 
-def _claimed(base: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """The record of the folder, which is this run's from now on."""
-    file = base / RECORD
-    if not file.exists():
-        if base.exists() and (not base.is_dir() or any(not found.name.startswith(".") for found in base.iterdir())):
-            raise ValueError(f"base={str(base)!r}: something else is there; choose a folder that is new or empty")
-        write_atomically(file, (json.dumps({"settings": about}, indent=1) + "\n").encode())
-    record: dict[str, Any] = read_json(file)
-    before = record.get("settings", {})
-    for name in about:
-        if before.get(name) != about[name]:
-            raise ValueError(
-                f"{file}: the base there has {name}={before.get(name)!r}, not {about[name]!r}; choose another folder"
-            )
-    return record
-
-
 def _trained(wanted: Pretrain, shape: Shape, photos: PhotoBatches, about: dict[str, Any]) -> Any:
     pipe = small_pipeline(shape, (*INSTRUCTIONS, *PHRASES), wanted.seed)
     pipe.text_encoder.requires_grad_(False)
@@ -190,38 +185,26 @@ def _trained(wanted: Pretrain, shape: Shape, photos: PhotoBatches, about: dict[s
     pipe.vae.requires_grad_(False)
     pipe.vae.register_to_config(scaling_factor=measure_scale(pipe.vae, photos))
     denoiser = Stage("unet", wanted.steps, wanted.learning_rate, every)
-    loss = identity_loss(pipe, photos, count, wanted.conditioning_dropout_prob, computing)
+    loss = identity_loss(pipe, photos, count, wanted.conditioning_dropout_prob, wanted.image_noise, computing)
     train_stage(denoiser, pipe.unet, loss, folder, about)
     return pipe
 
 
+def _measured(pipe: Any, wanted: Pretrain, held: Sequence[Photograph]) -> dict[str, float]:
+    """Decibels to the photographs, means over them: of what is encoded and decoded, and of the edit that keeps them."""
+    sampling = Sampling(wanted.num_inference_steps, wanted.guidance_scale, wanted.image_guidance_scale)
+    decoded, kept = [], []
+    for number, one in enumerate(tqdm(held, desc="edits", dynamic_ncols=True, disable=None)):
+        photo = square(open_image(one.file), wanted.resolution)
+        decoded.append(psnr(_decoded(pipe, photo), photo))
+        kept.append(psnr(edit(pipe, photo, PHRASES[0], sampling, seed=wanted.seed + number), photo))
+    return {"autoencoder_psnr": statistics.fmean(decoded), "identity_psnr": statistics.fmean(kept)}
+
+
 @torch.no_grad()
-def _measured(pipe: StableDiffusionInstructPix2PixPipeline, wanted: Pretrain, held: Tensor) -> dict[str, float]:
-    """Decibels to the photographs, and the numbers of weights."""
-    pipe.set_progress_bar_config(disable=True)
-    decoded = pipe.vae(held).sample
-    edits = [
-        pipe(
-            PHRASES[0],
-            image=(one[None] + 1) / 2,
-            num_inference_steps=wanted.num_inference_steps,
-            guidance_scale=wanted.guidance_scale,
-            image_guidance_scale=wanted.image_guidance_scale,
-            generator=torch.Generator().manual_seed(wanted.seed + number),
-            output_type="pt",
-        ).images[0]
-        for number, one in enumerate(held)
-    ]
-    return {
-        "autoencoder_psnr": _psnr((decoded.clamp(-1, 1) + 1) / 2, (held + 1) / 2),
-        "identity_psnr": _psnr(torch.stack(edits).cpu(), (held + 1) / 2),
-    }
-
-
-def _psnr(images: Tensor, wanted: Tensor) -> float:
-    """The mean over images, (n, 3, h, w) in [0, 1]."""
-    errors = (images.float() - wanted).square().flatten(1).mean(1)
-    return float((-10 * errors.clamp(min=1e-10).log10()).mean())
+def _decoded(pipe: Any, photo: Image.Image) -> Image.Image:
+    image: Image.Image = pipe.image_processor.postprocess(pipe.vae(pipe.image_processor.preprocess(photo)).sample)[0]
+    return image
 
 
 def _forget(folder: Path) -> None:
@@ -234,8 +217,7 @@ def _forget(folder: Path) -> None:
         folder.rmdir()
 
 
-def _card(wanted: Pretrain, record: dict[str, Any], shown: int, held: int) -> str:
-    measured = record["measured"]
+def _card(wanted: Pretrain, measured: dict[str, float], shown: int, held: int) -> str:
     said = [
         "---",
         "license: other",
