@@ -41,7 +41,7 @@ LAYERS = (
     {"inspection", "img_focus", "training"},
     {"exchange", "exchange_lora", "merging", "edit_evaluation"},
     {"vit", "plots"},
-    {"spectrum_picture", "exchange_commands"},
+    {"spectrum_picture", "exchange_commands", "edit_study"},
     {"classification"},
     {"run_report", "study_report"},
     {"fit", "evaluate", "hub", "classifier_card"},
@@ -60,6 +60,7 @@ NEEDS_MORE = {
     *("edit_recipe", "edit_models", "edit_data", "edit_validation", "edit_fit", "edit_card"),
     *("edits", "contact_sheet", "image_quality", "edit_measures", "edit_subjects", "edit_choices", "edit_columns"),
     "edit_evaluation",
+    "edit_study",
     *("linear_start", "small_pipeline", "photo_batches", "pretraining"),
 }
 
