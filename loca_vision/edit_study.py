@@ -15,6 +15,7 @@ from loca_vision.data import open_image
 from loca_vision.methods import NAMES
 from loca_vision.plots import COLOURS, save
 
+_COLOURS = ("#222222", *COLOURS, "#8c62b5", "#b8860b")  # one for each of seven editors
 MEASURES = {"psnr_to_target": "PSNR, dB", "ssim_to_target": "SSIM"}
 
 
@@ -108,15 +109,14 @@ def draw_numbers(path: Path, title: str, arms: Sequence[Arm]) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     panels = figure.subplots(1, len(MEASURES))
     for panel, (measure, label) in zip(panels, MEASURES.items(), strict=True):
-        for arm, colour in zip(arms, (*COLOURS, *COLOURS), strict=False):
+        for arm, colour in zip(arms, _COLOURS, strict=False):
             value = arm.measured[measure]
             if arm.trained:
-                panel.plot([arm.trained], [value], "o", color=colour)
-                panel.annotate(arm.title, (arm.trained, value), xytext=(6, 4), textcoords="offset points", color=colour)
+                panel.plot([arm.trained], [value], "o", color=colour, label=arm.title)
             else:
                 panel.axhline(value, color=colour, linestyle="--" if arm.name == "base" else ":", label=arm.title)
         panel.set(xlabel="trained numbers", ylabel=f"{label} to the target")
-        panel.margins(x=0.4, y=0.15)
-        panel.legend(fontsize=8)
+        panel.set_xlim(0, 1.25 * max(arm.trained for arm in arms))
+    panels[-1].legend(fontsize=8)
     figure.suptitle(title)
     save(figure, path)

@@ -271,6 +271,8 @@ class Steps:
             "checkpointing_steps": 100,
             "checkpoints_total_limit": 1,
             "resume_from_checkpoint": "latest",
+            "validation_epochs": 10**6,  # its pictures come at the end alone
+            "num_validation_images": 1,
             "report_to": "none",
             "seed": of.seed,
             "output_dir": folder,
