@@ -13,13 +13,13 @@ PACKAGE = Path(loca_vision.__file__).parent
 LAYERS = (
     {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls", "sampling"}
     | {"console", "settings_value", "optimizer_state", "presets", "evaluation", "cartoon", "encoders"}
-    | {"contact_sheet", "image_quality"},
+    | {"contact_sheet", "image_quality", "linear_start"},
     {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings_file", "augmentation", "published", "hub_datasets"}
-    | {"photographs", "pairs", "diffusion_loss", "environment", "edit_measures", "edit_pipeline"},
+    | {"photographs", "pairs", "diffusion_loss", "environment", "edit_measures", "edit_pipeline", "small_pipeline"},
     {"kinds", "manifest", "catalogue", "settings", "tensor_store", "pair_views", "claimed_folder"},
-    {"approximation", "factors", "lora_names", "lora_scales", "diffusion_cache"},
+    {"approximation", "factors", "lora_names", "lora_scales", "diffusion_cache", "photo_batches"},
     {"spectrum", "low_rank", "checkpoint_folder", "datasets"},
-    {"sparse"},
+    {"sparse", "pretraining"},
     {"loca", "sdctft", "fourierft"},
     {"selora", "adapter_file"},
     {"methods"},
@@ -41,7 +41,7 @@ LAYERS = (
     {"inspection", "img_focus", "training"},
     {"exchange", "exchange_lora", "merging", "edit_evaluation"},
     {"vit", "plots"},
-    {"spectrum_picture", "exchange_commands"},
+    {"spectrum_picture", "exchange_commands", "edit_study"},
     {"classification"},
     {"run_report", "study_report"},
     {"fit", "evaluate", "hub", "classifier_card"},
@@ -60,6 +60,8 @@ NEEDS_MORE = {
     *("edit_recipe", "edit_pipeline", "edit_models", "edit_data", "edit_validation", "edit_fit", "edit_card"),
     *("edits", "contact_sheet", "image_quality", "edit_measures", "edit_subjects", "edit_choices", "edit_columns"),
     "edit_evaluation",
+    "edit_study",
+    *("linear_start", "small_pipeline", "photo_batches", "pretraining"),
 }
 
 

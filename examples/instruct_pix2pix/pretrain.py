@@ -1,0 +1,255 @@
+"""Make a small InstructPix2Pix base from nothing: no download, no GPU, a quarter of an hour on two cores.
+
+    python examples/instruct_pix2pix/pretrain.py photographs base
+
+It is a stand-in for a pretrained model, where none can be had: a stock StableDiffusionInstructPix2PixPipeline of 64 x 64
+pixels whose autoencoder and UNet have seen a few photographs and no edit at all. The one instruction it was taught is to keep
+the photograph as it is. What it is good for is to see adapters learn an edit, with every line of code that a real base needs.
+Started again, it goes on where it was stopped, to the very same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from loca_vision.atomic import write_atomically
+from loca_vision.atomic_folder import remove_folder
+from loca_vision.claimed_folder import claim
+from loca_vision.config import check_count, check_share
+from loca_vision.console import guarded, usage_in_one_line
+from loca_vision.data import open_image
+from loca_vision.edits import Sampling, edit, square
+from loca_vision.environment import environment
+from loca_vision.image_quality import psnr
+from loca_vision.photo_batches import PhotoBatches
+from loca_vision.photographs import INSTRUCTIONS, Photograph, photographs_in, split_of
+from loca_vision.pretraining import PHRASES, Stage, autoencoder_loss, identity_loss, measure_scale, train_stage
+from loca_vision.safefile import read_json
+from loca_vision.small_pipeline import Shape, small_pipeline
+
+PROG = "pretrain.py"
+SETTINGS, RESULT, CARD, CHECKPOINTS = "settings.json", "pretrain.json", "README.md", "checkpoints"
+VERSION = 1  # of what the settings mean
+HELD_SHARE = 0.1  # of the photographs, where no others are given
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Train a small InstructPix2Pix base on photographs from random weights, to keep them as they are."""
+
+    photographs: Annotated[Path, tyro.conf.Positional]
+    """A folder; images of every format that PIL reads are taken from all folders in it."""
+    base: Annotated[Path, tyro.conf.Positional]
+    """The folder of the pipeline, for from_pretrained."""
+    held_out: Path | None = None
+    """A folder of photographs to measure on. Without it a tenth of the others, one at least, is not trained on."""
+    resolution: int = 64
+    """Pixels a side."""
+    channels: tuple[int, ...] = (48, 96, 128)
+    """Of the UNet's levels."""
+    autoencoder_channels: tuple[int, int] = (32, 64)
+    """Of the autoencoder's two levels."""
+    autoencoder_steps: int = 400
+    """Optimiser steps of the autoencoder."""
+    autoencoder_learning_rate: float = 2e-3
+    """The highest."""
+    steps: int = 1500
+    """Optimiser steps of the UNet."""
+    learning_rate: float = 1e-3
+    """The highest."""
+    batch_size: int = 8
+    """Photographs a step, of both."""
+    conditioning_dropout_prob: float = 0.1
+    """Text alone, image alone, and both are left out with this probability each."""
+    image_noise: float = 0.5
+    """Of half of the images that are given to the UNet, the largest deviation of noise on their latents: it learns to see
+    what is in them, as it can then not only copy."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """What is multiplied in. On processors with bfloat16 units (AMX) bf16 takes half the time; on others it is slow."""
+    checkpointing_steps: int = 100
+    """Steps between checkpoints."""
+    num_inference_steps: int = 20
+    """Of the edits that are measured."""
+    guidance_scale: float = 2.0
+    """Likewise."""
+    image_guidance_scale: float = 1.5
+    """Likewise."""
+    seed: int = 0
+    """Of weights, parts of photographs and noise."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as the command line says; returns the exit status."""
+
+    def command() -> None:
+        with usage_in_one_line(PROG):
+            wanted = tyro.cli(Pretrain, prog=PROG, args=arguments, use_underscores=True)
+        pretrain(wanted)
+
+    return guarded(PROG, command, extra="edit")
+
+
+def pretrain(wanted: Pretrain) -> dict[str, Any]:
+    """Train what is missing, measure and save; returns what pretrain.json holds.
+
+    Raises:
+        ValueError: a setting out of range, another than the folder was begun with, or training diverged.
+        FileNotFoundError: there is no photograph.
+        OSError: something cannot be written.
+    """
+    shape = _check(wanted)
+    shown, held = _parts(wanted)
+    about = _about(wanted, shown, held)
+    claim(wanted.base, SETTINGS, about, "weights")
+    if (wanted.base / RESULT).exists():
+        print(f"{wanted.base}: it is finished, with these settings and photographs")
+        done: dict[str, Any] = read_json(wanted.base / RESULT)
+        return done
+    photos = PhotoBatches.of(shown, wanted.resolution, wanted.seed)
+    pipe = _trained(wanted, shape, photos, about)
+    measured = _measured(pipe, wanted, held)
+    pipe.save_pretrained(wanted.base)
+    write_atomically(wanted.base / CARD, _card(wanted, measured, len(shown), len(held)).encode())
+    record = {"settings": about, "measured": measured, "environment": environment()}
+    write_atomically(wanted.base / RESULT, (json.dumps(record, indent=1) + "\n").encode())  # the last: it is finished
+    _forget(wanted.base / CHECKPOINTS)
+    print(f"{wanted.base}: " + ", ".join(f"{name} {value:.2f}" for name, value in measured.items()))
+    return record
+
+
+def _check(wanted: Pretrain) -> Shape:
+    counts = ("autoencoder_steps", "steps", "batch_size", "checkpointing_steps", "num_inference_steps")
+    for name, least in [*((name, 1) for name in counts), ("seed", 0)]:
+        check_count(name, getattr(wanted, name), least)
+    for name in ("autoencoder_learning_rate", "learning_rate"):
+        if not 0 < getattr(wanted, name) < 1:
+            raise ValueError(f"{name}={getattr(wanted, name)}: it is a number between 0 and 1")
+    check_share("conditioning_dropout_prob", wanted.conditioning_dropout_prob)
+    if wanted.conditioning_dropout_prob > 1 / 3:
+        raise ValueError(f"conditioning_dropout_prob={wanted.conditioning_dropout_prob}: it is at most 1/3")
+    if not 0 <= wanted.image_noise <= 10:
+        raise ValueError(f"image_noise={wanted.image_noise}: it is a number from 0 to 10")
+    return Shape(wanted.resolution, wanted.channels, wanted.autoencoder_channels)
+
+
+def _parts(wanted: Pretrain) -> tuple[list[Photograph], list[Photograph]]:
+    """What is trained on, and what is measured on: no content is in both."""
+    found = photographs_in(wanted.photographs)
+    if wanted.held_out is None:
+        held = [one for one in found if split_of(one, wanted.seed, 0.0, HELD_SHARE) == "test"] or found[:1]
+    else:
+        held = photographs_in(wanted.held_out)
+    apart = {one.content for one in held}
+    shown = [one for one in found if one.content not in apart]
+    if not shown:
+        raise ValueError(f"{wanted.photographs}: {len(found)} photographs, none of which is left to train on")
+    return shown, held
+
+
+def _about(wanted: Pretrain, shown: Sequence[Photograph], held: Sequence[Photograph]) -> dict[str, Any]:
+    """All that the weights and the measures depend on, as JSON has it."""
+    elsewhere = ("photographs", "base", "held_out", "checkpointing_steps")
+    about = {name: value for name, value in asdict(wanted).items() if name not in elsewhere}
+    parts = {"trained_on": _names(shown), "measured_on": _names(held)}
+    found: dict[str, Any] = json.loads(json.dumps(about | parts | {"version": VERSION}))
+    return found
+
+
+def _names(photographs: Sequence[Photograph]) -> str:
+    return sha256(" ".join(one.content for one in photographs).encode()).hexdigest()
+
+
+def _trained(wanted: Pretrain, shape: Shape, photos: PhotoBatches, about: dict[str, Any]) -> Any:
+    pipe = small_pipeline(shape, (*INSTRUCTIONS, *PHRASES), wanted.seed)
+    pipe.text_encoder.requires_grad_(False)
+    folder, count, every = wanted.base / CHECKPOINTS, wanted.batch_size, wanted.checkpointing_steps
+
+    def computing() -> AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16) if wanted.mixed_precision == "bf16" else nullcontext()
+
+    codec = Stage("autoencoder", wanted.autoencoder_steps, wanted.autoencoder_learning_rate, every)
+    train_stage(codec, pipe.vae, autoencoder_loss(pipe.vae, photos, count, computing), folder, about)
+    pipe.vae.requires_grad_(False)
+    pipe.vae.register_to_config(scaling_factor=measure_scale(pipe.vae, photos))
+    denoiser = Stage("unet", wanted.steps, wanted.learning_rate, every)
+    loss = identity_loss(pipe, photos, count, wanted.conditioning_dropout_prob, wanted.image_noise, computing)
+    train_stage(denoiser, pipe.unet, loss, folder, about)
+    return pipe
+
+
+def _measured(pipe: Any, wanted: Pretrain, held: Sequence[Photograph]) -> dict[str, float]:
+    """Decibels to the photographs, means over them: of what is encoded and decoded, and of the edit that keeps them."""
+    sampling = Sampling(wanted.num_inference_steps, wanted.guidance_scale, wanted.image_guidance_scale)
+    decoded, kept = [], []
+    for number, one in enumerate(tqdm(held, desc="edits", dynamic_ncols=True, disable=None)):
+        photo = square(open_image(one.file), wanted.resolution)
+        decoded.append(psnr(_decoded(pipe, photo), photo))
+        kept.append(psnr(edit(pipe, photo, PHRASES[0], sampling, seed=wanted.seed + number), photo))
+    return {"autoencoder_psnr": statistics.fmean(decoded), "identity_psnr": statistics.fmean(kept)}
+
+
+@torch.no_grad()
+def _decoded(pipe: Any, photo: Image.Image) -> Image.Image:
+    image: Image.Image = pipe.image_processor.postprocess(pipe.vae(pipe.image_processor.preprocess(photo)).sample)[0]
+    return image
+
+
+def _forget(folder: Path) -> None:
+    """The checkpoints of a finished base, which are larger than it."""
+    for stage in folder.iterdir() if folder.exists() else ():
+        for checkpoint in stage.iterdir():
+            remove_folder(checkpoint)
+        stage.rmdir()
+    if folder.exists():
+        folder.rmdir()
+
+
+def _card(wanted: Pretrain, measured: dict[str, float], shown: int, held: int) -> str:
+    said = [
+        "---",
+        "license: other",
+        "license_name: as-the-photographs",
+        "library_name: diffusers",
+        "tags:",
+        "- instruct-pix2pix",
+        "---",
+        "",
+        "# A small InstructPix2Pix base, made from nothing",
+        "",
+        "A stand-in for a pretrained model, to try training and adapters where none can be downloaded. Its autoencoder and",
+        f"UNet were trained from random weights on {shown} photographs, and its text encoder not at all. It was taught one",
+        "instruction, in five phrasings: to keep the photograph as it is. It makes no other edit, and no picture of a text.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| pixels a side | {wanted.resolution} |",
+        f"| steps of the autoencoder, of the UNet | {wanted.autoencoder_steps}, {wanted.steps}, of {wanted.batch_size} |",
+        f"| rates | {wanted.autoencoder_learning_rate:g}, {wanted.learning_rate:g} |",
+        f"| precision | {'bfloat16 autocast' if wanted.mixed_precision == 'bf16' else 'float32'}, on the processor |",
+        f"| seed | {wanted.seed} |",
+        f"| autoencoder on {held} held-out photographs | {measured['autoencoder_psnr']:.2f} dB |",
+        f'| the edit "{PHRASES[0]}" of them | {measured["identity_psnr"]:.2f} dB |',
+        "",
+        f"Edits: {wanted.num_inference_steps} steps, guidance {wanted.guidance_scale:g}, image guidance"
+        f" {wanted.image_guidance_scale:g}; decibels to the photograph, the mean of the peak signal-to-noise ratios.",
+        "",
+        "The licences of the photographs hold for what was learned from them, as far as any do.",
+    ]
+    return "\n".join(said) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

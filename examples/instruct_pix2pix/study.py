@@ -1,0 +1,350 @@
+"""From nothing to adapters that draw cartoons, in one command and without a hub: photographs, pairs, base, training, measures.
+
+    python examples/instruct_pix2pix/study.py study
+    python examples/instruct_pix2pix/study.py study --photographs photos --mixed_precision bf16
+
+Every step is a run of a script beside this one. What is finished is not run again, so that the command may be stopped and
+given anew. Photographs are divided first; base and adapters are trained on one part, rates compared on the second
+(--tune), and numbers and pictures are of the third.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from loca_vision.atomic import write_atomically
+from loca_vision.claimed_folder import claim
+from loca_vision.config import check_count, check_share
+from loca_vision.console import guarded, usage_in_one_line
+from loca_vision.data import as_png, open_image
+from loca_vision.edit_study import arms_of, column, draw_numbers, study_sheet, study_table
+from loca_vision.edits import squares
+from loca_vision.pairs import CARTOONIZATION, read_pairs
+from loca_vision.photographs import SPLITS, Photograph, photographs_in, split_of
+from loca_vision.run_report import METRICS, read_metrics
+from loca_vision.safefile import read_json
+
+PROG = "study.py"
+HERE = Path(__file__).parent
+BUNDLED = {
+    "skimage": ("data", ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")),
+    "sklearn": ("datasets/images", ("china.jpg", "flower.jpg")),
+}
+WALLPAPERS = Path("/usr/share/backgrounds")  # of Debian and its kin
+FLAT = 1.0  # of 255: the mean difference of neighbouring pixels below which a wallpaper is a colour gradient
+Method = Literal["loca", "sdctft", "fourierft", "lora", "selora"]
+RATES: dict[Method, float] = {"loca": 2e-2, "sdctft": 2e-2, "fourierft": 5e-2, "lora": 2e-3, "selora": 2e-3}
+GRID = (1 / 3, 1.0, 3.0)  # factors of these, with --tune
+
+
+@dataclass(frozen=True)
+class Study:
+    """Make a base from photographs, teach adapters to draw cartoons, and measure them on photographs nobody has seen."""
+
+    output: Annotated[Path, tyro.conf.Positional]
+    """Where everything goes: results.json, study.md, study.png, numbers.png, and a folder for each step."""
+    photographs: Path | None = None
+    """A folder. By default those in the packages scikit-image and scikit-learn, and Debian's wallpapers."""
+    methods: tuple[Method, ...] = ("loca", "lora", "fourierft")
+    """What is compared."""
+    n_components: int = 700
+    """Of each projection: loca, sdctft, fourierft."""
+    rank: int = 4
+    """Of lora. selora has twice as many, whose spectra are half empty."""
+    steps: int = 400
+    """Optimiser steps of every method."""
+    batch_size: int = 8
+    """Pairs a step."""
+    tune: bool = False
+    """Train every method at a third of its rate, at it, and at three times of it, and take the best on validation."""
+    resolution: int = 64
+    """Pixels a side."""
+    channels: tuple[int, ...] = (48, 96, 128)
+    """Of the base's UNet."""
+    base_steps: int = 1500
+    """Optimiser steps of the base's UNet."""
+    autoencoder_steps: int = 400
+    """Optimiser steps of its autoencoder."""
+    crops: int = 4
+    """Pairs of each photograph."""
+    validation_share: float = 0.15
+    """Of the photographs."""
+    test_share: float = 0.2
+    """Of the photographs."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Of all training. On processors with bfloat16 units (AMX) bf16 is faster; on others slower."""
+    num_inference_steps: int = 20
+    """Of every edit."""
+    guidance_scale: float = 2.0
+    """Of every edit."""
+    image_guidance_scale: float = 1.5
+    """Of every edit."""
+    seed: int = 0
+    """Of everything that is drawn."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing of the study; returns the exit status."""
+
+    def command() -> None:
+        with usage_in_one_line(PROG):
+            study = tyro.cli(Study, prog=PROG, args=arguments, use_underscores=True)
+        run(study)
+
+    return guarded(PROG, command, extra="edit,pairs")
+
+
+def run(study: Study) -> dict[str, Any]:
+    """All steps, then what came out; returns what results.json holds.
+
+    Raises:
+        ValueError: a setting out of range, another than the folder was begun with, or a step that failed.
+        FileNotFoundError: there are too few photographs.
+    """
+    _check(study)
+    found = photographs_in(study.photographs) if study.photographs else installed()
+    split_seed = _split_seed(found, study)
+    about = {name: value for name, value in asdict(study).items() if name not in ("output", "photographs")}
+    about |= {"photographs": [one.content for one in found], "split_seed": split_seed}
+    claim(study.output, "settings.json", json.loads(json.dumps(about)), "results")
+    steps = Steps(study, split_seed)
+    steps.divide(found)
+    steps.pairs()
+    steps.base()
+    chosen = {method: steps.adapter(method) for method in study.methods}
+    steps.evaluate(study.output / "evaluation", list(chosen.values()), "test")
+    return _written(study, chosen, about)
+
+
+def _check(study: Study) -> None:
+    for name in ("n_components", "rank", "steps", "batch_size", "base_steps", "autoencoder_steps", "crops"):
+        check_count(name, getattr(study, name))
+    for name in ("validation_share", "test_share"):
+        check_share(name, getattr(study, name), open_end=True)
+    if not study.methods or len(set(study.methods)) < len(study.methods):
+        raise ValueError(f"methods={list(study.methods)}: at least one, and none twice")
+    if study.resolution % 8 or study.resolution < 16:
+        raise ValueError(f"resolution={study.resolution}: it is a multiple of 8 from 16 up")
+
+
+# Photographs
+
+
+def installed() -> list[Photograph]:
+    """The photographs that come with installed packages; of two that show the same, one.
+
+    Raises:
+        FileNotFoundError: there are too few of them.
+    """
+    files = [file for package, (folder, names) in BUNDLED.items() for file in _of_package(package, folder, names)]
+    if WALLPAPERS.is_dir():
+        files += [file for file in sorted(WALLPAPERS.rglob("*.jpg")) if file.is_file() and _detail(file) > FLAT]
+    found: dict[str, Photograph] = {}
+    for file in files:
+        content = sha256(file.read_bytes()).hexdigest()
+        found.setdefault(content, Photograph(file, content))
+    if len(found) < len(SPLITS):
+        raise FileNotFoundError(f"only {len(found)} photographs: python -m pip install scikit-image, or say --photographs")
+    return [found[content] for content in sorted(found)]
+
+
+def _of_package(package: str, folder: str, names: Sequence[str]) -> list[Path]:
+    spec = find_spec(package)
+    places = (spec.submodule_search_locations or []) if spec else []
+    return [file for place in places for name in names if (file := Path(place) / folder / name).is_file()]
+
+
+def _detail(file: Path) -> float:
+    """The mean difference of neighbouring pixels, of 255, of a copy of at most 256 pixels a side."""
+    image = open_image(file).convert("L")
+    image.thumbnail((256, 256))
+    pixels = np.asarray(image, np.float64)
+    return float(np.mean([np.abs(np.diff(pixels, axis=axis)).mean() for axis in (0, 1)]))
+
+
+def _parts(found: Sequence[Photograph], seed: int, study: Study) -> dict[str, list[Photograph]]:
+    """As build_pairs.py divides them."""
+    parts: dict[str, list[Photograph]] = {split: [] for split in SPLITS}
+    for one in found:
+        parts[split_of(one, seed, study.validation_share, study.test_share)].append(one)
+    return parts
+
+
+def _split_seed(found: Sequence[Photograph], study: Study) -> int:
+    """The first seed by which every part has nearly its share; nothing else is looked at."""
+    shares = {"validation": study.validation_share, "test": study.test_share}
+    least = {split: max(1, int(0.9 * share * len(found))) for split, share in shares.items()}
+    for seed in range(1000):
+        parts = _parts(found, seed, study)
+        if parts["train"] and all(len(parts[split]) >= count for split, count in least.items()):
+            return seed
+    raise ValueError(f"{len(found)} photographs cannot be divided into three parts; more are wanted, or other shares")
+
+
+# Steps
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of a study, each in a folder of its own."""
+
+    study: Study
+    split_seed: int
+
+    def _folder(self, name: str) -> Path:
+        return self.study.output / name
+
+    def divide(self, found: Sequence[Photograph]) -> None:
+        """Copies of the photographs, in a folder for each part."""
+        for split, photographs in _parts(found, self.split_seed, self.study).items():
+            for one in photographs:
+                copy = self._folder("photographs") / split / f"{one.file.stem}-{one.name[:8]}{one.file.suffix.lower()}"
+                if not copy.exists():
+                    write_atomically(copy, one.file.read_bytes())
+
+    def pairs(self) -> None:
+        of = self.study
+        shares = {"validation_share": of.validation_share, "test_share": of.test_share}
+        told = {"size": 2 * of.resolution, "crops": of.crops, "seed": self.split_seed, **shares}
+        _run("build_pairs.py", [str(self._folder("photographs")), str(self._folder("pairs"))], told)
+
+    def base(self) -> None:
+        """Of the photographs to train on; measured on those for validation."""
+        of, photographs = self.study, self._folder("photographs")
+        told = {"held_out": photographs / "validation", "steps": of.base_steps}
+        same: tuple[str, ...] = ("resolution", "channels", "autoencoder_steps", "batch_size", "mixed_precision", "seed")
+        same += ("num_inference_steps", "guidance_scale", "image_guidance_scale")
+        _run(
+            "pretrain.py",
+            [str(photographs / "train"), str(self._folder("base"))],
+            told | {name: getattr(of, name) for name in same},
+        )
+
+    def adapter(self, method: Method) -> Path:
+        """Trained at its rate, or at the best of three; the folder of the adapter."""
+        if not self.study.tune:
+            return self._trained(method, RATES[method], self._folder("adapters") / method)
+        tried = {}
+        for factor in GRID:
+            rate = float(f"{factor * RATES[method]:.2g}")
+            folder = self._trained(method, rate, self._folder("tuning") / f"{method}-{rate:g}" / method)
+            evaluation = self.evaluate(folder.with_name("validation"), [folder], "validation")
+            tried[folder] = float(evaluation["means"][column(evaluation, method)]["psnr_to_target"]["mean"])
+        return max(tried, key=lambda folder: tried[folder])
+
+    def _trained(self, method: Method, rate: float, folder: Path) -> Path:
+        if (folder / METRICS).exists():
+            return folder
+        of = self.study
+        rank = {"lora": of.rank, "selora": 2 * of.rank}.get(method)
+        kind = {"n_components": of.n_components} if rank is None else {"rank": rank}
+        if method == "loca":
+            kind |= {"learning_steps": 3 * of.steps // 4}
+        told: dict[str, Any] = {
+            "pretrained_model_name_or_path": self._folder("base"),
+            "train_data_dir": self._folder("pairs"),
+            "original_image_column": CARTOONIZATION.original,
+            "edited_image_column": CARTOONIZATION.edited,
+            "resolution": of.resolution,
+            "train_batch_size": of.batch_size,
+            "max_train_steps": of.steps,
+            "learning_rate": rate,
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": 0,
+            "conditioning_dropout_prob": 0.05,
+            "method": method,
+            **kind,
+            "latents_dir": self._folder("latents"),
+            "cache_dir": self._folder("cache"),
+            "mixed_precision": of.mixed_precision,
+            "checkpointing_steps": 100,
+            "checkpoints_total_limit": 1,
+            "resume_from_checkpoint": "latest",
+            "validation_epochs": 10**6,  # its pictures come at the end alone
+            "num_validation_images": 1,
+            "report_to": "none",
+            "seed": of.seed,
+            "output_dir": folder,
+        }
+        _run("train.py", ["--center_crop", "--random_flip"], told)
+        return folder
+
+    def evaluate(self, folder: Path, adapters: Sequence[Path], split: str) -> dict[str, Any]:
+        """What evaluate.py finds for the pairs of a part."""
+        of = self.study
+        if not (folder / "evaluation.json").exists():
+            told: dict[str, Any] = {
+                "pretrained_model_name_or_path": self._folder("base"),
+                "adapter": adapters[0],
+                "pairs": self._folder("pairs"),
+                "split": split,
+                "resolution": of.resolution,
+                "scales": 1,
+                "num_inference_steps": of.num_inference_steps,
+                "guidance_scale": of.guidance_scale,
+                "image_guidance_scale": of.image_guidance_scale,
+                "clip_model": None,
+                "seed": of.seed,
+                "output_dir": folder,
+            }
+            others = ["--other", *map(str, adapters[1:])] if adapters[1:] else []
+            _run("evaluate.py", ["--no_lpips", *others], told)
+        found: dict[str, Any] = read_json(folder / "evaluation.json")
+        return found
+
+
+def _run(script: str, arguments: Sequence[str], told: dict[str, Any]) -> None:
+    """One of the scripts beside this one, in a process of its own, whose bars and sentences are seen.
+
+    Raises:
+        ValueError: it failed.
+    """
+    flags = [word for name, value in told.items() for word in (f"--{name}", *_words(value))]
+    print(f"{script} {' '.join(arguments[:2])}", flush=True)
+    done = subprocess.run([sys.executable, str(HERE / script), *arguments, *flags], check=False)
+    if done.returncode:
+        raise ValueError(f"{script}: it ended with status {done.returncode}; what it said is above")
+
+
+def _words(value: Any) -> list[str]:
+    return [str(one) for one in value] if isinstance(value, tuple) else [str(value)]
+
+
+# What came out
+
+
+def _written(study: Study, chosen: dict[Method, Path], about: dict[str, Any]) -> dict[str, Any]:
+    folder = study.output / "evaluation"
+    evaluation = read_json(folder / "evaluation.json")
+    arms = arms_of(evaluation, {method: read_metrics(path) for method, path in chosen.items()})
+    pairs = read_pairs(study.output / "pairs", columns=CARTOONIZATION, split="test", cache_dir=study.output / "cache")
+    images = [squares(pairs[index], study.resolution) for index in range(len(pairs))]
+    write_atomically(study.output / "study.png", as_png(study_sheet(folder, evaluation, list(chosen), images, study.crops)))
+    title = f"{len(images)} pairs of photographs nobody has seen, {study.resolution} pixels, {study.steps} steps"
+    draw_numbers(study.output / "numbers.png", title, arms)
+    write_atomically(study.output / "study.md", study_table(arms).encode())
+    results = {
+        "settings": about,
+        "base": read_json(study.output / "base" / "pretrain.json")["measured"],
+        "test_pairs": len(images),
+        "results": [asdict(arm) for arm in arms],
+        "environment": evaluation["environment"],
+    }
+    write_atomically(study.output / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    print(study_table(arms))
+    return results
+
+
+if __name__ == "__main__":
+    sys.exit(main())
