@@ -100,7 +100,7 @@ def test_other_commands(tmp_path, monkeypatch):
                 *launch,
                 str(ROOT / words[0]),
                 *words[1:],
-                *SHORT_SCRIPTS[words[0].removeprefix("examples/")],
+                *SHORT_SCRIPTS[words[0].removeprefix("examples/")].split(),
             ]
             done = subprocess.run(script, check=False, capture_output=True, text=True)
             assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
