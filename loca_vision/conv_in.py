@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loca_vision.offload import exchange, stored_at
+from loca_vision.offload import copied_elsewhere, exchange, stored_at
 from loca_vision.record import Record, record_of
 
 WEIGHT = "conv_in.weight"
@@ -58,7 +58,8 @@ def check_wider(model: nn.Module, shape: tuple[int, ...], replacing: str | None 
         replacing: the adapter that leaves as it comes.
 
     Raises:
-        ValueError: more channels than `MOST`, or another adapter has a `conv_in` of its own, for fewer.
+        ValueError: more channels than `MOST`, another adapter has a `conv_in` of its own, for fewer, or diffusers' offloading
+            goes by copies of the layer.
     """
     layer: Any = getattr(model, "conv_in", None)
     if not _has_conv_in(model) or layer.groups != 1 or len(shape) != 4:
@@ -68,6 +69,10 @@ def check_wider(model: nn.Module, shape: tuple[int, ...], replacing: str | None 
         return False
     if wanted > MOST:
         raise ValueError(f"full.{WEIGHT} is for {wanted} channels: conv_in is widened from {now} to {MOST} at most")
+    if copied_elsewhere(model, layer):
+        raise ValueError(
+            f"full.{WEIGHT} is for {wanted} channels, and conv_in is offloaded to a disk or by a stream: load it first"
+        )
     owner = _owner(model, layer.weight, replacing)
     if owner:
         raise ValueError(

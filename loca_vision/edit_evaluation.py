@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline
 from tqdm import tqdm
 
 from loca_vision.atomic import write_atomically
@@ -19,6 +18,7 @@ from loca_vision.data import as_png
 from loca_vision.edit_choices import EvaluateEdits, checked, kept
 from loca_vision.edit_columns import Column, columns_of, files_of, load_all, make_edits, named, pictures_of
 from loca_vision.edit_measures import Measures, Tools, measures_of, summary, tools
+from loca_vision.edit_pipeline import pipeline_of
 from loca_vision.edit_subjects import Subject, from_folder, from_pairs
 from loca_vision.environment import environment
 from loca_vision.pairs import read_pairs
@@ -61,25 +61,13 @@ def evaluate(wanted: EvaluateEdits, given: Collection[str] = ()) -> dict[str, An
 
 
 def pipeline(wanted: EvaluateEdits, device: torch.device) -> Any:
-    """The base, without a safety checker, which would put black pictures among the edits.
+    """The base, in its dtype on its device.
 
     Raises:
         OSError: it cannot be had, or is no such pipeline in safetensors files.
     """
     source = wanted.pretrained_model_name_or_path
-    place = str(Path(source).expanduser()) if source.startswith("~") else source
-    try:
-        pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained(
-            place,
-            revision=wanted.revision,
-            variant=wanted.variant,
-            safety_checker=None,
-            requires_safety_checker=False,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, TypeError, AttributeError) as error:  # diffusers tells the same fault in several ways
-        reason = " ".join(str(error).split())[:300]
-        raise OSError(f"{source}: it cannot be loaded as a pipeline of InstructPix2Pix ({reason})") from error
+    pipe = pipeline_of(source, revision=wanted.revision, variant=wanted.variant)
     for model in models_in(pipe).values():  # the word that from_pretrained has for a dtype changes with its version
         torch.nn.Module.to(model, wanted.torch_dtype)
     return pipe.to(device)
@@ -163,8 +151,8 @@ def _caption(measures: Measures) -> str:
 
 def table(means: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Means by editor and measure, as lines for a terminal; what is not measured is left out."""
-    names = list(dict.fromkeys(name for measures in means.values() for name in measures))
-    names = [name for name in names if any(measures.get(name, {}).get("mean") is not None for measures in means.values())]
+    every = max(means.values(), key=len)  # photograph and target are not compared with themselves
+    names = [name for name in every if any(measures.get(name, {}).get("mean") is not None for measures in means.values())]
     rows = [("", *(name.replace("_", " ") for name in names))]
     for title, measures in means.items():
         found = (measures.get(name, {}).get("mean") for name in names)

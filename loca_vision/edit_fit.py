@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from loca_vision.atomic import write_atomically
 from loca_vision.checkpoint_folder import latest_checkpoint, read_checkpoint, write_checkpoint
+from loca_vision.data import as_png
 from loca_vision.diffusion_loss import (
     denoising_loss,
     draws,
@@ -51,7 +51,7 @@ class EditRun:
         models, data: of the recipe.
         recipe: settled, with its seed.
         accelerator: of `accelerator_for`.
-        validation: None for no pictures.
+        validation: of the main process; None for no pictures.
     """
 
     def __init__(
@@ -165,9 +165,9 @@ class EditRun:
     # Pictures
 
     def _pictures_due(self) -> bool:
-        recipe = self.recipe
-        every = recipe.validation_steps or recipe.validation_epochs * self.epoch_steps
-        return self.validation is not None and self.progress.step % every == 0
+        """The same in all processes, which wait for the one that draws, and have agreed on their losses before."""
+        every = self.recipe.validation_steps or self.recipe.validation_epochs * self.epoch_steps
+        return self.progress.step % every == 0
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -183,7 +183,7 @@ class EditRun:
         if self.accelerator.is_main_process and self.validation is not None:
             with self.averaged(), self.accelerator.autocast():
                 sheet = self.validation.sheet()
-            write_atomically(self.recipe.output_dir / f"validation-{self.progress.step}.png", _png(sheet))
+            write_atomically(self.recipe.output_dir / f"validation-{self.progress.step}.png", as_png(sheet))
             self._track(sheet)
         self.accelerator.wait_for_everyone()
 
@@ -244,9 +244,3 @@ def checkpoint_of(recipe: EditRecipe) -> Path | None:
 def saved_settings(recipe: EditRecipe) -> dict[str, Any]:
     """As JSON, but for the token, which nobody else may see."""
     return as_json_dict(recipe) | {"hub_token": None}
-
-
-def _png(image: Image.Image) -> bytes:
-    data = BytesIO()
-    image.save(data, "PNG")
-    return data.getvalue()

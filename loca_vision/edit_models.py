@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, StableDiffusionInstructPix2PixPipeline
+from diffusers import DDPMScheduler
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from loca_vision.conv_in import widen_conv_in
+from loca_vision.edit_pipeline import pipeline_of
 from loca_vision.edit_recipe import EditRecipe, adapter_of
 from loca_vision.encoders import Encoders
 from loca_vision.inject import inject
@@ -43,7 +44,14 @@ class EditModels:
         if accelerator.mixed_precision not in _DTYPES:
             raise ValueError(f"mixed_precision={accelerator.mixed_precision!r}: the choices are {', '.join(_DTYPES)}")
         self.recipe = recipe
-        self.pipe = _pipeline(recipe)
+        self.pipe = pipeline_of(
+            recipe.pretrained_model_name_or_path,
+            revision=recipe.revision,
+            variant=recipe.variant,
+            cache_dir=recipe.cache_dir,
+        )
+        if recipe.prediction_type is not None:
+            self.pipe.scheduler.register_to_config(prediction_type=recipe.prediction_type)
         _check_resolution(recipe, self.pipe)
         for model in (self.pipe.vae, self.pipe.text_encoder, self.pipe.unet):
             model.requires_grad_(False)
@@ -84,24 +92,6 @@ class EditModels:
             "location_parameters": sum(u.locations.numel() for u in updates if isinstance(u, Spectrum) and not u.final),
             "conv_in_parameters": sum(p.numel() for p in self.pipe.unet.conv_in.parameters() if p.requires_grad),
         }
-
-
-def _pipeline(recipe: EditRecipe) -> Any:
-    """From its folder or the hub; without a safety checker, which would blacken pictures while nobody asks for them."""
-    wanted = {"revision": recipe.revision, "variant": recipe.variant, "cache_dir": recipe.cache_dir}
-    try:
-        pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained(
-            recipe.pretrained_model_name_or_path,
-            **{name: value for name, value in wanted.items() if value is not None},
-            safety_checker=None,
-            requires_safety_checker=False,
-        )
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        message = " ".join(str(error).split())[:300]
-        raise OSError(f"{recipe.pretrained_model_name_or_path}: it cannot be read as a pipeline ({message})") from error
-    if recipe.prediction_type is not None:
-        pipe.scheduler.register_to_config(prediction_type=recipe.prediction_type)
-    return pipe
 
 
 def _check_resolution(recipe: EditRecipe, pipe: Any) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 SMALLEST, SMALLEST_LPIPS = 11, 64  # pixels a side: the window of SSIM, and what AlexNet leaves something of
 
@@ -20,8 +21,6 @@ def psnr(one: Image.Image, other: Image.Image) -> float:
     Raises:
         ValueError: they have different sizes.
     """
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
     _check_sizes(one, other, 1)
     return float(peak_signal_noise_ratio(_pixels(one), _pixels(other), data_range=1.0))
 
@@ -34,8 +33,6 @@ def ssim(one: Image.Image, other: Image.Image) -> float:
     Raises:
         ValueError: they have different sizes, or a side shorter than 11 pixels.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
     _check_sizes(one, other, SMALLEST)
     pair = (_pixels(one), _pixels(other))
     everywhere: Any = structural_similarity_index_measure(*pair, data_range=1.0, return_full_image=True)

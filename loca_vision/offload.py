@@ -32,6 +32,17 @@ def exchange(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     getattr(every, "state_dict", every)[f"{prefix}{name}"] = parameter.detach()
 
 
+def copied_elsewhere(model: nn.Module, module: nn.Module) -> bool:
+    """Whether diffusers' group offloading has copies of this module's tensors, on a disk or for a stream, that it goes by."""
+    registries = (getattr(inner, "_diffusers_hook", None) for inner in model.modules())
+    hooks = (hook for registry in registries for hook in getattr(registry, "hooks", {}).values())
+    groups = (group for group in (getattr(hook, "group", None) for hook in hooks) if group is not None)
+    return any(
+        any(module is one for one in group.modules) and (group.stream is not None or group.offload_to_disk_path is not None)
+        for group in groups
+    )
+
+
 def _kept(module: nn.Module, name: str) -> Any:
     """Where accelerate has the values of a tensor that is on the meta device, if it has them."""
     hook: Any = getattr(module, "_hf_hook", None)

@@ -275,3 +275,18 @@ def vit() -> nn.Module:
 def images() -> Tensor:
     """(4, 3, 32, 32), for `vit`."""
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def norms(monkeypatch):
+    """The norm of all gradients at each step of the optimiser."""
+    found = []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *arguments, **more):
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        found.append(torch.cat([grad.flatten() for grad in grads]).norm().item())
+        return step(self, *arguments, **more)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    return found

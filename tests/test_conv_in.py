@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from accelerate import cpu_offload
 from conftest import randomise
 from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
 from torch import nn
@@ -57,6 +58,13 @@ def test_weights_and_the_bias_are_copied_and_the_config_knows():
     assert torch.equal(unet.conv_in.weight[:, :4], old.conv_in.weight.bfloat16()) and not unet.conv_in.weight[:, 4:].any()
     assert torch.equal(unet.conv_in.bias, old.conv_in.bias.bfloat16()) and unet.conv_in.bias.any()
     assert not unet.conv_in.weight.requires_grad and unet.conv_in.padding == old.conv_in.padding
+
+
+def test_an_offloaded_unet_is_widened_where_its_weights_are():
+    unet, plain = tiny.unet(), tiny.unet()
+    cpu_offload(unet, execution_device=torch.device("cpu"))
+    assert widen_conv_in(unet) and widen_conv_in(plain)
+    assert unet.conv_in.weight.device.type == "meta" and torch.equal(tiny.output_of(unet), tiny.output_of(plain))
 
 
 def test_a_saved_model_is_wide(tmp_path):

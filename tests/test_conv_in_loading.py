@@ -577,6 +577,17 @@ def test_offloaded(kind: str, when: str, wide: Made, base: Tensor) -> None:
         assert torch.equal(pipe.unet.conv_in.weight, tiny.unet().conv_in.weight)
 
 
+@pytest.mark.parametrize("kind", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}])
+def test_offloaded_to_a_disk_it_is_refused(kind: dict[str, Any], wide: Made, tmp_path: Path) -> None:
+    """There, what the parameter holds is nothing, and a new one would never be looked at."""
+    pipe = pipeline()
+    before = tiny.picture(as_base(pipe))
+    apply_group_offloading(pipe.unet, onload_device=CPU, offload_to_disk_path=str(tmp_path), **kind)
+    with pytest.raises(ValueError, match="conv_in is offloaded to a disk or by a stream: load it first"):
+        pipe.load_loca_weights(wide.state(), "a")
+    assert is_wide(pipe, 4) and torch.equal(tiny.picture(as_base(pipe)), before)
+
+
 def test_compiled(wide: Made, wanted: Tensor) -> None:
     pipe = pipeline()
     narrow = tiny.picture(as_base(pipe))

@@ -20,6 +20,7 @@ from tiny_clip import write_tiny_clip
 import loca_vision.edit_columns
 from loca_vision import LoCAConfig, LoRAConfig, adapters, inject
 from loca_vision.edit_columns import columns_of, named
+from loca_vision.edit_evaluation import table
 from loca_vision.edits import Sampling, edit, read_photograph, square
 from loca_vision.image_quality import Clip, psnr, similarity, ssim
 from loca_vision.loader import LoCALoaderMixin as Loca
@@ -293,7 +294,10 @@ def test_a_base_that_takes_no_photographs(run, tmp_path):
 
 def test_other_settings_are_refused_and_other_measures_are_not(run, tmp_path):
     asked = ("--photographs", "photos", *PROMPT)
-    run(*asked)
+    run(*asked, "--max_photographs", 1)
+    first = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "edits").iterdir()}
+    assert len(first) == 3 and len(run(*asked)["photographs"]) == 3  # more of them are no other settings
+    assert all(file.stat().st_mtime_ns == when for file, when in first.items())
     before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.png")}
     assert "the edits there were made with seed=0, not 1; choose another folder" in run(*asked, "--seed", 1, status=2)
     assert "were made with adapters=" in run(*asked, "--adapter", "cartoon-lora", status=2)
@@ -319,6 +323,17 @@ def test_what_cannot_be_had_is_said(run):
     assert "nobody/no-model: it cannot be read as a CLIP model" in found["unavailable"]["clip"]
     assert "clip is not measured: nobody/no-model" in run.said
     assert found["photographs"][0]["measures"]["base"]["clip_to_prompt"] is None
+
+
+def test_the_table_leaves_out_what_is_not_measured():
+    def mean(value):
+        return {"mean": value, "std": None, "photographs": 1}
+
+    base = {"psnr_to_photograph": mean(12.345), "lpips_to_photograph": mean(None), "clip_to_prompt": mean(0.25)}
+    lines = table({"photograph": {"clip_to_prompt": mean(0.5)}, "base": base}).splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["", "photograph", "base"]
+    assert lines[0].split() == ["psnr", "to", "photograph", "clip", "to", "prompt"]
+    assert [line.split()[1:] for line in lines[1:]] == [["-", "0.5"], ["12.35", "0.25"]]
 
 
 def test_names_of_adapters(tmp_path):

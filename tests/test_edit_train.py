@@ -288,9 +288,10 @@ def test_a_run_is_made_longer(flags, tmp_path):
 
 @forks
 @pytest.mark.parametrize("method", ["loca", "lora"])
-def test_two_processes_are_one(method, flags, tmp_path):
-    """Half of the pairs of each step each; the cache is filled by the first."""
-    more = (*flags, "--method", method, *METHODS[method], *SMOOTH, "--use_ema", "--gradient_accumulation_steps", "2")
+def test_two_processes_are_one(method, flags, tmp_path, pictures):
+    """Half of the pairs of each step each; the cache is filled by the first, which draws, too, while the other waits."""
+    more = (*flags, "--method", method, *METHODS[method], *SMOOTH, "--use_ema")
+    more += ("--gradient_accumulation_steps", "2", "--validation_steps", "4", "--num_validation_images", "1")
     metrics = trained(tmp_path / "one", *more, "--train_batch_size", "2")
     log, out = tmp_path / "log.txt", tmp_path / "two"
     assert together(log, *more, "--train_batch_size", "1", "--output_dir", out, name=TRAIN) == [0, 0], log.read_text()
@@ -313,20 +314,6 @@ def test_a_seed_is_drawn_where_none_is_given(flags, tmp_path):
 
 
 # What the settings do
-
-
-@pytest.fixture
-def norms(monkeypatch):
-    """The norm of all gradients at each step of the optimiser."""
-    found, step = [], torch.optim.AdamW.step
-
-    def watched(self, *arguments, **more):
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        found.append(torch.cat([grad.flatten() for grad in grads]).norm().item())
-        return step(self, *arguments, **more)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    return found
 
 
 def test_clipping_clips(flags, tmp_path, norms):
@@ -476,7 +463,10 @@ REFUSED = {
     "resolution": (("--resolution", "17"), "resolution=17: it is a multiple of 2"),
     "batch": ((*LOCA, "--train_batch_size", "11"), "too few for one batch"),
     "components": (("--n_components", "1000"), "n_components=1000"),
-    "base": (("--pretrained_model_name_or_path", "nowhere/at-all"), "nowhere/at-all: it cannot be read as a pipeline"),
+    "base": (
+        ("--pretrained_model_name_or_path", "nowhere/at-all"),
+        "nowhere/at-all: it cannot be loaded as a pipeline",
+    ),
     "fp16": (("--mixed_precision", "fp16"), "fp16: this precision needs a GPU"),
     "conv_in": (("--conv_in_lr", "1"), "conv_in_lr=1.0: say --train_conv_in too"),
     "ema": (("--ema_decay", "0.5"), "ema_decay=0.5: say --use_ema too"),

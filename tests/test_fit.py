@@ -61,21 +61,6 @@ def test_phases_and_rates_are_as_documented(base, tmp_path):
     assert warm["curves"]["lr"] == pytest.approx([2e-2 * share for share in shares])
 
 
-@pytest.fixture
-def norms(monkeypatch):
-    """The norm of all gradients at each step of the optimiser."""
-    found = []
-    step = torch.optim.AdamW.step
-
-    def watched(self, *arguments, **more):
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        found.append(torch.cat([grad.flatten() for grad in grads]).norm().item())
-        return step(self, *arguments, **more)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    return found
-
-
 def test_clipping_clips(base, tmp_path, norms):
     _, flags, _ = base
     trained(tmp_path / "plain", *flags)

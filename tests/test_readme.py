@@ -25,13 +25,19 @@ ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
 INSTALLS = [line for line in COMMANDS if line.startswith("python -m pip install")]
+EDITED = "--pretrained_model_name_or_path edit-base --resolution 16"
+STUDY = "--photographs photos --methods loca --resolution 16 --channels 8 --base_steps 1 --autoencoder_steps 1 --steps 1 "
+STUDY += "--n_components 8 --batch_size 2 --crops 1 --num_inference_steps 1"
 SHORT_SCRIPTS = {
-    "toy_regression.py": ["--seeds", "1", "--steps", "20"],
-    "train.py": ["--model", "test_vit", "--weights", "none", "--image_size", "160", "--epochs", "1", "--batch_size", "2"],
-    "evaluate.py": [],
-    "build_pairs.py": ["--size", "16", "--crops", "1"],
-    "report.py": [],
-    "scales.py": ["--base_steps", "2", "--steps", "2", "--n_components", "20", "--batch_size", "4"],
+    "toy_regression.py": "--seeds 1 --steps 20",
+    "scales.py": "--base_steps 2 --steps 2 --n_components 20 --batch_size 4",
+    "image_classification/train.py": "--model test_vit --weights none --image_size 160 --epochs 1 --batch_size 2",
+    "image_classification/evaluate.py": "",
+    "image_classification/report.py": "",
+    "instruct_pix2pix/build_pairs.py": "--size 16 --crops 1",
+    "instruct_pix2pix/train.py": f"{EDITED} --n_components 10 --max_train_steps 2 --train_batch_size 1",
+    "instruct_pix2pix/evaluate.py": f"{EDITED} --clip_model None --no_lpips --num_inference_steps 1",
+    "instruct_pix2pix/study.py": STUDY,
 }
 SHORT = ["--model", "test_vit", "--weights", "none", "--image-size", "160", "--steps", "2", "--batch-size", "2"]
 
@@ -75,10 +81,11 @@ def test_other_commands(tmp_path, monkeypatch):
             for i in range(3):
                 folder = tmp_path / "photos" / part / name
                 folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(np.full((20, 30, 3), value + i, np.uint8)).save(folder / f"{i}.png")
+                Image.fromarray(np.full((40, 60, 3), value + i, np.uint8)).save(folder / f"{i}.png")
     write_fashion(tmp_path / "data" / "FashionMNIST" / "raw")
     write_oxford_pets(tmp_path / "data")
     write_checkpoints()
+    tiny.instruct_pix2pix().save_pretrained("edit-base")
     for line in COMMANDS:
         words = shlex.split(line)
         if words[0] == "loca-vision":
@@ -88,7 +95,13 @@ def test_other_commands(tmp_path, monkeypatch):
         elif line not in INSTALLS:
             launch = {"python": [], "accelerate": ["-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]}[words[0]]
             words = [word for word in words[1:] if word != "launch"]
-            script = [sys.executable, *launch, str(ROOT / words[0]), *words[1:], *SHORT_SCRIPTS[Path(words[0]).name]]
+            script = [
+                sys.executable,
+                *launch,
+                str(ROOT / words[0]),
+                *words[1:],
+                *SHORT_SCRIPTS[words[0].removeprefix("examples/")],
+            ]
             done = subprocess.run(script, check=False, capture_output=True, text=True)
             assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
     assert (tmp_path / "scales" / "scales.png").stat().st_size > 0

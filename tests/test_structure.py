@@ -15,7 +15,7 @@ LAYERS = (
     | {"console", "settings_value", "optimizer_state", "presets", "evaluation", "cartoon", "encoders"}
     | {"contact_sheet", "image_quality", "linear_start"},
     {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings_file", "augmentation", "published", "hub_datasets"}
-    | {"photographs", "pairs", "diffusion_loss", "environment", "edit_measures", "small_pipeline"},
+    | {"photographs", "pairs", "diffusion_loss", "environment", "edit_measures", "edit_pipeline", "small_pipeline"},
     {"kinds", "manifest", "catalogue", "settings", "tensor_store", "pair_views", "claimed_folder"},
     {"approximation", "factors", "lora_names", "lora_scales", "diffusion_cache", "photo_batches"},
     {"spectrum", "low_rank", "checkpoint_folder", "datasets"},
@@ -57,7 +57,7 @@ NEEDS_MORE = {
     *("recipe", "classification", "evaluation", "evaluate", "fit", "run_report", "study_report", "classifier_card", "hub"),
     *("exchange", "exchange_lora", "exchange_commands", "spectrum_picture"),
     *("cartoon", "photographs", "pairs", "pair_views", "diffusion_cache", "stepper"),
-    *("edit_recipe", "edit_models", "edit_data", "edit_validation", "edit_fit", "edit_card"),
+    *("edit_recipe", "edit_pipeline", "edit_models", "edit_data", "edit_validation", "edit_fit", "edit_card"),
     *("edits", "contact_sheet", "image_quality", "edit_measures", "edit_subjects", "edit_choices", "edit_columns"),
     "edit_evaluation",
     "edit_study",
