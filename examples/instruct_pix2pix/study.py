@@ -86,10 +86,10 @@ class Study:
     """Of all training. On processors with bfloat16 units (AMX) bf16 is faster; on others slower."""
     num_inference_steps: int = 20
     """Of every edit."""
-    guidance_scale: float = 2.0
-    """Of every edit."""
-    image_guidance_scale: float = 1.5
-    """Of every edit."""
+    guidance_scale: float = 1.0
+    """Of every edit. Without guidance edits were nearer to their targets on validation photographs than with 2 and 1.5."""
+    image_guidance_scale: float = 1.0
+    """Likewise."""
     seed: int = 0
     """Of everything that is drawn."""
 
