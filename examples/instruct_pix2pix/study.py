@@ -44,7 +44,7 @@ BUNDLED = {
 WALLPAPERS = Path("/usr/share/backgrounds")  # of Debian and its kin
 FLAT = 1.0  # of 255: the mean difference of neighbouring pixels below which a wallpaper is a colour gradient
 Method = Literal["loca", "sdctft", "fourierft", "lora", "selora"]
-RATES: dict[Method, float] = {"loca": 2e-2, "sdctft": 2e-2, "fourierft": 5e-2, "lora": 2e-3, "selora": 2e-3}
+RATES: dict[Method, float] = {"loca": 2e-2, "sdctft": 2e-2, "fourierft": 2e-2, "lora": 1e-2, "selora": 1e-2}
 GRID = (1 / 3, 1.0, 3.0)  # factors of these, with --tune
 
 
@@ -86,10 +86,10 @@ class Study:
     """Of all training. On processors with bfloat16 units (AMX) bf16 is faster; on others slower."""
     num_inference_steps: int = 20
     """Of every edit."""
-    guidance_scale: float = 2.0
-    """Of every edit."""
-    image_guidance_scale: float = 1.5
-    """Of every edit."""
+    guidance_scale: float = 1.0
+    """Of every edit. Without guidance edits were nearer to their targets on validation photographs than with 2 and 1.5."""
+    image_guidance_scale: float = 1.0
+    """Likewise."""
     seed: int = 0
     """Of everything that is drawn."""
 
