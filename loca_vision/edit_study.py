@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -30,6 +32,8 @@ class Arm:
         size: bytes of the adapter's file.
         rate: of learning.
         seconds: a step of training.
+        gain: the median over the pairs of what PSNR has more than that of the base's edit, dB.
+        nearer: the share of the pairs for which it has more.
     """
 
     name: str
@@ -38,6 +42,8 @@ class Arm:
     size: int = 0
     rate: float | None = None
     seconds: float | None = None
+    gain: float | None = None
+    nearer: float | None = None
 
     @property
     def title(self) -> str:
@@ -54,9 +60,29 @@ def arms_of(evaluation: Mapping[str, Any], metrics: Mapping[str, Mapping[str, An
     """
     found = [Arm(name, _means(evaluation, name)) for name in ("photograph", "base")]
     for name, of in metrics.items():
-        measured = _means(evaluation, column(evaluation, name))
-        rate = float(of["config"]["learning_rate"])
-        found.append(Arm(name, measured, of["trained_parameters"], of["adapter_bytes"], rate, of["seconds_per_step"]))
+        title = column(evaluation, name)
+        gains = _gains(evaluation, title)
+        found.append(
+            Arm(
+                name,
+                _means(evaluation, title),
+                of["trained_parameters"],
+                of["adapter_bytes"],
+                float(of["config"]["learning_rate"]),
+                of["seconds_per_step"],
+                median(gains),
+                sum(gain > 0 for gain in gains) / len(gains),
+            )
+        )
+    return found
+
+
+def _gains(evaluation: Mapping[str, Any], title: str) -> list[float]:
+    """PSNR to the target beyond the base's, of each pair."""
+    found = []
+    for entry in evaluation["photographs"]:
+        mine, base = (entry["measures"][editor]["psnr_to_target"] for editor in (title, "base"))
+        found.append((math.inf if mine is None else mine) - (math.inf if base is None else base) if mine != base else 0.0)
     return found
 
 
@@ -71,10 +97,20 @@ def _means(evaluation: Mapping[str, Any], name: str) -> dict[str, float]:
 
 def study_table(arms: Sequence[Arm]) -> str:
     """Markdown, a row for each."""
-    heads = ["", *MEASURES.values(), "trained numbers", "bytes", "rate", "seconds a step"]
+    heads = [
+        "",
+        *MEASURES.values(),
+        "nearer than base",
+        "median gain, dB",
+        "trained numbers",
+        "bytes",
+        "rate",
+        "seconds a step",
+    ]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for arm in arms:
         cells = [arm.title, f"{arm.measured['psnr_to_target']:.2f}", f"{arm.measured['ssim_to_target']:.3f}"]
+        cells += ["-" if arm.nearer is None else f"{100 * arm.nearer:.0f} %", "-" if arm.gain is None else f"{arm.gain:+.2f}"]
         cells += [f"{arm.trained:,}", f"{arm.size:,}"] if arm.trained else ["-", "-"]
         cells += ["-" if arm.rate is None else f"{arm.rate:g}", "-" if arm.seconds is None else f"{arm.seconds:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")

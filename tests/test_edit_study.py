@@ -52,6 +52,11 @@ def test_from_photographs_to_a_table_and_again(study, photos, tmp_path, capsys):
     assert arms["loca"]["trained"] > 0 == arms["base"]["trained"] and arms["lora"]["size"] > 0
     table = (out / "study.md").read_text()
     assert f"{arms['loca']['measured']['psnr_to_target']:.2f}" in table and table in capsys.readouterr().out
+    evaluation = json.loads((out / "evaluation" / "evaluation.json").read_text())
+    each = [entry["measures"] for entry in evaluation["photographs"]]
+    gains = [found["loca at 1"]["psnr_to_target"] - found["base"]["psnr_to_target"] for found in each]
+    assert arms["loca"]["gain"] == pytest.approx(sorted(gains)[len(gains) // 2]) or len(gains) % 2 == 0
+    assert arms["loca"]["nearer"] == sum(gain > 0 for gain in gains) / len(gains)
     for picture in ("study.png", "numbers.png"):
         with Image.open(out / picture) as image:
             image.verify()

@@ -62,7 +62,7 @@ class Study:
     """Of each projection: loca, sdctft, fourierft."""
     rank: int = 4
     """Of lora. selora has twice as many, whose spectra are half empty."""
-    steps: int = 400
+    steps: int = 500
     """Optimiser steps of every method."""
     batch_size: int = 8
     """Pairs a step."""
@@ -72,11 +72,11 @@ class Study:
     """Pixels a side."""
     channels: tuple[int, ...] = (48, 96, 128)
     """Of the base's UNet."""
-    base_steps: int = 1500
+    base_steps: int = 1000
     """Optimiser steps of the base's UNet."""
     autoencoder_steps: int = 400
     """Optimiser steps of its autoencoder."""
-    crops: int = 4
+    crops: int = 12
     """Pairs of each photograph."""
     validation_share: float = 0.15
     """Of the photographs."""
