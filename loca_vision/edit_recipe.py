@@ -236,7 +236,8 @@ FIELDS: dict[str, set[str]] = {
 VOLATILE = {
     "output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "report_to", "logging_dir",
     "push_to_hub", "hub_model_id", "hub_private", "hub_token", "config", "preset", "dataloader_num_workers", "cache_dir",
-    "cache_latents", "latents_dir", "adapter_dtype",
+    "cache_latents", "latents_dir", "adapter_dtype", "gradient_checkpointing",
+    "train_batch_size", "gradient_accumulation_steps",  # their product with the processes, `batch_of`, is compared
 }  # fmt: skip
 _NONE = torch.zeros(0)  # to ask functions of samples whether they take a setting
 _LENGTH = {"max_train_steps", "num_train_epochs"}  # may differ too, where the rates do not depend on it
@@ -283,6 +284,11 @@ def adapter_of(recipe: EditRecipe) -> AdapterConfig:
 def phases_of(recipe: EditRecipe) -> dict[str, Any]:
     """Settings of the alternating schedule."""
     return {name: getattr(recipe, name) for name in _PHASES}
+
+
+def batch_of(recipe: EditRecipe, processes: int) -> int:
+    """Pairs of each optimiser step, of all processes together."""
+    return recipe.train_batch_size * recipe.gradient_accumulation_steps * processes
 
 
 def differences(recipe: EditRecipe, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

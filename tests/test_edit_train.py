@@ -20,6 +20,7 @@ from test_cartoon import scene
 from torch import nn
 
 import loca_vision.diffusers  # noqa: F401  the pipelines' methods
+from loca_vision.checkpoint_folder import write_checkpoint
 from loca_vision.edit_recipe import EditRecipe
 from loca_vision.safefile import open_safetensors
 
@@ -286,6 +287,18 @@ def test_a_run_is_made_longer(flags, tmp_path):
     assert weights(tmp_path / "more") == weights(tmp_path / "half") == weights(tmp_path / "whole")
 
 
+def test_a_run_goes_on_with_its_batches_cut_otherwise(whole, flags, tmp_path, capsys):
+    """As on fewer processes, or after one ran out of memory; diffusers' scripts name a checkpoint of the output folder so."""
+    out, metrics = whole
+    trained(tmp_path / "out", *flags, *LOCA, *SMOOTH, "--max_train_steps", "3")
+    smaller = ("--train_batch_size", "2", "--gradient_checkpointing", "--resume_from_checkpoint", "checkpoint-3")
+    assert main(TRAIN, *flags, *LOCA, *SMOOTH, *smaller, "--output_dir", tmp_path / "out") == 2
+    assert "the finished run there took 4 pairs a step, not 2" in capsys.readouterr().err
+    found = trained(tmp_path / "out", *flags, *LOCA, *SMOOTH, *smaller, "--gradient_accumulation_steps", "2")
+    assert found["curves"]["loss"] == pytest.approx(metrics["curves"]["loss"], rel=1e-5)
+    torch.testing.assert_close(tensors(tmp_path / "out" / ADAPTER), tensors(out / ADAPTER), rtol=1e-3, atol=1e-5)
+
+
 @forks
 @pytest.mark.parametrize("method", ["loca", "lora"])
 def test_two_processes_are_one(method, flags, tmp_path, pictures):
@@ -542,7 +555,64 @@ def test_what_resume_refuses(whole, flags, plain_base, tmp_path, capsys):
     from_there = ("--output_dir", tmp_path / "out", "--resume_from_checkpoint", out / "checkpoint-6")
     assert main(TRAIN, *same, *from_there, "--targets", "q") == 2
     assert "the run there has other settings: targets=['q'], ['q', 'k', 'v', 'out'] before" in capsys.readouterr().err
+    for more, sentence in {
+        ("--train_batch_size", "2"): "batch_size=2, 4 before; of all 1 processes together",
+        ("--max_train_samples", "5"): "the run there has other settings: max_train_samples=5",
+        ("--max_train_steps", "3"): "6 steps are taken there, and this run is to have 3",
+    }.items():
+        assert main(TRAIN, *same, *from_there, *more) == 2
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out" / "metrics.json").exists()
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_another_number_of_pairs_is_not_gone_on_with(flags, data, tmp_path, capsys):
+    """The permutations of an epoch would be others."""
+    pairs, out = tmp_path / "pairs", tmp_path / "out"
+    shutil.copytree(data, pairs)
+    same = (*flags, *LOCA, "--train_data_dir", pairs, "--max_train_steps", "2")
+    trained(out, *same)
+    table = pairs / "train" / "metadata.jsonl"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:9]))
+    (out / "metrics.json").unlink()  # as of a run that is killed at the end
+    assert main(TRAIN, *same, "--output_dir", out, "--resume_from_checkpoint", "latest") == 2
+    assert "pairs=9, 10 before" in capsys.readouterr().err
+
+
+def test_runs_are_not_written_over(whole, flags, tmp_path, capsys):
+    """By one that goes on from a checkpoint elsewhere, or from none."""
+    out, _ = whole
+    mine, same = tmp_path / "mine", (*flags, *LOCA, *SMOOTH)
+    trained(mine, *same, "--max_train_steps", "1")
+    (mine / "metrics.json").rename(tmp_path / "metrics.json")
+    before = {path.name: path.stat().st_mtime_ns for path in mine.iterdir()}
+    assert main(TRAIN, *same, "--output_dir", mine, "--resume_from_checkpoint", out / "checkpoint-6") == 2
+    assert "a run is in there (checkpoint-1)" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in mine.iterdir()} == before
+    (tmp_path / "metrics.json").rename(mine / "metrics.json")
+    shutil.rmtree(mine / "checkpoint-1")
+    assert main(TRAIN, *same, "--output_dir", mine, "--resume_from_checkpoint", "latest") == 2
+    assert "the finished run there left no whole checkpoint to go on from" in capsys.readouterr().err
+
+
+def test_a_finished_run_says_so_and_may_be_saved_in_another_dtype(whole, flags, tmp_path, capsys):
+    out, metrics = whole
+    shutil.copytree(out, tmp_path / "out")
+    again = ("--output_dir", tmp_path / "out", "--resume_from_checkpoint", "latest")
+    assert main(TRAIN, *flags, *LOCA, *SMOOTH, *again) == 0
+    assert "finished, after step 6" in capsys.readouterr().out
+    assert main(TRAIN, *flags, *LOCA, *SMOOTH, *again, "--adapter_dtype", "float16") == 0
+    with open_safetensors(tmp_path / "out" / ADAPTER) as file:
+        assert {entry.dtype for name, entry in file.entries.items() if name.endswith("coefficients")} == {"F16"}
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["curves"] == metrics["curves"]
+
+
+def test_a_checkpoint_of_another_script_is_no_fault(flags, tmp_path, capsys):
+    at = flags.index("--seed")
+    path = write_checkpoint(tmp_path / "other", 1, {"a": torch.zeros(1)}, {"recipe": {"dataset": "digits"}})
+    for given in (flags, (*flags[:at], *flags[at + 2 :])):
+        assert main(TRAIN, *given, *LOCA, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", path) == 2
+        assert "it is a checkpoint, but not of InstructPix2Pix training" in capsys.readouterr().err
 
 
 # Settings
