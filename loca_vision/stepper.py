@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -24,6 +25,8 @@ from loca_vision.schedule import AlternatingSchedule
 from loca_vision.trained import checksum, has_locations, trained_tensors
 
 FLUSH = 20  # steps after which losses are fetched from the device, which waits for it
+# How long processes wait for the one that encodes a data set or draws pictures; of the usual 10 minutes NCCL makes an error.
+_WAITING = timedelta(days=2)
 
 Batch = TypeVar("Batch")
 
@@ -67,7 +70,10 @@ def accelerator_for(*, precision: str | None, report_to: str, folder: Path, movi
         mixed_precision=precision,
         log_with=None if report_to == "none" else report_to,
         project_dir=str(folder),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=moving)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=moving),
+            InitProcessGroupKwargs(timeout=_WAITING),
+        ],
     )
 
 
@@ -114,11 +120,11 @@ class Stepper:
         clip: float | None,
     ) -> None:
         self.model, self.accelerator, self.progress, self.clip = model, accelerator, progress, clip
+        self.decay = scheduler(optimizer)  # before accelerate wraps the optimiser for fp16: torch warns of the other order
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.moved = trained_tensors(model, optimizer.param_groups)
         self.base = checksum(model, self.moved)
         self.schedule = AlternatingSchedule(self.wrapped, **phases) if has_locations(model) else None
-        self.decay = scheduler(self.optimizer.optimizer)
         self._fetched: list[Tensor] = []
 
     def step(self, parts: Sequence[Callable[[], Tensor]]) -> None:

@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import sys
+from datetime import timedelta
 
 import huggingface_hub
 import numpy as np
@@ -315,6 +316,12 @@ def test_two_processes_are_one(method, flags, tmp_path, pictures):
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
+def test_processes_have_time_to_wait(tmp_path):
+    """For the one that encodes thousands of pairs, hours in full size; torch's limit is 10 minutes on GPUs."""
+    accelerator = script(TRAIN).accelerator_for(precision="no", report_to="none", folder=tmp_path, moving=True)
+    assert accelerator.init_handler.timeout > timedelta(hours=24)
+
+
 def test_a_seed_is_drawn_where_none_is_given(flags, tmp_path):
     """And a run that goes on has it, too."""
     at = flags.index("--seed")
@@ -388,6 +395,41 @@ def test_bf16(flags, tmp_path, pictures):
     state = tensors(out / "checkpoint-6" / "state.safetensors")
     assert {value.dtype for name, value in state.items() if name.startswith("model.")} == {torch.float32}
     assert (out / "validation-6.png").exists()
+
+
+class Overflowing(torch.amp.GradScaler):
+    """What accelerate has for fp16, on the CPU; the second loss is too large."""
+
+    losses = 0
+
+    def scale(self, loss):
+        self.losses += 1
+        return super().scale(loss * (float("inf") if self.losses == 2 else 1))
+
+
+def test_steps_that_overflow_are_skipped(flags, tmp_path, monkeypatch):
+    """As in fp16 on a GPU: phase and rate stand still, and a run that goes on has the scaler's state, too."""
+    globals_ = script(TRAIN).train.__globals__
+    made, scalers = globals_["accelerator_for"], []
+
+    def scaling(**settings):
+        accelerator = made(**settings)
+        accelerator.scaler = Overflowing("cpu", init_scale=2.0, growth_interval=2)
+        scalers.append(accelerator.scaler)
+        scalers[-1].losses = 3 * (len(scalers) - 1)  # the second run goes on after the third step
+        return accelerator
+
+    monkeypatch.setitem(globals_, "accelerator_for", scaling)
+    few = ("--checkpointing_steps", "3", "--lr_scheduler", "linear", "--use_ema", "--max_grad_norm", "1e9")
+    metrics = trained(tmp_path / "out", *flags, *LOCA, *few)
+    assert "".join(phase[0] for phase in metrics["curves"]["phase"]) == "ccclcc"
+    assert metrics["curves"]["lr"] == pytest.approx([2e-2 * share / 6 for share in (6, 5, 5, 4, 3, 2)])
+    state = tensors(tmp_path / "out" / "checkpoint-6" / "state.safetensors")
+    assert all(value.isfinite().all() for value in state.values())
+    shutil.copytree(tmp_path / "out" / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
+    found = trained(tmp_path / "again", *flags, *LOCA, *few, "--resume_from_checkpoint", "latest")
+    assert found["curves"] == metrics["curves"] and weights(tmp_path / "again") == weights(tmp_path / "out")
+    assert scalers[0].state_dict() == scalers[1].state_dict()
 
 
 def test_files_of_half_the_size(flags, tmp_path):
