@@ -23,7 +23,9 @@ Rates = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_
 class EditRecipe:
     """Fine-tune Stable Diffusion to follow instructions about images (InstructPix2Pix) with LoCA, or with a method beside it.
 
-    Every setting of diffusers' train_instruct_pix2pix.py has its name and default here.
+    Every setting of diffusers' train_instruct_pix2pix.py has its name and default here, but for --non_ema_revision, which is
+    deprecated there, and --local_rank, which launchers have given up. Unlike there, images keep their proportions, a last batch
+    that is not whole is left out, and a data set's split `validation` is drawn where no image is named.
     """
 
     pretrained_model_name_or_path: str
@@ -34,8 +36,10 @@ class EditRecipe:
     """Of the pipeline's files, as in fp16."""
     dataset_name: str | None = None
     """Pairs on the hub; or a folder with metadata.jsonl, one of parquet files, or a parquet file."""
+    dataset_config_name: str | None = None
+    """Which configuration of a data set on the hub, where it has several."""
     train_data_dir: Path | None = None
-    """The same for a folder."""
+    """A folder of pairs, as --dataset_name takes it; one of the two is given."""
     original_image_column: str = "input_image"
     """Of the images to edit."""
     edited_image_column: str = "edited_image"
@@ -123,7 +127,7 @@ class EditRecipe:
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the UNet predicts; by default what the pipeline's scheduler says. At inference its scheduler must say so, too."""
     use_8bit_adam: bool = False
-    """AdamW of bitsandbytes, where that is installed."""
+    """AdamW of bitsandbytes, where that is installed; it keeps tensors of fewer than 4096 numbers as they are."""
     adam_beta1: float = 0.9
     """AdamW's, of the mean of gradients."""
     adam_beta2: float = 0.999
@@ -182,7 +186,7 @@ class EditRecipe:
     """Go on from this checkpoint, or from the `latest` whole one in the output folder; to the same numbers."""
     logging_dir: Path = Path("logs")
     """For the tracker, in the output folder."""
-    report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
+    report_to: Literal["tensorboard", "wandb", "comet_ml", "all", "none"] = "tensorboard"
     """Where else curves and pictures go, through accelerate."""
     push_to_hub: bool = False
     """Upload the adapter with a model card."""

@@ -198,6 +198,19 @@ def test_a_data_set_without_a_validation_split_says_so(flags, data, tmp_path, pi
     assert "no validation pictures" in capsys.readouterr().out
 
 
+def test_a_parquet_file_has_no_validation_split(flags, data, tmp_path, pictures, capsys):
+    """Its pairs are trained on: as validation pictures they would say that all is well."""
+    from datasets import load_dataset
+
+    rows = load_dataset("imagefolder", data_dir=str(data), split="train", cache_dir=str(tmp_path / "cache"))
+    rows.to_parquet(str(tmp_path / "pairs.parquet"))
+    at = flags.index("--train_data_dir")
+    alone = (*flags[:at], *flags[at + 2 :], "--dataset_name", tmp_path / "pairs.parquet", "--max_train_steps", "1")
+    metrics = trained(tmp_path / "out", *alone, *LOCA)
+    assert (metrics["validation_picture"], metrics["pairs"]) == (None, 10)
+    assert "no validation pictures" in capsys.readouterr().out
+
+
 def test_curves_and_pictures_go_to_tensorboard(flags, tmp_path, pictures):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -563,6 +576,7 @@ REFUSED = {
     "token": (("--hub_token", "x"), "--hub_token: say --push_to_hub too"),
     "xformers": (("--enable_xformers_memory_efficient_attention",), "it needs xformers"),
     "8 bit": (("--use_8bit_adam",), "it needs bitsandbytes"),
+    "config of a folder": ((*LOCA, "--dataset_config_name", "all"), "and a data set on the hub has such"),
     "checkpoint": (("--resume_from_checkpoint", "nowhere"), "'nowhere': there is no such folder"),
 }
 
@@ -662,7 +676,7 @@ def test_a_checkpoint_of_another_script_is_no_fault(flags, tmp_path, capsys):
 STOCK = {
     "revision": None, "variant": None, "dataset_name": None, "train_data_dir": None, "original_image_column": "input_image",
     "edited_image_column": "edited_image", "edit_prompt_column": "edit_prompt", "val_image_url": None,
-    "validation_prompt": None,
+    "validation_prompt": None, "dataset_config_name": None,
     "num_validation_images": 4, "validation_epochs": 1, "max_train_samples": None, "output_dir": "instruct-pix2pix-model",
     "cache_dir": None, "seed": None, "resolution": 256, "center_crop": False, "random_flip": False, "train_batch_size": 16,
     "num_train_epochs": 100, "max_train_steps": None, "gradient_accumulation_steps": 1, "gradient_checkpointing": False,

@@ -140,6 +140,15 @@ def test_what_is_not_there_is_one_sentence(tmp_path):
         assert str(source) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_configuration_on_the_hub(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, **more: asked.append((source, more)) or table())
+    assert len(read_pairs("user/set", columns=CARTOONIZATION, config="large", revision="main")) == 5
+    assert asked == [("user/set", {"revision": "main", "name": "large", "split": "train", "cache_dir": None})]
+    with pytest.raises(ValueError, match=r"dataset_config_name='large': .* is on this machine"):
+        read_pairs(tmp_path, config="large")
+
+
 def test_without_the_library_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r"loca-vision\[train\]"):
