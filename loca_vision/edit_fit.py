@@ -52,6 +52,9 @@ class EditRun:
         recipe: settled, with its seed.
         accelerator: of `accelerator_for`.
         validation: of the main process; None for no pictures.
+
+    Raises:
+        ValueError: there are fewer pairs than a step takes.
     """
 
     def __init__(
@@ -64,9 +67,16 @@ class EditRun:
     ) -> None:
         self.models, self.data, self.recipe, self.accelerator = models, data, recipe, accelerator
         self.validation, self.seed, self.progress = validation, recipe.seed or 0, Progress()
+        batch = batch_of(recipe, accelerator.num_processes)
+        if batch > len(data.pairs):
+            raise ValueError(
+                f"train_batch_size={recipe.train_batch_size}: a step takes {batch} pairs, with gradient_accumulation_steps="
+                f"{recipe.gradient_accumulation_steps} in {accelerator.num_processes} processes, and there are "
+                f"{len(data.pairs)}, too few for one batch"
+            )
         self.sampler = EpochSampler(
             len(data.pairs),
-            batch_size=batch_of(recipe, accelerator.num_processes),
+            batch_size=batch,
             seed=self.seed,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
@@ -101,7 +111,7 @@ class EditRun:
             initial=self.progress.step,
             desc=self.recipe.method,
             dynamic_ncols=True,
-            disable=not self.accelerator.is_main_process,
+            disable=None if self.accelerator.is_main_process else True,
         ) as bar:
             while self.progress.step < self.total:
                 self._epoch(bar)
@@ -123,10 +133,11 @@ class EditRun:
             last = self.progress.step == self.total
             kept = self.progress.step % self.recipe.checkpointing_steps == 0
             self.stepper.flush(bar, now=last or kept or self._pictures_due())
-            if kept or last:
-                self._save()
-            if self._pictures_due() and not last:
-                self.draw()
+            with self.stepper.untimed():
+                if kept or last:
+                    self._save()
+                if self._pictures_due() and not last:
+                    self.draw()
 
     def _parts(self, batch: Mapping[str, Any]) -> list[Callable[[], Tensor]]:
         """The losses of the accumulated parts, their mean being the batch's."""

@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import sys
+import time
 from datetime import timedelta
 
 import huggingface_hub
@@ -335,6 +336,40 @@ def test_processes_have_time_to_wait(tmp_path):
     assert accelerator.init_handler.timeout > timedelta(hours=24)
 
 
+def test_what_accelerate_is_configured_for_changes_no_loss(tmp_path, monkeypatch):
+    """Losses are shared out among the parts of a step here: accelerate would do so once more. Cut models are not trained."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    settings = {"precision": "no", "report_to": "none", "folder": tmp_path, "moving": True}
+    assert script(TRAIN).accelerator_for(**settings).gradient_accumulation_steps == 1
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="configured for DEEPSPEED"):
+        script(TRAIN).accelerator_for(**settings)
+
+
+def test_the_time_of_a_step_is_without_pictures(flags, tmp_path, monkeypatch, pictures):
+    """And without checkpoints; by a clock that goes on an hour for each sheet."""
+    shifted, clock = [0.0], time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + shifted[0])
+    drawn = script(TRAIN).Validation.sheet
+
+    def slow(validation):
+        shifted[0] += 3600
+        return drawn(validation)
+
+    monkeypatch.setattr(script(TRAIN).Validation, "sheet", slow)
+    metrics = trained(tmp_path / "out", *flags, *LOCA, "--validation_steps", "2")
+    assert shifted == [3 * 3600] and 0 < metrics["seconds_per_step"] < 60
+
+
+def test_other_pipelines_are_refused_before_anything_is_encoded(flags, tmp_path, capsys):
+    """Stable Diffusion XL loads as this pipeline, without its second text encoder."""
+    tiny.stable_diffusion_xl().save_pretrained(tmp_path / "xl")
+    asked = ("--pretrained_model_name_or_path", tmp_path / "xl", "--train_conv_in", "--center_crop")
+    assert main(TRAIN, *flags, *LOCA, *asked, "--output_dir", tmp_path / "out") == 2
+    assert "Stable Diffusion 1 and 2 can be trained so, and XL and others cannot" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_seed_is_drawn_where_none_is_given(flags, tmp_path):
     """And a run that goes on has it, too."""
     at = flags.index("--seed")
@@ -564,7 +599,7 @@ REFUSED = {
     "guidance": (("--validation_guidance_scale", "0.5"), "guidance_scale=0.5: it is a finite number from 1 up"),
     "column": ((*LOCA, "--original_image_column", "befor"), "has no such column"),
     "resolution": (("--resolution", "17"), "resolution=17: it is a multiple of 2"),
-    "batch": ((*LOCA, "--train_batch_size", "11"), "too few for one batch"),
+    "batch": ((*LOCA, "--train_batch_size", "11"), "a step takes 11 pairs"),
     "components": (("--n_components", "1000"), "n_components=1000"),
     "base": (
         ("--pretrained_model_name_or_path", "nowhere/at-all"),
