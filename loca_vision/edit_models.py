@@ -77,7 +77,7 @@ class EditModels:
         groups = parameter_groups(
             self.pipe.unet, lr=rate, location_lr=of.location_lr, head_lr=of.conv_in_lr, weight_decay=of.adam_weight_decay
         )
-        settings: dict[str, Any] = {"betas": (of.adam_beta1, of.adam_beta2), "eps": of.adam_epsilon}
+        settings: dict[str, Any] = {"lr": rate, "betas": (of.adam_beta1, of.adam_beta2), "eps": of.adam_epsilon}
         if not of.use_8bit_adam:
             return AdamW(groups, **settings)
         from bitsandbytes.optim import AdamW8bit

@@ -267,6 +267,8 @@ def settled(recipe: EditRecipe, given: Collection[str]) -> EditRecipe:
         usual = 64.0 if recipe.method == "fourierft" else 1.0
         recipe = replace(recipe, n_components=count, loca_scale=usual if recipe.loca_scale is None else recipe.loca_scale)
     recipe = replace(recipe, cache_latents=recipe.cache_latents and recipe.center_crop)
+    places = {name: getattr(recipe, name) for name in ("output_dir", "cache_dir", "latents_dir")}
+    recipe = replace(recipe, **{name: place.expanduser() for name, place in places.items() if place is not None})
     if recipe.val_image_url is not None:
         recipe = replace(recipe, validation_image=(recipe.val_image_url, *recipe.validation_image), val_image_url=None)
     _check_numbers(recipe)
@@ -329,6 +331,11 @@ def _check_contradictions(recipe: EditRecipe, given: Collection[str]) -> None:
     for name in ("hub_model_id", "hub_private", "hub_token"):
         if getattr(recipe, name) and not recipe.push_to_hub:
             raise ValueError(f"--{name}: say --push_to_hub too")
+    if recipe.hub_token is not None and recipe.report_to not in ("tensorboard", "none"):
+        raise ValueError(
+            f"--hub_token: with report_to={recipe.report_to!r} the command line goes to others, and the token with it; "
+            "log in with `hf auth login` instead"
+        )
 
 
 def _check_validation(recipe: EditRecipe) -> None:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -423,6 +424,20 @@ def test_the_rates(flags, tmp_path):
     assert scaled["curves"]["lr"] == pytest.approx([4e-3])
 
 
+def test_a_rate_that_falls_to_a_floor(flags, tmp_path):
+    """As torch's own optimiser at one rate has it: the floor is of that rate, not of AdamW's usual one."""
+    from diffusers.optimization import get_scheduler
+
+    metrics = trained(tmp_path / "out", *flags, *LOCA, "--learning_rate", "2e-7", "--lr_scheduler", "polynomial")
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=2e-7)
+    scheduler, rates = get_scheduler("polynomial", optimizer, num_warmup_steps=0, num_training_steps=6), []
+    for _ in range(6):
+        rates += scheduler.get_last_lr()
+        optimizer.step()
+        scheduler.step()
+    assert metrics["curves"]["lr"] == pytest.approx(rates, rel=1e-9)
+
+
 def test_objectives(flags, tmp_path):
     """Each is another loss, of the same draws."""
     asked = {"plain": (), "v": ("--prediction_type", "v_prediction"), "snr": ("--snr_gamma", "1e-3")}
@@ -609,6 +624,10 @@ REFUSED = {
     "conv_in": (("--conv_in_lr", "1"), "conv_in_lr=1.0: say --train_conv_in too"),
     "ema": (("--ema_decay", "0.5"), "ema_decay=0.5: say --use_ema too"),
     "token": (("--hub_token", "x"), "--hub_token: say --push_to_hub too"),
+    "shown token": (
+        ("--hub_token", "x", "--push_to_hub", "--report_to", "wandb"),
+        "the command line goes to others, and the token with it",
+    ),
     "xformers": (("--enable_xformers_memory_efficient_attention",), "it needs xformers"),
     "8 bit": (("--use_8bit_adam",), "it needs bitsandbytes"),
     "config of a folder": ((*LOCA, "--dataset_config_name", "all"), "and a data set on the hub has such"),
@@ -733,6 +752,13 @@ def test_flags_and_defaults_of_the_stock_script(capsys, monkeypatch):
     assert main(TRAIN, "--help") == 0
     said = capsys.readouterr().out
     assert all(f"--{name}" in said for name in EditRecipe.__dataclass_fields__)
+
+
+def test_home(monkeypatch, tmp_path):
+    """As in a file of settings, where no shell reads it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = script(TRAIN).settled(EditRecipe("base", dataset_name="a/b", output_dir=Path("~/out"), cache_dir=Path("~/c")), ())
+    assert (recipe.output_dir, recipe.cache_dir, recipe.latents_dir) == (tmp_path / "out", tmp_path / "c", None)
 
 
 def test_the_paper_s_table(base, data):
