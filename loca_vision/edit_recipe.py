@@ -203,6 +203,7 @@ class EditRecipe:
 # The paper leaves the number of components open. 3000 of them are as dense as in its ViT-B: 0.5 % of a 768 x 768 weight's
 # cells, and the 128 projections of Stable Diffusion 1.5 have 731,000 cells on average. That is 384,000 numbers, below half of
 # LoRA's at diffusers' default rank of 4. Rates are constant as the paper names no schedule; images are square already.
+# Pictures come by steps: of a few photographs an epoch has a few steps, and each step would cost what hundreds do.
 _CARTOONIZATION: dict[str, Any] = {
     "original_image_column": "original_image",
     "edited_image_column": "cartoonized_image",
@@ -217,6 +218,7 @@ _CARTOONIZATION: dict[str, Any] = {
     "random_flip": True,
     "conditioning_dropout_prob": 0.05,
     "validation_prompt": "Change the natural image to a cartoon-style image",
+    "validation_steps": 500,
 }
 EDIT_PRESETS: dict[str, dict[str, Any]] = {
     "cartoonization": _CARTOONIZATION
@@ -267,6 +269,8 @@ def settled(recipe: EditRecipe, given: Collection[str]) -> EditRecipe:
         usual = 64.0 if recipe.method == "fourierft" else 1.0
         recipe = replace(recipe, n_components=count, loca_scale=usual if recipe.loca_scale is None else recipe.loca_scale)
     recipe = replace(recipe, cache_latents=recipe.cache_latents and recipe.center_crop)
+    if "validation_epochs" in given and "validation_steps" not in given:  # which a preset may have set
+        recipe = replace(recipe, validation_steps=None)
     places = {name: getattr(recipe, name) for name in ("output_dir", "cache_dir", "latents_dir")}
     recipe = replace(recipe, **{name: place.expanduser() for name, place in places.items() if place is not None})
     if recipe.val_image_url is not None:

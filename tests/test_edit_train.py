@@ -293,6 +293,22 @@ def test_killed_runs_go_on_to_the_same_bits(flags, tmp_path, capsys):
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-6"}
 
 
+@pytest.mark.parametrize("place", ["draw_loss", "write_metrics", "end_trackers"])
+def test_interrupted_behind_the_last_step(place, whole, flags, tmp_path, monkeypatch, capsys):
+    """Between the last checkpoint, the adapter and the metrics, and when all is there."""
+    out, metrics = whole
+
+    def interrupt(*given, **named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(script(TRAIN).train.__globals__, place, interrupt)
+        assert main(TRAIN, *flags, *LOCA, *SMOOTH, "--output_dir", tmp_path / "out") == 130
+    assert "interrupted; every file that is there is whole" in capsys.readouterr().err
+    found = trained(tmp_path / "out", *flags, *LOCA, *SMOOTH, "--resume_from_checkpoint", "latest")
+    assert found["curves"] == metrics["curves"] and weights(tmp_path / "out") == weights(out)
+
+
 def test_a_run_is_made_longer(flags, tmp_path):
     """Where the rates do not depend on the length; from a checkpoint that is named, in another folder."""
     trained(tmp_path / "whole", *flags, *LOCA)
@@ -771,3 +787,9 @@ def test_the_paper_s_table(base, data):
         assert (of.method, of.learning_rate, of.loca_scale) == more
         assert (of.train_batch_size, of.gradient_accumulation_steps, of.max_train_steps) == (2, 4, 10000)
         assert (of.adam_weight_decay, of.targets, of.learning_steps) == (1e-2, ("q", "k", "v", "out"), 1200)
+        assert of.validation_steps == 500
+        parsed = command.parse(
+            EditRecipe, [*needed, "--preset", name, "--validation_epochs", "2"], prog="", presets=command.EDIT_PRESETS
+        )
+        of = command.settled(parsed.settings, parsed.given)
+        assert (of.validation_steps, of.validation_epochs) == (None, 2)  # a flag is not passed over for a preset

@@ -132,7 +132,7 @@ def _trained(run: EditRun) -> dict[str, Any]:
     if recipe.resume_from_checkpoint:
         found = run.resume()
         if accelerator.is_main_process:
-            after = f"going on after step {run.progress.step}" if found else "no checkpoint is there yet; from the first step"
+            after = f"going on after step {run.progress.step}" if found else "no whole checkpoint is there; from the first step"
             print(f"{folder}: {after} of {run.total}")
     _begin(recipe, accelerator)
     run.train()
