@@ -14,7 +14,7 @@ def edit_card(metrics: Mapping[str, Any], repository: str) -> str:
     """Base, data, numbers, picture and a piece of code that runs.
 
     Args:
-        metrics: of a finished run.
+        metrics: of a finished run, as train.py writes them.
         repository: "user/name".
     """
     config, title = metrics["config"], repository.rpartition("/")[2]
@@ -46,7 +46,7 @@ def edit_card(metrics: Mapping[str, Any], repository: str) -> str:
         *_scheduler(config),
         f'pipe.load_loca_weights("{repository}")',
         f'photo = load_image("photo.png").convert("RGB").resize(({config["resolution"]}, {config["resolution"]}))',
-        f"picture = pipe({_prompt(config)!r}, image=photo, {_sampling(config)}).images[0]",
+        f"picture = pipe({metrics['example_prompt']!r}, image=photo, {_sampling(config)}).images[0]",
         "```",
         "",
         "The adapter has the licence of the base model at least, and the data's: neither is in here.",
@@ -64,10 +64,6 @@ def _data(config: Mapping[str, Any]) -> str:
     place = config["train_data_dir"] or config["dataset_name"]
     name, local = _name(place)
     return f"a folder of pairs, {name}" if local else f"[{name}](https://huggingface.co/datasets/{name})"
-
-
-def _prompt(config: Mapping[str, Any]) -> str:
-    return config["validation_prompt"] or "make it a cartoon"
 
 
 def _source(config: Mapping[str, Any], base: str) -> str:

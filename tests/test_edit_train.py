@@ -568,6 +568,7 @@ def test_upload(flags, data, tmp_path, monkeypatch, pictures, capsys):
     _, front, text = Hub.files["README.md"].decode().split("---\n", 2)
     about = yaml.safe_load(front)
     assert about["library_name"] == "diffusers" and "instruct-pix2pix" in about["tags"] and "base_model" not in about
+    assert "picture = pipe('make it red', image=photo" in text  # of the data, where no instruction is given
     assert 'pipe.load_loca_weights("me/cartoon")' in text and "validation-6.png" in text and str(data.parent) not in text
     compile(text.split("```python\n")[1].split("```")[0], "README.md", "exec")
     home = [str(place).encode() for place in (data.parent, tmp_path)]

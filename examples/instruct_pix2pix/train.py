@@ -169,6 +169,7 @@ def _written(run: EditRun, numbers: dict[str, int]) -> dict[str, Any]:
         "steps": progress.step,
         "batch_size": run.sampler.batch_size,
         "pairs": len(run.data.pairs),
+        "example_prompt": recipe.validation_prompt or run.data.pairs[0].prompt,
         "seconds_per_step": progress.seconds / progress.step,
         "waiting_for_data_per_step": progress.waiting / progress.step,
         "peak_memory_bytes": peak_memory(run.accelerator.device),
