@@ -16,6 +16,8 @@ from loca_vision.data import as_rgb
 from loca_vision.sampling import stream_seed
 from loca_vision.settings_value import nearest
 
+MOST_STRETCHED = 100  # times that an image's long side may have its short one
+
 
 class Pair(NamedTuple):
     """An RGB image, its edited version, both of any size, and what was asked for."""
@@ -79,6 +81,9 @@ class Pairs(Dataset[Pair]):
         if image is None:
             raise ValueError(f"{self.where}, row {index}: there is no image in {column}")
         try:
+            long, short = max(image.size), min(image.size)
+            if long > MOST_STRETCHED * short:  # brought to hundreds of pixels on the short side it would fill the memory
+                raise ValueError(f"{image.width} x {image.height} pixels: one side is over {MOST_STRETCHED} times the other")
             return as_rgb(image)
         except ValueError as error:
             raise ValueError(f"{self.where}, row {index}, {column}: {error}") from None
