@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loca_vision.discreet import discreet, tells_a_place
 from loca_vision.methods import NAMES
 
 
@@ -13,12 +14,11 @@ def edit_card(metrics: Mapping[str, Any], repository: str) -> str:
     """Base, data, numbers, picture and a piece of code that runs.
 
     Args:
-        metrics: of a finished run.
+        metrics: of a finished run, as train.py writes them.
         repository: "user/name".
     """
     config, title = metrics["config"], repository.rpartition("/")[2]
     base, local = _name(config["pretrained_model_name_or_path"])
-    call = f"{_prompt(config)!r}, image=photo, num_inference_steps={config['validation_inference_steps']}"
     said = [
         "---",
         _metadata(config, title, None if local else base),
@@ -42,10 +42,11 @@ def edit_card(metrics: Mapping[str, Any], repository: str) -> str:
         "from diffusers import StableDiffusionInstructPix2PixPipeline",
         "from diffusers.utils import load_image",
         "",
-        f'pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained("{base}")',
+        f"pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained({_source(config, base)})",
+        *_scheduler(config),
         f'pipe.load_loca_weights("{repository}")',
         f'photo = load_image("photo.png").convert("RGB").resize(({config["resolution"]}, {config["resolution"]}))',
-        f"picture = pipe({call}).images[0]",
+        f"picture = pipe({metrics['example_prompt']!r}, image=photo, {_sampling(config)}).images[0]",
         "```",
         "",
         "The adapter has the licence of the base model at least, and the data's: neither is in here.",
@@ -55,8 +56,8 @@ def edit_card(metrics: Mapping[str, Any], repository: str) -> str:
 
 def _name(place: str) -> tuple[str, bool]:
     """The base as it may be told to others, and whether it lay on this machine."""
-    local = Path(place).expanduser().exists()
-    return (Path(place).name, True) if local else (place, False)
+    local = tells_a_place(place) or Path(place).exists()  # a folder may be gone since
+    return (Path(discreet(place)).name, True) if local else (place, False)
 
 
 def _data(config: Mapping[str, Any]) -> str:
@@ -65,8 +66,27 @@ def _data(config: Mapping[str, Any]) -> str:
     return f"a folder of pairs, {name}" if local else f"[{name}](https://huggingface.co/datasets/{name})"
 
 
-def _prompt(config: Mapping[str, Any]) -> str:
-    return config["validation_prompt"] or "make it a cartoon"
+def _source(config: Mapping[str, Any], base: str) -> str:
+    """The arguments with which the base comes as it was trained on."""
+    more = (f', {name}="{config[name]}"' for name in ("revision", "variant") if config[name])
+    return f'"{base}"' + "".join(more)
+
+
+def _scheduler(config: Mapping[str, Any]) -> list[str]:
+    """Where the adapter was trained to predict another thing than the base's scheduler says, it has to be told."""
+    kind = config["prediction_type"]
+    told = f'pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type="{kind}")'
+    return [told] if kind else []
+
+
+def _sampling(config: Mapping[str, Any]) -> str:
+    """As in the picture."""
+    settings = {
+        "num_inference_steps": config["validation_inference_steps"],
+        "guidance_scale": config["validation_guidance_scale"],
+        "image_guidance_scale": config["validation_image_guidance_scale"],
+    }
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def _beside(metrics: Mapping[str, Any]) -> str:

@@ -61,6 +61,7 @@ def pairs_of(recipe: EditRecipe, split: str, most: int | None) -> Pairs:
         columns=Columns(recipe.original_image_column, recipe.edit_prompt_column, recipe.edited_image_column),
         split=split,
         cache_dir=recipe.cache_dir,
+        config=recipe.dataset_config_name,
         max_samples=most,
         seed=recipe.seed or 0,
     )

@@ -31,7 +31,7 @@ from loca_vision.diffusion_loss import (
 )
 from loca_vision.edit_data import EditData
 from loca_vision.edit_models import EditModels
-from loca_vision.edit_recipe import EditRecipe, differences, phases_of
+from loca_vision.edit_recipe import EditRecipe, batch_of, differences, phases_of
 from loca_vision.edit_validation import Validation
 from loca_vision.ema import EMA, Decay, locations_among
 from loca_vision.sampling import EpochSampler, loader, stream_seed
@@ -52,6 +52,9 @@ class EditRun:
         recipe: settled, with its seed.
         accelerator: of `accelerator_for`.
         validation: of the main process; None for no pictures.
+
+    Raises:
+        ValueError: there are fewer pairs than a step takes.
     """
 
     def __init__(
@@ -64,9 +67,16 @@ class EditRun:
     ) -> None:
         self.models, self.data, self.recipe, self.accelerator = models, data, recipe, accelerator
         self.validation, self.seed, self.progress = validation, recipe.seed or 0, Progress()
+        batch = batch_of(recipe, accelerator.num_processes)
+        if batch > len(data.pairs):
+            raise ValueError(
+                f"train_batch_size={recipe.train_batch_size}: a step takes {batch} pairs, with gradient_accumulation_steps="
+                f"{recipe.gradient_accumulation_steps} in {accelerator.num_processes} processes, and there are "
+                f"{len(data.pairs)}, too few for one batch"
+            )
         self.sampler = EpochSampler(
             len(data.pairs),
-            batch_size=recipe.train_batch_size * recipe.gradient_accumulation_steps * accelerator.num_processes,
+            batch_size=batch,
             seed=self.seed,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
@@ -101,7 +111,7 @@ class EditRun:
             initial=self.progress.step,
             desc=self.recipe.method,
             dynamic_ncols=True,
-            disable=not self.accelerator.is_main_process,
+            disable=None if self.accelerator.is_main_process else True,
         ) as bar:
             while self.progress.step < self.total:
                 self._epoch(bar)
@@ -123,10 +133,11 @@ class EditRun:
             last = self.progress.step == self.total
             kept = self.progress.step % self.recipe.checkpointing_steps == 0
             self.stepper.flush(bar, now=last or kept or self._pictures_due())
-            if kept or last:
-                self._save()
-            if self._pictures_due() and not last:
-                self.draw()
+            with self.stepper.untimed():
+                if kept or last:
+                    self._save()
+                if self._pictures_due() and not last:
+                    self.draw()
 
     def _parts(self, batch: Mapping[str, Any]) -> list[Callable[[], Tensor]]:
         """The losses of the accumulated parts, their mean being the batch's."""
@@ -200,7 +211,7 @@ class EditRun:
         if self.accelerator.is_main_process:
             tensors, state = self.stepper.state()
             tensors |= self.ema.state() if self.ema else {}
-            state |= {"recipe": saved_settings(self.recipe)}
+            state |= {"recipe": saved_settings(self.recipe), "taken": self._taken()}
             limit = self.recipe.checkpoints_total_limit
             write_checkpoint(self.recipe.output_dir, self.progress.step, tensors, state, keep=limit)
         self.accelerator.wait_for_everyone()
@@ -209,15 +220,14 @@ class EditRun:
         """Go on from the checkpoint that the recipe names; False where that is the latest and there is none.
 
         Raises:
-            FileNotFoundError, ValueError, OSError: it cannot be read, or is of another recipe or other base weights; nothing is
-                touched.
+            FileNotFoundError, ValueError, OSError: it cannot be read, or is of another recipe, another number of pairs, other
+                batches or other base weights, or has more steps than are wanted; nothing is touched.
         """
         path = checkpoint_of(self.recipe)
         if path is None:
             return False
         tensors, state = read_checkpoint(path)
-        for difference in differences(self.recipe, state["recipe"], saved_settings(self.recipe)):
-            raise ValueError(f"{path}: the run there has other settings: {difference}")
+        self._check_same(path, state)
         try:
             self.stepper.restore(tensors, state)
             if self.ema:
@@ -226,9 +236,40 @@ class EditRun:
             raise ValueError(f"{path}: {error} ({self.recipe.pretrained_model_name_or_path})") from error
         return True
 
+    def _taken(self) -> dict[str, int]:
+        """On what it depends which pairs a step takes, beside the settings: another data set, or number of processes."""
+        return {"pairs": len(self.data.pairs), "batch_size": self.sampler.batch_size}
+
+    def _check_same(self, path: Path, state: Mapping[str, Any]) -> None:
+        for difference in differences(self.recipe, settings_in(path, state), saved_settings(self.recipe)):
+            raise ValueError(f"{path}: the run there has other settings: {difference}")
+        for name, now in self._taken().items():
+            if state["taken"][name] != now:
+                raise ValueError(
+                    f"{path}: {name}={now}, {state['taken'][name]} before; of all {self.accelerator.num_processes} processes "
+                    "together a step takes other pairs than the run there did"
+                )
+        done = state["progress"]["step"]
+        if done > self.total:
+            raise ValueError(f"{path}: {done} steps are taken there, and this run is to have {self.total}")
+
+
+def settings_in(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the run that wrote a checkpoint.
+
+    Raises:
+        ValueError: another script wrote it.
+    """
+    settings = state.get("recipe")
+    if not isinstance(settings, dict) or "edit_prompt_column" not in settings or "taken" not in state:
+        raise ValueError(f"{path}: it is a checkpoint, but not of InstructPix2Pix training by this version")
+    return settings
+
 
 def checkpoint_of(recipe: EditRecipe) -> Path | None:
     """The checkpoint that a recipe goes on from; None where it does not, or where it is the latest of none.
+
+    A mere name, such as checkpoint-500, is one in the output folder, as for diffusers' scripts, unless it is here.
 
     Raises:
         FileNotFoundError: it names one that is not there.
@@ -236,6 +277,8 @@ def checkpoint_of(recipe: EditRecipe) -> Path | None:
     if recipe.resume_from_checkpoint in (None, "latest"):
         return latest_checkpoint(recipe.output_dir) if recipe.resume_from_checkpoint else None
     path = Path(str(recipe.resume_from_checkpoint)).expanduser()
+    if not path.is_dir() and len(path.parts) == 1 and (recipe.output_dir / path).is_dir():
+        return recipe.output_dir / path
     if not path.is_dir():
         raise FileNotFoundError(f"resume_from_checkpoint={str(path)!r}: there is no such folder")
     return path

@@ -52,6 +52,7 @@ class EditModels:
         )
         if recipe.prediction_type is not None:
             self.pipe.scheduler.register_to_config(prediction_type=recipe.prediction_type)
+        _check_texts(recipe, self.pipe)
         _check_resolution(recipe, self.pipe)
         for model in (self.pipe.vae, self.pipe.text_encoder, self.pipe.unet):
             model.requires_grad_(False)
@@ -76,7 +77,7 @@ class EditModels:
         groups = parameter_groups(
             self.pipe.unet, lr=rate, location_lr=of.location_lr, head_lr=of.conv_in_lr, weight_decay=of.adam_weight_decay
         )
-        settings: dict[str, Any] = {"betas": (of.adam_beta1, of.adam_beta2), "eps": of.adam_epsilon}
+        settings: dict[str, Any] = {"lr": rate, "betas": (of.adam_beta1, of.adam_beta2), "eps": of.adam_epsilon}
         if not of.use_8bit_adam:
             return AdamW(groups, **settings)
         from bitsandbytes.optim import AdamW8bit
@@ -92,6 +93,16 @@ class EditModels:
             "location_parameters": sum(u.locations.numel() for u in updates if isinstance(u, Spectrum) and not u.final),
             "conv_in_parameters": sum(p.numel() for p in self.pipe.unet.conv_in.parameters() if p.requires_grad),
         }
+
+
+def _check_texts(recipe: EditRecipe, pipe: Any) -> None:
+    """What the UNet takes beside images is what the one text encoder gives; Stable Diffusion XL, for one, has two."""
+    config, width = pipe.unet.config, pipe.text_encoder.config.hidden_size
+    if config.addition_embed_type is not None or config.cross_attention_dim != width:
+        raise ValueError(
+            f"{recipe.pretrained_model_name_or_path}: its UNet takes more than texts of width {width}, which its text encoder "
+            "gives: Stable Diffusion 1 and 2 can be trained so, and XL and others cannot"
+        )
 
 
 def _check_resolution(recipe: EditRecipe, pipe: Any) -> None:

@@ -23,7 +23,9 @@ Rates = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_
 class EditRecipe:
     """Fine-tune Stable Diffusion to follow instructions about images (InstructPix2Pix) with LoCA, or with a method beside it.
 
-    Every setting of diffusers' train_instruct_pix2pix.py has its name and default here.
+    Every setting of diffusers' train_instruct_pix2pix.py has its name and default here, but for --non_ema_revision, which is
+    deprecated there, and --local_rank, which launchers have given up. Unlike there, images keep their proportions, a last batch
+    that is not whole is left out, and a data set's split `validation` is drawn where no image is named.
     """
 
     pretrained_model_name_or_path: str
@@ -34,8 +36,10 @@ class EditRecipe:
     """Of the pipeline's files, as in fp16."""
     dataset_name: str | None = None
     """Pairs on the hub; or a folder with metadata.jsonl, one of parquet files, or a parquet file."""
+    dataset_config_name: str | None = None
+    """Which configuration of a data set on the hub, where it has several."""
     train_data_dir: Path | None = None
-    """The same for a folder."""
+    """A folder of pairs, as --dataset_name takes it; one of the two is given."""
     original_image_column: str = "input_image"
     """Of the images to edit."""
     edited_image_column: str = "edited_image"
@@ -123,7 +127,7 @@ class EditRecipe:
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the UNet predicts; by default what the pipeline's scheduler says. At inference its scheduler must say so, too."""
     use_8bit_adam: bool = False
-    """AdamW of bitsandbytes, where that is installed."""
+    """AdamW of bitsandbytes, where that is installed; it keeps tensors of fewer than 4096 numbers as they are."""
     adam_beta1: float = 0.9
     """AdamW's, of the mean of gradients."""
     adam_beta2: float = 0.999
@@ -182,7 +186,7 @@ class EditRecipe:
     """Go on from this checkpoint, or from the `latest` whole one in the output folder; to the same numbers."""
     logging_dir: Path = Path("logs")
     """For the tracker, in the output folder."""
-    report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
+    report_to: Literal["tensorboard", "wandb", "comet_ml", "all", "none"] = "tensorboard"
     """Where else curves and pictures go, through accelerate."""
     push_to_hub: bool = False
     """Upload the adapter with a model card."""
@@ -199,6 +203,7 @@ class EditRecipe:
 # The paper leaves the number of components open. 3000 of them are as dense as in its ViT-B: 0.5 % of a 768 x 768 weight's
 # cells, and the 128 projections of Stable Diffusion 1.5 have 731,000 cells on average. That is 384,000 numbers, below half of
 # LoRA's at diffusers' default rank of 4. Rates are constant as the paper names no schedule; images are square already.
+# Pictures come by steps: of a few photographs an epoch has a few steps, and each step would cost what hundreds do.
 _CARTOONIZATION: dict[str, Any] = {
     "original_image_column": "original_image",
     "edited_image_column": "cartoonized_image",
@@ -213,6 +218,7 @@ _CARTOONIZATION: dict[str, Any] = {
     "random_flip": True,
     "conditioning_dropout_prob": 0.05,
     "validation_prompt": "Change the natural image to a cartoon-style image",
+    "validation_steps": 500,
 }
 EDIT_PRESETS: dict[str, dict[str, Any]] = {
     "cartoonization": _CARTOONIZATION
@@ -236,7 +242,8 @@ FIELDS: dict[str, set[str]] = {
 VOLATILE = {
     "output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "report_to", "logging_dir",
     "push_to_hub", "hub_model_id", "hub_private", "hub_token", "config", "preset", "dataloader_num_workers", "cache_dir",
-    "cache_latents", "latents_dir", "adapter_dtype",
+    "cache_latents", "latents_dir", "adapter_dtype", "gradient_checkpointing",
+    "train_batch_size", "gradient_accumulation_steps",  # their product with the processes, `batch_of`, is compared
 }  # fmt: skip
 _NONE = torch.zeros(0)  # to ask functions of samples whether they take a setting
 _LENGTH = {"max_train_steps", "num_train_epochs"}  # may differ too, where the rates do not depend on it
@@ -262,6 +269,10 @@ def settled(recipe: EditRecipe, given: Collection[str]) -> EditRecipe:
         usual = 64.0 if recipe.method == "fourierft" else 1.0
         recipe = replace(recipe, n_components=count, loca_scale=usual if recipe.loca_scale is None else recipe.loca_scale)
     recipe = replace(recipe, cache_latents=recipe.cache_latents and recipe.center_crop)
+    if "validation_epochs" in given and "validation_steps" not in given:  # which a preset may have set
+        recipe = replace(recipe, validation_steps=None)
+    places = {name: getattr(recipe, name) for name in ("output_dir", "cache_dir", "latents_dir")}
+    recipe = replace(recipe, **{name: place.expanduser() for name, place in places.items() if place is not None})
     if recipe.val_image_url is not None:
         recipe = replace(recipe, validation_image=(recipe.val_image_url, *recipe.validation_image), val_image_url=None)
     _check_numbers(recipe)
@@ -283,6 +294,11 @@ def adapter_of(recipe: EditRecipe) -> AdapterConfig:
 def phases_of(recipe: EditRecipe) -> dict[str, Any]:
     """Settings of the alternating schedule."""
     return {name: getattr(recipe, name) for name in _PHASES}
+
+
+def batch_of(recipe: EditRecipe, processes: int) -> int:
+    """Pairs of each optimiser step, of all processes together."""
+    return recipe.train_batch_size * recipe.gradient_accumulation_steps * processes
 
 
 def differences(recipe: EditRecipe, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -319,6 +335,11 @@ def _check_contradictions(recipe: EditRecipe, given: Collection[str]) -> None:
     for name in ("hub_model_id", "hub_private", "hub_token"):
         if getattr(recipe, name) and not recipe.push_to_hub:
             raise ValueError(f"--{name}: say --push_to_hub too")
+    if recipe.hub_token is not None and recipe.report_to not in ("tensorboard", "none"):
+        raise ValueError(
+            f"--hub_token: with report_to={recipe.report_to!r} the command line goes to others, and the token with it; "
+            "log in with `hf auth login` instead"
+        )
 
 
 def _check_validation(recipe: EditRecipe) -> None:

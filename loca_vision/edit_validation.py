@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -45,6 +46,8 @@ def cases_of(recipe: EditRecipe) -> list[Case]:
 
 def _of_the_split(recipe: EditRecipe, seed: int) -> list[Case]:
     try:
+        if Path(recipe.train_data_dir or recipe.dataset_name or "").expanduser().is_file():
+            raise FileNotFoundError("a single file, by whatever name of a split it is read, is what is trained on")
         pairs = pairs_of(recipe, "validation", None)
     except OSError:
         print("no validation pictures: neither --validation_image, nor a split validation in the data set")

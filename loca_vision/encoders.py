@@ -57,7 +57,8 @@ class Encoders:
         latents = torch.stack([torch.cat([one.mean, one.std]) for one in found])
         if not latents.isfinite().all():
             raise ValueError(
-                f"the latents of an image are not finite in {latents.dtype}: bring the autoencoder to torch.float32"
+                f"the latents of an image are not finite in {latents.dtype}: bring the autoencoder to torch.float32, "
+                "or train in bf16"
             )
         return latents
 

@@ -16,6 +16,8 @@ from loca_vision.data import as_rgb
 from loca_vision.sampling import stream_seed
 from loca_vision.settings_value import nearest
 
+MOST_STRETCHED = 100  # times that an image's long side may have its short one
+
 
 class Pair(NamedTuple):
     """An RGB image, its edited version, both of any size, and what was asked for."""
@@ -79,6 +81,9 @@ class Pairs(Dataset[Pair]):
         if image is None:
             raise ValueError(f"{self.where}, row {index}: there is no image in {column}")
         try:
+            long, short = max(image.size), min(image.size)
+            if long > MOST_STRETCHED * short:  # brought to hundreds of pixels on the short side it would fill the memory
+                raise ValueError(f"{image.width} x {image.height} pixels: one side is over {MOST_STRETCHED} times the other")
             return as_rgb(image)
         except ValueError as error:
             raise ValueError(f"{self.where}, row {index}, {column}: {error}") from None
@@ -98,6 +103,7 @@ def read_pairs(
     split: str = "train",
     cache_dir: Path | None = None,
     revision: str | None = None,
+    config: str | None = None,
     max_samples: int | None = None,
     seed: int = 0,
 ) -> Pairs:
@@ -109,17 +115,20 @@ def read_pairs(
         split: the files of a folder without splits are all "train".
         cache_dir: of what `datasets` makes of the files; None for its usual one.
         revision: of a data set on the hub.
+        config: the name of one of its configurations, where it has several.
         max_samples: at most so many, drawn by the seed.
 
     Raises:
         ModuleNotFoundError: the library `datasets` is not installed.
         OSError: the data set cannot be had, or cannot be read.
-        ValueError: it is not as `Pairs` wants it, or max_samples is no number from 1 up.
+        ValueError: it is not as `Pairs` wants it, max_samples is no number from 1 up, or a config of what is not on the hub.
     """
     if max_samples is not None:
         check_count("max_samples", max_samples)
     library, path = _datasets(), Path(source).expanduser()
-    place: tuple[str, dict[str, Any]] = (str(source), {"revision": revision})
+    if config is not None and path.exists():
+        raise ValueError(f"dataset_config_name={config!r}: {source} is on this machine, and a data set on the hub has such")
+    place: tuple[str, dict[str, Any]] = (str(source), {"revision": revision, "name": config})
     if path.is_dir():
         kind = "parquet" if any(file.name != "metadata.parquet" for file in path.rglob("*.parquet")) else "imagefolder"
         place = (kind, {"data_dir": str(path)})

@@ -6,15 +6,16 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -24,6 +25,8 @@ from loca_vision.schedule import AlternatingSchedule
 from loca_vision.trained import checksum, has_locations, trained_tensors
 
 FLUSH = 20  # steps after which losses are fetched from the device, which waits for it
+# How long processes wait for the one that encodes a data set or draws pictures; of the usual 10 minutes NCCL makes an error.
+_WAITING = timedelta(days=2)
 
 Batch = TypeVar("Batch")
 
@@ -54,9 +57,13 @@ def accelerator_for(*, precision: str | None, report_to: str, folder: Path, movi
         moving: whether which parameters have gradients changes from step to step, as with halves of spectra.
 
     Raises:
-        ValueError: this device has not the precision, or the tracker is not installed.
+        ValueError: this device has not the precision, the tracker is not installed, or accelerate is configured for a kind of
+            training that cuts a model into pieces.
     """
     _check_tracker(report_to)
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ValueError(f"accelerate is configured for {name}: here processes share data, and no model is cut")
     precision = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("fp16: this precision needs a GPU; bf16 works on processors too")
@@ -65,9 +72,13 @@ def accelerator_for(*, precision: str | None, report_to: str, folder: Path, movi
     return Accelerator(
         cpu=not alone,
         mixed_precision=precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # of losses that are shared out already
         log_with=None if report_to == "none" else report_to,
         project_dir=str(folder),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=moving)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=moving),
+            InitProcessGroupKwargs(timeout=_WAITING),
+        ],
     )
 
 
@@ -114,11 +125,11 @@ class Stepper:
         clip: float | None,
     ) -> None:
         self.model, self.accelerator, self.progress, self.clip = model, accelerator, progress, clip
+        self.decay = scheduler(optimizer)  # before accelerate wraps the optimiser for fp16: torch warns of the other order
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.moved = trained_tensors(model, optimizer.param_groups)
         self.base = checksum(model, self.moved)
         self.schedule = AlternatingSchedule(self.wrapped, **phases) if has_locations(model) else None
-        self.decay = scheduler(self.optimizer.optimizer)
         self._fetched: list[Tensor] = []
 
     def step(self, parts: Sequence[Callable[[], Tensor]]) -> None:
@@ -173,6 +184,13 @@ class Stepper:
         bar.set_postfix(loss=f"{losses[-1]:.3f}", phase=curve["phase"][-1] or "-", refresh=False)
         for number, loss in enumerate(losses, start=first):
             self.accelerator.log({"loss": loss, "lr": curve["lr"][number]}, step=number + 1)
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """What is done in here between two steps is none of the seconds spent in training."""
+        began = time.perf_counter()
+        yield
+        self.progress.seconds -= time.perf_counter() - began
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, and the seconds between the first wish for one and the end of the last step."""

@@ -5,6 +5,9 @@ import random
 import re
 import shutil
 import sys
+import time
+from datetime import timedelta
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -20,6 +23,7 @@ from test_cartoon import scene
 from torch import nn
 
 import loca_vision.diffusers  # noqa: F401  the pipelines' methods
+from loca_vision.checkpoint_folder import write_checkpoint
 from loca_vision.edit_recipe import EditRecipe
 from loca_vision.safefile import open_safetensors
 
@@ -196,6 +200,19 @@ def test_a_data_set_without_a_validation_split_says_so(flags, data, tmp_path, pi
     assert "no validation pictures" in capsys.readouterr().out
 
 
+def test_a_parquet_file_has_no_validation_split(flags, data, tmp_path, pictures, capsys):
+    """Its pairs are trained on: as validation pictures they would say that all is well."""
+    from datasets import load_dataset
+
+    rows = load_dataset("imagefolder", data_dir=str(data), split="train", cache_dir=str(tmp_path / "cache"))
+    rows.to_parquet(str(tmp_path / "pairs.parquet"))
+    at = flags.index("--train_data_dir")
+    alone = (*flags[:at], *flags[at + 2 :], "--dataset_name", tmp_path / "pairs.parquet", "--max_train_steps", "1")
+    metrics = trained(tmp_path / "out", *alone, *LOCA)
+    assert (metrics["validation_picture"], metrics["pairs"]) == (None, 10)
+    assert "no validation pictures" in capsys.readouterr().out
+
+
 def test_curves_and_pictures_go_to_tensorboard(flags, tmp_path, pictures):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -276,6 +293,22 @@ def test_killed_runs_go_on_to_the_same_bits(flags, tmp_path, capsys):
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-6"}
 
 
+@pytest.mark.parametrize("place", ["draw_loss", "write_metrics", "end_trackers"])
+def test_interrupted_behind_the_last_step(place, whole, flags, tmp_path, monkeypatch, capsys):
+    """Between the last checkpoint, the adapter and the metrics, and when all is there."""
+    out, metrics = whole
+
+    def interrupt(*given, **named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(script(TRAIN).train.__globals__, place, interrupt)
+        assert main(TRAIN, *flags, *LOCA, *SMOOTH, "--output_dir", tmp_path / "out") == 130
+    assert "interrupted; every file that is there is whole" in capsys.readouterr().err
+    found = trained(tmp_path / "out", *flags, *LOCA, *SMOOTH, "--resume_from_checkpoint", "latest")
+    assert found["curves"] == metrics["curves"] and weights(tmp_path / "out") == weights(out)
+
+
 def test_a_run_is_made_longer(flags, tmp_path):
     """Where the rates do not depend on the length; from a checkpoint that is named, in another folder."""
     trained(tmp_path / "whole", *flags, *LOCA)
@@ -284,6 +317,18 @@ def test_a_run_is_made_longer(flags, tmp_path):
     trained(tmp_path / "more", *flags, *LOCA, *again)
     trained(tmp_path / "half", *flags, *LOCA, "--resume_from_checkpoint", "latest")
     assert weights(tmp_path / "more") == weights(tmp_path / "half") == weights(tmp_path / "whole")
+
+
+def test_a_run_goes_on_with_its_batches_cut_otherwise(whole, flags, tmp_path, capsys):
+    """As on fewer processes, or after one ran out of memory; diffusers' scripts name a checkpoint of the output folder so."""
+    out, metrics = whole
+    trained(tmp_path / "out", *flags, *LOCA, *SMOOTH, "--max_train_steps", "3")
+    smaller = ("--train_batch_size", "2", "--gradient_checkpointing", "--resume_from_checkpoint", "checkpoint-3")
+    assert main(TRAIN, *flags, *LOCA, *SMOOTH, *smaller, "--output_dir", tmp_path / "out") == 2
+    assert "the finished run there took 4 pairs a step, not 2" in capsys.readouterr().err
+    found = trained(tmp_path / "out", *flags, *LOCA, *SMOOTH, *smaller, "--gradient_accumulation_steps", "2")
+    assert found["curves"]["loss"] == pytest.approx(metrics["curves"]["loss"], rel=1e-5)
+    torch.testing.assert_close(tensors(tmp_path / "out" / ADAPTER), tensors(out / ADAPTER), rtol=1e-3, atol=1e-5)
 
 
 @forks
@@ -300,6 +345,46 @@ def test_two_processes_are_one(method, flags, tmp_path, pictures):
     assert found["curves"]["loss"] == pytest.approx(metrics["curves"]["loss"], rel=1e-4)
     mine, theirs = tensors(out / ADAPTER), tensors(tmp_path / "one" / ADAPTER)
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_processes_have_time_to_wait(tmp_path):
+    """For the one that encodes thousands of pairs, hours in full size; torch's limit is 10 minutes on GPUs."""
+    accelerator = script(TRAIN).accelerator_for(precision="no", report_to="none", folder=tmp_path, moving=True)
+    assert accelerator.init_handler.timeout > timedelta(hours=24)
+
+
+def test_what_accelerate_is_configured_for_changes_no_loss(tmp_path, monkeypatch):
+    """Losses are shared out among the parts of a step here: accelerate would do so once more. Cut models are not trained."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    settings = {"precision": "no", "report_to": "none", "folder": tmp_path, "moving": True}
+    assert script(TRAIN).accelerator_for(**settings).gradient_accumulation_steps == 1
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="configured for DEEPSPEED"):
+        script(TRAIN).accelerator_for(**settings)
+
+
+def test_the_time_of_a_step_is_without_pictures(flags, tmp_path, monkeypatch, pictures):
+    """And without checkpoints; by a clock that goes on an hour for each sheet."""
+    shifted, clock = [0.0], time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + shifted[0])
+    drawn = script(TRAIN).Validation.sheet
+
+    def slow(validation):
+        shifted[0] += 3600
+        return drawn(validation)
+
+    monkeypatch.setattr(script(TRAIN).Validation, "sheet", slow)
+    metrics = trained(tmp_path / "out", *flags, *LOCA, "--validation_steps", "2")
+    assert shifted == [3 * 3600] and 0 < metrics["seconds_per_step"] < 60
+
+
+def test_other_pipelines_are_refused_before_anything_is_encoded(flags, tmp_path, capsys):
+    """Stable Diffusion XL loads as this pipeline, without its second text encoder."""
+    tiny.stable_diffusion_xl().save_pretrained(tmp_path / "xl")
+    asked = ("--pretrained_model_name_or_path", tmp_path / "xl", "--train_conv_in", "--center_crop")
+    assert main(TRAIN, *flags, *LOCA, *asked, "--output_dir", tmp_path / "out") == 2
+    assert "Stable Diffusion 1 and 2 can be trained so, and XL and others cannot" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_seed_is_drawn_where_none_is_given(flags, tmp_path):
@@ -355,6 +440,20 @@ def test_the_rates(flags, tmp_path):
     assert scaled["curves"]["lr"] == pytest.approx([4e-3])
 
 
+def test_a_rate_that_falls_to_a_floor(flags, tmp_path):
+    """As torch's own optimiser at one rate has it: the floor is of that rate, not of AdamW's usual one."""
+    from diffusers.optimization import get_scheduler
+
+    metrics = trained(tmp_path / "out", *flags, *LOCA, "--learning_rate", "2e-7", "--lr_scheduler", "polynomial")
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=2e-7)
+    scheduler, rates = get_scheduler("polynomial", optimizer, num_warmup_steps=0, num_training_steps=6), []
+    for _ in range(6):
+        rates += scheduler.get_last_lr()
+        optimizer.step()
+        scheduler.step()
+    assert metrics["curves"]["lr"] == pytest.approx(rates, rel=1e-9)
+
+
 def test_objectives(flags, tmp_path):
     """Each is another loss, of the same draws."""
     asked = {"plain": (), "v": ("--prediction_type", "v_prediction"), "snr": ("--snr_gamma", "1e-3")}
@@ -375,6 +474,41 @@ def test_bf16(flags, tmp_path, pictures):
     state = tensors(out / "checkpoint-6" / "state.safetensors")
     assert {value.dtype for name, value in state.items() if name.startswith("model.")} == {torch.float32}
     assert (out / "validation-6.png").exists()
+
+
+class Overflowing(torch.amp.GradScaler):
+    """What accelerate has for fp16, on the CPU; the second loss is too large."""
+
+    losses = 0
+
+    def scale(self, loss):
+        self.losses += 1
+        return super().scale(loss * (float("inf") if self.losses == 2 else 1))
+
+
+def test_steps_that_overflow_are_skipped(flags, tmp_path, monkeypatch):
+    """As in fp16 on a GPU: phase and rate stand still, and a run that goes on has the scaler's state, too."""
+    globals_ = script(TRAIN).train.__globals__
+    made, scalers = globals_["accelerator_for"], []
+
+    def scaling(**settings):
+        accelerator = made(**settings)
+        accelerator.scaler = Overflowing("cpu", init_scale=2.0, growth_interval=2)
+        scalers.append(accelerator.scaler)
+        scalers[-1].losses = 3 * (len(scalers) - 1)  # the second run goes on after the third step
+        return accelerator
+
+    monkeypatch.setitem(globals_, "accelerator_for", scaling)
+    few = ("--checkpointing_steps", "3", "--lr_scheduler", "linear", "--use_ema", "--max_grad_norm", "1e9")
+    metrics = trained(tmp_path / "out", *flags, *LOCA, *few)
+    assert "".join(phase[0] for phase in metrics["curves"]["phase"]) == "ccclcc"
+    assert metrics["curves"]["lr"] == pytest.approx([2e-2 * share / 6 for share in (6, 5, 5, 4, 3, 2)])
+    state = tensors(tmp_path / "out" / "checkpoint-6" / "state.safetensors")
+    assert all(value.isfinite().all() for value in state.values())
+    shutil.copytree(tmp_path / "out" / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
+    found = trained(tmp_path / "again", *flags, *LOCA, *few, "--resume_from_checkpoint", "latest")
+    assert found["curves"] == metrics["curves"] and weights(tmp_path / "again") == weights(tmp_path / "out")
+    assert scalers[0].state_dict() == scalers[1].state_dict()
 
 
 def test_files_of_half_the_size(flags, tmp_path):
@@ -434,8 +568,44 @@ def test_upload(flags, data, tmp_path, monkeypatch, pictures, capsys):
     _, front, text = Hub.files["README.md"].decode().split("---\n", 2)
     about = yaml.safe_load(front)
     assert about["library_name"] == "diffusers" and "instruct-pix2pix" in about["tags"] and "base_model" not in about
+    assert "picture = pipe('make it red', image=photo" in text  # of the data, where no instruction is given
     assert 'pipe.load_loca_weights("me/cartoon")' in text and "validation-6.png" in text and str(data.parent) not in text
     compile(text.split("```python\n")[1].split("```")[0], "README.md", "exec")
+    home = [str(place).encode() for place in (data.parent, tmp_path)]
+    assert not [path for path, content in Hub.files.items() for place in home if place in content]
+    shown = yaml.safe_load(Hub.files["config.yaml"])
+    assert (shown["output_dir"], shown["train_data_dir"]) == ("cartoon", data.name)
+    assert str(data) in (out / "config.yaml").read_text()  # here it is needed
+
+
+def test_the_code_of_a_card_draws_what_the_picture_shows(flags, base, tmp_path, monkeypatch):
+    """Of the very base, with what the adapter was trained to predict, and with the guidance of the picture."""
+    from loca_vision.edit_card import edit_card
+
+    metrics = trained(tmp_path / "out", *flags, *LOCA, "--prediction_type", "v_prediction", "--max_train_steps", "1")
+    metrics["config"] |= {"pretrained_model_name_or_path": "a/base", "revision": "main", "validation_guidance_scale": 3.0}
+    code = edit_card(metrics, "me/adapter").split("```python\n")[1].split("```")[0]
+    asked = []
+    pipe = pipeline(base)
+    pipe.load_loca_weights = lambda name: asked.append(name)
+    call = type(pipe).__call__
+    monkeypatch.setattr(type(pipe), "__call__", lambda self, *one, **more: asked.append(more) or call(self, *one, **more))
+    monkeypatch.setattr(
+        StableDiffusionInstructPix2PixPipeline, "from_pretrained", lambda name, **more: asked.append((name, more)) or pipe
+    )
+    monkeypatch.setattr("diffusers.utils.load_image", lambda name: scene(16))
+    exec(compile(code, "README.md", "exec"), {})
+    assert asked[:2] == [("a/base", {"revision": "main"}), "me/adapter"]
+    assert (asked[2]["guidance_scale"], asked[2]["image_guidance_scale"], asked[2]["num_inference_steps"]) == (3.0, 1.5, 2)
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_a_base_that_is_gone_is_no_name_on_the_hub(flags, tmp_path):
+    from loca_vision.edit_card import edit_card
+
+    metrics = trained(tmp_path / "out", *flags, *LOCA, "--max_train_steps", "1")
+    metrics["config"] |= {"pretrained_model_name_or_path": "/home/me/base", "train_data_dir": "/home/me/pairs"}
+    assert "/home/me" not in edit_card(metrics, "me/adapter")
 
 
 # What is refused
@@ -461,7 +631,7 @@ REFUSED = {
     "guidance": (("--validation_guidance_scale", "0.5"), "guidance_scale=0.5: it is a finite number from 1 up"),
     "column": ((*LOCA, "--original_image_column", "befor"), "has no such column"),
     "resolution": (("--resolution", "17"), "resolution=17: it is a multiple of 2"),
-    "batch": ((*LOCA, "--train_batch_size", "11"), "too few for one batch"),
+    "batch": ((*LOCA, "--train_batch_size", "11"), "a step takes 11 pairs"),
     "components": (("--n_components", "1000"), "n_components=1000"),
     "base": (
         ("--pretrained_model_name_or_path", "nowhere/at-all"),
@@ -471,8 +641,13 @@ REFUSED = {
     "conv_in": (("--conv_in_lr", "1"), "conv_in_lr=1.0: say --train_conv_in too"),
     "ema": (("--ema_decay", "0.5"), "ema_decay=0.5: say --use_ema too"),
     "token": (("--hub_token", "x"), "--hub_token: say --push_to_hub too"),
+    "shown token": (
+        ("--hub_token", "x", "--push_to_hub", "--report_to", "wandb"),
+        "the command line goes to others, and the token with it",
+    ),
     "xformers": (("--enable_xformers_memory_efficient_attention",), "it needs xformers"),
     "8 bit": (("--use_8bit_adam",), "it needs bitsandbytes"),
+    "config of a folder": ((*LOCA, "--dataset_config_name", "all"), "and a data set on the hub has such"),
     "checkpoint": (("--resume_from_checkpoint", "nowhere"), "'nowhere': there is no such folder"),
 }
 
@@ -507,7 +682,64 @@ def test_what_resume_refuses(whole, flags, plain_base, tmp_path, capsys):
     from_there = ("--output_dir", tmp_path / "out", "--resume_from_checkpoint", out / "checkpoint-6")
     assert main(TRAIN, *same, *from_there, "--targets", "q") == 2
     assert "the run there has other settings: targets=['q'], ['q', 'k', 'v', 'out'] before" in capsys.readouterr().err
+    for more, sentence in {
+        ("--train_batch_size", "2"): "batch_size=2, 4 before; of all 1 processes together",
+        ("--max_train_samples", "5"): "the run there has other settings: max_train_samples=5",
+        ("--max_train_steps", "3"): "6 steps are taken there, and this run is to have 3",
+    }.items():
+        assert main(TRAIN, *same, *from_there, *more) == 2
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out" / "metrics.json").exists()
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_another_number_of_pairs_is_not_gone_on_with(flags, data, tmp_path, capsys):
+    """The permutations of an epoch would be others."""
+    pairs, out = tmp_path / "pairs", tmp_path / "out"
+    shutil.copytree(data, pairs)
+    same = (*flags, *LOCA, "--train_data_dir", pairs, "--max_train_steps", "2")
+    trained(out, *same)
+    table = pairs / "train" / "metadata.jsonl"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:9]))
+    (out / "metrics.json").unlink()  # as of a run that is killed at the end
+    assert main(TRAIN, *same, "--output_dir", out, "--resume_from_checkpoint", "latest") == 2
+    assert "pairs=9, 10 before" in capsys.readouterr().err
+
+
+def test_runs_are_not_written_over(whole, flags, tmp_path, capsys):
+    """By one that goes on from a checkpoint elsewhere, or from none."""
+    out, _ = whole
+    mine, same = tmp_path / "mine", (*flags, *LOCA, *SMOOTH)
+    trained(mine, *same, "--max_train_steps", "1")
+    (mine / "metrics.json").rename(tmp_path / "metrics.json")
+    before = {path.name: path.stat().st_mtime_ns for path in mine.iterdir()}
+    assert main(TRAIN, *same, "--output_dir", mine, "--resume_from_checkpoint", out / "checkpoint-6") == 2
+    assert "a run is in there (checkpoint-1)" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in mine.iterdir()} == before
+    (tmp_path / "metrics.json").rename(mine / "metrics.json")
+    shutil.rmtree(mine / "checkpoint-1")
+    assert main(TRAIN, *same, "--output_dir", mine, "--resume_from_checkpoint", "latest") == 2
+    assert "the finished run there left no whole checkpoint to go on from" in capsys.readouterr().err
+
+
+def test_a_finished_run_says_so_and_may_be_saved_in_another_dtype(whole, flags, tmp_path, capsys):
+    out, metrics = whole
+    shutil.copytree(out, tmp_path / "out")
+    again = ("--output_dir", tmp_path / "out", "--resume_from_checkpoint", "latest")
+    assert main(TRAIN, *flags, *LOCA, *SMOOTH, *again) == 0
+    assert "finished, after step 6" in capsys.readouterr().out
+    assert main(TRAIN, *flags, *LOCA, *SMOOTH, *again, "--adapter_dtype", "float16") == 0
+    with open_safetensors(tmp_path / "out" / ADAPTER) as file:
+        assert {entry.dtype for name, entry in file.entries.items() if name.endswith("coefficients")} == {"F16"}
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["curves"] == metrics["curves"]
+
+
+def test_a_checkpoint_of_another_script_is_no_fault(flags, tmp_path, capsys):
+    at = flags.index("--seed")
+    path = write_checkpoint(tmp_path / "other", 1, {"a": torch.zeros(1)}, {"recipe": {"dataset": "digits"}})
+    for given in (flags, (*flags[:at], *flags[at + 2 :])):
+        assert main(TRAIN, *given, *LOCA, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", path) == 2
+        assert "it is a checkpoint, but not of InstructPix2Pix training" in capsys.readouterr().err
 
 
 # Settings
@@ -515,7 +747,7 @@ def test_what_resume_refuses(whole, flags, plain_base, tmp_path, capsys):
 STOCK = {
     "revision": None, "variant": None, "dataset_name": None, "train_data_dir": None, "original_image_column": "input_image",
     "edited_image_column": "edited_image", "edit_prompt_column": "edit_prompt", "val_image_url": None,
-    "validation_prompt": None,
+    "validation_prompt": None, "dataset_config_name": None,
     "num_validation_images": 4, "validation_epochs": 1, "max_train_samples": None, "output_dir": "instruct-pix2pix-model",
     "cache_dir": None, "seed": None, "resolution": 256, "center_crop": False, "random_flip": False, "train_batch_size": 16,
     "num_train_epochs": 100, "max_train_steps": None, "gradient_accumulation_steps": 1, "gradient_checkpointing": False,
@@ -539,6 +771,13 @@ def test_flags_and_defaults_of_the_stock_script(capsys, monkeypatch):
     assert all(f"--{name}" in said for name in EditRecipe.__dataclass_fields__)
 
 
+def test_home(monkeypatch, tmp_path):
+    """As in a file of settings, where no shell reads it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = script(TRAIN).settled(EditRecipe("base", dataset_name="a/b", output_dir=Path("~/out"), cache_dir=Path("~/c")), ())
+    assert (recipe.output_dir, recipe.cache_dir, recipe.latents_dir) == (tmp_path / "out", tmp_path / "c", None)
+
+
 def test_the_paper_s_table(base, data):
     """LoCA, Table 11."""
     command = script(TRAIN)
@@ -549,3 +788,9 @@ def test_the_paper_s_table(base, data):
         assert (of.method, of.learning_rate, of.loca_scale) == more
         assert (of.train_batch_size, of.gradient_accumulation_steps, of.max_train_steps) == (2, 4, 10000)
         assert (of.adam_weight_decay, of.targets, of.learning_steps) == (1e-2, ("q", "k", "v", "out"), 1200)
+        assert of.validation_steps == 500
+        parsed = command.parse(
+            EditRecipe, [*needed, "--preset", name, "--validation_epochs", "2"], prog="", presets=command.EDIT_PRESETS
+        )
+        of = command.settled(parsed.settings, parsed.given)
+        assert (of.validation_steps, of.validation_epochs) == (None, 2)  # a flag is not passed over for a preset

@@ -131,6 +131,14 @@ def test_a_row_without_an_image_and_a_broken_one_are_named():
     assert pairs[0].prompt == "prompt 0"
 
 
+def test_an_image_that_would_fill_the_memory_is_named():
+    lines = [Image.new("RGB", size) for size in ((100, 1), (101, 1), (1, 300), (8, 8), (8, 8))]
+    pairs = Pairs(table(original_image=lines), CARTOONIZATION, "x")
+    assert pairs[0].original.size == (100, 1)
+    with pytest.raises(ValueError, match="x, row 2, original_image: 1 x 300 pixels: one side is over 100 times the other"):
+        pairs[2]
+
+
 def test_what_is_not_there_is_one_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
@@ -138,6 +146,15 @@ def test_what_is_not_there_is_one_sentence(tmp_path):
         with pytest.raises(OSError, match="cannot be read as a data set") as caught:
             read_pairs(source, cache_dir=tmp_path / "cache")
         assert str(source) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_configuration_on_the_hub(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, **more: asked.append((source, more)) or table())
+    assert len(read_pairs("user/set", columns=CARTOONIZATION, config="large", revision="main")) == 5
+    assert asked == [("user/set", {"revision": "main", "name": "large", "split": "train", "cache_dir": None})]
+    with pytest.raises(ValueError, match=r"dataset_config_name='large': .* is on this machine"):
+        read_pairs(tmp_path, config="large")
 
 
 def test_without_the_library_it_says_what_to_install(monkeypatch):

@@ -25,9 +25,9 @@ from loca_vision.checkpoint_folder import read_checkpoint
 from loca_vision.console import guarded
 from loca_vision.edit_card import edit_card
 from loca_vision.edit_data import EditData
-from loca_vision.edit_fit import EditRun, checkpoint_of, saved_settings
+from loca_vision.edit_fit import EditRun, checkpoint_of, saved_settings, settings_in
 from loca_vision.edit_models import NAME, EditModels
-from loca_vision.edit_recipe import EDIT_PRESETS, EditRecipe, differences, settled
+from loca_vision.edit_recipe import EDIT_PRESETS, EditRecipe, batch_of, differences, settled
 from loca_vision.edit_validation import Validation, cases_of, sampling_of
 from loca_vision.environment import environment
 from loca_vision.hub import push
@@ -62,7 +62,7 @@ def train(recipe: EditRecipe) -> dict[str, Any]:
     _check_folder(recipe)
     accelerator.wait_for_everyone()  # before the first of the processes writes
     recipe = _with_seed(recipe)
-    metrics = _finished(recipe)
+    metrics = _finished(recipe, accelerator)
     if metrics is None:
         torch.backends.cuda.matmul.allow_tf32 = recipe.allow_tf32
         set_seed(recipe.seed or 0)
@@ -82,12 +82,17 @@ def _check_folder(recipe: EditRecipe) -> None:
     folder = recipe.output_dir
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={str(folder)!r}: a file is in the place of that folder")
-    checkpoint_of(recipe)
+    path = checkpoint_of(recipe)
     there = [*folder.glob("checkpoint-*"), *folder.glob(METRICS)]
     if there and not recipe.resume_from_checkpoint:
         raise ValueError(
             f"output_dir={str(folder)!r}: a run is in there ({there[0].name}); say --resume_from_checkpoint latest, "
             "or choose another folder"
+        )
+    if there and path is not None and path.parent.resolve() != folder.resolve():
+        raise ValueError(
+            f"output_dir={str(folder)!r}: a run is in there ({there[0].name}), and {path} is of another one; choose another "
+            "folder, or go on with what is there: --resume_from_checkpoint latest"
         )
 
 
@@ -96,28 +101,39 @@ def _with_seed(recipe: EditRecipe) -> EditRecipe:
     if recipe.seed is not None:
         return recipe
     path = checkpoint_of(recipe)
-    before = read_checkpoint(path)[1]["recipe"]["seed"] if path else None
+    before = settings_in(path, read_checkpoint(path)[1])["seed"] if path else None
     (seed,) = broadcast_object_list([secrets.randbelow(2**31) if before is None else before])
     return replace(recipe, seed=seed)
 
 
-def _finished(recipe: EditRecipe) -> dict[str, Any] | None:
+def _finished(recipe: EditRecipe, accelerator: Accelerator) -> dict[str, Any] | None:
     """The metrics of the run in the output folder, where it is this one and done."""
     if not (recipe.output_dir / METRICS).exists():
         return None
     metrics, now = read_metrics(recipe.output_dir), saved_settings(recipe)
     for difference in differences(recipe, metrics["config"], now):
         raise ValueError(f"{recipe.output_dir}: the finished run there has other settings: {difference}")
-    same = all(metrics["config"][name] == now[name] for name in ("max_train_steps", "num_train_epochs"))
-    return metrics if same else None
+    batch = batch_of(recipe, accelerator.num_processes)
+    if batch != metrics["batch_size"]:
+        raise ValueError(f"{recipe.output_dir}: the finished run there took {metrics['batch_size']} pairs a step, not {batch}")
+    if all(metrics["config"][name] == now[name] for name in ("max_train_steps", "num_train_epochs", "adapter_dtype")):
+        if accelerator.is_main_process:
+            print(f"{recipe.output_dir}: finished, after step {metrics['steps']}")
+        return metrics
+    if checkpoint_of(recipe) is None:
+        raise ValueError(f"{recipe.output_dir}: the finished run there left no whole checkpoint to go on from")
+    return None
 
 
 def _trained(run: EditRun) -> dict[str, Any]:
     """From the first step, or where a checkpoint stood, to the last one; the adapter and what is to be said about it."""
     recipe, accelerator, folder = run.recipe, run.accelerator, run.recipe.output_dir
     numbers = run.models.counts()
-    if recipe.resume_from_checkpoint and run.resume() and accelerator.is_main_process:
-        print(f"{folder}: going on after step {run.progress.step} of {run.total}")
+    if recipe.resume_from_checkpoint:
+        found = run.resume()
+        if accelerator.is_main_process:
+            after = f"going on after step {run.progress.step}" if found else "no whole checkpoint is there; from the first step"
+            print(f"{folder}: {after} of {run.total}")
     _begin(recipe, accelerator)
     run.train()
     run.draw()
@@ -153,6 +169,7 @@ def _written(run: EditRun, numbers: dict[str, int]) -> dict[str, Any]:
         "steps": progress.step,
         "batch_size": run.sampler.batch_size,
         "pairs": len(run.data.pairs),
+        "example_prompt": recipe.validation_prompt or run.data.pairs[0].prompt,
         "seconds_per_step": progress.seconds / progress.step,
         "waiting_for_data_per_step": progress.waiting / progress.step,
         "peak_memory_bytes": peak_memory(run.accelerator.device),

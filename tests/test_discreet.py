@@ -1,0 +1,34 @@
+"""What of a run's settings others may read."""
+
+import pytest
+
+from loca_vision.discreet import discreet, tells_a_place
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/me/pairs", "pairs"),
+        ("/home/me/pairs/", "pairs"),
+        ("~/pairs", "pairs"),
+        ("~", "."),
+        ("/", "."),
+        ("../../me/pairs", "pairs"),
+        ("C:\\Users\\me\\pairs", "pairs"),
+        ("C:/Users/me/pairs", "pairs"),
+        ("data/pairs", "data/pairs"),
+        ("timbrooks/instruct-pix2pix", "timbrooks/instruct-pix2pix"),
+        ("cosine", "cosine"),
+        ("https://me:key@host/a.png?token=secret#there", "https://host/a.png"),
+        ("https://host/a.png", "https://host/a.png"),
+        ("", ""),
+    ],
+)
+def test_texts(text, shown):
+    assert discreet(text) == shown
+    assert not tells_a_place(shown)
+
+
+def test_everything_else_stays():
+    value = {"a": [1, 2.5, None, True, {"b": "/x/y"}], "validation_prompt": "/imagine a/cat", "c": "x"}
+    assert discreet(value) == {"a": [1, 2.5, None, True, {"b": "y"}], "validation_prompt": "/imagine a/cat", "c": "x"}
