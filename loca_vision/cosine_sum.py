@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loca_vision.cosines import Form, Offset, coefficient_gradient, location_gradient, offsets, shifted
 from loca_vision.dct import dct, dct2, idct, matrix_for
-
-_STEPS = {"central": ((1, 0.5), (-1, -0.5)), "forward": ((1, 1.0), (0, -1.0)), "backward": ((0, 1.0), (-1, -1.0))}
 
 # One entry of the sampled product costs about as much as this many entries of a full transform (CPU, 768 x 768).
 _SAMPLE_COST = 128
@@ -56,12 +55,10 @@ def _cosine_sum_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of coefficients (B,) and, if `moving`, locations (B, 2), otherwise an empty tensor: from one Z = C G D^T."""
     with torch.autocast(grad.device.type, enabled=False):
-        if not moving:
-            return scale * _spectrum_at(grad, cells), grad.new_empty(0)
-        z = dct2(grad)
-        at_cells = z[cells[:, 0], cells[:, 1]]
-        slopes = [(size - 1) * _difference(z, cells, axis, difference) for axis, size in enumerate(grad.shape)]
-        return scale * at_cells, scale * coefficients[:, None] * torch.stack(slopes, 1)
+        form = Form((grad.shape[0], grad.shape[1]), scale, difference)
+        z = spectrum_at(grad, cells, offsets(difference, True, moving))
+        slopes = location_gradient(z, coefficients, form) if moving else grad.new_empty(0)
+        return coefficient_gradient(z, form), slopes
 
 
 @_cosine_sum.register_fake
@@ -133,14 +130,12 @@ def _backward_applied(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _cosine_applied.register_autograd(_backward_applied, setup_context=_save_applied)
 
 
-def _difference(z: Tensor, cells: Tensor, axis: int, difference: str) -> Tensor:
-    """Finite difference of `z` (p, q) at `cells` along one axis, in units of cells: (B,)."""
-    slope = z.new_zeros(len(cells))
-    for offset, weight in _STEPS[difference]:
-        place = list(cells.unbind(1))
-        place[axis] = (place[axis] + offset).clamp(0, z.shape[axis] - 1)
-        slope += weight * z[place[0], place[1]]
-    return slope
+def spectrum_at(grad: Tensor, cells: Tensor, places: list[Offset]) -> dict[Offset, Tensor]:
+    """Z = C G D^T of a gradient G (p, q) at cells (B, 2) and beside them: (B,) for each of the places."""
+    if places == [(0, 0)]:
+        return {(0, 0): _spectrum_at(grad, cells)}
+    z, shape = dct2(grad), (grad.shape[0], grad.shape[1])
+    return {place: z[tuple(shifted(cells, place, shape).T)] for place in places}
 
 
 def _spectrum_at(grad: Tensor, cells: Tensor) -> Tensor:

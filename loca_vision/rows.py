@@ -39,17 +39,22 @@ def computed_in(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
 
+def as_computed(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same in autocast's dtype, where it is on."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, weight, bias
+    dtype = computed_in(x)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[RowDelta]) -> Tensor:
     """x weight^T + bias, in autocast's dtype where it is on: (..., q) to (..., n).
 
     `weight` (n, q) already contains the updates and has no gradient; each update's is that of its own rows of the weight,
     so that nothing is computed for rows nobody adapts, a third of a fused qkv with query and value.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = computed_in(x)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows, deltas = zip(*updates, strict=True)
-    result: Tensor = _RowLinear.apply(x, weight, bias, rows, *deltas)
+    result: Tensor = _RowLinear.apply(*as_computed(x, weight, bias), rows, *deltas)
     return result
 
 

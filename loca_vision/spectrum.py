@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loca_vision.cosine_sum import cosine_applied, cosine_sum
+from loca_vision.cosines import Cosines, Form
 from loca_vision.kinds import generator_of
 from loca_vision.offload import stored
 from loca_vision.update import Update
@@ -63,6 +64,10 @@ class Spectrum(Update):
             self.confine()  # for those who train without a schedule, which does it too
         scale = self.scale * strength
         return cosine_sum(self.coefficients, self.locations, self.cells, self.shape, scale, self.difference)
+
+    def cosines(self, strength: float = 1.0) -> Cosines | None:
+        form = Form(self.shape, self.scale * strength, self.difference)
+        return Cosines(self.coefficients, self.locations, self.cells, form)
 
     def applied(self, x: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         """x times `strength` times the update, x Delta W^T, without building it: (..., q) to (..., p) in x's dtype.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loca_vision.rows import LowRankRows, RowDelta, Rows, add_rows, computed_in, low_rank_linear, low_rank_term, row_linear
+from loca_vision.spectral_rows import CosineRows, spectral_linear
 from loca_vision.update import Update
 
 
@@ -137,10 +138,12 @@ class Reading(nn.Module):
         whole, pairs = self._by_rank(acting)
         if not whole:
             return low_rank_linear(x, base, bias, pairs)
-        updates = self._deltas(acting, base)
+        cosines = _cosines(acting, self.circumstances.number, base.device)
+        with torch.set_grad_enabled(cosines is None):
+            updates = self._deltas(acting, base)
         with torch.no_grad():
             weight = add_rows(base, updates)
-        return row_linear(x, weight, bias, updates)
+        return row_linear(x, weight, bias, updates) if cosines is None else spectral_linear(x, weight, bias, cosines)
 
     # The update alone, for weights that cannot be read or must not be written out
 
@@ -334,6 +337,19 @@ class FusedUpdates(Reading):
 def _tensors(acting: list[Acting]) -> Iterator[Tensor]:
     for one in acting:
         yield from one.update.tensors()
+
+
+def _cosines(acting: list[Acting], factor: float, device: torch.device) -> list[CosineRows] | None:
+    """What learns, where all of it is sums of cosines that are at hand on the device."""
+    found: list[CosineRows] = []
+    for one in acting:
+        if not any(value.requires_grad for value in one.update.tensors()):
+            continue
+        cosines = one.update.cosines(factor * one.strength)
+        if cosines is None or cosines.coefficients.device != device:
+            return None
+        found.append((one.rows, cosines))
+    return found
 
 
 def _rows_of(weight: Tensor | None, one: Acting, device: torch.device) -> Tensor | None:

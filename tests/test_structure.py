@@ -12,10 +12,11 @@ PACKAGE = Path(loca_vision.__file__).parent
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
     {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls", "sampling"}
-    | {"console", "settings_value", "optimizer_state", "presets", "evaluation", "cartoon", "encoders", "contact_sheet"},
+    | {"console", "cosines", "paths", "settings_value", "optimizer_state", "presets", "evaluation", "cartoon", "encoders"}
+    | {"contact_sheet"},
     {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings_file", "augmentation", "published", "hub_datasets"}
-    | {"photographs", "pairs", "diffusion_loss", "environment"},
-    {"kinds", "manifest", "catalogue", "settings", "tensor_store", "pair_views"},
+    | {"photographs", "pairs", "diffusion_loss", "environment", "token_spectrum"},
+    {"spectral_rows", "kinds", "manifest", "catalogue", "settings", "tensor_store", "pair_views"},
     {"approximation", "factors", "lora_names", "lora_scales", "diffusion_cache"},
     {"spectrum", "low_rank", "checkpoint_folder", "datasets"},
     {"sparse"},

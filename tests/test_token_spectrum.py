@@ -1,0 +1,59 @@
+"""The gradient's spectrum from activations, against the transform of the whole gradient."""
+
+import pytest
+import torch
+
+import loca_vision.token_spectrum as module
+from loca_vision.dct import dct2
+from loca_vision.token_spectrum import spectra_at, tokens_at_once
+
+SIZES = [(1, 1, 1), (1, 5, 3), (7, 1, 6), (9, 6, 1), (40, 8, 8), (33, 13, 20), (100, 31, 64), (70, 530, 18)]
+
+
+def every_cell(rows, cols):
+    return torch.cartesian_prod(torch.arange(rows), torch.arange(cols)).view(-1, 2)
+
+
+def factors(tokens, rows, cols, dtype=torch.float64):
+    return torch.randn(tokens, cols, dtype=dtype), torch.randn(tokens, rows, dtype=dtype)
+
+
+@pytest.mark.parametrize(("tokens", "rows", "cols"), SIZES)
+@pytest.mark.parametrize("count", ("one", "some", "all"))
+def test_values_are_those_of_the_whole_gradient(tokens, rows, cols, count, monkeypatch):
+    monkeypatch.setattr(module, "_NUMBERS_AT_ONCE", 1)  # pieces of 32 tokens, and a rest
+    x, grad = factors(tokens, rows, cols)
+    cells = every_cell(rows, cols)
+    cells = cells[torch.randperm(len(cells))][: {"one": 1, "some": 1 + len(cells) // 3, "all": None}[count]]
+    ((found,),) = spectra_at(x, [grad], [[cells]])
+    torch.testing.assert_close(found, dct2(grad.T @ x)[tuple(cells.T)], rtol=1e-12, atol=1e-12)
+
+
+def test_several_gradients_share_the_activations_and_may_ask_several_times():
+    x, first = factors(50, 6, 9)
+    second = torch.randn(50, 11, dtype=torch.float64)
+    asked = [[every_cell(6, 9), torch.tensor([[2, 3], [2, 3], [0, 8]])], [], [every_cell(11, 9)]]
+    found = spectra_at(x, [first, first, second], asked)
+    assert [len(values) for values in found] == [2, 0, 1]
+    for grad, values, cells in zip((first, first, second), found, asked, strict=True):
+        for some, places in zip(values, cells, strict=True):
+            torch.testing.assert_close(some, dct2(grad.T @ x)[tuple(places.T)], rtol=1e-12, atol=1e-12)
+
+
+def test_columns_of_a_wider_gradient_need_no_copy():
+    x, wide = factors(40, 24, 9)
+    ((found,),) = spectra_at(x, [wide[:, 8:16]], [[every_cell(8, 9)]])
+    torch.testing.assert_close(found, dct2(wide[:, 8:16].T @ x).flatten(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_half_precision_is_summed_in_float32(dtype):
+    x, grad = (value.to(dtype) for value in factors(200, 12, 10))
+    ((found,),) = spectra_at(x, [grad], [[every_cell(12, 10)]])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), dct2(grad.double().T @ x.double()).flatten(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", (1, 31, 768, 4096, 10**6))
+def test_pieces_are_neither_tiny_nor_huge(width):
+    assert tokens_at_once(width) % 16 == 0 and 32 <= tokens_at_once(width) <= 512
