@@ -2,15 +2,19 @@
 
 There are two. *Whole*: the gradient dY^T X as a matrix, transformed and read at the cells. *Sampled*: activations and output
 gradients transformed token by token, and a dot product over the tokens for each cell. The transform of the activations is
-shared by all projections that see them.
+shared by all projections that one product adapts.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+# Numbers of one operand that are transformed at a time: what the steps in between keep stays in a core's own cache.
+_NUMBERS_AT_ONCE = 3 * 2**15
+_LEAST_TOKENS, _MOST_TOKENS = 32, 512
 
 
 @dataclass(frozen=True)
@@ -18,12 +22,14 @@ class Costs:
     """Seconds that one thread of a device takes.
 
     Attributes:
-        product: for a multiplication and addition of a matrix product in float32.
-        half_product: the same in bfloat16 or float16.
-        transform: for a number of the whole gradient and a factor of two in the length of its transform.
-        tokens: the same of activations, with turning them to a row for each frequency.
-        dot: for a multiplication and addition of the dot product of a cell.
-        chunk: what each piece of the tokens costs whatever its size.
+        product: of a product of float32 matrices, for a multiplication with its addition.
+        half_product: the same of bfloat16 or float16.
+        transform: of the whole gradient, for a number and each doubling of the transform's length.
+        tokens: of activations, transformed and turned to a row for each frequency: the same.
+        dot: of a cell's dot product, for a multiplication with its addition.
+        cell: of a cell, besides.
+        piece: of a piece of the tokens, besides.
+        serial: the share of `tokens` and `transform` that more threads make no faster.
     """
 
     product: float
@@ -31,12 +37,30 @@ class Costs:
     transform: float
     tokens: float
     dot: float
-    chunk: float
+    cell: float
+    piece: float
+    serial: float = 0.4
+
+    def of_threads(self, threads: int) -> Costs:
+        """What they are together; cells and pieces are bookkeeping, which one of them does."""
+        shared = self.serial + (1 - self.serial) / threads
+        even = {name: getattr(self, name) / threads for name in ("product", "half_product", "dot")}
+        return replace(self, **even, transform=self.transform * shared, tokens=self.tokens * shared)
 
 
-# Measured with examples/benchmarks/paths.py, which prints a line like these for the machine it runs on. A device that is not
-# here takes the whole gradient: its matrix products are what it does best.
-COSTS: dict[str, Costs] = {"cpu": Costs(17e-12, 2e-12, 0.35e-9, 0.15e-9, 0.12e-9, 40e-6)}
+# By device. `examples/benchmarks/paths.py` measures them, and prints a line to put here or to assign. A device that is not here
+# takes the whole gradient: matrix products are what accelerators do best.
+COSTS: dict[str, Costs] = {
+    "cpu": Costs(
+        product=1.3e-11,
+        half_product=2.9e-12,
+        transform=3.6e-10,
+        tokens=2.8e-10,
+        dot=8.6e-11,
+        cell=9.4e-8,
+        piece=9e-5,
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -54,32 +78,48 @@ class Asked:
     places: int
 
 
-def sampled(asked: list[Asked], tokens: int, device: torch.device, dtype: torch.dtype) -> list[bool]:
-    """For each update of one weight, whether its gradient is sampled: as cheap as the model knows for all together."""
-    costs = COSTS.get(device.type)
-    if costs is None or not asked:
-        return [False] * len(asked)
-    gains = [whole_seconds(one, tokens, dtype, costs) - sampled_seconds(one, tokens, costs) for one in asked]
-    gained = [one.places > 0 and gain > 0 for one, gain in zip(asked, gains, strict=True)]
-    total = sum(gain for gain, wins in zip(gains, gained, strict=True) if wins)
-    worthwhile = total > shared_seconds(asked[0].shape[1], tokens, costs)
-    return [worthwhile and wins for wins in gained]
+@dataclass(frozen=True)
+class Choice:
+    """The seconds that both ways take by the model, without what they share; None where a device's costs are not known.
+
+    Attributes:
+        sampled: whether the gradient is sampled.
+    """
+
+    sampled: bool
+    seconds_whole: float | None = None
+    seconds_sampled: float | None = None
 
 
-def whole_seconds(one: Asked, tokens: int, dtype: torch.dtype, costs: Costs) -> float:
+def choose(asked: list[Asked], tokens: int, device: torch.device, dtype: torch.dtype) -> list[Choice]:
+    """A way for each of the updates that share their activations (n, q), the cheapest for all of them together."""
+    if device.type not in COSTS or not asked:
+        return [Choice(False)] * len(asked)
+    costs = COSTS[device.type].of_threads(torch.get_num_threads())
+    found = [(one, _whole(one, tokens, dtype, costs), _sampled(one, tokens, costs)) for one in asked]
+    gained = sum(max(whole - few, 0) for one, whole, few in found if one.places)
+    worthwhile = gained > _transformed(asked[0].shape[1], tokens, costs)
+    return [Choice(worthwhile and one.places > 0 and few < whole, whole, few) for one, whole, few in found]
+
+
+def tokens_at_once(width: int) -> int:
+    """Of activations and gradients that are no wider than this; as many more as there are threads to share them."""
+    most = torch.get_num_threads() * _NUMBERS_AT_ONCE // width
+    return min(max(most, _LEAST_TOKENS), _MOST_TOKENS) // 16 * 16
+
+
+def _whole(one: Asked, tokens: int, dtype: torch.dtype, costs: Costs) -> float:
     rows, cols = one.shape
     product = costs.half_product if dtype.itemsize < 4 else costs.product
     return rows * cols * (tokens * product + math.log2(rows * cols) * costs.transform)
 
 
-def sampled_seconds(one: Asked, tokens: int, costs: Costs) -> float:
+def _sampled(one: Asked, tokens: int, costs: Costs) -> float:
     """Without the transform of the activations, which is shared."""
-    return _transform_seconds(one.shape[0], tokens, costs) + tokens * one.cells * one.places * costs.dot
+    values = one.cells * one.places
+    return _transformed(one.shape[0], tokens, costs) + values * (tokens * costs.dot + costs.cell)
 
 
-def shared_seconds(cols: int, tokens: int, costs: Costs) -> float:
-    return _transform_seconds(cols, tokens, costs)
-
-
-def _transform_seconds(length: int, tokens: int, costs: Costs) -> float:
-    return tokens * length * math.log2(2 * length) * costs.tokens + costs.chunk * math.ceil(tokens / 128)
+def _transformed(length: int, tokens: int, costs: Costs) -> float:
+    pieces = math.ceil(tokens / tokens_at_once(length))
+    return tokens * length * math.log2(2 * length) * costs.tokens + pieces * costs.piece / 2

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from loca_vision.cosine_sum import spectrum_at
 from loca_vision.cosines import Cosines, Form, Offset, coefficient_gradient, location_gradient, offsets, shifted
-from loca_vision.paths import Asked, sampled
+from loca_vision.paths import Asked, choose
 from loca_vision.rows import Rows, as_computed
 from loca_vision.token_spectrum import spectra_at
 
@@ -82,7 +82,7 @@ class _SpectralLinear(torch.autograd.Function):
 def _spectra(x: Tensor, grad: Tensor, parts: list[_Part]) -> list[dict[Offset, Tensor]]:
     """The spectrum of each part's gradient where it asks for it; x is (n, q), grad (n, p) with all rows of the weight."""
     asked = [Asked(part.form.shape, len(part.cells), len(part.offsets)) for part in parts]
-    by_token = sampled(asked, len(x), x.device, x.dtype)
+    by_token = [choice.sampled for choice in choose(asked, len(x), x.device, x.dtype)]
     with torch.autocast(x.device.type, enabled=False):
         few = iter(_sampled_spectra(x, grad, [part for part, choice in zip(parts, by_token, strict=True) if choice]))
         return [next(few) if choice else _whole_spectrum(x, grad, part) for part, choice in zip(parts, by_token, strict=True)]

@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from loca_vision.dct import fft_plan
-
-# Numbers of one transformed operand that are worked on at a time: what the steps in between keep stays in a core's own cache.
-_NUMBERS_AT_ONCE = 3 * 2**15
-_LEAST_TOKENS, _MOST_TOKENS = 32, 512
+from loca_vision.paths import tokens_at_once
 
 
 def spectra_at(x: Tensor, grads: list[Tensor], cells: list[list[Tensor]]) -> list[list[Tensor]]:
@@ -41,11 +38,6 @@ def spectra_at(x: Tensor, grads: list[Tensor], cells: list[list[Tensor]]) -> lis
             for part in parts:
                 part.add(left, right)
     return [[part.values() for part in parts] for parts in sums]
-
-
-def tokens_at_once(width: int) -> int:
-    """Of activations and gradients that are no wider than this."""
-    return min(max(_NUMBERS_AT_ONCE // width, _LEAST_TOKENS), _MOST_TOKENS) // 16 * 16
 
 
 def _by_frequency(x: Tensor) -> Tensor:

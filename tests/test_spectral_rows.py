@@ -16,7 +16,7 @@ from loca_vision.rows import add_rows
 from loca_vision.spectral_rows import spectral_linear
 
 SIZES = [(1, 1, 1, 1), (3, 1, 6, 2), (40, 7, 1, 7), (50, 6, 5, 30), (33, 13, 20, 9), (90, 24, 16, 1), (20, 530, 12, 40)]
-PATHS = {"whole": {}, "sampled": {"cpu": Costs(1, 1, 1, 0, 0, 0)}}
+PATHS = {"whole": {}, "sampled": {"cpu": Costs(1, 1, 1, 0, 0, 0, 0)}}
 SLOPES = {"central": (1, -1, 0.5), "forward": (1, 0, 1.0), "backward": (0, -1, 1.0)}
 
 

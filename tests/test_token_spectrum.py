@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import loca_vision.token_spectrum as module
+import loca_vision.paths as paths
 from loca_vision.dct import dct2
-from loca_vision.token_spectrum import spectra_at, tokens_at_once
+from loca_vision.token_spectrum import spectra_at
 
 SIZES = [(1, 1, 1), (1, 5, 3), (7, 1, 6), (9, 6, 1), (40, 8, 8), (33, 13, 20), (100, 31, 64), (70, 530, 18)]
 
@@ -21,7 +21,7 @@ def factors(tokens, rows, cols, dtype=torch.float64):
 @pytest.mark.parametrize(("tokens", "rows", "cols"), SIZES)
 @pytest.mark.parametrize("count", ("one", "some", "all"))
 def test_values_are_those_of_the_whole_gradient(tokens, rows, cols, count, monkeypatch):
-    monkeypatch.setattr(module, "_NUMBERS_AT_ONCE", 1)  # pieces of 32 tokens, and a rest
+    monkeypatch.setattr(paths, "_NUMBERS_AT_ONCE", 1)  # pieces of 32 tokens, and a rest
     x, grad = factors(tokens, rows, cols)
     cells = every_cell(rows, cols)
     cells = cells[torch.randperm(len(cells))][: {"one": 1, "some": 1 + len(cells) // 3, "all": None}[count]]
@@ -52,8 +52,3 @@ def test_half_precision_is_summed_in_float32(dtype):
     ((found,),) = spectra_at(x, [grad], [[every_cell(12, 10)]])
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), dct2(grad.double().T @ x.double()).flatten(), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("width", (1, 31, 768, 4096, 10**6))
-def test_pieces_are_neither_tiny_nor_huge(width):
-    assert tokens_at_once(width) % 16 == 0 and 32 <= tokens_at_once(width) <= 512
