@@ -80,10 +80,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Choice:
-    """The seconds that both ways take by the model, without what they share; None where a device's costs are not known.
-
+    """
     Attributes:
         sampled: whether the gradient is sampled.
+        seconds_whole, seconds_sampled: of both ways by the model, with a fair share of the activations' transform; None where a
+            device's costs are not known.
     """
 
     sampled: bool
@@ -96,10 +97,14 @@ def choose(asked: list[Asked], tokens: int, device: torch.device, dtype: torch.d
     if device.type not in COSTS or not asked:
         return [Choice(False)] * len(asked)
     costs = COSTS[device.type].of_threads(torch.get_num_threads())
-    found = [(one, _whole(one, tokens, dtype, costs), _sampled(one, tokens, costs)) for one in asked]
-    gained = sum(max(whole - few, 0) for one, whole, few in found if one.places)
-    worthwhile = gained > _transformed(asked[0].shape[1], tokens, costs)
-    return [Choice(worthwhile and one.places > 0 and few < whole, whole, few) for one, whole, few in found]
+    whole = [_whole(one, tokens, dtype, costs) for one in asked]
+    few = [_sampled(one, tokens, costs) for one in asked]
+    gains = [slow - fast if one.places and fast < slow else 0.0 for one, slow, fast in zip(asked, whole, few, strict=True)]
+    shared = _transformed(asked[0].shape[1], tokens, costs)
+    share = shared / max(1, sum(gain > 0 for gain in gains))
+    return [
+        Choice(gain > 0 and sum(gains) > shared, slow, fast + share) for gain, slow, fast in zip(gains, whole, few, strict=True)
+    ]
 
 
 def tokens_at_once(width: int) -> int:

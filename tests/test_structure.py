@@ -16,7 +16,7 @@ LAYERS = (
     | {"contact_sheet"},
     {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings_file", "augmentation", "published", "hub_datasets"}
     | {"photographs", "pairs", "diffusion_loss", "environment", "token_spectrum"},
-    {"spectral_rows", "kinds", "manifest", "catalogue", "settings", "tensor_store", "pair_views"},
+    {"spectral_rows", "workload", "kinds", "manifest", "catalogue", "settings", "tensor_store", "pair_views"},
     {"approximation", "factors", "lora_names", "lora_scales", "diffusion_cache"},
     {"spectrum", "low_rank", "checkpoint_folder", "datasets"},
     {"sparse"},
@@ -30,7 +30,7 @@ LAYERS = (
     {"layer", "attention"},
     {"record"},
     {"weights", "root", "conv_in", "ema"},
-    {"inject", "fusing", "blocks", "sources"},
+    {"inject", "fusing", "blocks", "sources", "explanation"},
     {"schedule", "checkpoint", "swap", "processor", "components", "trained"},
     {"loading", "stepper", "edits"},
     {"loader", "edit_models", "edit_data", "edit_card"},
