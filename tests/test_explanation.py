@@ -30,10 +30,8 @@ def test_it_names_the_path_that_training_takes(adapted, images, costs, monkeypat
     monkeypatch.setattr(paths, "COSTS", costs)
     taken = []
     for way in ("spectra_at", "spectrum_at"):
-        real = getattr(__import__("loca_vision.spectral_rows", fromlist=[way]), way)
-        monkeypatch.setattr(
-            f"loca_vision.spectral_rows.{way}", lambda *given, way=way, real=real: taken.append(way) or real(*given)
-        )
+        real = getattr(spectral_rows, way)
+        monkeypatch.setattr(spectral_rows, way, lambda *given, way=way, real=real: taken.append(way) or real(*given))
     adapted(images).square().sum().backward()
     rows = list(explain(adapted))
     assert {row.path for row in rows} == ({"sampled"} if costs else {"whole"})
