@@ -20,6 +20,8 @@ def add_rows(base: Tensor, updates: list[RowDelta]) -> Tensor:
     Slices go through one concatenation, whose gradient is views of the weight's; interleaved rows through an index.
     """
     wide = base if base.dtype == torch.float64 else base.float()
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        return _add_in_place(wide.clone() if wide is base else wide, updates).to(base.dtype)
     slices = [(rows or slice(0, len(base)), delta) for rows, delta in updates if not isinstance(rows, Tensor)]
     pieces, end = [], 0
     for rows, delta in sorted(slices, key=lambda update: update[0].start):
@@ -31,6 +33,16 @@ def add_rows(base: Tensor, updates: list[RowDelta]) -> Tensor:
         if isinstance(index, Tensor):
             wide = wide.index_add(0, index.to(base.device), delta.to(wide.dtype))
     return wide.to(base.dtype)
+
+
+def _add_in_place(weight: Tensor, updates: list[RowDelta]) -> Tensor:
+    """In a fifth of the time, where autograd does not look."""
+    for rows, delta in updates:
+        if isinstance(rows, Tensor):
+            weight.index_add_(0, rows.to(weight.device), delta.to(weight.dtype))
+        else:
+            weight[rows or slice(None)] += delta
+    return weight
 
 
 def computed_in(x: Tensor) -> torch.dtype:
