@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loca_vision.cosines import Form, Offset, coefficient_gradient, location_gradient, offsets, shifted
+from loca_vision.cosines import Form, Layout, Offset, coefficient_gradient, location_gradient, offsets, row_major, shifted
 from loca_vision.dct import dct, dct2, idct, matrix_for
 
 # One entry of the sampled product costs about as much as this many entries of a full transform (CPU, 768 x 768).
@@ -43,10 +43,14 @@ def cosine_sum(
 def _cosine_sum(
     coefficients: Tensor, locations: Tensor, cells: Tensor, rows: int, cols: int, scale: float, difference: str
 ) -> Tensor:
+    return cosine_matrix(coefficients, Layout(cells, (rows, cols)), scale)
+
+
+def cosine_matrix(coefficients: Tensor, layout: Layout, scale: float) -> Tensor:
+    """`cosine_sum` without gradients, and with what is already known of the cells."""
     with torch.autocast(coefficients.device.type, enabled=False):
-        spectrum = _sparse(cells, coefficients * scale, (rows, cols))
-        atoms = matrix_for(cols, coefficients.device, coefficients.dtype)
-        return idct(spectrum @ atoms, 0)
+        spectrum = _sparse(layout, coefficients * scale)
+        return idct(spectrum @ matrix_for(layout.shape[1], coefficients.device, coefficients.dtype), 0)
 
 
 @torch.library.custom_op("loca_vision::cosine_sum_backward", mutates_args=())
@@ -56,7 +60,7 @@ def _cosine_sum_backward(
     """Gradients of coefficients (B,) and, if `moving`, locations (B, 2), otherwise an empty tensor: from one Z = C G D^T."""
     with torch.autocast(grad.device.type, enabled=False):
         form = Form((grad.shape[0], grad.shape[1]), scale, difference)
-        z = spectrum_at(grad, cells, offsets(difference, True, moving))
+        z = spectrum_at(grad, Layout(cells, form.shape), offsets(difference, True, moving))
         slopes = location_gradient(z, coefficients, form) if moving else grad.new_empty(0)
         return coefficient_gradient(z, form), slopes
 
@@ -106,7 +110,7 @@ def cosine_applied(x: Tensor, coefficients: Tensor, cells: Tensor, shape: tuple[
 def _cosine_applied(x: Tensor, coefficients: Tensor, cells: Tensor, rows: int, cols: int, scale: float) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         wide = torch.promote_types(x.dtype, coefficients.dtype)
-        spectrum = _sparse(cells, (coefficients * scale).to(wide), (rows, cols))
+        spectrum = _sparse(Layout(cells, (rows, cols)), (coefficients * scale).to(wide))
         frequencies = dct(x.reshape(-1, cols).to(wide))
         return idct((spectrum @ frequencies.T).T).to(x.dtype).reshape(*x.shape[:-1], rows).contiguous()
 
@@ -130,40 +134,29 @@ def _backward_applied(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _cosine_applied.register_autograd(_backward_applied, setup_context=_save_applied)
 
 
-def spectrum_at(grad: Tensor, cells: Tensor, places: list[Offset]) -> dict[Offset, Tensor]:
+def spectrum_at(grad: Tensor, layout: Layout, places: list[Offset]) -> dict[Offset, Tensor]:
     """Z = C G D^T of a gradient G (p, q) at cells (B, 2) and beside them: (B,) for each of the places."""
     if places == [(0, 0)]:
-        return {(0, 0): _spectrum_at(grad, cells)}
-    z, shape = dct2(grad), (grad.shape[0], grad.shape[1])
-    return {place: z[tuple(shifted(cells, place, shape).T)] for place in places}
+        return {(0, 0): _spectrum_at(grad, layout)}
+    z = dct2(grad)
+    return {place: z[tuple(shifted(layout.cells, place, layout.shape).T)] for place in places}
 
 
-def _spectrum_at(grad: Tensor, cells: Tensor) -> Tensor:
-    """Z = C G D^T at the given cells only: one transform, then as many row products as there are cells."""
-    rows, cols = grad.shape
-    half = dct(grad, 0)
-    if len(cells) * _SAMPLE_COST > rows * cols or grad.device.type != "cpu":
-        return dct(half, 1)[cells[:, 0], cells[:, 1]]
-    order = _row_major(cells, cols)
-    pattern = _compressed(cells[order], half.new_zeros(len(cells)), (rows, cols))
-    atoms = matrix_for(cols, grad.device, grad.dtype)
+def _spectrum_at(grad: Tensor, layout: Layout) -> Tensor:
+    """Z = C G D^T at the cells only: one transform, then as many row products as there are cells."""
+    count, half = len(layout.cells), dct(grad, 0)
+    if count * _SAMPLE_COST > grad.numel() or grad.device.type != "cpu":
+        return dct(half, 1)[tuple(layout.cells.T)]
+    atoms = matrix_for(grad.shape[1], grad.device, grad.dtype)
+    pattern, (order, *_) = _sparse(layout, half.new_zeros(count)), layout.once(row_major)
     sampled = torch.sparse.sampled_addmm(pattern, half.contiguous(), atoms.T, beta=0.0).values()
     return torch.empty_like(sampled).index_copy_(0, order, sampled)
 
 
-def _sparse(cells: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    order = _row_major(cells, shape[1])
-    return _compressed(cells[order], values[order], shape)
-
-
-def _row_major(cells: Tensor, cols: int) -> Tensor:
-    return (cells[:, 0] * cols + cells[:, 1]).argsort()
-
-
-def _compressed(cells: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """CSR matrix of cells in row-major order; equal cells stay separate entries, which a product adds up."""
-    starts = torch.searchsorted(cells[:, 0].contiguous(), torch.arange(shape[0] + 1, device=cells.device))
-    return torch.sparse_csr_tensor(starts, cells[:, 1].contiguous(), values, shape, check_invariants=False)
+def _sparse(layout: Layout, values: Tensor) -> Tensor:
+    """CSR matrix of values (B,) at their cells; equal cells stay separate entries, which a product adds up."""
+    order, starts, cols = layout.once(row_major)
+    return torch.sparse_csr_tensor(starts, cols, values[order], layout.shape, check_invariants=False)
 
 
 with warnings.catch_warnings():  # torch says once that sparse CSR is in beta: here, to nobody

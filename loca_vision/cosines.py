@@ -6,12 +6,14 @@ these move, at the cells beside them. How Z is found there is somebody else's bu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+_T = TypeVar("_T")
 Offset = tuple[int, int]  # rows and columns from a component's own cell
 
 _STEPS = {"central": ((1, 0.5), (-1, -0.5)), "forward": ((1, 1.0), (0, -1.0)), "backward": ((0, 1.0), (-1, -1.0))}
@@ -32,20 +34,41 @@ class Form:
     difference: str
 
 
+class Layout:
+    """Cells of a matrix, and what follows from them, worked out once for as long as nothing moves.
+
+    Args:
+        cells: (B, 2) int64, row u in [0, p - 1] and column v in [0, q - 1]; nobody changes them any more.
+        shape: (p, q).
+    """
+
+    def __init__(self, cells: Tensor, shape: tuple[int, int]) -> None:
+        self.cells, self.shape = cells, shape
+        self._known: dict[Any, Any] = {}
+
+    def once(self, work: Callable[..., _T], *arguments: Any) -> _T:
+        """`work(cells, shape, *arguments)`, from memory the second time."""
+        key = (work, *arguments)
+        if key not in self._known:
+            self._known[key] = work(self.cells, self.shape, *arguments)
+        found: _T = self._known[key]
+        return found
+
+
 @dataclass(frozen=True)
 class Cosines:
     """scale * sum_k a_k C[u_k]^T D[v_k].
 
     Attributes:
         coefficients: (B,) float32 or float64, the amplitudes a.
-        locations: (B, 2) in [0, 1], from which `cells` was rounded.
-        cells: (B, 2) int64, row u in [0, p - 1] and column v in [0, q - 1].
+        locations: (B, 2) in [0, 1], from which the cells were rounded.
+        layout: the cells (B, 2).
         form: shape, scale and difference.
     """
 
     coefficients: Tensor
     locations: Tensor
-    cells: Tensor
+    layout: Layout
     form: Form
 
 
@@ -60,6 +83,14 @@ def shifted(cells: Tensor, offset: Offset, shape: tuple[int, int]) -> Tensor:
     """Cells (B, 2) moved by an offset; beyond the border the border cell itself stands in."""
     places = [axis if not step else (axis + step).clamp(0, n - 1) for axis, step, n in zip(cells.T, offset, shape, strict=True)]
     return torch.stack(places, 1)
+
+
+def row_major(cells: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Cells (B, 2) as a compressed sparse matrix has them: their order (B,), where rows begin (p + 1,), and columns (B,)."""
+    order = (cells[:, 0] * shape[1] + cells[:, 1]).argsort()
+    rows, cols = cells[order].T
+    starts = torch.searchsorted(rows.contiguous(), torch.arange(shape[0] + 1, device=cells.device))
+    return order, starts, cols.contiguous()
 
 
 def coefficient_gradient(z: Mapping[Offset, Tensor], form: Form) -> Tensor:

@@ -186,7 +186,7 @@ def _asked(update: Update) -> Asked:
     if cosines is None:
         return Asked(update.shape, _count(update) or 0, 1)
     moving, learned = cosines.locations.requires_grad, cosines.coefficients.requires_grad
-    return Asked(update.shape, len(cosines.cells), len(offsets(cosines.form.difference, learned, moving)))
+    return Asked(update.shape, len(cosines.layout.cells), len(offsets(cosines.form.difference, learned, moving)))
 
 
 def _learned(update: Update) -> str:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from loca_vision.cosine_sum import spectrum_at
-from loca_vision.cosines import Cosines, Form, Offset, coefficient_gradient, location_gradient, offsets, shifted
+from loca_vision.cosines import Cosines, Form, Layout, Offset, coefficient_gradient, location_gradient, offsets
 from loca_vision.paths import Asked, choose
 from loca_vision.rows import Rows, as_computed
 from loca_vision.token_spectrum import spectra_at
@@ -27,7 +27,7 @@ def spectral_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: lis
     """
     rows, cosines = zip(*updates, strict=True)
     numbers = [number for one in cosines for number in (one.coefficients, one.locations)]
-    about = rows, tuple(one.form for one in cosines), tuple(one.cells for one in cosines)
+    about = rows, tuple(one.form for one in cosines), tuple(one.layout for one in cosines)
     result: Tensor = _SpectralLinear.apply(*as_computed(x, weight, bias), about, *numbers)
     return result
 
@@ -39,7 +39,7 @@ class _Part:
     rows: Rows
     form: Form
     coefficients: Tensor
-    cells: Tensor
+    layout: Layout
     learned: bool
     moving: bool
 
@@ -61,17 +61,17 @@ class _Part:
 class _SpectralLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, about: Any, *numbers: Tensor) -> Tensor:
-        ctx.rows, ctx.forms, cells = about
-        ctx.save_for_backward(x, weight, *numbers[::2], *cells)
+        ctx.about = about
+        ctx.save_for_backward(x, weight, *numbers[::2])
         return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *saved = ctx.saved_tensors
+        x, weight, *coefficients = ctx.saved_tensors
         wants_x, _, wants_bias, _, *wanted = ctx.needs_input_grad
-        count = len(ctx.rows)
-        fields = (ctx.rows, ctx.forms, saved[:count], saved[count:], wanted[::2], wanted[1::2])
+        rows, forms, layouts = ctx.about
+        fields = (rows, forms, coefficients, layouts, wanted[::2], wanted[1::2])
         parts = [_Part(*values) for values in zip(*fields, strict=True)]
         flat, features = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         spectra = _spectra(features, flat, parts)
@@ -81,7 +81,7 @@ class _SpectralLinear(torch.autograd.Function):
 
 def _spectra(x: Tensor, grad: Tensor, parts: list[_Part]) -> list[dict[Offset, Tensor]]:
     """The spectrum of each part's gradient where it asks for it; x is (n, q), grad (n, p) with all rows of the weight."""
-    asked = [Asked(part.form.shape, len(part.cells), len(part.offsets)) for part in parts]
+    asked = [Asked(part.form.shape, len(part.layout.cells), len(part.offsets)) for part in parts]
     by_token = [choice.sampled for choice in choose(asked, len(x), x.device, x.dtype)]
     with torch.autocast(x.device.type, enabled=False):
         few = iter(_sampled_spectra(x, grad, [part for part, choice in zip(parts, by_token, strict=True) if choice]))
@@ -92,15 +92,14 @@ def _whole_spectrum(x: Tensor, grad: Tensor, part: _Part) -> dict[Offset, Tensor
     if not part.offsets:
         return {}
     whole = part.rows_of(grad).T @ x.to(grad.dtype)
-    return spectrum_at(whole.to(part.coefficients.dtype), part.cells, part.offsets)
+    return spectrum_at(whole.to(part.coefficients.dtype), part.layout, part.offsets)
 
 
 def _sampled_spectra(x: Tensor, grad: Tensor, parts: list[_Part]) -> list[dict[Offset, Tensor]]:
     if not parts:
         return []
-    cells = [[shifted(part.cells, place, part.form.shape) for place in part.offsets] for part in parts]
-    values = spectra_at(x, [part.rows_of(grad) for part in parts], cells)
+    grads, layouts = [part.rows_of(grad) for part in parts], [part.layout for part in parts]
+    found = spectra_at(x, grads, layouts, [part.offsets for part in parts])
     return [
-        {place: z.to(part.coefficients.dtype) for place, z in zip(part.offsets, found, strict=True)}
-        for part, found in zip(parts, values, strict=True)
+        {place: values.to(part.coefficients.dtype) for place, values in z.items()} for part, z in zip(parts, found, strict=True)
     ]

@@ -10,34 +10,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loca_vision.cosines import Layout, Offset, row_major, shifted
 from loca_vision.dct import fft_plan
 from loca_vision.paths import tokens_at_once
 
 
-def spectra_at(x: Tensor, grads: list[Tensor], cells: list[list[Tensor]]) -> list[list[Tensor]]:
-    """Values of C (dY^T X) D^T at cells.
+def spectra_at(x: Tensor, grads: list[Tensor], layouts: list[Layout], places: list[list[Offset]]) -> list[dict[Offset, Tensor]]:
+    """Values of Z = C (dY^T X) D^T at cells and beside them.
 
     Args:
-        x: (n, q) activations, n from 1 up.
+        x: (n, q) activations.
         grads: (n, p) gradients dY of one or more outputs of x; the transform of x is shared by all of them.
-        cells: for each of these, any number of lists of cells (B, 2) int64.
+        layouts: for each of these the cells (B, 2) of a matrix (p, q).
+        places: for each the offsets from its cells.
 
     Returns:
-        For each of the lists (B,) values, in float32 or, where x and dY are float64, in that.
+        For each and for each of its places (B,) values, in float32 or, where x is float64, in that.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    sums = [
-        [_CellSums(part, (grad.shape[1], x.shape[1]), dtype) for part in parts]
-        for grad, parts in zip(grads, cells, strict=True)
-    ]
+    sums = [{place: _Sums(layout, place, dtype) for place in wanted} for layout, wanted in zip(layouts, places, strict=True)]
     step = tokens_at_once(max(x.shape[1], *(grad.shape[1] for grad in grads)))
     for start in range(0, len(x), step):
         right = _by_frequency(x[start : start + step].to(dtype))
         for grad, parts in zip(grads, sums, strict=True):
             left = _by_frequency(grad[start : start + step].to(dtype))
-            for part in parts:
+            for part in parts.values():
                 part.add(left, right)
-    return [[part.values() for part in parts] for parts in sums]
+    return [{place: part.values() for place, part in parts.items()} for parts in sums]
 
 
 def _by_frequency(x: Tensor) -> Tensor:
@@ -57,18 +56,24 @@ def _places(frequency: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return torch.where(lower, 2 * frequency, 2 * (n - frequency) + 1), torch.where(lower, 1.0, -1.0)
 
 
-class _CellSums:
-    """Sums over tokens at some cells: a sparse matrix with the cells' places as its pattern."""
+def _sampled_places(cells: Tensor, shape: tuple[int, int], place: Offset) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Where values at cells, or beside them, are between two results of `_by_frequency`: compressed, and the signs (B,)."""
+    moved = shifted(cells, place, shape)
+    (rows, row_signs), (cols, col_signs) = (_places(moved[:, axis], n) for axis, n in enumerate(shape))
+    return row_major(torch.stack([rows, cols], 1), _size(shape)), row_signs * col_signs
 
-    def __init__(self, cells: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
-        (rows, row_signs), (cols, col_signs) = (_places(cells[:, axis], n) for axis, n in enumerate(shape))
-        self.signs = (row_signs * col_signs).to(dtype)
-        sizes = [2 * (n // 2 + 1) for n in shape]
-        self.order = rows.argsort()  # equal rows one after the other, so that a row stays in the cache
-        starts = torch.searchsorted(rows[self.order], torch.arange(sizes[0] + 1, device=cells.device))
-        self.matrix = torch.sparse_csr_tensor(
-            starts, cols[self.order], torch.zeros_like(self.signs), sizes, check_invariants=False
-        )
+
+def _size(shape: tuple[int, int]) -> tuple[int, int]:
+    return 2 * (shape[0] // 2 + 1), 2 * (shape[1] // 2 + 1)
+
+
+class _Sums:
+    """Sums over tokens at some cells: a sparse matrix that has these cells and no others."""
+
+    def __init__(self, layout: Layout, place: Offset, dtype: torch.dtype) -> None:
+        (self.order, starts, cols), self.signs = layout.once(_sampled_places, place)
+        zeros = torch.zeros(len(cols), dtype=dtype, device=cols.device)
+        self.matrix = torch.sparse_csr_tensor(starts, cols, zeros, _size(layout.shape), check_invariants=False)
 
     def add(self, left: Tensor, right: Tensor) -> None:
         torch.sparse.sampled_addmm(self.matrix, left, right.T, out=self.matrix)

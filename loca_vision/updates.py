@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loca_vision.rows import LowRankRows, RowDelta, Rows, add_rows, computed_in, low_rank_linear, low_rank_term, row_linear
+from loca_vision.snapshot import Snapshot
 from loca_vision.spectral_rows import CosineRows, spectral_linear
 from loca_vision.update import Update
 
@@ -365,36 +366,16 @@ def _after_loading(reading: nn.Module, keys: Any) -> None:
 
 
 class _Kept:
-    """A weight built once, and what it was built from.
-
-    Versions tell of every in-place change but those made through `.data`, as peft's when it merges. On the CPU, where it costs
-    microseconds and no synchronisation, spectra are compared by value as well, and of W a sample.
-    """
+    """A weight built once, and what it was built from: spectra are compared by value, and of W a sample."""
 
     def __init__(self, base: Tensor | None, learned: list[Tensor], terms: tuple[Any, ...], weight: Tensor) -> None:
-        self.values, self.terms, self.weight = [base, *learned], terms, weight
-        self.marks = [_mark(value) for value in self.values]
-        self.samples = [value.clone() for value in _compared(base, learned)]
+        self.snapshot = Snapshot([base, *learned], [*_sample(base), *learned])
+        self.terms, self.weight = terms, weight
 
     def holds_for(self, base: Tensor | None, learned: list[Tensor], terms: tuple[Any, ...]) -> bool:
-        values = [base, *learned]
-        return (
-            self.terms == terms
-            and len(self.values) == len(values)
-            and all(old is new for old, new in zip(self.values, values, strict=True))
-            and self.marks == [_mark(value) for value in values]
-            and all(map(torch.equal, self.samples, _compared(base, learned)))
-        )
+        return self.terms == terms and self.snapshot.holds_for([base, *learned], [*_sample(base), *learned])
 
 
-def _compared(base: Tensor | None, learned: list[Tensor]) -> list[Tensor]:
-    """Of what is on the CPU all that is learned, and of W (p, q) some 64 values, spread over it."""
-    sample = [] if base is None else [base[:: max(1, base.shape[0] // 8), :: max(1, base.shape[1] // 8)]]
-    return [value.detach() for value in (*sample, *learned) if value.device.type == "cpu"]
-
-
-def _mark(tensor: Tensor | None) -> tuple[Any, ...]:
-    if tensor is None:
-        return ()
-    version = 0 if tensor.is_inference() else tensor._version
-    return version, tensor.data_ptr(), tensor.dtype, tensor.device
+def _sample(base: Tensor | None) -> list[Tensor]:
+    """Of W (p, q) some 64 values, spread over it."""
+    return [] if base is None else [base[:: max(1, base.shape[0] // 8), :: max(1, base.shape[1] // 8)]]

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import loca_vision.paths as paths
 from loca_vision.cosine_sum import cosine_sum
-from loca_vision.cosines import Cosines, Form
+from loca_vision.cosines import Cosines, Form, Layout
 from loca_vision.dct import dct_matrix
 from loca_vision.paths import Costs
 from loca_vision.rows import add_rows
@@ -33,11 +33,14 @@ def make(rows, cols, count, difference="central", dtype=torch.float64, scale=0.7
         flat[1] = flat[2]
     cells = torch.stack([flat // cols, flat % cols], 1)
     locations = (cells / torch.tensor([max(rows - 1, 1), max(cols - 1, 1)])).to(dtype).requires_grad_()
-    return Cosines(torch.randn(count, dtype=dtype).requires_grad_(), locations, cells, Form((rows, cols), scale, difference))
+    coefficients = torch.randn(count, dtype=dtype).requires_grad_()
+    return Cosines(coefficients, locations, Layout(cells, (rows, cols)), Form((rows, cols), scale, difference))
 
 
 def delta(one):
-    return cosine_sum(one.coefficients, one.locations, one.cells, one.form.shape, one.form.scale, one.form.difference).detach()
+    form = one.form
+    made = cosine_sum(one.coefficients, one.locations, one.layout.cells, form.shape, form.scale, form.difference)
+    return made.detach()
 
 
 def numbers(updates):
@@ -50,7 +53,7 @@ def computed(x, base, bias, updates):
 
 def from_spectrum(z, one):
     """The gradients of coefficients and locations by their definition, from the whole of Z."""
-    u, v = one.cells.T
+    u, v = one.layout.cells.T
     (rows, cols), scale, (up, down, share) = one.form.shape, one.form.scale, SLOPES[one.form.difference]
 
     def at(du, dv):

@@ -12,7 +12,18 @@ PACKAGE = Path(loca_vision.__file__).parent
 # Each layer may import those before it, and nothing after it.
 LAYERS = (
     {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls", "sampling"}
-    | {"console", "cosines", "paths", "settings_value", "optimizer_state", "presets", "evaluation", "cartoon", "encoders"}
+    | {
+        "console",
+        "cosines",
+        "paths",
+        "snapshot",
+        "settings_value",
+        "optimizer_state",
+        "presets",
+        "evaluation",
+        "cartoon",
+        "encoders",
+    }
     | {"contact_sheet"},
     {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings_file", "augmentation", "published", "hub_datasets"}
     | {"photographs", "pairs", "diffusion_loss", "environment", "token_spectrum"},

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from loca_vision.cosine_sum import spectrum_at
-from loca_vision.cosines import offsets, shifted
+from loca_vision.cosines import Layout, offsets
 from loca_vision.paths import Asked, Costs, choose, tokens_at_once
 from loca_vision.token_spectrum import spectra_at
 
@@ -118,10 +118,11 @@ def ways(case: Case) -> dict[str, Callable[[], object]]:
     cells = [_cells(case) for _ in grads]
 
     def whole() -> list[object]:
-        return [spectrum_at(grad.T @ x, some, places) for grad, some in zip(grads, cells, strict=True)]
+        layouts = (Layout(some, case.shape) for some in cells)  # nothing is known of them yet, as after a step of locations
+        return [spectrum_at(grad.T @ x, layout, places) for grad, layout in zip(grads, layouts, strict=True)]
 
-    def sampled() -> list[list[Tensor]]:
-        return spectra_at(x, list(grads), [[shifted(some, place, case.shape) for place in places] for some in cells])
+    def sampled() -> object:
+        return spectra_at(x, list(grads), [Layout(some, case.shape) for some in cells], [places] * len(grads))
 
     return {"whole": whole, "sampled": sampled}
 
