@@ -75,10 +75,18 @@ class Spectrum(Update):
 
     @property
     def layout(self) -> Layout:
-        """The cells with what follows from them, kept from step to step for as long as the locations stay where they are."""
+        """The cells with what follows from them, kept from step to step for as long as the locations stay where they are.
+
+        On the CPU values tell that. On other devices versions do, which optimisers of their own kernels may leave as they are:
+        there nothing is kept while locations learn.
+        """
+        held = [self.locations]
+        if self.locations.requires_grad and self.locations.device.type != "cpu":
+            self._kept = None
+            return Layout(self.cells, self.shape)
         kept = self._kept
-        if kept is None or not kept[0].holds_for([self.locations], [self.locations]):
-            self._kept = kept = Snapshot([self.locations], [self.locations]), Layout(self.cells, self.shape)
+        if kept is None or not kept[0].holds_for(held, held):
+            self._kept = kept = Snapshot(held, held), Layout(self.cells, self.shape)
         return kept[1]
 
     def _trains_eagerly(self) -> bool:
