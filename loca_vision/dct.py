@@ -93,8 +93,9 @@ def _by_pieces(x: Tensor, dim: int, inverse: bool) -> Tensor:
     count = flat.shape[int(down)]
     at_once = max(1, _NUMBERS_AT_ONCE // n // _COLUMNS) * _COLUMNS
     result = torch.empty_like(flat, memory_format=torch.contiguous_format)
-    for start in range(0, count, at_once):
-        part, out = (whole.narrow(int(down), start, min(at_once, count - start)) for whole in (flat, result))
+    ends = [*range(at_once, count - _COLUMNS, at_once), count]  # a short rest belongs to the piece before
+    for start, end in zip([0, *ends], ends, strict=False):
+        part, out = (whole.narrow(int(down), start, end - start) for whole in (flat, result))
         form(part, out, int(not down))
     return result if down else result.view(x.movedim(dim, -1).shape).movedim(-1, dim)
 
