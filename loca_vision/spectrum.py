@@ -86,8 +86,15 @@ class Spectrum(Update):
             return Layout(self.cells, self.shape)
         kept = self._kept
         if kept is None or not kept[0].holds_for(held, held):
-            self._kept = kept = Snapshot(held, held), Layout(self.cells, self.shape)
+            self._kept = kept = Snapshot(held, held), self._layout_like(kept and kept[1])
         return kept[1]
+
+    def _layout_like(self, known: Layout | None) -> Layout:
+        """The one that is known, where locations moved and no component came to another cell."""
+        cells, cpu = self.cells, torch.device("cpu")
+        if known is not None and known.cells.device == cells.device == cpu and torch.equal(known.cells, cells):
+            return known
+        return Layout(cells, self.shape)
 
     def _trains_eagerly(self) -> bool:
         """Whether a step of training runs as it is written, so that things may be kept for the next one."""

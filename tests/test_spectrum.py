@@ -121,6 +121,19 @@ def test_what_follows_from_cells_is_kept_until_they_move(change):
     assert torch.equal(kept, spectrum.delta())  # the one with a graph, which keeps nothing
 
 
+def test_a_move_within_the_cells_or_back_to_the_border_changes_nothing():
+    spectrum = Spectrum((5, 5), torch.ones(2), torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+    layout = spectrum.layout
+    with torch.no_grad():
+        spectrum.locations += torch.tensor([[0.01, -0.01], [0.3, -0.3]])
+    assert spectrum.layout is layout
+    spectrum.confine()
+    assert spectrum.layout is layout
+    with torch.no_grad():
+        spectrum.locations[0, 0] = 0.9
+    assert spectrum.layout is not layout
+
+
 def test_copies_and_pickles_leave_what_is_kept_behind():
     spectrum = random_spectrum((9, 7), 6, name="q", seed=0)
     layout = spectrum.layout
