@@ -4,10 +4,12 @@ import itertools
 
 import pytest
 import torch
+from conftest import randomise
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import loca_vision.paths as paths
+from loca_vision import LoCAConfig, adapters, inject
 from loca_vision.cosine_sum import cosine_sum
 from loca_vision.cosines import Cosines, Form, Layout
 from loca_vision.dct import dct_matrix
@@ -157,3 +159,17 @@ def test_in_float32_both_ways_are_as_exact(size, path):
     c, d = (dct_matrix(n, dtype=torch.float64) for n in (rows, cols))
     for mine, dense in zip(found, from_spectrum(c @ direction.double().T @ x.double() @ d.T, one), strict=True):
         assert (mine - dense).norm() <= 2e-6 * dense.norm()
+
+
+def test_what_was_worked_out_in_inference_mode_serves_training(vit, images, path):
+    inject(vit, LoCAConfig(n_components=30))
+    randomise(vit)
+    vit.requires_grad_(True)  # so that the first call keeps no weight
+    with torch.inference_mode():
+        first = vit(images)
+    for name, parameter in vit.named_parameters():
+        parameter.requires_grad_(".loca." in name)
+    second = vit(images)
+    second.square().sum().backward()
+    assert torch.equal(first, second.detach())
+    assert all(number.grad is not None for update in adapters(vit).values() for number in update.parameters())
