@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loca_vision.cosines import Form, Layout, Offset, coefficient_gradient, location_gradient, offsets, row_major, shifted
-from loca_vision.dct import dct, dct2, idct, matrix_for
+from loca_vision.dct import dct, dct2, idct, idct_columns, is_fast, matrix_for, matrix_pieces, pieces
 
 # One entry of the sampled product costs about as much as this many entries of a full transform (CPU, 768 x 768).
 _SAMPLE_COST = 128
@@ -48,9 +48,15 @@ def _cosine_sum(
 
 def cosine_matrix(coefficients: Tensor, layout: Layout, scale: float) -> Tensor:
     """`cosine_sum` without gradients, and with what is already known of the cells."""
+    (rows, cols), about = layout.shape, (coefficients.device, coefficients.dtype)
     with torch.autocast(coefficients.device.type, enabled=False):
         spectrum = _sparse(layout, coefficients * scale)
-        return idct(spectrum @ matrix_for(layout.shape[1], coefficients.device, coefficients.dtype), 0)
+        if coefficients.device.type != "cpu" or not is_fast(rows, coefficients.device):
+            return idct(spectrum @ matrix_for(cols, *about), 0)
+        result = coefficients.new_empty(rows, cols)  # some columns after the others, which stay in a core's own cache
+        for (start, end), atoms in zip(pieces(cols, rows), matrix_pieces(cols, rows, *about), strict=True):
+            idct_columns(spectrum @ atoms, result[:, start:end])
+        return result
 
 
 @torch.library.custom_op("loca_vision::cosine_sum_backward", mutates_args=())

@@ -75,11 +75,33 @@ def _transform(x: Tensor, dim: int, method: Method, *, inverse: bool) -> Tensor:
     if n == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}: the transformed axis {dim} is empty")
     if method == "auto":
-        method = "fast" if n >= _FAST_FROM.get(x.device.type, _FAST_FROM_ELSEWHERE) else "matrix"
+        method = "fast" if is_fast(n, x.device) else "matrix"
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if method == "matrix":
         return _bymatrix_for(wide, dim, inverse).to(x.dtype)
     return _by_pieces(wide, dim, inverse).to(x.dtype)
+
+
+def is_fast(n: int, device: torch.device) -> bool:
+    """Whether "auto" means an FFT for this length."""
+    return n >= _FAST_FROM.get(device.type, _FAST_FROM_ELSEWHERE)
+
+
+def pieces(count: int, n: int) -> list[tuple[int, int]]:
+    """Where pieces of `count` transforms of length n begin and end; a short rest belongs to the piece before."""
+    at_once = max(1, _NUMBERS_AT_ONCE // n // _COLUMNS) * _COLUMNS
+    ends = [*range(at_once, count - _COLUMNS, at_once), count] if count else []
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def idct_columns(x: Tensor, out: Tensor) -> None:
+    """The fast inverse of the columns of x (n, m), one of the `pieces`, into `out` (n, m); rounded as the whole, no gradients."""
+    if len(x) < _TURN_FROM:
+        _by_inverse_fft(x, out, 0)
+    else:
+        rows = x.new_empty(x.shape[1], x.shape[0])
+        _by_inverse_fft(x.T.contiguous(), rows, 1)
+        out.copy_(rows.T)
 
 
 def _by_pieces(x: Tensor, dim: int, inverse: bool) -> Tensor:
@@ -90,14 +112,10 @@ def _by_pieces(x: Tensor, dim: int, inverse: bool) -> Tensor:
         return _by_pieces(x.T.contiguous(), 1, inverse).T.contiguous()
     flat = x if down else x.movedim(dim, -1).reshape(-1, n)
     form = _by_inverse_fft if inverse else _by_fft
-    count = flat.shape[int(down)]
-    at_once = max(1, _NUMBERS_AT_ONCE // n // _COLUMNS) * _COLUMNS
     result = torch.empty_like(flat, memory_format=torch.contiguous_format)
-    ends = [*range(at_once, count - _COLUMNS, at_once), count]  # a short rest belongs to the piece before
-    for start, end in zip([0, *ends], ends, strict=False):
+    for start, end in pieces(flat.shape[int(down)], n):
         part, out = (whole.narrow(int(down), start, end - start) for whole in (flat, result))
-        if end > start:  # FFT libraries refuse a batch of nothing
-            form(part, out, int(not down))
+        form(part, out, int(not down))
     return result if down else result.view(x.movedim(dim, -1).shape).movedim(-1, dim)
 
 
@@ -147,6 +165,14 @@ def matrix_for(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         matrix = torch.cos(math.pi / (2 * n) * torch.outer(step, 2 * step + 1)) * math.sqrt(2 / n)
         matrix[0] /= math.sqrt(2)
         return matrix.to(device=device, dtype=dtype)
+
+
+@lru_cache(maxsize=64)
+def matrix_pieces(n: int, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The columns of `matrix_for`, contiguous in `pieces` for transforms of another length."""
+    with torch.inference_mode(False), torch.no_grad():
+        matrix = matrix_for(n, device, dtype)
+        return tuple(matrix[:, start:end].contiguous() for start, end in pieces(n, length))
 
 
 @lru_cache(maxsize=64)
