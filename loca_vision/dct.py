@@ -95,7 +95,7 @@ def pieces(count: int, n: int) -> list[tuple[int, int]]:
 
 
 def idct_columns(x: Tensor, out: Tensor) -> None:
-    """The fast inverse of the columns of x (n, m), one of the `pieces`, into `out` (n, m); rounded as the whole, no gradients."""
+    """The fast inverse of the columns of x (n, m), one of the `pieces`, into `out` (n, m); rounded alike, no gradients."""
     if len(x) < _TURN_FROM:
         _by_inverse_fft(x, out, 0)
     else:
