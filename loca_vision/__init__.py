@@ -1,6 +1,7 @@
 """Location-aware Cosine Adaptation (LoCA, ICLR 2025) for vision models, and its family: a plugin for timm and diffusers."""
 
 from loca_vision.checkpoint import load_adapter, save_adapter
+from loca_vision.explanation import explain
 from loca_vision.fourierft import FourierFTConfig
 from loca_vision.inject import active_adapters, adapters, inject, remove, set_adapters
 from loca_vision.kinds import KINDS, AdapterConfig, Projection, kind
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "active_adapters",
     "adapters",
+    "explain",
     "inject",
     "kind",
     "load_adapter",

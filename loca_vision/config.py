@@ -68,22 +68,22 @@ def check_components(counts: object) -> None:
         raise ValueError(f"n_components={counts!r}: a count is a whole number from 1 up, or a mapping from patterns to counts")
 
 
-def counts_by_name(n_components: int | Mapping[str, int], names: list[str]) -> dict[str, int]:
-    """The count of every projection named; of several patterns that match, the first decides.
+def counts_by_name(counts: int | Mapping[str, int], names: list[str], field: str = "n_components") -> dict[str, int]:
+    """The count of every projection named; of several patterns that match, the first decides. `field` is for sentences.
 
     Raises:
         ValueError: a name no pattern matches, or a pattern that decides about no name.
     """
-    if not isinstance(n_components, Mapping):
-        return dict.fromkeys(names, n_components)
-    deciding = {name: next((p for p in n_components if fnmatchcase(name, p)), None) for name in names}
+    if not isinstance(counts, Mapping):
+        return dict.fromkeys(names, counts)
+    deciding = {name: next((p for p in counts if fnmatchcase(name, p)), None) for name in names}
     for name, pattern in deciding.items():
         if pattern is None:
-            raise ValueError(f"n_components={n_components!r}: no pattern matches {name}")
-    for pattern in n_components:
+            raise ValueError(f"{field}={counts!r}: no pattern matches {name}")
+    for pattern in counts:
         if pattern not in deciding.values():
-            raise ValueError(f"n_components: the pattern {pattern!r} decides about no projection, such as {names[0]}")
-    return {name: n_components[str(pattern)] for name, pattern in deciding.items()}
+            raise ValueError(f"{field}: the pattern {pattern!r} decides about no projection, such as {names[0]}")
+    return {name: counts[str(pattern)] for name, pattern in deciding.items()}
 
 
 def is_whole(value: object) -> bool:

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loca_vision.dct import dct, dct2, idct, matrix_for
-
-_STEPS = {"central": ((1, 0.5), (-1, -0.5)), "forward": ((1, 1.0), (0, -1.0)), "backward": ((0, 1.0), (-1, -1.0))}
+from loca_vision.cosines import Form, Layout, Offset, coefficient_gradient, location_gradient, offsets, row_major, shifted
+from loca_vision.dct import dct, dct2, idct, idct_columns, is_fast, matrix_for, matrix_pieces, pieces
 
 # One entry of the sampled product costs about as much as this many entries of a full transform (CPU, 768 x 768).
 _SAMPLE_COST = 128
@@ -44,10 +43,20 @@ def cosine_sum(
 def _cosine_sum(
     coefficients: Tensor, locations: Tensor, cells: Tensor, rows: int, cols: int, scale: float, difference: str
 ) -> Tensor:
+    return cosine_matrix(coefficients, Layout(cells, (rows, cols)), scale)
+
+
+def cosine_matrix(coefficients: Tensor, layout: Layout, scale: float) -> Tensor:
+    """`cosine_sum` without gradients, and with what is already known of the cells."""
+    (rows, cols), about = layout.shape, (coefficients.device, coefficients.dtype)
     with torch.autocast(coefficients.device.type, enabled=False):
-        spectrum = _sparse(cells, coefficients * scale, (rows, cols))
-        atoms = matrix_for(cols, coefficients.device, coefficients.dtype)
-        return idct(spectrum @ atoms, 0)
+        spectrum = _sparse(layout, coefficients * scale)
+        if coefficients.device.type != "cpu" or not is_fast(rows, coefficients.device):
+            return idct(spectrum @ matrix_for(cols, *about), 0)
+        result = coefficients.new_empty(rows, cols)  # some columns after the others, which stay in a core's own cache
+        for (start, end), atoms in zip(pieces(cols, rows), matrix_pieces(cols, rows, *about), strict=True):
+            idct_columns(spectrum @ atoms, result[:, start:end])
+        return result
 
 
 @torch.library.custom_op("loca_vision::cosine_sum_backward", mutates_args=())
@@ -56,12 +65,10 @@ def _cosine_sum_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of coefficients (B,) and, if `moving`, locations (B, 2), otherwise an empty tensor: from one Z = C G D^T."""
     with torch.autocast(grad.device.type, enabled=False):
-        if not moving:
-            return scale * _spectrum_at(grad, cells), grad.new_empty(0)
-        z = dct2(grad)
-        at_cells = z[cells[:, 0], cells[:, 1]]
-        slopes = [(size - 1) * _difference(z, cells, axis, difference) for axis, size in enumerate(grad.shape)]
-        return scale * at_cells, scale * coefficients[:, None] * torch.stack(slopes, 1)
+        form = Form((grad.shape[0], grad.shape[1]), scale, difference)
+        z = spectrum_at(grad, Layout(cells, form.shape), offsets(difference, True, moving))
+        slopes = location_gradient(z, coefficients, form) if moving else grad.new_empty(0)
+        return coefficient_gradient(z, form), slopes
 
 
 @_cosine_sum.register_fake
@@ -109,7 +116,7 @@ def cosine_applied(x: Tensor, coefficients: Tensor, cells: Tensor, shape: tuple[
 def _cosine_applied(x: Tensor, coefficients: Tensor, cells: Tensor, rows: int, cols: int, scale: float) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         wide = torch.promote_types(x.dtype, coefficients.dtype)
-        spectrum = _sparse(cells, (coefficients * scale).to(wide), (rows, cols))
+        spectrum = _sparse(Layout(cells, (rows, cols)), (coefficients * scale).to(wide))
         frequencies = dct(x.reshape(-1, cols).to(wide))
         return idct((spectrum @ frequencies.T).T).to(x.dtype).reshape(*x.shape[:-1], rows).contiguous()
 
@@ -133,42 +140,29 @@ def _backward_applied(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _cosine_applied.register_autograd(_backward_applied, setup_context=_save_applied)
 
 
-def _difference(z: Tensor, cells: Tensor, axis: int, difference: str) -> Tensor:
-    """Finite difference of `z` (p, q) at `cells` along one axis, in units of cells: (B,)."""
-    slope = z.new_zeros(len(cells))
-    for offset, weight in _STEPS[difference]:
-        place = list(cells.unbind(1))
-        place[axis] = (place[axis] + offset).clamp(0, z.shape[axis] - 1)
-        slope += weight * z[place[0], place[1]]
-    return slope
+def spectrum_at(grad: Tensor, layout: Layout, places: list[Offset]) -> dict[Offset, Tensor]:
+    """Z = C G D^T of a gradient G (p, q) at cells (B, 2) and beside them: (B,) for each of the places."""
+    if places == [(0, 0)]:
+        return {(0, 0): _spectrum_at(grad, layout)}
+    z = dct2(grad)
+    return {place: z[tuple(shifted(layout.cells, place, layout.shape).T)] for place in places}
 
 
-def _spectrum_at(grad: Tensor, cells: Tensor) -> Tensor:
-    """Z = C G D^T at the given cells only: one transform, then as many row products as there are cells."""
-    rows, cols = grad.shape
-    half = dct(grad, 0)
-    if len(cells) * _SAMPLE_COST > rows * cols or grad.device.type != "cpu":
-        return dct(half, 1)[cells[:, 0], cells[:, 1]]
-    order = _row_major(cells, cols)
-    pattern = _compressed(cells[order], half.new_zeros(len(cells)), (rows, cols))
-    atoms = matrix_for(cols, grad.device, grad.dtype)
+def _spectrum_at(grad: Tensor, layout: Layout) -> Tensor:
+    """Z = C G D^T at the cells only: one transform, then as many row products as there are cells."""
+    count, half = len(layout.cells), dct(grad, 0)
+    if count * _SAMPLE_COST > grad.numel() or grad.device.type != "cpu":
+        return dct(half, 1)[tuple(layout.cells.T)]
+    atoms = matrix_for(grad.shape[1], grad.device, grad.dtype)
+    pattern, (order, *_) = _sparse(layout, half.new_zeros(count)), layout.once(row_major)
     sampled = torch.sparse.sampled_addmm(pattern, half.contiguous(), atoms.T, beta=0.0).values()
     return torch.empty_like(sampled).index_copy_(0, order, sampled)
 
 
-def _sparse(cells: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    order = _row_major(cells, shape[1])
-    return _compressed(cells[order], values[order], shape)
-
-
-def _row_major(cells: Tensor, cols: int) -> Tensor:
-    return (cells[:, 0] * cols + cells[:, 1]).argsort()
-
-
-def _compressed(cells: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """CSR matrix of cells in row-major order; equal cells stay separate entries, which a product adds up."""
-    starts = torch.searchsorted(cells[:, 0].contiguous(), torch.arange(shape[0] + 1, device=cells.device))
-    return torch.sparse_csr_tensor(starts, cells[:, 1].contiguous(), values, shape, check_invariants=False)
+def _sparse(layout: Layout, values: Tensor) -> Tensor:
+    """CSR matrix of values (B,) at their cells; equal cells stay separate entries, which a product adds up."""
+    order, starts, cols = layout.once(row_major)
+    return torch.sparse_csr_tensor(starts, cols, values[order], layout.shape, check_invariants=False)
 
 
 with warnings.catch_warnings():  # torch says once that sparse CSR is in beta: here, to nobody

@@ -20,8 +20,10 @@ Method = Literal["auto", "matrix", "fast"]
 # a matrix product is what accelerators do best, so the FFT has to save more.
 _FAST_FROM = {"cpu": 512}
 _FAST_FROM_ELSEWHERE = 2048
-# From this length on, FFTs down the columns lose more to the cache than turning the matrix there and back costs (CPU, one core:
-# 768 x 768 2.3 ms against 4.4, 1024 x 1024 9.6 against 7.0, 3072 x 3072 239 against 121).
+# Numbers that a fast transform works on at a time: few enough for a core's own cache, where its passes cost a third. Columns
+# come in multiples of what FFT libraries take together, so that the pieces round as the whole does.
+_NUMBERS_AT_ONCE, _COLUMNS = 2**17, 64
+# From this length on, FFTs down the columns lose more to the cache than turning the matrix there and back costs.
 _TURN_FROM = 1024
 
 
@@ -73,14 +75,48 @@ def _transform(x: Tensor, dim: int, method: Method, *, inverse: bool) -> Tensor:
     if n == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}: the transformed axis {dim} is empty")
     if method == "auto":
-        method = "fast" if n >= _FAST_FROM.get(x.device.type, _FAST_FROM_ELSEWHERE) else "matrix"
+        method = "fast" if is_fast(n, x.device) else "matrix"
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if method == "matrix":
         return _bymatrix_for(wide, dim, inverse).to(x.dtype)
+    return _by_pieces(wide, dim, inverse).to(x.dtype)
+
+
+def is_fast(n: int, device: torch.device) -> bool:
+    """Whether "auto" means an FFT for this length."""
+    return n >= _FAST_FROM.get(device.type, _FAST_FROM_ELSEWHERE)
+
+
+def pieces(count: int, n: int) -> list[tuple[int, int]]:
+    """Where pieces of `count` transforms of length n begin and end; a short rest belongs to the piece before."""
+    at_once = max(1, _NUMBERS_AT_ONCE // n // _COLUMNS) * _COLUMNS
+    ends = [*range(at_once, count - _COLUMNS, at_once), count] if count else []
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def idct_columns(x: Tensor, out: Tensor) -> None:
+    """The fast inverse of the columns of x (n, m), one of the `pieces`, into `out` (n, m); rounded alike, no gradients."""
+    if len(x) < _TURN_FROM:
+        _by_inverse_fft(x, out, 0)
+    else:
+        rows = x.new_empty(x.shape[1], x.shape[0])
+        _by_inverse_fft(x.T.contiguous(), rows, 1)
+        out.copy_(rows.T)
+
+
+def _by_pieces(x: Tensor, dim: int, inverse: bool) -> Tensor:
+    """The fast transform of some rows, or of some columns of a matrix, after the others."""
+    n = x.shape[dim]
+    down = x.dim() == 2 and dim in (0, -2)
+    if down and n >= _TURN_FROM:
+        return _by_pieces(x.T.contiguous(), 1, inverse).T.contiguous()
+    flat = x if down else x.movedim(dim, -1).reshape(-1, n)
     form = _by_inverse_fft if inverse else _by_fft
-    if n >= _TURN_FROM and dim not in (-1, x.dim() - 1):
-        return form(wide.movedim(dim, -1).contiguous(), -1).movedim(-1, dim).to(x.dtype).contiguous()
-    return form(wide, dim).to(x.dtype)
+    result = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    for start, end in pieces(flat.shape[int(down)], n):
+        part, out = (whole.narrow(int(down), start, end - start) for whole in (flat, result))
+        form(part, out, int(not down))
+    return result if down else result.view(x.movedim(dim, -1).shape).movedim(-1, dim)
 
 
 def _bymatrix_for(x: Tensor, dim: int, inverse: bool) -> Tensor:
@@ -91,31 +127,34 @@ def _bymatrix_for(x: Tensor, dim: int, inverse: bool) -> Tensor:
     return (x.movedim(dim, -1) @ matrix.T).movedim(-1, dim)
 
 
-def _by_fft(x: Tensor, dim: int) -> Tensor:
+def _by_fft(x: Tensor, out: Tensor, dim: int) -> None:
     """Makhoul: even samples forward, odd ones backward, one rfft, one quarter-sample turn.
 
     With W = FFT(v) * twiddle, X[k] = Re W[k] and X[n-k] = -Im W[k].
     """
     n = x.shape[dim]
-    order, _, twiddle = _fft_plan(n, x.device, x.dtype)
-    turned = torch.fft.rfft(x.index_select(dim, order), dim=dim).mul_(_along(twiddle, dim, x.dim()))
-    mirrored = turned.imag.narrow(dim, 1, (n - 1) // 2).flip(dim)
-    return torch.cat([turned.real, mirrored.neg()], dim)
+    order, twiddle = fft_plan(n, x.device, x.dtype)
+    turned = torch.fft.rfft(x.index_select(dim, order), dim=dim).mul_(_along(twiddle, dim))
+    half = n // 2 + 1
+    out.narrow(dim, 0, half).copy_(turned.real)
+    out.narrow(dim, half, n - half).copy_(turned.imag.narrow(dim, 1, n - half).flip(dim).neg_())
 
 
-def _by_inverse_fft(x: Tensor, dim: int) -> Tensor:
+def _by_inverse_fft(x: Tensor, out: Tensor, dim: int) -> None:
     n = x.shape[dim]
     half = n // 2 + 1
-    _, back, twiddle = _fft_plan(n, x.device, x.dtype)
+    _, twiddle = fft_plan(n, x.device, x.dtype)
     mirrored = torch.cat([torch.zeros_like(x.narrow(dim, 0, 1)), x.narrow(dim, n - half + 1, half - 1).flip(dim)], dim)
-    turned = torch.complex(x.narrow(dim, 0, half), mirrored.neg()) / _along(twiddle, dim, x.dim())
-    samples: Tensor = torch.fft.irfft(turned, n, dim=dim)
-    return samples.index_select(dim, back)
+    turned = torch.complex(x.narrow(dim, 0, half), mirrored.neg_()) / _along(twiddle, dim)
+    samples = torch.fft.irfft(turned, n, dim=dim)
+    even, odd = (n + 1) // 2, n // 2
+    out.movedim(dim, 0)[0::2].copy_(samples.narrow(dim, 0, even).movedim(dim, 0))
+    out.movedim(dim, 0)[1::2].copy_(samples.narrow(dim, even, odd).flip(dim).movedim(dim, 0))
 
 
-def _along(values: Tensor, dim: int, dims: int) -> Tensor:
-    """A vector shaped to be broadcast along one of `dims` axes."""
-    return values.view([-1 if axis == dim % dims else 1 for axis in range(dims)])
+def _along(values: Tensor, dim: int) -> Tensor:
+    """A vector shaped to be broadcast along the first or the second axis of a matrix."""
+    return values if dim else values[:, None]
 
 
 @lru_cache(maxsize=64)
@@ -129,12 +168,20 @@ def matrix_for(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _fft_plan(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The order of the samples, its inverse, and the scaled turn exp(-i pi k / 2n) of the lower half of the spectrum."""
+def matrix_pieces(n: int, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The columns of `matrix_for`, contiguous in `pieces` for transforms of another length."""
+    with torch.inference_mode(False), torch.no_grad():
+        matrix = matrix_for(n, device, dtype)
+        return tuple(matrix[:, start:end].contiguous() for start, end in pieces(n, length))
+
+
+@lru_cache(maxsize=64)
+def fft_plan(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The order of the samples, and the scaled turn exp(-i pi k / 2n) of the lower half of the spectrum."""
     with torch.inference_mode(False), torch.no_grad():
         order = torch.cat([torch.arange(0, n, 2, device="cpu"), torch.arange(1, n, 2, device="cpu").flip(0)])
         angle = torch.arange(n // 2 + 1, dtype=torch.float64, device="cpu") * (-math.pi / (2 * n))
         twiddle = torch.polar(torch.full_like(angle, math.sqrt(2 / n)), angle)
         twiddle[0] /= math.sqrt(2)
         complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
-        return order.to(device), order.argsort().to(device), twiddle.to(device=device, dtype=complex_dtype)
+        return order.to(device), twiddle.to(device=device, dtype=complex_dtype)

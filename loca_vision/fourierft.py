@@ -28,6 +28,9 @@ class FourierSpectrum(Spectrum):
         """`strength` times the update, (p, q) float32, differentiable in the coefficients."""
         return inverse_real(self.coefficients * (self.scale * strength), self.cells, self.shape)
 
+    def cosines(self, strength: float = 1.0) -> None:
+        """These are other waves."""
+
     @torch.no_grad()
     def norm(self) -> float:
         """Without building it: of the real part's spectrum, half of it at every cell and half at its mirror image."""

@@ -20,6 +20,8 @@ def add_rows(base: Tensor, updates: list[RowDelta]) -> Tensor:
     Slices go through one concatenation, whose gradient is views of the weight's; interleaved rows through an index.
     """
     wide = base if base.dtype == torch.float64 else base.float()
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        return _add_in_place(wide.clone() if wide is base else wide, updates).to(base.dtype)
     slices = [(rows or slice(0, len(base)), delta) for rows, delta in updates if not isinstance(rows, Tensor)]
     pieces, end = [], 0
     for rows, delta in sorted(slices, key=lambda update: update[0].start):
@@ -33,10 +35,28 @@ def add_rows(base: Tensor, updates: list[RowDelta]) -> Tensor:
     return wide.to(base.dtype)
 
 
+def _add_in_place(weight: Tensor, updates: list[RowDelta]) -> Tensor:
+    """In a fifth of the time, where autograd does not look."""
+    for rows, delta in updates:
+        if isinstance(rows, Tensor):
+            weight.index_add_(0, rows.to(weight.device), delta.to(weight.dtype))
+        else:
+            weight[rows or slice(None)] += delta
+    return weight
+
+
 def computed_in(x: Tensor) -> torch.dtype:
     """The dtype of a product with x: autocast's where it is on, but for float64, which it leaves alone."""
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+
+
+def as_computed(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same in autocast's dtype, where it is on."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, weight, bias
+    dtype = computed_in(x)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[RowDelta]) -> Tensor:
@@ -45,11 +65,8 @@ def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[Row
     `weight` (n, q) already contains the updates and has no gradient; each update's is that of its own rows of the weight,
     so that nothing is computed for rows nobody adapts, a third of a fused qkv with query and value.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = computed_in(x)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows, deltas = zip(*updates, strict=True)
-    result: Tensor = _RowLinear.apply(x, weight, bias, rows, *deltas)
+    result: Tensor = _RowLinear.apply(*as_computed(x, weight, bias), rows, *deltas)
     return result
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loca_vision.cosine_sum import cosine_applied, cosine_sum
+from loca_vision.cosine_sum import cosine_applied, cosine_matrix, cosine_sum
+from loca_vision.cosines import Cosines, Form, Layout
 from loca_vision.kinds import generator_of
 from loca_vision.offload import stored
+from loca_vision.snapshot import Snapshot
 from loca_vision.update import Update
 
 # Share of a cell's width over which a first location may lie off its centre: short of the whole, so that float32
@@ -46,6 +48,7 @@ class Spectrum(Update):
         self.count = len(coefficients)  # of them that mean something: behind may be zeros, room for another adapter
         self.final = False  # whether the locations are, for good
         self.scheduled = False  # whether a schedule decides what moves: a half that is frozen may learn again
+        self._kept: tuple[Snapshot, Layout] | None = None
         self.coefficients = nn.Parameter(coefficients)
         self.locations = nn.Parameter(locations)
 
@@ -62,7 +65,44 @@ class Spectrum(Update):
         if self.locations.requires_grad and not torch.compiler.is_compiling():
             self.confine()  # for those who train without a schedule, which does it too
         scale = self.scale * strength
+        if self._trains_eagerly() and not torch.is_grad_enabled():
+            return cosine_matrix(self.coefficients.detach(), self.layout, scale)
         return cosine_sum(self.coefficients, self.locations, self.cells, self.shape, scale, self.difference)
+
+    def cosines(self, strength: float = 1.0) -> Cosines | None:
+        form = Form(self.shape, self.scale * strength, self.difference)
+        return Cosines(self.coefficients, self.locations, self.layout, form)
+
+    @property
+    def layout(self) -> Layout:
+        """The cells with what follows from them, kept from step to step for as long as the locations stay where they are.
+
+        On the CPU values tell that. On other devices versions do, which optimisers of their own kernels may leave as they are:
+        there nothing is kept while locations learn.
+        """
+        held = [self.locations]
+        if self.locations.requires_grad and self.locations.device.type != "cpu":
+            self._kept = None
+            return Layout(self.cells, self.shape)
+        kept = self._kept
+        if kept is None or not kept[0].holds_for(held, held):
+            self._kept = kept = Snapshot(held, held), self._layout_like(kept and kept[1])
+        return kept[1]
+
+    def _layout_like(self, known: Layout | None) -> Layout:
+        """The one that is known, where locations moved and no component came to another cell."""
+        cells, cpu = self.cells, torch.device("cpu")
+        if known is not None and known.cells.device == cells.device == cpu and torch.equal(known.cells, cells):
+            return known
+        return Layout(cells, self.shape)
+
+    def _trains_eagerly(self) -> bool:
+        """Whether a step of training runs as it is written, so that things may be kept for the next one."""
+        learns = self.coefficients.requires_grad or self.locations.requires_grad
+        return learns and type(self.coefficients) is nn.Parameter and not torch.compiler.is_compiling()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None}  # a copy or a pickle works out its own
 
     def applied(self, x: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         """x times `strength` times the update, x Delta W^T, without building it: (..., q) to (..., p) in x's dtype.

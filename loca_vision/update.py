@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loca_vision.cosines import Cosines
 from loca_vision.offload import stored_at
 
 
@@ -43,6 +44,10 @@ class Update(nn.Module):
 
     def factors(self, strength: float = 1.0) -> tuple[Tensor, Tensor] | None:
         """(p, r) and (r, q), whose product is `delta`; None for an update that is not of low rank."""
+        return None
+
+    def cosines(self, strength: float = 1.0) -> Cosines | None:
+        """Where `delta` is a sum of cosine atoms, that sum, whose gradient needs no matrix; None for any other."""
         return None
 
     @torch.no_grad()

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loca_vision.rows import LowRankRows, RowDelta, Rows, add_rows, computed_in, low_rank_linear, low_rank_term, row_linear
+from loca_vision.snapshot import Snapshot
+from loca_vision.spectral_rows import CosineRows, spectral_linear
 from loca_vision.update import Update
 
 
@@ -137,10 +139,12 @@ class Reading(nn.Module):
         whole, pairs = self._by_rank(acting)
         if not whole:
             return low_rank_linear(x, base, bias, pairs)
-        updates = self._deltas(acting, base)
+        cosines = _cosines(acting, self.circumstances.number, base.device)
+        with torch.set_grad_enabled(cosines is None):
+            updates = self._deltas(acting, base)
         with torch.no_grad():
             weight = add_rows(base, updates)
-        return row_linear(x, weight, bias, updates)
+        return row_linear(x, weight, bias, updates) if cosines is None else spectral_linear(x, weight, bias, cosines)
 
     # The update alone, for weights that cannot be read or must not be written out
 
@@ -336,6 +340,19 @@ def _tensors(acting: list[Acting]) -> Iterator[Tensor]:
         yield from one.update.tensors()
 
 
+def _cosines(acting: list[Acting], factor: float, device: torch.device) -> list[CosineRows] | None:
+    """What learns, where all of it is sums of cosines that are at hand on the device."""
+    found: list[CosineRows] = []
+    for one in acting:
+        if not any(value.requires_grad for value in one.update.tensors()):
+            continue
+        cosines = one.update.cosines(factor * one.strength)
+        if cosines is None or cosines.coefficients.device != device:
+            return None
+        found.append((one.rows, cosines))
+    return found
+
+
 def _rows_of(weight: Tensor | None, one: Acting, device: torch.device) -> Tensor | None:
     """The rows of W that an update needs to know; nothing for those that need none."""
     if weight is None or not one.update.needs_weight:
@@ -349,36 +366,16 @@ def _after_loading(reading: nn.Module, keys: Any) -> None:
 
 
 class _Kept:
-    """A weight built once, and what it was built from.
-
-    Versions tell of every in-place change but those made through `.data`, as peft's when it merges. On the CPU, where it costs
-    microseconds and no synchronisation, spectra are compared by value as well, and of W a sample.
-    """
+    """A weight built once, and what it was built from: spectra are compared by value, and of W a sample."""
 
     def __init__(self, base: Tensor | None, learned: list[Tensor], terms: tuple[Any, ...], weight: Tensor) -> None:
-        self.values, self.terms, self.weight = [base, *learned], terms, weight
-        self.marks = [_mark(value) for value in self.values]
-        self.samples = [value.clone() for value in _compared(base, learned)]
+        self.snapshot = Snapshot([base, *learned], [*_sample(base), *learned])
+        self.terms, self.weight = terms, weight
 
     def holds_for(self, base: Tensor | None, learned: list[Tensor], terms: tuple[Any, ...]) -> bool:
-        values = [base, *learned]
-        return (
-            self.terms == terms
-            and len(self.values) == len(values)
-            and all(old is new for old, new in zip(self.values, values, strict=True))
-            and self.marks == [_mark(value) for value in values]
-            and all(map(torch.equal, self.samples, _compared(base, learned)))
-        )
+        return self.terms == terms and self.snapshot.holds_for([base, *learned], [*_sample(base), *learned])
 
 
-def _compared(base: Tensor | None, learned: list[Tensor]) -> list[Tensor]:
-    """Of what is on the CPU all that is learned, and of W (p, q) some 64 values, spread over it."""
-    sample = [] if base is None else [base[:: max(1, base.shape[0] // 8), :: max(1, base.shape[1] // 8)]]
-    return [value.detach() for value in (*sample, *learned) if value.device.type == "cpu"]
-
-
-def _mark(tensor: Tensor | None) -> tuple[Any, ...]:
-    if tensor is None:
-        return ()
-    version = 0 if tensor.is_inference() else tensor._version
-    return version, tensor.data_ptr(), tensor.dtype, tensor.device
+def _sample(base: Tensor | None) -> list[Tensor]:
+    """Of W (p, q) some 64 values, spread over it."""
+    return [] if base is None else [base[:: max(1, base.shape[0] // 8), :: max(1, base.shape[1] // 8)]]

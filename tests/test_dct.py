@@ -35,6 +35,15 @@ def test_large_float32_transforms_are_scipys(shape):
     assert np.abs(dct2(x).numpy() - scipy_dct2(x)).max() < 1e-6
 
 
+@pytest.mark.parametrize("n", (512, 531, 1030))
+@pytest.mark.parametrize("count", (0, 1, 63, 64, 65, 129, 193, 400))
+@pytest.mark.parametrize("dim", (0, 1))
+def test_pieces_are_the_whole(n, count, dim):
+    x = torch.randn(*((n, count) if dim == 0 else (count, n)), dtype=torch.float64)
+    for transform in (dct, idct):
+        torch.testing.assert_close(transform(x, dim), transform(x, dim, method="matrix"), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("n", (*LENGTHS, 1030))
 def test_any_axis_and_any_leading_axes(n, method):

@@ -30,6 +30,20 @@ def test_values_and_gradients_are_those_of_the_whole_weight(rows, lead):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
+def test_with_and_without_gradients_rows_add_up_to_the_same_bits(rows, dtype):
+    base = torch.randn(12, 5).to(dtype)
+    before = base.clone()
+    updates = [(r, torch.randn(base.shape if r is None else base[r].shape)) for r in rows]
+    whole = add_rows(base, updates)
+    with torch.no_grad():
+        assert torch.equal(add_rows(base, updates), whole)
+    assert whole.dtype == dtype and torch.equal(base, before)
+    untouched = [i for i in range(12) if all(i not in torch.arange(12)[slice(None) if r is None else r] for r in rows)]
+    assert torch.equal(whole[untouched], base[untouched])
+
+
 def test_what_wants_no_gradient_costs_none():
     x, delta = torch.randn(7, 5), torch.randn(4, 5, requires_grad=True)
     frozen = torch.randn(4, 5)

@@ -1,5 +1,8 @@
 """A spectrum: where its components start, that they can reach every cell, and that nothing rounds them."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -92,3 +95,48 @@ def test_neither_default_dtype_nor_device_nor_inference_mode_matters():
         torch.set_default_dtype(torch.float32)
     for mine, other in zip(expected.parameters(), spectrum.parameters(), strict=True):
         assert torch.equal(mine, other) and other.dtype == torch.float32 and not other.is_inference()
+
+
+CHANGES = {
+    "in place": lambda s: s.locations.copy_(1 - s.locations),
+    "through .data": lambda s: s.locations.data.copy_(1 - s.locations),
+    "new data": lambda s: setattr(s.locations, "data", 1 - s.locations.data),
+    "a new parameter": lambda s: setattr(s, "locations", torch.nn.Parameter(1 - s.locations)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_follows_from_cells_is_kept_until_they_move(change):
+    spectrum = random_spectrum((9, 7), 6, name="q", seed=0)
+    spectrum.coefficients.data.normal_()
+    first = spectrum.layout
+    assert spectrum.layout is first
+    with torch.no_grad():
+        spectrum.coefficients.mul_(2)
+        assert spectrum.layout is first
+        change(spectrum)
+        kept = spectrum.delta()
+    assert spectrum.layout is not first
+    assert torch.equal(spectrum.layout.cells, spectrum.cells)
+    assert torch.equal(kept, spectrum.delta())  # the one with a graph, which keeps nothing
+
+
+def test_a_move_within_the_cells_or_back_to_the_border_changes_nothing():
+    spectrum = Spectrum((5, 5), torch.ones(2), torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+    layout = spectrum.layout
+    with torch.no_grad():
+        spectrum.locations += torch.tensor([[0.01, -0.01], [0.3, -0.3]])
+    assert spectrum.layout is layout
+    spectrum.confine()
+    assert spectrum.layout is layout
+    with torch.no_grad():
+        spectrum.locations[0, 0] = 0.9
+    assert spectrum.layout is not layout
+
+
+def test_copies_and_pickles_leave_what_is_kept_behind():
+    spectrum = random_spectrum((9, 7), 6, name="q", seed=0)
+    layout = spectrum.layout
+    for other in (copy.deepcopy(spectrum), pickle.loads(pickle.dumps(spectrum))):
+        assert other.layout is not layout and torch.equal(other.layout.cells, layout.cells)
+    assert spectrum.layout is layout

@@ -13,10 +13,11 @@ PACKAGE = Path(loca_vision.__file__).parent
 LAYERS = (
     {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls", "sampling"}
     | {"console", "settings_value", "optimizer_state", "presets", "evaluation", "cartoon", "encoders", "discreet"}
-    | {"contact_sheet", "image_quality", "linear_start"},
+    | {"contact_sheet", "image_quality", "linear_start", "cosines", "paths", "snapshot"},
     {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings_file", "augmentation", "published", "hub_datasets"}
-    | {"photographs", "pairs", "diffusion_loss", "environment", "edit_measures", "edit_pipeline", "small_pipeline"},
-    {"kinds", "manifest", "catalogue", "settings", "tensor_store", "pair_views", "claimed_folder"},
+    | {"photographs", "pairs", "diffusion_loss", "environment", "edit_measures", "edit_pipeline", "small_pipeline"}
+    | {"token_spectrum"},
+    {"kinds", "manifest", "catalogue", "settings", "tensor_store", "pair_views", "claimed_folder", "spectral_rows", "workload"},
     {"approximation", "factors", "lora_names", "lora_scales", "diffusion_cache", "photo_batches"},
     {"spectrum", "low_rank", "checkpoint_folder", "datasets"},
     {"sparse", "pretraining"},
@@ -31,7 +32,7 @@ LAYERS = (
     {"record"},
     {"conv_in"},
     {"weights", "root", "ema"},
-    {"inject", "fusing", "blocks", "sources"},
+    {"inject", "fusing", "blocks", "sources", "explanation"},
     {"schedule", "checkpoint", "swap", "processor", "components", "trained"},
     {"loading", "stepper", "edits"},
     {"loader", "edit_models", "edit_data", "edit_card", "edit_subjects", "edit_choices"},

@@ -3,7 +3,7 @@
 Every method takes a turn in every round, so that a machine whose speed drifts is unfair to none; the table gives medians, and
 the median of the ratios to the floor. The floor is what no adapter of inner layers can save: forward and backward through the
 frozen model, with a gradient at its input and at the head. peft adapts the fused qkv as one matrix; this library its query
-and value.
+and value. With one thread the seconds are the processor's own, so that other work on the machine disturbs them less.
 
     python examples/benchmarks/training_step.py --batch_size 8 --output step.json
     python examples/benchmarks/training_step.py --batch_size 8 --only "floor" "LoRA r=16" "LoRA r=16, peft"
@@ -117,13 +117,14 @@ def methods(settings: Settings) -> dict[str, Callable[[nn.Module], nn.Module]]:
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
     """Seconds of forward, backward and update. The images ask for a gradient, so that none stops halfway."""
-    started = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 and not images.is_cuda else time.perf_counter
+    started = clock()
     optimizer.zero_grad()
     nn.functional.cross_entropy(model(images), labels).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     if images.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def measure(settings: Settings) -> dict[str, list[float]]:
@@ -136,7 +137,7 @@ def measure(settings: Settings) -> dict[str, list[float]]:
         model = adapt(timm.create_model(settings.model, num_classes=10)).to(device).train()
         runs[name] = model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for counted in tqdm([False] + [True] * settings.rounds, unit="round"):
+    for counted in tqdm([False] + [True] * settings.rounds, unit="round", disable=None):
         for name, (model, optimizer) in runs.items():
             taken = step(model, optimizer, images, labels)
             seconds[name] += [taken] * counted
