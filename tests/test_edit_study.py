@@ -132,3 +132,14 @@ def test_installed_photographs_are_of_packages_and_wallpapers(tmp_path, monkeypa
 class _Spec:
     def __init__(self, places):
         self.submodule_search_locations = places
+
+
+def test_of_a_wallpaper_in_several_sizes_one_is_taken(study, monkeypatch, tmp_path):
+    """Or a photograph to test on would have been trained on."""
+    module, _ = study
+    for number, name in enumerate(["lake.jpg", "lake_64x48.jpg", "lake_32x32.jpg", "sea.jpg", "deep/hill.jpg"]):
+        photograph(tmp_path / name, number)
+    monkeypatch.setattr(module, "WALLPAPERS", tmp_path)
+    monkeypatch.setattr(module, "BUNDLED", {})
+    stems = sorted(one.file.stem.split("_")[0] for one in module.installed())
+    assert stems == ["hill", "lake", "sea"]

@@ -11,6 +11,7 @@ given anew. Photographs are divided first; base and adapters are trained on one 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -149,7 +150,8 @@ def installed() -> list[Photograph]:
     """
     files = [file for package, (folder, names) in BUNDLED.items() for file in _of_package(package, folder, names)]
     if WALLPAPERS.is_dir():
-        files += [file for file in sorted(WALLPAPERS.rglob("*.jpg")) if file.is_file() and _detail(file) > FLAT]
+        sizes = {re.sub(r"_\d+x\d+$", "", file.stem): file for file in sorted(WALLPAPERS.rglob("*.jpg")) if file.is_file()}
+        files += [file for file in sizes.values() if _detail(file) > FLAT]
     found: dict[str, Photograph] = {}
     for file in files:
         content = sha256(file.read_bytes()).hexdigest()
