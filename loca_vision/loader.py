@@ -79,12 +79,7 @@ class LoCALoaderMixin:
         load(self, source, request, adapter_name, hotswap=hotswap)
 
     def save_loca_weights(
-        self,
-        directory: str | os.PathLike[str],
-        adapter_name: str | None = None,
-        *,
-        weight_name: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        self, directory: str | os.PathLike[str], adapter_name: str | None = None, *, weight_name: str | None = None
     ) -> Path:
         """Write one adapter, of all components it is in, as one file; a crash leaves the old file or the new one.
 
@@ -92,36 +87,15 @@ class LoCALoaderMixin:
             directory: made where it is missing.
             adapter_name: by default the active one.
             weight_name: by default `pytorch_loca_weights.safetensors`.
-            dtype: of the stored coefficients, float32 or float16.
 
         Returns:
             The path of the file.
 
         Raises:
-            ValueError: no such adapter, or none or several active where none is named; a name with a folder in it; another
-                dtype.
+            ValueError: no such adapter, or none or several active where none is named; a name with a folder in it.
             OSError: the file could not be written; what was there is as it was.
         """
-        check_stored(dtype)
-        file = Path(directory) / safe_name(weight_name)
-        if Path(directory).exists() and not Path(directory).is_dir():
-            raise NotADirectoryError(f"{directory}: it is a file, and a folder is wanted")
-        if Path(directory).suffix == ".safetensors" and not Path(directory).is_dir():
-            raise ValueError(f"directory={str(directory)!r}: a folder is wanted; the name of the file in it is weight_name")
-        if adapter_name is None:
-            active = LoCALoaderMixin.get_active_loca_adapters(self)
-            if len(active) != 1:
-                raise ValueError(f"adapter_name=None: {len(active)} adapters are active; name the one to save")
-            adapter_name = active[0]
-        models = {c: model for c, (model, record) in adapted_in(self).items() if adapter_name in record.adapters}
-        known(self, [adapter_name])
-        parts = {component: contents(model, adapter_name, dtype) for component, model in models.items()}
-        parts = {
-            component: part for component, part in parts.items() if part[0].shapes
-        }  # all of another may have been swapped in
-        about = joined({component: part for component, (part, _) in parts.items()}, _base_name(self, models))
-        write_adapter(file, about, {k: v for c, (_, tensors) in parts.items() for k, v in with_prefix(tensors, c).items()})
-        return file
+        return save_pipeline_adapter(self, directory, adapter_name, weight_name)
 
     def unload_loca_weights(self) -> None:
         """Take all adapters out, fused ones too: the pipeline is as it was before the first, bit for bit."""
@@ -338,6 +312,38 @@ def _strength(model: nn.Module, component: str, name: str, weight: Any) -> Stren
 
 def _times(strength: Strength, factor: float) -> Strength:
     return {name: s * factor for name, s in strength.items()} if isinstance(strength, Mapping) else strength * factor
+
+
+def save_pipeline_adapter(
+    pipe: Any,
+    directory: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    weight_name: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """`save_loca_weights`, with coefficients in float32 or float16.
+
+    Raises:
+        ValueError, OSError: as there; or another dtype.
+    """
+    check_stored(dtype)
+    file = Path(directory) / safe_name(weight_name)
+    if Path(directory).exists() and not Path(directory).is_dir():
+        raise NotADirectoryError(f"{directory}: it is a file, and a folder is wanted")
+    if Path(directory).suffix == ".safetensors" and not Path(directory).is_dir():
+        raise ValueError(f"directory={str(directory)!r}: a folder is wanted; the name of the file in it is weight_name")
+    if adapter_name is None:
+        active = LoCALoaderMixin.get_active_loca_adapters(pipe)
+        if len(active) != 1:
+            raise ValueError(f"adapter_name=None: {len(active)} adapters are active; name the one to save")
+        adapter_name = active[0]
+    models = {c: model for c, (model, record) in adapted_in(pipe).items() if adapter_name in record.adapters}
+    known(pipe, [adapter_name])
+    parts = {component: contents(model, adapter_name, dtype) for component, model in models.items()}
+    parts = {component: part for component, part in parts.items() if part[0].shapes}  # all of another may have been swapped in
+    about = joined({component: part for component, (part, _) in parts.items()}, _base_name(pipe, models))
+    write_adapter(file, about, {k: v for c, (_, tensors) in parts.items() for k, v in with_prefix(tensors, c).items()})
+    return file
 
 
 def _base_name(pipe: Any, models: Mapping[str, nn.Module]) -> str:

@@ -31,7 +31,7 @@ from loca_vision.edit_recipe import EDIT_PRESETS, EditRecipe, batch_of, differen
 from loca_vision.edit_validation import Validation, cases_of, sampling_of
 from loca_vision.environment import environment
 from loca_vision.hub import push
-from loca_vision.loader import LoCALoaderMixin
+from loca_vision.loader import save_pipeline_adapter
 from loca_vision.plots import draw_loss
 from loca_vision.run_report import METRICS, read_metrics, write_metrics
 from loca_vision.settings import as_yaml, parse
@@ -160,7 +160,7 @@ def _written(run: EditRun, numbers: dict[str, int]) -> dict[str, Any]:
     """Adapter, picture, and, as the last, the metrics, which say that the run is finished."""
     recipe, folder, progress = run.recipe, run.recipe.output_dir, run.progress
     with run.averaged():
-        saved = LoCALoaderMixin.save_loca_weights(run.models.pipe, folder, NAME, dtype=getattr(torch, recipe.adapter_dtype))
+        saved = save_pipeline_adapter(run.models.pipe, folder, NAME, dtype=getattr(torch, recipe.adapter_dtype))
     draw_loss(folder / "loss.png", f"{recipe.method}, {numbers['trained_parameters']:,} numbers", progress.curve)
     picture = f"validation-{progress.step}.png"
     metrics: dict[str, Any] = {
