@@ -67,40 +67,37 @@ class EditRun:
     ) -> None:
         self.models, self.data, self.recipe, self.accelerator = models, data, recipe, accelerator
         self.validation, self.seed, self.progress = validation, recipe.seed or 0, Progress()
-        batch = batch_of(recipe, accelerator.num_processes)
-        if batch > len(data.pairs):
-            raise ValueError(
-                f"train_batch_size={recipe.train_batch_size}: a step takes {batch} pairs, with gradient_accumulation_steps="
-                f"{recipe.gradient_accumulation_steps} in {accelerator.num_processes} processes, and there are "
-                f"{len(data.pairs)}, too few for one batch"
-            )
-        self.sampler = EpochSampler(
-            len(data.pairs),
-            batch_size=batch,
-            seed=self.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )
+        self.sampler = self._sampler()
         self.epoch_steps = len(self.sampler)
         self.total = recipe.max_train_steps or self.epoch_steps * recipe.num_train_epochs
         self.null_text = models.encoders.embeddings([""])
-        unet = models.pipe.unet
-        self.stepper = Stepper(
-            unet,
-            models.optimizer(accelerator.num_processes),
-            accelerator,
+        self.stepper = self._stepper()
+        taken = locations_among(models.pipe.unet, self.stepper.moved)
+        self.ema = EMA(self.stepper.moved, Decay(recipe.ema_decay), taken=taken) if recipe.use_ema else None
+
+    def _sampler(self) -> EpochSampler:
+        recipe, processes, pairs = self.recipe, self.accelerator.num_processes, len(self.data.pairs)
+        batch = batch_of(recipe, processes)
+        if batch > pairs:
+            raise ValueError(
+                f"train_batch_size={recipe.train_batch_size}: a step takes {batch} pairs, with gradient_accumulation_steps="
+                f"{recipe.gradient_accumulation_steps} in {processes} processes, and there are {pairs}, too few for one batch"
+            )
+        rank = self.accelerator.process_index
+        return EpochSampler(pairs, batch_size=batch, seed=self.seed, rank=rank, world_size=processes)
+
+    def _stepper(self) -> Stepper:
+        recipe = self.recipe
+        rates = {"num_warmup_steps": recipe.lr_warmup_steps, "num_training_steps": self.total}
+        return Stepper(
+            self.models.pipe.unet,
+            self.models.optimizer(self.accelerator.num_processes),
+            self.accelerator,
             self.progress,
-            scheduler=partial(
-                get_scheduler,
-                recipe.lr_scheduler,
-                num_warmup_steps=recipe.lr_warmup_steps,
-                num_training_steps=self.total,
-            ),
+            scheduler=partial(get_scheduler, recipe.lr_scheduler, **rates),
             phases=phases_of(recipe),
             clip=recipe.max_grad_norm,
         )
-        taken = locations_among(unet, self.stepper.moved)
-        self.ema = EMA(self.stepper.moved, Decay(recipe.ema_decay), taken=taken) if recipe.use_ema else None
 
     # Steps
 

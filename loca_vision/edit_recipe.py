@@ -350,30 +350,24 @@ def _check_validation(recipe: EditRecipe) -> None:
         raise ValueError(f"validation_target: {len(recipe.validation_target)} of them for {images} validation images")
 
 
+# Whole numbers, and the least that each may be.
+_COUNTS = {
+    "resolution": 1, "train_batch_size": 1, "num_train_epochs": 1, "gradient_accumulation_steps": 1,
+    "num_validation_images": 1, "validation_epochs": 1, "validation_inference_steps": 1, "checkpointing_steps": 1,
+    "lr_warmup_steps": 0, "dataloader_num_workers": 0,
+}  # fmt: skip
+_MAYBE = {
+    "max_train_samples": 1, "max_train_steps": 1, "validation_steps": 1, "checkpoints_total_limit": 1, "seed": 0,
+    "seed_locations": 0,
+}  # fmt: skip
+
+
 def _check_numbers(recipe: EditRecipe) -> None:
-    counts = {
-        "resolution": 1,
-        "train_batch_size": 1,
-        "num_train_epochs": 1,
-        "gradient_accumulation_steps": 1,
-        "num_validation_images": 1,
-        "validation_epochs": 1,
-        "validation_inference_steps": 1,
-        "checkpointing_steps": 1,
-        "lr_warmup_steps": 0,
-        "dataloader_num_workers": 0,
-    }
-    maybe = {
-        "max_train_samples": 1,
-        "max_train_steps": 1,
-        "validation_steps": 1,
-        "checkpoints_total_limit": 1,
-        "seed": 0,
-        "seed_locations": 0,
-    }
-    for name, least in (counts | maybe).items():
-        if name in counts or getattr(recipe, name) is not None:
+    for name, least in (_COUNTS | _MAYBE).items():
+        if name in _COUNTS or getattr(recipe, name) is not None:
             check_count(name, getattr(recipe, name), least)
+    if recipe.seed is not None and recipe.seed >= 2**32:
+        raise ValueError(f"seed={recipe.seed}: it is below 2^32, as numpy's are")
     for name in ("learning_rate", "location_lr", "conv_in_lr", "adam_weight_decay"):
         _check_above(name, getattr(recipe, name), or_zero=True)
     for name in ("adam_epsilon", "max_grad_norm"):
@@ -388,8 +382,6 @@ def _check_numbers(recipe: EditRecipe) -> None:
         dropped(_NONE, recipe.conditioning_dropout_prob)
     if recipe.snr_gamma is not None:
         min_snr_weights(_NONE, recipe.snr_gamma, "epsilon")
-    if recipe.seed is not None and recipe.seed >= 2**32:
-        raise ValueError(f"seed={recipe.seed}: it is below 2^32, as numpy's are")
 
 
 def _check_installed(recipe: EditRecipe) -> None:
