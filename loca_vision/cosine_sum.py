@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loca_vision.cell_products import Sums, spectrum_of, transposed_of
 from loca_vision.cosines import Form, Layout, Offset, coefficient_gradient, location_gradient, offsets, row_major, shifted
-from loca_vision.dct import dct, dct2, idct, idct_columns, is_fast, matrix_for, matrix_pieces, pieces
+from loca_vision.dct import dct2, idct, matrix_for
+from loca_vision.frequencies import basis_pieces, frequencies
+from loca_vision.token_spectrum import Pieces, add_applied, in_pieces, split_like
 
 # One entry of the sampled product costs about as much as this many entries of a full transform (CPU, 768 x 768).
 _SAMPLE_COST = 128
@@ -48,15 +51,21 @@ def _cosine_sum(
 
 def cosine_matrix(coefficients: Tensor, layout: Layout, scale: float) -> Tensor:
     """`cosine_sum` without gradients, and with what is already known of the cells."""
-    (rows, cols), about = layout.shape, (coefficients.device, coefficients.dtype)
     with torch.autocast(coefficients.device.type, enabled=False):
-        spectrum = _sparse(layout, coefficients * scale)
-        if coefficients.device.type != "cpu" or not is_fast(rows, coefficients.device):
-            return idct(spectrum @ matrix_for(cols, *about), 0)
-        result = coefficients.new_empty(rows, cols)  # some columns after the others, which stay in a core's own cache
-        for (start, end), atoms in zip(pieces(cols, rows), matrix_pieces(cols, rows, *about), strict=True):
-            idct_columns(spectrum @ atoms, result[:, start:end])
-        return result
+        if coefficients.device.type == "cpu":
+            result = coefficients.new_zeros(layout.shape)
+            add_cosines(result, coefficients, layout, scale)
+            return result
+        spectrum = _sparse(layout, coefficients * scale)  # matrix products are what accelerators do best
+        return idct(spectrum @ matrix_for(layout.shape[1], coefficients.device, coefficients.dtype), 0)
+
+
+def add_cosines(weight: Tensor, coefficients: Tensor, layout: Layout, scale: float) -> None:
+    """Add `cosine_sum` to a weight (p, q) of the same dtype, in place: its rows are what the update makes of unit vectors."""
+    rows, cols = layout.shape
+    spectrum = transposed_of(layout, coefficients * scale)
+    units = basis_pieces(rows, cols, weight.device, weight.dtype)
+    add_applied(weight, spectrum, units)
 
 
 @torch.library.custom_op("loca_vision::cosine_sum_backward", mutates_args=())
@@ -115,10 +124,16 @@ def cosine_applied(x: Tensor, coefficients: Tensor, cells: Tensor, shape: tuple[
 @torch.library.custom_op("loca_vision::cosine_applied", mutates_args=())
 def _cosine_applied(x: Tensor, coefficients: Tensor, cells: Tensor, rows: int, cols: int, scale: float) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        wide = torch.promote_types(x.dtype, coefficients.dtype)
-        spectrum = _sparse(Layout(cells, (rows, cols)), (coefficients * scale).to(wide))
-        frequencies = dct(x.reshape(-1, cols).to(wide))
-        return idct((spectrum @ frequencies.T).T).to(x.dtype).reshape(*x.shape[:-1], rows).contiguous()
+        return applied_to(in_pieces(x.reshape(-1, cols)), x, coefficients, Layout(cells, (rows, cols)), scale)
+
+
+def applied_to(right: Pieces, x: Tensor, coefficients: Tensor, layout: Layout, scale: float) -> Tensor:
+    """`cosine_applied` without gradients, with the frequencies of x and what is already known of the cells."""
+    dtype, rows = right[0].dtype, layout.shape[0]
+    with torch.autocast(x.device.type, enabled=False):
+        result = torch.zeros(x.numel() // layout.shape[1], rows, dtype=dtype, device=x.device)
+        add_applied(result, spectrum_of(layout, (coefficients * scale).to(dtype)), right)
+        return result.to(x.dtype).view(*x.shape[:-1], rows)
 
 
 @_cosine_applied.register_fake
@@ -142,21 +157,17 @@ _cosine_applied.register_autograd(_backward_applied, setup_context=_save_applied
 
 def spectrum_at(grad: Tensor, layout: Layout, places: list[Offset]) -> dict[Offset, Tensor]:
     """Z = C G D^T of a gradient G (p, q) at cells (B, 2) and beside them: (B,) for each of the places."""
-    if places == [(0, 0)]:
-        return {(0, 0): _spectrum_at(grad, layout)}
-    z = dct2(grad)
-    return {place: z[tuple(shifted(layout.cells, place, layout.shape).T)] for place in places}
-
-
-def _spectrum_at(grad: Tensor, layout: Layout) -> Tensor:
-    """Z = C G D^T at the cells only: one transform, then as many row products as there are cells."""
-    count, half = len(layout.cells), dct(grad, 0)
-    if count * _SAMPLE_COST > grad.numel() or grad.device.type != "cpu":
-        return dct(half, 1)[tuple(layout.cells.T)]
-    atoms = matrix_for(grad.shape[1], grad.device, grad.dtype)
-    pattern, (order, *_) = _sparse(layout, half.new_zeros(count)), layout.once(row_major)
-    sampled = torch.sparse.sampled_addmm(pattern, half.contiguous(), atoms.T, beta=0.0).values()
-    return torch.empty_like(sampled).index_copy_(0, order, sampled)
+    (rows, cols), values = layout.shape, len(layout.cells) * len(places)
+    if grad.device.type != "cpu" or values * _SAMPLE_COST > grad.numel():
+        z = dct2(grad)
+        return {place: z[tuple(shifted(layout.cells, place, layout.shape).T)] for place in places}
+    sums = {place: Sums(layout, place, grad.dtype) for place in places}
+    units = basis_pieces(rows, cols, grad.device, grad.dtype)
+    for left, part in zip(units, split_like(grad, units), strict=True):
+        right = frequencies(part)
+        for one in sums.values():
+            one.add(left, right)
+    return {place: one.values() for place, one in sums.items()}
 
 
 def _sparse(layout: Layout, values: Tensor) -> Tensor:

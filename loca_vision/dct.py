@@ -94,16 +94,6 @@ def pieces(count: int, n: int) -> list[tuple[int, int]]:
     return list(zip([0, *ends], ends, strict=False))
 
 
-def idct_columns(x: Tensor, out: Tensor) -> None:
-    """The fast inverse of the columns of x (n, m), one of the `pieces`, into `out` (n, m); rounded alike, no gradients."""
-    if len(x) < _TURN_FROM:
-        _by_inverse_fft(x, out, 0)
-    else:
-        rows = x.new_empty(x.shape[1], x.shape[0])
-        _by_inverse_fft(x.T.contiguous(), rows, 1)
-        out.copy_(rows.T)
-
-
 def _by_pieces(x: Tensor, dim: int, inverse: bool) -> Tensor:
     """The fast transform of some rows, or of some columns of a matrix, after the others."""
     n = x.shape[dim]
@@ -165,14 +155,6 @@ def matrix_for(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         matrix = torch.cos(math.pi / (2 * n) * torch.outer(step, 2 * step + 1)) * math.sqrt(2 / n)
         matrix[0] /= math.sqrt(2)
         return matrix.to(device=device, dtype=dtype)
-
-
-@lru_cache(maxsize=64)
-def matrix_pieces(n: int, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The columns of `matrix_for`, contiguous in `pieces` for transforms of another length."""
-    with torch.inference_mode(False), torch.no_grad():
-        matrix = matrix_for(n, device, dtype)
-        return tuple(matrix[:, start:end].contiguous() for start, end in pieces(n, length))
 
 
 @lru_cache(maxsize=64)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from loca_vision.config import counts_by_name, is_whole
-from loca_vision.cosines import offsets
 from loca_vision.paths import Asked, Choice, choose
 from loca_vision.places import places_in
 from loca_vision.record import Site, record_of, sites, unwrap
+from loca_vision.spectral_rows import asked_of
 from loca_vision.tables import aligned
 from loca_vision.update import Update
-from loca_vision.workload import NOTHING, Work, of_building, of_factors, of_sampled_gradient, of_whole_gradient
+from loca_vision.workload import NOTHING, Work, of_applying, of_building, of_factors, of_sampled_gradient, of_whole_gradient
 
 _HEADER = ("projection", "p x q", "B or r", "learns", "path", "forward", "MB", "backward", "MB", "why")
 
@@ -30,8 +30,8 @@ class Explained:
         shape: (p, q).
         count: B of a sparse spectrum, r of factors; None for another kind.
         learns: "coefficients", "locations", both with "and" between them, "factors", "numbers" of another kind, or "nothing".
-        path: "sampled" or "whole", how the gradient is found; "factors" for two thin products instead of a matrix; "kept" for a
-            matrix built once and "applied" for none, where nothing learns.
+        path: "applied" where no matrix is built; "sampled" or "whole" where one is, by how its gradient is found; "factors" for
+            two thin products instead of a matrix; "kept" for a matrix that is built once, where nothing learns.
         why: in words.
         forward, backward: what is added to the frozen layer for so many tokens.
     """
@@ -128,11 +128,11 @@ def _explained(site: Site, updates: list[_Acting], tokens: int, weight: Tensor, 
     if all(update.factors() is not None for *_, update in updates):
         return [_by_factors(one, tokens) for one in updates]
     obstacle = _obstacle(learning, weight)
-    choices = [Choice(False)] * len(learning)
+    choices = [Choice("whole")] * len(learning)
     if obstacle is None:
         choices = choose([_asked(update) for update in learning], tokens, weight.device, dtype or weight.dtype)
     choice_of = {id(update): choice for update, choice in zip(learning, choices, strict=True)}
-    sharing = sum(choice.sampled for choice in choices)
+    sharing = sum(choice.way != "whole" for choice in choices)
     return [
         _by_matrix(one, choice_of.get(id(one[2])), tokens, sharing, obstacle or f"no costs are known for {weight.device.type}")
         for one in updates
@@ -165,28 +165,29 @@ def _by_factors(one: _Acting, tokens: int) -> Explained:
 
 
 def _by_matrix(one: _Acting, choice: Choice | None, tokens: int, sharing: int, otherwise: str) -> Explained:
-    """An update whose matrix is built in every step, whether it learns or another on the same weight does."""
+    """An update of no low rank in a step of training, whether it learns or another on the same weight does."""
     update = one[2]
     forward = of_building(update.shape, _count(update) or math.prod(update.shape))
     if choice is None:
         return _row(one, "nothing", "whole", "another update of this weight learns", forward)
-    asked, path = _asked(update), "sampled" if choice.sampled else "whole"
-    backward = of_sampled_gradient(asked, tokens, sharing) if choice.sampled else of_whole_gradient(asked, tokens)
-    return _row(one, _learned(update), path, _comparison(choice) or otherwise, forward, backward)
+    asked, why = _asked(update), _comparison(choice) or otherwise
+    if choice.way == "whole":
+        return _row(one, _learned(update), "whole", why, forward, of_whole_gradient(asked, tokens))
+    backward = of_sampled_gradient(asked, tokens, sharing)
+    if choice.way == "applied":
+        applied = of_applying(asked, tokens, sharing)
+        forward, backward = applied, backward + applied
+    return _row(one, _learned(update), choice.way, why, forward, backward)
 
 
 def _comparison(choice: Choice) -> str:
-    if choice.seconds_whole is None or choice.seconds_sampled is None:
-        return ""
-    return f"sampled {1e3 * choice.seconds_sampled:.2f} ms, whole {1e3 * choice.seconds_whole:.2f} ms, by the model"
+    known = ", ".join(f"{way} {1e3 * seconds:.2f} ms" for way, seconds in choice.seconds.items())
+    return known and f"{known}, by the model"
 
 
 def _asked(update: Update) -> Asked:
     cosines = update.cosines()
-    if cosines is None:
-        return Asked(update.shape, _count(update) or 0, 1)
-    moving, learned = cosines.locations.requires_grad, cosines.coefficients.requires_grad
-    return Asked(update.shape, len(cosines.layout.cells), len(offsets(cosines.form.difference, learned, moving)))
+    return Asked(update.shape, _count(update) or 0, 1) if cosines is None else asked_of(cosines)
 
 
 def _learned(update: Update) -> str:

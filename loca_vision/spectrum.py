@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loca_vision.cosine_sum import cosine_applied, cosine_matrix, cosine_sum
+from loca_vision.cosine_sum import applied_to, cosine_applied, cosine_matrix, cosine_sum
 from loca_vision.cosines import Cosines, Form, Layout
 from loca_vision.kinds import generator_of
 from loca_vision.offload import stored
 from loca_vision.snapshot import Snapshot
+from loca_vision.token_spectrum import shared_pieces
 from loca_vision.update import Update
 
 # Share of a cell's width over which a first location may lie off its centre: short of the whole, so that float32
@@ -62,14 +63,14 @@ class Spectrum(Update):
 
     def delta(self, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         """`strength` times the update, (p, q) float32, differentiable in coefficients and locations."""
-        if self.locations.requires_grad and not torch.compiler.is_compiling():
-            self.confine()  # for those who train without a schedule, which does it too
+        self._confine_what_moves()
         scale = self.scale * strength
         if self._trains_eagerly() and not torch.is_grad_enabled():
             return cosine_matrix(self.coefficients.detach(), self.layout, scale)
         return cosine_sum(self.coefficients, self.locations, self.cells, self.shape, scale, self.difference)
 
     def cosines(self, strength: float = 1.0) -> Cosines | None:
+        self._confine_what_moves()
         form = Form(self.shape, self.scale * strength, self.difference)
         return Cosines(self.coefficients, self.locations, self.layout, form)
 
@@ -109,8 +110,11 @@ class Spectrum(Update):
 
         Two transforms of the activations and a sparse product. Differentiable in x only.
         """
-        scale = self.scale * strength
-        return cosine_applied(x, self.coefficients.to(x.device), self.cells.to(x.device), self.shape, scale)
+        scale, coefficients = self.scale * strength, self.coefficients.to(x.device)
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+            return cosine_applied(x, coefficients, self.cells.to(x.device), self.shape, scale)
+        layout = self.layout if self.locations.device == x.device else Layout(self.cells.to(x.device), self.shape)
+        return applied_to(shared_pieces(x), x, coefficients.detach(), layout, scale)
 
     @torch.no_grad()
     def norm(self) -> float:
@@ -126,6 +130,11 @@ class Spectrum(Update):
     def confine(self) -> None:
         """Bring locations an optimiser has carried out of [0, 1] back to the border: every cell stays within reach."""
         self.locations.data.clamp_(0, 1)
+
+    def _confine_what_moves(self) -> None:
+        """For those who train without a schedule, which does it too."""
+        if self.locations.requires_grad and not torch.compiler.is_compiling():
+            self.confine()
 
     def check_room(self, other: Update, place: str) -> None:
         if type(other) is not type(self) or not isinstance(other, Spectrum):

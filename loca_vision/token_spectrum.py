@@ -1,83 +1,127 @@
-"""The spectrum of a weight's gradient at few cells, from the activations, without forming the gradient.
+"""The frequencies of activations, token by token, and what sparse spectra make of them without a matrix.
 
 The gradient of y = x W^T is G = dY^T X, summed over n tokens, and its spectrum Z = C G D^T = (dY C^T)^T (X D^T). Where Z is
 asked for at few cells, the two factors can be transformed token by token, O(n (p + q) log), and each cell is then one dot
-product of n numbers. The whole product would cost O(n p q).
+product of n numbers; the whole product would cost O(n p q). In the same way x Delta W^T = (X D^T) S^T C for a sparse S.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from loca_vision.cosines import Layout, Offset, row_major, shifted
-from loca_vision.dct import fft_plan
-from loca_vision.paths import tokens_at_once
+from loca_vision.cell_products import Sums, product
+from loca_vision.cosines import Layout, Offset
+from loca_vision.frequencies import add_samples, frequencies, pieces
+
+Pieces = tuple[Tensor, ...]  # of the frequencies (q', n) of some tokens after the others
 
 
-def spectra_at(x: Tensor, grads: list[Tensor], layouts: list[Layout], places: list[list[Offset]]) -> list[dict[Offset, Tensor]]:
-    """Values of Z = C (dY^T X) D^T at cells and beside them.
+def spectra_at(
+    right: Pieces,
+    grads: list[Tensor],
+    layouts: list[Layout],
+    places: list[list[Offset]],
+    backs: Sequence[Tensor | None],
+) -> tuple[list[dict[Offset, Tensor]], list[Tensor]]:
+    """Values of Z = C (dY^T X) D^T at cells and beside them, and the gradient of the frequencies of X.
 
     Args:
-        x: (n, q) activations.
-        grads: (n, p) gradients dY of one or more outputs of x; the transform of x is shared by all of them.
+        right: the frequencies of the activations X (n, q), which all share.
+        grads: (n, p) gradients dY of one or more outputs of x.
         layouts: for each of these the cells (B, 2) of a matrix (p, q).
         places: for each the offsets from its cells.
+        backs: for each the sparse (q', p') that takes frequencies of dY to gradients of `right`, where one is wanted.
 
     Returns:
-        For each and for each of its places (B,) values, in float32 or, where x is float64, in that.
+        For each and for each of its places (B,) values in the dtype of `right`; and a gradient for every piece of `right`, or
+        nothing where none is wanted.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    sums = [{place: _Sums(layout, place, dtype) for place in wanted} for layout, wanted in zip(layouts, places, strict=True)]
-    step = tokens_at_once(max(x.shape[1], *(grad.shape[1] for grad in grads)))
-    for start in range(0, len(x), step):
-        right = _by_frequency(x[start : start + step].to(dtype))
-        for grad, parts in zip(grads, sums, strict=True):
-            left = _by_frequency(grad[start : start + step].to(dtype))
+    sums = [
+        {place: Sums(layout, place, right[0].dtype) for place in wanted} for layout, wanted in zip(layouts, places, strict=True)
+    ]
+    onward: list[Tensor] = []
+    for grad, parts, back in zip(grads, sums, backs, strict=True):
+        if not parts and back is None:
+            continue
+        for i, (tokens, piece) in enumerate(zip(split_like(grad, right), right, strict=True)):
+            left = frequencies(tokens.to(piece.dtype))
             for part in parts.values():
-                part.add(left, right)
-    return [{place: part.values() for place, part in parts.items()} for parts in sums]
+                part.add(left, piece)
+            if back is not None and i == len(onward):
+                onward.append(product(back, left))
+            elif back is not None:
+                product(back, left, onward[i])
+    return [{place: part.values() for place, part in parts.items()} for parts in sums], onward
 
 
-def _by_frequency(x: Tensor) -> Tensor:
-    """DCT-II of the rows of x (n, q), with a row for each frequency: (2 (q // 2 + 1), n), up to order and sign.
+def add_applied(y: Tensor, spectrum: Tensor, right: Pieces) -> None:
+    """Add iDCT(S DCT(x)) of every token to the rows of y (n, p), in place; the sparse S is (p', q')."""
+    for tokens, piece in zip(split_like(y, right), right, strict=True):
+        add_samples(tokens, product(spectrum, piece))
 
-    It is Makhoul's transform as in `dct.py`, which finds X[k] and -X[q - k] as real and imaginary part of one number. Here they
-    stay side by side, which makes rows 2 k and 2 k + 1 and spares two passes; `_places` says where each frequency is.
+
+def in_pieces(x: Tensor) -> Pieces:
+    """The frequencies of x (n, q), in float32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return tuple(frequencies(x[start:end].to(wide)) for start, end in pieces(len(x), x.shape[1], torch.get_num_threads()))
+
+
+def shared_pieces(x: Tensor) -> Pieces:
+    """The same of x (..., q), differentiable where gradients are wanted; once for all who ask with the same tensor.
+
+    Query, key and value of an attention layer do, and every layer that looks at the same text.
     """
-    order, twiddle = fft_plan(x.shape[1], x.device, x.dtype)
-    turned = torch.fft.rfft(x.index_select(1, order)).mul_(twiddle)
-    return torch.view_as_real(turned).flatten(1).T.contiguous()
+    wanted = torch.is_grad_enabled() and x.requires_grad
+    if x.is_inference() or (wanted and x.is_leaf):  # that has no version; this is held by its gradient, and by itself with it
+        return _pieces_of(x, wanted)
+    mark = wanted, x._version, x.data_ptr(), torch.get_num_threads()
+    known = _known.get(x)
+    if known is None or known[0] != mark:
+        _known[x] = known = mark, _pieces_of(x, wanted)
+    found: Pieces = known[1]
+    return found
 
 
-def _places(frequency: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The row of `_by_frequency` that holds each of the frequencies (B,), and its sign."""
-    lower = frequency <= n // 2
-    return torch.where(lower, 2 * frequency, 2 * (n - frequency) + 1), torch.where(lower, 1.0, -1.0)
+_known: Any = WeakTensorKeyDictionary()  # of tensors that are still in use
 
 
-def _sampled_places(cells: Tensor, shape: tuple[int, int], place: Offset) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Where values at cells, or beside them, are between two results of `_by_frequency`: compressed, and the signs (B,)."""
-    moved = shifted(cells, place, shape)
-    (rows, row_signs), (cols, col_signs) = (_places(moved[:, axis], n) for axis, n in enumerate(shape))
-    return row_major(torch.stack([rows, cols], 1), _size(shape)), row_signs * col_signs
+def _pieces_of(x: Tensor, wanted: bool) -> Pieces:
+    flat = x.reshape(-1, x.shape[-1])
+    with torch.autocast(x.device.type, enabled=False):
+        found: Pieces = _Frequencies.apply(flat) if wanted else in_pieces(flat.detach())
+    return found
 
 
-def _size(shape: tuple[int, int]) -> tuple[int, int]:
-    return 2 * (shape[0] // 2 + 1), 2 * (shape[1] // 2 + 1)
+class _Frequencies(torch.autograd.Function):
+    """As differentiable as `add_applied` and `spectra_at` need it: rows of no frequency's first place count for nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Pieces:
+        found = in_pieces(x)
+        ctx.about = x.shape, x.dtype, [piece.shape[1] for piece in found]
+        ctx.set_materialize_grads(False)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
+        shape, dtype, lengths = ctx.about
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return None
+        result = given[0].new_zeros(shape)
+        for tokens, grad in zip(torch.split(result, lengths), grads, strict=True):
+            if grad is not None:
+                add_samples(tokens, grad)
+        return result.to(dtype)
 
 
-class _Sums:
-    """Sums over tokens at some cells: a sparse matrix that has these cells and no others."""
-
-    def __init__(self, layout: Layout, place: Offset, dtype: torch.dtype) -> None:
-        (self.order, starts, cols), self.signs = layout.once(_sampled_places, place)
-        zeros = torch.zeros(len(cols), dtype=dtype, device=cols.device)
-        self.matrix = torch.sparse_csr_tensor(starts, cols, zeros, _size(layout.shape), check_invariants=False)
-
-    def add(self, left: Tensor, right: Tensor) -> None:
-        torch.sparse.sampled_addmm(self.matrix, left, right.T, out=self.matrix)
-
-    def values(self) -> Tensor:
-        found = self.matrix.values()
-        return torch.empty_like(found).index_copy_(0, self.order, found).mul_(self.signs)
+def split_like(tokens: Tensor, right: Pieces) -> tuple[Tensor, ...]:
+    """The tokens (n, p) that belong to each of the pieces."""
+    return torch.split(tokens, [piece.shape[1] for piece in right])

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loca_vision.cosines import Cosines
+from loca_vision.paths import choose
 from loca_vision.rows import LowRankRows, RowDelta, Rows, add_rows, computed_in, low_rank_linear, low_rank_term, row_linear
 from loca_vision.snapshot import Snapshot
-from loca_vision.spectral_rows import CosineRows, spectral_linear
+from loca_vision.spectral_rows import asked_of, spectral_linear
 from loca_vision.update import Update
 
 
@@ -132,19 +134,27 @@ class Reading(nn.Module):
     def linear(self, x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor:
         """x (W + sum of the acting updates)^T + bias, where `learns_alone`: no other row's gradient is computed.
 
-        Updates all of low rank act on the activations, which spares the gradient of a whole matrix; else the sum is built.
+        Updates all of low rank act on the activations, which spares the gradient of a whole matrix. So do cosines where `paths`
+        finds that cheaper; else the sum is built.
         """
         self.drop()
         acting = self.acting()
         whole, pairs = self._by_rank(acting)
         if not whole:
             return low_rank_linear(x, base, bias, pairs)
-        cosines = _cosines(acting, self.circumstances.number, base.device)
-        with torch.set_grad_enabled(cosines is None):
+        learned = _learned_cosines(acting, self.circumstances.number, base.device)
+        if learned is None:
             updates = self._deltas(acting, base)
+            with torch.no_grad():
+                weight = add_rows(base, updates)
+            return row_linear(x, weight, bias, updates)
+        asked = [asked_of(cosines) for _, cosines in learned]
+        ways = [choice.way for choice in choose(asked, x.shape[:-1].numel(), x.device, computed_in(x))]
+        applied = {id(one) for (one, _), way in zip(learned, ways, strict=True) if way == "applied"}
+        built = [one for one in acting if id(one) not in applied]
         with torch.no_grad():
-            weight = add_rows(base, updates)
-        return row_linear(x, weight, bias, updates) if cosines is None else spectral_linear(x, weight, bias, cosines)
+            weight = add_rows(base, self._deltas(built, base)) if built else base
+        return spectral_linear(x, weight, bias, [(one.rows, cosines) for one, cosines in learned], ways)
 
     # The update alone, for weights that cannot be read or must not be written out
 
@@ -340,16 +350,16 @@ def _tensors(acting: list[Acting]) -> Iterator[Tensor]:
         yield from one.update.tensors()
 
 
-def _cosines(acting: list[Acting], factor: float, device: torch.device) -> list[CosineRows] | None:
+def _learned_cosines(acting: list[Acting], factor: float, device: torch.device) -> list[tuple[Acting, Cosines]] | None:
     """What learns, where all of it is sums of cosines that are at hand on the device."""
-    found: list[CosineRows] = []
+    found: list[tuple[Acting, Cosines]] = []
     for one in acting:
         if not any(value.requires_grad for value in one.update.tensors()):
             continue
         cosines = one.update.cosines(factor * one.strength)
         if cosines is None or cosines.coefficients.device != device:
             return None
-        found.append((one.rows, cosines))
+        found.append((one, cosines))
     return found
 
 

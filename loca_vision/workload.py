@@ -53,6 +53,13 @@ def of_sampled_gradient(asked: Asked, tokens: int, sharing: int) -> Work:
     return Work(transforms + 2 * tokens * values, _BYTES * (read + 5 * values))
 
 
+def of_applying(asked: Asked, tokens: int, sharing: int) -> Work:
+    """Activations to frequencies, shared by so many projections, times the spectrum, and back; gradients likewise."""
+    rows, cols = asked.shape
+    transforms = _transform(tokens * rows, rows) + _transform(tokens * cols, cols) / sharing
+    return Work(transforms + 2 * tokens * asked.cells, 2 * _BYTES * tokens * (rows + cols / sharing))
+
+
 def of_factors(shape: tuple[int, int], rank: int, tokens: int, products: int) -> Work:
     """So many passes of two thin products over the tokens: one forward, two backward."""
     numbers = tokens * (sum(shape) + 2 * rank) + rank * sum(shape)

@@ -1,16 +1,19 @@
 """What `explain` says of a model, against what its layers do."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from ways import FORCED, FREE
 
 import loca_vision.paths as paths
 import loca_vision.spectral_rows as spectral_rows
 from loca_vision import FourierFTConfig, LoCAConfig, LoRAConfig, adapters, explain, inject
 from loca_vision.cosines import offsets
-from loca_vision.paths import Asked, Costs
-from loca_vision.workload import of_factors, of_sampled_gradient, of_whole_gradient
+from loca_vision.paths import Asked
+from loca_vision.workload import of_applying, of_factors, of_sampled_gradient, of_whole_gradient
 
-SAMPLED = {"cpu": Costs(1, 1, 1, 0, 0, 0, 0)}
+SAMPLED = FORCED["sampled"]
 
 
 def learn(model, coefficients, locations):
@@ -25,17 +28,20 @@ def adapted(vit):
     return vit
 
 
-@pytest.mark.parametrize("costs", ({}, SAMPLED), ids=("whole", "sampled"))
-def test_it_names_the_path_that_training_takes(adapted, images, costs, monkeypatch):
-    monkeypatch.setattr(paths, "COSTS", costs)
+WAYS = {"whole": {"spectrum_at"}, "sampled": {"spectra_at"}, "applied": {"spectra_at", "add_applied"}}
+
+
+@pytest.mark.parametrize("path", FORCED)
+def test_it_names_the_path_that_training_takes(adapted, images, path, monkeypatch):
+    monkeypatch.setattr(paths, "COSTS", FORCED[path])
     taken = []
-    for way in ("spectra_at", "spectrum_at"):
+    for way in set.union(*WAYS.values()):
         real = getattr(spectral_rows, way)
         monkeypatch.setattr(spectral_rows, way, lambda *given, way=way, real=real: taken.append(way) or real(*given))
     adapted(images).square().sum().backward()
     rows = list(explain(adapted))
-    assert {row.path for row in rows} == ({"sampled"} if costs else {"whole"})
-    assert set(taken) == ({"spectra_at"} if costs else {"spectrum_at"})
+    assert {row.path for row in rows} == {path}
+    assert set(taken) == WAYS[path]
     assert [row.projection for row in rows] == list(adapters(adapted)) and {row.count for row in rows} == {40}
 
 
@@ -55,6 +61,11 @@ def test_phases_and_work(adapted, halves, said, places, monkeypatch):
     assert sampled.path == "sampled" and "by the model" in sampled.why
     assert sampled.backward == of_sampled_gradient(Asked((48, 48), 40, places), 100, 2)
     assert sampled.forward == whole.forward
+    monkeypatch.setattr(paths, "COSTS", FORCED["applied"])
+    applied = explain(adapted, 100).rows[0]
+    assert applied.path == "applied"
+    assert applied.forward == of_applying(Asked((48, 48), 40, places), 100, 2)
+    assert applied.backward == sampled.backward + applied.forward
 
 
 def test_what_learns_nothing_is_kept_and_costs_nothing(adapted):
@@ -96,6 +107,8 @@ def test_bad_input_is_refused_in_a_sentence(vit):
 
 
 def test_half_precision_may_be_said(adapted, monkeypatch):
-    monkeypatch.setattr(paths, "COSTS", {"cpu": Costs(1, 1e-9, 0, 1e-4, 1e-4, 0, 0)})
+    monkeypatch.setattr(
+        paths, "COSTS", {"cpu": replace(FREE, product=1, half_product=1e-9, tokens=1e-4, spread=1e-3, dot=1e-4)}
+    )
     assert {row.path for row in explain(adapted, 100)} == {"sampled"}
     assert {row.path for row in explain(adapted, 100, dtype=torch.bfloat16)} == {"whole"}

@@ -93,7 +93,7 @@ def test_steps_are_optimiser_steps_not_micro_batches(vit, images):
             schedule.step()
         results.append([p.detach() for s in adapters(model).values() for p in s.parameters()])
     for whole, split in zip(*results, strict=True):
-        torch.testing.assert_close(whole, split, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(whole, split, rtol=1e-4, atol=1e-5)  # of numbers up to 6, in float32
 
 
 def test_locations_are_brought_back_into_the_matrix(vit, images):

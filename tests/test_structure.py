@@ -13,10 +13,12 @@ PACKAGE = Path(loca_vision.__file__).parent
 LAYERS = (
     {"version", "dct", "config", "atomic", "data", "rows", "tables", "projections", "offload", "classes", "calls", "sampling"}
     | {"console", "settings_value", "optimizer_state", "presets", "evaluation", "cartoon", "encoders", "discreet"}
-    | {"contact_sheet", "image_quality", "linear_start", "cosines", "paths", "snapshot"},
+    | {"contact_sheet", "image_quality", "linear_start", "cosines", "snapshot"},
+    {"frequencies"},
+    {"paths", "cell_products"},
+    {"token_spectrum"},
     {"cosine_sum", "safefile", "update", "haar", "atomic_folder", "settings_file", "augmentation", "published", "hub_datasets"}
-    | {"photographs", "pairs", "diffusion_loss", "environment", "edit_measures", "edit_pipeline", "small_pipeline"}
-    | {"token_spectrum"},
+    | {"photographs", "pairs", "diffusion_loss", "environment", "edit_measures", "edit_pipeline", "small_pipeline"},
     {"kinds", "manifest", "catalogue", "settings", "tensor_store", "pair_views", "claimed_folder", "spectral_rows", "workload"},
     {"approximation", "factors", "lora_names", "lora_scales", "diffusion_cache", "photo_batches"},
     {"spectrum", "low_rank", "checkpoint_folder", "datasets"},

@@ -1,8 +1,10 @@
-"""Both ways to the gradient of a cosine update, over a grid of sizes: is what the model of costs picks the faster one?
+"""Three ways to train a cosine update, over a grid of sizes: is what the model of costs picks the fastest one?
 
-For every size the whole gradient, dY^T X transformed and read at the cells, and the sampled one, by transforms of activations
-and output gradients, take turns; the least seconds of each count. A line says what was picked and how much slower that is than
-the best. At the end: the worst picks, and the `Costs` that fit this machine, to be put into `loca_vision.paths.COSTS`.
+What each adds to a frozen layer, forward and backward: W + Delta W built, and the whole gradient, dY^T X, transformed and read
+at the cells; the same built, and the gradient sampled, by transforms of activations and output gradients; or nothing built, and
+the transformed activations multiplied. The ways take turns, and the least seconds of each count. A line says what was picked
+and how much slower that is than the best. At the end: the worst picks, and the `Costs` that fit this machine, to be put into
+`loca_vision.paths.COSTS`. With more threads these are what `Costs.of_threads` should come to.
 
 With one thread the seconds are the processor's own, so that other work on the machine disturbs them less.
 
@@ -17,7 +19,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -28,23 +30,28 @@ from scipy.optimize import nnls
 from torch import Tensor
 from tqdm import tqdm
 
-from loca_vision.cosine_sum import spectrum_at
+from loca_vision.cell_products import spectrum_of, transposed_of
+from loca_vision.cosine_sum import cosine_matrix, spectrum_at
 from loca_vision.cosines import Layout, offsets
-from loca_vision.paths import Asked, Costs, choose, tokens_at_once
-from loca_vision.token_spectrum import spectra_at
+from loca_vision.frequencies import add_samples
+from loca_vision.paths import COSTS, Asked, Costs, Way, choose, seconds_of
+from loca_vision.rows import add_rows
+from loca_vision.token_spectrum import add_applied, in_pieces, spectra_at, split_like
 
+WAYS: tuple[Way, ...] = ("whole", "sampled", "applied")
+NOTHING = Costs(product=0, half_product=0, transform=0, tokens=0, spread=0, dot=0, cell=0, piece=0, add=0)
 PHASES = {"coefficients": (True, False), "locations": (False, True)}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Time both ways to a gradient, and the choice between them."""
+    """Time the ways of training a cosine update, and the choice between them."""
 
     sizes: tuple[str, ...] = ("320x320", "768x768", "1280x1280", "320x768", "3072x768", "768x3072", "4096x1024")
     """Outputs x inputs of the weight."""
-    tokens: tuple[int, ...] = (77, 256, 1576, 6304)
+    tokens: tuple[int, ...] = (32, 128, 512, 1576, 6304)
     """Vectors of the activations, batch and positions together."""
-    components: tuple[int, ...] = (300, 3000, 30000)
+    components: tuple[int, ...] = (300, 1000, 3000, 30000)
     """B; those above a quarter of a weight's cells are left out."""
     projections: tuple[int, ...] = (1, 2)
     """Adapted at once by one product, which share its activations."""
@@ -85,17 +92,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of both ways for one case, and what the model picked."""
+    """Seconds of each way for one case, and what the model picked."""
 
     case: Case
-    whole: float
-    sampled: float
-    picked: str
+    seconds: dict[Way, float]
+    picked: Way
 
     @property
     def loss(self) -> float:
         """Seconds of the pick over those of the best."""
-        return (self.sampled if self.picked == "sampled" else self.whole) / min(self.whole, self.sampled)
+        return self.seconds[self.picked] / min(self.seconds.values())
 
 
 def _shape(size: str) -> tuple[int, int]:
@@ -112,64 +118,84 @@ def cases(settings: Settings) -> Iterator[Case]:
             yield case
 
 
-def ways(case: Case) -> dict[str, Callable[[], object]]:
+def ways(case: Case) -> dict[Way, Callable[[], object]]:
     (rows, cols), places = case.shape, offsets("central", *PHASES[case.phase])
-    x, grads = torch.randn(case.tokens, cols), torch.randn(case.tokens, case.projections, rows).unbind(1)
-    cells = [_cells(case) for _ in grads]
+    count, moving = case.projections, case.phase == "locations"
+    x, grads = torch.randn(case.tokens, cols), list(torch.randn(case.tokens, count, rows).unbind(1))
+    weights, coefficients = list(torch.randn(count, rows, cols).unbind(0)), torch.randn(case.components)
+    known = [Layout(_cells(case), case.shape) for _ in grads]
 
-    def whole() -> list[object]:
-        layouts = (Layout(some, case.shape) for some in cells)  # nothing is known of them yet, as after a step of locations
-        return [spectrum_at(grad.T @ x, layout, places) for grad, layout in zip(grads, layouts, strict=True)]
+    def layouts() -> list[Layout]:  # of which nothing is known yet after a step of locations
+        return [Layout(one.cells, one.shape) for one in known] if moving else known
 
-    def sampled() -> object:
-        return spectra_at(x, list(grads), [Layout(some, case.shape) for some in cells], [places] * len(grads))
+    def built(current: list[Layout]) -> None:
+        for weight, layout in zip(weights, current, strict=True):
+            add_rows(weight, [(None, cosine_matrix(coefficients, layout, 1.0))])
 
-    return {"whole": whole, "sampled": sampled}
+    def whole() -> None:
+        current = layouts()
+        built(current)
+        for grad, layout in zip(grads, current, strict=True):
+            spectrum_at(grad.T @ x, layout, places)
+
+    def sampled() -> None:
+        current = layouts()
+        built(current)
+        spectra_at(in_pieces(x), grads, current, [places] * count, [None] * count)
+
+    def applied() -> None:
+        current, pieces, outputs = layouts(), in_pieces(x), torch.zeros(case.tokens, rows)
+        for layout in current:
+            add_applied(outputs, spectrum_of(layout, coefficients), pieces)
+        backs = [transposed_of(layout, coefficients) for layout in current]
+        onward = spectra_at(pieces, grads, current, [places] * count, backs)[1]
+        for tokens, piece in zip(split_like(torch.zeros_like(x), pieces), onward, strict=True):
+            add_samples(tokens, piece)
+
+    return {"whole": whole, "sampled": sampled, "applied": applied}
 
 
 def _cells(case: Case) -> Tensor:
     return torch.stack([torch.randint(size, (case.components,)) for size in case.shape], 1)
 
 
-def least_seconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+@torch.no_grad()
+def least_seconds(calls: dict[Way, Callable[[], object]], repeats: int) -> dict[Way, float]:
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[Way, list[float]] = {way: [] for way in calls}
     for counted in [False] + [True] * repeats:
-        for name, call in calls.items():
+        for way, call in calls.items():
             started = clock()
             call()
-            seconds[name] += [clock() - started] * counted
-    return {name: min(own) for name, own in seconds.items()}
+            seconds[way] += [clock() - started] * counted
+    return {way: min(own) for way, own in seconds.items()}
 
 
 def measure(settings: Settings) -> list[Timed]:
     torch.manual_seed(settings.seed)
     found = []
     for case in tqdm(list(cases(settings)), unit="case", disable=None):
-        picked = choose(case.asked, case.tokens, torch.device("cpu"), torch.float32)[0].sampled
-        seconds = least_seconds(ways(case), settings.repeats)
-        found.append(Timed(case, seconds["whole"], seconds["sampled"], "sampled" if picked else "whole"))
+        picked = choose(case.asked, case.tokens, torch.device("cpu"), torch.float32)[0].way
+        found.append(Timed(case, least_seconds(ways(case), settings.repeats), picked))
     return found
 
 
 def fitted(timed: list[Timed]) -> Costs:
     """The costs with the least squared relative error, none below zero. Products of half precision are not among the cases."""
-    numbers = [(one.case, one.case.asked[0]) for one in timed]
-    whole = [
-        [case.projections * math.prod(case.shape) * factor for factor in (case.tokens, math.log2(math.prod(case.shape)))]
-        for case, _ in numbers
-    ]
-    sampled = []
-    for case, asked in numbers:
-        rows, cols = case.shape
-        values = case.projections * asked.cells * asked.places
-        transforms = [(rows, case.projections), (cols, 1)]
-        by_token = sum(case.tokens * length * math.log2(2 * length) * count for length, count in transforms)
-        pieces = sum(math.ceil(case.tokens / tokens_at_once(length)) * count / 2 for length, count in transforms)
-        sampled.append([by_token, values * case.tokens, values, pieces])
-    half = (2.9e-12,)
-    first, second = _solved(whole, [one.whole for one in timed]), _solved(sampled, [one.sampled for one in timed])
-    return Costs(first[0], *half, first[1], *second)
+    fields = [name for name in vars(COSTS["cpu"]) if name not in ("half_product", "serial")]
+    terms, seconds = [], []
+    for one in timed:
+        for way, taken in one.seconds.items():
+            terms.append([modelled(one.case, way, replace(NOTHING, **{name: 1.0})) for name in fields])
+            seconds.append(taken)
+    found = dict(zip(fields, _solved(terms, seconds), strict=True))
+    return replace(COSTS["cpu"], **found)
+
+
+def modelled(case: Case, way: Way, costs: Costs) -> float:
+    """Seconds by the model, which is linear in its costs."""
+    own, shared = seconds_of(case.asked, case.tokens, torch.float32, costs)
+    return sum(own[way]) + {"whole": 0, "sampled": 1, "applied": 2}[way] * shared
 
 
 def _solved(terms: list[list[float]], seconds: list[float]) -> list[float]:
@@ -182,7 +208,8 @@ def _solved(terms: list[list[float]], seconds: list[float]) -> list[float]:
 def line(one: Timed) -> str:
     (rows, cols), case = one.case.shape, one.case
     name = f"{rows} x {cols}, {case.tokens} tokens, B {case.components}, {case.projections} at once, {case.phase}"
-    return f"{name:62}{1e3 * one.whole:10.2f}{1e3 * one.sampled:10.2f}  {one.picked:8}{one.loss:6.2f}"
+    seconds = "".join(f"{1e3 * one.seconds[way]:10.2f}" for way in WAYS)
+    return f"{name:62}{seconds}  {one.picked:8}{one.loss:6.2f}"
 
 
 def main() -> int:
@@ -199,7 +226,7 @@ def main() -> int:
         results = [asdict(one) | {"loss": one.loss} for one in timed]
         about = {"settings": fields, "torch": torch.__version__, "costs": asdict(costs), "cases": results}
         settings.output.write_text(json.dumps(about, indent=1) + "\n")
-    print(f"{'':62}{'whole, ms':>10}{'sampled':>10}  {'picked':8}{'loss':>6}")
+    print(f"{'milliseconds':62}" + "".join(f"{way:>10}" for way in WAYS) + f"  {'picked':8}{'loss':>6}")
     print("\n".join(line(one) for one in timed))
     slow = [one for one in timed if one.loss > 1.1]
     print(f"\n{len(timed)} cases, {len(slow)} of them picked more than 10 % slower than the best; the worst:")
