@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import resource
-from collections import Counter
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -13,8 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import DispatchKey
-from torch.autograd.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from contenders import FLOOR, LOCA, methods, projections
@@ -47,28 +45,30 @@ class Step:
 
 
 def operators(step: Step) -> int:
-    """How many calls of torch's own operators forward and backward make that compute; on a GPU each is about one kernel.
+    """How many operators forward and backward call that compute; on a GPU each is about one kernel.
 
-    Not counted are operators made of others, which are, and mere views and new memory; nor the optimiser's update, which a
-    GPU does for all parameters together. A step goes before, so that locations have moved as in the middle of training.
+    What torch's own operators call inside is theirs, but what this library's call counts. Views and new memory do not count,
+    nor does the optimiser's update, which a GPU does for all parameters together. A step goes before, so that locations have
+    moved as in the middle of training.
     """
     step()
-    with profile(use_kineto=False) as watched:
+    with profile(activities=[ProfilerActivity.CPU]) as watched:
         step.gradients()
-    called = Counter(event.name for event in watched.function_events)
-    return sum(count for name, count in called.items() if _computes(name))
+    return sum(_count(event) for event in watched.events() if event.cpu_parent is None)
+
+
+def _count(event: Any) -> int:
+    return 1 if _computes(event.name) else sum(map(_count, event.cpu_children))
 
 
 @cache
 def _computes(name: str) -> bool:
     namespace, _, operator = name.partition("::")
-    if namespace != "aten" or operator.startswith(("empty", "new_empty", "_unsafe_view")):
+    if namespace != "aten" or operator.startswith("empty"):
         return False
     packet = getattr(torch.ops.aten, operator)
-    overloads = [getattr(packet, overload) for overload in packet.overloads()]
-    composite = all(one.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd) for one in overloads)
-    returned = [value.alias_info for one in overloads for value in one._schema.returns]
-    return not composite and not any(alias is not None and not alias.is_write for alias in returned)
+    returned = [value.alias_info for overload in packet.overloads() for value in getattr(packet, overload)._schema.returns]
+    return not any(alias is not None and not alias.is_write for alias in returned)
 
 
 def all_operators(steps: dict[str, Step]) -> dict[str, dict[str, float]]:
