@@ -64,7 +64,7 @@ def _count(event: Any) -> int:
 @cache
 def _computes(name: str) -> bool:
     namespace, _, operator = name.partition("::")
-    if namespace != "aten" or operator.startswith("empty"):
+    if namespace != "aten" or operator.startswith(("empty", "promote_types", "_unsafe_view")):
         return False
     packet = getattr(torch.ops.aten, operator)
     returned = [value.alias_info for overload in packet.overloads() for value in getattr(packet, overload)._schema.returns]

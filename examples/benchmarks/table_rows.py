@@ -62,7 +62,7 @@ def scaling(report: Mapping[str, Any]) -> Rows:
     return rows
 
 
-KINDS = {"training_step": training_step, "pipeline_adapters": calls, "vit_inference": calls, "scaling": scaling}
+KINDS = {"training_step": training_step, "pipeline_adapters": calls, "inference": calls, "scaling": scaling}
 
 
 def rows(report: Mapping[str, Any]) -> Rows:

@@ -89,6 +89,15 @@ def on_tensors_of(model: nn.Module, own: Callable[[str], bool] = lambda name: Fa
     return copy.deepcopy(model, {id(tensor): tensor for name, tensor in model.named_parameters() if not own(name)})
 
 
+def held(model: nn.Module, base: nn.Module) -> float:
+    """MB of what the model holds beyond the base: the adapters' tensors, and the weights LoCA has built and keeps."""
+    notes: list[Any] = [getattr(module, "_kept", None) for module in model.modules()]
+    kept = [note.weight for note in notes if hasattr(note, "weight")]
+    shared = {tensor.data_ptr() for tensor in base.parameters()}
+    own = [tensor for tensor in (*model.parameters(), *model.buffers(), *kept) if tensor.data_ptr() not in shared]
+    return sum(int(tensor.nbytes) for tensor in own) / 1e6
+
+
 def workload(job: Job) -> Workload:
     """Of a settled job, on the GPU where there is one; the same numbers at every call."""
     torch.manual_seed(0)
