@@ -26,7 +26,7 @@ from loca_vision import (
 )
 from workloads import Job, Workload
 
-FLOOR, LOCA = "floor", "LoCA, coefficients"
+FLOOR, LOCA, LOCATIONS = "floor", "LoCA, coefficients", "LoCA, locations"
 Method = Callable[[Workload], nn.Module]
 
 
@@ -44,7 +44,7 @@ def methods(job: Job, only: tuple[str, ...] = ()) -> dict[str, Method]:
     found: dict[str, Method] = {
         FLOOR: _frozen,
         LOCA: partial(_loca, count=count, phase="coefficients"),
-        "LoCA, locations": partial(_loca, count=count, phase="locations"),
+        LOCATIONS: partial(_loca, count=count, phase="locations"),
         "sDCTFT": partial(_of_kind, kind=SDCTFTConfig, n_components=count),
         f"FourierFT n={count}": partial(_of_kind, kind=FourierFTConfig, n_components=count),
         f"LoRA r={rank}": partial(_of_kind, kind=LoRAConfig, r=rank, alpha=rank),

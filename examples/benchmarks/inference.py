@@ -54,17 +54,13 @@ def call(work: Workload, model: nn.Module) -> float:
     return float(work.loss(model))
 
 
-def saved(work: Workload, model: Any, folder: Path) -> Callable[[], nn.Module]:
+def saved(work: Workload, model: nn.Module, folder: Path) -> Callable[[], nn.Module]:
     """Write a model's adapter into a folder; what loads it into a fresh model."""
-    fresh = work.model().eval()
+    fresh: nn.Module = work.model().eval()
     if isinstance(model, peft.PeftModel):
         model.save_pretrained(folder)
 
-        def load_peft() -> nn.Module:
-            adapted: nn.Module = peft.PeftModel.from_pretrained(fresh.eval(), folder)
-            return adapted
-
-        return load_peft
+        return lambda: peft.PeftModel.from_pretrained(fresh, folder)
     save_adapter(model, folder)
 
     def load() -> nn.Module:

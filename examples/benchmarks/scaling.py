@@ -1,12 +1,13 @@
 """How the cost of one training step grows with components, width and tokens: LoCA, LoRA, peft's FourierFT, and the lower bound.
 
 The model is one square linear layer by itself, forward and backward with a gradient at its input, so that an adapter's cost is
-not hidden behind the rest of a network: a block of a ViT does six times the work of its query and value. The lower bound is
-the frozen layer. A method is free where its median ratio to the lower bound is at most 1.05, and as cheap as LoRA where its
-ratio to LoRA is. Every method takes a turn in every round; with one thread the seconds are the processor's own, so that other
-work on the machine disturbs them less.
+not hidden behind the rest of a network; with `--model block` it is a block of a ViT, which does six times the work of its query
+and value. The lower bound is the frozen model. A method is free where its median ratio to the lower bound is at most 1.05, and
+as cheap as LoRA where its ratio to LoRA is. Every method takes a turn in every round; with one thread the seconds are the
+processor's own, so that other work on the machine disturbs them less.
 
     python examples/benchmarks/scaling.py --output scaling
+    python examples/benchmarks/scaling.py --output scaling-block --model block
     python examples/benchmarks/scaling.py --output scaling --redraw
     python examples/benchmarks/scaling.py --output scaling --sweeps width --widths 192 768
 """
@@ -17,36 +18,23 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-import peft
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from tqdm import tqdm
 
-from loca_vision import LoRAConfig
-from loca_vision.layer import adapt
+from layers import METHODS, Point, blocks, linear_layers
 from loca_vision.plots import COLOURS, save
-from loca_vision.spectrum import random_spectrum
 from loca_vision.tables import aligned
-from loca_vision.update import Update
-from loca_vision.updates import Place
 from rounds import check_positive, in_turns, ratio, report, run, write
 from table_rows import shown
 
 SCRIPT = "scaling.py"
-STYLES = {
-    "floor": (COLOURS[0], "--"),
-    "LoCA, coefficients": (COLOURS[1], "-"),
-    "LoCA, locations": (COLOURS[1], ":"),
-    "LoRA": (COLOURS[3], "-"),
-    "FourierFT, peft": (COLOURS[2], "-"),
-}
-METHODS = tuple(STYLES)
+STYLES = dict(zip(METHODS, ("0--", "1-", "1:", "3-", "2-"), strict=True))  # number of the colour, and dash
 FREE = 1.05  # times the lower bound, or LoRA
 Sweep = Literal["components", "width", "tokens"]
 
@@ -55,6 +43,8 @@ Sweep = Literal["components", "width", "tokens"]
 class Settings:
     """Time one adapted layer along three axes, and draw the curves."""
 
+    model: Literal["linear", "block"] = "linear"
+    """A square linear layer; or a block of a ViT, query and value adapted (of peft's FourierFT, the whole qkv)."""
     output: Path = Path("scaling")
     """Folder for `scaling.json` and a picture of each sweep."""
     sweeps: tuple[Sweep, ...] = ("components", "width", "tokens")
@@ -82,15 +72,6 @@ class Settings:
         check_positive(self, "components", "widths", "tokens", "usual", "rank", "rounds", "threads")
 
 
-@dataclass(frozen=True)
-class Point:
-    """One layer."""
-
-    components: int
-    width: int
-    tokens: int
-
-
 def points(settings: Settings, sweep: Sweep) -> Iterator[Point]:
     """Those whose components the layer has room for."""
     components, width, tokens = settings.usual
@@ -102,44 +83,10 @@ def points(settings: Settings, sweep: Sweep) -> Iterator[Point]:
     yield from (point for point in swept[sweep] if point.components <= point.width**2)
 
 
-def layer_of(method: str, point: Point, settings: Settings) -> nn.Module:
-    torch.manual_seed(settings.seed)
-    layer: nn.Module = nn.Linear(point.width, point.width).requires_grad_(False)
-    if method == "FourierFT, peft":
-        config = peft.FourierFTConfig(n_frequency=point.components, scaling=300.0, init_weights=True, target_modules=["0"])
-        adapted: nn.Module = peft.get_peft_model(nn.Sequential(layer), config)
-        return adapted
-    if method != "floor":
-        updates = adapt(layer)
-        updates.add(Place("default", "layer", None), update_of(method, point, settings))
-        updates.strengths["default"] = 1.0
-    return layer
-
-
-def update_of(method: str, point: Point, settings: Settings) -> Update:
-    shape = (point.width, point.width)
-    if method == "LoRA":
-        update = LoRAConfig(r=min(settings.rank, point.width)).made(shape)
-        nn.init.normal_(update.down)
-        return update
-    spectrum = random_spectrum(shape, point.components, name="layer", seed=settings.seed)
-    nn.init.normal_(spectrum.coefficients, std=1e-3)
-    spectrum.coefficients.requires_grad_(method == "LoCA, coefficients")
-    spectrum.locations.requires_grad_(method == "LoCA, locations")
-    return spectrum
-
-
-def step(layer: nn.Module, x: Tensor, direction: Tensor) -> None:
-    layer.zero_grad()
-    x.grad = None
-    layer(x).backward(direction)
-
-
 def seconds_at(point: Point, settings: Settings) -> dict[str, list[float]]:
-    layers = {method: layer_of(method, point, settings) for method in METHODS}
-    x, direction = torch.randn(point.tokens, point.width, requires_grad=True), torch.randn(point.tokens, point.width)
-    calls = {method: partial(step, layer, x, direction) for method, layer in layers.items()}
-    return in_turns(calls, settings.rounds, bar=False)
+    torch.manual_seed(settings.seed)
+    made = blocks(point, settings.rank) if settings.model == "block" else linear_layers(point, settings.rank, settings.seed)
+    return in_turns(made, settings.rounds, bar=False)
 
 
 def within(values: Sequence[int], ratios: Sequence[float], limit: float = FREE) -> str:
@@ -168,19 +115,32 @@ def free(sweep: Sweep, found: Mapping[Point, Mapping[str, list[float]]]) -> dict
 
 def draw(path: Path, sweep: Sweep, found: Mapping[Point, Mapping[str, list[float]]], title: str) -> None:
     """Milliseconds, and how many times the lower bound they are."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     times, ratios = figure.subplots(1, 2)
     places = [getattr(point, sweep) for point in found]
-    for method, (colour, dash) in STYLES.items():
-        values = [1e3 * median(seconds[method]) for seconds in found.values()]
+    for method, style in STYLES.items():
+        values = [1e3 * median(own[method]) for own in found.values()]
         against = [ratio(own[method], own["floor"]) for own in found.values()]
-        name = "frozen layer" if method == "floor" else method
+        name = "frozen, the lower bound" if method == "floor" else method
         for axes, heights in ((times, values), (ratios, against)):
+            colour, dash = COLOURS[int(style[0])], style[1:]
             axes.plot(places, heights, color=colour, linestyle=dash, marker="o", markersize=3, label=name)
+    ratios.axhspan(1, FREE, color="#f2d7a0", alpha=0.6, linewidth=0, label=f"free: at most {FREE:g}")
     times.set(xscale="log", yscale="log", xlabel=sweep, ylabel="ms a step", title=title)
-    ratios.set(xscale="log", yscale="log", xlabel=sweep, ylabel="times the frozen layer")
-    ratios.legend()
+    ratios.set(xscale="log", yscale="log", xlabel=sweep, ylabel="times the lower bound")
+    for axes in (times, ratios):
+        _plain_ticks(axes, places)
+    figure.legend(*ratios.get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS) + 1, fontsize=8)
     save(figure, path)
+
+
+def _plain_ticks(axes: Any, places: Sequence[int]) -> None:
+    """The swept values below, and numbers without powers of ten beside."""
+    axes.set_xticks(places, [f"{value:,}" for value in places], fontsize=8)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def benchmark(settings: Settings) -> None:
@@ -214,7 +174,8 @@ def _title(settings: Mapping[str, Any], sweep: Sweep) -> str:
     components, width, tokens = settings["usual"]
     fixed = {"components": f"{components} components", "width": f"width {width}", "tokens": f"{tokens} tokens"}
     threads = "1 thread" if settings["threads"] == 1 else f"{settings['threads']} threads"
-    return ", ".join([*(text for name, text in fixed.items() if name != sweep), threads])
+    what = "a block of a ViT" if settings["model"] == "block" else "one linear layer"
+    return ", ".join([what, *(text for name, text in fixed.items() if name != sweep), threads])
 
 
 def table(sweep: Sweep, found: Mapping[Point, Mapping[str, list[float]]]) -> str:

@@ -54,8 +54,8 @@ def _size(value: float | int | None) -> str:
 
 
 def scaling(report: Mapping[str, Any]) -> Rows:
-    """Where each method costs next to nothing beyond the frozen layer, and where no more than LoRA."""
-    rows = [["sweep", "method", "of the frozen layer, from first to last", "free", "as cheap as LoRA"]]
+    """Where each method costs next to nothing beyond the lower bound, and where no more than LoRA."""
+    rows = [["sweep", "method", "of the lower bound, from first to last", "free", "as cheap as LoRA"]]
     for sweep, found in report["free"].items():
         for method, own in found.items():
             rows.append([sweep, method, f"{own['ratios'][0]:.2f} to {own['ratios'][-1]:.2f}", own["floor"], own["LoRA"]])
