@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from tqdm import tqdm
 
 from layers import METHODS, Point, blocks, linear_layers
@@ -138,7 +138,8 @@ def _plain_ticks(axes: Any, places: Sequence[int]) -> None:
     """The swept values below, and numbers without powers of ten beside."""
     axes.set_xticks(places, [f"{value:,}" for value in places], fontsize=8)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(6))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import resource
+import sys
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -104,7 +105,7 @@ def _resident_peak() -> float:
     for line in lines:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def all_peaks(job: Job, names: list[str], threads: int) -> dict[str, float]:
