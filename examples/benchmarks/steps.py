@@ -7,6 +7,7 @@ import multiprocessing
 import resource
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def _count(event: Any) -> int:
 @cache
 def _computes(name: str) -> bool:
     namespace, _, operator = name.partition("::")
-    if namespace != "aten" or operator.startswith(("empty", "promote_types", "_unsafe_view")):
+    if namespace != "aten" or operator.startswith(("empty", "new_empty", "promote_types", "_unsafe_view")):
         return False
     packet = getattr(torch.ops.aten, operator)
     returned = [value.alias_info for overload in packet.overloads() for value in getattr(packet, overload)._schema.returns]
@@ -113,7 +114,7 @@ def all_peaks(job: Job, names: list[str], threads: int) -> dict[str, float]:
     found = {}
     for name in tqdm(names, desc="memory", disable=None):
         with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (threads,)) as pool:
-            found[name] = pool.apply(peak, (Job(**{field: getattr(job, field) for field in Job.__dataclass_fields__}), name))
+            found[name] = pool.apply(peak, (job, name))
     return found
 
 
@@ -123,8 +124,7 @@ def check(job: Job) -> dict[str, float]:
     Raises:
         RuntimeError: they differ by more than 1e-4, or LoCA's coefficients change so little that nothing is shown.
     """
-    fields: dict[str, Any] = {name: getattr(job, name) for name in Job.__dataclass_fields__} | {"autocast": "none"}
-    job = Job(**fields)
+    job = replace(job, autocast="none")
     work = workload(job)
     model = methods(job)[LOCA](work)
     found = {"training": float(Step(model, work).gradients())}
