@@ -14,18 +14,14 @@ With one thread the seconds are the processor's own, so that other work on the m
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
-import tyro
 from scipy.optimize import nnls
 from torch import Tensor
 from tqdm import tqdm
@@ -37,7 +33,9 @@ from loca_vision.frequencies import add_samples
 from loca_vision.paths import COSTS, Asked, Costs, Way, choose, seconds_of
 from loca_vision.rows import add_rows
 from loca_vision.token_spectrum import add_applied, in_pieces, spectra_at, split_like
+from rounds import check_positive, in_turns, report, run, write
 
+SCRIPT = "paths.py"
 WAYS: tuple[Way, ...] = ("whole", "sampled", "applied")
 NOTHING = Costs(product=0, half_product=0, transform=0, tokens=0, spread=0, dot=0, cell=0, piece=0, add=0)
 PHASES = {"coefficients": (True, False), "locations": (False, True)}
@@ -65,12 +63,7 @@ class Settings:
     """JSON file for settings, seconds, picks and fitted costs."""
 
     def __post_init__(self) -> None:
-        for field in ("tokens", "components", "projections"):
-            if min(getattr(self, field), default=0) < 1:
-                raise ValueError(f"{field}={getattr(self, field)}: whole numbers from 1 up")
-        for field in ("repeats", "threads"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)}: a whole number from 1 up")
+        check_positive(self, "tokens", "components", "projections", "repeats", "threads")
         for size in self.sizes:
             _shape(size)
 
@@ -160,23 +153,13 @@ def _cells(case: Case) -> Tensor:
 
 
 @torch.no_grad()
-def least_seconds(calls: dict[Way, Callable[[], object]], repeats: int) -> dict[Way, float]:
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds: dict[Way, list[float]] = {way: [] for way in calls}
-    for counted in [False] + [True] * repeats:
-        for way, call in calls.items():
-            started = clock()
-            call()
-            seconds[way] += [clock() - started] * counted
-    return {way: min(own) for way, own in seconds.items()}
-
-
 def measure(settings: Settings) -> list[Timed]:
     torch.manual_seed(settings.seed)
     found = []
     for case in tqdm(list(cases(settings)), unit="case", disable=None):
         picked = choose(case.asked, case.tokens, torch.device("cpu"), torch.float32)[0].way
-        found.append(Timed(case, least_seconds(ways(case), settings.repeats), picked))
+        seconds = {way: min(own) for way, own in in_turns(ways(case), settings.repeats, bar=False).items()}
+        found.append(Timed(case, seconds, picked))
     return found
 
 
@@ -212,27 +195,22 @@ def line(one: Timed) -> str:
     return f"{name:62}{seconds}  {one.picked:8}{one.loss:6.2f}"
 
 
-def main() -> int:
-    try:
-        settings = tyro.cli(partial(Settings), description=Settings.__doc__, use_underscores=True)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+def benchmark(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
     timed = measure(settings)
     costs = fitted(timed)
-    if settings.output:
-        fields = asdict(settings) | {"output": str(settings.output)}
-        results = [asdict(one) | {"loss": one.loss} for one in timed]
-        about = {"settings": fields, "torch": torch.__version__, "costs": asdict(costs), "cases": results}
-        settings.output.write_text(json.dumps(about, indent=1) + "\n")
+    results = [asdict(one) | {"loss": one.loss} for one in timed]
+    write(settings.output, report(SCRIPT, settings, costs=asdict(costs), cases=results))
     print(f"{'milliseconds':62}" + "".join(f"{way:>10}" for way in WAYS) + f"  {'picked':8}{'loss':>6}")
     print("\n".join(line(one) for one in timed))
     slow = [one for one in timed if one.loss > 1.1]
     print(f"\n{len(timed)} cases, {len(slow)} of them picked more than 10 % slower than the best; the worst:")
     print("\n".join(line(one) for one in sorted(timed, key=lambda one: -one.loss)[:5]))
     print(f"\nCosts that fit here:\n{costs}")
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(SCRIPT, Settings, benchmark, arguments)
 
 
 if __name__ == "__main__":

@@ -9,32 +9,30 @@ gives medians, and the median of the ratios to the base model without any adapte
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import diffusers
 import peft
 import torch
-import tyro
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import loca_vision.diffusers as loca
 from loca_vision import LoCAConfig, adapters, inject, remove
+from rounds import check_positive, in_turns, report, run, seconds_of, write
+from table_rows import shown
+from workloads import WIDTHS, held, on_tensors_of, unet
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-WIDTHS = (320, 640, 1280, 1280)
+SCRIPT = "pipeline_adapters.py"
 
 
 @dataclass(frozen=True)
@@ -61,24 +59,12 @@ class Settings:
     """JSON file for settings and figures."""
 
     def __post_init__(self) -> None:
-        for field in ("batch_size", "size", "rounds", "n_components", "rank"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)}: it is a whole number from 1 up")
+        check_positive(self, "batch_size", "size", "rounds", "n_components", "rank", "widths", "threads")
         if self.dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"dtype={self.dtype}: it is float32, float16 or bfloat16")
 
 
-def unet(settings: Settings, like: nn.Module | None = None) -> UNet2DConditionModel:
-    """The UNet of Stable Diffusion 1.5 (860 million weights), on the tensors of another where one is given."""
-    with torch.device("meta" if like else "cpu"):
-        torch.manual_seed(0)
-        model = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, block_out_channels=settings.widths)
-    if like:
-        model.load_state_dict(like.state_dict(), assign=True)
-    return model.to(getattr(torch, settings.dtype)).requires_grad_(False).eval()
-
-
-def pipeline(model: UNet2DConditionModel) -> Any:
+def pipeline(model: nn.Module) -> Any:
     """The UNet in a pipeline whose other parts are as small as they can be."""
     text = CLIPTextConfig(hidden_size=768, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=100)
     return StableDiffusionPipeline(
@@ -110,39 +96,25 @@ def save_lora(pipe: Any, folder: Path, settings: Settings, seed: int) -> None:
     pipe.unload_lora_weights()
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def held(model: nn.Module, base: nn.Module) -> float:
-    """MB of what the model holds beyond the base: the adapters' tensors, and the weights LoCA has built and keeps."""
-    notes: list[Any] = [getattr(module, "_kept", None) for module in model.modules()]
-    kept = [note.weight for note in notes if note is not None]
-    shared = {tensor.data_ptr() for tensor in base.parameters()}
-    own = [tensor for tensor in (*model.parameters(), *model.buffers(), *kept) if tensor.data_ptr() not in shared]
-    return sum(int(tensor.nbytes) for tensor in own) / 1e6
-
-
 def handling(load: Callable[[str], Any], unload: Callable[[], Any], switch: Callable[[str], Any], call: Any) -> dict[str, Any]:
     """Seconds of loading and switching, and of the first call after each; leaves two adapters, of which one acts."""
     loads, firsts, switches, seconds_after = [], [], [], []
     for _ in range(3):
         unload()
-        loads.append(seconds(partial(load, "a")))
-        firsts.append(seconds(call))
+        loads.append(seconds_of(partial(load, "a")))
+        firsts.append(seconds_of(call))
     load("b")
     for name in ("a", "b") * 2:
-        switches.append(seconds(partial(switch, name)))
-        seconds_after.append(seconds(call))
+        switches.append(seconds_of(partial(switch, name)))
+        seconds_after.append(seconds_of(call))
     return {"load": loads, "first call": firsts, "switch": switches, "call after switch": seconds_after}
 
 
 def measure(settings: Settings, folder: Path) -> dict[str, dict[str, Any]]:
     generator = torch.Generator().manual_seed(1)
-    base = unet(settings)
     dtype = getattr(torch, settings.dtype)
+    torch.manual_seed(0)
+    base = unet(settings.widths).to(dtype).eval()
     latents = torch.randn(settings.batch_size, 4, settings.size, settings.size, generator=generator).to(dtype)
     text = torch.randn(settings.batch_size, 77, 768, generator=generator).to(dtype)
 
@@ -151,7 +123,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, dict[str, Any]]:
         result: Tensor = model(latents, 500, text).sample
         return result
 
-    mine, theirs = pipeline(unet(settings, base)), pipeline(unet(settings, base))
+    mine, theirs = pipeline(on_tensors_of(base)), pipeline(on_tensors_of(base))
     for name, seed in (("a", 1), ("b", 2)):
         save_loca(mine, folder / "loca" / name, settings, seed)
         save_lora(theirs, folder / "lora" / name, settings, seed)
@@ -171,17 +143,14 @@ def measure(settings: Settings, folder: Path) -> dict[str, dict[str, Any]]:
     )
     figures["LoCA"]["file bytes"] = _bytes(folder / "loca" / "a")
     figures[lora]["file bytes"] = _bytes(folder / "lora" / "a")
-    sparing = pipeline(unet(settings, base))
+    sparing = pipeline(on_tensors_of(base))
     loca.enable_loca_low_memory(sparing)
     loca.load_loca_weights(sparing, folder / "loca" / "b")
     _check(call(mine.unet), call(sparing.unet))
     figures["LoCA, low memory"] = {}
     models = {"base": base, "LoCA": mine.unet, "LoCA, low memory": sparing.unet, lora: theirs.unet}
-    for counted in tqdm([False] + [True] * settings.rounds, unit="round"):
-        for name, model in models.items():
-            figures[name].setdefault("call", []).extend([seconds(partial(call, model))] * counted)
-    for name, model in models.items():
-        figures[name]["MB held"] = held(model, base)
+    for name, own in in_turns({name: partial(call, model) for name, model in models.items()}, settings.rounds).items():
+        figures[name] |= {"call": own, "MB held": held(models[name], base)}
     return figures
 
 
@@ -196,34 +165,18 @@ def _check(built: Tensor, applied: Tensor) -> None:
         raise RuntimeError(f"built weights and applied updates differ by {error:.1e} of the largest output")
 
 
-def table(figures: dict[str, dict[str, Any]]) -> str:
-    columns = ("call", "load", "first call", "switch", "call after switch")
-    lines = [f"{'seconds':18}" + "".join(f"{name:>18}" for name in (*columns, "call / base", "MB held", "file bytes"))]
-    for name, own in figures.items():
-        cells = [f"{median(own[column]):.3f}" if column in own else "-" for column in columns]
-        ratio = median(mine / least for mine, least in zip(own["call"], figures["base"]["call"], strict=True))
-        size = f"{own['file bytes']:,}" if "file bytes" in own else "-"
-        lines.append(f"{name:18}" + "".join(f"{cell:>18}" for cell in (*cells, f"{ratio:.3f}", f"{own['MB held']:,.1f}", size)))
-    return "\n".join(lines)
-
-
-def main() -> int:
-    try:
-        settings = tyro.cli(partial(Settings), description=Settings.__doc__, use_underscores=True)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+def benchmark(settings: Settings) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     logging.disable(logging.WARNING)  # diffusers remarks on what a LoRA does not contain
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(settings, Path(folder))
-    if settings.output:
-        about = {"torch": torch.__version__, "peft": peft.__version__, "diffusers": diffusers.__version__}
-        fields = asdict(settings) | {"output": str(settings.output), "threads": torch.get_num_threads()}
-        settings.output.write_text(json.dumps({"settings": fields, **about, "figures": figures}, indent=1) + "\n")
-    print(table(figures))
-    return 0
+        found = report(SCRIPT, settings, figures=measure(settings, Path(folder)))
+    write(settings.output, found)
+    print(shown(found))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(SCRIPT, Settings, benchmark, arguments)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """How the cost of one training step grows with components, width and tokens: LoCA, LoRA, peft's FourierFT, and the lower bound.
 
 The model is one square linear layer by itself, forward and backward with a gradient at its input, so that an adapter's cost is
-not hidden behind the rest of a network: a block of a ViT does six times the work of its query and value. The lower bound is
-the frozen layer. Every method takes a turn in every round; with one thread the seconds are the processor's own, so that other
-work on the machine disturbs them less.
+not hidden behind the rest of a network; with `--model block` it is a block of a ViT, which does six times the work of its query
+and value. The lower bound is the frozen model. A method is free where its median ratio to the lower bound is at most 1.05, and
+as cheap as LoRA where its ratio to LoRA is. Every method takes a turn in every round; with one thread the seconds are the
+processor's own, so that other work on the machine disturbs them less.
 
     python examples/benchmarks/scaling.py --output scaling
+    python examples/benchmarks/scaling.py --output scaling-block --model block
+    python examples/benchmarks/scaling.py --output scaling --redraw
     python examples/benchmarks/scaling.py --output scaling --sweeps width --widths 192 768
 """
 
@@ -13,37 +16,26 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
-import peft
 import torch
-import tyro
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from tqdm import tqdm
 
-from loca_vision import LoRAConfig
-from loca_vision.atomic import write_atomically
-from loca_vision.layer import adapt
+from layers import METHODS, Point, blocks, linear_layers
 from loca_vision.plots import COLOURS, save
-from loca_vision.spectrum import random_spectrum
-from loca_vision.update import Update
-from loca_vision.updates import Place
+from loca_vision.tables import aligned
+from rounds import check_positive, in_turns, ratio, report, run, write
+from table_rows import shown
 
-STYLES = {
-    "floor": (COLOURS[0], "--"),
-    "LoCA, coefficients": (COLOURS[1], "-"),
-    "LoCA, locations": (COLOURS[1], ":"),
-    "LoRA": (COLOURS[3], "-"),
-    "FourierFT, peft": (COLOURS[2], "-"),
-}
-METHODS = tuple(STYLES)
+SCRIPT = "scaling.py"
+STYLES = dict(zip(METHODS, ("0--", "1-", "1:", "3-", "2-"), strict=True))  # number of the colour, and dash
+FREE = 1.05  # times the lower bound, or LoRA
 Sweep = Literal["components", "width", "tokens"]
 
 
@@ -51,6 +43,8 @@ Sweep = Literal["components", "width", "tokens"]
 class Settings:
     """Time one adapted layer along three axes, and draw the curves."""
 
+    model: Literal["linear", "block"] = "linear"
+    """A square linear layer; or a block of a ViT, query and value adapted (of peft's FourierFT, the whole qkv)."""
     output: Path = Path("scaling")
     """Folder for `scaling.json` and a picture of each sweep."""
     sweeps: tuple[Sweep, ...] = ("components", "width", "tokens")
@@ -71,23 +65,11 @@ class Settings:
     """Of torch."""
     seed: int = 0
     """Of weights, activations and cells."""
+    redraw: bool = False
+    """Draw the pictures again from the `scaling.json` that is there, and time nothing."""
 
     def __post_init__(self) -> None:
-        for field in ("components", "widths", "tokens", "usual"):
-            if min(getattr(self, field), default=0) < 1:
-                raise ValueError(f"{field}={getattr(self, field)}: whole numbers from 1 up")
-        for field in ("rank", "rounds", "threads"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)}: a whole number from 1 up")
-
-
-@dataclass(frozen=True)
-class Point:
-    """One layer."""
-
-    components: int
-    width: int
-    tokens: int
+        check_positive(self, "components", "widths", "tokens", "usual", "rank", "rounds", "threads")
 
 
 def points(settings: Settings, sweep: Sweep) -> Iterator[Point]:
@@ -101,102 +83,112 @@ def points(settings: Settings, sweep: Sweep) -> Iterator[Point]:
     yield from (point for point in swept[sweep] if point.components <= point.width**2)
 
 
-def layer_of(method: str, point: Point, settings: Settings) -> nn.Module:
+def seconds_at(point: Point, settings: Settings) -> dict[str, list[float]]:
     torch.manual_seed(settings.seed)
-    layer: nn.Module = nn.Linear(point.width, point.width).requires_grad_(False)
-    if method == "FourierFT, peft":
-        config = peft.FourierFTConfig(n_frequency=point.components, scaling=300.0, init_weights=True, target_modules=["0"])
-        adapted: nn.Module = peft.get_peft_model(nn.Sequential(layer), config)
-        return adapted
-    if method != "floor":
-        updates = adapt(layer)
-        updates.add(Place("default", "layer", None), update_of(method, point, settings))
-        updates.strengths["default"] = 1.0
-    return layer
+    made = blocks(point, settings.rank) if settings.model == "block" else linear_layers(point, settings.rank, settings.seed)
+    return in_turns(made, settings.rounds, bar=False)
 
 
-def update_of(method: str, point: Point, settings: Settings) -> Update:
-    shape = (point.width, point.width)
-    if method == "LoRA":
-        update = LoRAConfig(r=min(settings.rank, point.width)).made(shape)
-        nn.init.normal_(update.down)
-        return update
-    spectrum = random_spectrum(shape, point.components, name="layer", seed=settings.seed)
-    nn.init.normal_(spectrum.coefficients, std=1e-3)
-    spectrum.coefficients.requires_grad_(method == "LoCA, coefficients")
-    spectrum.locations.requires_grad_(method == "LoCA, locations")
-    return spectrum
+def within(values: Sequence[int], ratios: Sequence[float], limit: float = FREE) -> str:
+    """In words, at which of the ascending values a ratio is within the limit.
+
+    A step is said to begin or to stop being free only where everything beyond is on the same side.
+    """
+    good = [ratio <= limit for ratio in ratios]
+    if all(good) or not any(good):
+        return "everywhere" if all(good) else "nowhere"
+    changes = [place for place in range(1, len(good)) if good[place] != good[place - 1]]
+    if len(changes) > 1:
+        return "at " + ", ".join(f"{value}" for value, free in zip(values, good, strict=True) if free)
+    return f"up to {values[changes[0] - 1]}" if good[0] else f"from {values[changes[0]]} on"
 
 
-def step(layer: nn.Module, x: Tensor, direction: Tensor) -> None:
-    layer.zero_grad()
-    x.grad = None
-    layer(x).backward(direction)
-
-
-def seconds_of(point: Point, settings: Settings) -> dict[str, list[float]]:
-    clock = time.process_time if settings.threads == 1 else time.perf_counter
-    layers = {method: layer_of(method, point, settings) for method in METHODS}
-    x, direction = torch.randn(point.tokens, point.width, requires_grad=True), torch.randn(point.tokens, point.width)
-    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
-    for counted in [False] + [True] * settings.rounds:
-        for method, layer in layers.items():
-            started = clock()
-            step(layer, x, direction)
-            seconds[method] += [clock() - started] * counted
-    return seconds
+def free(sweep: Sweep, found: Mapping[Point, Mapping[str, list[float]]]) -> dict[str, dict[str, Any]]:
+    """Of each method but the floor: its ratios to the floor along the sweep, where it is free, where as cheap as LoRA."""
+    values, result = [getattr(point, sweep) for point in found], {}
+    for method in METHODS[1:]:
+        ratios = {against: [ratio(own[method], own[against]) for own in found.values()] for against in ("floor", "LoRA")}
+        where = {against: within(values, some) for against, some in ratios.items()}
+        result[method] = {"ratios": ratios["floor"], **where}
+    return result
 
 
 def draw(path: Path, sweep: Sweep, found: Mapping[Point, Mapping[str, list[float]]], title: str) -> None:
     """Milliseconds, and how many times the lower bound they are."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     times, ratios = figure.subplots(1, 2)
     places = [getattr(point, sweep) for point in found]
-    for method, (colour, dash) in STYLES.items():
-        values = [1e3 * median(seconds[method]) for seconds in found.values()]
-        against = [median(a / b for a, b in zip(own[method], own["floor"], strict=True)) for own in found.values()]
-        name = "frozen layer" if method == "floor" else method
+    for method, style in STYLES.items():
+        values = [1e3 * median(own[method]) for own in found.values()]
+        against = [ratio(own[method], own["floor"]) for own in found.values()]
+        name = "frozen, the lower bound" if method == "floor" else method
         for axes, heights in ((times, values), (ratios, against)):
+            colour, dash = COLOURS[int(style[0])], style[1:]
             axes.plot(places, heights, color=colour, linestyle=dash, marker="o", markersize=3, label=name)
+    ratios.axhspan(1, FREE, color="#f2d7a0", alpha=0.6, linewidth=0, label=f"free: at most {FREE:g}")
     times.set(xscale="log", yscale="log", xlabel=sweep, ylabel="ms a step", title=title)
-    ratios.set(xscale="log", yscale="log", xlabel=sweep, ylabel="times the frozen layer")
-    ratios.legend()
+    ratios.set(xscale="log", yscale="log", xlabel=sweep, ylabel="times the lower bound")
+    for axes in (times, ratios):
+        _plain_ticks(axes, places)
+    figure.legend(*ratios.get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS) + 1, fontsize=8)
     save(figure, path)
 
 
-def main() -> int:
-    try:
-        settings = tyro.cli(partial(Settings), description=Settings.__doc__, use_underscores=True)
-        settings.output.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+def _plain_ticks(axes: Any, places: Sequence[int]) -> None:
+    """The swept values below, and numbers without powers of ten beside."""
+    axes.set_xticks(places, [f"{value:,}" for value in places], fontsize=8)
+    axes.xaxis.set_minor_locator(NullLocator())
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(6))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def benchmark(settings: Settings) -> None:
+    file = settings.output / "scaling.json"
+    if settings.redraw:
+        draw_all(settings.output, json.loads(file.read_text()))
+        return
     torch.set_num_threads(settings.threads)
-    results: dict[str, list[dict[str, object]]] = {}
+    swept: dict[str, list[dict[str, Any]]] = {}
+    cheap: dict[str, dict[str, Any]] = {}
     for sweep in settings.sweeps:
-        found = {point: seconds_of(point, settings) for point in tqdm(list(points(settings, sweep)), desc=sweep, disable=None)}
-        results[sweep] = [asdict(point) | {"seconds": seconds} for point, seconds in found.items()]
-        draw(settings.output / f"{sweep}.png", sweep, found, _title(settings, sweep))
-        report = {"torch": torch.__version__, "peft": peft.__version__, "sweeps": results}
-        fields = asdict(settings) | {"output": str(settings.output)}
-        write_atomically(settings.output / "scaling.json", json.dumps({"settings": fields, **report}, indent=1).encode())
+        places = tqdm(list(points(settings, sweep)), desc=sweep, disable=None)
+        found = {point: seconds_at(point, settings) for point in places}
+        swept[sweep] = [asdict(point) | {"seconds": seconds} for point, seconds in found.items()]
+        cheap[sweep] = free(sweep, found)
+        result = report(SCRIPT, settings, limit=FREE, free=cheap, sweeps=swept)
+        write(file, result)
         print(table(sweep, found))
-    return 0
+    draw_all(settings.output, result)
+    print(shown(result))
 
 
-def _title(settings: Settings, sweep: Sweep) -> str:
-    components, width, tokens = settings.usual
+def draw_all(folder: Path, result: Mapping[str, Any]) -> None:
+    """A picture of each sweep from what `scaling.json` says."""
+    for sweep, rows in result["sweeps"].items():
+        found = {Point(row["components"], row["width"], row["tokens"]): row["seconds"] for row in rows}
+        draw(folder / f"{sweep}.png", sweep, found, _title(result["settings"], sweep))
+
+
+def _title(settings: Mapping[str, Any], sweep: Sweep) -> str:
+    components, width, tokens = settings["usual"]
     fixed = {"components": f"{components} components", "width": f"width {width}", "tokens": f"{tokens} tokens"}
-    threads = "1 thread" if settings.threads == 1 else f"{settings.threads} threads"
-    return ", ".join([*(text for name, text in fixed.items() if name != sweep), threads])
+    threads = "1 thread" if settings["threads"] == 1 else f"{settings['threads']} threads"
+    what = "a block of a ViT" if settings["model"] == "block" else "one linear layer"
+    return ", ".join([what, *(text for name, text in fixed.items() if name != sweep), threads])
 
 
 def table(sweep: Sweep, found: Mapping[Point, Mapping[str, list[float]]]) -> str:
-    lines = [f"{sweep:>12}" + "".join(f"{method:>20}" for method in METHODS)]
-    for point, seconds in found.items():
-        ratios = [median(a / b for a, b in zip(seconds[method], seconds["floor"], strict=True)) for method in METHODS]
-        lines.append(f"{getattr(point, sweep):12}" + "".join(f"{ratio:20.2f}" for ratio in ratios))
-    return "\n".join(lines)
+    """Ratios to the floor."""
+    rows = [[sweep, *METHODS]]
+    for point, own in found.items():
+        rows.append([f"{getattr(point, sweep)}", *(f"{ratio(own[method], own['floor']):.2f}" for method in METHODS)])
+    return aligned(rows, str.rjust)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(SCRIPT, Settings, benchmark, arguments)
 
 
 if __name__ == "__main__":

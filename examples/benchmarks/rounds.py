@@ -1,0 +1,122 @@
+"""What the benchmarks share: methods take turns in rounds; medians, and each round's own ratio to the floor; what a file says.
+
+Every method has a turn in every round, so that a machine whose speed drifts is unfair to none. With one thread the seconds are
+the processor's own, so that other work on the machine disturbs them less.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from loca_vision.atomic import write_atomically
+from loca_vision.console import guarded, usage_in_one_line
+from loca_vision.environment import environment
+
+Settings = TypeVar("Settings")
+Name = TypeVar("Name", bound=str)
+
+
+def run(script: str, kind: type[Settings], work: Callable[[Settings], object], arguments: Sequence[str] | None = None) -> int:
+    """A script to its exit status: 2 and one line for a user's mistake. `kind` is the dataclass of its settings."""
+
+    def everything() -> None:
+        with usage_in_one_line(script):
+            settings = tyro.cli(kind, args=arguments, prog=script, description=kind.__doc__, use_underscores=True)
+        work(settings)
+
+    return guarded(script, everything, extra="benchmark")
+
+
+def check_positive(settings: Any, *names: str) -> None:
+    """
+    Raises:
+        ValueError: a setting, or one of its numbers, is below 1.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and min(value if isinstance(value, tuple) else (value,), default=0) < 1:
+            raise ValueError(f"{name}={value}: whole numbers from 1 up")
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Of one call, to the end of what it started on a GPU."""
+    on_gpu = torch.cuda.is_available()
+    clock = time.process_time if torch.get_num_threads() == 1 and not on_gpu else time.perf_counter
+    started = clock()
+    work()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return clock() - started
+
+
+def in_turns(calls: Mapping[Name, Callable[[], object]], rounds: int, *, bar: bool = True) -> dict[Name, list[float]]:
+    """Seconds of each call in each round, after a round that does not count."""
+    seconds: dict[Name, list[float]] = {name: [] for name in calls}
+    for counted in tqdm([False] + [True] * rounds, unit="round", disable=None if bar else True):
+        for name, call in calls.items():
+            seconds[name] += [seconds_of(call)] * counted
+    return seconds
+
+
+def ratio(own: Sequence[float], floor: Sequence[float]) -> float:
+    """The median of each round's own ratio."""
+    return median(mine / least for mine, least in zip(own, floor, strict=True))
+
+
+def report(script: str, settings: Any, given: Any = None, **found: Any) -> dict[str, Any]:
+    """What a file of results says: the command, its settings, the machine, and what was found.
+
+    Args:
+        settings: the dataclass, all its fields known.
+        given: the one of the command line, where fields were left open there.
+    """
+    asked = {name: value for name, value in asdict(settings).items() if name != "output"}  # a folder is nobody's business
+    about = {"command": command(script, given or settings), "settings": asked, "environment": machine()}
+    return {"benchmark": script.removesuffix(".py"), **about, **found}
+
+
+def machine() -> dict[str, Any]:
+    """Versions, processor, and how many of its threads were used."""
+    return {**environment(), "peft": version("peft"), "processor": _processor()}
+
+
+def _processor() -> str:
+    names = Path("/proc/cpuinfo")
+    lines = names.read_text().splitlines() if names.exists() else []
+    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return found[0] if found else platform.processor() or platform.machine()
+
+
+def command(script: str, settings: Any) -> str:
+    """The command line that says what these settings say, beyond the defaults."""
+    words = ["python", f"examples/benchmarks/{script}"]
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{field.name}" if value else f"--no_{field.name}")
+        elif isinstance(value, Path):
+            words += [f"--{field.name}", value.name]  # without its folder
+        else:
+            words += [f"--{field.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
+
+
+def write(path: Path | None, found: Mapping[str, Any]) -> None:
+    """As JSON, whole or not at all; nothing without a path."""
+    if path is not None:
+        write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())

@@ -1,0 +1,83 @@
+"""The tables of the benchmarks, as rows of cells, from what they wrote: the same on the screen and in the README."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+from contenders import FLOOR
+from loca_vision.tables import aligned
+from rounds import ratio
+
+Rows = list[list[str]]
+
+
+def training_step(report: Mapping[str, Any]) -> Rows:
+    seconds, peaks, operators = report["seconds"], report.get("peak MB"), report.get("operators")
+    lora = f"LoRA r={report['settings']['rank']}, peft"
+    header = ["method", "trained numbers", "seconds a step", "of the floor"]
+    header += ["peak MB"] * bool(peaks) + ["of peft's LoRA"] * bool(peaks and lora in peaks)
+    header += ["operators a projection"] * bool(operators)
+    rows = [header]
+    for name, own in seconds.items():
+        row = [name, f"{report['trained'][name]:,}", f"{median(own):.3f}", f"{ratio(own, seconds[FLOOR]):.2f}"]
+        if peaks:
+            row += [f"{peaks[name]:,.0f}"] + [f"{peaks[name] / peaks[lora]:.2f}" for _ in range(lora in peaks)]
+        if operators:
+            row.append(f"{operators[name]['for each']:.1f}" if "for each" in operators[name] else "-")
+        rows.append(row)
+    return rows
+
+
+def calls(report: Mapping[str, Any]) -> Rows:
+    """Of inference: calls, loading, switching, what is held and saved."""
+    figures = report["figures"]
+    timed = [name for name in ("call", "load", "first call", "switch", "call after switch") if _anywhere(figures, name)]
+    sizes = [name for name in ("MB held", "file bytes") if _anywhere(figures, name)]
+    rows = [["method", *(f"{name}, s" for name in timed), "call of the base's", *sizes]]
+    for name, own in figures.items():
+        seconds = [f"{median(own[column]):.3f}" if column in own else "-" for column in timed]
+        against = f"{ratio(own['call'], figures['base']['call']):.3f}"
+        rows.append([name, *seconds, against, *(_size(own.get(column)) for column in sizes)])
+    return rows
+
+
+def _anywhere(figures: Mapping[str, Mapping[str, Any]], column: str) -> bool:
+    return any(column in own for own in figures.values())
+
+
+def _size(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+
+
+def scaling(report: Mapping[str, Any]) -> Rows:
+    """Where each method costs next to nothing beyond the lower bound, and where no more than LoRA."""
+    rows = [["sweep", "method", "of the lower bound, from first to last", "free", "as cheap as LoRA"]]
+    for sweep, found in report["free"].items():
+        for method, own in found.items():
+            rows.append([sweep, method, f"{own['ratios'][0]:.2f} to {own['ratios'][-1]:.2f}", own["floor"], own["LoRA"]])
+    return rows
+
+
+KINDS = {"training_step": training_step, "pipeline_adapters": calls, "inference": calls, "scaling": scaling}
+
+
+def rows(report: Mapping[str, Any]) -> Rows:
+    """
+    Raises:
+        ValueError: of no benchmark that has a table.
+    """
+    kind = report.get("benchmark")
+    if kind not in KINDS:
+        raise ValueError(f"benchmark={kind!r}: those with a table are {', '.join(KINDS)}")
+    return KINDS[kind](report)
+
+
+def shown(report: Mapping[str, Any]) -> str:
+    """For a screen: names to the left, numbers to the right."""
+    found = rows(report)
+    width = max(len(row[0]) for row in found)
+    return aligned([[row[0].ljust(width), *row[1:]] for row in found], str.rjust)

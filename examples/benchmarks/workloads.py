@@ -1,0 +1,141 @@
+"""What is trained in the benchmarks: a ViT that classifies, and the UNet of Stable Diffusion 1.5 that predicts noise.
+
+Weights are random, which costs the same. A model is made once; all methods share its tensors, since the UNet's are 3.4 GB.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import timm
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rounds import check_positive
+
+WIDTHS = (320, 640, 1280, 1280)
+USUAL: dict[str, dict[str, Any]] = {
+    "vit": {"batch_size": 8, "n_components": 3000},
+    "unet": {"batch_size": 2, "n_components": 1000},
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained."""
+
+    workload: Literal["vit", "unet"] = "vit"
+    """A ViT, query and value adapted; or the UNet of Stable Diffusion 1.5, query, key, value and output."""
+    model: str = "vit_base_patch16_224"
+    """A timm model with fused qkv layers, for `vit`."""
+    widths: tuple[int, int, int, int] = WIDTHS
+    """Of the UNet's blocks; multiples of 32."""
+    size: int = 32
+    """Height and width of the UNet's latents; 64 is a picture of 512 pixels."""
+    batch_size: int | None = None
+    """Images or latents a step; by default 8 of a ViT and 2 of the UNet."""
+    n_components: int | None = None
+    """Of LoCA, sDCTFT and FourierFT for each projection, and of peft's FourierFT for each layer; by default 3000 and 1000."""
+    rank: int = 16
+    """r of LoRA and SeLoRA."""
+    autocast: Literal["none", "bfloat16", "float16"] = "none"
+    """What the forward pass computes in; weights are float32."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "widths", "size", "batch_size", "n_components", "rank")
+        if any(width % 32 for width in self.widths):
+            raise ValueError(f"widths={self.widths}: multiples of 32")
+
+
+Some = TypeVar("Some", bound=Job)
+
+
+def settled(job: Some) -> Some:
+    """The same job, nothing left open."""
+    return replace(job, **{name: value for name, value in USUAL[job.workload].items() if getattr(job, name) is None})
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, a batch, and how to adapt it.
+
+    Args:
+        base: the model, frozen but for its head; never trained itself.
+        inputs: of the batch, asking for a gradient, so that no backward pass stops halfway.
+        loss: of a model on the batch.
+        head: the name of the module trained beside adapters, or None.
+        targets: the projections this library adapts; `layers`: those of peft.
+    """
+
+    base: nn.Module
+    inputs: Tensor
+    loss: Callable[[nn.Module], Tensor]
+    head: str | None
+    targets: tuple[str, ...]
+    layers: tuple[str, ...]
+
+    def model(self) -> Any:
+        """One to adapt, on the base's tensors; its head is its own."""
+        return on_tensors_of(self.base, lambda name: self.head is not None and name.startswith(f"{self.head}."))
+
+
+def on_tensors_of(model: nn.Module, own: Callable[[str], bool] = lambda name: False) -> Any:
+    """A copy of a model that shares its parameters but those whose names are its `own`."""
+    return copy.deepcopy(model, {id(tensor): tensor for name, tensor in model.named_parameters() if not own(name)})
+
+
+def held(model: nn.Module, base: nn.Module) -> float:
+    """MB of what the model holds beyond the base: the adapters' tensors, and the weights LoCA has built and keeps."""
+    notes: list[Any] = [getattr(module, "_kept", None) for module in model.modules()]
+    kept = [note.weight for note in notes if hasattr(note, "weight")]
+    shared = {tensor.data_ptr() for tensor in base.parameters()}
+    own = [tensor for tensor in (*model.parameters(), *model.buffers(), *kept) if tensor.data_ptr() not in shared]
+    return sum(int(tensor.nbytes) for tensor in own) / 1e6
+
+
+def workload(job: Job) -> Workload:
+    """Of a settled job, on the GPU where there is one; the same numbers at every call."""
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return (_vit if job.workload == "vit" else _unet)(job, device)
+
+
+def _vit(job: Job, device: torch.device) -> Workload:
+    base: Any = timm.create_model(job.model, num_classes=10).to(device).requires_grad_(False).train()
+    channels, height, width = base.pretrained_cfg["input_size"]
+    images = torch.randn(job.batch_size or 1, channels, height, width, device=device, requires_grad=True)
+    labels = torch.arange(len(images), device=device) % 10
+
+    def loss(model: nn.Module) -> Tensor:
+        with precision(job, device):
+            return F.cross_entropy(model(images), labels)
+
+    return Workload(base, images, loss, "head", ("q", "v"), ("qkv",))
+
+
+def _unet(job: Job, device: torch.device) -> Workload:
+    base = unet(job.widths).to(device).train()
+    shape = (job.batch_size or 1, 4, job.size, job.size)
+    latents, noise = torch.randn(shape, device=device, requires_grad=True), torch.randn(shape, device=device)
+    times, text = torch.full(shape[:1], 500, device=device), torch.randn(*shape[:1], 77, 768, device=device)
+
+    def loss(model: nn.Module) -> Tensor:
+        with precision(job, device):
+            return F.mse_loss(model(latents, times, text).sample, noise)
+
+    return Workload(base, latents, loss, None, ("q", "k", "v", "out"), ("to_q", "to_k", "to_v", "to_out.0"))
+
+
+def unet(widths: tuple[int, int, int, int] = WIDTHS) -> Any:
+    """The UNet of Stable Diffusion 1.5 (860 million weights), or a narrower one, frozen."""
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, block_out_channels=widths).requires_grad_(False)
+
+
+def precision(job: Job, device: torch.device) -> torch.autocast:
+    dtype = torch.bfloat16 if job.autocast == "none" else getattr(torch, job.autocast)
+    return torch.autocast(device.type, dtype, enabled=job.autocast != "none")
