@@ -27,6 +27,12 @@ def product(spectrum: Tensor, frequencies: Tensor, onto: Tensor | None = None) -
     return torch.addmm(result, spectrum, frequencies, beta=0, out=result)
 
 
+def read_at(whole: Tensor, layout: Layout, place: Offset) -> Tensor:
+    """The values (B,) of a whole spectrum (p', q') at cells, or beside them."""
+    rows, cols, signs = layout.once(_positions, place)
+    return whole[rows, cols].mul_(signs)
+
+
 class Sums:
     """Sums over tokens at the cells of a layout, or beside them: a sparse matrix that has these cells and no others."""
 
@@ -56,12 +62,18 @@ def _pattern(
     cells: Tensor, shape: tuple[int, int], place: Offset, transposed: bool = False
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Where values at cells, or beside them, are between rows of frequencies: compressed, and their signs (B,)."""
-    moved = shifted(cells, place, shape)
-    (rows, row_signs), (cols, col_signs) = (places(moved[:, axis], n) for axis, n in enumerate(shape))
+    rows, cols, signs = _positions(cells, shape, place)
     size, pair = _size(shape), (rows, cols)
     if transposed:
         size, pair = size[::-1], pair[::-1]
-    return row_major(torch.stack(pair, 1), size), row_signs * col_signs
+    return row_major(torch.stack(pair, 1), size), signs
+
+
+def _positions(cells: Tensor, shape: tuple[int, int], place: Offset) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, columns and signs (B,) of cells, or of those beside them."""
+    moved = shifted(cells, place, shape)
+    (rows, row_signs), (cols, col_signs) = (places(moved[:, axis], n) for axis, n in enumerate(shape))
+    return rows, cols, row_signs * col_signs
 
 
 def _size(shape: tuple[int, int]) -> tuple[int, int]:

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loca_vision.cell_products import Sums, spectrum_of, transposed_of
+from loca_vision.cell_products import Sums, read_at, spectrum_of, transposed_of
 from loca_vision.cosines import Form, Layout, Offset, coefficient_gradient, location_gradient, offsets, row_major, shifted
 from loca_vision.dct import dct2, idct, matrix_for
-from loca_vision.frequencies import basis_pieces, frequencies
-from loca_vision.token_spectrum import Pieces, add_applied, in_pieces, split_like
-
-# One entry of the sampled product costs about as much as this many entries of a full transform (CPU, 768 x 768).
-_SAMPLE_COST = 128
+from loca_vision.frequencies import basis_pieces
+from loca_vision.paths import Asked, reads_whole_spectrum
+from loca_vision.token_spectrum import Pieces, add_applied, in_pieces
 
 
 def cosine_sum(
@@ -157,16 +155,17 @@ _cosine_applied.register_autograd(_backward_applied, setup_context=_save_applied
 
 def spectrum_at(grad: Tensor, layout: Layout, places: list[Offset]) -> dict[Offset, Tensor]:
     """Z = C G D^T of a gradient G (p, q) at cells (B, 2) and beside them: (B,) for each of the places."""
-    (rows, cols), values = layout.shape, len(layout.cells) * len(places)
-    if grad.device.type != "cpu" or values * _SAMPLE_COST > grad.numel():
+    if grad.device.type != "cpu":  # matrix products are what accelerators do best
         z = dct2(grad)
         return {place: z[tuple(shifted(layout.cells, place, layout.shape).T)] for place in places}
+    right = in_pieces(grad, threads=1)  # as the unit vectors come
+    if reads_whole_spectrum(Asked(layout.shape, len(layout.cells), len(places))):
+        z = torch.cat(in_pieces(torch.cat(right, 1)), 1)
+        return {place: read_at(z, layout, place) for place in places}
     sums = {place: Sums(layout, place, grad.dtype) for place in places}
-    units = basis_pieces(rows, cols, grad.device, grad.dtype)
-    for left, part in zip(units, split_like(grad, units), strict=True):
-        right = frequencies(part)
+    for units, piece in zip(basis_pieces(*layout.shape, grad.device, grad.dtype), right, strict=True):
         for one in sums.values():
-            one.add(left, right)
+            one.add(units, piece)
     return {place: one.values() for place, one in sums.items()}
 
 

@@ -27,32 +27,30 @@ class Costs:
     Attributes:
         product: of a product of float32 matrices, for a multiplication with its addition.
         half_product: the same of bfloat16 or float16.
-        transform: of the whole gradient, for a number and each doubling of the transform's length.
-        tokens: of activations, or of rows of a weight, to frequencies and back: the same.
+        transform: of vectors to frequencies and back, for a number and each doubling of the transform's length.
         spread: of a product with a sparse spectrum, for a component and each vector.
         dot: of a cell's dot product, for a multiplication with its addition.
-        cell: of a cell, besides.
-        piece: of a piece of the tokens, besides.
+        cell: of a cell that is put in order, where locations move.
+        piece: of a piece of the tokens, and of cells that are put in order, besides.
         add: of a number of W + Delta W, besides.
-        serial: the share of `tokens`, `transform` and `add` that more threads make no faster.
+        serial: the share of `transform` and `add` that more threads make no faster.
     """
 
     product: float
     half_product: float
     transform: float
-    tokens: float
     spread: float
     dot: float
     cell: float
     piece: float
     add: float
-    serial: float = 0.3
+    serial: float = 0.35
 
     def of_threads(self, threads: int) -> Costs:
         """What they are together; cells and pieces are bookkeeping, which one of them does."""
         shared = self.serial + (1 - self.serial) / threads
         even = {name: getattr(self, name) / threads for name in ("product", "half_product", "spread", "dot")}
-        return replace(self, **even, **{name: getattr(self, name) * shared for name in ("transform", "tokens", "add")})
+        return replace(self, **even, **{name: getattr(self, name) * shared for name in ("transform", "add")})
 
 
 # By device. `examples/benchmarks/paths.py` measures them, and prints a line to put here or to assign. A device that is not here
@@ -61,13 +59,12 @@ COSTS: dict[str, Costs] = {
     "cpu": Costs(
         product=1.3e-11,
         half_product=2.9e-12,
-        transform=3.6e-10,
-        tokens=1.8e-10,
-        spread=2.5e-10,
-        dot=8.6e-11,
-        cell=9.4e-8,
-        piece=9e-5,
-        add=1e-9,
+        transform=2.4e-10,
+        spread=7.8e-11,
+        dot=8.2e-11,
+        cell=9.9e-8,
+        piece=8.8e-5,
+        add=7.2e-10,
     )
 }
 
@@ -97,6 +94,15 @@ class Choice:
 
     way: Way
     seconds: Mapping[Way, float] = field(default_factory=dict)
+
+
+# A dot product of a gradient's spectrum costs about as much as this many numbers of the whole spectrum.
+_SAMPLE_COST = 32
+
+
+def reads_whole_spectrum(one: Asked) -> bool:
+    """Whether a whole gradient is transformed along both axes, and not along one with a dot product for each cell."""
+    return one.cells * one.places * _SAMPLE_COST > math.prod(one.shape)
 
 
 def choose(asked: list[Asked], tokens: int, device: torch.device, dtype: torch.dtype) -> list[Choice]:
@@ -132,27 +138,42 @@ def seconds_of(asked: list[Asked], tokens: int, dtype: torch.dtype, costs: Costs
 
 def _built(one: Asked, costs: Costs) -> float:
     rows, cols = one.shape
-    return _transformed(cols, rows, costs) + one.cells * rows * costs.spread + rows * cols * costs.add
+    made = _transformed(cols, rows, costs) + one.cells * rows * costs.spread + rows * cols * costs.add
+    return made + _arranged(one, 1, costs)
 
 
 def _whole(one: Asked, tokens: int, dtype: torch.dtype, costs: Costs) -> float:
-    size = math.prod(one.shape) if one.places else 0
-    product = costs.half_product if dtype.itemsize < 4 else costs.product
-    return size * (tokens * product + math.log2(max(size, 1)) * costs.transform)
+    if not one.places:
+        return 0.0
+    (rows, cols), product = one.shape, costs.half_product if dtype.itemsize < 4 else costs.product
+    spectrum = _transformed(cols, rows, costs)
+    if reads_whole_spectrum(one):  # where cells are looked up, which takes no order of them
+        spectrum += _transformed(rows, cols, costs) + _arranged(one, one.places, costs) / 2
+    else:
+        spectrum += _dots(one, rows, costs)
+    return rows * cols * tokens * product + spectrum
 
 
 def _sampled(one: Asked, tokens: int, costs: Costs) -> float:
     """Without the transform of the activations, which is shared."""
-    values = one.cells * one.places
-    return (_transformed(one.shape[0], tokens, costs) if values else 0) + values * (tokens * costs.dot + costs.cell)
+    return (_transformed(one.shape[0], tokens, costs) if one.places else 0) + _dots(one, tokens, costs)
 
 
 def _applied(one: Asked, tokens: int, costs: Costs) -> float:
     """Without the transforms of the activations and back to their gradient, which are shared."""
-    transforms = 2 * _transformed(one.shape[0], tokens, costs)
-    return transforms + one.cells * (2 * tokens * costs.spread + one.places * (tokens * costs.dot + costs.cell))
+    products = 2 * one.cells * tokens * costs.spread
+    return 2 * _transformed(one.shape[0], tokens, costs) + products + _arranged(one, 2, costs) + _dots(one, tokens, costs)
+
+
+def _dots(one: Asked, tokens: int, costs: Costs) -> float:
+    return one.cells * one.places * tokens * costs.dot + _arranged(one, one.places, costs)
+
+
+def _arranged(one: Asked, times: int, costs: Costs) -> float:
+    """Cells put in order, which is remembered while they stay."""
+    return times * (costs.piece + one.cells * costs.cell) if one.places > 1 else 0.0
 
 
 def _transformed(length: int, vectors: int, costs: Costs) -> float:
     count = len(pieces(vectors, length, torch.get_num_threads()))
-    return vectors * length * math.log2(2 * length) * costs.tokens + count * costs.piece / 2
+    return vectors * length * math.log2(2 * length) * costs.transform + count * costs.piece

@@ -66,10 +66,11 @@ def add_applied(y: Tensor, spectrum: Tensor, right: Pieces) -> None:
         add_samples(tokens, product(spectrum, piece))
 
 
-def in_pieces(x: Tensor) -> Pieces:
-    """The frequencies of x (n, q), in float32 at least."""
+def in_pieces(x: Tensor, threads: int | None = None) -> Pieces:
+    """The frequencies of x (n, q), in float32 at least; in pieces for so many threads, by default for all."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return tuple(frequencies(x[start:end].to(wide)) for start, end in pieces(len(x), x.shape[1], torch.get_num_threads()))
+    parts = pieces(len(x), x.shape[1], threads or torch.get_num_threads())
+    return tuple(frequencies(x[start:end].to(wide)) for start, end in parts)
 
 
 def shared_pieces(x: Tensor) -> Pieces:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import loca_vision.cosine_sum as module
+import loca_vision.paths as paths
 from loca_vision.cosine_sum import cosine_sum
 from loca_vision.dct import dct2, dct_matrix
 
@@ -49,7 +50,7 @@ def test_update_is_the_sum_of_cosines():
 @pytest.mark.parametrize(("rows", "cols", "count"), SHAPES)
 @pytest.mark.parametrize("sample_cost", (0, 10**9), ids=("sampled", "whole spectrum"))
 def test_update_and_coefficient_gradient_are_those_of_the_dense_form(rows, cols, count, sample_cost, monkeypatch):
-    monkeypatch.setattr(module, "_SAMPLE_COST", sample_cost)
+    monkeypatch.setattr(paths, "_SAMPLE_COST", sample_cost)
     coefficients, locations, cells = make(rows, cols, count)
     coefficients.requires_grad_()
     update = cosine_sum(coefficients, locations, cells, (rows, cols), SCALE, "central")

@@ -108,7 +108,7 @@ def test_bad_input_is_refused_in_a_sentence(vit):
 
 def test_half_precision_may_be_said(adapted, monkeypatch):
     monkeypatch.setattr(
-        paths, "COSTS", {"cpu": replace(FREE, product=1, half_product=1e-9, tokens=1e-4, spread=1e-3, dot=1e-4)}
+        paths, "COSTS", {"cpu": replace(FREE, product=1, half_product=1e-9, transform=1e-4, spread=1e-3, dot=1e-4)}
     )
     assert {row.path for row in explain(adapted, 100)} == {"sampled"}
     assert {row.path for row in explain(adapted, 100, dtype=torch.bfloat16)} == {"whole"}

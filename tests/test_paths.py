@@ -44,7 +44,7 @@ def test_the_cheaper_way_is_taken(monkeypatch):
 def test_nothing_is_built_where_tokens_are_few(tokens, monkeypatch):
     """A matrix is as many vectors as it has rows; tokens are transformed twice as often, and there are gradients to pass on."""
     asked = [Asked((1280, 1280), 1000, 1)]
-    way = decides(monkeypatch, asked, costs(product=1, tokens=1), tokens=tokens)
+    way = decides(monkeypatch, asked, costs(product=1, transform=1), tokens=tokens)
     assert way == (["applied"] if 3 * tokens < 1280 else ["sampled"])
 
 
@@ -64,27 +64,27 @@ def test_what_asks_for_nothing_gets_nothing_sampled(monkeypatch):
 def test_projections_share_the_transform_of_their_activations(monkeypatch):
     """One alone does not pay for it: outputs few, inputs many. Together they do."""
     one, spread = Asked((16, 4096), 1, 1), 1e6  # so that nothing is applied
-    assert decides(monkeypatch, [one], costs(product=1, tokens=1.1, spread=spread)) == ["sampled"]
-    assert decides(monkeypatch, [one], costs(product=1, tokens=2, spread=spread)) == ["whole"]
-    assert decides(monkeypatch, [one, one], costs(product=1, tokens=2, spread=spread)) == ["sampled", "sampled"]
+    assert decides(monkeypatch, [one], costs(product=1, transform=1.1, spread=spread)) == ["sampled"]
+    assert decides(monkeypatch, [one], costs(product=1, transform=2, spread=spread)) == ["whole"]
+    assert decides(monkeypatch, [one, one], costs(product=1, transform=2, spread=spread)) == ["sampled", "sampled"]
 
 
 def test_each_projection_decides_for_itself(monkeypatch):
     few, many = Asked((96, 96), 10, 1), Asked((96, 96), 9216, 5)
-    assert decides(monkeypatch, [few, many], costs(product=1, tokens=1e-3, dot=1)) == ["sampled", "whole"]
+    assert decides(monkeypatch, [few, many], costs(product=1, transform=1e-3, dot=1)) == ["sampled", "whole"]
 
 
 def test_half_precision_has_its_own_product(monkeypatch):
-    asked, known = [Asked((96, 96), 10, 1)], costs(product=1, half_product=1e-9, tokens=1e-3, spread=1)
+    asked, known = [Asked((96, 96), 10, 1)], costs(product=1, half_product=1e-9, transform=1e-3, spread=1)
     assert decides(monkeypatch, asked, known) == ["sampled"]
     assert decides(monkeypatch, asked, known, dtype=torch.bfloat16) == ["whole"]
 
 
 def test_threads_share_the_products_and_some_of_the_transforms():
-    one = costs(product=1, dot=1, tokens=1, serial=0.4)
+    one = costs(product=1, dot=1, transform=1, serial=0.4)
     four = one.of_threads(4)
     assert (four.product, four.dot) == (0.25, 0.25)
-    assert four.tokens == pytest.approx(0.4 + 0.6 / 4)
+    assert four.transform == pytest.approx(0.4 + 0.6 / 4)
     assert one.of_threads(1) == one
 
 

@@ -2,9 +2,9 @@
 
 from loca_vision.paths import Costs
 
-FREE = Costs(product=0, half_product=0, transform=0, tokens=0, spread=0, dot=0, cell=0, piece=0, add=0)
+FREE = Costs(product=0, half_product=0, transform=0, spread=0, dot=0, cell=0, piece=0, add=0)
 FORCED = {
     "whole": {},
-    "sampled": {"cpu": Costs(**vars(FREE) | {"product": 1, "half_product": 1, "transform": 1})},
+    "sampled": {"cpu": Costs(**vars(FREE) | {"product": 1, "half_product": 1})},
     "applied": {"cpu": Costs(**vars(FREE) | {"add": 1})},
 }

@@ -37,7 +37,7 @@ from rounds import check_positive, in_turns, report, run, write
 
 SCRIPT = "paths.py"
 WAYS: tuple[Way, ...] = ("whole", "sampled", "applied")
-NOTHING = Costs(product=0, half_product=0, transform=0, tokens=0, spread=0, dot=0, cell=0, piece=0, add=0)
+NOTHING = Costs(product=0, half_product=0, transform=0, spread=0, dot=0, cell=0, piece=0, add=0)
 PHASES = {"coefficients": (True, False), "locations": (False, True)}
 
 
