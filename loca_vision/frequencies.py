@@ -35,7 +35,8 @@ def places(frequency: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 def pieces(count: int, width: int, threads: int) -> list[tuple[int, int]]:
     """Where pieces of `count` vectors that are no longer than `width` begin and end, for so many threads to share."""
-    at_once = min(max(threads * _NUMBERS_AT_ONCE // width, _LEAST_VECTORS), _MOST_VECTORS) // 16 * 16
+    wished = min(max(threads * _NUMBERS_AT_ONCE // width, _LEAST_VECTORS), _MOST_VECTORS)
+    at_once = -(-count // max(1, round(count / wished)) // 16) * 16 if count else 16  # no short rest, and whole cache lines
     return [(start, min(start + at_once, count)) for start in range(0, count, at_once)]
 
 

@@ -9,8 +9,9 @@ transformed back. The transform of the activations is shared by all projections 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -109,7 +110,12 @@ def choose(asked: list[Asked], tokens: int, device: torch.device, dtype: torch.d
     """A way for each of the updates that share their activations (n, q), the cheapest for all of them together."""
     if device.type not in COSTS or not asked or not tokens:
         return [Choice("whole")] * len(asked)
-    own, shared = seconds_of(asked, tokens, dtype, COSTS[device.type].of_threads(torch.get_num_threads()))
+    return list(_choose(tuple(asked), tokens, dtype, COSTS[device.type], torch.get_num_threads()))
+
+
+@lru_cache(maxsize=1024)
+def _choose(asked: tuple[Asked, ...], tokens: int, dtype: torch.dtype, costs: Costs, threads: int) -> tuple[Choice, ...]:
+    own, shared = seconds_of(asked, tokens, dtype, costs.of_threads(threads))
     gains = [max(slow - fast, 0.0) for slow, fast in zip(own["whole"], own["sampled"], strict=True)]
     worth = sum(gains) > shared
     ways: list[Way] = ["sampled" if worth and gain else "whole" for gain in gains]
@@ -120,10 +126,10 @@ def choose(asked: list[Asked], tokens: int, device: torch.device, dtype: torch.d
         "sampled": shared / max(1, sum(gain > 0 for gain in gains)),
         "applied": 2 * shared / len(asked),
     }
-    return [Choice(way, {one: own[one][i] + share for one, share in shares.items()}) for i, way in enumerate(ways)]
+    return tuple(Choice(way, {one: own[one][i] + share for one, share in shares.items()}) for i, way in enumerate(ways))
 
 
-def seconds_of(asked: list[Asked], tokens: int, dtype: torch.dtype, costs: Costs) -> tuple[dict[Way, list[float]], float]:
+def seconds_of(asked: Sequence[Asked], tokens: int, dtype: torch.dtype, costs: Costs) -> tuple[dict[Way, list[float]], float]:
     """Of each way for each of the updates; and of a transform of the activations, which they share: those that are sampled one,
     those that are applied two, there and back with the gradient.
     """

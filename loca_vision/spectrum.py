@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loca_vision.cosine_sum import applied_to, cosine_applied, cosine_matrix, cosine_sum
+from loca_vision.cosine_sum import add_cosines, applied_to, cosine_applied, cosine_matrix, cosine_sum
 from loca_vision.cosines import Cosines, Form, Layout
 from loca_vision.kinds import generator_of
 from loca_vision.offload import stored
@@ -68,6 +68,15 @@ class Spectrum(Update):
         if self._trains_eagerly() and not torch.is_grad_enabled():
             return cosine_matrix(self.coefficients.detach(), self.layout, scale)
         return cosine_sum(self.coefficients, self.locations, self.cells, self.shape, scale, self.difference)
+
+    def added(self, onto: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+        here = onto.dtype == self.coefficients.dtype and onto.device == self.coefficients.device
+        if not here or onto.device.type != "cpu":
+            return super().added(onto, strength, weight)
+        self._confine_what_moves()
+        layout = self.layout if self._trains_eagerly() else Layout(self.cells, self.shape)
+        add_cosines(onto, self.coefficients.detach(), layout, self.scale * strength)
+        return onto
 
     def cosines(self, strength: float = 1.0) -> Cosines | None:
         self._confine_what_moves()

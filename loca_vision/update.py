@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -66,18 +67,28 @@ class Update(nn.Module):
             return F.linear(x, self.delta(strength, weight).to(x))
         return F.linear(F.linear(x, pair[1].to(x)), pair[0].to(x))
 
-    def forward(self, strength: float = 1.0, x: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
-        """`delta`, or, given activations, `applied`: through here, so that hooks which bring offloaded tensors see it.
+    def added(self, onto: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+        """`onto` (p, q), float32 or float64, to which `delta` was added in place, without gradients."""
+        return onto.add_(self.delta(strength, weight).to(onto))
+
+    def add_to(self, onto: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> None:
+        """`added`, through `forward`."""
+        self(strength, None, weight, onto)
+
+    def forward(
+        self, strength: float = 1.0, x: Tensor | None = None, weight: Tensor | None = None, onto: Tensor | None = None
+    ) -> Tensor:
+        """`delta`, or, given activations, `applied`, or, given a matrix, `added`: through here, so that hooks which bring
+        offloaded tensors see it.
 
         Autocast is for activations: a matrix made under it is the one that is made without, and may be kept.
         """
         if x is not None:
             return self.applied(x, strength, weight)
         device = next((value.device.type for value in self.tensors()), "cpu")
-        if not torch.amp.is_autocast_available(device):  # there is none on the meta device
-            return self.delta(strength, weight)
-        with torch.autocast(device, enabled=False):
-            return self.delta(strength, weight)
+        usual = not torch.amp.is_autocast_available(device)  # there is none on the meta device
+        with nullcontext() if usual else torch.autocast(device, enabled=False):
+            return self.delta(strength, weight) if onto is None else self.added(onto, strength, weight)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All that the update is made from."""

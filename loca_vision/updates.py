@@ -12,7 +12,17 @@ from torch.nn import functional as F
 
 from loca_vision.cosines import Cosines
 from loca_vision.paths import choose
-from loca_vision.rows import LowRankRows, RowDelta, Rows, add_rows, computed_in, low_rank_linear, low_rank_term, row_linear
+from loca_vision.rows import (
+    LowRankRows,
+    RowDelta,
+    Rows,
+    add_in_place,
+    add_rows,
+    computed_in,
+    low_rank_linear,
+    low_rank_term,
+    row_linear,
+)
 from loca_vision.snapshot import Snapshot
 from loca_vision.spectral_rows import asked_of, spectral_linear
 from loca_vision.update import Update
@@ -118,12 +128,12 @@ class Reading(nn.Module):
         if torch.is_grad_enabled() and any(value.requires_grad for value in (base, *_tensors(acting))):
             self.drop()
             return add_rows(base, self._deltas(acting, base))
-        return self._kept_or(base, acting, (), lambda: add_rows(base, self._deltas(acting, base)))
+        return self._kept_or(base, acting, (), lambda: self._built(acting, base))
 
     def sum(self, base: Tensor) -> Tensor:
         """W + sum of the acting updates, built anew and not kept; whatever the strength of the last call."""
         acting = self.acting()
-        return add_rows(base, self._deltas(acting, base, of_call=False)) if acting else base
+        return self._built(acting, base, of_call=False) if acting else base
 
     def learns_alone(self, base: Tensor) -> bool:
         """Whether a gradient is wanted of the updates, and none of W."""
@@ -153,7 +163,7 @@ class Reading(nn.Module):
         applied = {id(one) for (one, _), way in zip(learned, ways, strict=True) if way == "applied"}
         built = [one for one in acting if id(one) not in applied]
         with torch.no_grad():
-            weight = add_rows(base, self._deltas(built, base)) if built else base
+            weight = self._built(built, base) if built else base
         return spectral_linear(x, weight, bias, [(one.rows, cosines) for one, cosines in learned], ways)
 
     # The update alone, for weights that cannot be read or must not be written out
@@ -251,6 +261,19 @@ class Reading(nn.Module):
 
     # Building
 
+    def _built(self, acting: list[Acting], base: Tensor, *, of_call: bool = True) -> Tensor:
+        """W + sum of the updates, in W's dtype: added in place where nobody asks for gradients, and to the same bits."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return add_rows(base, self._deltas(acting, base, of_call=of_call))
+        wide = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
+        for several in _by_projection(acting):
+            one, factor = several[0], self.circumstances.number if of_call else 1.0
+            if len(several) > 1 or isinstance(one.rows, Tensor):
+                add_in_place(wide, self._deltas(several, base, of_call=of_call))
+            else:
+                one.update.add_to(wide[one.rows or slice(None)], factor * one.strength, _rows_of(base, one, base.device))
+        return wide.to(base.dtype)
+
     def _deltas(
         self, acting: list[Acting], base: Tensor, device: torch.device | None = None, *, of_call: bool = True
     ) -> list[RowDelta]:
@@ -343,6 +366,13 @@ class FusedUpdates(Reading):
 
     def all_updates(self) -> list[Update]:
         return [update for updates, _ in self.parts for update in updates.all_updates()]
+
+
+def _by_projection(acting: list[Acting]) -> list[list[Acting]]:
+    found: dict[str, list[Acting]] = {}
+    for one in acting:
+        found.setdefault(one.projection, []).append(one)
+    return list(found.values())
 
 
 def _tensors(acting: list[Acting]) -> Iterator[Tensor]:

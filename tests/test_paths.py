@@ -97,4 +97,4 @@ def test_costs_that_ship_are_positive():
 def test_pieces_are_neither_tiny_nor_huge_and_the_whole_together(width, count):
     found = pieces(count, width, 2)
     assert [place for start, end in found for place in range(start, end)] == list(range(count))
-    assert all((end - start) % 16 == 0 and 32 <= end - start <= 512 for start, end in found[:-1])
+    assert all((end - start) % 16 == 0 and 32 <= end - start <= 768 for start, end in found[:-1])

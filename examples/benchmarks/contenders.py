@@ -77,7 +77,7 @@ def _loca(workload: Workload, count: int, phase: str) -> nn.Module:
     model = _of_kind(workload, LoCAConfig, n_components=count)
     torch.manual_seed(1)
     for spectrum in adapters(model).values():
-        nn.init.normal_(spectrum.coefficients, std=0.1)
+        nn.init.normal_(spectrum.coefficients, std=0.3)
         spectrum.coefficients.requires_grad_(phase == "coefficients")
         spectrum.locations.requires_grad_(phase == "locations")
     return model
