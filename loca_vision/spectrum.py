@@ -70,8 +70,9 @@ class Spectrum(Update):
         return cosine_sum(self.coefficients, self.locations, self.cells, self.shape, scale, self.difference)
 
     def added(self, onto: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+        own = type(self).delta is Spectrum.delta  # a subclass may make another matrix
         here = onto.dtype == self.coefficients.dtype and onto.device == self.coefficients.device
-        if not here or onto.device.type != "cpu":
+        if not (own and here) or onto.device.type != "cpu":
             return super().added(onto, strength, weight)
         self._confine_what_moves()
         layout = self.layout if self._trains_eagerly() else Layout(self.cells, self.shape)

@@ -32,7 +32,7 @@ from tiny import instruct_pix2pix, picture, quiet, stable_diffusion, stable_diff
 from torch import Tensor, nn
 
 from loca_vision import LoCAConfig, adapters, fusing, inject, loader, loading, remove, save_adapter, set_adapters
-from loca_vision.spectrum import Spectrum
+from loca_vision.update import Update
 
 BOTH = {"unet": ("q", "v"), "text_encoder": ("q", "out")}
 UNET = {"unet": ("q", "v")}
@@ -477,9 +477,9 @@ def test_a_fuse_that_fails_half_way_changes_nothing(fused: bool, at: int, two: A
     if fused:
         two.fuse_loca(adapter_names=["b"])
     before = facts(two)
-    failing = Failing(Spectrum.delta, at)
+    failing = Failing(Update.forward, at)
     with monkeypatch.context() as patch:
-        patch.setattr(Spectrum, "delta", lambda *args, **named: failing(*args, **named))
+        patch.setattr(Update, "forward", lambda *args, **named: failing(*args, **named))
         with pytest.raises(RuntimeError, match="no memory left"):
             two.fuse_loca(adapter_names=["a"])
     assert_same(two, before)
