@@ -240,16 +240,19 @@ class Reading(nn.Module):
                 self._settled = (base,)
                 self.refresh()
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """After adapters came, went or changed: rewrite `delta` in place, where there is one, and keep nothing in vain."""
-        if not self.acting():
+        if self._kept is not None and not self.acting():
             self._kept = None
         if self.delta is not None:
-            wide = torch.zeros(self.delta.shape, device=self.delta.device)
-            base = self._settled[0] if self._settled else self.delta
-            deltas = self._deltas(self.acting(), base, self.delta.device, of_call=False)
-            self.delta.copy_(add_rows(wide, deltas) if deltas else wide)
+            self._rewrite(self.delta)
+
+    @torch.no_grad()
+    def _rewrite(self, delta: Tensor) -> None:
+        wide = torch.zeros(delta.shape, device=delta.device)
+        base = self._settled[0] if self._settled else delta
+        deltas = self._deltas(self.acting(), base, delta.device, of_call=False)
+        delta.copy_(add_rows(wide, deltas) if deltas else wide)
 
     def drop(self) -> None:
         """Let go of all that was built."""
@@ -320,7 +323,7 @@ class WeightUpdates(Reading):
         return self.shared[0]
 
     def entries(self) -> list[tuple[Place, Update]]:
-        return [(place, self.updates[i]) for i, place in enumerate(self.places)]  # type: ignore[misc]
+        return list(zip(self.places, self.updates, strict=True))  # type: ignore[arg-type]
 
     def acting(self) -> list[Acting]:
         return [

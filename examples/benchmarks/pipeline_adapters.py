@@ -118,7 +118,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, dict[str, Any]]:
     latents = torch.randn(settings.batch_size, 4, settings.size, settings.size, generator=generator).to(dtype)
     text = torch.randn(settings.batch_size, 77, 768, generator=generator).to(dtype)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # as pipelines do
     def call(model: nn.Module) -> Tensor:
         result: Tensor = model(latents, 500, text).sample
         return result
