@@ -321,35 +321,61 @@ def test_memory_and_operators_are_columns_where_they_were_measured():
     assert table_rows.rows(without)[0][4:] == ["peak MB"]
 
 
+def test_all_training_steps_are_one_table():
+    other = made_up(command="python examples/benchmarks/training_step.py --batch_size 3 --only floor")
+    other["seconds"] = {"floor": [1.0], "LoRA r=9": [1.25], "LoRA r=9, peft": [1.5]}
+    assert tables.all_steps([made_up(command="python step.py"), {"benchmark": "inference"}, other]).splitlines() == [
+        "| command | floor, s | LoCA, coefficients | LoRA, peft | LoRA |",
+        "| --- | --- | --- | --- | --- |",
+        "| `step.py` | 2.00 | 1.10 | 1.50 | - |",
+        "| `training_step.py --batch_size 3` | 1.00 | - | 1.50 | 1.25 |",
+    ]
+    assert not tables.all_steps([])
+
+
 def test_tables_are_written_between_the_marks(tmp_path, capsys):
     page, results = tmp_path / "page.md", tmp_path / "results"
     results.mkdir()
-    page.write_text(f"above\n\n{tables.BEGIN}\n{tables.END}\n\nbelow\n")
+    empty = f"above\n\n{tables.EVERY}\n{tables.END}\n\nbetween\n\n{tables.STEPS}\n{tables.END}\n\nbelow\n"
+    page.write_text(empty)
     command = ["--results", str(results), "--write", str(page)]
     assert tables.main(command) == 0
-    assert page.read_text() == f"above\n\n{tables.BEGIN}\n{tables.END}\n\nbelow\n"
-    (results / "b.json").write_text(json.dumps(made_up(command="second")))
-    (results / "a.json").write_text(json.dumps(made_up(command="first")))
+    assert page.read_text() == empty
+    (results / "b.json").write_text(json.dumps(made_up(command="python second")))
+    (results / "a.json").write_text(json.dumps(made_up(command="python first")))
     (results / "c.json").write_text(json.dumps({"benchmark": "paths"}))  # which has no table
     for _ in range(2):  # again, on what is there
         assert tables.main(command) == 0
         text = page.read_text()
-        assert text.startswith(f"above\n\n{tables.BEGIN}\n\n`first` (") and text.endswith(f"|\n\n{tables.END}\n\nbelow\n")
-        assert text.count("`second` (") == 1
+        assert text.startswith(f"above\n\n{tables.EVERY}\n\n`python first` (")
+        assert f"|\n\n{tables.END}\n\nbetween\n\n{tables.STEPS}\n\n| command |" in text
+        assert text.endswith(f"|\n\n{tables.END}\n\nbelow\n")
+        assert text.count("`python second` (") == 1 and text.count("| `second` |") == 1
     (results / "d.json").write_text("{}")
     assert tables.main(command) == 2
     assert "d.json: no report of a benchmark" in capsys.readouterr().err
     assert page.read_text() == text
 
 
-@pytest.mark.parametrize("text", ["", tables.BEGIN, f"{tables.END}\n{tables.BEGIN}", f"{tables.BEGIN}{tables.END}" * 2])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        tables.STEPS,
+        f"{tables.END}\n{tables.EVERY}",
+        f"{tables.EVERY}{tables.END}" * 2,
+        f"{tables.EVERY}{tables.STEPS}{tables.END}",
+    ],
+)
 def test_a_page_without_the_marks_is_left_alone(text, tmp_path, capsys):
     (page := tmp_path / "page.md").write_text(text)
     assert tables.main(["--results", str(tmp_path), "--write", str(page)]) == 2
-    assert "once, in this order" in capsys.readouterr().err
+    assert "wanted" in capsys.readouterr().err
     assert page.read_text() == text
 
 
-def test_the_readme_agrees_with_the_results():
-    text = (ROOT / "README.md").read_text()
-    assert tables.between(text, tables.all_tables(ROOT / "examples" / "benchmarks" / "results")) == text
+def test_the_pages_agree_with_the_results():
+    folder = ROOT / "examples" / "benchmarks" / "results"
+    for page in (ROOT / "README.md", folder / "README.md"):
+        text = page.read_text()
+        assert tables.filled(text, tables.reports_in(folder)) == text

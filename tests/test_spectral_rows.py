@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import tiny
 import torch
 from conftest import randomise
 from torch.nn import functional as F
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ways import FORCED
 
 import loca_vision.paths as paths
-from loca_vision import LoCAConfig, adapters, inject
+from loca_vision import LoCAConfig, adapters, inject, token_spectrum
 from loca_vision.cosine_sum import cosine_sum
 from loca_vision.cosines import Cosines, Form, Layout
 from loca_vision.dct import dct_matrix
@@ -179,3 +180,25 @@ def test_what_was_worked_out_in_inference_mode_serves_training(vit, images, path
     torch.testing.assert_close(first, second.detach())
     assert path == "applied" or torch.equal(first, second.detach())
     assert all(number.grad is not None for update in adapters(vit).values() for number in update.parameters())
+
+
+@pytest.mark.parametrize(("model", "images"), [("unet", "sample"), ("sd3", "hidden_states")])
+def test_a_whole_model_learns_the_same_by_every_way(model, images, monkeypatch):
+    """Gradients of what is learned, and of what comes in first; and those who see the same activations transform them once."""
+    found, inputs = {}, tiny.inputs_of(getattr(tiny, model)())
+    calls, real = [], token_spectrum.in_pieces
+    monkeypatch.setattr(token_spectrum, "in_pieces", lambda x, *more: calls.append(len(x)) or real(x, *more))
+    for way, costs in FORCED.items():
+        monkeypatch.setattr(paths, "COSTS", costs)
+        adapted = getattr(tiny, model)().requires_grad_(False)
+        inject(adapted, LoCAConfig(n_components=30, targets=("q", "k", "v", "out")))
+        randomise(adapted)
+        first = inputs[images].detach().requires_grad_()
+        calls.clear()
+        adapted(**inputs | {images: first}).sample.square().sum().backward()
+        found[way] = [first.grad, *(number.grad for update in adapters(adapted).values() for number in update.parameters())]
+        transforms, projections = len(calls), len(adapters(adapted))
+        assert transforms == 0 if way == "whole" else 0 < transforms < 0.7 * projections
+    for way in ("sampled", "applied"):
+        for mine, whole in zip(found[way], found["whole"], strict=True):
+            torch.testing.assert_close(mine, whole, rtol=1e-3, atol=1e-4 * whole.abs().max().item())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -28,6 +29,23 @@ def training_step(report: Mapping[str, Any]) -> Rows:
             row.append(f"{operators[name]['for each']:.1f}" if "for each" in operators[name] else "-")
         rows.append(row)
     return rows
+
+
+def steps(reports: Sequence[Mapping[str, Any]]) -> Rows:
+    """A row for each report of training steps: seconds of the floor, and how many times that every other method takes."""
+    names = [{_without_sizes(name): name for name in report["seconds"]} for report in reports]
+    columns = [name for name in dict.fromkeys(name for own in names for name in own) if name != FLOOR]
+    found = [["command", "floor, s", *columns]]
+    for report, own in zip(reports, names, strict=True):
+        seconds, words = report["seconds"], report["command"].split()[1:]
+        ratios = [f"{ratio(seconds[own[name]], seconds[FLOOR]):.2f}" if name in own else "-" for name in columns]
+        command = " ".join([words[0].rpartition("/")[2], *words[1 : words.index("--only") if "--only" in words else None]])
+        found.append([f"`{command}`", f"{median(seconds[FLOOR]):.2f}", *ratios])
+    return found
+
+
+def _without_sizes(name: str) -> str:
+    return re.sub(r" [rn]=\d+", "", name)
 
 
 def calls(report: Mapping[str, Any]) -> Rows:

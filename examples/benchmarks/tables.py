@@ -1,45 +1,65 @@
-"""The tables of the benchmarks in Markdown, from the JSON files that the scripts wrote, each with its command and its machine.
+"""The tables of the benchmarks in Markdown, from the JSON files that the scripts wrote.
 
-python examples/benchmarks/tables.py
-python examples/benchmarks/tables.py --write README.md
+A page says by its marks what it wants: every table, each with its command and its machine, or all training steps in one.
+
+    python examples/benchmarks/tables.py
+    python examples/benchmarks/tables.py --write README.md examples/benchmarks/results/README.md
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loca_vision.atomic import write_atomically
 from rounds import run
-from table_rows import KINDS, rows
+from table_rows import KINDS, Rows, rows, steps
 
 SCRIPT = "tables.py"
-BEGIN, END = "<!-- benchmark tables: written by examples/benchmarks/tables.py -->", "<!-- end of benchmark tables -->"
+EVERY, STEPS = (f"<!-- {what}: written by examples/benchmarks/tables.py -->" for what in ("tables", "training steps"))
+END = "<!-- written so far -->"
 LIBRARIES = ("torch", "timm", "diffusers", "peft")
+Report = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Print the tables of the benchmarks, or put them into a file between two marks."""
+    """Print the tables of the benchmarks, or put them into pages between their marks."""
 
     results: Path = Path(__file__).parent / "results"
     """Folder of the JSON files; the tables come in the order of the names."""
-    write: Path | None = None
-    """A Markdown file that has the two marks; what is between them is replaced."""
+    write: tuple[Path, ...] = ()
+    """Markdown files that have marks; what is between them is replaced."""
 
 
-def markdown(report: Mapping[str, Any]) -> str:
+def every_table(reports: Sequence[Report]) -> str:
+    return "\n\n".join(map(markdown, reports))
+
+
+def all_steps(reports: Sequence[Report]) -> str:
+    """A table with a row for each training step that was measured; empty where none was."""
+    found = [report for report in reports if report["benchmark"] == "training_step"]
+    return _grid(steps(found)) if found else ""
+
+
+WRITERS: dict[str, Callable[[Sequence[Report]], str]] = {EVERY: every_table, STEPS: all_steps}
+
+
+def markdown(report: Report) -> str:
     """One table under a line that says how and on what it was made."""
-    header, *others = rows(report)
-    lines = [header, ["---"] * len(header), *others]
-    return f"{about(report)}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{about(report)}\n\n{_grid(rows(report))}"
 
 
-def about(report: Mapping[str, Any]) -> str:
+def _grid(found: Rows) -> str:
+    header, *others = found
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *others])
+
+
+def about(report: Report) -> str:
     machine, settings = report["environment"], report["settings"]
     threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     versions = [f"{name} {machine[name]}" for name in LIBRARIES if machine.get(name)]
@@ -47,8 +67,8 @@ def about(report: Mapping[str, Any]) -> str:
     return f"`{report['command']}` ({', '.join([machine['gpu'] or machine['processor'], threads, *versions])}; {counted}):"
 
 
-def all_tables(folder: Path) -> str:
-    """Of every file with a table; empty where there is none.
+def reports_in(folder: Path) -> list[Report]:
+    """Those with a table.
 
     Raises:
         ValueError: a file that is no report of a benchmark.
@@ -58,35 +78,43 @@ def all_tables(folder: Path) -> str:
         try:
             report = json.loads(file.read_text())
             if report["benchmark"] in KINDS:  # others are kept as they are
-                found.append(markdown(report))
+                markdown(report)
+                found.append(report)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{file}: no report of a benchmark ({type(error).__name__}: {error})") from error
-    return "\n\n".join(found)
+    return found
 
 
-def between(text: str, tables: str) -> str:
-    """The text with the tables in the place of what is between the marks.
+def filled(text: str, reports: Sequence[Report]) -> str:
+    """The text with tables in the place of what is between marks.
 
     Raises:
-        ValueError: the marks are not there once, in this order.
+        ValueError: there is no mark, one of them twice, or one without an end.
     """
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or END not in rest:
-        raise ValueError(f"the marks {BEGIN} and {END} are wanted once, in this order")
-    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}" if tables else f"{before}{BEGIN}\n{END}{after}"
+    marks = [mark for mark in WRITERS if mark in text]
+    if not marks:
+        raise ValueError(f"one of the marks {EVERY} and {STEPS} is wanted")
+    for mark in marks:
+        before, _, rest = text.partition(mark)
+        _, end, after = rest.partition(END)
+        if mark in rest or not end or any(other in rest[: len(rest) - len(after)] for other in WRITERS):
+            raise ValueError(f"the mark {mark} is wanted once, and then {END}")
+        table = WRITERS[mark](reports)
+        text = f"{before}{mark}\n\n{table}\n\n{END}{after}" if table else f"{before}{mark}\n{END}{after}"
+    return text
 
 
 def work(settings: Settings) -> None:
-    tables = all_tables(settings.results)
-    if settings.write is None:
-        print(tables)
-        return
-    try:
-        changed = between(settings.write.read_text(), tables)
-    except ValueError as error:
-        raise ValueError(f"{settings.write}: {error}") from error
-    write_atomically(settings.write, changed.encode())
+    reports, pages = reports_in(settings.results), {}
+    if not settings.write:
+        print(every_table(reports))
+    for page in settings.write:
+        try:
+            pages[page] = filled(page.read_text(), reports)
+        except ValueError as error:
+            raise ValueError(f"{page}: {error}") from error
+    for page, text in pages.items():
+        write_atomically(page, text.encode())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ Weights are random, which costs the same. A model is made once; all methods shar
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -90,12 +90,21 @@ def on_tensors_of(model: nn.Module, own: Callable[[str], bool] = lambda name: Fa
 
 
 def held(model: nn.Module, base: nn.Module) -> float:
-    """MB of what the model holds beyond the base: the adapters' tensors, and the weights LoCA has built and keeps."""
-    notes: list[Any] = [getattr(module, "_kept", None) for module in model.modules()]
-    kept = [note.weight for note in notes if hasattr(note, "weight")]
+    """MB of what the model holds beyond the base: the adapters' tensors, and all that LoCA has worked out and keeps."""
+    kept = [tensor for module in model.modules() for tensor in _tensors_in(vars(module).get("_kept"))]
     shared = {tensor.data_ptr() for tensor in base.parameters()}
-    own = [tensor for tensor in (*model.parameters(), *model.buffers(), *kept) if tensor.data_ptr() not in shared]
-    return sum(int(tensor.nbytes) for tensor in own) / 1e6
+    own = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *kept)}
+    return sum(size for place, size in own.items() if place not in shared) / 1e6
+
+
+def _tensors_in(note: Any) -> Iterator[Tensor]:
+    if isinstance(note, Tensor):
+        yield note
+    elif isinstance(note, list | tuple | dict):
+        for part in note.values() if isinstance(note, dict) else note:
+            yield from _tensors_in(part)
+    elif type(note).__module__.startswith("loca_vision."):
+        yield from _tensors_in(vars(note))
 
 
 def workload(job: Job) -> Workload:
