@@ -21,6 +21,8 @@ def transposed_of(layout: Layout, values: Tensor) -> Tensor:
 
 def product(spectrum: Tensor, frequencies: Tensor, onto: Tensor | None = None) -> Tensor:
     """A sparse spectrum (p', q') times frequencies (q', n): (p', n), laid out for `add_samples`; or added to `onto`."""
+    if frequencies.device.type != "cpu":
+        return spectrum @ frequencies if onto is None else onto.add_(spectrum @ frequencies)
     if onto is not None:
         return torch.addmm(onto, spectrum, frequencies, out=onto)
     result = empty_spectrum(len(spectrum), frequencies.shape[1], frequencies)

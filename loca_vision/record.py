@@ -143,10 +143,22 @@ class Site:
     host: AdaptedLayer | AdaptedAttention
 
 
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """As `model.modules()`, in the same order, without the names that it makes up on the way: a third of the time."""
+    waiting: list[nn.Module | None] = [unwrap(model)]
+    seen: set[int] = set()
+    while waiting:
+        module = waiting.pop()
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            waiting.extend(reversed(module._modules.values()))
+
+
 def sites(model: nn.Module) -> list[Site]:
     """Where updates are, in the order of the model's modules."""
     found: list[Site] = []
-    for module in unwrap(model).modules():
+    for module in modules_of(model):
         if isinstance(module, AdaptedLayer):
             found.append(Site(module.loca, module))
         elif isinstance(module, AdaptedAttention):
@@ -168,7 +180,7 @@ def refuse_fused(record: Record, names: Iterable[str]) -> None:
 
 def all_updates(model: nn.Module) -> list[Update]:
     """Every update of every adapter of the model."""
-    return [module for module in unwrap(model).modules() if isinstance(module, Update)]
+    return [module for module in modules_of(model) if isinstance(module, Update)]
 
 
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -218,7 +230,7 @@ def activate(model: nn.Module, record: Record, active: dict[str, Strength], *, e
 
 def strengthen(model: nn.Module, record: Record) -> None:
     """Tell every update how strongly it acts: as the record says, unless it is disabled or fused into the weights."""
-    readings = [module for module in unwrap(model).modules() if isinstance(module, Reading)]
+    readings = [module for module in modules_of(model) if isinstance(module, Reading)]
     for updates in readings:
         if isinstance(updates, WeightUpdates):
             updates.strengths = strengths_at(updates, record.effective)

@@ -19,6 +19,7 @@ from loca_vision import (
     save_adapter,
     set_adapters,
 )
+from loca_vision.record import modules_of
 
 SMALL = LoCAConfig(n_components=30)
 
@@ -309,3 +310,11 @@ def test_data_parallel_training_has_one_order(vit, monkeypatch):
     finally:
         monkeypatch.undo()
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("family", ("vit", "hiera", "swin"))
+def test_modules_come_in_the_order_of_torch(family, build):
+    model = build(family)
+    inject(model, LoCAConfig(n_components=5))
+    model.twice = next(model.children())  # the same module at two places
+    assert list(modules_of(model)) == list(model.modules())
