@@ -322,13 +322,15 @@ def test_memory_and_operators_are_columns_where_they_were_measured():
 
 
 def test_all_training_steps_are_one_table():
-    other = made_up(command="python examples/benchmarks/training_step.py --batch_size 3 --only floor")
-    other["seconds"] = {"floor": [1.0], "LoRA r=9": [1.25], "LoRA r=9, peft": [1.5]}
-    assert tables.all_steps([made_up(command="python step.py"), {"benchmark": "inference"}, other]).splitlines() == [
-        "| command | floor, s | LoCA, coefficients | LoRA, peft | LoRA |",
-        "| --- | --- | --- | --- | --- |",
-        "| `step.py` | 2.00 | 1.10 | 1.50 | - |",
-        "| `training_step.py --batch_size 3` | 1.00 | - | 1.50 | 1.25 |",
+    other = made_up(
+        command="python examples/benchmarks/training_step.py --batch_size 3 --only floor 'LoRA r=9' --memory --rounds 2"
+    )
+    other["seconds"] = {"floor": [1.0], "LoRA r=9": [1.25], "LoRA r=9, peft": [1.5], "DoRA r=9": [2.0]}
+    assert tables.all_steps([made_up(), {"benchmark": "inference"}, other]).splitlines() == [
+        "| step | threads | floor, s | LoCA, coefficients | LoCA, locations | LoRA | LoRA, peft | FourierFT, peft |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| `step.py` | 1 | 2.00 | 1.10 | - | - | 1.50 | - |",
+        "| `training_step.py --batch_size 3` | 1 | 1.00 | - | - | 1.25 | 1.50 | - |",
     ]
     assert not tables.all_steps([])
 
@@ -348,7 +350,7 @@ def test_tables_are_written_between_the_marks(tmp_path, capsys):
         assert tables.main(command) == 0
         text = page.read_text()
         assert text.startswith(f"above\n\n{tables.EVERY}\n\n`python first` (")
-        assert f"|\n\n{tables.END}\n\nbetween\n\n{tables.STEPS}\n\n| command |" in text
+        assert f"|\n\n{tables.END}\n\nbetween\n\n{tables.STEPS}\n\n| step |" in text
         assert text.endswith(f"|\n\n{tables.END}\n\nbelow\n")
         assert text.count("`python second` (") == 1 and text.count("| `second` |") == 1
     (results / "d.json").write_text("{}")

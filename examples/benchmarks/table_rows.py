@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from contenders import FLOOR
+from contenders import FLOOR, LOCA, LOCATIONS
 from loca_vision.tables import aligned
 from rounds import ratio
 
@@ -31,21 +31,25 @@ def training_step(report: Mapping[str, Any]) -> Rows:
     return rows
 
 
+SHOWN = (LOCA, LOCATIONS, "LoRA", "LoRA, peft", "FourierFT, peft")  # of all methods, in the table of all steps
+
+
 def steps(reports: Sequence[Mapping[str, Any]]) -> Rows:
-    """A row for each report of training steps: seconds of the floor, and how many times that every other method takes."""
-    names = [{_without_sizes(name): name for name in report["seconds"]} for report in reports]
-    columns = [name for name in dict.fromkeys(name for own in names for name in own) if name != FLOOR]
-    found = [["command", "floor, s", *columns]]
-    for report, own in zip(reports, names, strict=True):
-        seconds, words = report["seconds"], report["command"].split()[1:]
-        ratios = [f"{ratio(seconds[own[name]], seconds[FLOOR]):.2f}" if name in own else "-" for name in columns]
-        command = " ".join([words[0].rpartition("/")[2], *words[1 : words.index("--only") if "--only" in words else None]])
-        found.append([f"`{command}`", f"{median(seconds[FLOOR]):.2f}", *ratios])
+    """A row for each report of training steps: seconds of the floor, and how many times that the usual methods take."""
+    found = [["step", "threads", "floor, s", *SHOWN]]
+    for report in reports:
+        seconds = {re.sub(r" [rn]=\d+", "", name): own for name, own in report["seconds"].items()}
+        ratios = [f"{ratio(seconds[name], seconds[FLOOR]):.2f}" if name in seconds else "-" for name in SHOWN]
+        threads, floor = str(report["environment"]["threads"]), f"{median(seconds[FLOOR]):.2f}"
+        found.append([f"`{_what_is_timed(report['command'])}`", threads, floor, *ratios])
     return found
 
 
-def _without_sizes(name: str) -> str:
-    return re.sub(r" [rn]=\d+", "", name)
+def _what_is_timed(command: str) -> str:
+    """The command without its folder, and without what only says which methods and which figures are wanted, and how often."""
+    script, *options = re.split(r" (?=--)", command.removeprefix("python "))
+    beside = ("--only", "--output", "--memory", "--operators", "--rounds", "--threads")
+    return " ".join([script.rpartition("/")[2], *(option for option in options if not option.startswith(beside))])
 
 
 def calls(report: Mapping[str, Any]) -> Rows:
