@@ -75,19 +75,19 @@ def _transform(x: Tensor, dim: int, method: Method, *, inverse: bool) -> Tensor:
     if n == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}: the transformed axis {dim} is empty")
     if method == "auto":
-        method = "fast" if is_fast(n, x.device) else "matrix"
+        method = "fast" if _is_fast(n, x.device) else "matrix"
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if method == "matrix":
         return _bymatrix_for(wide, dim, inverse).to(x.dtype)
     return _by_pieces(wide, dim, inverse).to(x.dtype)
 
 
-def is_fast(n: int, device: torch.device) -> bool:
+def _is_fast(n: int, device: torch.device) -> bool:
     """Whether "auto" means an FFT for this length."""
     return n >= _FAST_FROM.get(device.type, _FAST_FROM_ELSEWHERE)
 
 
-def pieces(count: int, n: int) -> list[tuple[int, int]]:
+def _pieces(count: int, n: int) -> list[tuple[int, int]]:
     """Where pieces of `count` transforms of length n begin and end; a short rest belongs to the piece before."""
     at_once = max(1, _NUMBERS_AT_ONCE // n // _COLUMNS) * _COLUMNS
     ends = [*range(at_once, count - _COLUMNS, at_once), count] if count else []
@@ -103,7 +103,7 @@ def _by_pieces(x: Tensor, dim: int, inverse: bool) -> Tensor:
     flat = x if down else x.movedim(dim, -1).reshape(-1, n)
     form = _by_inverse_fft if inverse else _by_fft
     result = torch.empty_like(flat, memory_format=torch.contiguous_format)
-    for start, end in pieces(flat.shape[int(down)], n):
+    for start, end in _pieces(flat.shape[int(down)], n):
         part, out = (whole.narrow(int(down), start, end - start) for whole in (flat, result))
         form(part, out, int(not down))
     return result if down else result.view(x.movedim(dim, -1).shape).movedim(-1, dim)

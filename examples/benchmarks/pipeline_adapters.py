@@ -111,47 +111,62 @@ def handling(load: Callable[[str], Any], unload: Callable[[], Any], switch: Call
 
 
 def measure(settings: Settings, folder: Path) -> dict[str, dict[str, Any]]:
-    generator = torch.Generator().manual_seed(1)
-    dtype = getattr(torch, settings.dtype)
     torch.manual_seed(0)
-    base = unet(settings.widths).to(dtype).eval()
-    latents = torch.randn(settings.batch_size, 4, settings.size, settings.size, generator=generator).to(dtype)
-    text = torch.randn(settings.batch_size, 77, 768, generator=generator).to(dtype)
-
-    @torch.no_grad()  # as pipelines do
-    def call(model: nn.Module) -> Tensor:
-        result: Tensor = model(latents, 500, text).sample
-        return result
-
+    base = unet(settings.widths).to(getattr(torch, settings.dtype)).eval()
+    call = calls_of(settings)
     mine, theirs = pipeline(on_tensors_of(base)), pipeline(on_tensors_of(base))
     for name, seed in (("a", 1), ("b", 2)):
         save_loca(mine, folder / "loca" / name, settings, seed)
         save_lora(theirs, folder / "lora" / name, settings, seed)
-    figures: dict[str, dict[str, Any]] = {"base": {}}
-    figures["LoCA"] = handling(
-        lambda name: loca.load_loca_weights(mine, folder / "loca" / name, name),
-        lambda: loca.unload_loca_weights(mine),
-        lambda name: loca.set_loca_adapters(mine, name),
-        lambda: call(mine.unet),
-    )
-    lora = f"LoRA r={settings.rank}"
-    figures[lora] = handling(
-        lambda name: theirs.load_lora_weights(folder / "lora" / name, adapter_name=name),
-        lambda: theirs.unload_lora_weights(),
-        lambda name: theirs.set_adapters(name),
-        lambda: call(theirs.unet),
-    )
-    figures["LoCA"]["file bytes"] = _bytes(folder / "loca" / "a")
-    figures[lora]["file bytes"] = _bytes(folder / "lora" / "a")
     sparing = pipeline(on_tensors_of(base))
     loca.enable_loca_low_memory(sparing)
     loca.load_loca_weights(sparing, folder / "loca" / "b")
+    lora = f"LoRA r={settings.rank}"
+    figures = {
+        "base": {},
+        "LoCA": of_loca(mine, folder / "loca", call),
+        lora: of_lora(theirs, folder / "lora", call),
+        "LoCA, low memory": {},
+    }
     _check(call(mine.unet), call(sparing.unet))
-    figures["LoCA, low memory"] = {}
     models = {"base": base, "LoCA": mine.unet, "LoCA, low memory": sparing.unet, lora: theirs.unet}
     for name, own in in_turns({name: partial(call, model) for name, model in models.items()}, settings.rounds).items():
         figures[name] |= {"call": own, "MB held": held(models[name], base)}
     return figures
+
+
+def calls_of(settings: Settings) -> Callable[[nn.Module], Tensor]:
+    """Calls a UNet on the same numbers every time, as pipelines do."""
+    generator, dtype = torch.Generator().manual_seed(1), getattr(torch, settings.dtype)
+    latents = torch.randn(settings.batch_size, 4, settings.size, settings.size, generator=generator).to(dtype)
+    text = torch.randn(settings.batch_size, 77, 768, generator=generator).to(dtype)
+
+    @torch.no_grad()
+    def call(model: nn.Module) -> Tensor:
+        result: Tensor = model(latents, 500, text).sample
+        return result
+
+    return call
+
+
+def of_loca(pipe: Any, folder: Path, call: Callable[[nn.Module], Tensor]) -> dict[str, Any]:
+    found = handling(
+        lambda name: loca.load_loca_weights(pipe, folder / name, name),
+        lambda: loca.unload_loca_weights(pipe),
+        lambda name: loca.set_loca_adapters(pipe, name),
+        lambda: call(pipe.unet),
+    )
+    return found | {"file bytes": _bytes(folder / "a")}
+
+
+def of_lora(pipe: Any, folder: Path, call: Callable[[nn.Module], Tensor]) -> dict[str, Any]:
+    found = handling(
+        lambda name: pipe.load_lora_weights(folder / name, adapter_name=name),
+        lambda: pipe.unload_lora_weights(),
+        lambda name: pipe.set_adapters(name),
+        lambda: call(pipe.unet),
+    )
+    return found | {"file bytes": _bytes(folder / "a")}
 
 
 def _bytes(folder: Path) -> int:
