@@ -42,8 +42,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from loca_vision.schedule import AlternatingSchedule
-from loca_vision.spectrum import Spectrum, random_spectrum
+from loca_vision.methods.spectrum import Spectrum, random_spectrum
+from loca_vision.model.schedule import AlternatingSchedule
 
 SAMPLES, SIZE, COMPONENTS = 5000, 6, 3
 COEFFICIENT_LR, LOCATION_LR, PERIOD, LEARNING_SHARE = 0.02, 0.05, 10, 0.8

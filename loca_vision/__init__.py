@@ -1,17 +1,20 @@
 """Location-aware Cosine Adaptation (LoCA, ICLR 2025) for vision models, and its family: a plugin for timm and diffusers."""
 
-from loca_vision.checkpoint import load_adapter, save_adapter
-from loca_vision.explanation import explain
-from loca_vision.fourierft import FourierFTConfig
-from loca_vision.inject import active_adapters, adapters, inject, remove, set_adapters
-from loca_vision.kinds import KINDS, AdapterConfig, Projection, kind
-from loca_vision.loca import LoCAConfig
-from loca_vision.low_rank import LoRAConfig
-from loca_vision.schedule import AlternatingSchedule, parameter_groups
-from loca_vision.sdctft import SDCTFTConfig
-from loca_vision.selora import SeLoRAConfig
-from loca_vision.spectrum import Spectrum
-from loca_vision.update import Update
+from loca_vision.formats.save_load import load_adapter, save_adapter
+from loca_vision.methods.adapter_config import AdapterConfig, Projection
+from loca_vision.methods.fourierft import FourierFTConfig
+from loca_vision.methods.loca import LoCAConfig
+from loca_vision.methods.lora import LoRAConfig
+from loca_vision.methods.registry import KINDS, kind
+from loca_vision.methods.sdctft import SDCTFTConfig
+from loca_vision.methods.selora import SeLoRAConfig
+from loca_vision.methods.spectrum import Spectrum
+from loca_vision.methods.update import Update
+from loca_vision.model.adapters import active_adapters, adapters, set_adapters
+from loca_vision.model.explain import explain
+from loca_vision.model.inject import inject
+from loca_vision.model.remove import remove
+from loca_vision.model.schedule import AlternatingSchedule, parameter_groups
 from loca_vision.version import __version__
 
 __all__ = [

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from diffusers import DiffusionPipeline
 
-from loca_vision.loader import METHODS, PROPERTIES, LoCALoaderMixin
-from loca_vision.processor import LoCAAttnProcessor
+from loca_vision.pipeline.attn_processor import LoCAAttnProcessor
+from loca_vision.pipeline.loader import METHODS, PROPERTIES, LoCALoaderMixin
 
 load_loca_weights = LoCALoaderMixin.load_loca_weights
 save_loca_weights = LoCALoaderMixin.save_loca_weights

@@ -5,7 +5,7 @@
 
 from diffusers import StableDiffusionInstructPix2PixPipeline
 
-from loca_vision.loader import LoCALoaderMixin, saved_as_stock
+from loca_vision.pipeline.loader import LoCALoaderMixin, saved_as_stock
 
 
 @saved_as_stock

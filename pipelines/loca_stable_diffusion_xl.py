@@ -5,7 +5,7 @@
 
 from diffusers import StableDiffusionXLPipeline
 
-from loca_vision.loader import LoCALoaderMixin, saved_as_stock
+from loca_vision.pipeline.loader import LoCALoaderMixin, saved_as_stock
 
 
 @saved_as_stock

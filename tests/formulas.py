@@ -11,7 +11,7 @@ from scipy.fft import dct
 from torch import Tensor, nn
 
 from loca_vision import FourierFTConfig, LoCAConfig, LoRAConfig, SDCTFTConfig, SeLoRAConfig, adapters
-from loca_vision.inject import linear_targets
+from loca_vision.model.target_checks import linear_targets
 
 TARGETS = ("q", "v", "out", "fc1")
 KINDS = {

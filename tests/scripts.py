@@ -22,7 +22,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import _fill
 
-from loca_vision.safefile import write_safetensors
+from loca_vision.storage.safetensors_file import write_safetensors
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "image_classification"
 MODEL = ("--model", "test_vit", "--weights", "none", "--image_size", "32")

@@ -7,8 +7,8 @@ import torch
 from conftest import within
 from scipy.fft import dctn, idctn
 
-from loca_vision.approximation import Budget, largest_components, total_error
-from loca_vision.factors import LowRankPair, truncated
+from loca_vision.formats.conversion.dct_truncation import Budget, largest_components, total_error
+from loca_vision.formats.low_rank_pair import LowRankPair, truncated
 
 SHAPES = [(1, 1), (1, 7), (5, 4), (12, 9), (30, 48)]
 

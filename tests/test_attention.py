@@ -30,9 +30,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
-import loca_vision.updates
+import loca_vision.layers.effective_weight
 from loca_vision import LoCAConfig, adapters, inject, load_adapter, remove, save_adapter, set_adapters
-from loca_vision.root import set_low_memory
+from loca_vision.model.call_scale import set_low_memory
 
 CPU = torch.device("cpu")
 CONFIG = LoCAConfig(n_components=30, targets=("q", "k", "v", "out"))
@@ -196,7 +196,7 @@ def classes(model):
 
 
 def readings(model):
-    return [module for module in model.modules() if isinstance(module, loca_vision.updates.Reading)]
+    return [module for module in model.modules() if isinstance(module, loca_vision.layers.effective_weight.Reading)]
 
 
 def attention_layers(model):
@@ -1188,8 +1188,10 @@ def test_autocast():
 def builds(monkeypatch):
     """Counts how often a weight is built."""
     count = []
-    build = loca_vision.updates.Reading._built
-    monkeypatch.setattr(loca_vision.updates.Reading, "_built", lambda *given, **more: count.append(1) or build(*given, **more))
+    build = loca_vision.layers.effective_weight.Reading._built
+    monkeypatch.setattr(
+        loca_vision.layers.effective_weight.Reading, "_built", lambda *given, **more: count.append(1) or build(*given, **more)
+    )
     return count
 
 

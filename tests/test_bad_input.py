@@ -8,19 +8,10 @@ import timm
 import torch
 from PIL import Image
 
-from loca_vision import (
-    AlternatingSchedule,
-    LoCAConfig,
-    adapters,
-    inject,
-    parameter_groups,
-    remove,
-    save_adapter,
-    set_adapters,
-)
-from loca_vision.cli import main
-from loca_vision.dct import dct2, dct_matrix
-from loca_vision.vit import ModelSpec, build_model
+from loca_vision import AlternatingSchedule, LoCAConfig, adapters, inject, parameter_groups, remove, save_adapter, set_adapters
+from loca_vision.commands.main import main
+from loca_vision.functional.dct import dct2, dct_matrix
+from loca_vision.recipes.classification.models import ModelSpec, build_model
 
 CONFIGS = [
     ({"n_components": 0}, "n_components=0: a count is a whole number from 1 up"),

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from tiny import picture, pixart, sd3, stable_diffusion, stable_diffusion_xl, text_encoder, unet, vae
 
 import loca_vision.diffusers
-from loca_vision.blocks import block_strengths
+from loca_vision.pipeline.block_weights import block_strengths
 
 EVERY = ("q", "k", "v", "out")
 Weights = Any

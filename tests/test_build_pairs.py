@@ -13,7 +13,8 @@ import pytest
 from PIL import Image, ImageOps
 from test_cartoon import scene
 
-from loca_vision.photographs import INSTRUCTIONS, Photograph, crops_of, instruction_for, photographs_in, split_of
+from loca_vision.data.photographs import Photograph, photographs_in
+from photo_pairs import INSTRUCTIONS, crops_of, instruction_for, split_of
 
 pytest.importorskip("cv2")
 SCRIPT = Path(__file__).parents[1] / "examples" / "instruct_pix2pix" / "build_pairs.py"

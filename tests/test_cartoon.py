@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loca_vision.cartoon import COLOURS, cartoon
+from cartoon import COLOURS, cartoon
 
 cv2 = pytest.importorskip("cv2")
 

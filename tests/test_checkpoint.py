@@ -23,20 +23,12 @@ import torch
 from conftest import within
 from torch import Tensor, nn
 
-from loca_vision import (
-    LoCAConfig,
-    active_adapters,
-    adapters,
-    checkpoint,
-    inject,
-    load_adapter,
-    remove,
-    save_adapter,
-    set_adapters,
-)
-from loca_vision.checkpoint import FILE_NAME, METADATA_KEY, base_model_name, nearest
-from loca_vision.inject import classifier
-from loca_vision.record import own_parameters
+from loca_vision import LoCAConfig, active_adapters, adapters, inject, load_adapter, remove, save_adapter, set_adapters
+from loca_vision.formats import save_load as checkpoint
+from loca_vision.formats.adapter_file import FILE_NAME, METADATA_KEY, nearest
+from loca_vision.formats.save_load import base_model_name
+from loca_vision.model.target_checks import classifier
+from loca_vision.model.traversal import own_parameters
 
 CONFIG = LoCAConfig(n_components=20, scale=2.0)
 PROJECTIONS = ("blocks.0.attn.q", "blocks.0.attn.v", "blocks.1.attn.q", "blocks.1.attn.v")

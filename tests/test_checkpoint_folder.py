@@ -18,9 +18,10 @@ import pytest
 import torch
 from conftest import within
 
-from loca_vision import atomic, atomic_folder
-from loca_vision.checkpoint_folder import latest_checkpoint, read_checkpoint, write_checkpoint
-from loca_vision.manifest import make_manifest
+from loca_vision.storage import atomic_file as atomic
+from loca_vision.storage import atomic_folder
+from loca_vision.storage.run_checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
+from loca_vision.storage.run_manifest import make_manifest
 
 resource = pytest.importorskip("resource", reason="signals, modes and limits of POSIX")
 ROOT = Path(__file__).parents[1]
@@ -364,7 +365,7 @@ def test_an_old_one_that_cannot_be_deleted_does_not_stop_the_run(
 
 def test_a_reader_while_another_process_rotates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was listed is gone when it is opened; what has come instead is found."""
-    from loca_vision import checkpoint_folder
+    from loca_vision.storage import run_checkpoint as checkpoint_folder
 
     write(tmp_path, 1)
     verify, todo = checkpoint_folder.verify, [2]
@@ -477,7 +478,7 @@ _KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from loca_vision.checkpoint_folder import latest_checkpoint, read_checkpoint, write_checkpoint
+from loca_vision.storage.run_checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
 
 folder, draw = Path(sys.argv[1]), random.Random(0)
 torch.set_num_threads(1)

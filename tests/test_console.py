@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loca_vision.console import guarded, usage_in_one_line
+from loca_vision.recipes.settings.console import guarded, usage_in_one_line
 
 ROOT = Path(__file__).parents[1]
 INSTALL = "python -m pip install 'loca-vision[train]'"
@@ -48,7 +48,7 @@ def test_success_and_faults_of_the_program():
 
 
 def test_nobody_reads_the_output():
-    code = "from loca_vision.console import guarded\n"
+    code = "from loca_vision.recipes.settings.console import guarded\n"
     code += "def write():\n    while True:\n        print('x' * 1000, flush=True)\n"
     code += "raise SystemExit(guarded('train', write, extra='train'))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from test_cartoon import scene
 
-from loca_vision.contact_sheet import contact_sheet
+from loca_vision.recipes.reports.contact_sheet import contact_sheet
 
 
 def parts_of(sheet, picture):

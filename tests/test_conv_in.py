@@ -10,7 +10,7 @@ from torch import nn
 
 import loca_vision.diffusers  # noqa: F401
 from loca_vision import LoCAConfig, inject
-from loca_vision.conv_in import widen_conv_in
+from loca_vision.model.conv_in import widen_conv_in
 
 CONFIG = LoCAConfig(n_components=8, targets=("q", "k", "v", "out"))
 

@@ -21,9 +21,10 @@ from oracle import Made, adapter, assert_near, assert_same, expected, facts
 from torch import Tensor, nn
 
 import loca_vision.diffusers  # noqa: F401
-from loca_vision import LoCAConfig, inject, load_adapter, loading, remove, save_adapter, set_adapters
-from loca_vision.conv_in import widen_conv_in
-from loca_vision.record import record_of
+from loca_vision import LoCAConfig, inject, load_adapter, remove, save_adapter, set_adapters
+from loca_vision.model.conv_in import widen_conv_in
+from loca_vision.model.state import record_of
+from loca_vision.pipeline import load as loading
 
 UNET = {"unet": ("q", "v")}
 CONV_IN = ("unet.conv_in.weight", "unet.conv_in.bias")

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-import loca_vision.cosine_sum as module
-import loca_vision.paths as paths
-from loca_vision.cosine_sum import cosine_sum
-from loca_vision.dct import dct2, dct_matrix
+import loca_vision.functional.cosine_sum as module
+import loca_vision.functional.cost_model as paths
+from loca_vision.functional.cosine_sum import cosine_sum
+from loca_vision.functional.dct import dct2, dct_matrix
 
 SHAPES = [(6, 6, 5), (5, 8, 3), (1, 7, 3), (9, 1, 4), (1, 1, 1), (4, 3, 12), (33, 20, 40), (530, 40, 30), (600, 500, 70)]
 SHAPES += [(1030, 200, 50)]  # the last three by fast transforms, of several pieces

@@ -12,9 +12,9 @@ import pytest
 from layouts import COLOURS, WRITERS, accept_any_md5, save, write_cifar10, write_folder
 from torchvision.datasets import cifar
 
-from loca_vision.catalogue import SETS
-from loca_vision.data import first, hold_out, open_image
-from loca_vision.datasets import NAMES, load
+from loca_vision.data.catalogue import SETS
+from loca_vision.data.images import first, hold_out, open_image
+from loca_vision.data.load import NAMES, load
 
 IN_IMAGE_FILES = [name for name in NAMES if name not in ("digits", "cifar10", "cifar100", "fashion_mnist")]
 SIZES = {"dtd": (60, 7, 17), "eurosat": (42, 15, 15), "resisc45": (36, 12, 12), "digits": (1078, 120, 599)}

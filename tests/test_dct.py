@@ -5,7 +5,7 @@ import pytest
 import scipy.fft
 import torch
 
-from loca_vision.dct import dct, dct2, dct_matrix, idct, idct2
+from loca_vision.functional.dct import dct, dct2, dct_matrix, idct, idct2
 
 LENGTHS = (1, 2, 3, 5, 8, 13, 31, 64, 101)
 METHODS = ("matrix", "fast", "auto")

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from loca_vision import active_adapters, load_adapter
-from loca_vision.cli import main
-from loca_vision.demo import Demo, run
-from loca_vision.evaluation import accuracy_of, confusion
-from loca_vision.training import fine_tune
-from loca_vision.vit import ModelSpec, build_model
+from loca_vision.commands.demo import Demo, run
+from loca_vision.commands.main import main
+from loca_vision.recipes.classification.accuracy import accuracy_of, confusion
+from loca_vision.recipes.classification.models import ModelSpec, build_model
+from loca_vision.recipes.training.fine_tune import fine_tune
 
 TINY = {"model": "test_vit", "weights": "none", "image_size": 160, "batch_size": 4, "n_components": 20}
 FLAGS = [word for key, value in TINY.items() for word in (f"--{key.replace('_', '-')}", str(value))]
@@ -72,7 +72,7 @@ def test_the_same_seed_gives_the_same_adapter(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for another process there")
 def test_an_interruption_leaves_nothing_half_done(photos, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "loca_vision.cli", "demo", *FLAGS, "--steps", "100000", "--output", str(out)]
+    command = [sys.executable, "-m", "loca_vision.commands.main", "demo", *FLAGS, "--steps", "100000", "--output", str(out)]
     process = subprocess.Popen(
         [*command, "--dataset", "folder", "--root", str(photos)],
         stderr=subprocess.PIPE,

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from test_pairs import Listed, picture
 from torch.utils.data import DataLoader
 
-from loca_vision import diffusion_cache
-from loca_vision.diffusion_cache import encoded
-from loca_vision.encoders import Encoders, words_of
-from loca_vision.pair_views import PairTensors, View
-from loca_vision.pairs import Pair
-from loca_vision.tensor_store import TensorStore
+from loca_vision.data.pair_views import PairTensors, View
+from loca_vision.data.pairs import Pair
+from loca_vision.recipes.editing import latent_cache as diffusion_cache
+from loca_vision.recipes.editing.encoders import Encoders, words_of
+from loca_vision.recipes.editing.latent_cache import encoded
+from loca_vision.storage.tensor_store import TensorStore
 
 FLIPPED = View(16, flip=True)
 

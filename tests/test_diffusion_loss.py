@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch.nn import functional as F
 
-from loca_vision.diffusion_loss import (
+from loca_vision.recipes.editing.loss import (
     denoising_loss,
     draws,
     dropped,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from loca_vision.discreet import discreet, tells_a_place
+from loca_vision.recipes.reports.redaction import discreet, tells_a_place
 
 
 @pytest.mark.parametrize(

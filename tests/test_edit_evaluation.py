@@ -17,15 +17,15 @@ from PIL import Image
 from test_cartoon import scene
 from tiny_clip import write_tiny_clip
 
-import loca_vision.edit_columns
+import loca_vision.recipes.editing.evaluation.editors
 from loca_vision import LoCAConfig, LoRAConfig, adapters, inject
-from loca_vision.edit_columns import columns_of, named
-from loca_vision.edit_evaluation import table
-from loca_vision.edits import Sampling, edit, read_photograph, square
-from loca_vision.image_quality import Clip, psnr, similarity, ssim
-from loca_vision.loader import LoCALoaderMixin as Loca
-from loca_vision.pair_views import Drawn, View
-from loca_vision.pairs import CARTOONIZATION, read_pairs
+from loca_vision.data.pair_views import Drawn, View
+from loca_vision.data.pairs import CARTOONIZATION, read_pairs
+from loca_vision.pipeline.loader import LoCALoaderMixin as Loca
+from loca_vision.recipes.editing.edit import Sampling, edit, read_photograph, square
+from loca_vision.recipes.editing.evaluation.editors import columns_of, named
+from loca_vision.recipes.editing.evaluation.evaluate import table
+from loca_vision.recipes.reports.image_quality import Clip, psnr, similarity, ssim
 
 pytest.importorskip("datasets")
 SCRIPT = Path(__file__).parents[1] / "examples" / "instruct_pix2pix" / "evaluate.py"
@@ -228,7 +228,7 @@ def test_resumed_equals_uninterrupted(run, tmp_path, monkeypatch):
     run(*asked)
     whole = {file.relative_to(out): file.read_bytes() for file in out.rglob("*.*")}
     shutil.rmtree(out)
-    made, genuine = [], loca_vision.edit_columns.edit
+    made, genuine = [], loca_vision.recipes.editing.evaluation.editors.edit
 
     def counted(*given, **more):
         if len(made) == 5:

@@ -7,7 +7,7 @@ from PIL import Image
 from scripts import main, script
 from test_build_pairs import photograph
 
-from loca_vision.photographs import photographs_in
+from loca_vision.data.photographs import photographs_in
 
 pytest.importorskip("cv2")
 pytest.importorskip("datasets")

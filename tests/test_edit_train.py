@@ -23,9 +23,9 @@ from test_cartoon import scene
 from torch import nn
 
 import loca_vision.diffusers  # noqa: F401  the pipelines' methods
-from loca_vision.checkpoint_folder import write_checkpoint
-from loca_vision.edit_recipe import EditRecipe
-from loca_vision.safefile import open_safetensors
+from loca_vision.recipes.editing.recipe import EditRecipe
+from loca_vision.storage.run_checkpoint import write_checkpoint
+from loca_vision.storage.safetensors_file import open_safetensors
 
 pytest.importorskip("datasets")
 forks = pytest.mark.skipif(sys.platform == "win32" or torch.cuda.is_available(), reason="no fork there, or none with CUDA")
@@ -145,7 +145,7 @@ def test_a_run(flags, data, base, tmp_path, pictures, capsys):
     recipe = command.settled(command.parse(EditRecipe, list(map(str, [*flags, *LOCA])), prog="", presets={}).settings, ())
     pipe = pipeline(base)
     pipe.load_loca_weights(out)
-    cases = sys.modules["loca_vision.edit_validation"].cases_of(recipe)
+    cases = sys.modules["loca_vision.recipes.editing.validation"].cases_of(recipe)
     assert [case.target is not None for case in cases] == [True, True]
     drawn = command.Validation(pipe, cases, command.sampling_of(recipe), recipe.validation_scales, "loca").sheet()
     kept = picture(out / "validation-6.png")
@@ -535,7 +535,7 @@ def test_a_base_of_four_channels(flags, plain_base, tmp_path, pictures, capsys):
     pipe.load_loca_weights(out)
     command = script(TRAIN)
     recipe = command.settled(command.parse(EditRecipe, list(map(str, asked)), prog="", presets={}).settings, ())
-    cases = sys.modules["loca_vision.edit_validation"].cases_of(recipe)
+    cases = sys.modules["loca_vision.recipes.editing.validation"].cases_of(recipe)
     drawn = command.Validation(pipe, cases, command.sampling_of(recipe), recipe.validation_scales, "loca").sheet()
     assert np.array_equal(np.asarray(drawn), picture(out / "validation-6.png"))
 
@@ -580,7 +580,7 @@ def test_upload(flags, data, tmp_path, monkeypatch, pictures, capsys):
 
 def test_the_code_of_a_card_draws_what_the_picture_shows(flags, base, tmp_path, monkeypatch):
     """Of the very base, with what the adapter was trained to predict, and with the guidance of the picture."""
-    from loca_vision.edit_card import edit_card
+    from loca_vision.recipes.editing.model_card import edit_card
 
     metrics = trained(tmp_path / "out", *flags, *LOCA, "--prediction_type", "v_prediction", "--max_train_steps", "1")
     metrics["config"] |= {"pretrained_model_name_or_path": "a/base", "revision": "main", "validation_guidance_scale": 3.0}
@@ -601,7 +601,7 @@ def test_the_code_of_a_card_draws_what_the_picture_shows(flags, base, tmp_path, 
 
 
 def test_a_base_that_is_gone_is_no_name_on_the_hub(flags, tmp_path):
-    from loca_vision.edit_card import edit_card
+    from loca_vision.recipes.editing.model_card import edit_card
 
     metrics = trained(tmp_path / "out", *flags, *LOCA, "--max_train_steps", "1")
     metrics["config"] |= {"pretrained_model_name_or_path": "/home/me/base", "train_data_dir": "/home/me/pairs"}

@@ -14,11 +14,11 @@ from PIL import Image
 from test_cartoon import scene
 
 from loca_vision import LoCAConfig, adapters, inject, remove
-from loca_vision.components import models_in
-from loca_vision.edits import Sampling, edit, read_photograph, square
-from loca_vision.loader import LoCALoaderMixin as Loca
-from loca_vision.pair_views import Drawn, View
-from loca_vision.pairs import Pair
+from loca_vision.data.pair_views import Drawn, View
+from loca_vision.data.pairs import Pair
+from loca_vision.pipeline.components import models_in
+from loca_vision.pipeline.loader import LoCALoaderMixin as Loca
+from loca_vision.recipes.editing.edit import Sampling, edit, read_photograph, square
 
 QUICK = Sampling(steps=2)
 
@@ -234,6 +234,6 @@ def test_photographs_that_cannot_be_had(tmp_path, server, monkeypatch):
         read_photograph(f"{server}/none.png")
     with pytest.raises(OSError, match=r"http://127\.0\.0\.1:1/p\.png: it cannot be fetched"):
         read_photograph("http://127.0.0.1:1/p.png")
-    monkeypatch.setattr("loca_vision.edits.MOST_BYTES", 100)
+    monkeypatch.setattr("loca_vision.recipes.editing.edit.MOST_BYTES", 100)
     with pytest.raises(OSError, match="it has more than 100 bytes"):
         read_photograph(f"{server}/p.png")

@@ -7,8 +7,8 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from loca_vision import AlternatingSchedule, LoCAConfig, adapters, inject
-from loca_vision.checkpoint_folder import read_checkpoint, write_checkpoint
-from loca_vision.ema import EMA, Decay, locations_among
+from loca_vision.recipes.training.ema import EMA, Decay, locations_among
+from loca_vision.storage.run_checkpoint import read_checkpoint, write_checkpoint
 
 DECAYS = [
     ({}, {}),

@@ -13,22 +13,22 @@ from test_lora_files import made_up, modules, plain, weights_of
 from tiny import output_of, stable_diffusion, stable_diffusion_xl
 
 from loca_vision import LoCAConfig, adapters, inject, load_adapter, remove, save_adapter
-from loca_vision.approximation import Budget
-from loca_vision.cli import main
+from loca_vision.commands.inspect_file import describe
+from loca_vision.commands.main import main
 from loca_vision.diffusers import load_loca_weights
-from loca_vision.exchange import to_loca, to_lora_adapter
-from loca_vision.exchange_lora import to_lora
-from loca_vision.exchange_source import open_difference, read_source
-from loca_vision.factors import LowRankPair
-from loca_vision.fourierft import FourierFTConfig
-from loca_vision.inspection import describe
-from loca_vision.lora_files import read_lora
-from loca_vision.lora_writing import write_diffusers_lora, write_kohya_lora
-from loca_vision.losses import loss_table, total_loss
-from loca_vision.low_rank import LoRAConfig
-from loca_vision.merging import merge
-from loca_vision.places import place_of, places_in, places_of_modules
-from loca_vision.selora import SeLoRAConfig
+from loca_vision.formats.conversion.conversion_error import loss_table, total_loss
+from loca_vision.formats.conversion.dct_truncation import Budget
+from loca_vision.formats.conversion.merge_checkpoint import merge
+from loca_vision.formats.conversion.to_adapter import to_loca, to_lora_adapter
+from loca_vision.formats.conversion.to_lora_file import to_lora
+from loca_vision.formats.conversion.weight_deltas import open_difference, read_source
+from loca_vision.formats.lora_reader import read_lora
+from loca_vision.formats.lora_writer import write_diffusers_lora, write_kohya_lora
+from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.layers.projection_rows import place_of, places_in, places_of_modules
+from loca_vision.methods.fourierft import FourierFTConfig
+from loca_vision.methods.lora import LoRAConfig
+from loca_vision.methods.selora import SeLoRAConfig
 
 NAME = "test_vit"  # timm's own tiny one
 DENOISER = re.compile(r"unet\..*attn.*(to_q|to_k|to_v|to_out\.0)|text_encoder.*(q_proj|k_proj|v_proj|out_proj)")

@@ -6,12 +6,12 @@ import pytest
 import torch
 from ways import FORCED, FREE
 
-import loca_vision.paths as paths
-import loca_vision.spectral_rows as spectral_rows
+import loca_vision.functional.cosine_linear as spectral_rows
+import loca_vision.functional.cost_model as paths
 from loca_vision import FourierFTConfig, LoCAConfig, LoRAConfig, adapters, explain, inject
-from loca_vision.cosines import offsets
-from loca_vision.paths import Asked
-from loca_vision.workload import of_applying, of_factors, of_sampled_gradient, of_whole_gradient
+from loca_vision.functional.cosine_atoms import offsets
+from loca_vision.functional.cost_model import Asked
+from loca_vision.functional.flop_counts import of_applying, of_factors, of_sampled_gradient, of_whole_gradient
 
 SAMPLED = FORCED["sampled"]
 

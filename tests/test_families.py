@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from loca_vision import LoCAConfig, Spectrum, adapters, inject, remove
-from loca_vision.targets import find_targets
+from loca_vision.layers.targets import find_targets
 
 Rows = dict[str, tuple[str, list[int]]]  # by part: the weight, and those of its rows that make up the part
 

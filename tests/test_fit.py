@@ -9,8 +9,8 @@ from accelerate.utils import LoggerType
 from scripts import DIGITS, LOCA, main, trained, weights, write_weights
 from torch import nn
 
-from loca_vision import stepper
-from loca_vision.safefile import open_safetensors
+from loca_vision.recipes.training import stepper
+from loca_vision.storage.safetensors_file import open_safetensors
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_bf16(method, tmp_path):
 def accuracies(monkeypatch, values):
     """Let validations find these, one after the other, and the test the last one."""
     left = iter(values)
-    monkeypatch.setattr("loca_vision.fit.accuracy_of", lambda matrix: next(left))
+    monkeypatch.setattr("loca_vision.recipes.classification.run.accuracy_of", lambda matrix: next(left))
 
 
 def test_the_best_epoch_is_kept_and_a_run_without_a_better_one_stops(tmp_path, monkeypatch):
@@ -162,7 +162,7 @@ def test_curves_go_to_the_tracker(tmp_path, monkeypatch):
 
 
 def test_a_tracker_that_is_missing_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("loca_vision.stepper.get_available_trackers", list)
+    monkeypatch.setattr("loca_vision.recipes.training.stepper.get_available_trackers", list)
     for name, sentence in (("tensorboard", "it is not installed"), ("all", "no tracker is installed")):
         assert main("train", *DIGITS, "--report_to", name, "--output_dir", tmp_path / "out") == 2
         assert sentence in capsys.readouterr().err

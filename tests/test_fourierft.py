@@ -8,8 +8,9 @@ from peft import get_peft_model
 from torch import nn
 
 from loca_vision import FourierFTConfig, adapters, inject
-from loca_vision.fourierft import FourierSpectrum, inverse_real
-from loca_vision.spectrum import cell_locations
+from loca_vision.functional.fourier import inverse_real
+from loca_vision.methods.fourierft import FourierSpectrum
+from loca_vision.methods.locations import cell_locations
 
 SHAPES = [(1, 1), (1, 6), (7, 1), (2, 2), (5, 5), (6, 6), (6, 9), (9, 4), (33, 64)]
 CONFIG = FourierFTConfig(n_components=30, scale=60.0)

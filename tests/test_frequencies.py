@@ -4,7 +4,7 @@ import pytest
 import scipy.fft
 import torch
 
-from loca_vision.frequencies import add_samples, basis_pieces, empty_spectrum, frequencies, places, rows_for
+from loca_vision.functional.packed_dct import add_samples, basis_pieces, empty_spectrum, frequencies, places, rows_for
 
 LENGTHS = (1, 2, 3, 4, 5, 8, 9, 33, 64, 77)
 

@@ -31,8 +31,11 @@ from peft import LoraConfig
 from tiny import instruct_pix2pix, picture, quiet, stable_diffusion, stable_diffusion_xl
 from torch import Tensor, nn
 
-from loca_vision import LoCAConfig, adapters, fusing, inject, loader, loading, remove, save_adapter, set_adapters
-from loca_vision.update import Update
+from loca_vision import LoCAConfig, adapters, inject, remove, save_adapter, set_adapters
+from loca_vision.methods.update import Update
+from loca_vision.pipeline import fuse as fusing
+from loca_vision.pipeline import load as loading
+from loca_vision.pipeline import loader
 
 BOTH = {"unet": ("q", "v"), "text_encoder": ("q", "out")}
 UNET = {"unet": ("q", "v")}

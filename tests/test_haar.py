@@ -6,7 +6,7 @@ import pytest
 import torch
 from formulas import haar_matrix
 
-from loca_vision.haar import haar2, inverse_haar2
+from loca_vision.functional.haar import haar2, inverse_haar2
 
 SIZES = range(1, 34)
 

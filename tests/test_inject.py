@@ -19,7 +19,7 @@ from loca_vision import (
     save_adapter,
     set_adapters,
 )
-from loca_vision.record import modules_of
+from loca_vision.model.traversal import modules_of
 
 SMALL = LoCAConfig(n_components=30)
 

@@ -22,7 +22,7 @@ from loca_vision import (
     save_adapter,
     set_adapters,
 )
-from loca_vision.inject import linear_targets
+from loca_vision.model.target_checks import linear_targets
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 families = pytest.mark.parametrize("family", ("vit", "maxvit", "beit"))  # fused, interleaved, around the forward

@@ -12,7 +12,7 @@ from conftest import tiny, within
 from formulas import KINDS, stir
 
 from loca_vision import active_adapters, inject, load_adapter, save_adapter
-from loca_vision.inspection import describe
+from loca_vision.commands.inspect_file import describe
 
 KEY = "loca_adapter_metadata"
 Q = "blocks.0.attn.q"

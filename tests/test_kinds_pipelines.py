@@ -13,7 +13,7 @@ from torch import nn
 
 import loca_vision.diffusers as loca
 from loca_vision import LoCAConfig, LoRAConfig, adapters, inject, load_adapter, remove, save_adapter, set_adapters
-from loca_vision.root import set_low_memory
+from loca_vision.model.call_scale import set_low_memory
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 SMALL = {

@@ -10,9 +10,10 @@ import torch
 from conftest import randomise
 from torch import nn
 
-import loca_vision.layer
+import loca_vision.layers.adapted_linear
 from loca_vision import LoCAConfig, adapters, inject, load_adapter, remove, save_adapter, set_adapters
-from loca_vision.rows import add_rows
+from loca_vision.functional.row_linear import add_rows
+from loca_vision.layers.weight_updates import WeightUpdates
 
 CONFIG = LoCAConfig(n_components=40, targets=("q", "v", "out", "fc1"))
 
@@ -34,8 +35,10 @@ def gradients(model, images):
 def builds(monkeypatch):
     """Counts how often a weight is built."""
     count = []
-    build = loca_vision.updates.Reading._built
-    monkeypatch.setattr(loca_vision.updates.Reading, "_built", lambda *given, **more: count.append(1) or build(*given, **more))
+    build = loca_vision.layers.effective_weight.Reading._built
+    monkeypatch.setattr(
+        loca_vision.layers.effective_weight.Reading, "_built", lambda *given, **more: count.append(1) or build(*given, **more)
+    )
     return count
 
 
@@ -148,7 +151,7 @@ def test_training_does_not_keep_weights(adapted, images):
     with torch.no_grad():
         adapted(images)
     adapted(images)
-    assert all(module._kept is None for module in adapted.modules() if isinstance(module, loca_vision.updates.WeightUpdates))
+    assert all(module._kept is None for module in adapted.modules() if isinstance(module, WeightUpdates))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))

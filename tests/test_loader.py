@@ -45,8 +45,10 @@ from tiny import instruct_pix2pix, picture, quiet, stable_diffusion, stable_diff
 from torch import Tensor, nn
 
 import loca_vision.diffusers as loca
-from loca_vision import LoCAConfig, active_adapters, adapters, inject, loader, loading, remove
-from loca_vision.loader import LoCALoaderMixin
+from loca_vision import LoCAConfig, active_adapters, adapters, inject, remove
+from loca_vision.pipeline import load as loading
+from loca_vision.pipeline import loader
+from loca_vision.pipeline.loader import LoCALoaderMixin
 
 METHODS = {
     "load_loca_weights": "source, adapter_name=None, *, weight_name=None, subfolder=None, revision=None, token=None, "
@@ -423,12 +425,12 @@ def failing(function: Callable[..., Any], at: int) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("what", "at"),
     [
-        ("loca_vision.loading.attach", 2),
-        ("loca_vision.loading.prepared", 2),
-        ("loca_vision.loading.activate", 2),
-        ("loca_vision.inject.updates_of", 3),
-        ("loca_vision.inject.updates_of", 12),
-        ("loca_vision.inject.activate", 2),
+        ("loca_vision.pipeline.load.attach", 2),
+        ("loca_vision.pipeline.load.prepared", 2),
+        ("loca_vision.pipeline.load.activate", 2),
+        ("loca_vision.model.inject.updates_of", 3),
+        ("loca_vision.model.inject.updates_of", 12),
+        ("loca_vision.model.inject.activate", 2),
     ],
 )
 def test_a_load_that_fails_half_way_changes_nothing(
@@ -911,7 +913,7 @@ def test_nothing_is_said_about_what_works(
             pipe.unfuse_loca()
             pipe.unload_loca_weights()
             said = capfd.readouterr()
-            hearing = {"diffusers.pipelines", "transformers.models", "loca_vision.loader", "anyone"}
+            hearing = {"diffusers.pipelines", "transformers.models", "loca_vision.pipeline.loader", "anyone"}
             for name in hearing:
                 logging.getLogger(name).info("heard")
     finally:

@@ -18,10 +18,10 @@ from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from tiny import stable_diffusion, stable_diffusion_xl
 
-from loca_vision.factors import LowRankPair
-from loca_vision.lora_files import read_lora
-from loca_vision.lora_names import flattened, parse_key, unflattened
-from loca_vision.lora_writing import write_diffusers_lora, write_kohya_lora, write_peft_lora
+from loca_vision.formats.lora_keys import flattened, parse_key, unflattened
+from loca_vision.formats.lora_reader import read_lora
+from loca_vision.formats.lora_writer import write_diffusers_lora, write_kohya_lora, write_peft_lora
+from loca_vision.formats.low_rank_pair import LowRankPair
 
 ATTENTION = r".*attn.*(to_q|to_k|to_v|to_out\.0)$"
 COMPONENTS = {"unet": ATTENTION, "text_encoder": r".*self_attn\.(q_proj|out_proj)$", "text_encoder_2": r".*(v_proj|fc1)$"}

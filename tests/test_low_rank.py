@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from loca_vision import LoRAConfig, adapters, inject
-from loca_vision.low_rank import LoRA
-from loca_vision.rows import add_low_rank, low_rank_term
+from loca_vision.functional.low_rank_linear import add_low_rank, low_rank_term
+from loca_vision.methods.lora import LoRA
 
 ROWS = {
     "all": [None],

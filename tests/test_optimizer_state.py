@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loca_vision.checkpoint_folder import read_checkpoint, write_checkpoint
-from loca_vision.optimizer_state import optimizer_tensors, restore_optimizer
+from loca_vision.recipes.training.optimizer_state import optimizer_tensors, restore_optimizer
+from loca_vision.storage.run_checkpoint import read_checkpoint, write_checkpoint
 
 Make = Callable[[Any], torch.optim.Optimizer]
 KINDS: dict[str, Make] = {

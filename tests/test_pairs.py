@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from loca_vision.pair_views import Drawn, PairTensors, View, scaled
-from loca_vision.pairs import CARTOONIZATION, Columns, Pair, Pairs, read_pairs
+from loca_vision.data.pair_views import Drawn, PairTensors, View, scaled
+from loca_vision.data.pairs import CARTOONIZATION, Columns, Pair, Pairs, read_pairs
 
 datasets = pytest.importorskip("datasets")
 

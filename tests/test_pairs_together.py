@@ -8,9 +8,12 @@ from test_build_pairs import photograph, script
 from torch.utils.data import DataLoader
 
 from loca_vision import LoCAConfig, inject
-from loca_vision.conv_in import widen_conv_in
-from loca_vision.diffusion_cache import encoded
-from loca_vision.diffusion_loss import (
+from loca_vision.data.pair_views import PairTensors, View
+from loca_vision.data.pairs import CARTOONIZATION, read_pairs
+from loca_vision.model.conv_in import widen_conv_in
+from loca_vision.recipes.editing.encoders import Encoders
+from loca_vision.recipes.editing.latent_cache import encoded
+from loca_vision.recipes.editing.loss import (
     denoising_loss,
     draws,
     min_snr_weights,
@@ -19,9 +22,6 @@ from loca_vision.diffusion_loss import (
     target,
     without_conditioning,
 )
-from loca_vision.encoders import Encoders
-from loca_vision.pair_views import PairTensors, View
-from loca_vision.pairs import CARTOONIZATION, read_pairs
 
 pytest.importorskip("cv2")
 pytest.importorskip("datasets")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from ways import FREE
 
-import loca_vision.paths as paths
-from loca_vision.frequencies import pieces
-from loca_vision.paths import COSTS, Asked, choose
+import loca_vision.functional.cost_model as paths
+from loca_vision.functional.cost_model import COSTS, Asked, choose
+from loca_vision.functional.packed_dct import pieces
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 

@@ -20,7 +20,7 @@ from diffusers import (
 
 import loca_vision.diffusers
 from loca_vision import LoCAConfig, adapters, inject
-from loca_vision.loader import METHODS, PROPERTIES
+from loca_vision.pipeline.loader import METHODS, PROPERTIES
 
 ROOT = Path(__file__).parent.parent
 KINDS = {

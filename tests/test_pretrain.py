@@ -12,11 +12,12 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 from test_build_pairs import photograph
 
-from loca_vision.encoders import identity_of
-from loca_vision.photo_batches import PhotoBatches
-from loca_vision.photographs import INSTRUCTIONS, photographs_in
-from loca_vision.pretraining import PHRASES
-from loca_vision.small_pipeline import Shape, small_pipeline
+from loca_vision.data.photographs import photographs_in
+from loca_vision.recipes.editing.encoders import identity_of
+from photo_pairs import INSTRUCTIONS
+from small_base.photo_batches import PhotoBatches
+from small_base.pipeline import Shape, small_pipeline
+from small_base.stages import PHRASES
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "instruct_pix2pix" / "pretrain.py"
 SMALL = ["--resolution", "16", "--channels", "8", "16", "--autoencoder_channels", "16", "24", "--batch_size", "2"]
@@ -68,7 +69,7 @@ def test_the_base_is_a_pipeline_that_edits(made):
 
 @pytest.mark.parametrize("stopped", ["autoencoder", "unet"])
 def test_a_stopped_run_goes_on_to_the_same_bits(pretrain, photos, made, tmp_path, monkeypatch, stopped):
-    pretraining = sys.modules["loca_vision.pretraining"]
+    pretraining = sys.modules["small_base.stages"]
     save, written = pretraining._save, []
 
     def dies(model, optimizer, folder, step, about):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import loca_vision.diffusers
 from loca_vision import LoCAConfig, adapters, inject, remove
 from loca_vision.diffusers import LoCAAttnProcessor
-from loca_vision.spectrum import Spectrum, random_spectrum
+from loca_vision.methods.spectrum import Spectrum, random_spectrum
 
 CONFIG = LoCAConfig(n_components=12, scale=2.0, targets=("q", "k", "v", "out"))
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn2"

@@ -17,9 +17,9 @@ from PIL import Image
 
 import loca_vision.diffusers
 from loca_vision import LoCAConfig, inject
-from loca_vision.cli import main
-from loca_vision.factors import LowRankPair
-from loca_vision.lora_writing import write_diffusers_lora
+from loca_vision.commands.main import main
+from loca_vision.formats.lora_writer import write_diffusers_lora
+from loca_vision.formats.low_rank_pair import LowRankPair
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

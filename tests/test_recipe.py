@@ -6,9 +6,9 @@ import re
 import pytest
 from scripts import main
 
-from loca_vision.presets import PRESETS
-from loca_vision.recipe import FIELDS, Recipe, adapter_config, settled
-from loca_vision.settings import as_yaml, parse
+from loca_vision.recipes.classification.presets import PRESETS
+from loca_vision.recipes.classification.recipe import FIELDS, Recipe, adapter_config, settled
+from loca_vision.recipes.settings.command_line import as_yaml, parse
 
 BASE, LARGE = "vit_base_patch16_224.augreg_in21k", "vit_large_patch16_224.augreg_in21k"
 # Table 9: model, method, count -> head rate, and the method's own.
@@ -123,7 +123,9 @@ def test_help_documents_every_field(name, capsys, monkeypatch):
     assert f"usage: {name}.py" in said
     if name == "train":
         text = " ".join(re.sub("[│╭╮╰╯─]", " ", said).split())
-        source = (main.__globals__["EXAMPLES"].parents[1] / "loca_vision" / "recipe.py").read_text()
+        source = (
+            main.__globals__["EXAMPLES"].parents[1] / "loca_vision" / "recipes" / "classification" / "recipe.py"
+        ).read_text()
         helps = re.findall(r'^    (\w+): .*\n    """(.+?)"""$', source, re.M)
         assert [field for field, _ in helps] == [field.name for field in dataclasses.fields(Recipe)]
         for field, words in helps:

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from scripts import DIGITS, LOCA, main, script, trained
 
-from loca_vision.discreet import discreet
-from loca_vision.presets import PRESETS
-from loca_vision.recipe import Recipe, settled
-from loca_vision.settings import as_json_dict, parse
+from loca_vision.recipes.classification.presets import PRESETS
+from loca_vision.recipes.classification.recipe import Recipe, settled
+from loca_vision.recipes.reports.redaction import discreet
+from loca_vision.recipes.settings.command_line import as_json_dict, parse
 
 
 def write_run(folder, accuracy, *, seed=0, dataset="dtd", **config):
@@ -205,7 +205,7 @@ def test_a_run_on_the_hub(method, tmp_path, monkeypatch, capsys):
 
 
 def card_of(config, **more):
-    from loca_vision.classifier_card import classifier_card
+    from loca_vision.recipes.classification.model_card import classifier_card
 
     recipe = settled(Recipe(dataset="stanford_cars", root="/home/me/data", **config), ())
     metrics = {"config": as_json_dict(recipe), "licence": "unclear; for research", "test_accuracy": 0.5, "steps": 3, "seed": 0}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from loca_vision.rows import add_rows, row_linear
+from loca_vision.functional.row_linear import add_rows, row_linear
 
 ROWS = {
     "all": [None],

@@ -21,8 +21,11 @@ import safetensors.torch
 import torch
 from conftest import within
 
-from loca_vision import atomic, safefile
-from loca_vision.safefile import MAX_HEADER, open_safetensors, strict_json, write_atomically, write_safetensors
+from loca_vision.storage import atomic_file as atomic
+from loca_vision.storage import safetensors_file as safefile
+from loca_vision.storage.atomic_file import write_atomically
+from loca_vision.storage.safetensors_file import open_safetensors, write_safetensors
+from loca_vision.storage.strict_json import MAX_HEADER, strict_json
 
 resource = pytest.importorskip("resource", reason="signals, modes and limits of POSIX")
 ROOT = Path(__file__).parents[1]
@@ -419,7 +422,7 @@ def test_a_temporary_file_that_cannot_be_cleaned_does_not_stop_the_save(
 _KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-from loca_vision.safefile import write_atomically
+from loca_vision.storage.atomic_file import write_atomically
 
 file = Path(sys.argv[1])
 contents = [bytes([i]) * 3_000_000 for i in range(2)]

@@ -10,10 +10,10 @@ from layouts import picture, write_folder
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from loca_vision.augmentation import Transformed, evaluation_transform, training_transform
-from loca_vision.data import ImageArrays
-from loca_vision.datasets import load
-from loca_vision.sampling import EpochSampler, batches, loader, stream_seed
+from loca_vision.data.images import ImageArrays
+from loca_vision.data.load import load
+from loca_vision.data.sampling import EpochSampler, batches, loader, stream_seed
+from loca_vision.data.transforms import Transformed, evaluation_transform, training_transform
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 

@@ -16,8 +16,8 @@ from loca_vision import (
     save_adapter,
     set_adapters,
 )
-from loca_vision.schedule import phase_at
-from loca_vision.spectrum import random_spectrum
+from loca_vision.methods.spectrum import random_spectrum
+from loca_vision.model.schedule import phase_at
 
 OPTIMISERS = {
     "adamw": lambda groups: torch.optim.AdamW(groups, weight_decay=0.5),

@@ -10,8 +10,8 @@ from formulas import stir
 from scipy.fft import dctn
 
 from loca_vision import AlternatingSchedule, SDCTFTConfig, adapters, inject, load_adapter, parameter_groups, save_adapter
-from loca_vision.inject import linear_targets
-from loca_vision.sdctft import allotted, bands
+from loca_vision.methods.sdctft import allotted, bands
+from loca_vision.model.target_checks import linear_targets
 
 
 class Matrix:

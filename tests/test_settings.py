@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 from conftest import within
 
-from loca_vision.settings import as_json_dict, as_yaml, parse
+from loca_vision.recipes.settings.command_line import as_json_dict, as_yaml, parse
 
 tyro = pytest.importorskip("tyro")
 yaml = pytest.importorskip("yaml")

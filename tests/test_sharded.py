@@ -12,8 +12,8 @@ from conftest import tiny
 from diffusers import UNet2DConditionModel
 from tiny import unet
 
-from loca_vision.safefile import Entry
-from loca_vision.sharded import open_weights, write_weights_files
+from loca_vision.storage.safetensors_file import Entry
+from loca_vision.storage.sharded_weights import open_weights, write_weights_files
 
 
 def tensors():

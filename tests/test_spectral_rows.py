@@ -10,12 +10,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from ways import FORCED
 
-import loca_vision.paths as paths
-from loca_vision import LoCAConfig, adapters, inject, token_spectrum
-from loca_vision.cosine_sum import cosine_sum
-from loca_vision.cosines import Cosines, Form, Layout
-from loca_vision.dct import dct_matrix
-from loca_vision.spectral_rows import spectral_linear
+import loca_vision.functional.cost_model as paths
+from loca_vision import LoCAConfig, adapters, inject
+from loca_vision.functional import token_spectra as token_spectrum
+from loca_vision.functional.cosine_atoms import Cosines, Form, Layout
+from loca_vision.functional.cosine_linear import spectral_linear
+from loca_vision.functional.cosine_sum import cosine_sum
+from loca_vision.functional.dct import dct_matrix
 
 SIZES = [(1, 1, 1, 1), (3, 1, 6, 2), (40, 7, 1, 7), (50, 6, 5, 30), (33, 13, 20, 9), (90, 24, 16, 1), (20, 530, 12, 40)]
 SLOPES = {"central": (1, -1, 0.5), "forward": (1, 0, 1.0), "backward": (0, -1, 1.0)}

@@ -6,7 +6,8 @@ import pickle
 import pytest
 import torch
 
-from loca_vision.spectrum import Spectrum, cell_locations, random_spectrum
+from loca_vision.methods.locations import cell_locations
+from loca_vision.methods.spectrum import Spectrum, random_spectrum
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (7, 1), (6, 5), (33, 64)])

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import loca_vision.frequencies as frequencies
-from loca_vision import token_spectrum
-from loca_vision.cosines import Layout, shifted
-from loca_vision.dct import dct2
-from loca_vision.token_spectrum import in_pieces, shared_pieces, spectra_at
+import loca_vision.functional.packed_dct as frequencies
+from loca_vision.functional import token_spectra as token_spectrum
+from loca_vision.functional.cosine_atoms import Layout, shifted
+from loca_vision.functional.dct import dct2
+from loca_vision.functional.token_spectra import in_pieces, shared_pieces, spectra_at
 
 SIZES = [(1, 1, 1), (1, 5, 3), (7, 1, 6), (9, 6, 1), (40, 8, 8), (33, 13, 20), (100, 31, 64), (70, 530, 18)]
 

@@ -16,8 +16,8 @@ from layouts import WRITERS, accept_any_md5, write_folder
 from PIL import Image
 from scripts import DIGITS, EXAMPLES, LOCA, MODEL, killed, main, together, trained, weights, write_weights
 
-from loca_vision.datasets import NAMES
-from loca_vision.safefile import open_safetensors
+from loca_vision.data.load import NAMES
+from loca_vision.storage.safetensors_file import open_safetensors
 
 METHODS = {
     "loca": LOCA,
@@ -320,7 +320,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("flags", "sentence"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
 def test_a_mistake_is_one_line_and_writes_nothing(flags, sentence, photos, monkeypatch, capsys):
     monkeypatch.chdir(photos)
-    monkeypatch.setattr("loca_vision.stepper.get_available_trackers", list)
+    monkeypatch.setattr("loca_vision.recipes.training.stepper.get_available_trackers", list)
     before = sorted(map(str, photos.rglob("*")))
     assert main("train", "--batch_size", 8, *MODEL, "--workers", 0, "--output_dir", "out", *flags) == 2
     said = capsys.readouterr().err
@@ -348,7 +348,7 @@ def test_a_mistake_of_evaluation(flags, sentence, photos, monkeypatch, capsys):
 def test_trained_weights_of_something_else_are_refused(change, runs, tmp_path, capsys):
     import shutil
 
-    from loca_vision.safefile import write_safetensors
+    from loca_vision.storage.safetensors_file import write_safetensors
 
     out = tmp_path / "out"
     shutil.copytree(runs["lp"][0], out)

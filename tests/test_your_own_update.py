@@ -12,7 +12,7 @@ from conftest import batch, tiny
 from torch import nn
 
 from loca_vision import KINDS, AdapterConfig, Update, adapters, inject, kind, load_adapter, save_adapter
-from loca_vision.inspection import describe
+from loca_vision.commands.inspect_file import describe
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "your_own_update.py"
 
@@ -115,7 +115,7 @@ def test_a_file_of_a_kind_nobody_has_defined_here(tmp_path):
 
 
 def test_a_name_in_use_is_refused():
-    with pytest.raises(ValueError, match=r"method='lora': loca_vision\.low_rank\.LoRAConfig has that name"):
+    with pytest.raises(ValueError, match=r"method='lora': loca_vision\.methods\.lora\.LoRAConfig has that name"):
         kind(type("Mine", (AdapterConfig,), {"method": "lora"}))
     assert kind(KINDS["lora"]) is KINDS["lora"]
 

@@ -1,6 +1,6 @@
 """Costs under which the model of `paths.py` decides for one way, whatever the sizes."""
 
-from loca_vision.paths import Costs
+from loca_vision.functional.cost_model import Costs
 
 FREE = Costs(product=0, half_product=0, transform=0, spread=0, dot=0, cell=0, piece=0, add=0)
 FORCED = {

@@ -14,16 +14,7 @@ import peft
 import torch
 from torch import nn
 
-from loca_vision import (
-    AdapterConfig,
-    FourierFTConfig,
-    LoCAConfig,
-    LoRAConfig,
-    SDCTFTConfig,
-    SeLoRAConfig,
-    adapters,
-    inject,
-)
+from loca_vision import AdapterConfig, FourierFTConfig, LoCAConfig, LoRAConfig, SDCTFTConfig, SeLoRAConfig, adapters, inject
 from workloads import Job, Workload
 
 FLOOR, LOCA, LOCATIONS = "floor", "LoCA, coefficients", "LoCA, locations"

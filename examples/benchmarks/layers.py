@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from contenders import FLOOR, LOCA, LOCATIONS, methods
 from loca_vision import LoRAConfig
-from loca_vision.layer import adapt
-from loca_vision.spectrum import random_spectrum
-from loca_vision.update import Update
-from loca_vision.updates import Place
+from loca_vision.layers.adapted_linear import adapt
+from loca_vision.layers.weight_updates import Place
+from loca_vision.methods.spectrum import random_spectrum
+from loca_vision.methods.update import Update
 from steps import Step
 from workloads import Job, Workload
 

@@ -26,13 +26,13 @@ from scipy.optimize import nnls
 from torch import Tensor
 from tqdm import tqdm
 
-from loca_vision.cell_products import spectrum_of, transposed_of
-from loca_vision.cosine_sum import cosine_matrix, spectrum_at
-from loca_vision.cosines import Layout, offsets
-from loca_vision.frequencies import add_samples
-from loca_vision.paths import COSTS, Asked, Costs, Way, choose, seconds_of
-from loca_vision.rows import add_rows
-from loca_vision.token_spectrum import add_applied, in_pieces, spectra_at, split_like
+from loca_vision.functional.cosine_atoms import Layout, offsets
+from loca_vision.functional.cosine_sum import cosine_matrix, spectrum_at
+from loca_vision.functional.cost_model import COSTS, Asked, Costs, Way, choose, seconds_of
+from loca_vision.functional.packed_dct import add_samples
+from loca_vision.functional.row_linear import add_rows
+from loca_vision.functional.sparse_products import spectrum_of, transposed_of
+from loca_vision.functional.token_spectra import add_applied, in_pieces, spectra_at, split_like
 from rounds import check_positive, in_turns, report, run, write
 
 SCRIPT = "paths.py"

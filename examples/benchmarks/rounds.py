@@ -21,9 +21,9 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from loca_vision.atomic import write_atomically
-from loca_vision.console import guarded, usage_in_one_line
-from loca_vision.environment import environment
+from loca_vision.recipes.reports.environment import environment
+from loca_vision.recipes.settings.console import guarded, usage_in_one_line
+from loca_vision.storage.atomic_file import write_atomically
 
 Settings = TypeVar("Settings")
 Name = TypeVar("Name", bound=str)

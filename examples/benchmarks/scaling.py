@@ -28,8 +28,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from tqdm import tqdm
 
 from layers import METHODS, Point, blocks, linear_layers
-from loca_vision.plots import COLOURS, save
-from loca_vision.tables import aligned
+from loca_vision.messages import aligned
+from loca_vision.recipes.reports.plots import COLOURS, save
 from rounds import check_positive, in_turns, ratio, report, run, write
 from table_rows import shown
 

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from contenders import FLOOR, LOCA, LOCATIONS
-from loca_vision.tables import aligned
+from loca_vision.messages import aligned
 from rounds import ratio
 
 Rows = list[list[str]]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loca_vision.atomic import write_atomically
+from loca_vision.storage.atomic_file import write_atomically
 from rounds import run
 from table_rows import KINDS, Rows, rows, steps
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import tyro
 
-from loca_vision.console import guarded, usage_in_one_line
-from loca_vision.evaluate import Evaluate, evaluate
+from loca_vision.recipes.classification.evaluate import Evaluate, evaluate
+from loca_vision.recipes.settings.console import guarded, usage_in_one_line
 
 PROG = "evaluate.py"
 

@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from loca_vision.atomic import write_atomically
-from loca_vision.console import guarded, usage_in_one_line
-from loca_vision.recipe import VOLATILE
-from loca_vision.run_report import METRICS, read_metrics
+from loca_vision.recipes.classification.recipe import VOLATILE
+from loca_vision.recipes.reports.metrics import METRICS, read_metrics
+from loca_vision.recipes.settings.console import guarded, usage_in_one_line
+from loca_vision.storage.atomic_file import write_atomically
 
 PROG = "report.py"
 COLUMNS = ("oxford_pets", "stanford_cars", "cifar10", "dtd", "eurosat", "fgvc_aircraft", "resisc45", "cifar100")

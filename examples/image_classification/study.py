@@ -20,10 +20,10 @@ from typing import Any, Literal
 import tyro
 from tqdm import tqdm
 
-from loca_vision.atomic import write_atomically
-from loca_vision.console import guarded, usage_in_one_line
-from loca_vision.run_report import METRICS, read_metrics
-from loca_vision.study_report import Point, draw_study, study_table
+from loca_vision.recipes.classification.study_report import Point, draw_study, study_table
+from loca_vision.recipes.reports.metrics import METRICS, read_metrics
+from loca_vision.recipes.settings.console import guarded, usage_in_one_line
+from loca_vision.storage.atomic_file import write_atomically
 
 PROG = "study.py"
 TRAIN = Path(__file__).with_name("train.py")

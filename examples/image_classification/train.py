@@ -18,21 +18,22 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from loca_vision.atomic import write_atomically
-from loca_vision.classification import build, counts, task_of, with_features
-from loca_vision.classifier_card import classifier_card
-from loca_vision.console import guarded
-from loca_vision.environment import environment
-from loca_vision.evaluation import accuracy_of
-from loca_vision.fit import Run
-from loca_vision.hub import push
-from loca_vision.plots import draw_run
-from loca_vision.presets import PRESETS
-from loca_vision.recipe import Recipe, adapter_config, differences, settled
-from loca_vision.run_report import METRICS, read_metrics, save_trained, summary, write_metrics
-from loca_vision.settings import as_json_dict, as_yaml, parse
-from loca_vision.stepper import accelerator_for, end_trackers, peak_memory
-from loca_vision.trained import trained_tensors
+from loca_vision.recipes.classification.accuracy import accuracy_of
+from loca_vision.recipes.classification.model_card import classifier_card
+from loca_vision.recipes.classification.presets import PRESETS
+from loca_vision.recipes.classification.recipe import Recipe, adapter_config, differences, settled
+from loca_vision.recipes.classification.run import Run
+from loca_vision.recipes.classification.task import build, counts, task_of, with_features
+from loca_vision.recipes.classification.trained_weights import save_trained
+from loca_vision.recipes.reports.environment import environment
+from loca_vision.recipes.reports.hub_upload import push
+from loca_vision.recipes.reports.metrics import METRICS, read_metrics, summary, write_metrics
+from loca_vision.recipes.reports.plots import draw_run
+from loca_vision.recipes.settings.command_line import as_json_dict, as_yaml, parse
+from loca_vision.recipes.settings.console import guarded
+from loca_vision.recipes.training.stepper import accelerator_for, end_trackers, peak_memory
+from loca_vision.recipes.training.trained_tensors import trained_tensors
+from loca_vision.storage.atomic_file import write_atomically
 
 PROG = "train.py"
 

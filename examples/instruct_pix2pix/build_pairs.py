@@ -18,13 +18,14 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from loca_vision.atomic import write_atomically
-from loca_vision.cartoon import VERSION, cartoon, opencv
-from loca_vision.claimed_folder import claim
-from loca_vision.config import check_count, check_share
-from loca_vision.console import guarded, usage_in_one_line
-from loca_vision.data import as_png
-from loca_vision.photographs import INSTRUCTIONS, SPLITS, Photograph, crops_of, instruction_for, photographs_in, split_of
+from cartoon import VERSION, cartoon, opencv
+from loca_vision.checks import check_count, check_share
+from loca_vision.data.images import as_png
+from loca_vision.data.photographs import Photograph, photographs_in
+from loca_vision.recipes.settings.console import guarded, usage_in_one_line
+from loca_vision.storage.atomic_file import write_atomically
+from loca_vision.storage.output_folder import claim
+from photo_pairs import INSTRUCTIONS, SPLITS, crops_of, instruction_for, split_of
 
 PROG = "build_pairs.py"
 SETTINGS, METADATA, CARD = "build_pairs.json", "metadata.jsonl", "README.md"

@@ -13,8 +13,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from loca_vision.console import guarded
-from loca_vision.settings import parse
+from loca_vision.recipes.settings.command_line import parse
+from loca_vision.recipes.settings.console import guarded
 
 PROG = "evaluate.py"
 
@@ -25,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> None:
-    from loca_vision.edit_choices import EvaluateEdits
-    from loca_vision.edit_evaluation import evaluate
+    from loca_vision.recipes.editing.evaluation.evaluate import evaluate
+    from loca_vision.recipes.editing.evaluation.settings import EvaluateEdits
 
     parsed = parse(EvaluateEdits, arguments, prog=PROG, presets={})
     evaluate(parsed.settings, parsed.given)

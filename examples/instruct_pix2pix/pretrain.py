@@ -25,20 +25,21 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from loca_vision.atomic import write_atomically
-from loca_vision.atomic_folder import remove_folder
-from loca_vision.claimed_folder import claim
-from loca_vision.config import check_count, check_share
-from loca_vision.console import guarded, usage_in_one_line
-from loca_vision.data import open_image
-from loca_vision.edits import Sampling, edit, square
-from loca_vision.environment import environment
-from loca_vision.image_quality import psnr
-from loca_vision.photo_batches import PhotoBatches
-from loca_vision.photographs import INSTRUCTIONS, Photograph, photographs_in, split_of
-from loca_vision.pretraining import PHRASES, Stage, autoencoder_loss, identity_loss, measure_scale, train_stage
-from loca_vision.safefile import read_json
-from loca_vision.small_pipeline import Shape, small_pipeline
+from loca_vision.checks import check_count, check_share
+from loca_vision.data.images import open_image
+from loca_vision.data.photographs import Photograph, photographs_in
+from loca_vision.recipes.editing.edit import Sampling, edit, square
+from loca_vision.recipes.reports.environment import environment
+from loca_vision.recipes.reports.image_quality import psnr
+from loca_vision.recipes.settings.console import guarded, usage_in_one_line
+from loca_vision.storage.atomic_file import write_atomically
+from loca_vision.storage.atomic_folder import remove_folder
+from loca_vision.storage.output_folder import claim
+from loca_vision.storage.strict_json import read_json
+from photo_pairs import INSTRUCTIONS, split_of
+from small_base.photo_batches import PhotoBatches
+from small_base.pipeline import Shape, small_pipeline
+from small_base.stages import PHRASES, Stage, autoencoder_loss, identity_loss, measure_scale, train_stage
 
 PROG = "pretrain.py"
 SETTINGS, RESULT, CARD, CHECKPOINTS = "settings.json", "pretrain.json", "README.md", "checkpoints"

@@ -24,17 +24,18 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from loca_vision.atomic import write_atomically
-from loca_vision.claimed_folder import claim
-from loca_vision.config import check_count, check_share
-from loca_vision.console import guarded, usage_in_one_line
-from loca_vision.data import as_png, open_image
-from loca_vision.edit_study import arms_of, column, draw_numbers, study_sheet, study_table
-from loca_vision.edits import squares
-from loca_vision.pairs import CARTOONIZATION, read_pairs
-from loca_vision.photographs import SPLITS, Photograph, photographs_in, split_of
-from loca_vision.run_report import METRICS, read_metrics
-from loca_vision.safefile import read_json
+from loca_vision.checks import check_count, check_share
+from loca_vision.data.images import as_png, open_image
+from loca_vision.data.pairs import CARTOONIZATION, read_pairs
+from loca_vision.data.photographs import Photograph, photographs_in
+from loca_vision.recipes.editing.edit import squares
+from loca_vision.recipes.reports.metrics import METRICS, read_metrics
+from loca_vision.recipes.settings.console import guarded, usage_in_one_line
+from loca_vision.storage.atomic_file import write_atomically
+from loca_vision.storage.output_folder import claim
+from loca_vision.storage.strict_json import read_json
+from photo_pairs import SPLITS, split_of
+from study_report import arms_of, column, draw_numbers, study_sheet, study_table
 
 PROG = "study.py"
 HERE = Path(__file__).parent

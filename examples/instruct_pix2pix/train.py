@@ -20,22 +20,23 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
-from loca_vision.atomic import write_atomically
-from loca_vision.checkpoint_folder import read_checkpoint
-from loca_vision.console import guarded
-from loca_vision.edit_card import edit_card
-from loca_vision.edit_data import EditData
-from loca_vision.edit_fit import EditRun, checkpoint_of, saved_settings, settings_in
-from loca_vision.edit_models import NAME, EditModels
-from loca_vision.edit_recipe import EDIT_PRESETS, EditRecipe, batch_of, differences, settled
-from loca_vision.edit_validation import Validation, cases_of, sampling_of
-from loca_vision.environment import environment
-from loca_vision.hub import push
-from loca_vision.loader import save_pipeline_adapter
-from loca_vision.plots import draw_loss
-from loca_vision.run_report import METRICS, read_metrics, write_metrics
-from loca_vision.settings import as_yaml, parse
-from loca_vision.stepper import accelerator_for, end_trackers, peak_memory
+from loca_vision.pipeline.save import save_pipeline_adapter
+from loca_vision.recipes.editing.data import EditData
+from loca_vision.recipes.editing.model_card import edit_card
+from loca_vision.recipes.editing.models import NAME, EditModels
+from loca_vision.recipes.editing.presets import EDIT_PRESETS
+from loca_vision.recipes.editing.recipe import EditRecipe, batch_of, differences, settled
+from loca_vision.recipes.editing.run import EditRun, checkpoint_of, saved_settings, settings_in
+from loca_vision.recipes.editing.validation import Validation, cases_of, sampling_of
+from loca_vision.recipes.reports.environment import environment
+from loca_vision.recipes.reports.hub_upload import push
+from loca_vision.recipes.reports.metrics import METRICS, read_metrics, write_metrics
+from loca_vision.recipes.reports.plots import draw_loss
+from loca_vision.recipes.settings.command_line import as_yaml, parse
+from loca_vision.recipes.settings.console import guarded
+from loca_vision.recipes.training.stepper import accelerator_for, end_trackers, peak_memory
+from loca_vision.storage.atomic_file import write_atomically
+from loca_vision.storage.run_checkpoint import read_checkpoint
 
 PROG = "train.py"
 

@@ -1,0 +1,140 @@
+"""What is in an adapter file, or in a LoRA, as text and as a picture; no model is needed."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loca_vision.formats.adapter_file import METADATA_KEY, Description, check_values, component_of, read_description
+from loca_vision.formats.lora_reader import has_lora, read_lora
+from loca_vision.formats.save_load import file_to_read
+from loca_vision.functional.dct import dct2
+from loca_vision.messages import aligned
+from loca_vision.methods.adapter_config import AdapterConfig
+from loca_vision.storage.safetensors_file import open_safetensors
+
+_MOST_CELLS = 2**26  # of a matrix that is built to be looked at: 8192 x 8192, 256 MB
+HEADER = ("projection", "shape", "trained", "norm", "energy", "low / middle / high")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One update.
+
+    Args:
+        trained: how many numbers it was made from.
+        norm: Frobenius; None where only a weight tells it.
+        delta: the matrix, or None there too, and for one that is too large to look at.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    trained: int
+    norm: float | None
+    delta: Tensor | None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file says of itself, line by line, and its updates, made one at a time."""
+
+    head: list[str]
+    layers: Callable[[], Iterator[Layer]]
+
+
+def contents_of(path: str | os.PathLike[str]) -> Contents:
+    """
+    Raises:
+        FileNotFoundError, ValueError: as `load_adapter`, short of what only a model can tell; or, for a LoRA, as `read_lora`.
+    """
+    file = Path(path)
+    if has_lora(file) or (file.is_file() and not _is_adapter(file)):
+        return _of_lora(file)
+    with open_safetensors(file_to_read(path)) as opened:
+        about = read_description(opened.metadata, opened.entries)
+        tensors = opened.tensors()
+        size = opened.path.stat().st_size
+        check_values(tensors, about)
+    whole = {key.removeprefix("full."): tuple(value.shape) for key, value in tensors.items() if key.startswith("full.")}
+    head = [
+        f"{opened.path}: {size:,} bytes, adapter {about.name!r} of {about.base_model}, by loca-vision {about.library_version}",
+        *(
+            f"{f'{component}: ' if component else ''}{config.method}; {_settings(config)}"
+            for component, config in about.configs.items()
+        ),
+        *(f"trained whole: {name} {shape}" for name, shape in whole.items()),
+    ]
+    return Contents(head, lambda: _updates(about, tensors))
+
+
+def describe(path: str | os.PathLike[str]) -> str:
+    """The file's settings, then a line for each projection: (p, q), trained numbers, Frobenius norm of the update, its share of
+    the squared norm of all, and how that is spread over the lower, middle and upper third of the frequencies.
+
+    Of a weight-decomposed update only a model tells the last three, and an enormous one is not spread out.
+
+    Raises:
+        FileNotFoundError, ValueError: as `contents_of`.
+    """
+    found = contents_of(path)
+    measured = [(layer.name, layer.shape, layer.trained, layer.norm, _bands(layer.delta)) for layer in found.layers()]
+    total = sum(norm**2 for *_, norm, _ in measured if norm is not None) or 1.0
+    rows = [HEADER]
+    for name, (p, q), trained, norm, bands in measured:
+        size, energy = ("-", "-") if norm is None else (f"{norm:.4g}", f"{100 * norm**2 / total:.1f} %")
+        spread = " / ".join(f"{100 * band / (sum(bands) or 1.0):.0f}" for band in bands) + " %" if bands else "-"
+        rows.append((name, f"{p} x {q}", str(trained), size, energy, spread))
+    return "\n".join([*found.head, "", aligned(rows, str.ljust)])
+
+
+def _is_adapter(file: Path) -> bool:
+    with open_safetensors(file) as opened:
+        return METADATA_KEY in opened.metadata or any(key.endswith(".coefficients") for key in opened.entries)
+
+
+@torch.no_grad()
+def _updates(about: Description, tensors: dict[str, Tensor]) -> Iterator[Layer]:
+    for projection, shape in about.shapes.items():
+        update = about.configs[component_of(projection, about.configs)].restored(projection, shape, tensors)
+        trained = sum(parameter.numel() for parameter in update.learned())
+        seen = not update.needs_weight and math.prod(shape) <= _MOST_CELLS
+        yield Layer(projection, shape, trained, update.norm(), update.delta() if seen else None)
+
+
+def _of_lora(file: Path) -> Contents:
+    lora = read_lora(file, skip=True)
+    ranks = sorted({pair.rank for pair in lora.pairs.values()})
+    head = [
+        f"{file}: a LoRA of {len(lora.pairs)} modules, ranks {', '.join(map(str, ranks))}",
+        *(f"trained whole: {name} {tuple(value.shape)}" for name, value in lora.whole.items()),
+        *(f"not understood: {key}: {why}" for key, why in lora.skipped.items()),
+    ]
+
+    def layers() -> Iterator[Layer]:
+        for name, pair in lora.pairs.items():
+            delta = pair.delta().float()
+            yield Layer(name, pair.shape, pair.up.numel() + pair.down.numel(), float(delta.norm()), delta)
+
+    return Contents(head, layers)
+
+
+def _bands(delta: Tensor | None) -> tuple[float, ...]:
+    """The squared norm in the thirds of the distance from frequency zero; nothing where there is no matrix."""
+    if delta is None:
+        return ()
+    energy = dct2(delta).double().square()
+    rows, cols = (torch.arange(size, dtype=torch.float64) / max(size - 1, 1) for size in delta.shape)
+    band = (torch.hypot(rows[:, None], cols[None]) / 2**0.5 * 3).long().clamp(max=2)
+    return tuple(float(energy[band == third].sum()) for third in range(3))
+
+
+def _settings(config: AdapterConfig) -> str:
+    """All fields on one line; counts by projection are in the table."""
+    fields = {name: value for name, value in config.as_json().items() if not isinstance(value, Mapping)}
+    return "; ".join(f"{name} {', '.join(value) if name == 'targets' else value}" for name, value in fields.items())

@@ -1,0 +1,48 @@
+"""From a folder of photographs to pairs of crop and cartoon: which parts of which photographs, as a function of content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A photograph by what is in its file.
+
+    Args:
+        file: where it is; of several with the same content, the first by name.
+        content: 64 hexadecimal digits, SHA-256 of the file.
+    """
+
+    file: Path
+    content: str
+
+    @property
+    def name(self) -> str:
+        """16 hexadecimal digits: short, and the same wherever the file lies."""
+        return self.content[:16]
+
+
+def photographs_in(folder: Path) -> list[Photograph]:
+    """Every image file of a folder and all folders in it, each content once, in the order of contents.
+
+    What is an image, the ending of its name tells: any that PIL reads. Names that begin with a dot are passed over.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such folder of photographs")
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = (file for file in sorted(folder.rglob("*")) if file.suffix.lower() in endings and file.is_file())
+    found: dict[str, Path] = {}
+    for file in files:
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts):
+            found.setdefault(sha256(file.read_bytes()).hexdigest(), file)
+    if not found:
+        raise FileNotFoundError(f"{folder}: there is no image in it that PIL reads")
+    return [Photograph(found[content], content) for content in sorted(found)]

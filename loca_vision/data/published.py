@@ -1,0 +1,166 @@
+"""Image sets as their authors lay them out in files, one short function for each, over torchvision's own classes."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torchvision import datasets
+
+from loca_vision.data.images import TENTH, ImageArrays, ImageFiles, ImageSet, open_image
+
+THIRD, QUARTER, FIFTH, NINTH = Fraction(1, 3), Fraction(1, 4), Fraction(1, 5), Fraction(1, 9)
+STANFORD_CARS_PARTS = (
+    "cars_train",
+    "cars_test",
+    "devkit/cars_train_annos.mat",
+    "devkit/cars_meta.mat",
+    "cars_test_annos_withlabels.mat",
+)
+RESISC45_PARTS = ("train", "val", "test")
+FASHION_MNIST_PARTS = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+FOLDER = "train/ and test/ with a folder for each class are wanted, or the classes' folders alone"
+
+
+def oxford_pets(root: Path, download: bool = False) -> ImageSet:
+    """37 breeds of cats and dogs: 3680 photographs and 3669 for testing, of `root/oxford-iiit-pet`."""
+    parts = [datasets.OxfordIIITPet(str(root), split, download=download) for split in ("trainval", "test")]
+    # Its own files and labels, because it opens images itself and does not say which one is broken.
+    train, test = (ImageFiles(part._images, part._labels) for part in parts)
+    return ImageSet(train, tuple(parts[0].classes), test)
+
+
+def stanford_cars(root: Path, download: bool = False) -> ImageSet:
+    """196 makes and models: 8144 photographs and 8041 for testing, of `root/stanford_cars`; it cannot be downloaded."""
+    if importlib.util.find_spec("scipy") is None:
+        raise ModuleNotFoundError("Stanford Cars needs scipy: python -m pip install scipy", name="scipy")
+    parts = [datasets.StanfordCars(str(root), split) for split in ("train", "test")]
+    train, test = (ImageFiles(*zip(*part._samples, strict=True)) for part in parts)
+    return ImageSet(train, tuple(parts[0].classes), test)
+
+
+def cifar10(root: Path, download: bool = False) -> ImageSet:
+    """10 classes: 50000 photographs of 32 x 32 pixels and 10000 for testing, of `root/cifar-10-batches-py`."""
+    return _arrays([datasets.CIFAR10(str(root), train, download=download) for train in (True, False)])
+
+
+def cifar100(root: Path, download: bool = False) -> ImageSet:
+    """100 classes: 50000 photographs of 32 x 32 pixels and 10000 for testing, of `root/cifar-100-python`."""
+    return _arrays([datasets.CIFAR100(str(root), train, download=download) for train in (True, False)])
+
+
+def fashion_mnist(root: Path, download: bool = False) -> ImageSet:
+    """10 kinds of clothing: 60000 images of 28 x 28 pixels and 10000 for testing, of `root/FashionMNIST/raw`."""
+    return _arrays([datasets.FashionMNIST(str(root), train, download=download) for train in (True, False)])
+
+
+def _arrays(parts: Sequence[Any]) -> ImageSet:
+    train, test = (ImageArrays(np.asarray(part.data), np.asarray(part.targets).tolist()) for part in parts)
+    return ImageSet(train, tuple(parts[0].classes), test)
+
+
+def dtd(root: Path, download: bool = False) -> ImageSet:
+    """47 textures: the 5640 images of `root/dtd` in the order of their names, a fifth of them for testing.
+
+    The published partitions are not used, as in FourierFT's experiments.
+    """
+    parts = [datasets.DTD(str(root), split, download=download) for split in ("train", "val", "test")]
+    for part in parts:
+        if not len(part):
+            raise ValueError(f"the list {part._split}1.txt is empty")
+    files = sorted(Path(file) for part in parts for file in part._image_files)
+    return _named(((file, file.parent.name) for file in files), FIFTH)
+
+
+def eurosat(root: Path, download: bool = False) -> ImageSet:
+    """10 kinds of land: 27000 satellite images of 64 x 64 pixels, of `root/eurosat/2750`, to be split 60 : 20 : 20."""
+    found = datasets.EuroSAT(str(root), download=download)
+    files, labels = zip(*found.samples, strict=True)
+    return ImageSet(ImageFiles(files, labels), tuple(found.classes), test_share=FIFTH, validation_share=QUARTER)
+
+
+def fgvc_aircraft(root: Path, download: bool = False) -> ImageSet:
+    """100 variants: 3334 photographs (`train`, without `val`) and 3333 for testing, of `root/fgvc-aircraft-2013b`."""
+    parts = [datasets.FGVCAircraft(str(root), split, "variant", download=download) for split in ("train", "test")]
+    train, test = (ImageFiles(part._image_files, part._labels) for part in parts)
+    return ImageSet(train, tuple(parts[0].classes), test)
+
+
+def resisc45(root: Path, download: bool = False) -> ImageSet:
+    """45 kinds of scenes from above: 18900, 6300 and 6300 images of 256 x 256 pixels, of `root/NWPU-RESISC45`.
+
+    The parts are the lists of file names `root/resisc45-{train,val,test}.txt`; it cannot be downloaded.
+    """
+    train, validation, test = (_listed(root, f"resisc45-{part}.txt") for part in RESISC45_PARTS)
+    for name in sorted(set(validation.classes) ^ set(train.classes) | set(test.classes) ^ set(train.classes)):
+        raise ValueError(f"the class {name!r} is not in all of the three lists")
+    return ImageSet(train.train, train.classes, test.train, validation.train)
+
+
+def _listed(root: Path, name: str) -> ImageSet:
+    names = (root / name).read_text(encoding="utf-8").split()
+    kinds = [line.rpartition("_")[0] for line in names]
+    files = (root / "NWPU-RESISC45" / kind / line for kind, line in zip(kinds, names, strict=True))
+    return _named(zip(files, kinds, strict=True))
+
+
+def _named(files: Iterable[tuple[Path, str]], test_share: Fraction = TENTH) -> ImageSet:
+    """Files with the names of their classes, which get the indices of their order."""
+    named = list(files)
+    classes = sorted({name for _, name in named})
+    number = {name: index for index, name in enumerate(classes)}
+    images = ImageFiles([file for file, _ in named], [number[name] for _, name in named])
+    return ImageSet(images, tuple(classes), test_share=test_share)
+
+
+def digits(root: Path | None = None, download: bool = False) -> ImageSet:
+    """10 handwritten digits: 1797 images of 8 x 8 pixels, from scikit-learn, a third of them for testing."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    pixels = (found.images * (255 / 16)).round().astype(np.uint8)
+    names = tuple(str(name) for name in found.target_names)
+    return ImageSet(ImageArrays(pixels, found.target.tolist()), names, test_share=THIRD)
+
+
+def folder(root: Path, download: bool = False) -> ImageSet:
+    """The user's own images, any nesting below a folder for each class, in the order of their names.
+
+    `root` has the folders `train`, `test` and, if wanted, `val` or `validation`, each with the same classes; or it has
+    the classes themselves, to be split 80 : 10 : 10.
+
+    Raises:
+        FileNotFoundError: a folder is missing, or a class has no image.
+        ValueError: fewer than two classes, or different classes in the parts.
+    """
+    if not any((root / part).is_dir() for part in ("train", "test")):
+        everything = _classes(root)
+        return ImageSet(everything.train, everything.classes, validation_share=NINTH)
+    for part in ("train", "test"):
+        _check_folder(root / part)
+    train, test = _classes(root / "train"), _classes(root / "test")
+    held = next((root / name for name in ("val", "validation") if (root / name).is_dir()), None)
+    validation = _classes(held) if held else None
+    for other, found in (("test", test), (held.name if held else "", validation)):
+        for name in sorted(set(train.classes) ^ set(found.classes)) if found else ():
+            raise ValueError(f"{root}: the class {name!r} is in only one of train/ and {other}/")
+    return ImageSet(train.train, train.classes, test.train, validation.train if validation else None)
+
+
+def _check_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: there is no such folder; {FOLDER}")
+
+
+def _classes(root: Path) -> ImageSet:
+    _check_folder(root)
+    if not any(entry.is_dir() for entry in root.iterdir()):
+        raise FileNotFoundError(f"{root}: it has no folder; {FOLDER}")
+    found = datasets.ImageFolder(str(root), loader=open_image)
+    if len(found.classes) < 2:
+        raise ValueError(f"{root}: it has one class (folder), {found.classes[0]!r}; a classifier needs 2")
+    return ImageSet(ImageFiles(*zip(*found.samples, strict=True)), tuple(found.classes))

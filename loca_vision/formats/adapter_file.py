@@ -1,0 +1,270 @@
+"""The adapter file: one safetensors file whose header says what it is, and what must hold of it, whatever the model."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loca_vision.checks import PARTS
+from loca_vision.layers.attention_layouts import kind_of
+from loca_vision.methods.adapter_config import AdapterConfig, Stored
+from loca_vision.methods.loca import LoCAConfig
+from loca_vision.methods.registry import KINDS
+from loca_vision.storage.safetensors_file import Entry
+from loca_vision.storage.strict_json import strict_json
+
+FILE_NAME = "pytorch_loca_weights.safetensors"
+METADATA_KEY = "loca_adapter_metadata"
+FORMAT_VERSION = 1
+_FIELDS = {"format_version", "method", "name", "config", "shapes", "whole", "base_model", "library_version"}
+FLOATS = ("F32", "F16", "BF16", "F64")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the header of an adapter file says.
+
+    Args:
+        configs: the adapter's settings by the component of a pipeline they are for, or under "" for a model by itself; where
+            counts differ, `n_components` names each projection.
+        shapes: (p, q) of each projection; of a pipeline's, the names begin with the component: `unet.mid_block...`.
+        whole: names of the parameters trained whole beside them, with the component before them likewise.
+        name, base_model, library_version: of the adapter, of what it was trained on, and of what wrote it.
+    """
+
+    configs: dict[str, AdapterConfig]
+    shapes: dict[str, tuple[int, int]]
+    whole: tuple[str, ...]
+    name: str
+    base_model: str
+    library_version: str
+
+    @property
+    def method(self) -> str:
+        """The kind of adapter, one for all components."""
+        return next(iter(self.configs.values())).method
+
+    def layout(self) -> dict[str, Stored]:
+        """What the file holds beside whole tensors, by key.
+
+        Raises:
+            ValueError: the settings do not fit the shapes.
+        """
+        found: dict[str, Stored] = {}
+        for component, config in self.configs.items():
+            part = config.layout(self.of(component).shapes)
+            found |= {prefix_of(component) + key: must for key, must in part.items()}
+        return found
+
+    def of(self, component: str) -> Description:
+        """The part that one component of a pipeline has in it, as a description of that model by itself."""
+        prefix = prefix_of(component)
+        shapes = {name[len(prefix) :]: shape for name, shape in self.shapes.items() if name.startswith(prefix)}
+        whole = tuple(name[len(prefix) :] for name in self.whole if name.startswith(prefix))
+        return replace(self, configs={"": self.configs[component]}, shapes=shapes, whole=whole)
+
+
+def joined(parts: Mapping[str, Description], base_model: str) -> Description:
+    """One description of the parts of several components, which are of one adapter.
+
+    Raises:
+        ValueError: they are of different kinds.
+    """
+    first = next(iter(parts.values()))
+    for component, part in parts.items():
+        if part.method != first.method:
+            raise ValueError(
+                f"adapter {first.name!r} is {part.method} in {component} and {first.method} elsewhere: one kind a file"
+            )
+    return replace(
+        first,
+        configs={component: part.configs[""] for component, part in parts.items()},
+        shapes={prefix_of(c) + name: shape for c, part in parts.items() for name, shape in part.shapes.items()},
+        whole=tuple(prefix_of(c) + name for c, part in parts.items() for name in part.whole),
+        base_model=base_model,
+    )
+
+
+def described(entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, int]]) -> Description:
+    """What can be told of tensors that come without a header, given the shapes of a pipeline's projections by full name.
+
+    Raises:
+        ValueError: coefficients of a projection that is not among them.
+    """
+    names = [key.removesuffix(".coefficients") for key in entries if key.endswith(".coefficients")]
+    if not names:
+        raise ValueError("it is no LoCA adapter: no key ends in .coefficients")
+    for name in names:
+        if name not in shapes:
+            raise ValueError(f"the pipeline has no projection {name}{nearest(name, shapes)}")
+    counts: dict[str, dict[str, int]] = {}
+    for name in names:
+        component, _, projection = name.partition(".")
+        counts.setdefault(component, {})[projection] = math.prod(entries[f"{name}.coefficients"].shape)
+    parts = {c: tuple(p for p in PARTS if p in {kind_of(n.rpartition(".")[2]) for n in of}) for c, of in counts.items()}
+    configs: dict[str, AdapterConfig] = {c: LoCAConfig(n_components=counts[c], targets=parts[c]) for c in counts}
+    whole = tuple(sorted(key.removeprefix("full.") for key in entries if key.startswith("full.")))
+    return Description(configs, {name: shapes[name] for name in names}, whole, "default", "unknown", "unknown")
+
+
+def prefix_of(component: str) -> str:
+    return f"{component}." if component else ""
+
+
+def component_of(name: str, components: Collection[str]) -> str:
+    """The component a projection or parameter belongs to.
+
+    Raises:
+        ValueError: none of them.
+    """
+    component = "" if "" in components else name.partition(".")[0]
+    if component not in components:
+        raise ValueError(f"{name} belongs to none of the components {', '.join(sorted(components))}")
+    return component
+
+
+def part_of(tensors: Mapping[str, Any], component: str) -> dict[str, Any]:
+    """The tensors (or entries) of one component, by the names they have in its model by itself."""
+    if not component:
+        return dict(tensors)
+    found = {}
+    for key, value in tensors.items():
+        for start in ("full.", ""):
+            if key.startswith(f"{start}{component}."):
+                found[start + key[len(f"{start}{component}.") :]] = value
+    return found
+
+
+def with_prefix(tensors: Mapping[str, Tensor], component: str) -> dict[str, Tensor]:
+    """The other way round."""
+    prefix = prefix_of(component)
+    return {f"full.{prefix}{key[5:]}" if key.startswith("full.") else f"{prefix}{key}": value for key, value in tensors.items()}
+
+
+def as_json(about: Description) -> dict[str, Any]:
+    """The metadata, from which `read_description` makes an equal description."""
+    configs = {component: config.as_json() for component, config in about.configs.items()}
+    others = {key: value for key, value in vars(about).items() if key != "configs"}
+    return {"format_version": FORMAT_VERSION, "method": about.method, "config": configs.get("", configs)} | others
+
+
+def read_description(metadata: dict[str, str], entries: dict[str, Entry]) -> Description:
+    """Check header and metadata against each other, without a model.
+
+    Raises:
+        ValueError: naming the key and the rule.
+    """
+    if METADATA_KEY not in metadata:
+        raise ValueError(f"it is no LoCA adapter: the header has no {METADATA_KEY}")
+    said = strict_json(metadata[METADATA_KEY])
+    if not isinstance(said, dict) or type(said.get("format_version")) is not int:
+        raise ValueError(f"{METADATA_KEY}: it is not an object with a format_version")
+    if said["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format_version={said['format_version']}: this library reads version {FORMAT_VERSION}")
+    if set(said) != _FIELDS:
+        raise ValueError(f"{METADATA_KEY}: the said {sorted(set(said) ^ _FIELDS)} are missing or unknown")
+    if not isinstance(said["method"], str) or said["method"] not in KINDS:
+        raise ValueError(f"method={said['method']!r}: this library reads {', '.join(map(repr, sorted(KINDS)))}")
+    for field in ("name", "base_model", "library_version"):
+        if not isinstance(said[field], str):
+            raise ValueError(f"{field}={said[field]!r}: it is a text")
+    shapes, whole = _shapes(said["shapes"]), _whole(said["whole"])
+    configs = _configs(KINDS[said["method"]], said["config"], shapes, whole)
+    about = Description(configs, shapes, whole, said["name"], said["base_model"], said["library_version"])
+    _check_tensors(entries, about)
+    return about
+
+
+def _shapes(fields: Any) -> dict[str, tuple[int, int]]:
+    if not isinstance(fields, dict) or not fields:
+        raise ValueError("shapes: it names no projection")
+    for projection, shape in fields.items():
+        whole = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
+        if not whole or math.prod(shape) > 2**31:
+            raise ValueError(f"shapes[{projection!r}]={shape!r}: two whole numbers from 1 up, with at most 2**31 cells")
+    return {projection: tuple(shape) for projection, shape in fields.items()}
+
+
+def _configs(
+    kind: type[AdapterConfig], said: Any, shapes: dict[str, tuple[int, int]], whole: tuple[str, ...]
+) -> dict[str, AdapterConfig]:
+    """One configuration for a model, or one for each component of a pipeline that the names begin with."""
+    if not isinstance(said, dict) or "targets" in said or not said:
+        return {"": _config(kind, said, list(shapes))}
+    names: dict[str, list[str]] = {component: [] for component in said}
+    for name in shapes:
+        component = component_of(name, names)
+        names[component].append(name[len(component) + 1 :])
+    for name in whole:
+        component_of(name, names)
+    for component, projections in names.items():
+        if not component.isidentifier() or not projections:
+            raise ValueError(f"config: {component!r} is no component that the file has projections for")
+    return {component: _config(kind, said[component], names[component]) for component in said}
+
+
+def _config(kind: type[AdapterConfig], said: Any, projections: list[str]) -> AdapterConfig:
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    if not isinstance(said, dict) or set(said) != set(known):
+        raise ValueError(f"config: its fields are {', '.join(known)}, all of them and no others")
+    config = kind(**said)
+    config.check_names(projections)
+    return config
+
+
+def _whole(fields: Any) -> tuple[str, ...]:
+    texts = isinstance(fields, list) and all(isinstance(name, str) for name in fields)
+    if not texts or len(set(fields)) < len(fields):
+        raise ValueError(f"whole={fields!r}: a list of different parameter names")
+    return tuple(fields)
+
+
+def _check_tensors(entries: dict[str, Entry], about: Description) -> None:
+    layout = about.layout()
+    wanted = {*layout, *(f"full.{name}" for name in about.whole)}
+    for key in sorted(wanted - set(entries)):
+        raise ValueError(f"the tensor {key} is missing")
+    for key in entries:
+        if key not in wanted:
+            raise ValueError(f"the tensor {key} is unknown{nearest(key, wanted)}")
+    for key, must in layout.items():
+        if entries[key].dtype not in must.dtypes:
+            raise ValueError(f"{key} has dtype {entries[key].dtype}: it is {' or '.join(must.dtypes)}")
+        if entries[key].shape != must.shape:
+            raise ValueError(f"{key} has shape {entries[key].shape}: by the settings it is {must.shape}")
+
+
+def check_values(tensors: dict[str, Tensor], about: Description) -> None:
+    """Finite numbers, also as an update, and locations inside their matrices.
+
+    Raises:
+        ValueError: naming the key and the rule.
+    """
+    for key, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"{key} holds NaN or infinity as {value.dtype}")
+    for key, must in about.layout().items():
+        if must.cells_of is not None:
+            _check_cells(key, tensors[key].long(), must.cells_of)
+    for projection, shape in about.shapes.items():
+        about.configs[component_of(projection, about.configs)].check_values(projection, shape, tensors)
+
+
+def _check_cells(key: str, flat: Tensor, matrix: tuple[int, int]) -> None:
+    rows, cols = matrix
+    outside = flat[(flat < 0) | (flat >= rows * cols)]
+    if len(outside):
+        raise ValueError(f"{key} holds {int(outside[0])}: a {rows} x {cols} matrix has cells 0 to {rows * cols - 1}")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint; among names of ordinary length and number only, for comparing takes time."""
+    close = difflib.get_close_matches(name[:200], [n for n in islice(names, 2000) if len(n) <= 200], n=2)
+    return f"; near it are {', '.join(close)}" if close else ""

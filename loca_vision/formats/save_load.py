@@ -1,0 +1,273 @@
+"""Adapters from models to files and back. A file is checked as a whole before a model is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loca_vision.formats.adapter_file import (
+    FILE_NAME,
+    FLOATS,
+    METADATA_KEY,
+    Description,
+    as_json,
+    check_values,
+    nearest,
+    part_of,
+    read_description,
+)
+from loca_vision.formats.sources import Request, locate, may_be_a_repository
+from loca_vision.layers.targets import Target, readable_weight
+from loca_vision.methods.update import Update
+from loca_vision.model.activation import forget_lost
+from loca_vision.model.adapters import adapters
+from loca_vision.model.conv_in import WEIGHT, check_wider
+from loca_vision.model.inject import attach
+from loca_vision.model.state import Adapter, record_of
+from loca_vision.model.target_checks import check_new_name, classifier, linear_targets
+from loca_vision.model.traversal import moved_by_training, own_tensors, unwrap
+from loca_vision.offload import device_for, stored_at
+from loca_vision.storage.safetensors_file import PICKLES, Entry, open_safetensors, write_safetensors
+from loca_vision.version import __version__
+
+
+def save_adapter(
+    model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write one adapter, with the tensors trained whole beside it (a classifier head), as one safetensors file.
+
+    Args:
+        model: a model with the adapter.
+        path: a file name that ends in `.safetensors`, or a folder, in which the file is `pytorch_loca_weights.safetensors`.
+            Folders are made. A crash leaves the old file or the new one.
+        name: of the adapter.
+        dtype: of the stored coefficients, float32 or float16.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: no such adapter, another dtype, a value no file may hold, or a path that is neither of the two.
+        OSError: the file could not be written; what was there is as it was.
+    """
+    check_stored(dtype)
+    file = _file_to_write(path)
+    about, tensors = contents(model, name, dtype)
+    write_adapter(file, about, tensors)
+    return file
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> tuple[str, ...]:
+    """Put a saved adapter into a model, where it acts at 1.0; the model is frozen as `inject` does, locations are final.
+
+    Args:
+        model: built like the one it was trained on, head included, without an adapter of that name. The `conv_in` of a UNet may
+            take fewer channels than the file's: it is widened, and `remove` gives the old one back.
+        path: the file, the folder that `save_adapter` was given, or a repository on the hub, "user/name".
+        name: for the adapter; by default the one it was saved under.
+
+    Returns:
+        The names of the adapted projections.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        OSError: it cannot be read.
+        ValueError: anything in the file that is not as it must be for this model: the sentence names file, key and rule.
+            In each case before the model is touched.
+    """
+    with open_safetensors(file_to_read(path)) as opened:
+        about = read_description(opened.metadata, opened.entries)
+        component = _only_component(about)
+        name = about.name if name is None else name
+        model = unwrap(model)
+        check_new_name(model, name)
+        if not component and not _may_be_the_same(base_model_name(model), about.base_model):
+            raise ValueError(f"it was trained on {about.base_model}; this model is {base_model_name(model)}")
+        part = about.of(component)
+        targets = match(model, part, part_of(opened.entries, component))
+        tensors = opened.tensors()  # no larger than the model, but for a wider conv_in, as is known by now
+        check_values(tensors, about)
+        adapter, placed = prepared(model, part, targets, part_of(tensors, component))
+    attach(model, name, adapter, placed)
+    return tuple(target.name for target in targets)
+
+
+def check_stored(dtype: torch.dtype) -> None:
+    """Raise unless coefficients are stored in that dtype."""
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"dtype={dtype}: coefficients are stored as torch.float32 or torch.float16")
+
+
+def contents(model: nn.Module, name: str, dtype: torch.dtype = torch.float32) -> tuple[Description, dict[str, Tensor]]:
+    """What the file of an adapter holds, for a model by itself.
+
+    Raises:
+        ValueError: no such adapter, or a value no file may hold.
+    """
+    updates = {projection: update for projection, update in adapters(model, name).items() if not update.rests}
+    whole = _whole_tensors(unwrap(model), name)
+    config = record_of(model).adapters[name].config.of(updates)  # type: ignore[union-attr]
+    shapes = {projection: update.shape for projection, update in updates.items()}
+    about = Description({"": config}, shapes, tuple(sorted(whole)), name, base_model_name(unwrap(model)), __version__)
+    return about, {f"full.{key}": value for key, value in whole.items()} | config.tensors(updates, dtype)
+
+
+def write_adapter(file: Path, about: Description, tensors: dict[str, Tensor]) -> None:
+    """Write the file, after a check of every value."""
+    check_values(tensors, about)
+    write_safetensors(file, tensors, {METADATA_KEY: json.dumps(as_json(about))})  # of several keys the order is random
+
+
+def match(model: nn.Module, about: Description, entries: dict[str, Entry], *, replacing: str | None = None) -> list[Target]:
+    """The targets in the model that a described adapter is for: the very same projections and whole tensors, of one shape.
+
+    A `conv_in` of more channels than the model's is one that `attach` and `swap` make room for.
+
+    Args:
+        replacing: the adapter that is to leave for this one.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    targets = _match_projections(model, about)
+    _match_whole_tensors(model, about, entries, replacing)
+    return targets
+
+
+def prepared(
+    model: nn.Module,
+    about: Description,
+    targets: list[Target],
+    tensors: dict[str, Tensor],
+    room: int | None = None,
+    *,
+    learn: bool = True,
+) -> tuple[Adapter, list[tuple[Target, Update]]]:
+    """All that `attach` puts into the model, made beforehand.
+
+    Args:
+        room: components to make room for in every spectrum, so that another adapter can take their place later.
+        learn: whether the updates are to be trained on; locations are final.
+
+    Raises:
+        ValueError: a whole tensor overflows the model's dtype, or a spectrum has more components than there is room for.
+    """
+    with torch.inference_mode(False):  # parameters made in inference mode could never be used outside of it
+        tensors = {key: value.clone() if value.is_inference() else value for key, value in tensors.items()}
+        whole = _in_their_dtypes(model, about, tensors)
+        made = [about.configs[""].restored(target.name, target.shape, tensors, room) for target in targets]
+        for target in (target for target, update in zip(targets, made, strict=True) if update.needs_weight):
+            readable_weight(target.layer, target.name)
+        for parameter in (p for update in made for p in update.learned()):
+            parameter.requires_grad_(learn)
+        placed = [(target, update.to(device_for(target.layer))) for target, update in zip(targets, made, strict=True)]
+    return Adapter(about.configs[""], whole), placed
+
+
+def base_model_name(model: nn.Module) -> str:
+    """timm's name, with the tag of its weights where they have one: `vit_small_patch16_224.augreg_in21k`. For models of
+    other makers the name of the class."""
+    about: Any = getattr(model, "pretrained_cfg", None) or {}
+    architecture, tag = about.get("architecture"), about.get("tag")
+    return f"{architecture}.{tag}" if architecture and tag else architecture or type(model).__name__
+
+
+# Writing
+
+
+def _whole_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The adapter's whole tensors as they are now, and whatever else the user made trainable."""
+    record = record_of(model)
+    if record is None:
+        return {}
+    live = own_tensors(model)
+    forget_lost(record, live)
+    parked = record.adapters[name].whole
+    whole = {key: stored_at(model, key) if record.supplier == name else value for key, value in parked.items()}
+    new = {key: p for key, p in moved_by_training(live).items() if key not in record.base and key in record.trainable}
+    new = new if record.frozen else {}
+    whole = {key: value for key, value in (whole | new).items() if value.is_floating_point()}  # not a count of batches
+    return {key: value.detach().cpu().clone().contiguous() for key, value in whole.items()}
+
+
+def _file_to_write(path: str | os.PathLike[str]) -> Path:
+    file = Path(path)
+    if file.suffix in PICKLES and not file.is_dir():
+        raise ValueError(f"path={str(path)!r}: an adapter is a file that ends in .safetensors, or a folder for one")
+    return file if file.suffix == ".safetensors" and not file.is_dir() else file / FILE_NAME
+
+
+# Reading
+
+
+def _only_component(about: Description) -> str:
+    if len(about.configs) > 1:
+        raise ValueError(
+            f"it is for {', '.join(about.configs)} of a pipeline: use load_loca_weights(pipe, ...), whose spectra learn once "
+            "they are told to with requires_grad_(True)"
+        )
+    return next(iter(about.configs))
+
+
+def file_to_read(path: str | os.PathLike[str]) -> Path:
+    """The file itself, that in a folder, or, for the name of a repository on the hub, a copy of the one in there."""
+    file = Path(path)
+    if isinstance(path, str) and not file.exists() and may_be_a_repository(path):
+        return locate(path, Request())
+    if not file.is_dir():
+        return file
+    if (file / FILE_NAME).exists():
+        return file / FILE_NAME
+    pickles = sorted(p.name for p in file.iterdir() if p.suffix in PICKLES)
+    hint = f"; {pickles[0]} is there, but a pickle could run code when read" if pickles else ""
+    raise FileNotFoundError(f"{file}: there is no {FILE_NAME} in that folder{hint}")
+
+
+def _match_projections(model: nn.Module, about: Description) -> list[Target]:
+    """The model's targets, which must be those of the file, in name and shape."""
+    targets = linear_targets(model, about.configs[""].targets)
+    found = {target.name: target for target in targets}
+    for projection, shape in about.shapes.items():
+        if projection not in found:
+            raise ValueError(f"the model has no projection {projection}{nearest(projection, found)}")
+        if found[projection].shape != shape:
+            raise ValueError(f"{projection} is {shape} in the file and {found[projection].shape} in the model")
+    for projection in found:
+        if projection not in about.shapes:
+            raise ValueError(f"the model's projection {projection} has no update in the file")
+    return targets
+
+
+def _may_be_the_same(mine: str, theirs: str) -> bool:
+    """One architecture, and, where both are known, the same tag of the weights."""
+    (architecture, _, tag), (other, _, other_tag) = mine.partition("."), theirs.partition(".")
+    return architecture == other and (not tag or not other_tag or tag == other_tag)
+
+
+def _match_whole_tensors(model: nn.Module, about: Description, entries: dict[str, Entry], replacing: str | None) -> None:
+    parameters = own_tensors(model)
+    for name in about.whole:
+        entry = entries[f"full.{name}"]
+        if entry.dtype not in FLOATS:
+            raise ValueError(f"full.{name} has dtype {entry.dtype}: it is one of {', '.join(FLOATS)}")
+        if name not in parameters:
+            raise ValueError(f"full.{name}: the model has no parameter {name}{nearest(name, parameters)}")
+        shape = tuple(parameters[name].shape)
+        if shape != entry.shape and not (name == WEIGHT and check_wider(model, entry.shape, replacing)):
+            hint = ": build it with as many classes" if any(parameters[name] is p for p in classifier(model)) else ""
+            raise ValueError(f"full.{name} is {entry.shape} in the file and {shape} in the model{hint}")
+
+
+def _in_their_dtypes(model: nn.Module, about: Description, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors as the model's parameters hold them."""
+    parameters = own_tensors(model)
+    whole = {name: tensors[f"full.{name}"].to(parameters[name].dtype) for name in about.whole}
+    for name, value in whole.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"full.{name} overflows {value.dtype}, the model's dtype")
+    return whole

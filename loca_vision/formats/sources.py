@@ -1,0 +1,221 @@
+"""Where an adapter comes from: a file, a folder, a repository on the hub, or tensors in memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from loca_vision.formats.adapter_file import FILE_NAME, METADATA_KEY, as_json, described
+from loca_vision.storage.safetensors_file import PICKLES, Entry, may_be_read, open_safetensors
+
+_LOG = logging.getLogger(__name__)
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+class Opened(Protocol):
+    """An adapter whose description can be checked before its tensors are read."""
+
+    @property
+    def entries(self) -> dict[str, Entry]: ...
+    @property
+    def metadata(self) -> dict[str, str]: ...
+    def tensors(self) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """Where on the hub, or in a folder, to look: the arguments of `load_loca_weights`."""
+
+    weight_name: str | None = None
+    subfolder: str | None = None
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool | None = None
+    force_download: bool = False
+
+
+@contextmanager
+def opened(source: Any, request: Request) -> Iterator[Opened]:
+    """The adapter at a source; what is found wrong with it inside the `with` says where it came from.
+
+    Raises:
+        TypeError: the source is no path, name or mapping.
+        FileNotFoundError, OSError: it cannot be found, or not be reached.
+        ValueError: a name that leaves its folder, or an unsound file.
+    """
+    if isinstance(source, Mapping):
+        try:
+            yield _InMemory.of(source)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"state dict: {error}") from None
+    elif isinstance(source, (str, os.PathLike)):
+        with open_safetensors(locate(source, request)) as file:
+            yield file
+    else:
+        raise TypeError(f"source is a {type(source).__name__}: a folder, a file, a hub id or a state dict is wanted")
+
+
+# Tensors in memory
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    held: dict[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in self.held.items()}
+
+    @staticmethod
+    def of(state: Mapping[str, Any]) -> _InMemory:
+        held = {key: value for key, value in state.items() if key != METADATA_KEY}
+        for key, value in held.items():
+            plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta"
+            if not isinstance(key, str) or not plain or value.dtype not in _DTYPES:
+                what = f"{value.layout} {value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{key!r} holds a {what}: plain tensors of coefficients and locations are wanted")
+        entries = {key: Entry(_DTYPES[value.dtype], tuple(value.shape), 0, 0) for key, value in held.items()}
+        about = state.get(METADATA_KEY)
+        if about is None:
+            return _InMemory(entries, {}, held)
+        return _InMemory(entries, {METADATA_KEY: about if isinstance(about, str) else json.dumps(about)}, held)
+
+
+def with_description(source: Opened, shapes: Callable[[], Mapping[str, tuple[int, int]]]) -> dict[str, str]:
+    """The metadata; of a state dict that carries none, what its tensors say, given the shapes of a pipeline's projections."""
+    if METADATA_KEY in source.metadata or not isinstance(source, _InMemory):
+        return source.metadata
+    about = described(source.entries, shapes())
+    _LOG.warning("a state dict without %r does not say its scale: 1.0 is taken", METADATA_KEY)
+    return {METADATA_KEY: json.dumps(as_json(about))}
+
+
+# Paths and the hub
+
+
+def locate(source: str | os.PathLike[str], request: Request) -> Path:
+    """The path of the adapter's file, which is fetched from the hub where the source is the name of a repository."""
+    for what, name in (("weight_name", request.weight_name), ("subfolder", request.subfolder)):
+        _refuse_escape(what, name)
+    if request.weight_name is not None and (len(PurePosixPath(request.weight_name).parts) != 1 or "\\" in request.weight_name):
+        raise ValueError(f"weight_name={request.weight_name!r}: it is the name of a file, without a folder; see subfolder")
+    text = os.fspath(source)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ValueError(f"source={source!r}: a folder, a file or a hub id is wanted")
+    path = Path(text)
+    if path.is_dir():
+        return _in_folder(path, request)
+    if path.exists():
+        if request.weight_name is not None or request.subfolder is not None:
+            raise ValueError(f"{text}: it is a file, in which there is no weight_name or subfolder to look for")
+        return path
+    if not isinstance(source, str) or not may_be_a_repository(text):
+        raise FileNotFoundError(f"{text}: there is no such file or folder")
+    return _from_hub(text, request)
+
+
+def safe_name(name: str | None) -> str:
+    """The name of an adapter's file in a folder, by default `pytorch_loca_weights.safetensors`.
+
+    Raises:
+        ValueError: it has a folder in it, or does not end in `.safetensors`.
+    """
+    if name is None:
+        return FILE_NAME
+    _refuse_escape("weight_name", name)
+    if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+        raise ValueError(f"weight_name={name!r}: it is the name of a file that ends in .safetensors, without a folder")
+    return name
+
+
+def _refuse_escape(what: str, name: Any) -> None:
+    if name is None:
+        return
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"{what}={name!r}: a name is wanted")
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if ".." in parts or PurePosixPath(name).is_absolute() or Path(name).is_absolute() or name.startswith("\\") or ":" in name:
+        raise ValueError(f"{what}={name!r}: it must stay inside the folder")
+
+
+def _in_folder(folder: Path, request: Request) -> Path:
+    inside = folder / request.subfolder if request.subfolder else folder
+    file = inside / (request.weight_name or FILE_NAME)
+    if not file.exists():
+        there = sorted(p.name for p in inside.iterdir() if p.is_file())[:5] if inside.is_dir() else []
+        hint = f"; there are {', '.join(there)}" if there else ""
+        hint += "; a pickle could run code when read" if any(name.endswith(PICKLES) for name in there) else ""
+        raise FileNotFoundError(f"{inside}: there is no {file.name} in that folder{hint}")
+    if not may_be_read(file, folder):
+        raise ValueError(f"{file}: it is a link that leaves the folder")
+    return file
+
+
+def may_be_a_repository(text: str) -> bool:
+    """Whether a text that is no path here could be the name of a repository on the hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if text.startswith((".", "~", "/")) or text.endswith((".safetensors", ".bin", ".pt")):
+        return False
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return text.count("/") == 1
+
+
+def _from_hub(repository: str, request: Request) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name = request.weight_name or FILE_NAME
+    where = f"{repository}{f'/{request.subfolder}' if request.subfolder else ''}"
+    try:
+        fetched = hf_hub_download(
+            repository,
+            name,
+            subfolder=request.subfolder,
+            revision=request.revision,
+            token=request.token,
+            cache_dir=None if request.cache_dir is None else str(request.cache_dir),
+            force_download=request.force_download,
+            local_files_only=bool(request.local_files_only),  # HF_HUB_OFFLINE holds in either case
+        )
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{where}: there is no such folder here, and {name} of a hub repository of that name is not in the cache "
+            "and cannot be fetched now (offline, or no connection)"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repository}: there is no such folder here, and no such repository on the hub that this token may read"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{repository}: it has no revision {request.revision!r}") from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(f"{where}: there is no {name} in that repository") from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise OSError(f"{where}: the hub did not answer as hoped: {reason}") from error
+    return Path(fetched)

@@ -1,0 +1,189 @@
+"""The update of LoCA and its gradients: Delta W = alpha * C^T S(a, l) D (LoCA, Eq. 1 to 5).
+
+Both directions are operators of their own (`torch.library`), so that autograd, autocast and `torch.compile` see one step
+with known derivatives: exact for the coefficients, finite differences for the locations, which are whole numbers here.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loca_vision.functional.cosine_atoms import (
+    Form,
+    Layout,
+    Offset,
+    coefficient_gradient,
+    location_gradient,
+    offsets,
+    row_major,
+    shifted,
+)
+from loca_vision.functional.cost_model import Asked, reads_whole_spectrum
+from loca_vision.functional.dct import dct2, idct, matrix_for
+from loca_vision.functional.packed_dct import basis_pieces
+from loca_vision.functional.sparse_products import Sums, read_at, spectrum_of, transposed_of
+from loca_vision.functional.token_spectra import Pieces, add_applied, in_pieces
+
+
+def cosine_sum(
+    coefficients: Tensor, locations: Tensor, cells: Tensor, shape: tuple[int, int], scale: float, difference: str
+) -> Tensor:
+    """scale * sum_k a_k C[u_k]^T D[v_k], the inverse 2-D DCT of a sparse spectrum; components at one cell add.
+
+    Args:
+        coefficients: (B,) float32 or float64, the amplitudes a.
+        locations: (B, 2) in [0, 1], from which `cells` was rounded. Only its gradient is of interest: the change of the
+            loss if one component moved by one cell, times the number of cells from 0 to 1 (Eq. 4 and 5).
+        cells: (B, 2) int64, row u in [0, p - 1] and column v in [0, q - 1].
+        shape: (p, q) of the result.
+        scale: alpha.
+        difference: "central", "forward" or "backward", how dL/du is estimated from neighbouring cells. Beyond the border
+            the border cell itself stands in, which makes a central difference half a one-sided one there.
+
+    Returns:
+        (p, q) tensor of the coefficients' dtype.
+    """
+    delta: Tensor = _cosine_sum(coefficients, locations, cells, shape[0], shape[1], scale, difference)
+    return delta
+
+
+@torch.library.custom_op("loca_vision::cosine_sum", mutates_args=())
+def _cosine_sum(
+    coefficients: Tensor, locations: Tensor, cells: Tensor, rows: int, cols: int, scale: float, difference: str
+) -> Tensor:
+    return cosine_matrix(coefficients, Layout(cells, (rows, cols)), scale)
+
+
+def cosine_matrix(coefficients: Tensor, layout: Layout, scale: float) -> Tensor:
+    """`cosine_sum` without gradients, and with what is already known of the cells."""
+    with torch.autocast(coefficients.device.type, enabled=False):
+        if coefficients.device.type == "cpu":
+            result = coefficients.new_zeros(layout.shape)
+            add_cosines(result, coefficients, layout, scale)
+            return result
+        spectrum = _sparse(layout, coefficients * scale)  # matrix products are what accelerators do best
+        return idct(spectrum @ matrix_for(layout.shape[1], coefficients.device, coefficients.dtype), 0)
+
+
+def add_cosines(weight: Tensor, coefficients: Tensor, layout: Layout, scale: float) -> None:
+    """Add `cosine_sum` to a weight (p, q) of the same dtype, in place: its rows are what the update makes of unit vectors."""
+    rows, cols = layout.shape
+    spectrum = transposed_of(layout, coefficients * scale)
+    units = basis_pieces(rows, cols, weight.device, weight.dtype)
+    add_applied(weight, spectrum, units)
+
+
+@torch.library.custom_op("loca_vision::cosine_sum_backward", mutates_args=())
+def _cosine_sum_backward(
+    grad: Tensor, coefficients: Tensor, cells: Tensor, scale: float, difference: str, moving: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of coefficients (B,) and, if `moving`, locations (B, 2), otherwise an empty tensor: from one Z = C G D^T."""
+    with torch.autocast(grad.device.type, enabled=False):
+        form = Form((grad.shape[0], grad.shape[1]), scale, difference)
+        z = spectrum_at(grad, Layout(cells, form.shape), offsets(difference, True, moving))
+        slopes = location_gradient(z, coefficients, form) if moving else grad.new_empty(0)
+        return coefficient_gradient(z, form), slopes
+
+
+@_cosine_sum.register_fake
+def _(coefficients, locations, cells, rows, cols, scale, difference):  # type: ignore[no-untyped-def]
+    return coefficients.new_empty(rows, cols)
+
+
+@_cosine_sum_backward.register_fake
+def _(grad, coefficients, cells, scale, difference, moving):  # type: ignore[no-untyped-def]
+    return torch.empty_like(coefficients), grad.new_empty(cells.shape if moving else 0)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    coefficients, _, cells, _, _, ctx.scale, ctx.difference = inputs
+    ctx.save_for_backward(coefficients, cells)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    coefficients, cells = ctx.saved_tensors
+    learned, moving = ctx.needs_input_grad[:2]
+    grads = _cosine_sum_backward(grad, coefficients, cells, ctx.scale, ctx.difference, moving)
+    return (grads[0] if learned else None, grads[1] if moving else None, None, None, None, None, None)
+
+
+_cosine_sum.register_autograd(_backward, setup_context=_save)
+
+
+def cosine_applied(x: Tensor, coefficients: Tensor, cells: Tensor, shape: tuple[int, int], scale: float) -> Tensor:
+    """x (C^T S D)^T scale = iDCT(scale * S DCT(x)): the update applied to activations, and never built.
+
+    Costs two transforms of the activations and 2 B multiplications for each of their vectors.
+
+    Args:
+        x: (..., q) activations, in any floating-point dtype; computed in float32 at least.
+        coefficients, cells, shape, scale: as in `cosine_sum`.
+
+    Returns:
+        (..., p) in x's dtype, differentiable in x.
+    """
+    applied: Tensor = _cosine_applied(x, coefficients, cells, shape[0], shape[1], scale)
+    return applied
+
+
+@torch.library.custom_op("loca_vision::cosine_applied", mutates_args=())
+def _cosine_applied(x: Tensor, coefficients: Tensor, cells: Tensor, rows: int, cols: int, scale: float) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return applied_to(in_pieces(x.reshape(-1, cols)), x, coefficients, Layout(cells, (rows, cols)), scale)
+
+
+def applied_to(right: Pieces, x: Tensor, coefficients: Tensor, layout: Layout, scale: float) -> Tensor:
+    """`cosine_applied` without gradients, with the frequencies of x and what is already known of the cells."""
+    dtype, rows = right[0].dtype, layout.shape[0]
+    with torch.autocast(x.device.type, enabled=False):
+        result = torch.zeros(x.numel() // layout.shape[1], rows, dtype=dtype, device=x.device)
+        add_applied(result, spectrum_of(layout, (coefficients * scale).to(dtype)), right)
+        return result.to(x.dtype).view(*x.shape[:-1], rows)
+
+
+@_cosine_applied.register_fake
+def _(x, coefficients, cells, rows, cols, scale):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _save_applied(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, coefficients, cells, ctx.rows, ctx.cols, ctx.scale = inputs
+    ctx.save_for_backward(coefficients, cells)
+
+
+def _backward_applied(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    coefficients, cells = ctx.saved_tensors  # the transpose of an update is the update of the transposed spectrum
+    grad_x = _cosine_applied(grad, coefficients, cells.flip(1), ctx.cols, ctx.rows, ctx.scale)
+    return (grad_x, None, None, None, None, None)
+
+
+_cosine_applied.register_autograd(_backward_applied, setup_context=_save_applied)
+
+
+def spectrum_at(grad: Tensor, layout: Layout, places: list[Offset]) -> dict[Offset, Tensor]:
+    """Z = C G D^T of a gradient G (p, q) at cells (B, 2) and beside them: (B,) for each of the places."""
+    if grad.device.type != "cpu":  # matrix products are what accelerators do best
+        z = dct2(grad)
+        return {place: z[tuple(shifted(layout.cells, place, layout.shape).T)] for place in places}
+    right = in_pieces(grad, threads=1)  # as the unit vectors come
+    if reads_whole_spectrum(Asked(layout.shape, len(layout.cells), len(places))):
+        z = torch.cat(in_pieces(torch.cat(right, 1)), 1)
+        return {place: read_at(z, layout, place) for place in places}
+    sums = {place: Sums(layout, place, grad.dtype) for place in places}
+    for units, piece in zip(basis_pieces(*layout.shape, grad.device, grad.dtype), right, strict=True):
+        for one in sums.values():
+            one.add(units, piece)
+    return {place: one.values() for place, one in sums.items()}
+
+
+def _sparse(layout: Layout, values: Tensor) -> Tensor:
+    """CSR matrix of values (B,) at their cells; equal cells stay separate entries, which a product adds up."""
+    order, starts, cols = layout.once(row_major)
+    return torch.sparse_csr_tensor(starts, cols, values[order], layout.shape, check_invariants=False)
+
+
+with warnings.catch_warnings():  # torch says once that sparse CSR is in beta: here, to nobody
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0, 1], [0], [1.0], (1, 1), device="cpu")

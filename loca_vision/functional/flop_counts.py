@@ -1,0 +1,70 @@
+"""What an update adds to the frozen layer it belongs to, in floating-point operations and bytes, counted from sizes.
+
+A transform of N numbers of length m counts 2.5 N log2 m operations, as FFTs usually do. Bytes are those of every operand of a
+step, read or written once, four for each number; what stays in a cache between two steps does not count.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from loca_vision.functional.cost_model import Asked
+
+_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """
+    Attributes:
+        flops: floating-point operations.
+        bytes: read and written.
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+
+NOTHING = Work()
+
+
+def of_building(shape: tuple[int, int], cells: int) -> Work:
+    """A sparse spectrum times cosines, one transform, and the sum with W: each a pass over the matrix, read and written."""
+    size = math.prod(shape)
+    return Work(2 * cells * shape[1] + _transform(size, shape[0]) + size, 6 * _BYTES * size)
+
+
+def of_whole_gradient(asked: Asked, tokens: int) -> Work:
+    """dY^T X, and its transform along both axes."""
+    (rows, cols), size = asked.shape, math.prod(asked.shape)
+    transforms = _transform(size, rows) + _transform(size, cols)
+    return Work(2 * tokens * size + transforms, _BYTES * (tokens * (rows + cols) + 5 * size))
+
+
+def of_sampled_gradient(asked: Asked, tokens: int, sharing: int) -> Work:
+    """Transforms of dY and, shared by so many projections, of X; a dot product for each value."""
+    (rows, cols), values = asked.shape, asked.cells * asked.places
+    read = tokens * (rows + cols / sharing)
+    transforms = _transform(tokens * rows, rows) + _transform(tokens * cols, cols) / sharing
+    return Work(transforms + 2 * tokens * values, _BYTES * (read + 5 * values))
+
+
+def of_applying(asked: Asked, tokens: int, sharing: int) -> Work:
+    """Activations to frequencies, shared by so many projections, times the spectrum, and back; gradients likewise."""
+    rows, cols = asked.shape
+    transforms = _transform(tokens * rows, rows) + _transform(tokens * cols, cols) / sharing
+    return Work(transforms + 2 * tokens * asked.cells, 2 * _BYTES * tokens * (rows + cols / sharing))
+
+
+def of_factors(shape: tuple[int, int], rank: int, tokens: int, products: int) -> Work:
+    """So many passes of two thin products over the tokens: one forward, two backward."""
+    numbers = tokens * (sum(shape) + 2 * rank) + rank * sum(shape)
+    return Work(2 * products * tokens * rank * sum(shape), _BYTES * products * numbers)
+
+
+def _transform(numbers: float, length: int) -> float:
+    return 2.5 * numbers * math.log2(max(length, 1))

@@ -1,0 +1,82 @@
+"""Sparse spectra between rows of frequencies, as `frequencies.py` has them: products with them, dot products at their cells."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loca_vision.functional.cosine_atoms import Layout, Offset, row_major, shifted
+from loca_vision.functional.packed_dct import empty_spectrum, places, rows_for
+
+
+def spectrum_of(layout: Layout, values: Tensor) -> Tensor:
+    """Values (B,) at their cells, (p', q') sparse: takes frequencies of inputs to those of outputs."""
+    return _placed(layout, values, False)
+
+
+def transposed_of(layout: Layout, values: Tensor) -> Tensor:
+    """The same, (q', p')."""
+    return _placed(layout, values, True)
+
+
+def product(spectrum: Tensor, frequencies: Tensor, onto: Tensor | None = None) -> Tensor:
+    """A sparse spectrum (p', q') times frequencies (q', n): (p', n), laid out for `add_samples`; or added to `onto`."""
+    if frequencies.device.type != "cpu":
+        return spectrum @ frequencies if onto is None else onto.add_(spectrum @ frequencies)
+    if onto is not None:
+        return torch.addmm(onto, spectrum, frequencies, out=onto)
+    result = empty_spectrum(len(spectrum), frequencies.shape[1], frequencies)
+    return torch.addmm(result, spectrum, frequencies, beta=0, out=result)
+
+
+def read_at(whole: Tensor, layout: Layout, place: Offset) -> Tensor:
+    """The values (B,) of a whole spectrum (p', q') at cells, or beside them."""
+    rows, cols, signs = layout.once(_positions, place)
+    return whole[rows, cols].mul_(signs)
+
+
+class Sums:
+    """Sums over tokens at the cells of a layout, or beside them: a sparse matrix that has these cells and no others."""
+
+    def __init__(self, layout: Layout, place: Offset, dtype: torch.dtype) -> None:
+        (self.order, starts, cols), self.signs = layout.once(_pattern, place)
+        zeros = torch.zeros(len(cols), dtype=dtype, device=cols.device)
+        self.matrix = torch.sparse_csr_tensor(starts, cols, zeros, _size(layout.shape), check_invariants=False)
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        """Of left (p', n) and right (q', n) the dot products of the rows that meet at a cell."""
+        torch.sparse.sampled_addmm(self.matrix, left, right.T, out=self.matrix)
+
+    def values(self) -> Tensor:
+        """(B,) in the order of the components."""
+        found = self.matrix.values()
+        return torch.empty_like(found).index_copy_(0, self.order, found).mul_(self.signs)
+
+
+def _placed(layout: Layout, values: Tensor, transposed: bool) -> Tensor:
+    (order, starts, cols), signs = layout.once(_pattern, (0, 0), transposed)
+    size = _size(layout.shape)
+    ordered = (values * signs)[order]
+    return torch.sparse_csr_tensor(starts, cols, ordered, size[::-1] if transposed else size, check_invariants=False)
+
+
+def _pattern(
+    cells: Tensor, shape: tuple[int, int], place: Offset, transposed: bool = False
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Where values at cells, or beside them, are between rows of frequencies: compressed, and their signs (B,)."""
+    rows, cols, signs = _positions(cells, shape, place)
+    size, pair = _size(shape), (rows, cols)
+    if transposed:
+        size, pair = size[::-1], pair[::-1]
+    return row_major(torch.stack(pair, 1), size), signs
+
+
+def _positions(cells: Tensor, shape: tuple[int, int], place: Offset) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, columns and signs (B,) of cells, or of those beside them."""
+    moved = shifted(cells, place, shape)
+    (rows, row_signs), (cols, col_signs) = (places(moved[:, axis], n) for axis, n in enumerate(shape))
+    return rows, cols, row_signs * col_signs
+
+
+def _size(shape: tuple[int, int]) -> tuple[int, int]:
+    return rows_for(shape[0]), rows_for(shape[1])

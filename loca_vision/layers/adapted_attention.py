@@ -1,0 +1,240 @@
+"""An attention layer whose code sees adapted projections where everyone else sees the genuine ones.
+
+The class of the layer is exchanged for a subclass. Its `forward` runs the original one on a view of the layer: an object with
+the very same attributes, of a class whose `to_q`, `to_k`, ... answer with adapted projections. Processors and linear layers
+are never replaced, so whoever sets, wraps, fuses, offloads, casts or compiles them finds what is usually there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loca_vision.layers.attention_layouts import Naming, base_of, child, naming_of
+from loca_vision.layers.class_swap import Adapted, adapted_class, exchange_class, once_while_traced
+from loca_vision.layers.effective_weight import Reading
+from loca_vision.layers.targets import readable_weight
+from loca_vision.layers.weight_updates import FusedUpdates, WeightUpdates
+
+
+class AttentionUpdates(nn.Module):
+    """The updates of all projections of one attention layer, by part, and of the layers that fuse several of them."""
+
+    def __init__(self, attention: nn.Module, naming: Naming) -> None:
+        super().__init__()
+        self.naming = naming
+        # Names of their own: peft takes any module for a target whose path ends in what it was told to look for.
+        self.weights = nn.ModuleDict({f"on_{part}": WeightUpdates() for part in naming.present(attention)})
+        self.fused = nn.ModuleDict({f"in_{name}": FusedUpdates(self._stacked(attention, name)) for name in naming.fused})
+
+    def part(self, part: str) -> WeightUpdates:
+        updates: WeightUpdates = self.weights[f"on_{part}"]  # type: ignore[assignment]
+        return updates
+
+    def parts(self) -> Iterator[WeightUpdates]:
+        yield from self.weights.values()  # type: ignore[misc]
+
+    def readings(self, attention: nn.Module) -> Iterator[tuple[str, Reading]]:
+        """The path of every layer there is now that one of the projections is read from, and how it reads."""
+        for part, path in self.naming.parts.items():
+            if f"on_{part}" in self.weights:
+                yield path, self.part(part)
+        for name in self.naming.fused:
+            if child(attention, name) is not None:
+                yield name, self.fused[f"in_{name}"]  # type: ignore[misc]
+
+    def stacked(self, attention: nn.Module, name: str) -> list[str]:
+        """The paths of the layers whose weights the layer `name` stacks, none for one that stacks nothing."""
+        paths = [self.naming.parts[part] for part in self.naming.fused.get(name, ())]
+        return [path for path in paths if child(attention, path) is not None]
+
+    def _stacked(self, attention: nn.Module, fused: str) -> list[tuple[WeightUpdates, slice]]:
+        parts, end = [], 0
+        for part in self.naming.fused[fused]:
+            layer: Any = child(attention, self.naming.parts[part])
+            if layer is not None:
+                parts.append((self.part(part), slice(end, end + layer.out_features)))
+                end += layer.out_features
+        return parts
+
+
+class AdaptedAttention(Adapted):
+    """Mixed into the class of an attention layer that carries `AttentionUpdates` as its child `loca`."""
+
+    loca: AttentionUpdates
+
+    @classmethod
+    def members(cls, original: type[nn.Module]) -> dict[str, Any]:
+        """A `forward` that computes with adapted projections."""
+        run = original.forward  # closed over: to be found once, not at every call
+
+        def forward(self: Any, *inputs: Any, **named: Any) -> Any:
+            return run(self._loca_view, *inputs, **named)
+
+        forward.__doc__, forward.__wrapped__ = run.__doc__, run  # type: ignore[attr-defined]
+        return {"forward": forward}
+
+    def _look(self) -> None:
+        """Make the view that `forward` runs on: it shares all attributes, this one included."""
+        self.__dict__["_loca_projections"] = _projections(self)
+        view = object.__new__(_view_class(self.original_class, self.loca.naming))
+        object.__setattr__(view, "__dict__", self.__dict__)
+        self.__dict__["_loca_view"] = view
+
+    def kept_state(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_loca_view", "_loca_projections")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._look()
+
+
+class AdaptedProjection:
+    """A linear layer of an attention layer, with the updates that act on it; in all else the layer itself.
+
+    It calls the layer that is there at the time, whoever has replaced or wrapped it. Where it is a plain `torch.nn.Linear`, it
+    takes one product with the kept weight instead; where it is hooked, wrapped or quantised, the update comes beside.
+    """
+
+    def __init__(self, attention: nn.Module, path: str, reading: Reading) -> None:
+        self.attention, self.path, self.reading = attention, path, reading
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer = self._layer()
+        if torch.compiler.is_compiling():
+            self._prepare()
+        if not self._acts():
+            result: Tensor = layer(x, *args, **kwargs)
+            return result
+        plain = _is_plain(layer) and not args and not kwargs
+        if plain and not self._beside():
+            weight, bias = layer.weight, layer.bias
+            if self.reading.learns_alone(weight):
+                return self.reading.linear(x, weight, bias)
+            return F.linear(x, self.reading(weight), bias)
+        result = layer(x, *args, **kwargs)
+        applied = self.reading.applied(x, result.shape[-1], keep=self._may_keep(layer, x), base=self._base)
+        return result + applied.to(result.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """W + Delta W, for processors that read it."""
+        weight: Tensor = self.reading(self._layer().weight)
+        return weight
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("attention", "path", "reading") or name.startswith("__"):  # as while a copy is made
+            raise AttributeError(name)
+        return getattr(self._layer(), name)
+
+    def _layer(self) -> Any:
+        return child(self.attention, self.path)
+
+    def _base(self) -> Tensor:
+        return readable_weight(self._layer(), self.path)
+
+    def _beside(self) -> bool:
+        """Whether memory is to be spared, and can be: gradients of the updates need them as matrices."""
+        return self.reading.circumstances.low_memory and not (torch.is_grad_enabled() and self.reading.learns())
+
+    def _acts(self) -> bool:
+        """Compiled code asks only whether there is anything that could: which of it acts, and how, the buffer tells."""
+        if torch.compiler.is_compiling():
+            return bool(self.reading.all_updates())
+        return bool(self.reading.acting())
+
+    @staticmethod
+    def _may_keep(layer: Any, x: Tensor) -> bool:
+        """A layer that is elsewhere between calls is offloaded: what is kept beside it would undo that."""
+        weight = getattr(layer, "weight", None)
+        return not isinstance(weight, Tensor) or weight.device == x.device
+
+    def _prepare(self) -> None:
+        """While code is traced: an update that may change is built in the graph, any other is made now."""
+        if self.reading.learns() or self.reading.circumstances.low_memory:
+            self.reading.drop()
+        else:
+            self._settle()
+
+    @once_while_traced
+    def _settle(self) -> None:
+        weight = base_of(self._layer()).weight
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            self.reading.settle(weight)
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether calling the layer is nothing but a product with its weight, which is there to be read."""
+    return (
+        isinstance(layer, nn.Module)
+        and type(layer).forward is nn.Linear.forward
+        and "forward" not in layer.__dict__  # accelerate's and diffusers' hooks stand there
+        and not (layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        and type(layer._parameters.get("weight")) in (nn.Parameter, Tensor)  # not one that is quantised and looks like it
+        and layer.weight.device.type != "meta"
+        and layer.weight.dtype in _PLAIN_DTYPES
+    )
+
+
+_PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _projections(attention: AdaptedAttention) -> dict[str, Any]:
+    """What the view answers for each attribute; in place of a list of layers, a list whose first is adapted."""
+    naming, loca = attention.loca.naming, attention.loca
+    found = {
+        path: AdaptedProjection(attention, path, loca.part(part))
+        for part, path in naming.parts.items()
+        if f"on_{part}" in loca.weights
+    }
+    return found | {name: AdaptedProjection(attention, name, loca.fused[f"in_{name}"]) for name in naming.fused}  # type: ignore[arg-type]
+
+
+def _answer(name: str) -> property:
+    def projection(view: Any) -> Any:
+        genuine = view.__dict__["_modules"].get(name)
+        if genuine is None:  # None, or not there at all
+            return view.__dict__[name] if name in view.__dict__ else nn.Module.__getattr__(view, name)
+        projections = view.__dict__["_loca_projections"]
+        if name in projections:
+            return projections[name]
+        first = projections.get(f"{name}.0")
+        return genuine if first is None else [first, *list(genuine)[1:]]
+
+    return property(projection)
+
+
+_view_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _view_class(original: type[nn.Module], naming: Naming) -> type[nn.Module]:
+    if original not in _view_classes:
+        names = {path.split(".")[0] for path in (*naming.parts.values(), *naming.fused)}
+        body = {name: _answer(name) for name in sorted(names)} | {"__module__": original.__module__}
+        _view_classes[original] = type(original.__name__, (original,), body)
+    return _view_classes[original]
+
+
+def adapt_attention(attention: nn.Module) -> AttentionUpdates:
+    """Make the layer compute through its updates, and return them; a layer that does already stays as it is."""
+    if isinstance(attention, AdaptedAttention):
+        return attention.loca
+    naming = naming_of(attention)
+    assert naming is not None
+    updates = AttentionUpdates(attention, naming)
+    attention.add_module("loca", updates)
+    exchange_class(attention, adapted_class(AdaptedAttention, type(attention)))
+    cast(AdaptedAttention, attention)._look()
+    return updates
+
+
+def restore_attention(attention: AdaptedAttention) -> None:
+    """Give the layer its own class back; its children were never touched."""
+    del attention._modules["loca"]
+    for name in ("_loca_view", "_loca_projections"):
+        attention.__dict__.pop(name, None)
+    exchange_class(attention, attention.original_class)

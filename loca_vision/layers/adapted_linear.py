@@ -1,0 +1,75 @@
+"""A linear layer whose `weight` reads as W + Delta W, for whoever reads it.
+
+The class of the layer is exchanged for a subclass with a `weight` property; the parameter W stays where it is, so every
+key of the `state_dict` does too. Code that goes around `forward`, `F.linear(x, layer.weight)` as in BEiT, EVA and
+Swin V2, is adapted like code that does not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from loca_vision.layers.class_swap import Adapted, adapted_class, exchange_class, once_while_traced
+from loca_vision.layers.weight_updates import WeightUpdates
+
+
+class AdaptedLayer(Adapted):
+    """Mixed into the class of a layer that carries `WeightUpdates` as its child `loca`."""
+
+    loca: WeightUpdates
+    bias: Tensor | None
+
+    @property
+    def weight(self) -> Tensor:
+        try:
+            if torch.compiler.is_compiling():
+                if self.loca.learns():
+                    self.loca.drop()
+                else:
+                    self._settle()
+            updated: Tensor = self.loca(base_weight(self))
+        except AttributeError as error:  # which Python would answer by looking the name up elsewhere: with the base weight
+            raise RuntimeError(f"the adapted weight cannot be built: {error}") from error
+        return updated
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise RuntimeError("the weight of an adapted layer is W + Delta W, to be read only: remove or merge its adapters first")
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        plain = self.original_class.forward is nn.Linear.forward and len(inputs) == 1 and not named
+        if plain and self.loca.learns_alone(base_weight(self)):
+            return self.loca.linear(inputs[0], base_weight(self), self.bias)
+        result: Tensor = super().forward(*inputs, **named)
+        return result
+
+    @once_while_traced
+    def _settle(self) -> None:
+        self.loca.settle(base_weight(self))
+
+
+def base_weight(layer: nn.Module) -> Tensor:
+    """W itself, whatever `layer.weight` reads as."""
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        raise RuntimeError(
+            "the layer has no weight of its own any more: parametrize it before its adapters come, or not at all"
+        )
+    return weight
+
+
+def adapt(layer: nn.Module) -> WeightUpdates:
+    """Make `layer` read its weight through its updates, and return them; a layer that does already stays as it is."""
+    if isinstance(layer, AdaptedLayer):
+        return layer.loca
+    updates = WeightUpdates()
+    layer.add_module("loca", updates)
+    exchange_class(layer, adapted_class(AdaptedLayer, type(layer)))
+    return updates
+
+
+def restore(layer: AdaptedLayer) -> None:
+    """Give the layer its own class back; its parameters were never touched."""
+    del layer._modules["loca"]
+    exchange_class(layer, layer.original_class)

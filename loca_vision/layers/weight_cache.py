@@ -1,0 +1,25 @@
+"""layers/weight_cache.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from loca_vision.functional.snapshot import Snapshot
+
+
+class _Kept:
+    """A weight built once, and what it was built from: spectra are compared by value, and of W a sample."""
+
+    def __init__(self, base: Tensor | None, learned: list[Tensor], terms: tuple[Any, ...], weight: Tensor) -> None:
+        self.snapshot = Snapshot([base, *learned], [*_sample(base), *learned])
+        self.terms, self.weight = terms, weight
+
+    def holds_for(self, base: Tensor | None, learned: list[Tensor], terms: tuple[Any, ...]) -> bool:
+        return self.terms == terms and self.snapshot.holds_for([base, *learned], [*_sample(base), *learned])
+
+
+def _sample(base: Tensor | None) -> list[Tensor]:
+    """Of W (p, q) some 64 values, spread over it."""
+    return [] if base is None else [base[:: max(1, base.shape[0] // 8), :: max(1, base.shape[1] // 8)]]

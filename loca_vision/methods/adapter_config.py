@@ -1,0 +1,186 @@
+"""Kinds of adapter: the settings of each, and how they become updates, new ones or those in a file."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from loca_vision.checks import check_seed, check_targets
+from loca_vision.methods.update import Update
+from loca_vision.offload import stored_at
+
+FLOATS = ("F32", "F16")
+_WHOLE = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+
+
+class Projection(Protocol):
+    """What is to be adapted: (p, q) rows of one weight."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def weight(self) -> Tensor:
+        """(p, q), the weight before any update.
+
+        Raises:
+            ValueError: it is quantised, or otherwise no matrix of floating-point numbers.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a tensor in a file has to be: its shape, dtypes as safetensors calls them, and of what matrix it numbers cells."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = FLOATS
+    cells_of: tuple[int, int] | None = None
+
+
+class AdapterConfig:
+    """The settings of one kind of adapter. A subclass is a frozen dataclass, decorated with `kind`.
+
+    It has the fields `targets` and `seed`, makes updates that change nothing (`made`), and may start them (`started`). That is
+    enough for all else, files included: they hold the `state_dict` of every update.
+
+    Attributes:
+        method: the name of the kind, in files and on command lines.
+    """
+
+    method: ClassVar[str]
+    targets: tuple[str, ...]
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Check the fields that all kinds have; a subclass with more of them checks those too.
+
+        Raises:
+            ValueError: naming the field, its value and the rule.
+        """
+        check_targets(self.targets)
+        check_seed(self.seed)
+        object.__setattr__(self, "targets", tuple(self.targets))  # which a file has as a list
+
+    # New updates
+
+    def made(self, shape: tuple[int, int]) -> Update:
+        """An update for a weight (p, q), on the current device; all its numbers are about to be written.
+
+        Raises:
+            ValueError: the settings do not fit the shape; the sentence need not name the projection.
+        """
+        raise NotImplementedError
+
+    def started(self, update: Any, projection: Projection, generator: torch.Generator) -> None:
+        """Give an update that `made` has made its first numbers, with which it is to change nothing.
+
+        The generator is the projection's own; whoever draws from it draws the same for the same seed.
+        """
+
+    def created(self, projections: Sequence[Projection]) -> list[Update]:
+        """New updates for these projections, of which none changes anything.
+
+        Raises:
+            ValueError: the settings do not fit one of them.
+        """
+        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():  # else they could never be trained
+            updates = [self._made(projection.name, projection.shape) for projection in projections]
+            for update, projection in zip(updates, projections, strict=True):
+                self.started(update, projection, generator_of(self.seed, projection.name))
+        return updates
+
+    def _made(self, projection: str, shape: tuple[int, int]) -> Update:
+        """With the name of the projection in what is said against the settings, absurd sizes in a file among them."""
+        try:
+            return self.made(shape)
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            raise ValueError(f"{projection}: {error}") from None
+
+    # Files
+
+    def layout(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Stored]:
+        """What a file of this adapter holds for projections of these shapes, by key.
+
+        Raises:
+            ValueError: the settings do not fit one of them.
+        """
+        with torch.device("meta"):
+            made = {projection: self._made(projection, shape) for projection, shape in shapes.items()}
+        return {
+            f"{projection}.{key}": Stored(tuple(value.shape), _dtypes(update, key, value))
+            for projection, update in made.items()
+            for key, value in update.state_dict().items()
+        }
+
+    def tensors(self, updates: Mapping[str, Update], dtype: torch.dtype) -> dict[str, Tensor]:
+        """What goes into the file, by key; floating-point numbers in `dtype`, but for those that an update keeps `exact`.
+
+        Raises:
+            ValueError: a value no file may hold.
+        """
+        return {
+            f"{projection}.{key}": _written(update, key, dtype)
+            for projection, update in updates.items()
+            for key in update.state_dict()
+        }
+
+    def check_values(self, projection: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
+        """Raise where finite numbers in a file make an update that is not: naming the key and the rule."""
+
+    def restored(
+        self, projection: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], room: int | None = None
+    ) -> Update:
+        """The update in a file; its cells, where it has any, are final.
+
+        Args:
+            room: components to make room for, so that an adapter with more of them can take its place later.
+
+        Raises:
+            ValueError: there are more.
+        """
+        with torch.device("cpu"):
+            update = self.made(shape)
+        with torch.no_grad():
+            for key, value in update.state_dict().items():
+                value.copy_(tensors[f"{projection}.{key}"])
+        return update
+
+    def of(self, updates: Mapping[str, Update]) -> AdapterConfig:
+        """The settings as a file of these updates has them: projections by name, never by pattern."""
+        return self
+
+    def check_names(self, projections: Collection[str]) -> None:
+        """Raise where settings read from a file name other projections than its header does."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as JSON values, from which the class makes an equal configuration."""
+        fields = asdict(self)  # type: ignore[call-overload]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
+def _dtypes(update: Update, key: str, value: Tensor) -> tuple[str, ...]:
+    """Whole numbers in their own dtype only, which no other holds exactly."""
+    if value.is_floating_point():
+        return FLOATS[:1] if key in update.exact else FLOATS
+    if value.dtype not in _WHOLE:
+        raise ValueError(f"{key} is {value.dtype}, which no adapter file holds")
+    return (_WHOLE[value.dtype],)
+
+
+def _written(update: Update, key: str, dtype: torch.dtype) -> Tensor:
+    value = stored_at(update, key).detach()
+    as_it_is = key in update.exact or not value.is_floating_point()
+    return value.to("cpu", value.dtype if as_it_is else dtype, copy=True)
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """Random numbers of one projection, so that targets do not disturb each other; the same on every device."""
+    return torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))

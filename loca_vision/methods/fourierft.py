@@ -1,0 +1,95 @@
+"""FourierFT: coefficients of a Fourier spectrum at fixed random cells are learned (arXiv 2405.03003, ICML 2024)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from loca_vision.checks import check_choice, check_components, check_factor
+from loca_vision.functional.fourier import inverse_real
+from loca_vision.methods.adapter_config import Projection
+from loca_vision.methods.locations import by_cell, random_locations
+from loca_vision.methods.registry import kind
+from loca_vision.methods.sparse_config import SparseConfig
+from loca_vision.methods.spectrum import Spectrum
+from loca_vision.methods.update import Update
+
+
+class FourierSpectrum(Spectrum):
+    """Delta W = scale * Re(ifft2(F)), F zero but for B real coefficients: (p, q).
+
+    An atom cos(2 pi (u k / p + v l / q)) / (p q) has Frobenius norm 1 / sqrt(2 p q), or 1 / sqrt(p q) where it is its own
+    mirror image (u in {0, p / 2} and v in {0, q / 2}).
+    """
+
+    def delta(self, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+        """`strength` times the update, (p, q) float32, differentiable in the coefficients."""
+        return inverse_real(self.coefficients * (self.scale * strength), self.cells, self.shape)
+
+    def cosines(self, strength: float = 1.0) -> None:
+        """These are other waves."""
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """Without building it: of the real part's spectrum, half of it at every cell and half at its mirror image."""
+        values, cells = self.coefficients.double() / 2, self.cells
+        both = by_cell(torch.cat([values, values]), torch.cat([cells, -cells % torch.tensor(self.shape, device=cells.device)]))
+        return abs(self.scale) * float(torch.linalg.vector_norm(both)) / math.sqrt(math.prod(self.shape))
+
+    def applied(self, x: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+        return Update.applied(self, x, strength)
+
+
+@kind
+@dataclass(frozen=True)
+class FourierFTConfig(SparseConfig):
+    """The settings of FourierFT: W' = W0 + scale * Re(ifft2(F)), with real coefficients at fixed random cells.
+
+    Args:
+        n_components: coefficients of each adapted projection (`n_frequency` in peft), from 1 to p * q, or a mapping from a
+            name pattern.
+        scale: `scaling` in peft. Its meaning depends on the width: an atom has the norm scale / sqrt(2 p q), so that
+            scale = sqrt(2 p q), 1086 for 768 x 768, corresponds to LoCA's 1.
+        targets: which projections, out of q, k, v, out of attention layers and fc1, fc2 of the MLPs.
+        coefficient_init: "zero", so that nothing changes at first; "normal" draws them from N(0, 1), as peft does unless told.
+        seed: of the cells, and of the coefficients where they are drawn.
+
+    Raises:
+        ValueError: naming the field, its value and the rule.
+    """
+
+    method: ClassVar[str] = "fourierft"
+
+    n_components: int | Mapping[str, int] = 3000
+    scale: float = 300.0
+    targets: tuple[str, ...] = ("q", "v")
+    coefficient_init: Literal["zero", "normal"] = "zero"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_components(self.n_components)
+        check_factor("scale", self.scale, "the factor of the update")
+        check_choice("coefficient_init", self.coefficient_init, ("zero", "normal"))
+        object.__setattr__(self, "scale", float(self.scale))
+        if isinstance(self.n_components, Mapping):
+            object.__setattr__(self, "n_components", dict(self.n_components))
+
+    def spectrum(self, shape: tuple[int, int], coefficients: Tensor, locations: Tensor) -> FourierSpectrum:
+        made = FourierSpectrum(shape, coefficients, locations, scale=self.scale)
+        made.locations.requires_grad_(False)
+        made.final = True
+        return made
+
+    def first_locations(self, projection: Projection, count: int, generator: torch.Generator) -> Tensor:
+        return random_locations(projection.shape, count, generator)
+
+    def first_coefficients(self, count: int, generator: torch.Generator) -> Tensor:
+        if self.coefficient_init == "zero":
+            return super().first_coefficients(count, generator)
+        return nn.init.normal_(torch.empty(count), generator=generator)

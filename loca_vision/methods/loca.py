@@ -1,0 +1,64 @@
+"""Location-aware Cosine Adaptation: coefficients and locations of a cosine spectrum are learned (LoCA, ICLR 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from loca_vision.checks import check_choice, check_components, check_factor
+from loca_vision.methods.adapter_config import Projection
+from loca_vision.methods.locations import random_locations
+from loca_vision.methods.registry import kind
+from loca_vision.methods.sparse_config import SparseConfig
+from loca_vision.methods.spectrum import Spectrum
+
+LOCATION_INITS = ("uniform",)
+LOCATION_GRADIENTS = ("central", "forward", "backward")
+
+
+@kind
+@dataclass(frozen=True)
+class LoCAConfig(SparseConfig):
+    """The settings of Location-aware Cosine Adaptation (ICLR 2025): W' = W0 + scale * C^T S D.
+
+    Args:
+        n_components: non-zero coefficients of each adapted projection, from 1 to p * q; or a mapping from a name pattern
+            (`"blocks.0.*"`, as in `fnmatch`, over names like `blocks.0.attn.q`) to such a count, the first match counts.
+        scale: alpha. Every atom has Frobenius norm 1, so it means the same at every width.
+        targets: which projections, out of q, k, v, out of attention layers and fc1, fc2 of the MLPs.
+        location_init: "uniform" draws different cells, every cell as likely as any other.
+        location_gradient: "central", "forward" or "backward" difference (the last two are V4 and V5 of Table 5).
+        seed: of the first locations. Each projection draws from (seed, its name), so targets do not disturb each other.
+
+    Raises:
+        ValueError: naming the field, its value and the rule.
+    """
+
+    method: ClassVar[str] = "loca"
+
+    n_components: int | Mapping[str, int] = 3000
+    scale: float = 1.0
+    targets: tuple[str, ...] = ("q", "v")
+    location_init: Literal["uniform"] = "uniform"
+    location_gradient: Literal["central", "forward", "backward"] = "central"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_components(self.n_components)
+        check_factor("scale", self.scale, "alpha")
+        check_choice("location_init", self.location_init, LOCATION_INITS)
+        check_choice("location_gradient", self.location_gradient, LOCATION_GRADIENTS)
+        object.__setattr__(self, "scale", float(self.scale))
+        if isinstance(self.n_components, Mapping):
+            object.__setattr__(self, "n_components", dict(self.n_components))
+
+    def spectrum(self, shape: tuple[int, int], coefficients: Tensor, locations: Tensor) -> Spectrum:
+        return Spectrum(shape, coefficients, locations, scale=self.scale, difference=self.location_gradient)
+
+    def first_locations(self, projection: Projection, count: int, generator: torch.Generator) -> Tensor:
+        return random_locations(projection.shape, count, generator)

@@ -1,0 +1,51 @@
+"""methods/locations.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Share of a cell's width over which a first location may lie off its centre: short of the whole, so that float32
+# cannot round it into the neighbour.
+_JITTER = 0.99
+
+
+def random_locations(shape: tuple[int, int], count: int, generator: torch.Generator) -> Tensor:
+    """(B, 2) float32 locations at different cells, every cell as likely as any other.
+
+    Each lies somewhere within its cell, not at the centre, so that some are about to cross into the next cell and others
+    are not.
+    """
+    flat = distinct(count, shape[0] * shape[1], generator)
+    jitter = (torch.rand(count, 2, generator=generator, dtype=torch.float32) - 0.5) * _JITTER
+    locations = cell_locations(flat, shape) + jitter / torch.tensor(shape).sub(1).clamp(min=1)
+    return locations.clamp(0, 1)
+
+
+def cells_at(locations: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(B, 2) int64 cells nearest to locations (B, 2) in [0, 1]."""
+    inside = locations.detach().nan_to_num(0).clamp(0, 1)
+    return torch.stack([(inside[:, axis] * (size - 1)).round().long() for axis, size in enumerate(shape)], 1)
+
+
+def by_cell(values: Tensor, cells: Tensor) -> Tensor:
+    """The sums of values (B,) that stand at one of the cells (B, 2), for every different cell."""
+    different, where = torch.unique(cells, dim=0, return_inverse=True)
+    return values.new_zeros(len(different)).index_add(0, where, values)
+
+
+def cell_locations(flat: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(B, 2) float32 locations in [0, 1] at the centres of flat cells row * q + column (B,)."""
+    cells = torch.stack([flat // shape[1], flat % shape[1]], 1)
+    return cells.to(torch.float32) / torch.tensor(shape, device=flat.device).sub(1).clamp(min=1)
+
+
+def distinct(count: int, total: int, generator: torch.Generator) -> Tensor:
+    """`count` different whole numbers below `total`, in random order, in memory of the order of `count`."""
+    if 2 * count > total:
+        return torch.randperm(total, generator=generator)[:count]
+    drawn = torch.empty(0, dtype=torch.long)
+    while len(drawn) < count:
+        more = torch.randint(total, (count + 16,), generator=generator)
+        drawn = torch.unique(torch.cat([drawn, more]))
+    return drawn[torch.randperm(len(drawn), generator=generator)[:count]]

@@ -1,0 +1,124 @@
+"""Selective DCT fine-tuning: cosine components where the pretrained weight has its energy (sDCTFT, arXiv 2410.09103)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from loca_vision.checks import check_components, check_count, check_factor, check_share, is_finite
+from loca_vision.functional.dct import dct2
+from loca_vision.methods.adapter_config import Projection
+from loca_vision.methods.locations import cell_locations
+from loca_vision.methods.registry import kind
+from loca_vision.methods.sparse_config import SparseConfig
+from loca_vision.methods.spectrum import Spectrum
+
+_MOST_BANDS = 1000
+
+
+@kind
+@dataclass(frozen=True)
+class SDCTFTConfig(SparseConfig):
+    """The settings of selective DCT fine-tuning: W' = W0 + scale * C^T S D, with cells chosen by the spectrum of W0 itself.
+
+    The plane of frequencies is divided into bands of equal width by the distance sqrt(u^2 + v^2) from the constant. In each
+    band, a share of its components stands where |DCT(W0)| is largest, the rest at random among the band's other cells. The
+    locations stay where they are; the coefficients are learned, and begin at zero.
+
+    The paper leaves open what the outermost distance is. Here it is the largest in the plane, sqrt((p-1)^2 + (q-1)^2).
+
+    Args:
+        n_components: non-zero coefficients of each adapted projection, from 1 to p * q, or a mapping from a name pattern.
+        scale: a factor of the update; every atom has Frobenius norm 1.
+        targets: which projections, out of q, k, v, out of attention layers and fc1, fc2 of the MLPs.
+        n_bands: how many bands, from low to high frequencies.
+        energy_share: delta, the share of each band's components that is chosen by energy, from 0 to 1.
+        budgets: the share of all components that each band gets; equal shares by default. What a band has no cells for goes
+            to the next one, from low to high, and round.
+        seed: of the random cells.
+
+    Raises:
+        ValueError: naming the field, its value and the rule.
+    """
+
+    method: ClassVar[str] = "sdctft"
+
+    n_components: int | Mapping[str, int] = 3000
+    scale: float = 1.0
+    targets: tuple[str, ...] = ("q", "v")
+    n_bands: int = 3
+    energy_share: float = 0.7
+    budgets: tuple[float, ...] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_components(self.n_components)
+        check_factor("scale", self.scale, "the factor of the update")
+        check_count("n_bands", self.n_bands, most=_MOST_BANDS)
+        check_share("energy_share", self.energy_share)
+        _check_budgets(self.budgets, self.n_bands)
+        object.__setattr__(self, "scale", float(self.scale))
+        if self.budgets is not None:
+            object.__setattr__(self, "budgets", tuple(map(float, self.budgets)))
+        if isinstance(self.n_components, Mapping):
+            object.__setattr__(self, "n_components", dict(self.n_components))
+
+    def spectrum(self, shape: tuple[int, int], coefficients: Tensor, locations: Tensor) -> Spectrum:
+        made = Spectrum(shape, coefficients, locations, scale=self.scale)
+        made.locations.requires_grad_(False)
+        made.final = True
+        return made
+
+    def first_locations(self, projection: Projection, count: int, generator: torch.Generator) -> Tensor:
+        energy = dct2(projection.weight().detach().float().cpu()).square().flatten()
+        shares = self.budgets or (1 / self.n_bands,) * self.n_bands
+        cells = _chosen(energy, bands(projection.shape, self.n_bands), count, shares, self.energy_share, generator)
+        return cell_locations(cells, projection.shape)
+
+
+def bands(shape: tuple[int, int], n_bands: int) -> list[Tensor]:
+    """The flat cells row * q + column of each band, bands of equal width by their distance from the constant."""
+    rows, cols = (torch.arange(size, dtype=torch.float64) for size in shape)
+    distance = (rows[:, None].square() + cols.square()).sqrt().flatten()
+    band = (distance / distance.max().clamp(min=1) * n_bands).long().clamp(max=n_bands - 1)
+    return [torch.nonzero(band == number).flatten() for number in range(n_bands)]
+
+
+def _chosen(
+    energy: Tensor, cells: list[Tensor], count: int, shares: Sequence[float], energy_share: float, generator: torch.Generator
+) -> Tensor:
+    """(count,) different flat cells: of each band those of most energy, then others at random."""
+    found = []
+    for band, number in zip(cells, allotted(count, shares, [len(band) for band in cells]), strict=True):
+        ranked = band[energy[band].argsort(descending=True, stable=True)]
+        best = round(energy_share * number)
+        rest = ranked[best:]
+        drawn = torch.randperm(len(rest), generator=generator)[: number - best]
+        found += [ranked[:best], rest[drawn]]
+    return torch.cat(found)
+
+
+def allotted(count: int, shares: Sequence[float], room: Sequence[int]) -> list[int]:
+    """How many of `count` each band gets: its share, rounded so that the sum is right; what one has no room for, the next."""
+    ends = [round(count * sum(shares[: i + 1]) / sum(shares)) for i in range(len(shares))]
+    wanted = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    given, over = [0] * len(room), 0
+    for i in (*range(len(room)), *range(len(room))):
+        asked = over + (wanted[i] if given[i] == 0 else 0)
+        wanted[i] = 0
+        taken = min(asked, room[i] - given[i])
+        given[i], over = given[i] + taken, asked - taken
+    return given
+
+
+def _check_budgets(budgets: Any, n_bands: int) -> None:
+    if budgets is None:
+        return
+    numbers = isinstance(budgets, (tuple, list)) and all(is_finite(b) and b >= 0 for b in budgets)
+    if not numbers or len(budgets) != n_bands or not sum(budgets) > 0:
+        raise ValueError(f"budgets={budgets!r}: {n_bands} shares from 0 up, one for each band, not all 0")

@@ -1,0 +1,130 @@
+"""Kinds of adapter whose update is a spectrum of few components: counted, drawn, saved and read alike."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from loca_vision.checks import counts_by_name
+from loca_vision.methods.adapter_config import AdapterConfig, Projection, Stored, generator_of
+from loca_vision.methods.locations import cell_locations, cells_at
+from loca_vision.methods.spectrum import Spectrum
+from loca_vision.methods.update import Update
+from loca_vision.offload import stored
+
+
+class SparseConfig(AdapterConfig):
+    """A subclass has the fields `n_components` and `scale` too; it says which `spectrum` it makes, and where it begins.
+
+    In a file: `<projection>.coefficients` (B,) and `<projection>.locations` int32 (B,) = row * q + column, which are final.
+    """
+
+    n_components: int | Mapping[str, int]
+    scale: float
+
+    def spectrum(self, shape: tuple[int, int], coefficients: Tensor, locations: Tensor) -> Spectrum:
+        """The update with these coefficients (B,) and locations (B, 2)."""
+        raise NotImplementedError
+
+    def first_locations(self, projection: Projection, count: int, generator: torch.Generator) -> Tensor:
+        """(B, 2) where the components of a new update stand."""
+        raise NotImplementedError
+
+    def components(self, names: list[str]) -> dict[str, int]:
+        """The count of every projection named.
+
+        Raises:
+            ValueError: a name no pattern matches, or a pattern that decides about no name.
+        """
+        return counts_by_name(self.n_components, names)
+
+    def created(self, projections: Sequence[Projection]) -> list[Update]:
+        counts = self.components([projection.name for projection in projections])
+        for projection in projections:
+            rows, cols = projection.shape
+            if counts[projection.name] > rows * cols:
+                raise ValueError(
+                    f"n_components={counts[projection.name]}: {projection.name} has {rows} x {cols} = {rows * cols} cells"
+                )
+        return [self._new(projection, counts[projection.name]) for projection in projections]
+
+    def _new(self, projection: Projection, count: int) -> Spectrum:
+        generator = generator_of(self.seed, projection.name)
+        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():  # else it could never be trained
+            locations = self.first_locations(projection, count, generator)
+            return self.spectrum(projection.shape, self.first_coefficients(count, generator), locations)
+
+    def first_coefficients(self, count: int, generator: torch.Generator) -> Tensor:
+        """(B,): zeros, so that nothing changes at first."""
+        return torch.zeros(count, dtype=torch.float32)
+
+    def layout(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Stored]:
+        found: dict[str, Stored] = {}
+        counts = self.n_components if isinstance(self.n_components, Mapping) else dict.fromkeys(shapes, self.n_components)
+        for projection, (rows, cols) in shapes.items():
+            count = counts[projection]
+            if count > rows * cols:
+                raise ValueError(f"{projection} has {count} components, of {rows} x {cols} = {rows * cols} cells")
+            found[f"{projection}.coefficients"] = Stored((count,))
+            found[f"{projection}.locations"] = Stored((count,), ("I32",), cells_of=(rows, cols))
+        return found
+
+    def tensors(self, updates: Mapping[str, Update], dtype: torch.dtype) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for projection, update in updates.items():
+            count = update.count if isinstance(update, Spectrum) else None
+            coefficients = stored(update, "coefficients").detach()[:count]
+            found[f"{projection}.coefficients"] = coefficients.to("cpu", dtype, copy=True)
+            found[f"{projection}.locations"] = _flat(projection, update.shape, stored(update, "locations")[:count])
+        return found
+
+    def check_values(self, projection: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
+        size = abs(self.scale) * tensors[f"{projection}.coefficients"].double().abs().sum()
+        if size > torch.finfo(torch.float32).max:
+            raise ValueError(f"{projection}.coefficients times the scale {self.scale} overflows float32")
+
+    def restored(
+        self, projection: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], room: int | None = None
+    ) -> Update:
+        flat = tensors[f"{projection}.locations"].long()
+        coefficients = tensors[f"{projection}.coefficients"].to(torch.float32)
+        count = len(flat)
+        if room is not None and count > room:
+            raise ValueError(f"{projection} has {count} components: there is room for {room}")
+        if room is not None:
+            coefficients, flat = F.pad(coefficients, (0, room - count)), F.pad(flat, (0, room - count))
+        spectrum = self.spectrum(shape, coefficients, cell_locations(flat, shape))
+        spectrum.locations.requires_grad_(False)
+        spectrum.count, spectrum.final = count, True
+        return spectrum
+
+    def of(self, updates: Mapping[str, Update]) -> AdapterConfig:
+        if isinstance(self.n_components, int):
+            return self
+        counts = {projection: len(stored(update, "coefficients")) for projection, update in updates.items()}
+        counts |= {projection: update.count for projection, update in updates.items() if isinstance(update, Spectrum)}
+        return replace(self, n_components=counts)  # type: ignore[type-var]
+
+    def check_names(self, projections: Collection[str]) -> None:
+        if isinstance(self.n_components, Mapping) and set(self.n_components) != set(projections):
+            raise ValueError("config: n_components does not name the projections of the file")
+
+    def as_json(self) -> dict[str, Any]:
+        counts = self.n_components
+        return super().as_json() | {"n_components": dict(counts) if isinstance(counts, Mapping) else counts}
+
+
+def _flat(projection: str, shape: tuple[int, int], locations: Tensor) -> Tensor:
+    """Cells as int32 row * q + column."""
+    rows, cols = shape
+    if rows * cols > 2**31:
+        raise ValueError(f"{projection}: {rows} x {cols} cells are more than int32 locations can number")
+    if not torch.isfinite(locations).all():
+        raise ValueError(f"{projection}.locations holds NaN or infinity")
+    cells = cells_at(locations, shape).cpu()
+    return (cells[:, 0] * cols + cells[:, 1]).to(torch.int32)

@@ -1,0 +1,172 @@
+"""A sparse spectrum whose coefficients and locations are learned, and the matrix it stands for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loca_vision.functional.cosine_atoms import Cosines, Form, Layout
+from loca_vision.functional.cosine_sum import add_cosines, applied_to, cosine_applied, cosine_matrix, cosine_sum
+from loca_vision.functional.snapshot import Snapshot
+from loca_vision.functional.token_spectra import shared_pieces
+from loca_vision.methods.adapter_config import generator_of
+from loca_vision.methods.locations import by_cell, cells_at, random_locations
+from loca_vision.methods.update import Update
+from loca_vision.offload import stored
+
+
+class Spectrum(Update):
+    """Delta W = scale * C^T S D of shape (p, q), with B components (LoCA, Eq. 2).
+
+    Args:
+        shape: (p, q), rows (out_features) and columns (in_features) of the matrix.
+        coefficients: (B,) the amplitudes.
+        locations: (B, 2) rows and columns, scaled so that 0 is the first and 1 the last.
+        scale: alpha.
+        difference: "central", "forward" or "backward" finite difference for the gradient of the locations.
+
+    Attributes:
+        coefficients: (B,) float32 parameter.
+        locations: (B, 2) float32 parameter in [0, 1].
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        coefficients: Tensor,
+        locations: Tensor,
+        *,
+        scale: float = 1.0,
+        difference: str = "central",
+    ) -> None:
+        super().__init__(shape, scale)
+        self.difference = difference
+        self.count = len(coefficients)  # of them that mean something: behind may be zeros, room for another adapter
+        self.final = False  # whether the locations are, for good
+        self.scheduled = False  # whether a schedule decides what moves: a half that is frozen may learn again
+        self._kept: tuple[Snapshot, Layout] | None = None
+        self.coefficients = nn.Parameter(coefficients)
+        self.locations = nn.Parameter(locations)
+
+    @property
+    def cells(self) -> Tensor:
+        """(B, 2) int64: the row and column at which each component stands now.
+
+        NaN, from a training that diverged, counts as 0: the loss tells of it, an index out of range would not.
+        """
+        return cells_at(self.locations, self.shape)
+
+    def delta(self, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+        """`strength` times the update, (p, q) float32, differentiable in coefficients and locations."""
+        self._confine_what_moves()
+        scale = self.scale * strength
+        if self._trains_eagerly() and not torch.is_grad_enabled():
+            return cosine_matrix(self.coefficients.detach(), self.layout, scale)
+        return cosine_sum(self.coefficients, self.locations, self.cells, self.shape, scale, self.difference)
+
+    def added(self, onto: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+        own = type(self).delta is Spectrum.delta  # a subclass may make another matrix
+        here = onto.dtype == self.coefficients.dtype and onto.device == self.coefficients.device
+        if not (own and here) or onto.device.type != "cpu":
+            return super().added(onto, strength, weight)
+        self._confine_what_moves()
+        layout = self.layout if self._trains_eagerly() else Layout(self.cells, self.shape)
+        add_cosines(onto, self.coefficients.detach(), layout, self.scale * strength)
+        return onto
+
+    def cosines(self, strength: float = 1.0) -> Cosines | None:
+        self._confine_what_moves()
+        form = Form(self.shape, self.scale * strength, self.difference)
+        return Cosines(self.coefficients, self.locations, self.layout, form)
+
+    @property
+    def layout(self) -> Layout:
+        """The cells with what follows from them, kept from step to step for as long as the locations stay where they are.
+
+        On the CPU values tell that. On other devices versions do, which optimisers of their own kernels may leave as they are:
+        there nothing is kept while locations learn.
+        """
+        held = [self.locations]
+        if self.locations.requires_grad and self.locations.device.type != "cpu":
+            self._kept = None
+            return Layout(self.cells, self.shape)
+        kept = self._kept
+        if kept is None or not kept[0].holds_for(held, held):
+            self._kept = kept = Snapshot(held, held), self._layout_like(kept and kept[1])
+        return kept[1]
+
+    def _layout_like(self, known: Layout | None) -> Layout:
+        """The one that is known, where locations moved and no component came to another cell."""
+        cells, cpu = self.cells, torch.device("cpu")
+        if known is not None and known.cells.device == cells.device == cpu and torch.equal(known.cells, cells):
+            return known
+        return Layout(cells, self.shape)
+
+    def _trains_eagerly(self) -> bool:
+        """Whether a step of training runs as it is written, so that things may be kept for the next one."""
+        learns = self.coefficients.requires_grad or self.locations.requires_grad
+        return learns and type(self.coefficients) is nn.Parameter and not torch.compiler.is_compiling()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None}  # a copy or a pickle works out its own
+
+    def applied(self, x: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+        """x times `strength` times the update, x Delta W^T, without building it: (..., q) to (..., p) in x's dtype.
+
+        Two transforms of the activations and a sparse product. Differentiable in x only.
+        """
+        scale, coefficients = self.scale * strength, self.coefficients.to(x.device)
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+            return cosine_applied(x, coefficients, self.cells.to(x.device), self.shape, scale)
+        layout = self.layout if self.locations.device == x.device else Layout(self.cells.to(x.device), self.shape)
+        return applied_to(shared_pieces(x), x, coefficients.detach(), layout, scale)
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """Without building it: atoms of different cells are orthonormal."""
+        return abs(self.scale) * float(torch.linalg.vector_norm(by_cell(self.coefficients.double(), self.cells)))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.coefficients, self.locations
+
+    def learned(self) -> list[nn.Parameter]:
+        return [self.coefficients]
+
+    def confine(self) -> None:
+        """Bring locations an optimiser has carried out of [0, 1] back to the border: every cell stays within reach."""
+        self.locations.data.clamp_(0, 1)
+
+    def _confine_what_moves(self) -> None:
+        """For those who train without a schedule, which does it too."""
+        if self.locations.requires_grad and not torch.compiler.is_compiling():
+            self.confine()
+
+    def check_room(self, other: Update, place: str) -> None:
+        if type(other) is not type(self) or not isinstance(other, Spectrum):
+            raise ValueError(f"{place} is of another kind in the adapter that it should replace")
+        if other.count > len(self.coefficients):
+            raise ValueError(
+                f"{place} has {other.count} components and the adapter that it should replace has room for "
+                f"{len(self.coefficients)}; call enable_loca_hotswap before the first adapter is loaded, "
+                f"with {other.count} or more"
+            )
+
+    @torch.no_grad()
+    def take_over(self, other: Update | None) -> None:
+        self.rests = other is None or other.rests
+        if not isinstance(other, Spectrum):
+            return
+        coefficients, locations = stored(self, "coefficients"), stored(self, "locations")
+        coefficients.zero_()
+        coefficients[: other.count] = other.coefficients[: other.count].to(coefficients.device)
+        locations[: other.count] = other.locations[: other.count].to(locations.device)
+        self.count, self.scale, self.difference, self.final = other.count, other.scale, other.difference, other.final
+
+
+def random_spectrum(shape: tuple[int, int], n_components: int, *, name: str, seed: int, **settings: Any) -> Spectrum:
+    """A spectrum of zero coefficients at different cells, drawn on the CPU from (seed, name)."""
+    with torch.device("cpu"), torch.inference_mode(False):  # parameters made in inference mode could never be trained
+        locations = random_locations(shape, n_components, generator_of(seed, name))
+        return Spectrum(shape, torch.zeros(n_components, dtype=torch.float32), locations, **settings)

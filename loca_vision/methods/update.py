@@ -1,0 +1,132 @@
+"""What all kinds of adapter are made of: the update of one weight, from few trained numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loca_vision.functional.cosine_atoms import Cosines
+from loca_vision.offload import stored_at
+
+
+class Update(nn.Module):
+    """Delta W of shape (p, q), from float32 parameters and buffers that a subclass has.
+
+    A subclass says how the matrix is made (`delta`), or, where it has a low rank, which two factors make it (`factors`). All
+    else is the same for all kinds: where it goes, how it is saved, cast, merged, weighed and swapped.
+
+    Attributes:
+        shape: (p, q), rows (out_features) and columns (in_features) of the weight.
+        scale: a factor of the update.
+        needs_weight: whether the update depends on the weight it is added to.
+        exact: the names of those tensors that files hold in float32 even where they hold others in float16.
+        rests: whether it is to be passed over, since the adapter that took another's place has nothing for this weight.
+    """
+
+    needs_weight = False
+    exact: tuple[str, ...] = ()
+
+    def __init__(self, shape: tuple[int, int], scale: float = 1.0) -> None:
+        super().__init__()
+        self.shape = shape
+        self.scale = scale
+        self.rests = False
+
+    def delta(self, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+        """`strength` times the update, (p, q) float32, differentiable in what is learned; `weight` where needed."""
+        pair = self.factors(strength)
+        if pair is None:
+            raise NotImplementedError(f"{type(self).__name__} has neither a delta nor factors")
+        return pair[0] @ pair[1]
+
+    def factors(self, strength: float = 1.0) -> tuple[Tensor, Tensor] | None:
+        """(p, r) and (r, q), whose product is `delta`; None for an update that is not of low rank."""
+        return None
+
+    def cosines(self, strength: float = 1.0) -> Cosines | None:
+        """Where `delta` is a sum of cosine atoms, that sum, whose gradient needs no matrix; None for any other."""
+        return None
+
+    @torch.no_grad()
+    def norm(self) -> float | None:
+        """The Frobenius norm of the update; None for one that depends on the weight."""
+        pair = self.factors()
+        if pair is None:
+            return None if self.needs_weight else float(self.delta().norm())
+        up, down = pair[0].double(), pair[1].double()  # without building it: |B A|^2 is the trace of (B^T B) (A A^T)
+        return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
+
+    def applied(self, x: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+        """x times `strength` times the update, x Delta W^T: (..., q) to (..., p) in x's dtype, without gradients."""
+        pair = self.factors(strength)
+        if pair is None:
+            return F.linear(x, self.delta(strength, weight).to(x))
+        return F.linear(F.linear(x, pair[1].to(x)), pair[0].to(x))
+
+    def added(self, onto: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+        """`onto` (p, q), float32 or float64, to which `delta` was added in place, without gradients."""
+        return onto.add_(self.delta(strength, weight).to(onto))
+
+    def add_to(self, onto: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> None:
+        """`added`, through `forward`."""
+        self(strength, None, weight, onto)
+
+    def forward(
+        self, strength: float = 1.0, x: Tensor | None = None, weight: Tensor | None = None, onto: Tensor | None = None
+    ) -> Tensor:
+        """`delta`, or, given activations, `applied`, or, given a matrix, `added`: through here, so that hooks which bring
+        offloaded tensors see it.
+
+        Autocast is for activations: a matrix made under it is the one that is made without, and may be kept.
+        """
+        if x is not None:
+            return self.applied(x, strength, weight)
+        device = next((value.device.type for value in self.tensors()), "cpu")
+        usual = not torch.amp.is_autocast_available(device)  # there is none on the meta device
+        with nullcontext() if usual else torch.autocast(device, enabled=False):
+            return self.delta(strength, weight) if onto is None else self.added(onto, strength, weight)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that the update is made from."""
+        return (*self.parameters(), *self.buffers())
+
+    def learned(self) -> list[nn.Parameter]:
+        """The parameters that training moves at the rate of the adapter."""
+        return list(self.parameters())
+
+    def check_room(self, other: Update, place: str) -> None:
+        """Raise where `other` could not take this update's place; `place` is for the sentence."""
+        sizes = [{key: value.shape for key, value in update.state_dict().items()} for update in (self, other)]
+        if type(self) is not type(other) or sizes[0] != sizes[1]:
+            raise ValueError(f"{place} is of another kind or size in the adapter that it should replace")
+
+    @torch.no_grad()
+    def take_over(self, other: Update | None) -> None:
+        """Become what `other` is, in the same tensors, so that nothing is compiled anew; without one, rest."""
+        self.rests = other is None or other.rests
+        if other is not None:
+            self.__dict__.update({name: value for name, value in vars(other).items() if _is_setting(name)})
+            for key in other.state_dict():
+                stored_at(self, key).copy_(stored_at(other, key))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Update:
+        # Follow to another device, never to another precision: bfloat16 has no whole numbers above 256, and trained
+        # numbers move by less than its spacing.
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        result: Update = super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        return result
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, trained={sum(p.numel() for p in self.learned())}, scale={self.scale:g}"
+
+
+def _is_setting(name: str) -> bool:
+    """Whether an attribute of an update says what it is: not how it is kept, hooked or trained."""
+    return not name.startswith("_") and name not in ("forward", "training")

@@ -1,0 +1,82 @@
+"""model/adapters.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from loca_vision.model.activation import activate
+from loca_vision.model.state import Record, Strength, record_of, refuse_fused
+from loca_vision.model.traversal import sites, unwrap
+
+
+def adapters(model: nn.Module, name: str = "default") -> dict[str, Any]:
+    """The updates of one adapter by projection, in the order of the model's modules: of LoCA, each a `Spectrum`.
+
+    Raises:
+        ValueError: no such adapter.
+    """
+    _known(_record(model), name)
+    entries = (entry for site in sites(model) for entry in site.updates.entries())
+    return {place.projection: update for place, update in entries if place.adapter == name}
+
+
+def set_adapters(
+    model: nn.Module, names: str | Sequence[str], weights: float | Sequence[float] | Mapping[str, float] | None = None
+) -> None:
+    """Let these adapters act, with these weights (1.0 each by default), and no others. An empty sequence: the base model.
+
+    Whole tensors (a classifier head) come from the last adapter named that has any.
+
+    Raises:
+        ValueError: an unknown or repeated name, a weight that is not finite, or another number of weights than names.
+    """
+    record = _record(model)
+    if isinstance(names, Mapping):
+        raise ValueError(f"names={dict(names)!r}: names come as a sequence, their weights as the next argument")
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        _known(record, name)
+    if len(set(names)) < len(names):
+        raise ValueError(f"names={names!r}: an adapter is named twice")
+    refuse_fused(record, names or record.fused.adapters)  # the base model is not to be had then
+    strengths: list[Strength] = [*_strengths(names, weights)]
+    activate(unwrap(model), record, dict(zip(names, strengths, strict=True)), enabled=True)
+
+
+def _strengths(names: list[str], weights: float | Sequence[float] | Mapping[str, float] | None) -> list[float]:
+    """One finite number for each name, in whichever form they came."""
+    if weights is None or isinstance(weights, (int, float)):
+        weights = [1.0 if weights is None else weights] * len(names)
+    if isinstance(weights, Mapping):
+        if set(weights) != set(names):
+            raise ValueError(f"weights={dict(weights)!r}: one weight for each of {names!r} is wanted")
+        weights = [weights[name] for name in names]
+    if len(weights) != len(names):
+        raise ValueError(f"weights={list(weights)!r}: {len(weights)} weights for {len(names)} adapters")
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ValueError(f"weights={list(weights)!r}: a weight is a finite number")
+    return list(map(float, weights))
+
+
+def active_adapters(model: nn.Module) -> dict[str, Strength]:
+    """The adapters that act, and how strongly: a number, or a number for each projection; empty for a model without any."""
+    record = record_of(model)
+    return dict(record.active) if record else {}
+
+
+def _record(model: nn.Module) -> Record:
+    record = record_of(model)
+    if record is None:
+        raise ValueError(f"{type(unwrap(model)).__name__} has no adapter; inject or load one first")
+    return record
+
+
+def _known(record: Record, name: str) -> str:
+    if name not in record.adapters:
+        raise ValueError(f"no adapter {name!r} in the model; it has {', '.join(map(repr, record.adapters))}")
+    return name

@@ -1,0 +1,166 @@
+"""A UNet that takes the latents of an image beside the noisy ones: more channels at its entrance, for good or for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loca_vision.model.state import Record, record_of
+from loca_vision.offload import copied_elsewhere, exchange, stored_at
+
+WEIGHT = "conv_in.weight"
+MOST = 256  # channels that a file may ask for: far more than pipelines put together, and 3 MB in Stable Diffusion
+
+
+@torch.no_grad()
+def widen_conv_in(unet: nn.Module, channels: int = 8) -> bool:
+    """Let `unet.conv_in` take more channels; what is in the new ones has no effect at first.
+
+    The first weights and the bias stay, the others are zero (Brooks et al., 2023, section 3.2). `config.in_channels`
+    says so. The new weight is as trainable as the old one.
+
+    To train it beside an adapter, call this, then `inject(unet, config, modules_to_save=("conv_in",))`: it is saved with the
+    adapter as `full.conv_in.weight` and `full.conv_in.bias`. To load that file, nothing of this is needed: loading widens the
+    `conv_in` of a plain UNet as the file asks, and gives the old one back when the adapter goes.
+
+    Returns:
+        Whether anything had to be done: False for a UNet that takes so many channels already.
+
+    Raises:
+        TypeError: the model has no convolution `conv_in`, or no config, as a UNet of diffusers does.
+        ValueError: it takes more channels than that, has an adapter already, or its layers are not 2-D and ungrouped.
+    """
+    if not _has_conv_in(unet):
+        raise TypeError(f"a {type(unet).__name__} has no convolution conv_in to widen: a UNet of diffusers is wanted")
+    layer: Any = unet.conv_in
+    if layer.in_channels == channels:
+        return False
+    if layer.in_channels > channels or layer.groups != 1:
+        raise ValueError(
+            f"channels={channels}: conv_in takes {layer.in_channels}, in {layer.groups} groups, and can only be widened"
+        )
+    if record_of(unet) is not None:
+        raise ValueError("the UNet has an adapter, which is for conv_in as it is: widen it first, then inject or load")
+    _put(unet, _widened(stored_at(unet, WEIGHT), channels, layer.weight.requires_grad))
+    return True
+
+
+def check_wider(model: nn.Module, shape: tuple[int, ...], replacing: str | None = None) -> bool:
+    """Whether a trained `conv_in.weight` of this shape is the model's own but for more channels, so that it can be had.
+
+    Args:
+        shape: (output channels, input channels, height, width) in a file.
+        replacing: the adapter that leaves as it comes.
+
+    Raises:
+        ValueError: more channels than `MOST`, another adapter has a `conv_in` of its own, for fewer, or diffusers' offloading
+            goes by copies of the layer.
+    """
+    layer: Any = getattr(model, "conv_in", None)
+    if not _has_conv_in(model) or layer.groups != 1 or len(shape) != 4:
+        return False
+    (out, now, *kernel), (wanted_out, wanted, *wanted_kernel) = layer.weight.shape, shape
+    if (out, kernel) != (wanted_out, wanted_kernel) or wanted <= now:
+        return False
+    if wanted > MOST:
+        raise ValueError(f"full.{WEIGHT} is for {wanted} channels: conv_in is widened from {now} to {MOST} at most")
+    if copied_elsewhere(model, layer):
+        raise ValueError(
+            f"full.{WEIGHT} is for {wanted} channels, and conv_in is offloaded to a disk or by a stream: load it first"
+        )
+    owner = _owner(model, layer.weight, replacing)
+    if owner:
+        raise ValueError(
+            f"full.{WEIGHT} is for {wanted} channels, and adapter {owner!r} has a conv_in of its own for {now}: remove it first"
+        )
+    return True
+
+
+def _owner(model: nn.Module, weight: Tensor, replacing: str | None) -> str | None:
+    """The adapter that has a `conv_in.weight` of its own, or would have it in its file."""
+    record = record_of(model)
+    if record is None:
+        return None
+    trains = record.frozen and weight.requires_grad and WEIGHT not in record.base
+    owners = [name for name, adapter in record.adapters.items() if trains or WEIGHT in adapter.whole]
+    return next((name for name in reversed(owners) if name != replacing), None)
+
+
+@torch.no_grad()
+def fit_conv_in(model: nn.Module, record: Record) -> None:
+    """Let `conv_in` take as many channels as the adapters' own do, and as many as ever where no adapter has one.
+
+    To be called when an adapter has come or gone, while what it brings is in the record and not yet in the model. The record's
+    base is widened with it: with the base alone, what is in the new channels has no effect.
+    """
+    base = record.base.get(WEIGHT)
+    if base is None:  # no adapter has ever had one, or another layer has been put there since
+        record.narrow = None
+        return
+    usual = (base if record.narrow is None else record.narrow).shape[1]
+    owned = (adapter.whole[WEIGHT] for adapter in record.adapters.values() if WEIGHT in adapter.whole)
+    wanted = next((weight.shape[1] for weight in owned), usual)
+    if wanted == base.shape[1]:
+        return
+    stored_at(model, WEIGHT).copy_(base)
+    weight = _kept_narrow(model, record) if wanted == usual else _widened_for_now(model, record, wanted)
+    _put(model, weight)
+    record.base[WEIGHT] = weight.detach().clone()
+
+
+def _widened_for_now(model: nn.Module, record: Record, channels: int) -> nn.Parameter:
+    """The weight for so many channels; the very first one is kept."""
+    held, values = model.get_parameter(WEIGHT), stored_at(model, WEIGHT)
+    if record.narrow is None:
+        record.narrow = held if held is values else nn.Parameter(values, requires_grad=held.requires_grad)
+    return _widened(values, channels, held.requires_grad)
+
+
+def _kept_narrow(model: nn.Module, record: Record) -> nn.Parameter:
+    """The weight from before, where and in which precision the model has been brought since."""
+    now, weight = stored_at(model, WEIGHT), record.narrow
+    assert weight is not None
+    record.narrow = None
+    weight.data = weight.data.to(now.device, now.dtype)
+    weight.requires_grad_(model.get_parameter(WEIGHT).requires_grad)
+    return weight
+
+
+@contextmanager
+def conv_in_of_the_base(model: nn.Module) -> Iterator[None]:
+    """Inside, `config` says how many channels the base takes by itself, as a file of the base does."""
+    record = record_of(model)
+    if record is None or record.narrow is None or record.supplier_is_fused:
+        yield
+        return
+    registered: Any = model
+    channels = registered.config.in_channels
+    registered.register_to_config(in_channels=record.narrow.shape[1])
+    try:
+        yield
+    finally:
+        registered.register_to_config(in_channels=channels)
+
+
+def _has_conv_in(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "conv_in", None), nn.Conv2d) and hasattr(model, "register_to_config")
+
+
+def _widened(weight: Tensor, channels: int, learns: bool) -> nn.Parameter:
+    """Zeros behind the channels it has; in the same memory format."""
+    with torch.inference_mode(False):  # what is made in inference mode could never be used outside of it
+        wide = functional.pad(weight.detach(), (0, 0, 0, 0, 0, channels - weight.shape[1]))
+        return nn.Parameter(wide, requires_grad=learns)
+
+
+def _put(model: nn.Module, weight: nn.Parameter) -> None:
+    """The layer stays, with its bias and whatever hooks are on it; nothing but the weight is another one."""
+    unet: Any = model
+    exchange(unet.conv_in, "weight", weight)
+    unet.conv_in.in_channels = weight.shape[1]
+    unet.register_to_config(in_channels=weight.shape[1])

@@ -1,0 +1,220 @@
+"""How the updates of a model are computed, projection by projection, why so, and what that costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loca_vision.checks import counts_by_name, is_whole
+from loca_vision.functional.cosine_linear import asked_of
+from loca_vision.functional.cost_model import Asked, Choice, choose
+from loca_vision.functional.flop_counts import (
+    NOTHING,
+    Work,
+    of_applying,
+    of_building,
+    of_factors,
+    of_sampled_gradient,
+    of_whole_gradient,
+)
+from loca_vision.layers.projection_rows import places_in
+from loca_vision.messages import aligned
+from loca_vision.methods.update import Update
+from loca_vision.model.state import record_of
+from loca_vision.model.traversal import Site, sites, unwrap
+
+_HEADER = ("projection", "p x q", "B or r", "learns", "path", "forward", "MB", "backward", "MB", "why")
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One projection that an acting adapter changes.
+
+    Attributes:
+        adapter, projection: their names.
+        shape: (p, q).
+        count: B of a sparse spectrum, r of factors; None for another kind.
+        learns: "coefficients", "locations", both with "and" between them, "factors", "numbers" of another kind, or "nothing".
+        path: "applied" where no matrix is built; "sampled" or "whole" where one is, by how its gradient is found; "factors" for
+            two thin products instead of a matrix; "kept" for a matrix that is built once, where nothing learns.
+        why: in words.
+        forward, backward: what is added to the frozen layer for so many tokens.
+    """
+
+    adapter: str
+    projection: str
+    shape: tuple[int, int]
+    count: int | None
+    learns: str
+    path: str
+    why: str
+    forward: Work
+    backward: Work
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A row for each projection; printed, a table with operations in millions and a line for the sum."""
+
+    rows: tuple[Explained, ...]
+
+    def __iter__(self) -> Iterator[Explained]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        ways = [[getattr(row, way) for row in self.rows] for way in ("forward", "backward")]
+        total = f"{len(self.rows)} projections", *[""] * 4, *(cell for way in ways for cell in _cells(sum(way, NOTHING))), ""
+        return aligned([_HEADER, *map(_line, self.rows), total], str.ljust)
+
+
+def _line(row: Explained) -> tuple[str, ...]:
+    size = f"{row.shape[0]} x {row.shape[1]}"
+    about = row.projection, size, str(row.count or "-"), row.learns, row.path
+    return *about, *_cells(row.forward), *_cells(row.backward), row.why
+
+
+def _cells(work: Work) -> tuple[str, str]:
+    return f"{work.flops / 1e6:,.0f} M", f"{work.bytes / 1e6:,.1f}"
+
+
+def explain(model: nn.Module, tokens: int | Mapping[str, int] = 2048, *, dtype: torch.dtype | None = None) -> Explanation:
+    """How each adapted projection is computed now, why, and what it adds to the frozen layer; `print` it for a table.
+
+    Args:
+        model: with adapters; those that act are explained. What learns at the moment is what has `requires_grad`.
+        tokens: vectors that one call of a layer sees, batch and positions together: one number, or one for each name pattern
+            (`"down_blocks.0.*"`, as in `fnmatch`), of which the first that matches counts.
+        dtype: of the activations; that of each weight by default. Say it where training runs under autocast.
+
+    Raises:
+        ValueError: a model without adapters, a count below 1, a projection that no pattern matches.
+    """
+    if record_of(model) is None:
+        raise ValueError("the model has no adapter to explain: inject or load one first")
+    acting = [(site, _acting(site)) for site in sites(model)]
+    names = [projection for _, updates in acting for _, projection, _ in updates]
+    counts = counts_by_name(tokens, names, "tokens") if names else {}
+    for name, count in counts.items():
+        if not is_whole(count) or count < 1:
+            raise ValueError(f"tokens={count!r} for {name}: a whole number from 1 up")
+    weights = {place.projection: _weight(model, place.module) for place in places_in(unwrap(model))}
+    rows = [
+        row
+        for site, updates in acting
+        if updates
+        for row in _explained(site, updates, counts[updates[0][1]], weights[updates[0][1]], dtype)
+    ]
+    return Explanation(tuple(rows))
+
+
+_Acting = tuple[str, str, Update]  # adapter, projection, update
+
+
+def _acting(site: Site) -> list[_Acting]:
+    strengths = site.updates.strengths
+    entries = [(place.adapter, place.projection, update) for place, update in site.updates.entries()]
+    return [entry for entry in entries if entry[0] in strengths and not entry[2].rests]
+
+
+def _weight(model: nn.Module, module: str) -> Tensor:
+    weight = unwrap(model).get_submodule(module)._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
+def _explained(site: Site, updates: list[_Acting], tokens: int, weight: Tensor, dtype: torch.dtype | None) -> list[Explained]:
+    """The projections of one weight, which share their activations."""
+    learning = [update for *_, update in updates if _learns(update)]
+    if not learning:
+        return [_still(one, site.updates.circumstances.low_memory) for one in updates]
+    if all(update.factors() is not None for *_, update in updates):
+        return [_by_factors(one, tokens) for one in updates]
+    obstacle = _obstacle(learning, weight)
+    choices = [Choice("whole")] * len(learning)
+    if obstacle is None:
+        choices = choose([_asked(update) for update in learning], tokens, weight.device, dtype or weight.dtype)
+    choice_of = {id(update): choice for update, choice in zip(learning, choices, strict=True)}
+    sharing = sum(choice.way != "whole" for choice in choices)
+    return [
+        _by_matrix(one, choice_of.get(id(one[2])), tokens, sharing, obstacle or f"no costs are known for {weight.device.type}")
+        for one in updates
+    ]
+
+
+def _learns(update: Update) -> bool:
+    return any(value.requires_grad for value in update.tensors())
+
+
+def _obstacle(learning: list[Update], weight: Tensor) -> str | None:
+    """Why there is no choice between ways."""
+    if weight.requires_grad:
+        return "W itself learns"
+    if any(update.cosines() is None for update in learning):
+        return "a kind of update that has no other way learns on this weight"
+    return None
+
+
+def _still(one: _Acting, low_memory: bool) -> Explained:
+    if low_memory:
+        return _row(one, "nothing", "applied", "nothing learns, and memory is spared: no matrix is built")
+    return _row(one, "nothing", "kept", "nothing learns: W + Delta W is built once")
+
+
+def _by_factors(one: _Acting, tokens: int) -> Explained:
+    rank = _count(one[2]) or 0
+    works = [of_factors(one[2].shape, rank, tokens, passes) for passes in (1, 2)]
+    return _row(one, "factors", "factors", "two thin products instead of a matrix", *works)
+
+
+def _by_matrix(one: _Acting, choice: Choice | None, tokens: int, sharing: int, otherwise: str) -> Explained:
+    """An update of no low rank in a step of training, whether it learns or another on the same weight does."""
+    update = one[2]
+    forward = of_building(update.shape, _count(update) or math.prod(update.shape))
+    if choice is None:
+        return _row(one, "nothing", "whole", "another update of this weight learns", forward)
+    asked, why = _asked(update), _comparison(choice) or otherwise
+    if choice.way == "whole":
+        return _row(one, _learned(update), "whole", why, forward, of_whole_gradient(asked, tokens))
+    backward = of_sampled_gradient(asked, tokens, sharing)
+    if choice.way == "applied":
+        applied = of_applying(asked, tokens, sharing)
+        forward, backward = applied, backward + applied
+    return _row(one, _learned(update), choice.way, why, forward, backward)
+
+
+def _comparison(choice: Choice) -> str:
+    known = ", ".join(f"{way} {1e3 * seconds:.2f} ms" for way, seconds in choice.seconds.items())
+    return known and f"{known}, by the model"
+
+
+def _asked(update: Update) -> Asked:
+    cosines = update.cosines()
+    return Asked(update.shape, _count(update) or 0, 1) if cosines is None else asked_of(cosines)
+
+
+def _learned(update: Update) -> str:
+    cosines = update.cosines()
+    if cosines is None:
+        return "numbers"
+    halves = {"coefficients": cosines.coefficients, "locations": cosines.locations}
+    return " and ".join(name for name, half in halves.items() if half.requires_grad)
+
+
+def _count(update: Update) -> int | None:
+    pair = update.factors()
+    if pair is not None:
+        return pair[0].shape[1]
+    coefficients = getattr(update, "coefficients", None)
+    return None if coefficients is None else len(coefficients)
+
+
+def _row(one: _Acting, learns: str, path: str, why: str, forward: Work = NOTHING, backward: Work = NOTHING) -> Explained:
+    adapter, projection, update = one
+    return Explained(adapter, projection, update.shape, _count(update), learns, path, why, forward, backward)

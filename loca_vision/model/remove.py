@@ -1,0 +1,71 @@
+"""model/remove.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from loca_vision.layers.adapted_attention import AdaptedAttention, restore_attention
+from loca_vision.layers.adapted_linear import AdaptedLayer, restore
+from loca_vision.model.activation import activate, park
+from loca_vision.model.adapters import _known, _record
+from loca_vision.model.call_scale import forget_circumstances
+from loca_vision.model.conv_in import WEIGHT, fit_conv_in
+from loca_vision.model.merge import write_weights
+from loca_vision.model.state import Record, end_record, refuse_fused
+from loca_vision.model.traversal import sites, unwrap
+
+
+def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) -> None:
+    """Take one adapter, or all of them, out of the model.
+
+    Without `merge` the base is back bit for bit, the head, a `conv_in` of fewer channels and the statistics of batch
+    normalisation included; with it, what acts now is folded into the weights (rounded once to their dtype) and a trained head
+    or `conv_in` stays, unless an adapter that goes on acting has its own. After the last adapter all layers have their own
+    classes again, and parameters are as trainable as they were before the first. What the user made trainable beside the head
+    since `inject` keeps its values.
+
+    Raises:
+        ValueError: no such adapter, or `merge` of a named one that does not act.
+    """
+    model = unwrap(model)
+    record = _record(model)
+    names = list(record.adapters) if name is None else [_known(record, name)]
+    refuse_fused(record, names)
+    if merge and name is not None and name not in record.active:
+        raise ValueError(f"adapter {name!r} does not act, so there is nothing to merge; call set_adapters first")
+    if merge:
+        _merge(model, record, [n for n in names if n in record.active])
+    for site in sites(model):
+        for gone in names:
+            site.updates.discard(gone)
+    for host in dict.fromkeys(site.host for site in sites(model)):
+        release(host)
+    remaining = {n: weight for n, weight in record.active.items() if n not in names}
+    activate(model, record, remaining)
+    for gone in names:
+        del record.adapters[gone]
+    fit_conv_in(model, record)
+    if not record.adapters:
+        end_record(model)
+        forget_circumstances(model)
+
+
+def release(host: AdaptedLayer | AdaptedAttention) -> None:
+    """Give a layer without any update left its own class back."""
+    if isinstance(host, AdaptedLayer):
+        if not host.loca.places:
+            restore(host)
+    elif not any(updates.places for updates in host.loca.parts()):
+        restore_attention(host)
+
+
+@torch.no_grad()
+def _merge(model: nn.Module, record: Record, names: list[str]) -> None:
+    write_weights(model, {name: record.active[name] for name in names})
+    if record.supplier in names:
+        park(model, record)
+        merged = record.adapters[record.supplier].whole
+        record.base |= merged
+        if WEIGHT in merged:
+            record.narrow = None  # the model's own is the wide one from now on

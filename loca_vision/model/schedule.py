@@ -1,0 +1,181 @@
+"""When coefficients move and when locations do (LoCA, section 4.4, Algorithm 1), and with which settings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch import nn
+
+from loca_vision.methods.spectrum import Spectrum
+from loca_vision.methods.update import Update
+from loca_vision.model.activation import acting_updates
+from loca_vision.model.traversal import own_parameters, unwrap
+
+Phase = Literal["coefficients", "locations", "both"]
+
+
+def phase_at(
+    step: int, coefficient_steps: int, location_steps: int, learning_steps: int | None, together: bool = False
+) -> Phase:
+    """What moves at optimiser step `step`, counted from 0. `learning_steps` None: alternate to the end."""
+    if learning_steps is not None and step >= learning_steps:
+        return "coefficients"
+    if together:
+        return "both"
+    return "coefficients" if step % (coefficient_steps + location_steps) < coefficient_steps else "locations"
+
+
+class AlternatingSchedule:
+    """Freezes one half of every spectrum whose locations learn at a time, by optimiser steps.
+
+    A frozen half has no gradient at all, so no optimiser moves it, by momentum or weight decay either. Call `step()` once
+    after each `optimizer.step()`, however many micro-batches that step accumulated.
+
+    Args:
+        model: a model with adapters. Those that do not act, or are wholly frozen, when the schedule is made are left alone,
+            and so is whatever has no locations to learn: a loaded adapter, whose locations are final, and other kinds. Where
+            there is nothing but that, the phase is always "coefficients". Under DistributedDataParallel it is the wrapped
+            model, with `find_unused_parameters=True`: wrapped later, it would never share what is frozen at that moment.
+        coefficient_steps: B_a, how long the coefficients move, from 0.
+        location_steps: B_l, how long the locations do then, from 0.
+        learning_steps: B_s, after which the locations are final. 0 for fixed random locations (V1 of Table 5), None for
+            alternating to the end (V2).
+        together: move both at every one of the `learning_steps` instead (V3).
+
+    Raises:
+        ValueError: a setting out of range, or a model without a trainable adapter.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        coefficient_steps: int = 10,
+        location_steps: int = 20,
+        learning_steps: int | None = 120,
+        together: bool = False,
+    ) -> None:
+        _check_steps(coefficient_steps=coefficient_steps, location_steps=location_steps, learning_steps=learning_steps)
+        if coefficient_steps + location_steps == 0:
+            raise ValueError("coefficient_steps=0, location_steps=0: a period has at least one step")
+        _check_wrapped(model)
+        self._settings = (coefficient_steps, location_steps, learning_steps, bool(together))
+        self._spectra = [u for u in trainable_updates(model) if isinstance(u, Spectrum) and not u.final]
+        for spectrum in self._spectra:
+            spectrum.scheduled = True
+        self._step = 0
+        self._apply()
+
+    @property
+    def phase(self) -> Phase:
+        """What moves at the coming optimiser step."""
+        return phase_at(self._step, *self._settings) if self._spectra else "coefficients"
+
+    @property
+    def steps_done(self) -> int:
+        """Optimiser steps so far."""
+        return self._step
+
+    def step(self) -> None:
+        """To be called once after each optimiser step."""
+        if self.phase != "coefficients":
+            for spectrum in self._spectra:
+                spectrum.confine()
+        self._step += 1
+        self._apply()
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("coefficient_steps", "location_steps", "learning_steps", "together")
+        return {"step": self._step, **dict(zip(names, self._settings, strict=True))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a schedule with the same settings stood.
+
+        Raises:
+            ValueError: the state is of other settings, or not one of a schedule.
+        """
+        mine = self.state_dict()
+        for key in mine:
+            if key not in state or (key != "step" and state[key] != mine[key]):
+                raise ValueError(f"{key}={state.get(key)!r} in the saved schedule, {mine[key]!r} in this one")
+        _check_steps(step=state["step"])
+        self._step = state["step"]
+        self._apply()
+
+    def _apply(self) -> None:
+        for spectrum in self._spectra:
+            _let_move(spectrum.coefficients, self.phase != "locations")
+            _let_move(spectrum.locations, self.phase != "coefficients")
+
+
+def _check_wrapped(model: nn.Module) -> None:
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if several and not isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("several processes train: wrap the model in DistributedDataParallel before its schedule is made")
+
+
+def _let_move(parameter: nn.Parameter, moves: bool) -> None:
+    parameter.requires_grad_(moves)
+    if not moves:
+        parameter.grad = None  # an optimiser passes over a parameter without a gradient, momentum, decay and all
+
+
+def trainable_updates(model: nn.Module) -> list[Update]:
+    """The acting updates of which something, at least, is trainable.
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    def scheduled(update: Update) -> bool:
+        return isinstance(update, Spectrum) and update.scheduled
+
+    found = [u for u in acting_updates(model) if scheduled(u) or any(p.requires_grad for p in u.parameters())]
+    if not found:
+        raise ValueError(f"{type(unwrap(model)).__name__} has no trainable adapter; inject one first")
+    return found
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, location_lr: float = 1e-4, head_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Parameter groups for any torch optimiser: coefficients, locations (never decayed), and what else is trainable.
+
+    Of kinds without a spectrum, the factors and magnitudes are in the place of the coefficients.
+
+    Args:
+        model: a model with adapters, in any phase of a schedule.
+        lr: of the coefficients.
+        location_lr: of the locations, in units of the whole axis a step: with Adam, about location_lr * (p - 1) cells.
+        head_lr: of everything else that is trainable, the classifier head as a rule; `lr` by default.
+        weight_decay: of coefficients and head.
+
+    Returns:
+        Dicts with `params`, `lr`, `weight_decay` and `name` ("coefficients", "locations", "head").
+
+    Raises:
+        ValueError: a rate that is not a finite number from 0 up, or a model without a trainable adapter.
+    """
+    rates = {"lr": lr, "location_lr": location_lr, "head_lr": lr if head_lr is None else head_lr}
+    for field, value in (rates | {"weight_decay": weight_decay}).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"{field}={value!r}: it is a finite number from 0 up")
+    learned = trainable_updates(model)
+    moving = [u.locations for u in learned if isinstance(u, Spectrum) and not u.final]
+    head = [p for p in own_parameters(unwrap(model)).values() if p.requires_grad]
+    groups = [
+        {"name": "coefficients", "params": [p for u in learned for p in u.learned()], "lr": lr, "weight_decay": weight_decay},
+        {"name": "locations", "params": moving, "lr": location_lr, "weight_decay": 0.0},
+        {"name": "head", "params": head, "lr": rates["head_lr"], "weight_decay": weight_decay},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _check_steps(**steps: object) -> None:
+    for field, value in steps.items():
+        if value is None and field == "learning_steps":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{field}={value!r}: a number of optimiser steps is a whole number from 0 up")

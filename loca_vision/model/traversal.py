@@ -1,0 +1,87 @@
+"""Every site, update and tensor of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from loca_vision.layers.adapted_attention import AdaptedAttention
+from loca_vision.layers.adapted_linear import AdaptedLayer
+from loca_vision.layers.weight_updates import Place, WeightUpdates
+from loca_vision.methods.update import Update
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`'s and data parallel wrappers."""
+    while True:
+        inner: Any = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+@dataclass(frozen=True)
+class Site:
+    """The updates of one weight, and the layer whose class was exchanged for them."""
+
+    updates: WeightUpdates
+    host: AdaptedLayer | AdaptedAttention
+
+
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """As `model.modules()`, in the same order, without the names that it makes up on the way: a third of the time."""
+    waiting: list[nn.Module | None] = [unwrap(model)]
+    seen: set[int] = set()
+    while waiting:
+        module = waiting.pop()
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            waiting.extend(reversed(module._modules.values()))
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """Where updates are, in the order of the model's modules."""
+    found: list[Site] = []
+    for module in modules_of(model):
+        if isinstance(module, AdaptedLayer):
+            found.append(Site(module.loca, module))
+        elif isinstance(module, AdaptedAttention):
+            found += [Site(updates, module) for updates in module.loca.parts()]
+    return found
+
+
+def places(model: nn.Module) -> list[Place]:
+    """Every adapted projection of every adapter."""
+    return [place for site in sites(model) for place in site.updates.places]
+
+
+def all_updates(model: nn.Module) -> list[Update]:
+    """Every update of every adapter of the model."""
+    return [module for module in modules_of(model) if isinstance(module, Update)]
+
+
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's parameters without those of its adapters."""
+    inside = {id(p) for update in all_updates(model) for p in update.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) not in inside}
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """`own_parameters`, and the running statistics of batch normalisation, which training moves without a gradient."""
+    norms = {path: module for path, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    statistics = {
+        f"{path}.{name}": buffer for path, norm in norms.items() for name, buffer in norm.named_buffers(recurse=False)
+    }
+    return {**own_parameters(model), **statistics}
+
+
+def moved_by_training(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a model's own tensors: trainable parameters and running statistics."""
+    return {name: t for name, t in tensors.items() if t.requires_grad or not isinstance(t, nn.Parameter)}

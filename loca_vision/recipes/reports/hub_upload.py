@@ -1,0 +1,68 @@
+"""What a training run made, on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from loca_vision.recipes.reports.redaction import discreet
+from loca_vision.recipes.settings.yaml_file import write_settings
+from loca_vision.storage.atomic_file import write_atomically
+
+CARD = "README.md"
+
+
+def push(
+    folder: Path,
+    files: Sequence[str],
+    card: Callable[[str], str],
+    repository: str | None,
+    *,
+    message: str,
+    private: bool = False,
+    token: str | None = None,
+) -> str:
+    """Upload a finished run, with a card; returns the address. Settings in JSON and YAML files tell no folder of this machine.
+
+    Args:
+        folder: of the run.
+        files: their names in it; one that is not there is passed over.
+        card: makes the card of the repository's full name.
+        repository: "user/name"; by default the folder's name, under the user who is logged in.
+        message: of the commit.
+        private: of a repository that is made.
+        token: by default the one that is stored on this machine.
+
+    Raises:
+        OSError: the hub cannot be reached, or refuses. The run is as it was.
+    """
+    from huggingface_hub import HfApi
+
+    name = repository or folder.resolve().name
+    try:
+        api = HfApi(token=token) if token else HfApi()
+        created = api.create_repo(name, private=private, exist_ok=True)
+        write_atomically(folder / CARD, card(created.repo_id).encode())
+        with TemporaryDirectory() as place:
+            shown = [name for name in (CARD, *files) if _copied(folder / name, Path(place))]
+            api.upload_folder(repo_id=created.repo_id, folder_path=Path(place), allow_patterns=shown, commit_message=message)
+    except Exception as error:  # the library has errors of its own, and passes on those of several others
+        raise OSError(f"{name}: the run is finished and whole, but not on the hub ({error}); resume it to upload it") from error
+    return str(created)
+
+
+def _copied(file: Path, place: Path) -> bool:
+    """Put what others may read of a file into a folder; False where there is none."""
+    if not file.is_file():
+        return False
+    data = file.read_bytes()
+    if file.suffix == ".json":
+        data = (json.dumps(discreet(json.loads(data)), indent=1) + "\n").encode()
+    elif file.suffix == ".yaml":
+        import yaml
+
+        data = write_settings(discreet(yaml.safe_load(data))).encode()
+    (place / file.name).write_bytes(data)
+    return True

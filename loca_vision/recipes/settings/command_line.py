@@ -1,0 +1,116 @@
+"""Settings of a script: one frozen dataclass as documentation, command line, presets and YAML file.
+
+Its fields are int, float, bool, str, Path, Literal, `tuple[X, ...]` of these, or `X | None`; the text under one is its help.
+One field is needed, `config: Path | None = None`; where there are presets another, `preset: str | None = None`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from loca_vision.messages import nearest
+from loca_vision.recipes.settings.console import usage_in_one_line
+from loca_vision.recipes.settings.yaml_file import read_settings, write_settings
+
+
+class Settings(Protocol):
+    """Any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+S = TypeVar("S", bound=Settings)
+
+
+@dataclass(frozen=True)
+class Parsed(Generic[S]):
+    """Settings, and the fields that somebody has set: by a flag, or in a file to something else than it would be without."""
+
+    settings: S
+    given: frozenset[str]
+
+
+def parse(cls: type[S], arguments: Sequence[str], *, prog: str, presets: Mapping[str, Mapping[str, Any]]) -> Parsed[S]:
+    """Settings from a command line: flags win over the file of `--config`, that over `--preset`, that over the defaults.
+
+    The file may name the preset. `config` is None in the result: what the file said is in the other fields.
+
+    Raises:
+        ValueError: a wrong flag, value, key or preset; one sentence with the place, the rule and the nearest names.
+        FileNotFoundError: there is no such file.
+        SystemExit: with 0, after `--help`.
+    """
+    import tyro
+
+    flags = dict(_flags(cls, arguments))
+    values = _defaults(cls, tyro.MISSING)
+    path = flags.get("config") or "None"
+    file = {} if path == "None" else read_settings(cls, Path(path))
+    preset = flags.get("preset") or file.get("preset", values.get("preset"))
+    if preset not in (None, "None"):
+        values |= _preset(cls, preset, presets)
+    given = {name for name, value in file.items() if not _same(value, values[name])} | flags.keys()
+    with usage_in_one_line(prog):
+        settings = tyro.cli(cls, prog=prog, args=list(arguments), default=_draft(cls, values | file), use_underscores=True)
+    return Parsed(dataclasses.replace(settings, config=None), frozenset(given))
+
+
+def as_json_dict(settings: Settings) -> dict[str, Any]:
+    """Every field as JSON has it: paths as texts, tuples as lists."""
+    return {field.name: _as_json(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
+
+
+def as_yaml(settings: Settings) -> str:
+    """Every field but `config`, as a file from which `--config` makes equal settings."""
+    return write_settings({name: value for name, value in as_json_dict(settings).items() if name != "config"})
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_as_json(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _flags(cls: type[Settings], arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """The fields that a command line names, as tyro reads it, with the word that follows; of two, the last counts."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    for word, following in zip(arguments, [*arguments[1:], None], strict=False):
+        if word.startswith("--"):
+            flag, equals, value = word[2:].partition("=")
+            name = flag.replace("-", "_")
+            name = name if name in names else name.removeprefix("no_")
+            if name in names:
+                yield name, value if equals else following
+
+
+def _defaults(cls: type[Settings], missing: Any) -> dict[str, Any]:
+    values = {}
+    for field in dataclasses.fields(cls):
+        made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        values[field.name] = missing if made is dataclasses.MISSING else made
+    return values
+
+
+def _preset(cls: type[Settings], name: str, presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    if name not in presets:
+        raise ValueError(f"preset={name!r}: there are {', '.join(sorted(presets)) or 'none'}{nearest(name, presets)}")
+    unknown = presets[name].keys() - {field.name for field in dataclasses.fields(cls)}
+    if unknown:
+        raise ValueError(f"preset={name!r}: it sets {min(unknown)!r}, which {cls.__name__} does not have")
+    return dict(presets[name])
+
+
+def _same(one: Any, other: Any) -> bool:
+    return type(one) is type(other) and bool(one == other)
+
+
+def _draft(cls: type[S], values: Mapping[str, Any]) -> S:
+    """What tyro takes defaults from: made without the checks of the class, as a field that is required is missing here."""
+    draft = object.__new__(cls)
+    for name, value in values.items():
+        object.__setattr__(draft, name, value)
+    return draft

@@ -1,0 +1,93 @@
+"""A node of a YAML file as a value of a field's type, strictly, or the sentence why it is none."""
+
+from __future__ import annotations
+
+import math
+import re
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from loca_vision.messages import nearest
+
+_WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]{0,300})")
+_NUMBER = re.compile(r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)")
+_NO_NUMBER = {".inf": math.inf, "+.inf": math.inf, "-.inf": -math.inf, ".nan": math.nan}
+_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
+_NOTHING = object()
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path", type(None): "null"}
+
+
+def scalar(text: str) -> Any:
+    """What a plain scalar is, by the core schema of YAML 1.2; a number too large to be one is a text."""
+    lower = text.lower()
+    if text in (lower, text.capitalize(), text.upper()):
+        if lower in _WORDS:
+            return _WORDS[lower]
+        if lower in _NO_NUMBER:
+            return _NO_NUMBER[lower]
+    if _WHOLE.fullmatch(text):
+        return int(text)
+    return float(text) if _NUMBER.fullmatch(text) and math.isfinite(float(text)) else text
+
+
+def value_of(node: Any, kind: Any) -> Any:
+    """A node as a value of a field's type.
+
+    Raises:
+        ValueError: it is none; the rule.
+    """
+    kinds = _kinds(kind)
+    for one in kinds:
+        found = _of_one_kind(node, one)
+        if found is not _NOTHING:
+            return found
+    choices = [choice for one in kinds if get_origin(one) is Literal for choice in get_args(one)]
+    close = nearest(node.value, map(str, choices)) if choices and node.id == "scalar" else ""
+    quotes = "; a text that looks like something else stands in quotes" if _looks_otherwise(node, kinds) else ""
+    raise ValueError(f"it is {' or '.join(map(_described, kinds))}{close or quotes}")
+
+
+def _kinds(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _of_one_kind(node: Any, kind: Any) -> Any:
+    """The value, or `_NOTHING` if it is of another kind."""
+    if get_origin(kind) is tuple:
+        if node.id != "sequence":
+            return _NOTHING
+        items = tuple(_of_one_kind(item, get_args(kind)[0]) for item in node.value)
+        return _NOTHING if any(item is _NOTHING for item in items) else items
+    if node.id != "scalar":
+        return _NOTHING
+    value = node.value if node.style else scalar(node.value)
+    if get_origin(kind) is Literal:
+        return next((choice for choice in get_args(kind) if type(choice) is type(value) and choice == value), _NOTHING)
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is Path and type(value) is str:
+        return Path(value)
+    return value if type(value) is kind else _NOTHING
+
+
+def _looks_otherwise(node: Any, kinds: tuple[Any, ...]) -> bool:
+    return (
+        node.id == "scalar" and not node.style and not isinstance(scalar(node.value), str) and not {str, Path}.isdisjoint(kinds)
+    )
+
+
+def _described(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) is tuple:
+        return f"a list, each of it {_described(get_args(kind)[0])}"
+    return _KINDS.get(kind, str(kind))
+
+
+def shown(node: Any) -> str:
+    """A value as the file has it, short enough for one line."""
+    if node.id != "scalar":
+        return "a list" if node.id == "sequence" else "a table"
+    text = repr(node.value) if node.style else ascii(node.value)[1:-1]
+    return text if len(text) <= 80 else f"{text[:80]}..."

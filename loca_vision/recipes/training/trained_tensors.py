@@ -1,0 +1,36 @@
+"""What training moves in a model, and a check that everything else is what it was."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loca_vision.methods.spectrum import Spectrum
+from loca_vision.model.traversal import all_updates
+
+
+def has_locations(model: nn.Module) -> bool:
+    """Whether anything is there for an alternating schedule to move."""
+    return any(isinstance(update, Spectrum) and not update.final for update in all_updates(model))
+
+
+def trained_tensors(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """What training moves, by name: the optimiser's parameters, and buffers such as running statistics."""
+    moved = {id(parameter) for group in groups for parameter in group["params"]}
+    kept = model.state_dict()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return {name: p for name, p in model.named_parameters() if id(p) in moved} | buffers
+
+
+def checksum(model: nn.Module, trained: Mapping[str, Tensor]) -> int:
+    """Of everything that is not trained, so that a run goes on with the weights it began with."""
+    total = 0
+    for name, value in model.named_parameters():
+        if name not in trained:
+            data: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            total = zlib.crc32(data, total)
+    return total

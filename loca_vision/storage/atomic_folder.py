@@ -1,0 +1,122 @@
+"""Folders written whole or not at all, to stay: made under another name, synced, renamed.
+
+A rename cannot take the place of a folder that is there. The one that is replaced is called `NAME.old-MARK` for a moment, and
+`put_back` gives it its name again, should the writer die in it. What is being written or removed is called `NAME.tmp-MARK`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from loca_vision.storage.atomic_file import Content, abandoned, refuse_nul, sync_folder, write_synced, writing_mark
+
+ASIDE = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)-(?P<mark>[0-9a-f]{8}-[0-9]+-[0-9a-f]+)")
+
+
+def write_folder(target: Path, files: Mapping[str, Content]) -> None:
+    """Write a folder of files so that a crash, at any moment, leaves the old one or the new one, and the new one stays.
+
+    One process at a time may write to a target; others may read.
+
+    Raises:
+        ValueError: a path with a NUL character.
+        OSError: it could not be written; what was there is as it was.
+    """
+    refuse_nul(target)
+    with writing_mark() as mark:
+        aside = target.with_name(f"{target.name}.old-{mark}")
+        try:
+            if os.path.lexists(target) and (target.is_symlink() or not target.is_dir()):
+                raise OSError(errno.ENOTDIR, "what is there is no folder")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _make(target.with_name(f"{target.name}.tmp-{mark}"), target, aside, files)
+        except OSError as error:
+            why = error.strerror or error
+            raise type(error)(f"{target}: it could not be written ({why}); what was there is as it was") from error
+        try:
+            sync_folder(target.parent)
+        except OSError as error:
+            raise type(error)(f"{target}: it is written, but might not outlive a power cut ({error.strerror})") from error
+        with suppress(OSError):  # swept later
+            shutil.rmtree(aside)
+
+
+def _make(temporary: Path, target: Path, aside: Path, files: Mapping[str, Content]) -> None:
+    try:
+        temporary.mkdir()
+        for name, data in files.items():
+            write_synced(temporary / name, data)
+        sync_folder(temporary)
+        if target.exists():
+            target.rename(aside)
+        temporary.rename(target)
+    except BaseException:  # an interrupt too, and between the two renames as well
+        shutil.rmtree(temporary, ignore_errors=True)
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        raise
+
+
+def check_replaceable(target: Path, *, overwrite: bool, ours: Callable[[Path], bool]) -> None:
+    """Raise unless `write_folder` would lose nothing of anybody's.
+
+    Args:
+        overwrite: whether a folder that is there may go, with the files in it for which `ours` holds.
+
+    Raises:
+        ValueError: a path with a NUL character.
+        FileExistsError: something is there that may not go.
+    """
+    refuse_nul(target)
+    if not os.path.lexists(target):
+        return
+    if target.is_symlink() or not target.is_dir():
+        raise FileExistsError(f"{target}: what is there is no folder")
+    there = sorted(target.iterdir())
+    if there and not overwrite:
+        raise FileExistsError(f"{target}: that folder is not empty; choose another, or say that it may be overwritten")
+    for file in there:
+        if not file.is_file() or not ours(file):
+            raise FileExistsError(f"{target}: {file.name} is there, which was not written here; it is not overwritten")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that no half of it is ever seen under its name.
+
+    Raises:
+        OSError: it could not be removed.
+    """
+    with writing_mark() as mark:
+        doomed = folder.with_name(f"{folder.name}.tmp-{mark}")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def put_back(parent: Path, names: re.Pattern[str]) -> None:
+    """Give folders that a writer, now dead, was about to replace their names again, if those match `names`."""
+    for folder, target, kind in _left(parent, names):
+        if kind == "old" and not os.path.lexists(target):
+            with suppress(OSError):
+                folder.rename(target)
+
+
+def sweep(parent: Path, names: re.Pattern[str]) -> None:
+    """Remove what dead writers left of folders that match `names`: unfinished ones, and those that were replaced."""
+    for folder, target, kind in _left(parent, names):
+        if kind == "tmp" or target.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _left(parent: Path, names: re.Pattern[str]) -> Iterator[tuple[Path, Path, str]]:
+    """What dead writers left: the folder, the path it was meant for, and "tmp" or "old"."""
+    with suppress(FileNotFoundError):
+        for folder in list(parent.iterdir()):
+            found = ASIDE.fullmatch(folder.name)
+            if found and names.fullmatch(found["name"]) and abandoned(found["mark"]) and not folder.is_symlink():
+                yield folder, folder.with_name(found["name"]), found["kind"]

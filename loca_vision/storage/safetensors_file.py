@@ -1,0 +1,161 @@
+"""safetensors files that come from anywhere, read strictly and written atomically. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+from torch import Tensor
+
+from loca_vision.storage.atomic_file import write_atomically
+from loca_vision.storage.strict_json import MAX_HEADER, _check_regular, _one_line, strict_json
+
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_PICKLES = {b"PK\x03\x04": "a PyTorch archive"} | {bytes((0x80, protocol)): "a pickle" for protocol in range(2, 6)}
+MAX_AXES = 8  # the product of thousands of sizes would take minutes
+_MAX_NESTING = 8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor as the header describes it: dtype ("F32", ...), shape, and its bytes in the data section."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """A checked header, and the file it came from."""
+
+    path: Path
+    header: bytes
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    file: BinaryIO
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, in memory of their own: a file that shrinks later cannot take the process along."""
+        self.file.seek(0)
+        data = self.file.read(len(self.header) + max((entry.end for entry in self.entries.values()), default=0))
+        if not data.startswith(self.header):
+            raise ValueError("it was changed while it was read")
+        try:
+            return safetensors.torch.load(data)
+        except Exception as error:  # the library raises its own type, over several versions
+            raise ValueError(str(error)) from error
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, in memory of its own; of a large file no more than that is read.
+
+        Raises:
+            KeyError: no tensor of that name.
+            ValueError: the file is shorter than it was.
+        """
+        entry = self.entries[name]
+        self.file.seek(len(self.header) + entry.start)
+        data = self.file.read(entry.end - entry.start)
+        if len(data) < entry.end - entry.start:
+            raise ValueError("it was changed while it was read")
+        about = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [0, len(data)]}
+        header = json.dumps({"tensor": about}).encode()
+        return safetensors.torch.load(len(header).to_bytes(8, "little") + header + data)["tensor"]
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[OpenFile]:
+    """Open a regular file and check its whole header against its size, before any tensor is read.
+
+    What is found wrong inside the `with` is about this file too: the error begins with its path.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: what is there is no regular file, or not a sound safetensors file; the sentence says where.
+    """
+    _check_regular(path)
+    with path.open("rb") as file:
+        try:
+            yield _opened(path, file, os.fstat(file.fileno()).st_size)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {_one_line(str(error))}") from None
+
+
+def may_be_read(file: Path, folder: Path) -> bool:
+    """Whether a file of a folder lies in it at the end of all links; or, for a snapshot in the hub's cache, in the `blobs`
+    beside it that its files are links to."""
+    there = folder.resolve()
+    roots = [there]
+    for snapshots in there.parents:
+        blobs = snapshots.parent / "blobs"
+        if snapshots.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink():
+            roots.append(blobs)
+    return any(file.resolve().is_relative_to(root) for root in roots)
+
+
+def _opened(path: Path, file: BinaryIO, size: int) -> OpenFile:
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > size - 8:  # only then a pickle: headers of 640 bytes begin like one
+        kind = next((kind for mark, kind in _PICKLES.items() if start.startswith(mark)), None)
+        if kind:
+            raise ValueError(f"it is {kind}, which could run code when read; adapters are safetensors files")
+        raise ValueError("it is not a safetensors file, or cut short: the header does not fit into it")
+    if length > MAX_HEADER:
+        raise ValueError(f"the header has {length} bytes, of at most {MAX_HEADER}")
+    raw = file.read(length)
+    if not raw.startswith(b"{"):
+        raise ValueError("the header does not begin with '{'")
+    fields = strict_json(raw.decode("utf-8"))
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("the header's __metadata__ is not a table of texts")
+    entries = {name: _entry(name, fields[name]) for name in fields}
+    _check_cover(entries, size - 8 - length)
+    return OpenFile(path, start + raw, entries, metadata, file)
+
+
+def _entry(name: str, fields: Any) -> Entry:
+    if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name!r}: a tensor has dtype, shape and data_offsets, nothing else")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _SIZES:
+        raise ValueError(f"{name!r}: dtype {dtype!r} is not one of {', '.join(_SIZES)}")
+    if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
+        raise ValueError(f"{name!r}: shape and data_offsets are lists of whole numbers from 0 up")
+    if len(shape) > MAX_AXES:
+        raise ValueError(f"{name!r}: {len(shape)} axes, of at most {MAX_AXES}")
+    if offsets[1] - offsets[0] != math.prod(shape) * _SIZES[dtype]:
+        raise ValueError(f"{name!r}: {offsets[1] - offsets[0]} bytes for {shape} of {dtype}")
+    return Entry(dtype, tuple(shape), *offsets)
+
+
+def _whole_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _check_cover(entries: dict[str, Entry], data: int) -> None:
+    """The tensors lie one after the other over the whole data section, with no gap, overlap or rest."""
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != end:
+            raise ValueError(f"{name!r}: its data starts at byte {entry.start}, where {end} was due")
+        end = entry.end
+    if end != data:
+        raise ValueError(f"the tensors fill {end} bytes, the file holds {data}")
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file as `write_atomically` does."""
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
