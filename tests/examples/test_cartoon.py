@@ -1,0 +1,64 @@
+"""The cartoon filter: repeatable, few colours, ink where a form ends, at every size."""
+
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cartoon import COLOURS, cartoon
+from support.photographs import scene
+
+cv2 = pytest.importorskip("cv2")
+
+
+def test_it_is_a_function_of_the_pixels():
+    cv2.setRNGSeed(123)
+    first = np.asarray(cartoon(scene()))
+    cv2.setRNGSeed(4)
+    assert (np.asarray(cartoon(scene())) == first).all()
+
+
+def test_another_process_draws_the_same_with_more_threads():
+    code = (
+        f"import sys; sys.path[:0] = {sys.path!r}; import zlib, cv2, numpy as np\n"
+        "cv2.setNumThreads(4)\n"
+        "from support.photographs import scene; from cartoon import cartoon\n"
+        "print(zlib.crc32(np.asarray(cartoon(scene())).tobytes()), cv2.getNumThreads())"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert said[0] == str(zlib.crc32(np.asarray(cartoon(scene())).tobytes()))
+    assert said[1] != "1"  # what the caller chose is put back
+
+
+@pytest.mark.parametrize("side", [16, 64, 128, 256])
+def test_it_is_flat_with_ink_around_forms(side):
+    photograph, drawn = np.asarray(scene(side)).astype(float), np.asarray(cartoon(scene(side))).astype(float)
+    assert drawn.shape == photograph.shape
+    centre, corner = slice(7 * side // 16, 9 * side // 16), slice(0, max(2, side // 16))
+    assert drawn[centre, centre].std((0, 1)).max() < photograph[centre, centre].std((0, 1)).max()
+    assert drawn[corner, corner].std((0, 1)).max() <= photograph[corner, corner].std((0, 1)).max()
+    if side >= 64:  # the outline is darker than what is within it and what is around
+        grey = drawn.mean(-1)[side // 2]
+        assert grey[side // 8 : side // 3].min() < 0.75 * min(grey[: side // 16].mean(), grey[side // 2])
+
+
+def test_colours_are_few():
+    _, counts = np.unique(np.asarray(cartoon(scene(256))).reshape(-1, 3), axis=0, return_counts=True)
+    assert counts[np.argsort(counts)[-COLOURS:]].sum() > 0.85 * 256 * 256  # the others are where ink begins
+
+
+def test_any_shape_and_kind_of_image():
+    assert cartoon(scene().crop((0, 0, 64, 20))).size == (64, 20)
+    assert cartoon(scene().convert("L")).mode == "RGB"
+    assert cartoon(Image.new("RGB", (32, 32), "red")).size == (32, 32)  # fewer colours than there may be
+    with pytest.raises(ValueError, match="10 x 64 pixels"):
+        cartoon(Image.new("RGB", (10, 64)))
+
+
+def test_without_opencv_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ModuleNotFoundError, match=r"loca-vision\[pairs\]"):
+        cartoon(scene())

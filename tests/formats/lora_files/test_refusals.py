@@ -1,0 +1,197 @@
+"""LoRA files of diffusers, peft and kohya: refusals."""
+
+import json
+import random
+import re
+
+import pytest
+import safetensors.torch
+import torch
+from diffusers import StableDiffusionPipeline
+
+from loca_vision.formats.lora_reader import read_lora
+from loca_vision.formats.lora_writer import write_diffusers_lora, write_kohya_lora, write_peft_lora
+from loca_vision.formats.low_rank_pair import LowRankPair
+from support.lora_files import made_up
+from support.pipelines import stable_diffusion
+
+
+def state_of(**more):
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{layer}.lora_A.weight": torch.ones(2, 4), f"{layer}.lora_B.weight": torch.ones(3, 2)}
+    tensors |= {key.replace("LAYER", layer): value for key, value in more.items()}
+    return {key: value for key, value in tensors.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"LAYER.lora_B.weight": None}, r"attn1.to_q.lora_A.weight: the up half of unet.*attn1.to_q is missing"),
+        ({"LAYER.lora_A.weight": None}, r"attn1.to_q.lora_B.weight: the down half"),
+        ({"other.alpha": torch.ones(())}, r"other.alpha: the down half of other is missing"),
+        ({"LAYER.lora_B.weight": torch.ones(3, 3)}, r"lora_A.weight is \(2, 4\) and .*lora_B.weight \(3, 3\)"),
+        ({"LAYER.lora_B.weight": torch.ones(3, 0)}, r"are wanted"),
+        ({"LAYER.lora_B.weight": torch.ones(3, 2, 1)}, r"is wanted|are wanted|convolution"),
+        ({"LAYER.lora_B.weight": torch.ones(3, 2, dtype=torch.int8)}, r"has dtype I8"),
+        ({"LAYER.lora_B.weight": torch.full((3, 2), torch.nan)}, r"lora_B.weight holds NaN"),
+        ({"LAYER.alpha": torch.tensor(torch.inf)}, r"alpha holds NaN or infinity"),
+        ({"LAYER.alpha": torch.ones(2)}, r"one number is wanted"),
+        ({"LAYER.lora.down.weight": torch.ones(2, 4)}, r"has that part twice, in .*lora.down.weight as well"),
+        ({"LAYER.hada_w1_a": torch.ones(2)}, r"hada_w1_a: LoHa; only LoRA"),
+        ({"LAYER.lokr_w1": torch.ones(2)}, r"lokr_w1: LoKr"),
+        ({"LAYER.lora_magnitude_vector": torch.ones(2)}, r"lora_magnitude_vector: DoRA"),
+        ({"LAYER.dora_scale": torch.ones(2)}, r"dora_scale: DoRA"),
+        ({"LAYER.lora_B.bias": torch.ones(3)}, r"lora_B.bias: a bias"),
+        ({"LAYER.diff": torch.ones(3)}, r"diff: the difference of a whole tensor"),
+        ({"emb_params": torch.ones(3)}, r"emb_params: a textual inversion"),
+        ({"lora_unet_foo.lora_down.weight": torch.ones(3)}, r"a name with its dots lost"),
+        ({"unet.conv_in.weight": torch.ones(3)}, r"unet.conv_in.weight: no part of a LoRA"),
+        ({".lora_A.weight": torch.ones(3)}, r"\.lora_A.weight: no part of a LoRA"),
+        ({"x" * 600: torch.ones(3)}, r"a key of 600 characters"),
+        ({"c.lora_A.weight": torch.ones(2, 4, 3, 3), "c.lora_B.weight": torch.ones(3, 2, 1, 1)}, r"a convolution of 3 x 3"),
+    ],
+)
+def test_a_file_that_is_no_sound_lora_is_refused(more, sentence, tmp_path):
+    safetensors.torch.save_file(state_of(**more), tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=f"x.safetensors: .*{sentence}") as caught:
+        read_lora(tmp_path / "x.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_left_out_is_listed_with_the_whole_of_its_layer(tmp_path):
+    convolution = {"c.lora_A.weight": torch.ones(2, 4, 3, 3), "c.lora_B.weight": torch.ones(3, 2, 1, 1)}
+    dora = {"d.lora_A.weight": torch.ones(2, 4), "d.lora_B.weight": torch.ones(3, 2), "d.lora_magnitude_vector": torch.ones(3)}
+    more = {"emb_params": torch.ones(2), "h.hada_w1_a": torch.ones(2), "h.alpha": torch.ones(())}
+    safetensors.torch.save_file(state_of(**convolution, **dora, **more), tmp_path / "x.safetensors")
+    found = read_lora(tmp_path / "x.safetensors", skip=True)
+    assert list(found.pairs) == ["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"]
+    assert found.skipped.keys() == {*convolution, *dora, *more}
+    safetensors.torch.save_file(dora, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="no LoRA of a matrix"):
+        read_lora(tmp_path / "x.safetensors", skip=True)
+
+
+def test_convolutions_of_one_pixel_are_matrices(tmp_path):
+    tensors = {"c.lora_down.weight": torch.randn(2, 4, 1, 1), "c.lora_up.weight": torch.randn(3, 2, 1, 1)}
+    safetensors.torch.save_file(tensors | {"c.alpha": torch.tensor(1)}, tmp_path / "x.safetensors")
+    pair = read_lora(tmp_path / "x.safetensors").pairs["c"]
+    expected = torch.einsum("prab,rqab->pq", tensors["c.lora_up.weight"], tensors["c.lora_down.weight"]) / 2
+    assert torch.allclose(pair.delta(), expected)
+
+
+def peft_folder(path, **fields):
+    tensors = {"base_model.model.a.lora_A.weight": torch.ones(2, 4), "base_model.model.a.lora_B.weight": torch.ones(3, 2)}
+    path.mkdir(exist_ok=True)
+    safetensors.torch.save_file(tensors, path / "adapter_model.safetensors")
+    about = {"peft_type": "LORA", "r": 2, "lora_alpha": 4} | fields
+    (path / "adapter_config.json").write_text(json.dumps(about))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
+        ({"use_dora": True}, "use_dora=True"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
+        ({"r": 3}, "a has rank 2, where its configuration says 3"),
+        ({"r": "2"}, "a whole number"),
+        ({"lora_alpha": None}, "a finite number"),
+        ({"alpha_pattern": {"(a+)+": 3}}, "is a regular expression"),
+        ({"alpha_pattern": {"a": "3"}}, "finite numbers"),
+        ({"rank_pattern": [1]}, "finite numbers"),
+        ({"modules_to_save": [1]}, "list of names"),
+    ],
+)
+def test_a_configuration_that_means_something_else_is_refused(fields, sentence, tmp_path):
+    assert read_lora(peft_folder(tmp_path)).pairs["a"].scale == 2
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        read_lora(peft_folder(tmp_path, **fields))
+
+
+def test_no_alpha_is_guessed_for_peft(tmp_path):
+    (peft_folder(tmp_path) / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=r"alpha in adapter_config.json: that file is not beside it"):
+        read_lora(tmp_path)
+
+
+def test_what_is_no_file_of_a_lora(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_lora(tmp_path / "x.safetensors")
+    (tmp_path / "adapter_model.bin").touch()
+    with pytest.raises(FileNotFoundError, match=r"no LoRA is in it; adapter_model.bin is there, but a pickle"):
+        read_lora(tmp_path)
+    with pytest.raises(ValueError, match="a pickle by its name"):
+        read_lora(tmp_path / "adapter_model.bin")
+    for name in "ab":
+        safetensors.torch.save_file(state_of(), tmp_path / f"{name}.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"as a.safetensors: name one"):
+        read_lora(tmp_path)
+
+
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path):
+    pair = LowRankPair(torch.ones(1, 2), torch.ones(2, 1))
+    for write in (write_diffusers_lora, write_kohya_lora):
+        with pytest.raises(ValueError, match="no update"):
+            write(tmp_path / "x.safetensors", {})
+        with pytest.raises(ValueError, match=r"blocks.0.attn.qkv: it begins with no component"):
+            write(tmp_path / "x.safetensors", {"blocks.0.attn.qkv": pair})
+        with pytest.raises(ValueError, match=r"ends in .safetensors"):
+            write(tmp_path / "x.bin", {"unet.mid_block.proj_in": pair})
+    with pytest.raises(ValueError, match="Stable Diffusion only"):
+        write_kohya_lora(tmp_path / "x.safetensors", {"transformer.blocks.0.to_q": pair})
+    with pytest.raises(ValueError, match="Stable Diffusion only"):
+        write_kohya_lora(tmp_path / "x.safetensors", {"unet.something_else": pair})
+    with pytest.raises(ValueError, match="no update"):
+        write_peft_lora(tmp_path / "lora", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipeline_without_text_encoder_two_calls_its_own_te(tmp_path):
+    pipe = stable_diffusion()
+    keys = safetensors.torch.load_file(write_kohya_lora(tmp_path / "x.safetensors", made_up(pipe)))
+    assert any(key.startswith("lora_te_text_model_encoder_layers_0") for key in keys)
+    assert isinstance(pipe, StableDiffusionPipeline)
+
+
+def test_any_soup_of_keys_is_read_or_refused_in_one_line(tmp_path):
+    """Whatever keys and shapes meet: pairs that are sound, or a sentence."""
+    generator = random.Random(0)
+    layers = [
+        "unet.a.to_q",
+        "lora_unet_conv_in",
+        "base_model.model.b",
+        "x.processor.to_out",
+        "",
+        "lora_te_text_model",
+        "..",
+        "é\n",
+    ]
+    endings = [
+        ".lora_A.weight",
+        ".lora_B.weight",
+        ".lora_down.weight",
+        ".lora_up.weight",
+        "_lora.up.weight",
+        "_lora.down.weight",
+    ]
+    endings += [".alpha", ".lora_A.x.weight", ".dora_scale", ".hada_w1_a", ".weight", ".lora_B.bias", ".lora_mid.weight"]
+    shapes = [(), (1,), (2,), (0, 2), (2, 2), (2, 0), (2, 2, 1, 1), (2, 2, 3, 3), (2, 2, 1)]
+    outcomes = {"read": 0, "refused": 0}
+    for trial in range(300):
+        keys = {
+            generator.choice(layers[: 1 + trial % 8]) + generator.choice(endings[: 2 + trial % 12])
+            for _ in range(1 + trial % 5)
+        }
+        tensors = {key: torch.ones(generator.choice(shapes if trial % 2 else [(2, 2)])) for key in keys if key}
+        safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
+        try:
+            found = read_lora(tmp_path / "x.safetensors", skip=bool(trial % 3))
+        except ValueError as error:
+            assert str(error).startswith(str(tmp_path)) and "\n" not in str(error)
+            outcomes["refused"] += 1
+        else:
+            assert found.pairs and all(torch.isfinite(pair.delta()).all() for pair in found.pairs.values())
+            outcomes["read"] += 1
+    assert min(outcomes.values()) > 10, outcomes

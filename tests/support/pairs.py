@@ -1,0 +1,20 @@
+"""Random pictures for pairs, and pairs that are listed."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def picture(number, size=(12, 8)):
+    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+class Listed(torch.utils.data.Dataset):
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        return self.pairs[index]
