@@ -35,12 +35,12 @@ class KroneckerConfig(AdapterConfig):
     block: int = 8
     seed: int = 0
 
-    def made(self, shape: tuple[int, int]) -> Kronecker:
+    def build(self, shape: tuple[int, int]) -> Kronecker:
         if shape[0] % self.block or shape[1] % self.block:
             raise ValueError(f"block={self.block}: it does not divide {shape[0]} x {shape[1]}")
         return Kronecker(shape, self.terms, self.block)
 
-    def started(self, update: Kronecker, projection: Projection, generator: Generator) -> None:
+    def initialize(self, update: Kronecker, projection: Projection, generator: Generator) -> None:
         nn.init.normal_(update.right, std=0.1, generator=generator)  # the left ones stay zero: nothing changes at first
 
 

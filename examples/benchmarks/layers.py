@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from contenders import FLOOR, LOCA, LOCATIONS, methods
 from loca_vision import LoRAConfig
 from loca_vision.layers.adapted_linear import adapt
-from loca_vision.layers.weight_updates import Place
+from loca_vision.layers.weight_updates import AdapterSlot
 from loca_vision.methods.spectrum import random_spectrum
 from loca_vision.methods.update import Update
 from steps import Step
@@ -54,7 +54,7 @@ def _layer(method: str, point: Point, rank: int, seed: int) -> nn.Module:
         return adapted
     if method != "floor":
         updates = adapt(layer)
-        updates.add(Place("default", "layer", None), _update(method, point, rank, seed))
+        updates.add(AdapterSlot("default", "layer", None), _update(method, point, rank, seed))
         updates.strengths["default"] = 1.0
     return layer
 
@@ -62,7 +62,7 @@ def _layer(method: str, point: Point, rank: int, seed: int) -> nn.Module:
 def _update(method: str, point: Point, rank: int, seed: int) -> Update:
     shape = (point.width, point.width)
     if method == "LoRA":
-        update = LoRAConfig(r=min(rank, point.width)).made(shape)
+        update = LoRAConfig(r=min(rank, point.width)).build(shape)
         nn.init.normal_(update.down)
         return update
     spectrum = random_spectrum(shape, point.components, name="layer", seed=seed)

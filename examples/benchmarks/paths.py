@@ -26,9 +26,9 @@ from scipy.optimize import nnls
 from torch import Tensor
 from tqdm import tqdm
 
-from loca_vision.functional.cosine_atoms import Layout, offsets
+from loca_vision.functional.cosine_atoms import Cells, offsets
 from loca_vision.functional.cosine_sum import cosine_matrix, spectrum_at
-from loca_vision.functional.cost_model import COSTS, Asked, Costs, Way, choose, seconds_of
+from loca_vision.functional.cost_model import COSTS, Costs, Strategy, Workload, choose, seconds_of
 from loca_vision.functional.packed_dct import add_samples
 from loca_vision.functional.row_linear import add_rows
 from loca_vision.functional.sparse_products import spectrum_of, transposed_of
@@ -36,7 +36,7 @@ from loca_vision.functional.token_spectra import add_applied, in_pieces, spectra
 from rounds import check_positive, in_turns, report, run, write
 
 SCRIPT = "paths.py"
-WAYS: tuple[Way, ...] = ("whole", "sampled", "applied")
+WAYS: tuple[Strategy, ...] = ("whole", "sampled", "applied")
 NOTHING = Costs(product=0, half_product=0, transform=0, spread=0, dot=0, cell=0, piece=0, add=0)
 PHASES = {"coefficients": (True, False), "locations": (False, True)}
 
@@ -79,8 +79,8 @@ class Case:
     phase: str
 
     @property
-    def asked(self) -> list[Asked]:
-        return [Asked(self.shape, self.components, len(offsets("central", *PHASES[self.phase])))] * self.projections
+    def asked(self) -> list[Workload]:
+        return [Workload(self.shape, self.components, len(offsets("central", *PHASES[self.phase])))] * self.projections
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Timed:
     """Seconds of each way for one case, and what the model picked."""
 
     case: Case
-    seconds: dict[Way, float]
-    picked: Way
+    seconds: dict[Strategy, float]
+    picked: Strategy
 
     @property
     def loss(self) -> float:
@@ -111,17 +111,17 @@ def cases(settings: Settings) -> Iterator[Case]:
             yield case
 
 
-def ways(case: Case) -> dict[Way, Callable[[], object]]:
+def ways(case: Case) -> dict[Strategy, Callable[[], object]]:
     (rows, cols), places = case.shape, offsets("central", *PHASES[case.phase])
     count, moving = case.projections, case.phase == "locations"
     x, grads = torch.randn(case.tokens, cols), list(torch.randn(case.tokens, count, rows).unbind(1))
     weights, coefficients = list(torch.randn(count, rows, cols).unbind(0)), torch.randn(case.components)
-    known = [Layout(_cells(case), case.shape) for _ in grads]
+    known = [Cells(_cells(case), case.shape) for _ in grads]
 
-    def layouts() -> list[Layout]:  # of which nothing is known yet after a step of locations
-        return [Layout(one.cells, one.shape) for one in known] if moving else known
+    def layouts() -> list[Cells]:  # of which nothing is known yet after a step of locations
+        return [Cells(one.cells, one.shape) for one in known] if moving else known
 
-    def built(current: list[Layout]) -> None:
+    def built(current: list[Cells]) -> None:
         for weight, layout in zip(weights, current, strict=True):
             add_rows(weight, [(None, cosine_matrix(coefficients, layout, 1.0))])
 
@@ -175,7 +175,7 @@ def fitted(timed: list[Timed]) -> Costs:
     return replace(COSTS["cpu"], **found)
 
 
-def modelled(case: Case, way: Way, costs: Costs) -> float:
+def modelled(case: Case, way: Strategy, costs: Costs) -> float:
     """Seconds by the model, which is linear in its costs."""
     own, shared = seconds_of(case.asked, case.tokens, torch.float32, costs)
     return sum(own[way]) + {"whole": 0, "sampled": 1, "applied": 2}[way] * shared

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from loca_vision.recipes.classification.recipe import VOLATILE
+from loca_vision.recipes.classification.recipe import MAY_DIFFER_ON_RESUME
 from loca_vision.recipes.reports.metrics import METRICS, read_metrics
 from loca_vision.recipes.settings.console import guarded, usage_in_one_line
 from loca_vision.storage.atomic_file import write_atomically
@@ -112,7 +112,7 @@ def gathered(folders: Sequence[Path]) -> list[Row]:
         config = metrics["config"]
         key = (config["model"], config["method"], metrics["trained_parameters"])
         row = rows.setdefault(key, Row("runs", key[0], key[1], f"{key[2]:,}", {}))
-        mine = {name: value for name, value in config.items() if name not in VOLATILE | {"seed", "root"}}
+        mine = {name: value for name, value in config.items() if name not in MAY_DIFFER_ON_RESUME | {"seed", "root"}}
         first, theirs = settings.setdefault((*key, config["dataset"]), (path, mine))
         for name in sorted(mine.keys() | theirs.keys()):
             if mine.get(name) != theirs.get(name):

@@ -21,7 +21,7 @@ from torch import nn
 from loca_vision.recipes.classification.accuracy import accuracy_of
 from loca_vision.recipes.classification.model_card import classifier_card
 from loca_vision.recipes.classification.presets import PRESETS
-from loca_vision.recipes.classification.recipe import Recipe, adapter_config, differences, settled
+from loca_vision.recipes.classification.recipe import Recipe, adapter_config, differences, resolve
 from loca_vision.recipes.classification.run import Run
 from loca_vision.recipes.classification.task import build, counts, task_of, with_features
 from loca_vision.recipes.classification.trained_weights import save_trained
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> None:
     parsed = parse(Recipe, arguments, prog=PROG, presets=PRESETS)
-    train(settled(parsed.settings, parsed.given))
+    train(resolve(parsed.settings, parsed.given))
 
 
 def train(recipe: Recipe) -> dict[str, Any]:

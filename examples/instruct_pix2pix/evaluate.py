@@ -26,9 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> None:
     from loca_vision.recipes.editing.evaluation.evaluate import evaluate
-    from loca_vision.recipes.editing.evaluation.settings import EvaluateEdits
+    from loca_vision.recipes.editing.evaluation.settings import EditEvaluation
 
-    parsed = parse(EvaluateEdits, arguments, prog=PROG, presets={})
+    parsed = parse(EditEvaluation, arguments, prog=PROG, presets={})
     evaluate(parsed.settings, parsed.given)
 
 

@@ -25,7 +25,7 @@ from loca_vision.recipes.editing.data import EditData
 from loca_vision.recipes.editing.model_card import edit_card
 from loca_vision.recipes.editing.models import NAME, EditModels
 from loca_vision.recipes.editing.presets import EDIT_PRESETS
-from loca_vision.recipes.editing.recipe import EditRecipe, batch_of, differences, settled
+from loca_vision.recipes.editing.recipe import EditRecipe, batch_of, differences, resolve
 from loca_vision.recipes.editing.run import EditRun, checkpoint_of, saved_settings, settings_in
 from loca_vision.recipes.editing.validation import Validation, cases_of, sampling_of
 from loca_vision.recipes.reports.environment import environment
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> None:
     parsed = parse(EditRecipe, arguments, prog=PROG, presets=EDIT_PRESETS)
-    train(settled(parsed.settings, parsed.given))
+    train(resolve(parsed.settings, parsed.given))
 
 
 def train(recipe: EditRecipe) -> dict[str, Any]:

@@ -11,19 +11,19 @@ import torch
 
 from loca_vision.formats.adapter_file import FILE_NAME as ADAPTER_NAME
 from loca_vision.formats.conversion.conversion_error import loss_table
-from loca_vision.formats.conversion.dct_truncation import Budget, Kind
+from loca_vision.formats.conversion.dct_truncation import Budget, BudgetRule
 from loca_vision.formats.conversion.merge_checkpoint import merge
 from loca_vision.formats.conversion.to_adapter import to_loca, to_lora_adapter
 from loca_vision.formats.conversion.to_lora_file import to_lora
-from loca_vision.formats.conversion.weight_deltas import Source, open_difference, read_source
+from loca_vision.formats.conversion.weight_deltas import WeightDeltas, open_difference, read_source
 from loca_vision.formats.lora_reader import DIFFUSERS_WEIGHTS
-from loca_vision.layers.projection_rows import Place, places_in, places_of_modules
+from loca_vision.layers.projection_rows import ProjectionRows, projections_in, projections_of_modules
 
-KINDS: tuple[Kind, ...] = ("count", "threshold", "ratio", "energy")
+KINDS: tuple[BudgetRule, ...] = ("count", "threshold", "ratio", "energy")
 
 
 @dataclass(frozen=True)
-class Form:
+class OutputOptions:
     """What is to be made of updates."""
 
     to: Literal["loca", "lora", "diffusers", "kohya", "peft"] = "loca"
@@ -80,7 +80,7 @@ class Convert:
     """The adapter: a file, or the folder it is in."""
     output: Path
     """A file that ends in .safetensors, or a folder; for peft a folder."""
-    form: Form = field(default_factory=Form)
+    form: OutputOptions = field(default_factory=OutputOptions)
     """What is to be made of it."""
 
 
@@ -98,7 +98,7 @@ class Extract:
     """Of the pipeline whose weights they are: unet, transformer, text_encoder."""
     others: Literal["refuse", "skip", "whole"] = "refuse"
     """Other tensors that changed: refuse, leave them out and list them, or keep them whole."""
-    form: Form = field(default_factory=Form)
+    form: OutputOptions = field(default_factory=OutputOptions)
     """What is to be made of it."""
 
 
@@ -150,7 +150,7 @@ def extract(command: Extract) -> str:
     modules = {place.module for place in places} if places is not None else None
 
     def wanted(module: str) -> bool:
-        return bool(places_of_modules([module])) if modules is None else module in modules
+        return bool(projections_of_modules([module])) if modules is None else module in modules
 
     with open_difference(command.base, command.tuned, wanted, component=command.component, others=command.others) as source:
         return _write(command.output, form, source, places, base_model)
@@ -163,7 +163,7 @@ def merged(command: Merge) -> str:
     """
     places, _ = _model(command.model)
     source = read_source(command.adapter, places, skip=command.skip)
-    components = sorted({place.module.partition(".")[0] for place in places_of_modules(source.shapes).values()})
+    components = sorted({place.module.partition(".")[0] for place in projections_of_modules(source.shapes).values()})
     component = command.component or (components[0] if len(components) == 1 else "")
     if len(components) > 1 and not component:
         raise ValueError(f"the adapter is for {', '.join(components)}: say which of them the base is with --component")
@@ -179,7 +179,7 @@ def merged(command: Merge) -> str:
     return "\n".join([*_left_out(source), f"{written}: the merged weights"])
 
 
-def _model(name: str | None) -> tuple[list[Place] | None, str | None]:
+def _model(name: str | None) -> tuple[list[ProjectionRows] | None, str | None]:
     """The projections of a timm model, which is built without any weights, and its full name."""
     if name is None:
         return None, None
@@ -191,10 +191,12 @@ def _model(name: str | None) -> tuple[list[Place] | None, str | None]:
     check_model_name(name)
     with torch.device("meta"):
         model = timm.create_model(name)
-    return places_in(model), base_model_name(model)
+    return projections_in(model), base_model_name(model)
 
 
-def _write(output: Path, form: Form, source: Source, places: Sequence[Place] | None, base_model: str | None) -> str:
+def _write(
+    output: Path, form: OutputOptions, source: WeightDeltas, places: Sequence[ProjectionRows] | None, base_model: str | None
+) -> str:
     if form.to == "loca":
         losses = to_loca(source, form.budget(), output, places=places, base_model=base_model, skip=form.skip)
     elif form.to == "lora":
@@ -214,5 +216,5 @@ def _write(output: Path, form: Form, source: Source, places: Sequence[Place] | N
     return "\n".join([*_left_out(source), table, f"{output}: written"])
 
 
-def _left_out(source: Source) -> list[str]:
+def _left_out(source: WeightDeltas) -> list[str]:
     return [f"left out: {key}: {why}" for key, why in source.left_out.items()]

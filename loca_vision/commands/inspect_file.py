@@ -101,8 +101,8 @@ def _is_adapter(file: Path) -> bool:
 @torch.no_grad()
 def _updates(about: Description, tensors: dict[str, Tensor]) -> Iterator[Layer]:
     for projection, shape in about.shapes.items():
-        update = about.configs[component_of(projection, about.configs)].restored(projection, shape, tensors)
-        trained = sum(parameter.numel() for parameter in update.learned())
+        update = about.configs[component_of(projection, about.configs)].from_tensors(projection, shape, tensors)
+        trained = sum(parameter.numel() for parameter in update.trainable())
         seen = not update.needs_weight and math.prod(shape) <= _MOST_CELLS
         yield Layer(projection, shape, trained, update.norm(), update.delta() if seen else None)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from loca_vision.checks import PARTS
-from loca_vision.layers.attention_layouts import kind_of
-from loca_vision.methods.adapter_config import AdapterConfig, Stored
+from loca_vision.layers.attention_layouts import target_of
+from loca_vision.methods.adapter_config import AdapterConfig, TensorSpec
 from loca_vision.methods.loca import LoCAConfig
 from loca_vision.methods.registry import KINDS
 from loca_vision.storage.safetensors_file import Entry
@@ -51,15 +51,15 @@ class Description:
         """The kind of adapter, one for all components."""
         return next(iter(self.configs.values())).method
 
-    def layout(self) -> dict[str, Stored]:
+    def file_layout(self) -> dict[str, TensorSpec]:
         """What the file holds beside whole tensors, by key.
 
         Raises:
             ValueError: the settings do not fit the shapes.
         """
-        found: dict[str, Stored] = {}
+        found: dict[str, TensorSpec] = {}
         for component, config in self.configs.items():
-            part = config.layout(self.of(component).shapes)
+            part = config.file_layout(self.of(component).shapes)
             found |= {prefix_of(component) + key: must for key, must in part.items()}
         return found
 
@@ -108,7 +108,7 @@ def described(entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, int]
     for name in names:
         component, _, projection = name.partition(".")
         counts.setdefault(component, {})[projection] = math.prod(entries[f"{name}.coefficients"].shape)
-    parts = {c: tuple(p for p in PARTS if p in {kind_of(n.rpartition(".")[2]) for n in of}) for c, of in counts.items()}
+    parts = {c: tuple(p for p in PARTS if p in {target_of(n.rpartition(".")[2]) for n in of}) for c, of in counts.items()}
     configs: dict[str, AdapterConfig] = {c: LoCAConfig(n_components=counts[c], targets=parts[c]) for c in counts}
     whole = tuple(sorted(key.removeprefix("full.") for key in entries if key.startswith("full.")))
     return Description(configs, {name: shapes[name] for name in names}, whole, "default", "unknown", "unknown")
@@ -227,7 +227,7 @@ def _whole(fields: Any) -> tuple[str, ...]:
 
 
 def _check_tensors(entries: dict[str, Entry], about: Description) -> None:
-    layout = about.layout()
+    layout = about.file_layout()
     wanted = {*layout, *(f"full.{name}" for name in about.whole)}
     for key in sorted(wanted - set(entries)):
         raise ValueError(f"the tensor {key} is missing")
@@ -250,7 +250,7 @@ def check_values(tensors: dict[str, Tensor], about: Description) -> None:
     for key, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ValueError(f"{key} holds NaN or infinity as {value.dtype}")
-    for key, must in about.layout().items():
+    for key, must in about.file_layout().items():
         if must.cells_of is not None:
             _check_cells(key, tensors[key].long(), must.cells_of)
     for projection, shape in about.shapes.items():

@@ -28,7 +28,7 @@ from loca_vision.model.activation import forget_lost
 from loca_vision.model.adapters import adapters
 from loca_vision.model.conv_in import WEIGHT, check_wider
 from loca_vision.model.inject import attach
-from loca_vision.model.state import Adapter, record_of
+from loca_vision.model.state import Adapter, state_of
 from loca_vision.model.target_checks import check_new_name, classifier, linear_targets
 from loca_vision.model.traversal import moved_by_training, own_tensors, unwrap
 from loca_vision.offload import device_for, stored_at
@@ -109,12 +109,12 @@ def contents(model: nn.Module, name: str, dtype: torch.dtype = torch.float32) ->
     Raises:
         ValueError: no such adapter, or a value no file may hold.
     """
-    updates = {projection: update for projection, update in adapters(model, name).items() if not update.rests}
+    updates = {projection: update for projection, update in adapters(model, name).items() if not update.inactive}
     whole = _whole_tensors(unwrap(model), name)
-    config = record_of(model).adapters[name].config.of(updates)  # type: ignore[union-attr]
+    config = state_of(model).adapters[name].config.for_updates(updates)  # type: ignore[union-attr]
     shapes = {projection: update.shape for projection, update in updates.items()}
     about = Description({"": config}, shapes, tuple(sorted(whole)), name, base_model_name(unwrap(model)), __version__)
-    return about, {f"full.{key}": value for key, value in whole.items()} | config.tensors(updates, dtype)
+    return about, {f"full.{key}": value for key, value in whole.items()} | config.to_tensors(updates, dtype)
 
 
 def write_adapter(file: Path, about: Description, tensors: dict[str, Tensor]) -> None:
@@ -160,10 +160,10 @@ def prepared(
     with torch.inference_mode(False):  # parameters made in inference mode could never be used outside of it
         tensors = {key: value.clone() if value.is_inference() else value for key, value in tensors.items()}
         whole = _in_their_dtypes(model, about, tensors)
-        made = [about.configs[""].restored(target.name, target.shape, tensors, room) for target in targets]
+        made = [about.configs[""].from_tensors(target.name, target.shape, tensors, room) for target in targets]
         for target in (target for target, update in zip(targets, made, strict=True) if update.needs_weight):
             readable_weight(target.layer, target.name)
-        for parameter in (p for update in made for p in update.learned()):
+        for parameter in (p for update in made for p in update.trainable()):
             parameter.requires_grad_(learn)
         placed = [(target, update.to(device_for(target.layer))) for target, update in zip(targets, made, strict=True)]
     return Adapter(about.configs[""], whole), placed
@@ -182,7 +182,7 @@ def base_model_name(model: nn.Module) -> str:
 
 def _whole_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The adapter's whole tensors as they are now, and whatever else the user made trainable."""
-    record = record_of(model)
+    record = state_of(model)
     if record is None:
         return {}
     live = own_tensors(model)

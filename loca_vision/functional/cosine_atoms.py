@@ -20,7 +20,7 @@ _STEPS = {"central": ((1, 0.5), (-1, -0.5)), "forward": ((1, 1.0), (0, -1.0)), "
 
 
 @dataclass(frozen=True)
-class Form:
+class AtomSettings:
     """What of a sum of cosines is no tensor.
 
     Attributes:
@@ -34,7 +34,7 @@ class Form:
     difference: str
 
 
-class Layout:
+class Cells:
     """Cells of a matrix, and what follows from them, worked out once for as long as nothing moves.
 
     Args:
@@ -68,8 +68,8 @@ class Cosines:
 
     coefficients: Tensor
     locations: Tensor
-    layout: Layout
-    form: Form
+    layout: Cells
+    form: AtomSettings
 
 
 def offsets(difference: str, learned: bool, moving: bool) -> list[Offset]:
@@ -93,12 +93,12 @@ def row_major(cells: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Te
     return order, starts, cols.contiguous()
 
 
-def coefficient_gradient(z: Mapping[Offset, Tensor], form: Form) -> Tensor:
+def coefficient_gradient(z: Mapping[Offset, Tensor], form: AtomSettings) -> Tensor:
     """(B,) from the values (B,) of Z at each of the `offsets`: exact."""
     return form.scale * z[0, 0]
 
 
-def location_gradient(z: Mapping[Offset, Tensor], coefficients: Tensor, form: Form) -> Tensor:
+def location_gradient(z: Mapping[Offset, Tensor], coefficients: Tensor, form: AtomSettings) -> Tensor:
     """(B, 2): what one cell's step of a component changes the loss by, times the number of cells from 0 to 1."""
     steps = _STEPS[form.difference]
     axes = [[weight * z[step, 0] for step, weight in steps], [weight * z[0, step] for step, weight in steps]]

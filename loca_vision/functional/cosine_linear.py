@@ -11,9 +11,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from loca_vision.functional.cosine_atoms import Cosines, Form, Layout, Offset, coefficient_gradient, location_gradient, offsets
+from loca_vision.functional.cosine_atoms import (
+    AtomSettings,
+    Cells,
+    Cosines,
+    Offset,
+    coefficient_gradient,
+    location_gradient,
+    offsets,
+)
 from loca_vision.functional.cosine_sum import spectrum_at
-from loca_vision.functional.cost_model import Asked, Way
+from loca_vision.functional.cost_model import Strategy, Workload
 from loca_vision.functional.row_linear import Rows, as_computed
 from loca_vision.functional.sparse_products import spectrum_of, transposed_of
 from loca_vision.functional.token_spectra import Pieces, add_applied, in_pieces, shared_pieces, spectra_at
@@ -21,13 +29,13 @@ from loca_vision.functional.token_spectra import Pieces, add_applied, in_pieces,
 CosineRows = tuple[Rows, Cosines]  # the rows, and what is added to them
 
 
-def asked_of(cosines: Cosines) -> Asked:
+def asked_of(cosines: Cosines) -> Workload:
     """What a step of training asks for."""
     moving, learned = cosines.locations.requires_grad, cosines.coefficients.requires_grad
-    return Asked(cosines.form.shape, len(cosines.layout.cells), len(offsets(cosines.form.difference, learned, moving)))
+    return Workload(cosines.form.shape, len(cosines.layout.cells), len(offsets(cosines.form.difference, learned, moving)))
 
 
-def spectral_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[CosineRows], ways: list[Way]) -> Tensor:
+def spectral_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[CosineRows], ways: list[Strategy]) -> Tensor:
     """x weight^T + bias with updates, in autocast's dtype where it is on: (..., q) to (..., n).
 
     `weight` (n, q) has no gradient; coefficients and locations have theirs. It contains the updates whose way is "whole" or
@@ -42,7 +50,7 @@ def spectral_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: lis
     return result
 
 
-def _pieces_for(x: Tensor, ways: list[Way]) -> Pieces:
+def _pieces_for(x: Tensor, ways: list[Strategy]) -> Pieces:
     """The frequencies of x, kept for the gradient in its place; nothing where x takes less memory than they would."""
     if "applied" in ways:
         return shared_pieces(x)
@@ -55,9 +63,9 @@ class _Part:
     """One update while its gradients are found."""
 
     rows: Rows
-    form: Form
-    layout: Layout
-    way: Way
+    form: AtomSettings
+    layout: Cells
+    way: Strategy
     coefficients: Tensor
     learned: bool
     moving: bool
@@ -115,7 +123,7 @@ def _parts(fields: list[Any], coefficients: Sequence[Tensor], wanted: Sequence[b
     return [_Part(*values) for values in zip(*fields, coefficients, wanted[::2], wanted[1::2], strict=False)]
 
 
-def _reads_x(ways: list[Way], pieces: Pieces) -> bool:
+def _reads_x(ways: list[Strategy], pieces: Pieces) -> bool:
     """Whether the gradient needs x itself."""
     return "whole" in ways or not pieces
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from loca_vision.functional.cosine_atoms import (
-    Form,
-    Layout,
+    AtomSettings,
+    Cells,
     Offset,
     coefficient_gradient,
     location_gradient,
@@ -20,7 +20,7 @@ from loca_vision.functional.cosine_atoms import (
     row_major,
     shifted,
 )
-from loca_vision.functional.cost_model import Asked, reads_whole_spectrum
+from loca_vision.functional.cost_model import Workload, reads_whole_spectrum
 from loca_vision.functional.dct import dct2, idct, matrix_for
 from loca_vision.functional.packed_dct import basis_pieces
 from loca_vision.functional.sparse_products import Sums, read_at, spectrum_of, transposed_of
@@ -53,10 +53,10 @@ def cosine_sum(
 def _cosine_sum(
     coefficients: Tensor, locations: Tensor, cells: Tensor, rows: int, cols: int, scale: float, difference: str
 ) -> Tensor:
-    return cosine_matrix(coefficients, Layout(cells, (rows, cols)), scale)
+    return cosine_matrix(coefficients, Cells(cells, (rows, cols)), scale)
 
 
-def cosine_matrix(coefficients: Tensor, layout: Layout, scale: float) -> Tensor:
+def cosine_matrix(coefficients: Tensor, layout: Cells, scale: float) -> Tensor:
     """`cosine_sum` without gradients, and with what is already known of the cells."""
     with torch.autocast(coefficients.device.type, enabled=False):
         if coefficients.device.type == "cpu":
@@ -67,7 +67,7 @@ def cosine_matrix(coefficients: Tensor, layout: Layout, scale: float) -> Tensor:
         return idct(spectrum @ matrix_for(layout.shape[1], coefficients.device, coefficients.dtype), 0)
 
 
-def add_cosines(weight: Tensor, coefficients: Tensor, layout: Layout, scale: float) -> None:
+def add_cosines(weight: Tensor, coefficients: Tensor, layout: Cells, scale: float) -> None:
     """Add `cosine_sum` to a weight (p, q) of the same dtype, in place: its rows are what the update makes of unit vectors."""
     rows, cols = layout.shape
     spectrum = transposed_of(layout, coefficients * scale)
@@ -81,8 +81,8 @@ def _cosine_sum_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of coefficients (B,) and, if `moving`, locations (B, 2), otherwise an empty tensor: from one Z = C G D^T."""
     with torch.autocast(grad.device.type, enabled=False):
-        form = Form((grad.shape[0], grad.shape[1]), scale, difference)
-        z = spectrum_at(grad, Layout(cells, form.shape), offsets(difference, True, moving))
+        form = AtomSettings((grad.shape[0], grad.shape[1]), scale, difference)
+        z = spectrum_at(grad, Cells(cells, form.shape), offsets(difference, True, moving))
         slopes = location_gradient(z, coefficients, form) if moving else grad.new_empty(0)
         return coefficient_gradient(z, form), slopes
 
@@ -131,10 +131,10 @@ def cosine_applied(x: Tensor, coefficients: Tensor, cells: Tensor, shape: tuple[
 @torch.library.custom_op("loca_vision::cosine_applied", mutates_args=())
 def _cosine_applied(x: Tensor, coefficients: Tensor, cells: Tensor, rows: int, cols: int, scale: float) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
-        return applied_to(in_pieces(x.reshape(-1, cols)), x, coefficients, Layout(cells, (rows, cols)), scale)
+        return applied_to(in_pieces(x.reshape(-1, cols)), x, coefficients, Cells(cells, (rows, cols)), scale)
 
 
-def applied_to(right: Pieces, x: Tensor, coefficients: Tensor, layout: Layout, scale: float) -> Tensor:
+def applied_to(right: Pieces, x: Tensor, coefficients: Tensor, layout: Cells, scale: float) -> Tensor:
     """`cosine_applied` without gradients, with the frequencies of x and what is already known of the cells."""
     dtype, rows = right[0].dtype, layout.shape[0]
     with torch.autocast(x.device.type, enabled=False):
@@ -162,13 +162,13 @@ def _backward_applied(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _cosine_applied.register_autograd(_backward_applied, setup_context=_save_applied)
 
 
-def spectrum_at(grad: Tensor, layout: Layout, places: list[Offset]) -> dict[Offset, Tensor]:
+def spectrum_at(grad: Tensor, layout: Cells, places: list[Offset]) -> dict[Offset, Tensor]:
     """Z = C G D^T of a gradient G (p, q) at cells (B, 2) and beside them: (B,) for each of the places."""
     if grad.device.type != "cpu":  # matrix products are what accelerators do best
         z = dct2(grad)
         return {place: z[tuple(shifted(layout.cells, place, layout.shape).T)] for place in places}
     right = in_pieces(grad, threads=1)  # as the unit vectors come
-    if reads_whole_spectrum(Asked(layout.shape, len(layout.cells), len(places))):
+    if reads_whole_spectrum(Workload(layout.shape, len(layout.cells), len(places))):
         z = torch.cat(in_pieces(torch.cat(right, 1)), 1)
         return {place: read_at(z, layout, place) for place in places}
     sums = {place: Sums(layout, place, grad.dtype) for place in places}
@@ -178,7 +178,7 @@ def spectrum_at(grad: Tensor, layout: Layout, places: list[Offset]) -> dict[Offs
     return {place: one.values() for place, one in sums.items()}
 
 
-def _sparse(layout: Layout, values: Tensor) -> Tensor:
+def _sparse(layout: Cells, values: Tensor) -> Tensor:
     """CSR matrix of values (B,) at their cells; equal cells stay separate entries, which a product adds up."""
     order, starts, cols = layout.once(row_major)
     return torch.sparse_csr_tensor(starts, cols, values[order], layout.shape, check_invariants=False)

@@ -18,7 +18,7 @@ import torch
 
 from loca_vision.functional.packed_dct import pieces
 
-Way = Literal["whole", "sampled", "applied"]
+Strategy = Literal["whole", "sampled", "applied"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ COSTS: dict[str, Costs] = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class Workload:
     """What is asked of one update.
 
     Attributes:
@@ -86,55 +86,57 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Decision:
     """
     Attributes:
         way: how the update and its gradient are computed.
         seconds: of each way by the model, with a fair share of what is shared; empty where a device's costs are not known.
     """
 
-    way: Way
-    seconds: Mapping[Way, float] = field(default_factory=dict)
+    way: Strategy
+    seconds: Mapping[Strategy, float] = field(default_factory=dict)
 
 
 # A dot product of a gradient's spectrum costs about as much as this many numbers of the whole spectrum.
 _SAMPLE_COST = 32
 
 
-def reads_whole_spectrum(one: Asked) -> bool:
+def reads_whole_spectrum(one: Workload) -> bool:
     """Whether a whole gradient is transformed along both axes, and not along one with a dot product for each cell."""
     return one.cells * one.places * _SAMPLE_COST > math.prod(one.shape)
 
 
-def choose(asked: list[Asked], tokens: int, device: torch.device, dtype: torch.dtype) -> list[Choice]:
+def choose(asked: list[Workload], tokens: int, device: torch.device, dtype: torch.dtype) -> list[Decision]:
     """A way for each of the updates that share their activations (n, q), the cheapest for all of them together."""
     if device.type not in COSTS or not asked or not tokens:
-        return [Choice("whole")] * len(asked)
+        return [Decision("whole")] * len(asked)
     return list(_choose(tuple(asked), tokens, dtype, COSTS[device.type], torch.get_num_threads()))
 
 
 @lru_cache(maxsize=1024)
-def _choose(asked: tuple[Asked, ...], tokens: int, dtype: torch.dtype, costs: Costs, threads: int) -> tuple[Choice, ...]:
+def _choose(asked: tuple[Workload, ...], tokens: int, dtype: torch.dtype, costs: Costs, threads: int) -> tuple[Decision, ...]:
     own, shared = seconds_of(asked, tokens, dtype, costs.of_threads(threads))
     gains = [max(slow - fast, 0.0) for slow, fast in zip(own["whole"], own["sampled"], strict=True)]
     worth = sum(gains) > shared
-    ways: list[Way] = ["sampled" if worth and gain else "whole" for gain in gains]
+    ways: list[Strategy] = ["sampled" if worth and gain else "whole" for gain in gains]
     if sum(own["applied"]) + 2 * shared < sum(own["whole"]) - max(sum(gains) - shared, 0.0):
         ways = ["applied"] * len(asked)
-    shares: dict[Way, float] = {
+    shares: dict[Strategy, float] = {
         "whole": 0.0,
         "sampled": shared / max(1, sum(gain > 0 for gain in gains)),
         "applied": 2 * shared / len(asked),
     }
-    return tuple(Choice(way, {one: own[one][i] + share for one, share in shares.items()}) for i, way in enumerate(ways))
+    return tuple(Decision(way, {one: own[one][i] + share for one, share in shares.items()}) for i, way in enumerate(ways))
 
 
-def seconds_of(asked: Sequence[Asked], tokens: int, dtype: torch.dtype, costs: Costs) -> tuple[dict[Way, list[float]], float]:
+def seconds_of(
+    asked: Sequence[Workload], tokens: int, dtype: torch.dtype, costs: Costs
+) -> tuple[dict[Strategy, list[float]], float]:
     """Of each way for each of the updates; and of a transform of the activations, which they share: those that are sampled one,
     those that are applied two, there and back with the gradient.
     """
     built = [_built(one, costs) for one in asked]
-    own: dict[Way, list[float]] = {
+    own: dict[Strategy, list[float]] = {
         "whole": [first + _whole(one, tokens, dtype, costs) for first, one in zip(built, asked, strict=True)],
         "sampled": [first + _sampled(one, tokens, costs) for first, one in zip(built, asked, strict=True)],
         "applied": [_applied(one, tokens, costs) for one in asked],
@@ -142,13 +144,13 @@ def seconds_of(asked: Sequence[Asked], tokens: int, dtype: torch.dtype, costs: C
     return own, _transformed(asked[0].shape[1], tokens, costs)
 
 
-def _built(one: Asked, costs: Costs) -> float:
+def _built(one: Workload, costs: Costs) -> float:
     rows, cols = one.shape
     made = _transformed(cols, rows, costs) + one.cells * rows * costs.spread + rows * cols * costs.add
     return made + _arranged(one, 1, costs)
 
 
-def _whole(one: Asked, tokens: int, dtype: torch.dtype, costs: Costs) -> float:
+def _whole(one: Workload, tokens: int, dtype: torch.dtype, costs: Costs) -> float:
     if not one.places:
         return 0.0
     (rows, cols), product = one.shape, costs.half_product if dtype.itemsize < 4 else costs.product
@@ -160,22 +162,22 @@ def _whole(one: Asked, tokens: int, dtype: torch.dtype, costs: Costs) -> float:
     return rows * cols * tokens * product + spectrum
 
 
-def _sampled(one: Asked, tokens: int, costs: Costs) -> float:
+def _sampled(one: Workload, tokens: int, costs: Costs) -> float:
     """Without the transform of the activations, which is shared."""
     return (_transformed(one.shape[0], tokens, costs) if one.places else 0) + _dots(one, tokens, costs)
 
 
-def _applied(one: Asked, tokens: int, costs: Costs) -> float:
+def _applied(one: Workload, tokens: int, costs: Costs) -> float:
     """Without the transforms of the activations and back to their gradient, which are shared."""
     products = 2 * one.cells * tokens * costs.spread
     return 2 * _transformed(one.shape[0], tokens, costs) + products + _arranged(one, 2, costs) + _dots(one, tokens, costs)
 
 
-def _dots(one: Asked, tokens: int, costs: Costs) -> float:
+def _dots(one: Workload, tokens: int, costs: Costs) -> float:
     return one.cells * one.places * tokens * costs.dot + _arranged(one, one.places, costs)
 
 
-def _arranged(one: Asked, times: int, costs: Costs) -> float:
+def _arranged(one: Workload, times: int, costs: Costs) -> float:
     """Cells put in order, which is remembered while they stay."""
     return times * (costs.piece + one.cells * costs.cell) if one.places > 1 else 0.0
 

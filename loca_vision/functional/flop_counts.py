@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from loca_vision.functional.cost_model import Asked
+from loca_vision.functional.cost_model import Workload
 
 _BYTES = 4
 
@@ -38,14 +38,14 @@ def of_building(shape: tuple[int, int], cells: int) -> Work:
     return Work(2 * cells * shape[1] + _transform(size, shape[0]) + size, 6 * _BYTES * size)
 
 
-def of_whole_gradient(asked: Asked, tokens: int) -> Work:
+def of_whole_gradient(asked: Workload, tokens: int) -> Work:
     """dY^T X, and its transform along both axes."""
     (rows, cols), size = asked.shape, math.prod(asked.shape)
     transforms = _transform(size, rows) + _transform(size, cols)
     return Work(2 * tokens * size + transforms, _BYTES * (tokens * (rows + cols) + 5 * size))
 
 
-def of_sampled_gradient(asked: Asked, tokens: int, sharing: int) -> Work:
+def of_sampled_gradient(asked: Workload, tokens: int, sharing: int) -> Work:
     """Transforms of dY and, shared by so many projections, of X; a dot product for each value."""
     (rows, cols), values = asked.shape, asked.cells * asked.places
     read = tokens * (rows + cols / sharing)
@@ -53,7 +53,7 @@ def of_sampled_gradient(asked: Asked, tokens: int, sharing: int) -> Work:
     return Work(transforms + 2 * tokens * values, _BYTES * (read + 5 * values))
 
 
-def of_applying(asked: Asked, tokens: int, sharing: int) -> Work:
+def of_applying(asked: Workload, tokens: int, sharing: int) -> Work:
     """Activations to frequencies, shared by so many projections, times the spectrum, and back; gradients likewise."""
     rows, cols = asked.shape
     transforms = _transform(tokens * rows, rows) + _transform(tokens * cols, cols) / sharing

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loca_vision.functional.cosine_atoms import Layout, Offset, row_major, shifted
+from loca_vision.functional.cosine_atoms import Cells, Offset, row_major, shifted
 from loca_vision.functional.packed_dct import empty_spectrum, places, rows_for
 
 
-def spectrum_of(layout: Layout, values: Tensor) -> Tensor:
+def spectrum_of(layout: Cells, values: Tensor) -> Tensor:
     """Values (B,) at their cells, (p', q') sparse: takes frequencies of inputs to those of outputs."""
     return _placed(layout, values, False)
 
 
-def transposed_of(layout: Layout, values: Tensor) -> Tensor:
+def transposed_of(layout: Cells, values: Tensor) -> Tensor:
     """The same, (q', p')."""
     return _placed(layout, values, True)
 
@@ -29,7 +29,7 @@ def product(spectrum: Tensor, frequencies: Tensor, onto: Tensor | None = None) -
     return torch.addmm(result, spectrum, frequencies, beta=0, out=result)
 
 
-def read_at(whole: Tensor, layout: Layout, place: Offset) -> Tensor:
+def read_at(whole: Tensor, layout: Cells, place: Offset) -> Tensor:
     """The values (B,) of a whole spectrum (p', q') at cells, or beside them."""
     rows, cols, signs = layout.once(_positions, place)
     return whole[rows, cols].mul_(signs)
@@ -38,7 +38,7 @@ def read_at(whole: Tensor, layout: Layout, place: Offset) -> Tensor:
 class Sums:
     """Sums over tokens at the cells of a layout, or beside them: a sparse matrix that has these cells and no others."""
 
-    def __init__(self, layout: Layout, place: Offset, dtype: torch.dtype) -> None:
+    def __init__(self, layout: Cells, place: Offset, dtype: torch.dtype) -> None:
         (self.order, starts, cols), self.signs = layout.once(_pattern, place)
         zeros = torch.zeros(len(cols), dtype=dtype, device=cols.device)
         self.matrix = torch.sparse_csr_tensor(starts, cols, zeros, _size(layout.shape), check_invariants=False)
@@ -53,7 +53,7 @@ class Sums:
         return torch.empty_like(found).index_copy_(0, self.order, found).mul_(self.signs)
 
 
-def _placed(layout: Layout, values: Tensor, transposed: bool) -> Tensor:
+def _placed(layout: Cells, values: Tensor, transposed: bool) -> Tensor:
     (order, starts, cols), signs = layout.once(_pattern, (0, 0), transposed)
     size = _size(layout.shape)
     ordered = (values * signs)[order]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from loca_vision.functional.cosine_atoms import Layout, Offset
+from loca_vision.functional.cosine_atoms import Cells, Offset
 from loca_vision.functional.packed_dct import add_samples, frequencies, pieces
 from loca_vision.functional.sparse_products import Sums, product
 
@@ -25,7 +25,7 @@ Pieces = tuple[Tensor, ...]  # of the frequencies (q', n) of some tokens after t
 def spectra_at(
     right: Pieces,
     grads: list[Tensor],
-    layouts: list[Layout],
+    layouts: list[Cells],
     places: list[list[Offset]],
     backs: Sequence[Tensor | None],
 ) -> tuple[list[dict[Offset, Tensor]], list[Tensor]]:

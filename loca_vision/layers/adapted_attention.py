@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from loca_vision.layers.attention_layouts import Naming, base_of, child, naming_of
 from loca_vision.layers.class_swap import Adapted, adapted_class, exchange_class, once_while_traced
-from loca_vision.layers.effective_weight import Reading
+from loca_vision.layers.effective_weight import EffectiveWeight
 from loca_vision.layers.targets import readable_weight
 from loca_vision.layers.weight_updates import FusedUpdates, WeightUpdates
 
@@ -38,7 +38,7 @@ class AttentionUpdates(nn.Module):
     def parts(self) -> Iterator[WeightUpdates]:
         yield from self.weights.values()  # type: ignore[misc]
 
-    def readings(self, attention: nn.Module) -> Iterator[tuple[str, Reading]]:
+    def effective_weights(self, attention: nn.Module) -> Iterator[tuple[str, EffectiveWeight]]:
         """The path of every layer there is now that one of the projections is read from, and how it reads."""
         for part, path in self.naming.parts.items():
             if f"on_{part}" in self.weights:
@@ -100,8 +100,8 @@ class AdaptedProjection:
     takes one product with the kept weight instead; where it is hooked, wrapped or quantised, the update comes beside.
     """
 
-    def __init__(self, attention: nn.Module, path: str, reading: Reading) -> None:
-        self.attention, self.path, self.reading = attention, path, reading
+    def __init__(self, attention: nn.Module, path: str, reading: EffectiveWeight) -> None:
+        self.attention, self.path, self.effective_weight = attention, path, reading
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self._layer()
@@ -113,17 +113,17 @@ class AdaptedProjection:
         plain = _is_plain(layer) and not args and not kwargs
         if plain and not self._beside():
             weight, bias = layer.weight, layer.bias
-            if self.reading.learns_alone(weight):
-                return self.reading.linear(x, weight, bias)
-            return F.linear(x, self.reading(weight), bias)
+            if self.effective_weight.learns_alone(weight):
+                return self.effective_weight.linear(x, weight, bias)
+            return F.linear(x, self.effective_weight(weight), bias)
         result = layer(x, *args, **kwargs)
-        applied = self.reading.applied(x, result.shape[-1], keep=self._may_keep(layer, x), base=self._base)
+        applied = self.effective_weight.applied(x, result.shape[-1], keep=self._may_keep(layer, x), base=self._base)
         return result + applied.to(result.dtype)
 
     @property
     def weight(self) -> Tensor:
         """W + Delta W, for processors that read it."""
-        weight: Tensor = self.reading(self._layer().weight)
+        weight: Tensor = self.effective_weight(self._layer().weight)
         return weight
 
     def __getattr__(self, name: str) -> Any:
@@ -139,13 +139,15 @@ class AdaptedProjection:
 
     def _beside(self) -> bool:
         """Whether memory is to be spared, and can be: gradients of the updates need them as matrices."""
-        return self.reading.circumstances.low_memory and not (torch.is_grad_enabled() and self.reading.learns())
+        return self.effective_weight.circumstances.low_memory and not (
+            torch.is_grad_enabled() and self.effective_weight.learns()
+        )
 
     def _acts(self) -> bool:
         """Compiled code asks only whether there is anything that could: which of it acts, and how, the buffer tells."""
         if torch.compiler.is_compiling():
-            return bool(self.reading.all_updates())
-        return bool(self.reading.acting())
+            return bool(self.effective_weight.all_updates())
+        return bool(self.effective_weight.active_updates())
 
     @staticmethod
     def _may_keep(layer: Any, x: Tensor) -> bool:
@@ -155,8 +157,8 @@ class AdaptedProjection:
 
     def _prepare(self) -> None:
         """While code is traced: an update that may change is built in the graph, any other is made now."""
-        if self.reading.learns() or self.reading.circumstances.low_memory:
-            self.reading.drop()
+        if self.effective_weight.learns() or self.effective_weight.circumstances.low_memory:
+            self.effective_weight.drop()
         else:
             self._settle()
 
@@ -164,7 +166,7 @@ class AdaptedProjection:
     def _settle(self) -> None:
         weight = base_of(self._layer()).weight
         if isinstance(weight, Tensor) and weight.is_floating_point():
-            self.reading.settle(weight)
+            self.effective_weight.settle(weight)
 
 
 def _is_plain(layer: Any) -> bool:

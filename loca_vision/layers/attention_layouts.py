@@ -48,7 +48,7 @@ def naming_of(module: nn.Module) -> Naming | None:
     return None
 
 
-def kind_of(part: str) -> str:
+def target_of(part: str) -> str:
     """The entry of `targets` that a part belongs to: "q" for "q" and "add_q", "fc1" for "fc1_g"."""
     return part.removeprefix("add_").split("_")[0]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Circumstances(nn.Module):
+class CallSettings(nn.Module):
     """What holds for all updates of one model: how strongly they act in this call, and whether memory is to be spared.
 
     Attributes:

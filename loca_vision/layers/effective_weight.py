@@ -15,13 +15,13 @@ from loca_vision.functional.cosine_linear import asked_of, spectral_linear
 from loca_vision.functional.cost_model import choose
 from loca_vision.functional.low_rank_linear import LowRankRows, low_rank_linear, low_rank_term
 from loca_vision.functional.row_linear import RowDelta, Rows, add_in_place, add_rows, computed_in, row_linear
-from loca_vision.layers.call_settings import Circumstances
+from loca_vision.layers.call_settings import CallSettings
 from loca_vision.layers.weight_cache import _Kept
 from loca_vision.methods.update import Update
 
 
 @dataclass(frozen=True)
-class Acting:
+class ActiveUpdate:
     """One update that acts on a weight: on which of its rows, how strongly, and the projection it belongs to."""
 
     projection: str
@@ -30,7 +30,7 @@ class Acting:
     strength: float
 
 
-class Reading(nn.Module):
+class EffectiveWeight(nn.Module):
     """W + Delta W for one weight; which updates act on which of its rows, a subclass says.
 
     In eager mode the sum is kept with a note of what it was made from. Compiled code finds the update in the buffer `delta`,
@@ -47,12 +47,12 @@ class Reading(nn.Module):
         self._settled: tuple[Tensor] | None = None
         self.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Reading:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EffectiveWeight:
         self._kept = None  # on the device, and in the precision, of before
-        result: Reading = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        result: EffectiveWeight = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return result
 
-    def acting(self) -> list[Acting]:
+    def active_updates(self) -> list[ActiveUpdate]:
         """What acts on the weight now."""
         raise NotImplementedError
 
@@ -61,7 +61,7 @@ class Reading(nn.Module):
         raise NotImplementedError
 
     @property
-    def circumstances(self) -> Circumstances:
+    def circumstances(self) -> CallSettings:
         raise NotImplementedError
 
     # The weight
@@ -70,7 +70,7 @@ class Reading(nn.Module):
         """W + sum of the acting updates, in W's dtype and shape; built anew where gradients are wanted, else kept."""
         if torch.compiler.is_compiling():
             return self._traced(base)
-        acting = self.acting()
+        acting = self.active_updates()
         if not acting:
             return base
         if torch.is_grad_enabled() and any(value.requires_grad for value in (base, *_tensors(acting))):
@@ -80,14 +80,14 @@ class Reading(nn.Module):
 
     def sum(self, base: Tensor) -> Tensor:
         """W + sum of the acting updates, built anew and not kept; whatever the strength of the last call."""
-        acting = self.acting()
+        acting = self.active_updates()
         return self._built(acting, base, of_call=False) if acting else base
 
     def learns_alone(self, base: Tensor) -> bool:
         """Whether a gradient is wanted of the updates, and none of W."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or base.requires_grad:
             return False
-        return any(value.requires_grad for value in _tensors(self.acting()))
+        return any(value.requires_grad for value in _tensors(self.active_updates()))
 
     def linear(self, x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor:
         """x (W + sum of the acting updates)^T + bias, where `learns_alone`: no other row's gradient is computed.
@@ -96,7 +96,7 @@ class Reading(nn.Module):
         finds that cheaper; else the sum is built.
         """
         self.drop()
-        acting = self.acting()
+        acting = self.active_updates()
         whole, pairs = self._by_rank(acting)
         if not whole:
             return low_rank_linear(x, base, bias, pairs)
@@ -124,7 +124,7 @@ class Reading(nn.Module):
         """
         if torch.compiler.is_compiling() and self.delta is not None:
             return F.linear(x, (self.circumstances.factor * self.delta).to(x.dtype))
-        acting = self.acting()
+        acting = self.active_updates()
         if not acting:
             return x.new_zeros(*x.shape[:-1], rows)
         weight = base() if any([one.update.needs_weight for one in acting]) else None
@@ -138,7 +138,7 @@ class Reading(nn.Module):
         form = (computed_in(x), x.device)
         return F.linear(x, self._kept_or(weight, acting, form, lambda: self._matrix(x, rows, acting, weight)))
 
-    def _by_rank(self, acting: list[Acting]) -> tuple[list[Acting], list[LowRankRows]]:
+    def _by_rank(self, acting: list[ActiveUpdate]) -> tuple[list[ActiveUpdate], list[LowRankRows]]:
         """Those that are to be built, and the factors of those that are not."""
         whole, pairs = [], []
         for one in acting:
@@ -150,11 +150,11 @@ class Reading(nn.Module):
                 pairs.append((one.rows, up, pair[1]))
         return whole, pairs
 
-    def _matrix(self, x: Tensor, rows: int, acting: list[Acting], weight: Tensor | None) -> Tensor:
+    def _matrix(self, x: Tensor, rows: int, acting: list[ActiveUpdate], weight: Tensor | None) -> Tensor:
         empty = torch.zeros(rows, x.shape[-1], device=x.device)
         return add_rows(empty, self._deltas(acting, empty if weight is None else weight, x.device)).to(computed_in(x))
 
-    def _by_activations(self, x: Tensor, rows: int, acting: list[Acting], weight: Tensor | None) -> Tensor:
+    def _by_activations(self, x: Tensor, rows: int, acting: list[ActiveUpdate], weight: Tensor | None) -> Tensor:
         result = x.new_zeros(*x.shape[:-1], rows)
         for one in acting:
             part = one.update(self.circumstances.number * one.strength, x, _rows_of(weight, one, x.device)).to(result.dtype)
@@ -172,7 +172,7 @@ class Reading(nn.Module):
     def _traced(self, base: Tensor) -> Tensor:
         if self.delta is not None:
             return (base + self.circumstances.factor * self.delta).to(base.dtype)
-        acting = self.acting()
+        acting = self.active_updates()
         return add_rows(base, self._deltas(acting, base)) if acting else base
 
     def learns(self) -> bool:
@@ -190,7 +190,7 @@ class Reading(nn.Module):
 
     def refresh(self) -> None:
         """After adapters came, went or changed: rewrite `delta` in place, where there is one, and keep nothing in vain."""
-        if self._kept is not None and not self.acting():
+        if self._kept is not None and not self.active_updates():
             self._kept = None
         if self.delta is not None:
             self._rewrite(self.delta)
@@ -199,7 +199,7 @@ class Reading(nn.Module):
     def _rewrite(self, delta: Tensor) -> None:
         wide = torch.zeros(delta.shape, device=delta.device)
         base = self._settled[0] if self._settled else delta
-        deltas = self._deltas(self.acting(), base, delta.device, of_call=False)
+        deltas = self._deltas(self.active_updates(), base, delta.device, of_call=False)
         delta.copy_(add_rows(wide, deltas) if deltas else wide)
 
     def drop(self) -> None:
@@ -212,7 +212,7 @@ class Reading(nn.Module):
 
     # Building
 
-    def _built(self, acting: list[Acting], base: Tensor, *, of_call: bool = True) -> Tensor:
+    def _built(self, acting: list[ActiveUpdate], base: Tensor, *, of_call: bool = True) -> Tensor:
         """W + sum of the updates, in W's dtype: added in place where nobody asks for gradients, and to the same bits."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return add_rows(base, self._deltas(acting, base, of_call=of_call))
@@ -226,7 +226,7 @@ class Reading(nn.Module):
         return wide.to(base.dtype)
 
     def _deltas(
-        self, acting: list[Acting], base: Tensor, device: torch.device | None = None, *, of_call: bool = True
+        self, acting: list[ActiveUpdate], base: Tensor, device: torch.device | None = None, *, of_call: bool = True
     ) -> list[RowDelta]:
         """The rows and the update of each projection of W, summed over the acting adapters; by default on W's device."""
         device = device or base.device
@@ -241,7 +241,9 @@ class Reading(nn.Module):
             deltas[one.projection] = one.rows, delta
         return list(deltas.values())
 
-    def _kept_or(self, base: Tensor | None, acting: list[Acting], form: tuple[Any, ...], build: Callable[[], Tensor]) -> Tensor:
+    def _kept_or(
+        self, base: Tensor | None, acting: list[ActiveUpdate], form: tuple[Any, ...], build: Callable[[], Tensor]
+    ) -> Tensor:
         """What is kept, as long as W, spectra, strengths and the form that is asked for are those it was built from."""
         learned = list(_tensors(acting))
         terms = (*form, self.circumstances.number, *(one.strength for one in acting))
@@ -256,21 +258,23 @@ class Reading(nn.Module):
         return state | {"_buffers": state["_buffers"] | {"delta": None}}
 
 
-def _by_projection(acting: list[Acting]) -> list[list[Acting]]:
-    found: dict[str, list[Acting]] = {}
+def _by_projection(acting: list[ActiveUpdate]) -> list[list[ActiveUpdate]]:
+    found: dict[str, list[ActiveUpdate]] = {}
     for one in acting:
         found.setdefault(one.projection, []).append(one)
     return list(found.values())
 
 
-def _tensors(acting: list[Acting]) -> Iterator[Tensor]:
+def _tensors(acting: list[ActiveUpdate]) -> Iterator[Tensor]:
     for one in acting:
         yield from one.update.tensors()
 
 
-def _learned_cosines(acting: list[Acting], factor: float, device: torch.device) -> list[tuple[Acting, Cosines]] | None:
+def _learned_cosines(
+    acting: list[ActiveUpdate], factor: float, device: torch.device
+) -> list[tuple[ActiveUpdate, Cosines]] | None:
     """What learns, where all of it is sums of cosines that are at hand on the device."""
-    found: list[tuple[Acting, Cosines]] = []
+    found: list[tuple[ActiveUpdate, Cosines]] = []
     for one in acting:
         if not any(value.requires_grad for value in one.update.tensors()):
             continue
@@ -281,7 +285,7 @@ def _learned_cosines(acting: list[Acting], factor: float, device: torch.device) 
     return found
 
 
-def _rows_of(weight: Tensor | None, one: Acting, device: torch.device) -> Tensor | None:
+def _rows_of(weight: Tensor | None, one: ActiveUpdate, device: torch.device) -> Tensor | None:
     """The rows of W that an update needs to know; nothing for those that need none."""
     if weight is None or not one.update.needs_weight:
         return None

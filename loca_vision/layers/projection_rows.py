@@ -17,7 +17,7 @@ _DENOISERS = ("unet", "transformer", "transformer_2")
 
 
 @dataclass(frozen=True)
-class Place:
+class ProjectionRows:
     """
     Args:
         projection: as adapter files name it: `blocks.0.attn.q`, `unet.mid_block...attn1.q`.
@@ -40,33 +40,33 @@ class Place:
         return len(self.taken(torch.empty(rows, 0)))
 
 
-def places_in(model: nn.Module) -> list[Place]:
+def projections_in(model: nn.Module) -> list[ProjectionRows]:
     """Every projection of linear layers that a model has, adapted or not, in the order of its modules."""
     found = []
     for target in find_targets(model, PARTS):
         weight = target.layer._parameters.get("weight")
         if isinstance(target.layer, nn.Linear) and weight is not None:
-            found.append(Place(target.name, target.layer_path, target.rows, (weight.shape[0], weight.shape[1])))
+            found.append(ProjectionRows(target.name, target.layer_path, target.rows, (weight.shape[0], weight.shape[1])))
     return found
 
 
-def places_of_modules(modules: Iterable[str]) -> dict[str, Place]:
+def projections_of_modules(modules: Iterable[str]) -> dict[str, ProjectionRows]:
     """The projections that modules of a pipeline's components are, by their names; those that are none are left out."""
     found = {}
     for module in modules:
         for naming in _namings(module):
             for part, path in _parts(naming).items():
                 if module.endswith(f".{path}"):
-                    found[module] = Place(module[: -len(path)] + part, module)
+                    found[module] = ProjectionRows(module[: -len(path)] + part, module)
     return found
 
 
-def place_of(projection: str) -> Place | None:
+def rows_of_target(projection: str) -> ProjectionRows | None:
     """The module that a projection of a pipeline's component is, by its name; None for any other name."""
     parent, _, part = projection.rpartition(".")
     for naming in _namings(projection):
         if part in _parts(naming) and parent:
-            return Place(projection, f"{parent}.{_parts(naming)[part]}")
+            return ProjectionRows(projection, f"{parent}.{_parts(naming)[part]}")
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from loca_vision.functional.row_linear import Rows
-from loca_vision.layers.attention_layouts import Naming, base_of, kind_of, naming_of
+from loca_vision.layers.attention_layouts import Naming, base_of, naming_of, target_of
 from loca_vision.layers.attention_layouts import child as genuine_child
 from loca_vision.layers.timm_layouts import _attention, _mlp
 from loca_vision.offload import stored
@@ -90,16 +90,16 @@ def find_targets(model: nn.Module, parts: Sequence[str]) -> Iterator[Target]:
             attention_paths.append(f"{path}.")
         mlp = _mlp(children, inside_attention=path.startswith(tuple(attention_paths)))
         for part, child, rows in (*attention, *mlp):
-            if kind_of(part) in parts:
+            if target_of(part) in parts:
                 where = f"{path}." if path else ""
-                yield Target(f"{where}{part}", kind_of(part), f"{where}{child}", children[child], rows)
+                yield Target(f"{where}{part}", target_of(part), f"{where}{child}", children[child], rows)
 
 
 def _of_attention(path: str, attention: nn.Module, naming: Naming, parts: Sequence[str]) -> Iterator[Target]:
     where = f"{path}." if path else ""
     for part in naming.present(attention):
-        if kind_of(part) in parts:
+        if target_of(part) in parts:
             place = naming.parts[part]
             layer = genuine_child(attention, place)
             assert layer is not None
-            yield Target(f"{where}{part}", kind_of(part), f"{where}{place}", layer, attention=attention)
+            yield Target(f"{where}{part}", target_of(part), f"{where}{place}", layer, attention=attention)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from loca_vision.functional.row_linear import Rows
-from loca_vision.layers.call_settings import Circumstances
-from loca_vision.layers.effective_weight import Acting, Reading
+from loca_vision.layers.call_settings import CallSettings
+from loca_vision.layers.effective_weight import ActiveUpdate, EffectiveWeight
 from loca_vision.methods.update import Update
 
 
 @dataclass(frozen=True)
-class Place:
+class AdapterSlot:
     """Whose an update is, which projection it changes, and the rows of the weight that make up that projection."""
 
     adapter: str
@@ -22,37 +22,37 @@ class Place:
     rows: Rows
 
 
-_USUAL = Circumstances()  # of models that know no strength of a call
+_USUAL = CallSettings()  # of models that know no strength of a call
 
 
-class WeightUpdates(Reading):
+class WeightUpdates(EffectiveWeight):
     """The updates of the weight of one linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.updates = nn.ModuleList()
-        self.places: list[Place] = []  # one for each update
+        self.places: list[AdapterSlot] = []  # one for each update
         self.strengths: dict[str, float] = {}  # of the adapters that act
         self.shared = (_USUAL,)  # in a tuple, which nn.Module does not take for a child
 
     @property
-    def circumstances(self) -> Circumstances:
+    def circumstances(self) -> CallSettings:
         return self.shared[0]
 
-    def entries(self) -> list[tuple[Place, Update]]:
+    def entries(self) -> list[tuple[AdapterSlot, Update]]:
         return list(zip(self.places, self.updates, strict=True))  # type: ignore[arg-type]
 
-    def acting(self) -> list[Acting]:
+    def active_updates(self) -> list[ActiveUpdate]:
         return [
-            Acting(place.projection, place.rows, update, self.strengths[place.adapter])
+            ActiveUpdate(place.projection, place.rows, update, self.strengths[place.adapter])
             for place, update in self.entries()
-            if place.adapter in self.strengths and not update.rests
+            if place.adapter in self.strengths and not update.inactive
         ]
 
     def all_updates(self) -> list[Update]:
         return list(self.updates)  # type: ignore[arg-type]
 
-    def add(self, place: Place, update: Update) -> None:
+    def add(self, place: AdapterSlot, update: Update) -> None:
         self.updates.append(update)
         self.places.append(place)
 
@@ -64,7 +64,7 @@ class WeightUpdates(Reading):
         self._kept = None
 
 
-class FusedUpdates(Reading):
+class FusedUpdates(EffectiveWeight):
     """The same updates for a weight made by stacking those of several layers, as `fuse_qkv_projections` makes it.
 
     Args:
@@ -76,12 +76,14 @@ class FusedUpdates(Reading):
         self.parts = tuple(parts)  # in a tuple: they are children elsewhere
 
     @property
-    def circumstances(self) -> Circumstances:
+    def circumstances(self) -> CallSettings:
         return self.parts[0][0].circumstances
 
-    def acting(self) -> list[Acting]:
+    def active_updates(self) -> list[ActiveUpdate]:
         return [
-            Acting(one.projection, rows, one.update, one.strength) for updates, rows in self.parts for one in updates.acting()
+            ActiveUpdate(one.projection, rows, one.update, one.strength)
+            for updates, rows in self.parts
+            for one in updates.active_updates()
         ]
 
     def all_updates(self) -> list[Update]:

@@ -37,7 +37,7 @@ class Projection(Protocol):
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorSpec:
     """What a tensor in a file has to be: its shape, dtypes as safetensors calls them, and of what matrix it numbers cells."""
 
     shape: tuple[int, ...]
@@ -46,10 +46,10 @@ class Stored:
 
 
 class AdapterConfig:
-    """The settings of one kind of adapter. A subclass is a frozen dataclass, decorated with `kind`.
+    """The settings of one adapter method. A subclass is a frozen dataclass, decorated with `kind`.
 
-    It has the fields `targets` and `seed`, makes updates that change nothing (`made`), and may start them (`started`). That is
-    enough for all else, files included: they hold the `state_dict` of every update.
+    It has the fields `targets` and `seed`, builds updates (`build`), and may give them their first values (`initialize`), with
+    which they change nothing. Everything else follows, files included: a file holds the `state_dict` of every update.
 
     Attributes:
         method: the name of the kind, in files and on command lines.
@@ -71,7 +71,7 @@ class AdapterConfig:
 
     # New updates
 
-    def made(self, shape: tuple[int, int]) -> Update:
+    def build(self, shape: tuple[int, int]) -> Update:
         """An update for a weight (p, q), on the current device; all its numbers are about to be written.
 
         Raises:
@@ -79,49 +79,49 @@ class AdapterConfig:
         """
         raise NotImplementedError
 
-    def started(self, update: Any, projection: Projection, generator: torch.Generator) -> None:
-        """Give an update that `made` has made its first numbers, with which it is to change nothing.
+    def initialize(self, update: Any, projection: Projection, generator: torch.Generator) -> None:
+        """Give an update that `build` has made its first numbers, with which it is to change nothing.
 
         The generator is the projection's own; whoever draws from it draws the same for the same seed.
         """
 
-    def created(self, projections: Sequence[Projection]) -> list[Update]:
+    def new_updates(self, projections: Sequence[Projection]) -> list[Update]:
         """New updates for these projections, of which none changes anything.
 
         Raises:
             ValueError: the settings do not fit one of them.
         """
         with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():  # else they could never be trained
-            updates = [self._made(projection.name, projection.shape) for projection in projections]
+            updates = [self._build(projection.name, projection.shape) for projection in projections]
             for update, projection in zip(updates, projections, strict=True):
-                self.started(update, projection, generator_of(self.seed, projection.name))
+                self.initialize(update, projection, generator_of(self.seed, projection.name))
         return updates
 
-    def _made(self, projection: str, shape: tuple[int, int]) -> Update:
+    def _build(self, projection: str, shape: tuple[int, int]) -> Update:
         """With the name of the projection in what is said against the settings, absurd sizes in a file among them."""
         try:
-            return self.made(shape)
+            return self.build(shape)
         except (ValueError, ArithmeticError, RuntimeError) as error:
             raise ValueError(f"{projection}: {error}") from None
 
     # Files
 
-    def layout(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Stored]:
+    def file_layout(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, TensorSpec]:
         """What a file of this adapter holds for projections of these shapes, by key.
 
         Raises:
             ValueError: the settings do not fit one of them.
         """
         with torch.device("meta"):
-            made = {projection: self._made(projection, shape) for projection, shape in shapes.items()}
+            made = {projection: self._build(projection, shape) for projection, shape in shapes.items()}
         return {
-            f"{projection}.{key}": Stored(tuple(value.shape), _dtypes(update, key, value))
+            f"{projection}.{key}": TensorSpec(tuple(value.shape), _dtypes(update, key, value))
             for projection, update in made.items()
             for key, value in update.state_dict().items()
         }
 
-    def tensors(self, updates: Mapping[str, Update], dtype: torch.dtype) -> dict[str, Tensor]:
-        """What goes into the file, by key; floating-point numbers in `dtype`, but for those that an update keeps `exact`.
+    def to_tensors(self, updates: Mapping[str, Update], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors of a file, by key: floating-point values in `dtype`, except those that an update keeps in float32.
 
         Raises:
             ValueError: a value no file may hold.
@@ -135,7 +135,7 @@ class AdapterConfig:
     def check_values(self, projection: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
         """Raise where finite numbers in a file make an update that is not: naming the key and the rule."""
 
-    def restored(
+    def from_tensors(
         self, projection: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], room: int | None = None
     ) -> Update:
         """The update in a file; its cells, where it has any, are final.
@@ -147,13 +147,13 @@ class AdapterConfig:
             ValueError: there are more.
         """
         with torch.device("cpu"):
-            update = self.made(shape)
+            update = self.build(shape)
         with torch.no_grad():
             for key, value in update.state_dict().items():
                 value.copy_(tensors[f"{projection}.{key}"])
         return update
 
-    def of(self, updates: Mapping[str, Update]) -> AdapterConfig:
+    def for_updates(self, updates: Mapping[str, Update]) -> AdapterConfig:
         """The settings as a file of these updates has them: projections by name, never by pattern."""
         return self
 
@@ -169,7 +169,7 @@ class AdapterConfig:
 def _dtypes(update: Update, key: str, value: Tensor) -> tuple[str, ...]:
     """Whole numbers in their own dtype only, which no other holds exactly."""
     if value.is_floating_point():
-        return FLOATS[:1] if key in update.exact else FLOATS
+        return FLOATS[:1] if key in update.float32_only else FLOATS
     if value.dtype not in _WHOLE:
         raise ValueError(f"{key} is {value.dtype}, which no adapter file holds")
     return (_WHOLE[value.dtype],)
@@ -177,7 +177,7 @@ def _dtypes(update: Update, key: str, value: Tensor) -> tuple[str, ...]:
 
 def _written(update: Update, key: str, dtype: torch.dtype) -> Tensor:
     value = stored_at(update, key).detach()
-    as_it_is = key in update.exact or not value.is_floating_point()
+    as_it_is = key in update.float32_only or not value.is_floating_point()
     return value.to("cpu", value.dtype if as_it_is else dtype, copy=True)
 
 

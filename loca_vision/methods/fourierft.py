@@ -41,8 +41,8 @@ class FourierSpectrum(Spectrum):
         both = by_cell(torch.cat([values, values]), torch.cat([cells, -cells % torch.tensor(self.shape, device=cells.device)]))
         return abs(self.scale) * float(torch.linalg.vector_norm(both)) / math.sqrt(math.prod(self.shape))
 
-    def applied(self, x: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
-        return Update.applied(self, x, strength)
+    def apply_to(self, x: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+        return Update.apply_to(self, x, strength)
 
 
 @kind

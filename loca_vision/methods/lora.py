@@ -25,7 +25,7 @@ class LowRank(Update):
         magnitude: (p,) float32 parameter; None for plain LoRA.
     """
 
-    exact = ("magnitude",)  # rounded, it would change the whole weight: by more than a small update does
+    float32_only = ("magnitude",)  # rounded, it would change the whole weight: by more than a small update does
     magnitude: nn.Parameter | None
 
     def __init__(self, shape: tuple[int, int], scale: float, *, weight_decomposed: bool) -> None:
@@ -111,11 +111,11 @@ class LoRAConfig(AdapterConfig):
     def scale(self) -> float:
         return self.alpha / self.r
 
-    def made(self, shape: tuple[int, int]) -> LoRA:
+    def build(self, shape: tuple[int, int]) -> LoRA:
         check_rank(self.r, shape)
         return LoRA(shape, self.r, self.scale, weight_decomposed=self.use_dora)
 
-    def started(self, update: LoRA, projection: Projection, generator: torch.Generator) -> None:
+    def initialize(self, update: LoRA, projection: Projection, generator: torch.Generator) -> None:
         nn.init.kaiming_uniform_(update.down, a=math.sqrt(5), generator=generator)
         start_magnitude(update, projection)
 

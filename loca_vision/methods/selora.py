@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from loca_vision.checks import check_choice, check_count, check_factor, check_flag, check_share
 from loca_vision.functional.fourier import inverse_real
 from loca_vision.functional.haar import inverse_haar2
-from loca_vision.methods.adapter_config import AdapterConfig, Projection, Stored, generator_of
+from loca_vision.methods.adapter_config import AdapterConfig, Projection, TensorSpec, generator_of
 from loca_vision.methods.locations import distinct
 from loca_vision.methods.lora import LowRank, check_product, check_rank, start_magnitude
 from loca_vision.methods.registry import kind
@@ -128,12 +128,12 @@ class SeLoRAConfig(AdapterConfig):
             raise ValueError(f"eta={self.eta}: of {self.r} x {size} cells none is left to be trained")
         return count
 
-    def made(self, shape: tuple[int, int]) -> SpectralLowRank:
+    def build(self, shape: tuple[int, int]) -> SpectralLowRank:
         check_rank(self.r, shape)
         counts = self.count(shape[0]), self.count(shape[1])
         return SpectralLowRank(shape, self.r, counts, self.scale, basis=self.basis, weight_decomposed=self.use_dora)
 
-    def started(self, update: SpectralLowRank, projection: Projection, generator: torch.Generator) -> None:
+    def initialize(self, update: SpectralLowRank, projection: Projection, generator: torch.Generator) -> None:
         rows, cols = update.shape
         update.up_cells.copy_(self._cells((rows, self.r), len(update.up_cells)))
         update.down_cells.copy_(self._cells((self.r, cols), len(update.down_cells)))
@@ -142,8 +142,8 @@ class SeLoRAConfig(AdapterConfig):
         nn.init.normal_(update.down_coefficients, std=math.sqrt(variance), generator=generator)
         start_magnitude(update, projection)
 
-    def created(self, projections: Sequence[Projection]) -> list[Update]:
-        updates = super().created(projections)
+    def new_updates(self, projections: Sequence[Projection]) -> list[Update]:
+        updates = super().new_updates(projections)
         shared: dict[str, Tensor] = {}
         for update in updates:
             assert isinstance(update, SpectralLowRank)
@@ -154,15 +154,15 @@ class SeLoRAConfig(AdapterConfig):
     def _cells(self, shape: tuple[int, int], count: int) -> Tensor:
         return distinct(count, shape[0] * shape[1], generator_of(self.seed, _key(*shape)))
 
-    def layout(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Stored]:
-        found = {key: must for key, must in super().layout(shapes).items() if not key.endswith("_cells")}
+    def file_layout(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, TensorSpec]:
+        found = {key: must for key, must in super().file_layout(shapes).items() if not key.endswith("_cells")}
         for rows, cols in shapes.values():
             for size, matrix in ((rows, (rows, self.r)), (cols, (self.r, cols))):
-                found[_key(*matrix)] = Stored((self.count(size),), ("I32",), cells_of=matrix)
+                found[_key(*matrix)] = TensorSpec((self.count(size),), ("I32",), cells_of=matrix)
         return found
 
-    def tensors(self, updates: Mapping[str, Update], dtype: torch.dtype) -> dict[str, Tensor]:
-        found = {key: value for key, value in super().tensors(updates, dtype).items() if not key.endswith("_cells")}
+    def to_tensors(self, updates: Mapping[str, Update], dtype: torch.dtype) -> dict[str, Tensor]:
+        found = {key: value for key, value in super().to_tensors(updates, dtype).items() if not key.endswith("_cells")}
         for update in updates.values():
             found[_key(update.shape[0], self.r)] = stored(update, "up_cells").to("cpu", torch.int32)
             found[_key(self.r, update.shape[1])] = stored(update, "down_cells").to("cpu", torch.int32)
@@ -172,11 +172,11 @@ class SeLoRAConfig(AdapterConfig):
         up, down = (tensors[f"{projection}.{half}_coefficients"] for half in ("up", "down"))
         check_product(projection, self.scale, up, down)  # no entry of an atom is larger than 1
 
-    def restored(
+    def from_tensors(
         self, projection: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], room: int | None = None
     ) -> Update:
         cells = {"up_cells": tensors[_key(shape[0], self.r)], "down_cells": tensors[_key(self.r, shape[1])]}
-        return super().restored(projection, shape, {**tensors, **{f"{projection}.{k}": v for k, v in cells.items()}}, room)
+        return super().from_tensors(projection, shape, {**tensors, **{f"{projection}.{k}": v for k, v in cells.items()}}, room)
 
 
 def _key(rows: int, cols: int) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loca_vision.checks import counts_by_name
-from loca_vision.methods.adapter_config import AdapterConfig, Projection, Stored, generator_of
+from loca_vision.methods.adapter_config import AdapterConfig, Projection, TensorSpec, generator_of
 from loca_vision.methods.locations import cell_locations, cells_at
 from loca_vision.methods.spectrum import Spectrum
 from loca_vision.methods.update import Update
@@ -43,7 +43,7 @@ class SparseConfig(AdapterConfig):
         """
         return counts_by_name(self.n_components, names)
 
-    def created(self, projections: Sequence[Projection]) -> list[Update]:
+    def new_updates(self, projections: Sequence[Projection]) -> list[Update]:
         counts = self.components([projection.name for projection in projections])
         for projection in projections:
             rows, cols = projection.shape
@@ -63,18 +63,18 @@ class SparseConfig(AdapterConfig):
         """(B,): zeros, so that nothing changes at first."""
         return torch.zeros(count, dtype=torch.float32)
 
-    def layout(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Stored]:
-        found: dict[str, Stored] = {}
+    def file_layout(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, TensorSpec]:
+        found: dict[str, TensorSpec] = {}
         counts = self.n_components if isinstance(self.n_components, Mapping) else dict.fromkeys(shapes, self.n_components)
         for projection, (rows, cols) in shapes.items():
             count = counts[projection]
             if count > rows * cols:
                 raise ValueError(f"{projection} has {count} components, of {rows} x {cols} = {rows * cols} cells")
-            found[f"{projection}.coefficients"] = Stored((count,))
-            found[f"{projection}.locations"] = Stored((count,), ("I32",), cells_of=(rows, cols))
+            found[f"{projection}.coefficients"] = TensorSpec((count,))
+            found[f"{projection}.locations"] = TensorSpec((count,), ("I32",), cells_of=(rows, cols))
         return found
 
-    def tensors(self, updates: Mapping[str, Update], dtype: torch.dtype) -> dict[str, Tensor]:
+    def to_tensors(self, updates: Mapping[str, Update], dtype: torch.dtype) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for projection, update in updates.items():
             count = update.count if isinstance(update, Spectrum) else None
@@ -88,7 +88,7 @@ class SparseConfig(AdapterConfig):
         if size > torch.finfo(torch.float32).max:
             raise ValueError(f"{projection}.coefficients times the scale {self.scale} overflows float32")
 
-    def restored(
+    def from_tensors(
         self, projection: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], room: int | None = None
     ) -> Update:
         flat = tensors[f"{projection}.locations"].long()
@@ -103,7 +103,7 @@ class SparseConfig(AdapterConfig):
         spectrum.count, spectrum.final = count, True
         return spectrum
 
-    def of(self, updates: Mapping[str, Update]) -> AdapterConfig:
+    def for_updates(self, updates: Mapping[str, Update]) -> AdapterConfig:
         if isinstance(self.n_components, int):
             return self
         counts = {projection: len(stored(update, "coefficients")) for projection, update in updates.items()}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loca_vision.functional.cosine_atoms import Cosines, Form, Layout
+from loca_vision.functional.cosine_atoms import AtomSettings, Cells, Cosines
 from loca_vision.functional.cosine_sum import add_cosines, applied_to, cosine_applied, cosine_matrix, cosine_sum
 from loca_vision.functional.snapshot import Snapshot
 from loca_vision.functional.token_spectra import shared_pieces
@@ -46,7 +46,7 @@ class Spectrum(Update):
         self.count = len(coefficients)  # of them that mean something: behind may be zeros, room for another adapter
         self.final = False  # whether the locations are, for good
         self.scheduled = False  # whether a schedule decides what moves: a half that is frozen may learn again
-        self._kept: tuple[Snapshot, Layout] | None = None
+        self._kept: tuple[Snapshot, Cells] | None = None
         self.coefficients = nn.Parameter(coefficients)
         self.locations = nn.Parameter(locations)
 
@@ -66,23 +66,23 @@ class Spectrum(Update):
             return cosine_matrix(self.coefficients.detach(), self.layout, scale)
         return cosine_sum(self.coefficients, self.locations, self.cells, self.shape, scale, self.difference)
 
-    def added(self, onto: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+    def added_to(self, onto: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         own = type(self).delta is Spectrum.delta  # a subclass may make another matrix
         here = onto.dtype == self.coefficients.dtype and onto.device == self.coefficients.device
         if not (own and here) or onto.device.type != "cpu":
-            return super().added(onto, strength, weight)
+            return super().added_to(onto, strength, weight)
         self._confine_what_moves()
-        layout = self.layout if self._trains_eagerly() else Layout(self.cells, self.shape)
+        layout = self.layout if self._trains_eagerly() else Cells(self.cells, self.shape)
         add_cosines(onto, self.coefficients.detach(), layout, self.scale * strength)
         return onto
 
     def cosines(self, strength: float = 1.0) -> Cosines | None:
         self._confine_what_moves()
-        form = Form(self.shape, self.scale * strength, self.difference)
+        form = AtomSettings(self.shape, self.scale * strength, self.difference)
         return Cosines(self.coefficients, self.locations, self.layout, form)
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> Cells:
         """The cells with what follows from them, kept from step to step for as long as the locations stay where they are.
 
         On the CPU values tell that. On other devices versions do, which optimisers of their own kernels may leave as they are:
@@ -91,18 +91,18 @@ class Spectrum(Update):
         held = [self.locations]
         if self.locations.requires_grad and self.locations.device.type != "cpu":
             self._kept = None
-            return Layout(self.cells, self.shape)
+            return Cells(self.cells, self.shape)
         kept = self._kept
         if kept is None or not kept[0].holds_for(held, held):
             self._kept = kept = Snapshot(held, held), self._layout_like(kept and kept[1])
         return kept[1]
 
-    def _layout_like(self, known: Layout | None) -> Layout:
+    def _layout_like(self, known: Cells | None) -> Cells:
         """The one that is known, where locations moved and no component came to another cell."""
         cells, cpu = self.cells, torch.device("cpu")
         if known is not None and known.cells.device == cells.device == cpu and torch.equal(known.cells, cells):
             return known
-        return Layout(cells, self.shape)
+        return Cells(cells, self.shape)
 
     def _trains_eagerly(self) -> bool:
         """Whether a step of training runs as it is written, so that things may be kept for the next one."""
@@ -112,7 +112,7 @@ class Spectrum(Update):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": None}  # a copy or a pickle works out its own
 
-    def applied(self, x: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+    def apply_to(self, x: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         """x times `strength` times the update, x Delta W^T, without building it: (..., q) to (..., p) in x's dtype.
 
         Two transforms of the activations and a sparse product. Differentiable in x only.
@@ -120,7 +120,7 @@ class Spectrum(Update):
         scale, coefficients = self.scale * strength, self.coefficients.to(x.device)
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             return cosine_applied(x, coefficients, self.cells.to(x.device), self.shape, scale)
-        layout = self.layout if self.locations.device == x.device else Layout(self.cells.to(x.device), self.shape)
+        layout = self.layout if self.locations.device == x.device else Cells(self.cells.to(x.device), self.shape)
         return applied_to(shared_pieces(x), x, coefficients.detach(), layout, scale)
 
     @torch.no_grad()
@@ -131,7 +131,7 @@ class Spectrum(Update):
     def tensors(self) -> tuple[Tensor, ...]:
         return self.coefficients, self.locations
 
-    def learned(self) -> list[nn.Parameter]:
+    def trainable(self) -> list[nn.Parameter]:
         return [self.coefficients]
 
     def confine(self) -> None:
@@ -143,7 +143,7 @@ class Spectrum(Update):
         if self.locations.requires_grad and not torch.compiler.is_compiling():
             self.confine()
 
-    def check_room(self, other: Update, place: str) -> None:
+    def check_fits(self, other: Update, place: str) -> None:
         if type(other) is not type(self) or not isinstance(other, Spectrum):
             raise ValueError(f"{place} is of another kind in the adapter that it should replace")
         if other.count > len(self.coefficients):
@@ -154,8 +154,8 @@ class Spectrum(Update):
             )
 
     @torch.no_grad()
-    def take_over(self, other: Update | None) -> None:
-        self.rests = other is None or other.rests
+    def copy_from(self, other: Update | None) -> None:
+        self.inactive = other is None or other.inactive
         if not isinstance(other, Spectrum):
             return
         coefficients, locations = stored(self, "coefficients"), stored(self, "locations")

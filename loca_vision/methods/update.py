@@ -28,13 +28,13 @@ class Update(nn.Module):
     """
 
     needs_weight = False
-    exact: tuple[str, ...] = ()
+    float32_only: tuple[str, ...] = ()
 
     def __init__(self, shape: tuple[int, int], scale: float = 1.0) -> None:
         super().__init__()
         self.shape = shape
         self.scale = scale
-        self.rests = False
+        self.inactive = False
 
     def delta(self, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         """`strength` times the update, (p, q) float32, differentiable in what is learned; `weight` where needed."""
@@ -60,54 +60,54 @@ class Update(nn.Module):
         up, down = pair[0].double(), pair[1].double()  # without building it: |B A|^2 is the trace of (B^T B) (A A^T)
         return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
 
-    def applied(self, x: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+    def apply_to(self, x: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         """x times `strength` times the update, x Delta W^T: (..., q) to (..., p) in x's dtype, without gradients."""
         pair = self.factors(strength)
         if pair is None:
             return F.linear(x, self.delta(strength, weight).to(x))
         return F.linear(F.linear(x, pair[1].to(x)), pair[0].to(x))
 
-    def added(self, onto: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+    def added_to(self, onto: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         """`onto` (p, q), float32 or float64, to which `delta` was added in place, without gradients."""
         return onto.add_(self.delta(strength, weight).to(onto))
 
     def add_to(self, onto: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> None:
-        """`added`, through `forward`."""
+        """`added_to`, through `forward`."""
         self(strength, None, weight, onto)
 
     def forward(
         self, strength: float = 1.0, x: Tensor | None = None, weight: Tensor | None = None, onto: Tensor | None = None
     ) -> Tensor:
-        """`delta`, or, given activations, `applied`, or, given a matrix, `added`: through here, so that hooks which bring
+        """`delta`, or, given activations, `apply_to`, or, given a matrix, `added_to`: through here, so that hooks which bring
         offloaded tensors see it.
 
         Autocast is for activations: a matrix made under it is the one that is made without, and may be kept.
         """
         if x is not None:
-            return self.applied(x, strength, weight)
+            return self.apply_to(x, strength, weight)
         device = next((value.device.type for value in self.tensors()), "cpu")
         usual = not torch.amp.is_autocast_available(device)  # there is none on the meta device
         with nullcontext() if usual else torch.autocast(device, enabled=False):
-            return self.delta(strength, weight) if onto is None else self.added(onto, strength, weight)
+            return self.delta(strength, weight) if onto is None else self.added_to(onto, strength, weight)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All that the update is made from."""
         return (*self.parameters(), *self.buffers())
 
-    def learned(self) -> list[nn.Parameter]:
+    def trainable(self) -> list[nn.Parameter]:
         """The parameters that training moves at the rate of the adapter."""
         return list(self.parameters())
 
-    def check_room(self, other: Update, place: str) -> None:
+    def check_fits(self, other: Update, place: str) -> None:
         """Raise where `other` could not take this update's place; `place` is for the sentence."""
         sizes = [{key: value.shape for key, value in update.state_dict().items()} for update in (self, other)]
         if type(self) is not type(other) or sizes[0] != sizes[1]:
             raise ValueError(f"{place} is of another kind or size in the adapter that it should replace")
 
     @torch.no_grad()
-    def take_over(self, other: Update | None) -> None:
+    def copy_from(self, other: Update | None) -> None:
         """Become what `other` is, in the same tensors, so that nothing is compiled anew; without one, rest."""
-        self.rests = other is None or other.rests
+        self.inactive = other is None or other.inactive
         if other is not None:
             self.__dict__.update({name: value for name, value in vars(other).items() if _is_setting(name)})
             for key in other.state_dict():
@@ -124,7 +124,7 @@ class Update(nn.Module):
         return result
 
     def extra_repr(self) -> str:
-        return f"shape={self.shape}, trained={sum(p.numel() for p in self.learned())}, scale={self.scale:g}"
+        return f"shape={self.shape}, trained={sum(p.numel() for p in self.trainable())}, scale={self.scale:g}"
 
 
 def _is_setting(name: str) -> bool:

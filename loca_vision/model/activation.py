@@ -8,15 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from loca_vision.layers.effective_weight import Reading
+from loca_vision.layers.effective_weight import EffectiveWeight
 from loca_vision.layers.weight_updates import WeightUpdates
 from loca_vision.methods.update import Update
-from loca_vision.model.state import Record, Strength
+from loca_vision.model.state import AdapterState, Strength
 from loca_vision.model.traversal import all_updates, modules_of, moved_by_training, own_tensors, sites
 from loca_vision.offload import stored_at
 
 
-def acting_updates(model: nn.Module) -> list[Update]:
+def active_updates(model: nn.Module) -> list[Update]:
     """Every update but those of adapters that do not act."""
     entries = [(site.updates, *pair) for site in sites(model) for pair in site.updates.entries()]
     idle = {id(update) for updates, place, update in entries if place.adapter not in updates.strengths}
@@ -24,30 +24,30 @@ def acting_updates(model: nn.Module) -> list[Update]:
 
 
 @contextmanager
-def changing(model: nn.Module, record: Record) -> Iterator[None]:
+def changing_active(model: nn.Module, record: AdapterState) -> Iterator[None]:
     """Around a change of what acts: the whole tensors in the model, and how strongly every update acts, follow it."""
-    park(model, record)
+    store_live_tensors(model, record)
     try:
         yield
     finally:
-        supply(model, record)
+        load_tensors(model, record)
         strengthen(model, record)
 
 
-def activate(model: nn.Module, record: Record, active: dict[str, Strength], *, enabled: bool | None = None) -> None:
+def activate(model: nn.Module, record: AdapterState, active: dict[str, Strength], *, enabled: bool | None = None) -> None:
     """Let exactly these adapters act, or, with `enabled` False, be the ones that will."""
-    with changing(model, record):
+    with changing_active(model, record):
         record.active = active
         record.enabled = record.enabled if enabled is None else enabled
 
 
-def strengthen(model: nn.Module, record: Record) -> None:
+def strengthen(model: nn.Module, record: AdapterState) -> None:
     """Tell every update how strongly it acts: as the record says, unless it is disabled or fused into the weights."""
-    readings = [module for module in modules_of(model) if isinstance(module, Reading)]
-    for updates in readings:
+    effective_weights = [module for module in modules_of(model) if isinstance(module, EffectiveWeight)]
+    for updates in effective_weights:
         if isinstance(updates, WeightUpdates):
             updates.strengths = strengths_at(updates, record.effective)
-    for reading in readings:
+    for reading in effective_weights:
         reading.refresh()
 
 
@@ -62,7 +62,7 @@ def strengths_at(updates: WeightUpdates, strengths: Mapping[str, Strength]) -> d
 
 
 @torch.no_grad()
-def adopt(record: Record, tensors: dict[str, Tensor]) -> None:
+def claim_trained(record: AdapterState, tensors: dict[str, Tensor]) -> None:
     """Count what the user has made trainable since the last adapter came among that adapter's whole tensors."""
     forget_lost(record, tensors)
     if record.supplier:
@@ -71,7 +71,7 @@ def adopt(record: Record, tensors: dict[str, Tensor]) -> None:
         record.base |= {name: value.clone() for name, value in found.items()}
 
 
-def forget_lost(record: Record, tensors: dict[str, Tensor]) -> None:
+def forget_lost(record: AdapterState, tensors: dict[str, Tensor]) -> None:
     """Drop whole tensors that the model no longer has, or has in another shape: its head was exchanged."""
     for values in (record.base, *(adapter.whole for adapter in record.adapters.values())):
         for name in [n for n, value in values.items() if n not in tensors or tensors[n].shape != value.shape]:
@@ -79,7 +79,7 @@ def forget_lost(record: Record, tensors: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def park(model: nn.Module, record: Record) -> None:
+def store_live_tensors(model: nn.Module, record: AdapterState) -> None:
     """Keep the values that the supplying adapter has reached by now."""
     if not record.base:  # to look at every parameter takes milliseconds
         return
@@ -90,7 +90,7 @@ def park(model: nn.Module, record: Record) -> None:
 
 
 @torch.no_grad()
-def supply(model: nn.Module, record: Record) -> None:
+def load_tensors(model: nn.Module, record: AdapterState) -> None:
     """Put the supplying adapter's whole tensors into the model, and the model's own where it has none."""
     whole = record.adapters[record.supplier].whole if record.supplier else {}
     for name, own in record.base.items():

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from loca_vision.model.activation import activate
-from loca_vision.model.state import Record, Strength, record_of, refuse_fused
+from loca_vision.model.state import AdapterState, Strength, refuse_fused, state_of
 from loca_vision.model.traversal import sites, unwrap
 
 
@@ -65,18 +65,18 @@ def _strengths(names: list[str], weights: float | Sequence[float] | Mapping[str,
 
 def active_adapters(model: nn.Module) -> dict[str, Strength]:
     """The adapters that act, and how strongly: a number, or a number for each projection; empty for a model without any."""
-    record = record_of(model)
+    record = state_of(model)
     return dict(record.active) if record else {}
 
 
-def _record(model: nn.Module) -> Record:
-    record = record_of(model)
+def _record(model: nn.Module) -> AdapterState:
+    record = state_of(model)
     if record is None:
         raise ValueError(f"{type(unwrap(model)).__name__} has no adapter; inject or load one first")
     return record
 
 
-def _known(record: Record, name: str) -> str:
+def _known(record: AdapterState, name: str) -> str:
     if name not in record.adapters:
         raise ValueError(f"no adapter {name!r} in the model; it has {', '.join(map(repr, record.adapters))}")
     return name

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from loca_vision.model.conv_in import WEIGHT, conv_in_of_the_base
-from loca_vision.model.state import record_of
+from loca_vision.model.state import state_of
 
 
 class SaveBase:
@@ -38,7 +38,7 @@ def without_adapters(model: nn.Module, state: dict[str, Any], prefix: str, local
     """Also without an adapter's whole tensors, unless its updates are in the weights too."""
     for key in [key for key in state if ".loca." in f".{key}"]:
         del state[key]
-    record = record_of(model)
+    record = state_of(model)
     if record is not None and not record.supplier_is_fused:
         narrow = {} if record.narrow is None else {WEIGHT: record.narrow.detach()}
         state.update({key: value for key, value in (record.base | narrow).items() if key in state})

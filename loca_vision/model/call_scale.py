@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch._compile import _disable_dynamo
 
-from loca_vision.layers.call_settings import Circumstances
-from loca_vision.layers.effective_weight import Reading
+from loca_vision.layers.call_settings import CallSettings
+from loca_vision.layers.effective_weight import EffectiveWeight
 from loca_vision.model.base_checkpoint import SaveBase
 from loca_vision.model.options import choose, settings_of
 
@@ -22,12 +22,12 @@ _CHILD = "loca_circumstances"
 _HOOK = "_loca_call_hook"
 
 
-def circumstances(model: nn.Module) -> Circumstances:
+def circumstances(model: nn.Module) -> CallSettings:
     """Those of this model, which has them from now on."""
     found = model._modules.get(_CHILD)
-    if not isinstance(found, Circumstances):
+    if not isinstance(found, CallSettings):
         with torch.inference_mode(False):
-            found = Circumstances()
+            found = CallSettings()
         found.low_memory = settings_of(model).low_memory
         model.add_module(_CHILD, found)
         parameter = next(model.parameters(), None)
@@ -55,10 +55,10 @@ def set_low_memory(model: nn.Module, enabled: bool) -> None:
     """Whether the model's updates are applied to activations; what was built for them is dropped."""
     choose(model, low_memory=enabled)
     found = model._modules.get(_CHILD)
-    if isinstance(found, Circumstances):
+    if isinstance(found, CallSettings):
         found.low_memory = enabled
         for module in model.modules():
-            if isinstance(module, Reading):
+            if isinstance(module, EffectiveWeight):
                 module.drop()
 
 

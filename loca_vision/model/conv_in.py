@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loca_vision.model.state import Record, record_of
+from loca_vision.model.state import AdapterState, state_of
 from loca_vision.offload import copied_elsewhere, exchange, stored_at
 
 WEIGHT = "conv_in.weight"
@@ -44,7 +44,7 @@ def widen_conv_in(unet: nn.Module, channels: int = 8) -> bool:
         raise ValueError(
             f"channels={channels}: conv_in takes {layer.in_channels}, in {layer.groups} groups, and can only be widened"
         )
-    if record_of(unet) is not None:
+    if state_of(unet) is not None:
         raise ValueError("the UNet has an adapter, which is for conv_in as it is: widen it first, then inject or load")
     _put(unet, _widened(stored_at(unet, WEIGHT), channels, layer.weight.requires_grad))
     return True
@@ -83,7 +83,7 @@ def check_wider(model: nn.Module, shape: tuple[int, ...], replacing: str | None 
 
 def _owner(model: nn.Module, weight: Tensor, replacing: str | None) -> str | None:
     """The adapter that has a `conv_in.weight` of its own, or would have it in its file."""
-    record = record_of(model)
+    record = state_of(model)
     if record is None:
         return None
     trains = record.frozen and weight.requires_grad and WEIGHT not in record.base
@@ -92,7 +92,7 @@ def _owner(model: nn.Module, weight: Tensor, replacing: str | None) -> str | Non
 
 
 @torch.no_grad()
-def fit_conv_in(model: nn.Module, record: Record) -> None:
+def fit_conv_in(model: nn.Module, record: AdapterState) -> None:
     """Let `conv_in` take as many channels as the adapters' own do, and as many as ever where no adapter has one.
 
     To be called when an adapter has come or gone, while what it brings is in the record and not yet in the model. The record's
@@ -113,7 +113,7 @@ def fit_conv_in(model: nn.Module, record: Record) -> None:
     record.base[WEIGHT] = weight.detach().clone()
 
 
-def _widened_for_now(model: nn.Module, record: Record, channels: int) -> nn.Parameter:
+def _widened_for_now(model: nn.Module, record: AdapterState, channels: int) -> nn.Parameter:
     """The weight for so many channels; the very first one is kept."""
     held, values = model.get_parameter(WEIGHT), stored_at(model, WEIGHT)
     if record.narrow is None:
@@ -121,7 +121,7 @@ def _widened_for_now(model: nn.Module, record: Record, channels: int) -> nn.Para
     return _widened(values, channels, held.requires_grad)
 
 
-def _kept_narrow(model: nn.Module, record: Record) -> nn.Parameter:
+def _kept_narrow(model: nn.Module, record: AdapterState) -> nn.Parameter:
     """The weight from before, where and in which precision the model has been brought since."""
     now, weight = stored_at(model, WEIGHT), record.narrow
     assert weight is not None
@@ -134,7 +134,7 @@ def _kept_narrow(model: nn.Module, record: Record) -> nn.Parameter:
 @contextmanager
 def conv_in_of_the_base(model: nn.Module) -> Iterator[None]:
     """Inside, `config` says how many channels the base takes by itself, as a file of the base does."""
-    record = record_of(model)
+    record = state_of(model)
     if record is None or record.narrow is None or record.supplier_is_fused:
         yield
         return

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from loca_vision.checks import counts_by_name, is_whole
 from loca_vision.functional.cosine_linear import asked_of
-from loca_vision.functional.cost_model import Asked, Choice, choose
+from loca_vision.functional.cost_model import Decision, Workload, choose
 from loca_vision.functional.flop_counts import (
     NOTHING,
     Work,
@@ -21,10 +21,10 @@ from loca_vision.functional.flop_counts import (
     of_sampled_gradient,
     of_whole_gradient,
 )
-from loca_vision.layers.projection_rows import places_in
+from loca_vision.layers.projection_rows import projections_in
 from loca_vision.messages import aligned
 from loca_vision.methods.update import Update
-from loca_vision.model.state import record_of
+from loca_vision.model.state import state_of
 from loca_vision.model.traversal import Site, sites, unwrap
 
 _HEADER = ("projection", "p x q", "B or r", "learns", "path", "forward", "MB", "backward", "MB", "why")
@@ -96,7 +96,7 @@ def explain(model: nn.Module, tokens: int | Mapping[str, int] = 2048, *, dtype: 
     Raises:
         ValueError: a model without adapters, a count below 1, a projection that no pattern matches.
     """
-    if record_of(model) is None:
+    if state_of(model) is None:
         raise ValueError("the model has no adapter to explain: inject or load one first")
     acting = [(site, _acting(site)) for site in sites(model)]
     names = [projection for _, updates in acting for _, projection, _ in updates]
@@ -104,7 +104,7 @@ def explain(model: nn.Module, tokens: int | Mapping[str, int] = 2048, *, dtype: 
     for name, count in counts.items():
         if not is_whole(count) or count < 1:
             raise ValueError(f"tokens={count!r} for {name}: a whole number from 1 up")
-    weights = {place.projection: _weight(model, place.module) for place in places_in(unwrap(model))}
+    weights = {place.projection: _weight(model, place.module) for place in projections_in(unwrap(model))}
     rows = [
         row
         for site, updates in acting
@@ -120,7 +120,7 @@ _Acting = tuple[str, str, Update]  # adapter, projection, update
 def _acting(site: Site) -> list[_Acting]:
     strengths = site.updates.strengths
     entries = [(place.adapter, place.projection, update) for place, update in site.updates.entries()]
-    return [entry for entry in entries if entry[0] in strengths and not entry[2].rests]
+    return [entry for entry in entries if entry[0] in strengths and not entry[2].inactive]
 
 
 def _weight(model: nn.Module, module: str) -> Tensor:
@@ -137,7 +137,7 @@ def _explained(site: Site, updates: list[_Acting], tokens: int, weight: Tensor, 
     if all(update.factors() is not None for *_, update in updates):
         return [_by_factors(one, tokens) for one in updates]
     obstacle = _obstacle(learning, weight)
-    choices = [Choice("whole")] * len(learning)
+    choices = [Decision("whole")] * len(learning)
     if obstacle is None:
         choices = choose([_asked(update) for update in learning], tokens, weight.device, dtype or weight.dtype)
     choice_of = {id(update): choice for update, choice in zip(learning, choices, strict=True)}
@@ -173,7 +173,7 @@ def _by_factors(one: _Acting, tokens: int) -> Explained:
     return _row(one, "factors", "factors", "two thin products instead of a matrix", *works)
 
 
-def _by_matrix(one: _Acting, choice: Choice | None, tokens: int, sharing: int, otherwise: str) -> Explained:
+def _by_matrix(one: _Acting, choice: Decision | None, tokens: int, sharing: int, otherwise: str) -> Explained:
     """An update of no low rank in a step of training, whether it learns or another on the same weight does."""
     update = one[2]
     forward = of_building(update.shape, _count(update) or math.prod(update.shape))
@@ -189,14 +189,14 @@ def _by_matrix(one: _Acting, choice: Choice | None, tokens: int, sharing: int, o
     return _row(one, _learned(update), choice.way, why, forward, backward)
 
 
-def _comparison(choice: Choice) -> str:
+def _comparison(choice: Decision) -> str:
     known = ", ".join(f"{way} {1e3 * seconds:.2f} ms" for way, seconds in choice.seconds.items())
     return known and f"{known}, by the model"
 
 
-def _asked(update: Update) -> Asked:
+def _asked(update: Update) -> Workload:
     cosines = update.cosines()
-    return Asked(update.shape, _count(update) or 0, 1) if cosines is None else asked_of(cosines)
+    return Workload(update.shape, _count(update) or 0, 1) if cosines is None else asked_of(cosines)
 
 
 def _learned(update: Update) -> str:

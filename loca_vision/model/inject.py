@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from loca_vision.layers.adapted_attention import adapt_attention
 from loca_vision.layers.adapted_linear import adapt
 from loca_vision.layers.targets import Target
-from loca_vision.layers.weight_updates import Place, WeightUpdates
+from loca_vision.layers.weight_updates import AdapterSlot, WeightUpdates
 from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.methods.update import Update
-from loca_vision.model.activation import activate, adopt, park
+from loca_vision.model.activation import activate, claim_trained, store_live_tensors
 from loca_vision.model.call_scale import circumstances
 from loca_vision.model.conv_in import fit_conv_in
 from loca_vision.model.state import Adapter, start_record
@@ -56,7 +56,7 @@ def inject(
     model = unwrap(model)
     found = linear_targets(model, config.targets)
     whole = _parameters_of(model, modules_to_save, found)
-    attach(model, name, Adapter(config, whole), list(zip(found, config.created(found), strict=True)))
+    attach(model, name, Adapter(config, whole), list(zip(found, config.new_updates(found), strict=True)))
     return tuple(target.name for target in found)
 
 
@@ -86,7 +86,7 @@ def attach(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Tar
     record = start_record(model)
     tensors = own_tensors(model)
     if record.frozen:
-        adopt(record, tensors)
+        claim_trained(record, tensors)
     if freeze:
         record.frozen = True
         head = classifier(model)
@@ -95,7 +95,7 @@ def attach(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Tar
             parameter.requires_grad_(learns)
             if not learns:
                 parameter.grad = None  # an optimiser made before would still apply it
-    park(model, record)
+    store_live_tensors(model, record)
     own = moved_by_training(tensors) if freeze else {}
     live = {key: stored_at(model, key).detach().clone() for key in (own | adapter.whole)}
     record.base = {key: value.clone() for key, value in live.items()} | record.base
@@ -106,7 +106,7 @@ def attach(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Tar
         updates = updates_of(target)
         if target.attention is not None:
             updates.shared = (circumstances(model),)
-        updates.add(Place(name, target.name, target.rows), update.to(device_for(target.layer)))
+        updates.add(AdapterSlot(name, target.name, target.rows), update.to(device_for(target.layer)))
     activate(model, record, record.active | {name: 1.0}, enabled=True)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loca_vision.layers.adapted_attention import AdaptedAttention
 from loca_vision.layers.adapted_linear import AdaptedLayer
 from loca_vision.layers.attention_layouts import base_of, child
-from loca_vision.layers.effective_weight import Reading
+from loca_vision.layers.effective_weight import EffectiveWeight
 from loca_vision.model.activation import strengths_at
 from loca_vision.model.state import Strength
 from loca_vision.model.traversal import sites, unwrap
@@ -31,7 +31,7 @@ class Weight:
 
     path: str
     layer: nn.Module
-    reading: Reading
+    effective_weight: EffectiveWeight
     stack: tuple[str, ...] = ()
 
     @property
@@ -55,7 +55,7 @@ def weights(model: nn.Module) -> list[Weight]:
         if isinstance(module, AdaptedLayer):
             found.append(Weight(path, module, module.loca))
         elif isinstance(module, AdaptedAttention):
-            for place, reading in module.loca.readings(module):
+            for place, reading in module.loca.effective_weights(module):
                 if reading.all_updates():
                     stack = tuple(f"{path}.{part}" for part in module.loca.stacked(module, place))
                     found.append(Weight(f"{path}.{place}", base_of(child(module, place)), reading, stack))
@@ -107,10 +107,10 @@ def write_weights(model: nn.Module, strengths: Mapping[str, Strength], *, check:
     """
     _check_dependent(model, strengths)
     with acting_at(model, strengths):
-        there = [(weight, weight.tensor) for weight in weights(model) if weight.reading.acting()]
+        there = [(weight, weight.tensor) for weight in weights(model) if weight.effective_weight.active_updates()]
         for weight, tensor in there if check else ():
-            if not torch.isfinite(weight.reading.sum(tensor)).all():
-                projection = weight.reading.acting()[0].projection
+            if not torch.isfinite(weight.effective_weight.sum(tensor)).all():
+                projection = weight.effective_weight.active_updates()[0].projection
                 raise ValueError(f"{projection}: merged, the weight would not be finite in {tensor.dtype}")
         for weight, tensor in there:
-            tensor.copy_(weight.reading.sum(tensor))
+            tensor.copy_(weight.effective_weight.sum(tensor))

@@ -7,12 +7,12 @@ from torch import nn
 
 from loca_vision.layers.adapted_attention import AdaptedAttention, restore_attention
 from loca_vision.layers.adapted_linear import AdaptedLayer, restore
-from loca_vision.model.activation import activate, park
+from loca_vision.model.activation import activate, store_live_tensors
 from loca_vision.model.adapters import _known, _record
 from loca_vision.model.call_scale import forget_circumstances
 from loca_vision.model.conv_in import WEIGHT, fit_conv_in
 from loca_vision.model.merge import write_weights
-from loca_vision.model.state import Record, end_record, refuse_fused
+from loca_vision.model.state import AdapterState, end_record, refuse_fused
 from loca_vision.model.traversal import sites, unwrap
 
 
@@ -61,10 +61,10 @@ def release(host: AdaptedLayer | AdaptedAttention) -> None:
 
 
 @torch.no_grad()
-def _merge(model: nn.Module, record: Record, names: list[str]) -> None:
+def _merge(model: nn.Module, record: AdapterState, names: list[str]) -> None:
     write_weights(model, {name: record.active[name] for name in names})
     if record.supplier in names:
-        park(model, record)
+        store_live_tensors(model, record)
         merged = record.adapters[record.supplier].whole
         record.base |= merged
         if WEIGHT in merged:

@@ -10,7 +10,7 @@ from torch import nn
 
 from loca_vision.methods.spectrum import Spectrum
 from loca_vision.methods.update import Update
-from loca_vision.model.activation import acting_updates
+from loca_vision.model.activation import active_updates
 from loca_vision.model.traversal import own_parameters, unwrap
 
 Phase = Literal["coefficients", "locations", "both"]
@@ -132,7 +132,7 @@ def trainable_updates(model: nn.Module) -> list[Update]:
     def scheduled(update: Update) -> bool:
         return isinstance(update, Spectrum) and update.scheduled
 
-    found = [u for u in acting_updates(model) if scheduled(u) or any(p.requires_grad for p in u.parameters())]
+    found = [u for u in active_updates(model) if scheduled(u) or any(p.requires_grad for p in u.parameters())]
     if not found:
         raise ValueError(f"{type(unwrap(model)).__name__} has no trainable adapter; inject one first")
     return found
@@ -166,7 +166,7 @@ def parameter_groups(
     moving = [u.locations for u in learned if isinstance(u, Spectrum) and not u.final]
     head = [p for p in own_parameters(unwrap(model)).values() if p.requires_grad]
     groups = [
-        {"name": "coefficients", "params": [p for u in learned for p in u.learned()], "lr": lr, "weight_decay": weight_decay},
+        {"name": "coefficients", "params": [p for u in learned for p in u.trainable()], "lr": lr, "weight_decay": weight_decay},
         {"name": "locations", "params": moving, "lr": location_lr, "weight_decay": 0.0},
         {"name": "head", "params": head, "lr": rates["head_lr"], "weight_decay": weight_decay},
     ]

@@ -44,7 +44,7 @@ class Fused:
 
 
 @dataclass
-class Record:
+class AdapterState:
     """
     Args:
         trainable: `requires_grad` of every parameter before the first adapter.
@@ -85,16 +85,16 @@ class Record:
         return {name: strength for name, strength in self.active.items() if self.enabled and name not in self.fused.adapters}
 
 
-def record_of(model: nn.Module) -> Record | None:
-    found: Record | None = getattr(unwrap(model), _ATTRIBUTE, None)
+def state_of(model: nn.Module) -> AdapterState | None:
+    found: AdapterState | None = getattr(unwrap(model), _ATTRIBUTE, None)
     return found
 
 
-def start_record(model: nn.Module) -> Record:
+def start_record(model: nn.Module) -> AdapterState:
     """The model's record; a new one where it has none yet."""
-    record = record_of(model)
+    record = state_of(model)
     if record is None:
-        record = Record({name: p.requires_grad for name, p in model.named_parameters()})
+        record = AdapterState({name: p.requires_grad for name, p in model.named_parameters()})
         record.hook = model.register_load_state_dict_post_hook(_allow_the_base)  # type: ignore[no-untyped-call]
         setattr(model, _ATTRIBUTE, record)
     return record
@@ -108,7 +108,7 @@ def _allow_the_base(model: nn.Module, keys: Any) -> None:
 
 
 def end_record(model: nn.Module) -> None:
-    record = record_of(model)
+    record = state_of(model)
     if record is not None:
         for name, parameter in model.named_parameters() if record.frozen else ():
             parameter.requires_grad_(record.trainable.get(name, parameter.requires_grad))
@@ -117,7 +117,7 @@ def end_record(model: nn.Module) -> None:
         delattr(model, _ATTRIBUTE)
 
 
-def refuse_fused(record: Record, names: Iterable[str]) -> None:
+def refuse_fused(record: AdapterState, names: Iterable[str]) -> None:
     """Raise where one of these adapters is in the weights: what acts there cannot be changed from outside."""
     for name in names:
         if name in record.fused.adapters:

@@ -10,7 +10,7 @@ from torch import nn
 
 from loca_vision.checks import PARTS
 from loca_vision.layers.targets import Target, find_targets
-from loca_vision.model.state import record_of
+from loca_vision.model.state import state_of
 from loca_vision.model.traversal import places
 
 
@@ -83,7 +83,7 @@ def check_new_name(model: nn.Module, name: object) -> None:
         raise ValueError(
             "the model is wrapped in DistributedDataParallel, which would not see new parameters: wrap it afterwards"
         )
-    record = record_of(model)
+    record = state_of(model)
     known = record.adapters if record else {}
     if name in known:
         raise ValueError(f"name={name!r}: the model has an adapter of that name; remove it first or choose another")

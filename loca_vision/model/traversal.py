@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from loca_vision.layers.adapted_attention import AdaptedAttention
 from loca_vision.layers.adapted_linear import AdaptedLayer
-from loca_vision.layers.weight_updates import Place, WeightUpdates
+from loca_vision.layers.weight_updates import AdapterSlot, WeightUpdates
 from loca_vision.methods.update import Update
 
 
@@ -57,7 +57,7 @@ def sites(model: nn.Module) -> list[Site]:
     return found
 
 
-def places(model: nn.Module) -> list[Place]:
+def places(model: nn.Module) -> list[AdapterSlot]:
     """Every adapted projection of every adapter."""
     return [place for site in sites(model) for place in site.updates.places]
 

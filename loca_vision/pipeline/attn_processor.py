@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from loca_vision.layers.adapted_attention import AdaptedProjection
-from loca_vision.layers.attention_layouts import DIFFUSERS, child, kind_of
+from loca_vision.layers.attention_layouts import DIFFUSERS, child, target_of
 from loca_vision.layers.targets import Target
-from loca_vision.layers.weight_updates import FusedUpdates, Place, WeightUpdates
+from loca_vision.layers.weight_updates import AdapterSlot, FusedUpdates, WeightUpdates
 from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.methods.update import Update
 
@@ -66,10 +66,10 @@ class LoCAAttnProcessor(nn.Module):
         counts = getattr(config, "n_components", 0)
         if isinstance(counts, Mapping):
             raise ValueError(f"n_components={counts!r}: one number is wanted for one layer")
-        parts = [part for part in DIFFUSERS.present(attention) if kind_of(part) in config.targets]
+        parts = [part for part in DIFFUSERS.present(attention) if target_of(part) in config.targets]
         if not parts:
             raise ValueError(f"targets={config.targets!r}: {type(attention).__name__} has no such projection")
-        updates = dict(zip(parts, config.created([_target(attention, part, name) for part in parts]), strict=True))
+        updates = dict(zip(parts, config.new_updates([_target(attention, part, name) for part in parts]), strict=True))
         return cls(attention.processor if processor is None else processor, updates)
 
     @property
@@ -109,12 +109,12 @@ class LoCAAttnProcessor(nn.Module):
 def _target(attention: nn.Module, part: str, name: str) -> Target:
     path = DIFFUSERS.parts[part]
     layer: Any = child(attention, path)
-    return Target(f"{name}.{part}" if name else part, kind_of(part), path, layer, attention=attention)
+    return Target(f"{name}.{part}" if name else part, target_of(part), path, layer, attention=attention)
 
 
 def _updates(part: str, update: Update) -> WeightUpdates:
     updates = WeightUpdates()
-    updates.add(Place(_NAME, part, None), update)
+    updates.add(AdapterSlot(_NAME, part, None), update)
     return updates
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from loca_vision.model.state import Record, record_of
+from loca_vision.model.state import AdapterState, state_of
 from loca_vision.model.traversal import unwrap
 
 
@@ -20,9 +20,9 @@ def models_in(pipe: Any) -> dict[str, nn.Module]:
     return {name: unwrap(model) for name, model in pipe.components.items() if isinstance(model, nn.Module)}
 
 
-def adapted_in(pipe: Any) -> dict[str, tuple[nn.Module, Record]]:
+def adapted_in(pipe: Any) -> dict[str, tuple[nn.Module, AdapterState]]:
     """Those that have adapters, with their records."""
-    found = ((name, model, record_of(model)) for name, model in models_in(pipe).items())
+    found = ((name, model, state_of(model)) for name, model in models_in(pipe).items())
     return {name: (model, record) for name, model, record in found if record is not None}
 
 
@@ -56,7 +56,7 @@ def known(pipe: Any, given: str | Sequence[str], *, allow_none: bool = False) ->
     return names
 
 
-def chosen(pipe: Any, components: Sequence[str] | None) -> dict[str, tuple[nn.Module, Record]]:
+def chosen(pipe: Any, components: Sequence[str] | None) -> dict[str, tuple[nn.Module, AdapterState]]:
     there = adapted_in(pipe)
     if components is None:
         if not there:

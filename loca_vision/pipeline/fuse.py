@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from loca_vision.model.activation import changing
+from loca_vision.model.activation import changing_active
 from loca_vision.model.merge import Weight, acting_at, stacked, weights, write_weights
-from loca_vision.model.state import Fused, Strength, record_of
+from loca_vision.model.state import Fused, Strength, state_of
 
 _LOG = logging.getLogger(__name__)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -27,7 +27,7 @@ def fuse(model: nn.Module, strengths: Mapping[str, Strength], *, check: bool = F
     Raises:
         ValueError: a weight that is quantised or otherwise cannot be written. The weights are as they were then.
     """
-    record = record_of(model)
+    record = state_of(model)
     assert record is not None
     before = record.fused.adapters
     unfuse(model)
@@ -40,7 +40,7 @@ def fuse(model: nn.Module, strengths: Mapping[str, Strength], *, check: bool = F
         if before:
             fuse(model, before)
         raise
-    with changing(model, record):
+    with changing_active(model, record):
         marks = {w.path: _checksum(w.tensor) for w in weights(model) if not w.stack}
         record.fused = Fused({**strengths, **before}, originals, marks)
 
@@ -52,7 +52,7 @@ def unfuse(model: nn.Module) -> None:
     Where another hand has changed a weight since, as a LoRA that was fused later, its change stays: then the update is taken
     away again, which is exact to rounding only, and said in the log.
     """
-    record = record_of(model)
+    record = state_of(model)
     if record is None or not record.fused.adapters:
         return
     with acting_at(model, record.fused.adapters):
@@ -60,7 +60,7 @@ def unfuse(model: nn.Module) -> None:
     for weight in weights(model):
         if weight.stack:
             weight.tensor.copy_(stacked(model, weight))
-    with changing(model, record):
+    with changing_active(model, record):
         record.fused = Fused()
     if changed:
         _LOG.warning(
@@ -78,7 +78,9 @@ def _restore(weight: Weight, fused: Fused) -> bool:
     if now.dtype == kept.dtype and _checksum(now) == fused.marks[weight.path]:
         now.copy_(before)
         return True
-    written = weight.reading.sum(kept.to(now.device)).to(now.dtype)  # in a precision the model has been brought to since
+    written = weight.effective_weight.sum(kept.to(now.device)).to(
+        now.dtype
+    )  # in a precision the model has been brought to since
     exact = torch.equal(now, written)
     now.copy_(before if exact else now.float() - (written.float() - before.float()))
     return exact

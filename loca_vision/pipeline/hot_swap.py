@@ -11,10 +11,10 @@ from torch import nn
 from loca_vision.checks import PARTS
 from loca_vision.layers.targets import Target, find_targets
 from loca_vision.methods.update import Update
-from loca_vision.model.activation import changing, park
+from loca_vision.model.activation import changing_active, store_live_tensors
 from loca_vision.model.adapters import adapters
 from loca_vision.model.conv_in import fit_conv_in
-from loca_vision.model.state import Adapter, record_of, refuse_fused
+from loca_vision.model.state import Adapter, refuse_fused, state_of
 from loca_vision.offload import stored_at
 
 
@@ -24,36 +24,36 @@ def check_swap(model: nn.Module, name: str, placed: list[tuple[Target, Update]])
     Raises:
         ValueError: no such adapter, it is fused, or it lacks a projection or has too little room in it.
     """
-    record = record_of(model)
+    record = state_of(model)
     assert record is not None
     refuse_fused(record, [name])
     present = adapters(model, name)
     for target, update in placed:
         if target.name not in present:
             raise ValueError(f"{target.name} is not among the projections of adapter {name!r}, which it should replace")
-        present[target.name].check_room(update, target.name)
+        present[target.name].check_fits(update, target.name)
 
 
 @torch.no_grad()
 def swap(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Target, Update]]) -> None:
     """Put these updates and whole tensors in the place of those of the adapter `name`; projections it has beyond them rest."""
-    record = record_of(model)
+    record = state_of(model)
     assert record is not None
     given = {target.name: update for target, update in placed}
-    with changing(model, record):
+    with changing_active(model, record):
         record.base = {key: stored_at(model, key).detach().clone() for key in adapter.whole} | record.base
         record.adapters[name] = adapter
         fit_conv_in(model, record)
         for projection, update in adapters(model, name).items():
-            update.take_over(given.get(projection))
+            update.copy_from(given.get(projection))
 
 
 @torch.no_grad()
 def held(model: nn.Module, name: str) -> tuple[Adapter, list[tuple[Target, Update]]]:
     """What `swap` would have to be given to bring the adapter `name` back as it is now."""
-    record = record_of(model)
+    record = state_of(model)
     assert record is not None
-    park(model, record)
+    store_live_tensors(model, record)
     old, present = record.adapters[name], adapters(model, name)
     targets = [target for target in find_targets(model, PARTS) if target.name in present]
     return replace(old, whole=dict(old.whole)), [(target, copy.deepcopy(present[target.name])) for target in targets]

@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Place:
+class ShardLocation:
     """Where a tensor lies: the file, the byte at which its data begin, and what they are."""
 
     file: Path
@@ -50,7 +50,7 @@ class TensorStore:
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.folder, self.identity = folder, identity
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, ShardLocation] = {}
         for file in sorted(folder.glob("shard-*.safetensors")):
             self._take(file)
 
@@ -103,7 +103,7 @@ class TensorStore:
                 f"{file}: it was made by {identity!r}, not by {self.identity!r}; it does not belong in this folder"
             )
         else:
-            self.places |= {key: Place(file, start + entry.start, entry) for key, entry in entries.items()}
+            self.places |= {key: ShardLocation(file, start + entry.start, entry) for key, entry in entries.items()}
 
 
 def _fault(opened: OpenFile) -> str | None:

@@ -66,10 +66,10 @@ def picked():
         targets: tuple[str, ...] = ("q", "out")
         seed: int = 0
 
-        def made(self, shape):
+        def build(self, shape):
             return Picked(shape, self.count)
 
-        def started(self, update, projection, generator):
+        def initialize(self, update, projection, generator):
             update.rows.copy_(5000 + torch.randperm(projection.shape[0], generator=generator)[: self.count])
             update.flags[1:] = True
             nn.init.zeros_(update.inner.weight)
@@ -96,8 +96,8 @@ def test_whole_numbers_flags_and_modules_inside_survive_a_float16_file(tmp_path)
     assert (fresh(batch("vit")) - other(batch("vit"))).abs().max() > 0.01
     inject(other, picked()(seed=1))
     for name, update in adapters(other).items():
-        update.check_room(adapters(fresh)[name], name)
-        update.take_over(adapters(fresh)[name])
+        update.check_fits(adapters(fresh)[name], name)
+        update.copy_from(adapters(fresh)[name])
     other.head.load_state_dict(fresh.head.state_dict())
     assert torch.equal(other(batch("vit")), fresh(batch("vit")))
     assert "48 x 48  144 " in describe(file)

@@ -21,7 +21,7 @@ from loca_vision.formats.conversion.weight_deltas import open_difference, read_s
 from loca_vision.formats.lora_reader import read_lora
 from loca_vision.formats.lora_writer import write_diffusers_lora, write_kohya_lora
 from loca_vision.formats.low_rank_pair import LowRankPair
-from loca_vision.layers.projection_rows import place_of, places_in, places_of_modules
+from loca_vision.layers.projection_rows import projections_in, projections_of_modules, rows_of_target
 from loca_vision.methods.fourierft import FourierFTConfig
 from loca_vision.methods.lora import LoRAConfig
 from loca_vision.methods.selora import SeLoRAConfig
@@ -76,7 +76,7 @@ def test_a_pipeline_loads_what_a_lora_was_converted_to(budget, write, tmp_path):
     for component in ("unet", "text_encoder"):
         for projection, update in adapters(getattr(pipe, component), "default").items():
             got[f"{component}.{projection}"] = update.delta().detach()
-    expected = {places_of_modules([path])[path].projection: pair.delta() for path, pair in pairs.items()}
+    expected = {projections_of_modules([path])[path].projection: pair.delta() for path, pair in pairs.items()}
     assert got.keys() == expected.keys()
     check_told(losses, expected, got)
     if budget.kind == "ratio":
@@ -95,7 +95,7 @@ def test_a_lora_of_a_pipeline_becomes_an_adapter_of_this_library(ranks, tmp_path
     got = adapters(pipe.unet, "default")
     assert {update.up.shape[1] for update in got.values()} == {max(ranks)}
     for path, pair in pairs.items():
-        component, _, projection = places_of_modules([path])[path].projection.partition(".")
+        component, _, projection = projections_of_modules([path])[path].projection.partition(".")
         update = adapters(getattr(pipe, component), "default")[projection]
         torch.testing.assert_close(update.delta(), pair.delta(), rtol=1e-5, atol=1e-5)
 
@@ -177,8 +177,10 @@ def test_a_timm_model_computes_alike_after_peft_was_converted_without_loss(tmp_p
 
 def test_projections_that_the_lora_leaves_alone_get_zeros(tmp_path):
     adapted = peft_of(vit_model(), tmp_path, target_modules=r"blocks\.0\.attn\.qkv")
-    source = read_source(tmp_path / "peft", places_in(vit_model()))
-    losses = to_loca(source, Budget("count", 30), tmp_path / "x.safetensors", places=places_in(vit_model()), base_model=NAME)
+    source = read_source(tmp_path / "peft", projections_in(vit_model()))
+    losses = to_loca(
+        source, Budget("count", 30), tmp_path / "x.safetensors", places=projections_in(vit_model()), base_model=NAME
+    )
     model = vit_model()
     load_adapter(model, tmp_path / "x.safetensors")
     zero = [name for name, update in adapters(model).items() if not update.delta().any()]
@@ -220,7 +222,7 @@ def test_any_adapter_becomes_a_lora_of_peft(config, tmp_path):
     fill(model)
     before = module_deltas(model)
     save_adapter(model, tmp_path / "x.safetensors")
-    source = read_source(tmp_path / "x.safetensors", places_in(vit_model()))
+    source = read_source(tmp_path / "x.safetensors", projections_in(vit_model()))
     losses = to_lora(source, tmp_path / "peft", layout="peft", rank=5)
     found = read_lora(tmp_path / "peft")
     check_told(losses, before, {module: pair.delta() for module, pair in found.pairs.items()})
@@ -233,7 +235,7 @@ def test_any_adapter_becomes_a_lora_of_peft(config, tmp_path):
 def fill(model):
     generator = torch.Generator().manual_seed(3)
     for update in adapters(model).values():
-        for parameter in update.learned():
+        for parameter in update.trainable():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
@@ -241,7 +243,7 @@ def module_deltas(model):
     """The update of every module that has one, by merging into a copy of the base."""
     updates = {name: update.delta().detach() for name, update in adapters(model).items()}
     found = {}
-    for place in places_in(vit_model()):
+    for place in projections_in(vit_model()):
         if place.projection in updates:
             delta = found.setdefault(place.module, torch.zeros(place.size))
             delta[slice(None) if place.rows is None else place.rows] += updates[place.projection]
@@ -259,7 +261,7 @@ def test_a_pipeline_takes_the_lora_that_a_loca_became(make, layout, tmp_path):
     pipe.load_lora_weights(tmp_path / "lora.safetensors")
     pipe.fuse_lora()
     pipe.unload_lora_weights()
-    expected = {plain(place_of(name).module): delta.float() for name, delta in made.updates.items()}
+    expected = {plain(rows_of_target(name).module): delta.float() for name, delta in made.updates.items()}
     for path, weight in weights_of(pipe).items():
         assert torch.allclose(weight, base[path] + expected.get(plain(path), 0), atol=1e-5), path
 
@@ -278,7 +280,7 @@ def test_what_a_lora_cannot_hold_is_refused(tmp_path):
     model = vit_model()
     inject(model, LoRAConfig(r=2, use_dora=True))
     save_adapter(model, tmp_path / "dora.safetensors")
-    source = read_source(tmp_path / "dora.safetensors", places_in(vit_model()))
+    source = read_source(tmp_path / "dora.safetensors", projections_in(vit_model()))
     with pytest.raises(ValueError, match=r"DoRA\) depends on the weight; merge"):
         to_lora(source, tmp_path / "peft", layout="peft", rank=2)
     with pytest.raises(ValueError, match="which rows of which weight it is only the model tells"):
@@ -392,7 +394,7 @@ def test_merged_weights_are_those_that_remove_merges(config, tmp_path):
     save_adapter(model, tmp_path / "x.safetensors")
     with torch.no_grad():
         remove(model, merge=True)
-    source = read_source(tmp_path / "x.safetensors", places_in(vit_model()))
+    source = read_source(tmp_path / "x.safetensors", projections_in(vit_model()))
     folder = merge(tmp_path / "base.safetensors", source, tmp_path / "out", shard_size=100_000)
     merged = {k: v for file in folder.glob("*.safetensors") for k, v in safetensors.torch.load_file(file).items()}
     assert merged.keys() == model.state_dict().keys() and (folder / "base.safetensors.index.json").exists()
@@ -410,7 +412,7 @@ def test_a_component_of_a_pipeline_is_merged_into_shards_that_diffusers_reads(tm
     assert "say which of them the base is with --component" in capsys.readouterr().err
     assert main([*words.split(), "--component", "unet", "--strength", "0.5"]) == 0
     loaded = type(pipe.unet).from_pretrained(tmp_path / "out")
-    expected = {place_of(name).module: delta.float() for name, delta in made.updates.items()}
+    expected = {rows_of_target(name).module: delta.float() for name, delta in made.updates.items()}
     for name, weight in pipe.unet.state_dict().items():
         delta = expected.get(f"unet.{name.removesuffix('.weight')}")
         after = loaded.state_dict()[name]

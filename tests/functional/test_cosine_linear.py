@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import loca_vision.functional.cost_model as paths
 from loca_vision import LoCAConfig, adapters, inject
 from loca_vision.functional import token_spectra as token_spectrum
-from loca_vision.functional.cosine_atoms import Cosines, Form, Layout
+from loca_vision.functional.cosine_atoms import AtomSettings, Cells, Cosines
 from loca_vision.functional.cosine_linear import spectral_linear
 from loca_vision.functional.cosine_sum import cosine_sum
 from loca_vision.functional.dct import dct_matrix
@@ -36,7 +36,7 @@ def make(rows, cols, count, difference="central", dtype=torch.float64, scale=0.7
     cells = torch.stack([flat // cols, flat % cols], 1)
     locations = (cells / torch.tensor([max(rows - 1, 1), max(cols - 1, 1)])).to(dtype).requires_grad_()
     coefficients = torch.randn(count, dtype=dtype).requires_grad_()
-    return Cosines(coefficients, locations, Layout(cells, (rows, cols)), Form((rows, cols), scale, difference))
+    return Cosines(coefficients, locations, Cells(cells, (rows, cols)), AtomSettings((rows, cols), scale, difference))
 
 
 def delta(one):

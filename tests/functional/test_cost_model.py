@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import loca_vision.functional.cost_model as paths
-from loca_vision.functional.cost_model import COSTS, Asked, choose
+from loca_vision.functional.cost_model import COSTS, Workload, choose
 from loca_vision.functional.packed_dct import pieces
 from support.strategies import FREE
 
@@ -23,16 +23,16 @@ def decides(monkeypatch, asked, costs, tokens=1000, device=CPU, dtype=FLOAT):
 
 
 def test_a_device_without_costs_takes_the_whole_gradient(monkeypatch):
-    assert decides(monkeypatch, [Asked((768, 768), 10, 1)], costs(product=1), device=torch.device("meta")) == ["whole"]
+    assert decides(monkeypatch, [Workload((768, 768), 10, 1)], costs(product=1), device=torch.device("meta")) == ["whole"]
     assert choose([], 10, CPU, FLOAT) == []
 
 
 def test_no_tokens_leave_no_choice(monkeypatch):
-    assert decides(monkeypatch, [Asked((96, 96), 10, 1)], costs(add=1), tokens=0) == ["whole"]
+    assert decides(monkeypatch, [Workload((96, 96), 10, 1)], costs(add=1), tokens=0) == ["whole"]
 
 
 def test_the_cheaper_way_is_taken(monkeypatch):
-    asked = [Asked((96, 96), 50, 1)]
+    asked = [Workload((96, 96), 50, 1)]
     assert decides(monkeypatch, asked, costs(product=1)) == ["sampled"]
     assert decides(monkeypatch, asked, costs(product=1, dot=1e6)) == ["whole"]
     assert decides(monkeypatch, asked, costs(add=1)) == ["applied"]
@@ -43,7 +43,7 @@ def test_the_cheaper_way_is_taken(monkeypatch):
 @pytest.mark.parametrize("tokens", (16, 64, 256, 1024, 4096))
 def test_nothing_is_built_where_tokens_are_few(tokens, monkeypatch):
     """A matrix is as many vectors as it has rows; tokens are transformed twice as often, and there are gradients to pass on."""
-    asked = [Asked((1280, 1280), 1000, 1)]
+    asked = [Workload((1280, 1280), 1000, 1)]
     way = decides(monkeypatch, asked, costs(product=1, transform=1), tokens=tokens)
     assert way == (["applied"] if 3 * tokens < 1280 else ["sampled"])
 
@@ -51,31 +51,31 @@ def test_nothing_is_built_where_tokens_are_few(tokens, monkeypatch):
 def test_the_ways_of_the_model_are_the_cheapest_there_are(monkeypatch):
     """Against all combinations, written out: for each projection its way, and what those share who are transformed."""
     for tokens, cells, count in ((32, 100, 1), (200, 100, 2), (700, 3000, 1), (3000, 3000, 3), (3000, 9000, 2)):
-        found = choose([Asked((256, 192), cells, 1)] * count, tokens, CPU, FLOAT)
+        found = choose([Workload((256, 192), cells, 1)] * count, tokens, CPU, FLOAT)
         total = {way: count * found[0].seconds[way] for way in ("whole", "sampled", "applied")}
         assert total[found[0].way] == min(total.values())
 
 
 def test_what_asks_for_nothing_gets_nothing_sampled(monkeypatch):
-    asked = [Asked((96, 96), 50, 0), Asked((96, 96), 50, 1)]
+    asked = [Workload((96, 96), 50, 0), Workload((96, 96), 50, 1)]
     assert decides(monkeypatch, asked, costs(product=1)) == ["whole", "sampled"]
 
 
 def test_projections_share_the_transform_of_their_activations(monkeypatch):
     """One alone does not pay for it: outputs few, inputs many. Together they do."""
-    one, spread = Asked((16, 4096), 1, 1), 1e6  # so that nothing is applied
+    one, spread = Workload((16, 4096), 1, 1), 1e6  # so that nothing is applied
     assert decides(monkeypatch, [one], costs(product=1, transform=1.1, spread=spread)) == ["sampled"]
     assert decides(monkeypatch, [one], costs(product=1, transform=2, spread=spread)) == ["whole"]
     assert decides(monkeypatch, [one, one], costs(product=1, transform=2, spread=spread)) == ["sampled", "sampled"]
 
 
 def test_each_projection_decides_for_itself(monkeypatch):
-    few, many = Asked((96, 96), 10, 1), Asked((96, 96), 9216, 5)
+    few, many = Workload((96, 96), 10, 1), Workload((96, 96), 9216, 5)
     assert decides(monkeypatch, [few, many], costs(product=1, transform=1e-3, dot=1)) == ["sampled", "whole"]
 
 
 def test_half_precision_has_its_own_product(monkeypatch):
-    asked, known = [Asked((96, 96), 10, 1)], costs(product=1, half_product=1e-9, transform=1e-3, spread=1)
+    asked, known = [Workload((96, 96), 10, 1)], costs(product=1, half_product=1e-9, transform=1e-3, spread=1)
     assert decides(monkeypatch, asked, known) == ["sampled"]
     assert decides(monkeypatch, asked, known, dtype=torch.bfloat16) == ["whole"]
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import loca_vision.functional.packed_dct as frequencies
 from loca_vision.functional import token_spectra as token_spectrum
-from loca_vision.functional.cosine_atoms import Layout, shifted
+from loca_vision.functional.cosine_atoms import Cells, shifted
 from loca_vision.functional.dct import dct2
 from loca_vision.functional.token_spectra import in_pieces, shared_pieces, spectra_at
 
@@ -20,7 +20,7 @@ def every_cell(rows, cols):
 
 
 def at_cells(x, grad, cells):
-    (z,), onward = spectra_at(in_pieces(x), [grad], [Layout(cells, (grad.shape[1], x.shape[1]))], [[(0, 0)]], [None])
+    (z,), onward = spectra_at(in_pieces(x), [grad], [Cells(cells, (grad.shape[1], x.shape[1]))], [[(0, 0)]], [None])
     assert not onward
     return z[0, 0]
 
@@ -44,9 +44,9 @@ def test_several_gradients_share_the_activations_and_may_ask_beside_their_cells(
     x, first = factors(50, 6, 9)
     second = torch.randn(50, 11, dtype=torch.float64)
     layouts = [
-        Layout(every_cell(6, 9), (6, 9)),
-        Layout(torch.tensor([[2, 3], [2, 3]]), (6, 9)),
-        Layout(every_cell(11, 9), (11, 9)),
+        Cells(every_cell(6, 9), (6, 9)),
+        Cells(torch.tensor([[2, 3], [2, 3]]), (6, 9)),
+        Cells(every_cell(11, 9), (11, 9)),
     ]
     places = [[(0, 0), (1, 0), (0, -1)], [], [(-1, 0)]]
     found, _ = spectra_at(in_pieces(x), [first, first, second], layouts, places, [None] * 3)

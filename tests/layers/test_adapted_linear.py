@@ -35,9 +35,11 @@ def gradients(model, images):
 def builds(monkeypatch):
     """Counts how often a weight is built."""
     count = []
-    build = loca_vision.layers.effective_weight.Reading._built
+    build = loca_vision.layers.effective_weight.EffectiveWeight._built
     monkeypatch.setattr(
-        loca_vision.layers.effective_weight.Reading, "_built", lambda *given, **more: count.append(1) or build(*given, **more)
+        loca_vision.layers.effective_weight.EffectiveWeight,
+        "_built",
+        lambda *given, **more: count.append(1) or build(*given, **more),
     )
     return count
 

@@ -99,7 +99,7 @@ def test_gradients_are_those_through_the_formula(kind, family):
     leaves = {}
     for target in linear_targets(base, config.targets):
         update = adapters(model)[target.name]
-        mine = {id(p) for p in update.learned()}
+        mine = {id(p) for p in update.trainable()}
         held = dict(update.named_parameters())
         given = {k: v.double() if v.is_floating_point() else v for k, v in numbers(update).items()}
         given = {k: v.requires_grad_() if k in held and id(held[k]) in mine else v for k, v in given.items()}
@@ -290,7 +290,7 @@ def test_a_schedule_pauses_only_what_has_locations_to_learn(kind):
     """So that a training loop stays the same when the kind changes."""
     model = adapted(kind)
     schedule = AlternatingSchedule(model, coefficient_steps=0)
-    learning = all(p.requires_grad for update in adapters(model).values() for p in update.learned())
+    learning = all(p.requires_grad for update in adapters(model).values() for p in update.trainable())
     assert (schedule.phase, learning) == (("locations", False) if kind == "loca" else ("coefficients", True))
     schedule.step()
     assert schedule.steps_done == 1
@@ -301,7 +301,7 @@ def test_a_schedule_leaves_other_kinds_alone(kind):
     model = adapted(kind)
     adapted("loca", name="b", model=model)
     AlternatingSchedule(model, coefficient_steps=0)
-    assert all(p.requires_grad for update in adapters(model).values() for p in update.learned())
+    assert all(p.requires_grad for update in adapters(model).values() for p in update.trainable())
     assert not any(update.coefficients.requires_grad for update in adapters(model, "b").values())
 
 
@@ -331,7 +331,7 @@ def test_half_precision_models_keep_exact_adapters(kind):
         answer = model(batch("vit").bfloat16())
     assert answer.dtype == torch.bfloat16 and (answer - exact).abs().max() < 0.25 * effect
     model(batch("vit").bfloat16()).float().square().sum().backward()
-    assert all(p.grad.dtype == torch.float32 for update in adapters(model).values() for p in update.learned())
+    assert all(p.grad.dtype == torch.float32 for update in adapters(model).values() for p in update.trainable())
 
 
 @every_kind
@@ -445,7 +445,7 @@ def test_compiled_it_is_the_same(kind, learned):
     for run, into in ((compiled, found), (model, wanted)):
         model.zero_grad()
         run(x).square().sum().backward()
-        into += [p.grad for update in adapters(model).values() for p in update.learned()]
+        into += [p.grad for update in adapters(model).values() for p in update.trainable()]
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 

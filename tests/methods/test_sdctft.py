@@ -27,7 +27,7 @@ class Matrix:
 
 def chosen(config, matrix):
     """The flat cells, in order."""
-    (update,) = config.created([matrix])
+    (update,) = config.new_updates([matrix])
     return (update.cells[:, 0] * matrix.shape[1] + update.cells[:, 1]).tolist()
 
 
@@ -154,4 +154,4 @@ def test_wrong_settings_are_refused(field, value):
 
 def test_more_components_than_cells_are_refused():
     with pytest.raises(ValueError, match=r"n_components=13: blocks.0.attn.q has 3 x 4 = 12 cells"):
-        SDCTFTConfig(n_components=13).created([Matrix(3, 4)])
+        SDCTFTConfig(n_components=13).new_updates([Matrix(3, 4)])

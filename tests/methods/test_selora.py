@@ -42,7 +42,7 @@ def test_every_factor_has_exactly_the_share_of_numbers(r, eta):
 @BASES
 def test_trained_numbers_cells_and_a_start_that_changes_nothing(basis):
     config = SeLoRAConfig(r=4, eta=0.3, basis=basis)
-    (update,) = config.created([Matrix(20, 30)])
+    (update,) = config.new_updates([Matrix(20, 30)])
     counts = {key: value.numel() for key, value in update.named_parameters()}
     assert counts == {"up_coefficients": 56, "down_coefficients": 84}
     for cells, total in ((update.up_cells, 80), (update.down_cells, 120)):
@@ -56,13 +56,13 @@ def test_trained_numbers_cells_and_a_start_that_changes_nothing(basis):
 @pytest.mark.parametrize("r", (1, 2, 5))
 def test_factors_are_the_inverse_transforms(basis, shape, r):
     config = SeLoRAConfig(r=min(r, *shape), eta=0 if shape == (1, 1) else 0.3, basis=basis, alpha=3.0)
-    (update,) = config.created([Matrix(*shape)])
+    (update,) = config.new_updates([Matrix(*shape)])
     torch.nn.init.normal_(update.up_coefficients)
     up, down = factors(config, numbers(update), shape)
     for mine, wanted in zip(update.pair(), (up, down), strict=True):
         torch.testing.assert_close(mine.double(), wanted, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(update.delta().double(), 3.0 / config.r * up @ down, rtol=1e-5, atol=1e-5)
-    mine = torch.autograd.grad(update.delta().square().sum(), update.learned())
+    mine = torch.autograd.grad(update.delta().square().sum(), update.trainable())
     values = {k: v.double().requires_grad_(v.is_floating_point()) for k, v in numbers(update).items() if "cells" not in k}
     exact_up, exact_down = factors(config, numbers(update) | values, shape)
     loss = (3.0 / config.r * exact_up @ exact_down).square().sum()
@@ -77,7 +77,7 @@ def test_the_inner_factor_begins_with_the_variance_of_lora_s(basis, cols, eta):
     """1 / (3 q), over all its entries and many seeds; its mean is 0."""
     drawn = []
     for seed in range(60):
-        (update,) = SeLoRAConfig(r=8, eta=eta, basis=basis, seed=seed).created([Matrix(8, cols)])
+        (update,) = SeLoRAConfig(r=8, eta=eta, basis=basis, seed=seed).new_updates([Matrix(8, cols)])
         drawn.append(update.pair()[1].detach().flatten())
     entries = torch.cat(drawn)
     assert entries.square().mean().item() == pytest.approx(1 / (3 * cols), rel=0.06)
@@ -104,7 +104,7 @@ def test_all_factors_of_one_shape_share_their_cells(vit, tmp_path):
 
 def test_a_square_of_the_rank_is_one_shape():
     """Where p = q = r both factors have it, and the file names its cells once."""
-    (update,) = SeLoRAConfig(r=6, eta=0.5).created([Matrix(6, 6)])
+    (update,) = SeLoRAConfig(r=6, eta=0.5).new_updates([Matrix(6, 6)])
     assert torch.equal(update.up_cells, update.down_cells)
 
 

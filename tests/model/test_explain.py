@@ -9,7 +9,7 @@ import loca_vision.functional.cosine_linear as spectral_rows
 import loca_vision.functional.cost_model as paths
 from loca_vision import FourierFTConfig, LoCAConfig, LoRAConfig, adapters, explain, inject
 from loca_vision.functional.cosine_atoms import offsets
-from loca_vision.functional.cost_model import Asked
+from loca_vision.functional.cost_model import Workload
 from loca_vision.functional.flop_counts import of_applying, of_factors, of_sampled_gradient, of_whole_gradient
 from support.strategies import FORCED, FREE
 
@@ -55,16 +55,16 @@ def test_phases_and_work(adapted, halves, said, places, monkeypatch):
     monkeypatch.setattr(paths, "COSTS", {})
     whole = explain(adapted, 100).rows[0]
     assert (whole.learns, whole.path, whole.why) == (said, "whole", "no costs are known for cpu")
-    assert whole.backward == of_whole_gradient(Asked((48, 48), 40, places), 100)
+    assert whole.backward == of_whole_gradient(Workload((48, 48), 40, places), 100)
     monkeypatch.setattr(paths, "COSTS", SAMPLED)
     sampled = explain(adapted, 100).rows[0]
     assert sampled.path == "sampled" and "by the model" in sampled.why
-    assert sampled.backward == of_sampled_gradient(Asked((48, 48), 40, places), 100, 2)
+    assert sampled.backward == of_sampled_gradient(Workload((48, 48), 40, places), 100, 2)
     assert sampled.forward == whole.forward
     monkeypatch.setattr(paths, "COSTS", FORCED["applied"])
     applied = explain(adapted, 100).rows[0]
     assert applied.path == "applied"
-    assert applied.forward == of_applying(Asked((48, 48), 40, places), 100, 2)
+    assert applied.forward == of_applying(Workload((48, 48), 40, places), 100, 2)
     assert applied.backward == sampled.backward + applied.forward
 
 

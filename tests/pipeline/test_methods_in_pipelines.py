@@ -109,7 +109,7 @@ def test_fused_projections_with_and_without_autocast(kind, low_memory):
         learning = model(**tiny.inputs_of(model), return_dict=False)[0]
     assert (learning.detach() - wanted).norm() < 0.5 * effect
     learning.float().sum().backward()
-    assert all(p.grad.isfinite().all() for update in adapters(model).values() for p in update.learned())
+    assert all(p.grad.isfinite().all() for update in adapters(model).values() for p in update.trainable())
     near(tiny.output_of(model), wanted)
 
 
@@ -120,7 +120,7 @@ def test_gradient_checkpointing_changes_nothing(kind):
         (model.enable_gradient_checkpointing if checkpointing else model.disable_gradient_checkpointing)()
         model.zero_grad()
         model(**tiny.inputs_of(model), return_dict=False)[0].square().sum().backward()
-        found.append([p.grad.clone() for update in adapters(model).values() for p in update.learned()])
+        found.append([p.grad.clone() for update in adapters(model).values() for p in update.trainable()])
     assert all(map(torch.equal, *found))
     assert all(gradient.abs().sum() > 0 for gradient in found[0])
 

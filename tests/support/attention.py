@@ -195,8 +195,8 @@ def classes(model):
     return {path: type(module) for path, module in model.named_modules()}
 
 
-def readings(model):
-    return [module for module in model.modules() if isinstance(module, loca_vision.layers.effective_weight.Reading)]
+def effective_weights(model):
+    return [module for module in model.modules() if isinstance(module, loca_vision.layers.effective_weight.EffectiveWeight)]
 
 
 def attention_layers(model):

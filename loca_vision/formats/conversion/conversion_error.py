@@ -10,7 +10,7 @@ from loca_vision.messages import aligned
 
 
 @dataclass(frozen=True)
-class Loss:
+class LayerFidelity:
     """What one layer keeps of its update.
 
     Args:
@@ -31,13 +31,13 @@ class Loss:
         return self.error / self.norm if self.norm else 0.0
 
 
-def total_loss(losses: Sequence[Loss]) -> float:
+def total_loss(losses: Sequence[LayerFidelity]) -> float:
     """The relative error of all layers together."""
     norm = math.hypot(*(loss.norm for loss in losses))
     return math.hypot(*(loss.error for loss in losses)) / norm if norm else 0.0
 
 
-def loss_table(losses: Sequence[Loss], unit: str) -> str:
+def loss_table(losses: Sequence[LayerFidelity], unit: str) -> str:
     """A line for each layer, and one for all: shape, what is kept (`unit`), norm of the update, relative error."""
     rows = [("layer", "shape", unit, "norm", "relative error")]
     for loss in losses:

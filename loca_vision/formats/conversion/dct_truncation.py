@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loca_vision.functional.dct import dct2
 
-Kind = Literal["count", "threshold", "ratio", "energy"]
+BudgetRule = Literal["count", "threshold", "ratio", "energy"]
 # Positive float32 numbers sort as their bits do: with the lower 16 cut off, 2**15 bins whose edges lie less than 1 % apart.
 _CUT, _BINS = 16, 2**15
 
@@ -37,13 +37,13 @@ class Budget:
         ValueError: naming the field, its value and the rule.
     """
 
-    kind: Kind
+    kind: BudgetRule
     amount: float
     shared: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"kind={self.kind!r}: the choices are {', '.join(get_args(Kind))}")
+        if self.kind not in get_args(BudgetRule):
+            raise ValueError(f"kind={self.kind!r}: the choices are {', '.join(get_args(BudgetRule))}")
         if isinstance(self.amount, bool) or not isinstance(self.amount, (int, float)) or not math.isfinite(self.amount):
             raise ValueError(f"{self.kind}={self.amount!r}: it is a finite number")
         if self.kind == "count" and (self.amount < 1 or self.amount != int(self.amount)):

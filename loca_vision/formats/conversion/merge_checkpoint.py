@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loca_vision.formats.conversion.weight_deltas import Source
+from loca_vision.formats.conversion.weight_deltas import WeightDeltas
 from loca_vision.storage.safetensors_file import Entry
 from loca_vision.storage.sharded_weights import Weights, open_weights, write_weights_files
 
@@ -18,7 +18,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 def merge(
     base: str | os.PathLike[str],
-    source: Source,
+    source: WeightDeltas,
     output: str | os.PathLike[str],
     *,
     component: str = "",
@@ -76,7 +76,7 @@ def _of_component(named: Mapping[str, Tensor], component: str) -> dict[str, Tens
     return {name[len(component) + 1 :]: value for name, value in named.items() if name.startswith(f"{component}.")}
 
 
-def _modules(source: Source, component: str, weights: Weights) -> dict[str, str]:
+def _modules(source: WeightDeltas, component: str, weights: Weights) -> dict[str, str]:
     """The modules of the update by the names of their weights in the base."""
     found: dict[str, str] = {}
     for module, shape in source.shapes.items():
@@ -102,7 +102,7 @@ def _matrix_of(entry: Entry) -> tuple[int, ...]:
     return entry.shape[:2] if entry.shape[2:] in ((), (1, 1)) else entry.shape
 
 
-def _merged(name: str, weight: Tensor, source: Source, module: str, strength: float) -> Tensor:
+def _merged(name: str, weight: Tensor, source: WeightDeltas, module: str, strength: float) -> Tensor:
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     delta = source.matrix(module, wide.flatten(1)).view(wide.shape)
     merged = (wide + strength * delta).to(weight.dtype)

@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from loca_vision.checks import PARTS
 from loca_vision.formats.adapter_file import FILE_NAME as ADAPTER_NAME
 from loca_vision.formats.adapter_file import Description, nearest, prefix_of
-from loca_vision.formats.conversion.conversion_error import Loss
+from loca_vision.formats.conversion.conversion_error import LayerFidelity
 from loca_vision.formats.conversion.dct_truncation import Budget, largest_components
-from loca_vision.formats.conversion.weight_deltas import Source
+from loca_vision.formats.conversion.weight_deltas import WeightDeltas
 from loca_vision.formats.low_rank_pair import LowRankPair, cut
 from loca_vision.formats.save_load import write_adapter
-from loca_vision.layers.attention_layouts import kind_of
-from loca_vision.layers.projection_rows import Place, places_of_modules
+from loca_vision.layers.attention_layouts import target_of
+from loca_vision.layers.projection_rows import ProjectionRows, projections_of_modules
 from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.methods.loca import LoCAConfig
 from loca_vision.methods.lora import LoRAConfig
@@ -31,19 +31,19 @@ from loca_vision.version import __version__
 
 
 def to_loca(
-    source: Source,
+    source: WeightDeltas,
     budget: Budget,
     path: str | os.PathLike[str],
     *,
-    places: Sequence[Place] | None = None,
+    places: Sequence[ProjectionRows] | None = None,
     base_model: str | None = None,
     name: str | None = None,
     skip: bool = False,
-) -> list[Loss]:
+) -> list[LayerFidelity]:
     """Write the LoCA adapter closest to an update, at scale 1.
 
     Args:
-        places: of the model's projections (`places_in`), for a model by itself. Projections of the same parts that have no
+        places: of the model's projections (`projections_in`), for a model by itself. Projections of the same parts that have no
             update get one of zeros, for a file names all of them. Without, the modules are those of a pipeline's components.
         base_model: what the file says it is for.
         skip: leave out modules that are no projection which LoCA adapts.
@@ -70,19 +70,19 @@ def to_loca(
         return LoCAConfig(n_components=same.pop() if len(same) == 1 else mine, targets=targets)
 
     _write(path, source, shapes, tensors, config, base_model or source.base_model, name or source.name)
-    return [Loss(layer, part.shape, len(part.cells), part.norm, part.error) for layer, part in kept.items()]
+    return [LayerFidelity(layer, part.shape, len(part.cells), part.norm, part.error) for layer, part in kept.items()]
 
 
 def to_lora_adapter(
-    source: Source,
+    source: WeightDeltas,
     path: str | os.PathLike[str],
     *,
     rank: int | None = None,
-    places: Sequence[Place] | None = None,
+    places: Sequence[ProjectionRows] | None = None,
     base_model: str | None = None,
     name: str | None = None,
     skip: bool = False,
-) -> list[Loss]:
+) -> list[LayerFidelity]:
     """Write the LoRA adapter of this library closest to an update: exact where it has factors and no rank is asked for.
 
     One adapter has one rank, the largest; factors of lower ranks are filled up with zeros. The scale is folded into B. The
@@ -111,10 +111,10 @@ def to_lora_adapter(
         return LoRAConfig(r=r, alpha=float(r), targets=targets)
 
     _write(path, source, shapes, tensors, config, base_model or source.base_model, name or source.name)
-    return [Loss(module, source.shapes[module], one.pair.rank, one.norm, one.error) for module, one in kept.items()]
+    return [LayerFidelity(module, source.shapes[module], one.pair.rank, one.norm, one.error) for module, one in kept.items()]
 
 
-def _factors(place: Place, pair: LowRankPair | None, rank: int) -> tuple[Tensor, Tensor]:
+def _factors(place: ProjectionRows, pair: LowRankPair | None, rank: int) -> tuple[Tensor, Tensor]:
     """B (p, rank) with the scale in it, and A (rank, q), float32; zeros for a projection without an update."""
     if pair is None:
         assert place.size is not None
@@ -126,7 +126,7 @@ def _factors(place: Place, pair: LowRankPair | None, rank: int) -> tuple[Tensor,
 
 def _write(
     path: str | os.PathLike[str],
-    source: Source,
+    source: WeightDeltas,
     shapes: Mapping[str, tuple[int, int]],
     tensors: Mapping[str, Tensor],
     config: Callable[[str, tuple[str, ...]], AdapterConfig],
@@ -134,11 +134,11 @@ def _write(
     name: str,
 ) -> None:
     """One adapter file; `config` makes the settings of each component, given the parts it adapts."""
-    of_pipeline = bool(places_of_modules(source.shapes))
+    of_pipeline = bool(projections_of_modules(source.shapes))
     kinds: dict[str, set[str]] = {}
     for projection in shapes:
         component = projection.partition(".")[0] if of_pipeline else ""
-        kinds.setdefault(component, set()).add(kind_of(projection.rpartition(".")[2]))
+        kinds.setdefault(component, set()).add(target_of(projection.rpartition(".")[2]))
     configs = {component: config(component, tuple(p for p in PARTS if p in of)) for component, of in kinds.items()}
     about = Description(configs, dict(shapes), tuple(sorted(source.whole)), name, base_model, __version__)
     whole = {f"full.{key}": value.contiguous() for key, value in source.whole.items()}
@@ -148,7 +148,7 @@ def _write(
 class _Projections(Mapping[str, Tensor]):
     """The update of each projection, made when asked for."""
 
-    def __init__(self, source: Source, places: Sequence[Place]) -> None:
+    def __init__(self, source: WeightDeltas, places: Sequence[ProjectionRows]) -> None:
         self.source = source
         self.places = {place.projection: place for place in places}
 
@@ -166,10 +166,10 @@ class _Projections(Mapping[str, Tensor]):
         return len(self.places)
 
 
-def _places(source: Source, places: Sequence[Place] | None, *, skip: bool) -> list[Place]:
+def _places(source: WeightDeltas, places: Sequence[ProjectionRows] | None, *, skip: bool) -> list[ProjectionRows]:
     """Where the projections of an adapter of this source lie: those it updates, and the others of the same parts."""
     if places is None:
-        by_module = {module: [_named_as_in_model(place)] for module, place in places_of_modules(source.shapes).items()}
+        by_module = {module: [_named_as_in_model(place)] for module, place in projections_of_modules(source.shapes).items()}
     else:
         by_module = {}
         for place in places:
@@ -185,7 +185,7 @@ def _places(source: Source, places: Sequence[Place] | None, *, skip: bool) -> li
     return [place for place in places if _part(place) in parts]
 
 
-def _that_change(source: Source, places: list[Place]) -> list[Place]:
+def _that_change(source: WeightDeltas, places: list[ProjectionRows]) -> list[ProjectionRows]:
     """Without the parts of fused projections that no layer's update changes, as the key where query and value are adapted."""
     projections = _Projections(source, places)
     changed = {_part(place) for place in places if projections[place.projection].any()}
@@ -193,7 +193,7 @@ def _that_change(source: Source, places: list[Place]) -> list[Place]:
 
 
 def _check_module(
-    module: str, shape: tuple[int, int], there: Sequence[Place], known: Mapping[str, object], *, skip: bool
+    module: str, shape: tuple[int, int], there: Sequence[ProjectionRows], known: Mapping[str, object], *, skip: bool
 ) -> None:
     if not there:
         if not skip:
@@ -206,16 +206,16 @@ def _check_module(
         raise ValueError(f"{module}: some of its rows belong to no projection, and their update would be lost")
 
 
-def _part(place: Place) -> str:
-    return kind_of(place.projection.rpartition(".")[2])
+def _part(place: ProjectionRows) -> str:
+    return target_of(place.projection.rpartition(".")[2])
 
 
-def _named_as_in_model(place: Place) -> Place:
+def _named_as_in_model(place: ProjectionRows) -> ProjectionRows:
     """With a text encoder's path as the installed transformers has it: newer ones do without `text_model` in some."""
     component, _, rest = place.projection.partition(".")
     if not rest.startswith("text_model.") or not _is_flat(component):
         return place
-    return Place(f"{component}.{rest.removeprefix('text_model.')}", place.module)
+    return ProjectionRows(f"{component}.{rest.removeprefix('text_model.')}", place.module)
 
 
 def _is_flat(component: str) -> bool:

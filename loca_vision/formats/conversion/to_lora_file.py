@@ -10,26 +10,26 @@ import torch
 from torch import Tensor
 
 from loca_vision.formats.adapter_file import prefix_of
-from loca_vision.formats.conversion.conversion_error import Loss
-from loca_vision.formats.conversion.weight_deltas import Source
+from loca_vision.formats.conversion.conversion_error import LayerFidelity
+from loca_vision.formats.conversion.weight_deltas import WeightDeltas
 from loca_vision.formats.lora_writer import write_diffusers_lora, write_kohya_lora, write_peft_lora
 from loca_vision.formats.low_rank_pair import LowRankPair, cut
-from loca_vision.layers.projection_rows import places_of_modules
+from loca_vision.layers.projection_rows import projections_of_modules
 
-Layout = Literal["diffusers", "kohya", "peft"]
+KeyFormat = Literal["diffusers", "kohya", "peft"]
 
 
 def to_lora(
-    source: Source,
+    source: WeightDeltas,
     path: str | os.PathLike[str],
     *,
-    layout: Layout,
+    layout: KeyFormat,
     rank: int | None = None,
     dtype: torch.dtype | None = None,
     base_model: str | None = None,
     overwrite: bool = False,
     skip: bool = False,
-) -> list[Loss]:
+) -> list[LayerFidelity]:
     """Write the LoRA of some rank closest to an update.
 
     Args:
@@ -51,7 +51,7 @@ def to_lora(
     for module, shape in source.shapes.items():
         kept = cut(module, source.read(module, None), rank)
         pairs[module] = kept.pair
-        losses.append(Loss(module, shape, kept.pair.rank, kept.norm, kept.error))
+        losses.append(LayerFidelity(module, shape, kept.pair.rank, kept.norm, kept.error))
     if layout == "peft":
         names, whole = _without_component(pairs, source.whole)
         write_peft_lora(path, names, whole=whole, base_model=base_model, overwrite=overwrite)
@@ -64,7 +64,7 @@ def _without_component(
     pairs: Mapping[str, LowRankPair], whole: Mapping[str, Tensor]
 ) -> tuple[dict[str, LowRankPair], dict[str, Tensor]]:
     """By the names of one model: peft's files are for one."""
-    if not places_of_modules(pairs):
+    if not projections_of_modules(pairs):
         return dict(pairs), dict(whole)
     components = {module.partition(".")[0] for module in pairs}
     if len(components) > 1:

@@ -24,7 +24,7 @@ from loca_vision.formats.adapter_file import (
 from loca_vision.formats.lora_keys import canonical
 from loca_vision.formats.lora_reader import read_lora
 from loca_vision.formats.low_rank_pair import LowRankPair
-from loca_vision.layers.projection_rows import Place, place_of
+from loca_vision.layers.projection_rows import ProjectionRows, rows_of_target
 from loca_vision.methods.update import Update
 from loca_vision.storage.safetensors_file import open_safetensors
 from loca_vision.storage.sharded_weights import Weights, open_weights
@@ -34,7 +34,7 @@ _MATRICES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightDeltas:
     """
     Args:
         shapes: (p, q) of the weights that are updated, by module: `unet.mid_block...attn1.to_q`, `blocks.0.attn.qkv`.
@@ -57,12 +57,14 @@ class Source:
         return update.delta() if isinstance(update, LowRankPair) else update
 
 
-def read_source(path: str | os.PathLike[str], places: Sequence[Place] | None = None, *, skip: bool = False) -> Source:
+def read_source(
+    path: str | os.PathLike[str], places: Sequence[ProjectionRows] | None = None, *, skip: bool = False
+) -> WeightDeltas:
     """An adapter file of this library, of any kind, or a LoRA file of peft, diffusers or kohya.
 
     Args:
-        places: of the model's projections (`places_in`), for adapters of a model by itself; those of a pipeline's components
-            are known by their names.
+        places: the model's projections (`projections_in`), needed for an adapter of a single model; the names of a
+            pipeline's components tell where its projections are.
         skip: as in `read_lora`.
 
     Raises:
@@ -75,7 +77,7 @@ def read_source(path: str | os.PathLike[str], places: Sequence[Place] | None = N
         lora = read_lora(file, skip=skip)
         pairs = _without_empty_kinds(lora.pairs)
         shapes = {module: pair.shape for module, pair in pairs.items()}
-        return Source(shapes, lambda module, _: pairs[module], lora.whole, lora.skipped)
+        return WeightDeltas(shapes, lambda module, _: pairs[module], lora.whole, lora.skipped)
     with open_safetensors(file) as opened:
         about = read_description(opened.metadata, opened.entries)
         tensors = opened.tensors()
@@ -99,31 +101,33 @@ def _is_adapter(file: Path) -> bool:
         return METADATA_KEY in opened.metadata
 
 
-def _of_adapter(about: Description, tensors: dict[str, Tensor], known: Mapping[str, Place]) -> Source:
-    updates: dict[str, list[tuple[Place, Update]]] = {}
+def _of_adapter(about: Description, tensors: dict[str, Tensor], known: Mapping[str, ProjectionRows]) -> WeightDeltas:
+    updates: dict[str, list[tuple[ProjectionRows, Update]]] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for component, config in about.configs.items():
         part = about.of(component)
         for projection, shape in part.shapes.items():
             name = prefix_of(component) + projection
-            place = known.get(name) or (place_of(canonical(name)) if component else None)
+            place = known.get(name) or (rows_of_target(canonical(name)) if component else None)
             if place is None:
                 raise ValueError(f"{name}: which rows of which weight it is only the model tells; name the model")
             if place.size is not None and (place.count(place.size[0]), place.size[1]) != shape:
                 raise ValueError(f"{name} is {shape} in the file, which does not fit the model's {place.module} {place.size}")
             shapes[place.module] = place.size or shape
-            update = config.restored(projection, shape, part_of(tensors, component))
+            update = config.from_tensors(projection, shape, part_of(tensors, component))
             updates.setdefault(place.module, []).append((place, update))
 
     def read(module: str, weight: Tensor | None) -> Tensor | LowRankPair:
         return _joined(updates[module], shapes[module], weight)
 
     whole = {name: tensors[f"full.{name}"] for name in about.whole}
-    return Source(shapes, read, whole, name=about.name, base_model=about.base_model)
+    return WeightDeltas(shapes, read, whole, name=about.name, base_model=about.base_model)
 
 
 @torch.no_grad()
-def _joined(updates: Sequence[tuple[Place, Update]], shape: tuple[int, int], weight: Tensor | None) -> Tensor | LowRankPair:
+def _joined(
+    updates: Sequence[tuple[ProjectionRows, Update]], shape: tuple[int, int], weight: Tensor | None
+) -> Tensor | LowRankPair:
     factors = [(place, update.factors()) for place, update in updates]
     if all(pair is not None for _, pair in factors):
         return LowRankPair(
@@ -142,7 +146,7 @@ def _joined(updates: Sequence[tuple[Place, Update]], shape: tuple[int, int], wei
     return result
 
 
-def _placed(place: Place, up: Tensor, rows: int) -> Tensor:
+def _placed(place: ProjectionRows, up: Tensor, rows: int) -> Tensor:
     """B of a projection as that of the whole weight, whose other rows it leaves alone."""
     whole = up.new_zeros(rows, up.shape[1])
     whole[slice(None) if place.rows is None else place.rows] = up
@@ -160,7 +164,7 @@ def open_difference(
     *,
     component: str = "",
     others: Others = "refuse",
-) -> Iterator[Source]:
+) -> Iterator[WeightDeltas]:
     """A fully fine-tuned checkpoint minus its base, of the weights that changed.
 
     Args:
@@ -199,7 +203,7 @@ def open_difference(
                 raise ValueError(f"{name} holds NaN or infinity")
             return difference.float()
 
-        source = Source(shapes, read)
+        source = WeightDeltas(shapes, read)
         if others == "whole":
             yield replace(source, whole={prefix + name: after.tensor(name) for name in rest})
         else:

@@ -161,13 +161,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "selora": {"r": 16, "alpha": 16.0, "eta": 0.5},
 }
 # What may differ between a run and its continuation.
-VOLATILE = {
+MAY_DIFFER_ON_RESUME = {
     "output_dir", "resume", "checkpoint_steps", "keep_checkpoints", "report_to", "push_to_hub", "hub_model_id", "hub_private",
     "config", "preset", "workers", "seeds", "download",
 }  # fmt: skip
 
 
-def settled(recipe: Recipe, given: Collection[str]) -> Recipe:
+def resolve(recipe: Recipe, given: Collection[str]) -> Recipe:
     """The recipe with the method's own settings in the place of None, after every check that needs no file.
 
     Args:
@@ -257,5 +257,5 @@ def _check_numbers(recipe: Recipe) -> None:
 
 def differences(recipe: Recipe, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What keeps a run from going on where another stood: the settings that differ, as sentences."""
-    names = [field.name for field in fields(recipe) if field.name not in VOLATILE]
+    names = [field.name for field in fields(recipe) if field.name not in MAY_DIFFER_ON_RESUME]
     return [f"{name}={now[name]!r}, {saved.get(name)!r} before" for name in names if saved.get(name) != now[name]]

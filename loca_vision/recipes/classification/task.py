@@ -144,7 +144,7 @@ def counts(model: nn.Module, recipe: Recipe) -> dict[str, int]:
     if recipe.method == "full":
         trained = sum(p.numel() for p in model.parameters()) - head
     else:
-        trained = sum(p.numel() for update in updates for p in update.learned())
+        trained = sum(p.numel() for update in updates for p in update.trainable())
     locations = sum(u.locations.numel() for u in updates if isinstance(u, Spectrum) and not u.final)
     return {"trained_parameters": trained, "location_parameters": locations, "head_parameters": head}
 

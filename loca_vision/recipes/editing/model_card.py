@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loca_vision.methods.by_name import NAMES
-from loca_vision.recipes.reports.redaction import discreet, tells_a_place
+from loca_vision.recipes.reports.redaction import redact, tells_a_place
 
 
 def edit_card(metrics: Mapping[str, Any], repository: str) -> str:
@@ -57,7 +57,7 @@ def edit_card(metrics: Mapping[str, Any], repository: str) -> str:
 def _name(place: str) -> tuple[str, bool]:
     """The base as it may be told to others, and whether it lay on this machine."""
     local = tells_a_place(place) or Path(place).exists()  # a folder may be gone since
-    return (Path(discreet(place)).name, True) if local else (place, False)
+    return (Path(redact(place)).name, True) if local else (place, False)
 
 
 def _data(config: Mapping[str, Any]) -> str:

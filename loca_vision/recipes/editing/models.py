@@ -89,7 +89,7 @@ class EditModels:
         """Trained numbers: the adapter's, its locations, and those of the first convolution."""
         updates = all_updates(self.pipe.unet)
         return {
-            "trained_parameters": sum(p.numel() for update in updates for p in update.learned()),
+            "trained_parameters": sum(p.numel() for update in updates for p in update.trainable()),
             "location_parameters": sum(u.locations.numel() for u in updates if isinstance(u, Spectrum) and not u.final),
             "conv_in_parameters": sum(p.numel() for p in self.pipe.unet.conv_in.parameters() if p.requires_grad),
         }

@@ -213,7 +213,7 @@ FIELDS: dict[str, set[str]] = {
     "selora": _LOW_RANK | {"eta", "basis"},
 }
 # What may differ between a run and its continuation.
-VOLATILE = {
+MAY_DIFFER_ON_RESUME = {
     "output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "report_to", "logging_dir",
     "push_to_hub", "hub_model_id", "hub_private", "hub_token", "config", "preset", "dataloader_num_workers", "cache_dir",
     "cache_latents", "latents_dir", "adapter_dtype", "gradient_checkpointing",
@@ -223,7 +223,7 @@ _NONE = torch.zeros(0)  # to ask functions of samples whether they take a settin
 _LENGTH = {"max_train_steps", "num_train_epochs"}  # may differ too, where the rates do not depend on it
 
 
-def settled(recipe: EditRecipe, given: Collection[str]) -> EditRecipe:
+def resolve(recipe: EditRecipe, given: Collection[str]) -> EditRecipe:
     """The recipe with the method's own settings in the place of None, after every check that needs no file.
 
     Args:
@@ -277,7 +277,9 @@ def batch_of(recipe: EditRecipe, processes: int) -> int:
 
 def differences(recipe: EditRecipe, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What keeps a run from going on where another stood: the settings that differ, as sentences."""
-    passed = VOLATILE | {field.name for field in fields(recipe) if field.name.startswith(("validation_", "num_validation_"))}
+    passed = MAY_DIFFER_ON_RESUME | {
+        field.name for field in fields(recipe) if field.name.startswith(("validation_", "num_validation_"))
+    }
     if recipe.lr_scheduler.startswith("constant"):
         passed |= _LENGTH
     names = [field.name for field in fields(recipe) if field.name not in passed]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from loca_vision.recipes.reports.redaction import discreet
+from loca_vision.recipes.reports.redaction import redact
 from loca_vision.recipes.settings.yaml_file import write_settings
 from loca_vision.storage.atomic_file import write_atomically
 
@@ -59,10 +59,10 @@ def _copied(file: Path, place: Path) -> bool:
         return False
     data = file.read_bytes()
     if file.suffix == ".json":
-        data = (json.dumps(discreet(json.loads(data)), indent=1) + "\n").encode()
+        data = (json.dumps(redact(json.loads(data)), indent=1) + "\n").encode()
     elif file.suffix == ".yaml":
         import yaml
 
-        data = write_settings(discreet(yaml.safe_load(data))).encode()
+        data = write_settings(redact(yaml.safe_load(data))).encode()
     (place / file.name).write_bytes(data)
     return True

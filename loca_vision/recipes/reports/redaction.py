@@ -8,16 +8,16 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 
-def discreet(value: Any) -> Any:
+def redact(value: Any) -> Any:
     """What JSON holds, with every path that tells of a machine cut to its last name, and addresses without their secrets.
 
     Such paths are absolute, begin with `~`, or climb with `..`. Of an address goes what stands before an @ and behind a
     question mark, where signed links have their keys. Instructions, whose keys end in "prompt", stay as they are.
     """
     if isinstance(value, dict):
-        return {key: item if str(key).endswith("prompt") else discreet(item) for key, item in value.items()}
+        return {key: item if str(key).endswith("prompt") else redact(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [discreet(item) for item in value]
+        return [redact(item) for item in value]
     return _text(value) if isinstance(value, str) else value
 
 

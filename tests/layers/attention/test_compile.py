@@ -16,12 +16,12 @@ from support.attention import (
     assert_near,
     attention_layers,
     call,
+    effective_weights,
     expected,
     gradients,
     lora,
     loss_of,
     output,
-    readings,
     shown,
     small,
     written,
@@ -145,7 +145,7 @@ def test_one_layer_compiled_in_low_memory(compiler):
     layer, oracle = attention_layers(model)[0], attention_layers(written(small(), adapters(model)))[0]
     with torch.no_grad():
         assert_near(compiler(layer)(x), oracle(x))
-    assert all(reading._kept is None and reading.delta is None for reading in readings(model))
+    assert all(reading._kept is None and reading.delta is None for reading in effective_weights(model))
 
 
 @pytest.mark.filterwarnings("ignore")

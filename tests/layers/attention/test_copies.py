@@ -17,9 +17,9 @@ from support.attention import (
     assert_near,
     base_output,
     classes,
+    effective_weights,
     expected,
     output,
-    readings,
     shown,
     written,
 )
@@ -33,7 +33,7 @@ def test_copies_are_independent_and_complete(family, clone):
     model = adapted(family)
     answer = output(model)
     twin = clone(model)
-    assert all(reading._kept is None for reading in readings(twin))
+    assert all(reading._kept is None for reading in effective_weights(twin))
     assert torch.equal(output(twin), answer)
     set_adapters(twin, "default", 0.5)
     if family in KEYWORD:

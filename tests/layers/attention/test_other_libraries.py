@@ -23,6 +23,7 @@ from support.attention import (
     assert_near,
     base_output,
     classes,
+    effective_weights,
     expected,
     gradients,
     inputs,
@@ -31,7 +32,6 @@ from support.attention import (
     loss_of,
     no_hooks_of_accelerate,
     output,
-    readings,
     shown,
     small,
     written,
@@ -159,7 +159,7 @@ def test_nothing_is_kept_beside_a_layer_that_is_offloaded():
     cpu_offload(model, execution_device=CPU)
     assert_near(output(model), expected())
     assert next(model.parameters()).device.type == "meta"
-    assert all(reading._kept is None and reading.delta is None for reading in readings(model))
+    assert all(reading._kept is None and reading.delta is None for reading in effective_weights(model))
 
 
 def cast(model):

@@ -17,12 +17,12 @@ from support.attention import (
     assert_near,
     attention_layers,
     call,
+    effective_weights,
     expected,
     gradients,
     inputs,
     loss_of,
     output,
-    readings,
     reference_gradients,
     shown,
     written,
@@ -61,9 +61,11 @@ def test_autocast():
 def builds(monkeypatch):
     """Counts how often a weight is built."""
     count = []
-    build = loca_vision.layers.effective_weight.Reading._built
+    build = loca_vision.layers.effective_weight.EffectiveWeight._built
     monkeypatch.setattr(
-        loca_vision.layers.effective_weight.Reading, "_built", lambda *given, **more: count.append(1) or build(*given, **more)
+        loca_vision.layers.effective_weight.EffectiveWeight,
+        "_built",
+        lambda *given, **more: count.append(1) or build(*given, **more),
     )
     return count
 
@@ -110,9 +112,9 @@ def test_fused_weights_are_built_once(builds):
 def test_training_does_not_keep_weights():
     model = adapted(learned=True)
     output(model)
-    assert sum(reading._kept is not None for reading in readings(model)) == len(adapters(model))
+    assert sum(reading._kept is not None for reading in effective_weights(model)) == len(adapters(model))
     gradients(model)
-    assert all(reading._kept is None for reading in readings(model))
+    assert all(reading._kept is None for reading in effective_weights(model))
 
 
 def input_gradient(model):
@@ -137,11 +139,11 @@ def test_low_memory(family, arrival):
     assert_near(output(model), expected(family))
     assert_near(output(model, **{KEYWORD[family]: {"scale": 0.3}}), expected(family, 0.3))
     got = input_gradient(model)
-    assert all(reading._kept is None and reading.delta is None for reading in readings(model))
+    assert all(reading._kept is None and reading.delta is None for reading in effective_weights(model))
     assert_near(got, input_gradient(written(FAMILIES[family](), adapters(model), family)), 1e-4)
     set_low_memory(model, False)
     output(model)
-    assert any(reading._kept is not None for reading in readings(model))
+    assert any(reading._kept is not None for reading in effective_weights(model))
 
 
 def test_low_memory_builds_nothing(builds):

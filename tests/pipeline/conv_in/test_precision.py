@@ -14,7 +14,7 @@ from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
 
 import loca_vision.diffusers  # noqa: F401
-from loca_vision.model.state import record_of
+from loca_vision.model.state import state_of
 from support import pipelines as tiny
 from support.reference_weights import Made, assert_near
 from support.wide_conv_in import as_base, assert_as_before, everything, is_wide, pipeline, widened
@@ -141,4 +141,4 @@ def test_a_layer_that_somebody_puts_there_since_is_left_alone(wide: Made) -> Non
     pipe.load_loca_weights(wide.state(), "a")
     theirs = pipe.unet.conv_in = nn.Conv2d(5, 16, 3, padding=1)
     pipe.unload_loca_weights()
-    assert pipe.unet.conv_in is theirs and theirs.weight.shape == (16, 5, 3, 3) and record_of(pipe.unet) is None
+    assert pipe.unet.conv_in is theirs and theirs.weight.shape == (16, 5, 3, 3) and state_of(pipe.unet) is None

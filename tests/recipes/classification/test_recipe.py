@@ -6,7 +6,7 @@ import re
 import pytest
 
 from loca_vision.recipes.classification.presets import PRESETS
-from loca_vision.recipes.classification.recipe import FIELDS, Recipe, adapter_config, settled
+from loca_vision.recipes.classification.recipe import FIELDS, Recipe, adapter_config, resolve
 from loca_vision.recipes.settings.command_line import as_yaml, parse
 from support.scripts import main
 
@@ -36,7 +36,7 @@ TABLE_9 = {
 
 def read(*arguments):
     parsed = parse(Recipe, ["--dataset", "dtd", "--root", "data", *arguments], prog="train.py", presets=PRESETS)
-    return settled(parsed.settings, parsed.given)
+    return resolve(parsed.settings, parsed.given)
 
 
 @pytest.mark.parametrize("name", TABLE_9)

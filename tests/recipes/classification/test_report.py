@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from loca_vision.recipes.classification.presets import PRESETS
-from loca_vision.recipes.classification.recipe import Recipe, settled
-from loca_vision.recipes.reports.redaction import discreet
+from loca_vision.recipes.classification.recipe import Recipe, resolve
+from loca_vision.recipes.reports.redaction import redact
 from loca_vision.recipes.settings.command_line import as_json_dict, parse
 from support.scripts import DIGITS, LOCA, main, script, trained
 
@@ -20,7 +20,7 @@ from support.scripts import DIGITS, LOCA, main, script, trained
 def write_run(folder, accuracy, *, seed=0, dataset="dtd", **config):
     """What a run leaves, without the run."""
     folder.mkdir(parents=True)
-    recipe = settled(Recipe(dataset=dataset, root="data", seed=seed, **config), ())
+    recipe = resolve(Recipe(dataset=dataset, root="data", seed=seed, **config), ())
     metrics = {"config": as_json_dict(recipe), "seed": seed, "trained_parameters": 72000, "test_accuracy": accuracy}
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
@@ -98,7 +98,7 @@ def study(tmp_path, monkeypatch):
 
     def run(command, **_):
         parsed = parse(Recipe, command[2:], prog="train.py", presets=PRESETS)
-        recipe = settled(parsed.settings, parsed.given)
+        recipe = resolve(parsed.settings, parsed.given)
         started.append(recipe.output_dir.parent.name + "/" + recipe.output_dir.name)
         rate = recipe.head_lr if recipe.method == "lp" else recipe.lr
         accuracy = 0.9 - abs(rate - best[recipe.output_dir.parent.name])
@@ -207,7 +207,7 @@ def test_a_run_on_the_hub(method, tmp_path, monkeypatch, capsys):
 def card_of(config, **more):
     from loca_vision.recipes.classification.model_card import classifier_card
 
-    recipe = settled(Recipe(dataset="stanford_cars", root="/home/me/data", **config), ())
+    recipe = resolve(Recipe(dataset="stanford_cars", root="/home/me/data", **config), ())
     metrics = {"config": as_json_dict(recipe), "licence": "unclear; for research", "test_accuracy": 0.5, "steps": 3, "seed": 0}
     metrics |= {"validation_accuracy": 0.5, "trained_parameters": 1, "head_parameters": 2, "adapter_bytes": 3}
     metrics |= {"classes": ["a", "b"], "adapter_file": "pytorch_loca_weights.safetensors"} | more
@@ -248,5 +248,5 @@ def test_a_hub_that_cannot_be_reached(tmp_path, monkeypatch, capsys):
     assert hub.made == [("digits", True, True)]
     assert (out / "metrics.json").read_bytes() == before
     theirs = json.loads((tmp_path / "me" / "digits" / "metrics.json").read_bytes())
-    assert theirs == discreet(json.loads(before)) and theirs["curves"] == json.loads(before)["curves"]
+    assert theirs == redact(json.loads(before)) and theirs["curves"] == json.loads(before)["curves"]
     assert not any(str(tmp_path).encode() in path.read_bytes() for path in (tmp_path / "me" / "digits").iterdir())

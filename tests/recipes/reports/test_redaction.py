@@ -2,7 +2,7 @@
 
 import pytest
 
-from loca_vision.recipes.reports.redaction import discreet, tells_a_place
+from loca_vision.recipes.reports.redaction import redact, tells_a_place
 
 
 @pytest.mark.parametrize(
@@ -25,10 +25,10 @@ from loca_vision.recipes.reports.redaction import discreet, tells_a_place
     ],
 )
 def test_texts(text, shown):
-    assert discreet(text) == shown
+    assert redact(text) == shown
     assert not tells_a_place(shown)
 
 
 def test_everything_else_stays():
     value = {"a": [1, 2.5, None, True, {"b": "/x/y"}], "validation_prompt": "/imagine a/cat", "c": "x"}
-    assert discreet(value) == {"a": [1, 2.5, None, True, {"b": "y"}], "validation_prompt": "/imagine a/cat", "c": "x"}
+    assert redact(value) == {"a": [1, 2.5, None, True, {"b": "y"}], "validation_prompt": "/imagine a/cat", "c": "x"}

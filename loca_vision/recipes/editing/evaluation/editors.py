@@ -19,12 +19,12 @@ from loca_vision.model.adapters import adapters
 from loca_vision.pipeline.components import adapted_in
 from loca_vision.pipeline.loader import LoCALoaderMixin as Loca
 from loca_vision.recipes.editing.edit import Sampling, edit
-from loca_vision.recipes.editing.evaluation.photos import Subject
+from loca_vision.recipes.editing.evaluation.photos import EditCase
 from loca_vision.storage.atomic_file import write_atomically
 
 
 @dataclass(frozen=True)
-class Column:
+class Editor:
     """An editor: the pipeline with one adapter, or with none.
 
     Args:
@@ -47,13 +47,13 @@ class Column:
         Loca.set_loca_adapters(pipe, [] if self.adapter is None else self.adapter, None if self.adapter is None else self.scale)
 
 
-BASE = Column("base")
+BASE = Editor("base")
 
 
-def columns_of(first: str, others: Sequence[str], scales: Sequence[float]) -> list[Column]:
+def columns_of(first: str, others: Sequence[str], scales: Sequence[float]) -> list[Editor]:
     """The base, the first adapter at each scale, and each of the others as it is; all by their names."""
-    graded = [Column(f"{first} at {scale:g}", first, scale) for scale in scales]
-    return [BASE, *graded, *(Column(name, name) for name in others)]
+    graded = [Editor(f"{first} at {scale:g}", first, scale) for scale in scales]
+    return [BASE, *graded, *(Editor(name, name) for name in others)]
 
 
 def named(sources: Sequence[str]) -> dict[str, str]:
@@ -99,7 +99,7 @@ def load_all(pipe: Any, sources: Mapping[str, str]) -> dict[str, dict[str, Any]]
 
 def _facts(pipe: Any, name: str) -> dict[str, Any]:
     parts = [(model, record.adapters[name]) for model, record in adapted_in(pipe).values() if name in record.adapters]
-    learned = [p for model, _ in parts for update in adapters(model, name).values() for p in update.learned()]
+    learned = [p for model, _ in parts for update in adapters(model, name).values() for p in update.trainable()]
     return {
         "methods": sorted({part.config.method for _, part in parts}),
         "trained_numbers": sum(p.numel() for p in learned),
@@ -107,14 +107,14 @@ def _facts(pipe: Any, name: str) -> dict[str, Any]:
     }
 
 
-def edits_of(subjects: Sequence[Subject], columns: Sequence[Column], folder: Path) -> dict[Column, dict[str, Path]]:
+def edits_of(subjects: Sequence[EditCase], columns: Sequence[Editor], folder: Path) -> dict[Editor, dict[str, Path]]:
     """Where every edit is, or will be: by column, then by the subject's name."""
     return {column: {one.name: folder / f"{one.name}-{column.file_title}.png" for one in subjects} for column in columns}
 
 
 def make_edits(
-    pipe: Any, subjects: Sequence[Subject], columns: Sequence[Column], sampling: Sampling, folder: Path
-) -> dict[Column, dict[str, Path]]:
+    pipe: Any, subjects: Sequence[EditCase], columns: Sequence[Editor], sampling: Sampling, folder: Path
+) -> dict[Editor, dict[str, Path]]:
     """Edit every subject by every column into PNG files; those that are there stay.
 
     Column by column, since the weights of an adapter are built once when it comes to act.
@@ -136,7 +136,7 @@ def make_edits(
     return files
 
 
-def pictures_of(one: Subject, files: Mapping[Column, Mapping[str, Path]]) -> Iterator[tuple[str, Image.Image]]:
+def pictures_of(one: EditCase, files: Mapping[Editor, Mapping[str, Path]]) -> Iterator[tuple[str, Image.Image]]:
     """The photograph, its edits by the titles of the columns, and the target where there is one."""
     photo, target = one.read()
     yield "photograph", photo

@@ -15,7 +15,7 @@ from loca_vision.data.pairs import read_pairs
 from loca_vision.messages import aligned
 from loca_vision.pipeline.components import models_in
 from loca_vision.recipes.editing.evaluation.editors import (
-    Column,
+    Editor,
     columns_of,
     files_of,
     load_all,
@@ -24,8 +24,8 @@ from loca_vision.recipes.editing.evaluation.editors import (
     pictures_of,
 )
 from loca_vision.recipes.editing.evaluation.measures import Measures, Tools, measures_of, summary, tools
-from loca_vision.recipes.editing.evaluation.photos import Subject, from_folder, from_pairs
-from loca_vision.recipes.editing.evaluation.settings import EvaluateEdits, checked, kept
+from loca_vision.recipes.editing.evaluation.photos import EditCase, from_folder, from_pairs
+from loca_vision.recipes.editing.evaluation.settings import EditEvaluation, checked, kept
 from loca_vision.recipes.editing.pipeline import pipeline_of
 from loca_vision.recipes.reports.contact_sheet import contact_sheet
 from loca_vision.recipes.reports.environment import environment
@@ -36,10 +36,10 @@ from loca_vision.storage.output_folder import claim
 SETTINGS, RESULT, SHEET, EDITS = "settings.json", "evaluation.json", "contact_sheet.png", "edits"
 MOST_ROWS, MOST_SIDE = 12, 384  # of the contact sheet, and pixels of its cells
 
-Made = Mapping[Column, Mapping[str, Path]]
+Made = Mapping[Editor, Mapping[str, Path]]
 
 
-def evaluate(wanted: EvaluateEdits, given: Collection[str] = ()) -> dict[str, Any]:
+def evaluate(wanted: EditEvaluation, given: Collection[str] = ()) -> dict[str, Any]:
     """Edit what is not edited yet, measure, write everything down, print a table; returns what evaluation.json holds.
 
     Args:
@@ -68,7 +68,7 @@ def evaluate(wanted: EvaluateEdits, given: Collection[str] = ()) -> dict[str, An
     return _written(wanted, subjects, made, measured, {"adapters": adapters, "unavailable": using.unavailable})
 
 
-def pipeline(wanted: EvaluateEdits, device: torch.device) -> Any:
+def pipeline(wanted: EditEvaluation, device: torch.device) -> Any:
     """The base, in its dtype on its device.
 
     Raises:
@@ -81,7 +81,7 @@ def pipeline(wanted: EvaluateEdits, device: torch.device) -> Any:
     return pipe.to(device)
 
 
-def _subjects(wanted: EvaluateEdits) -> list[Subject]:
+def _subjects(wanted: EditEvaluation) -> list[EditCase]:
     size: dict[str, Any] = {"resolution": wanted.resolution, "seed": wanted.seed}
     if wanted.photographs is not None:
         folder = wanted.photographs.expanduser()
@@ -92,14 +92,14 @@ def _subjects(wanted: EvaluateEdits) -> list[Subject]:
     return from_pairs(pairs, wanted.prompt, **size)
 
 
-def _tools(wanted: EvaluateEdits, device: torch.device) -> Tools:
+def _tools(wanted: EditEvaluation, device: torch.device) -> Tools:
     using = tools(lpips=wanted.lpips, clip_model=wanted.clip_model, resolution=wanted.resolution, device=device)
     for measure, reason in using.unavailable.items():
         print(f"{measure} is not measured: {reason}")
     return using
 
 
-def _check_entrance(pipe: Any, wanted: EvaluateEdits) -> None:
+def _check_entrance(pipe: Any, wanted: EditEvaluation) -> None:
     """After the adapters, which may bring a wider one along."""
     takes, needed = pipe.unet.config.in_channels, 2 * pipe.vae.config.latent_channels
     if takes != needed:
@@ -109,14 +109,14 @@ def _check_entrance(pipe: Any, wanted: EvaluateEdits) -> None:
         )
 
 
-def _measured(subjects: Sequence[Subject], made: Made, using: Tools) -> list[dict[str, Measures]]:
+def _measured(subjects: Sequence[EditCase], made: Made, using: Tools) -> list[dict[str, Measures]]:
     shown = tqdm(subjects, desc="measures", unit="photograph", dynamic_ncols=True, disable=None)
     return [measures_of(dict(pictures_of(one, made)), one.prompt, using) for one in shown]
 
 
 def _written(
-    wanted: EvaluateEdits,
-    subjects: Sequence[Subject],
+    wanted: EditEvaluation,
+    subjects: Sequence[EditCase],
     made: Made,
     measured: Sequence[Mapping[str, Measures]],
     more: dict[str, Any],
@@ -133,13 +133,13 @@ def _written(
     return result
 
 
-def _entry(folder: Path, one: Subject, measures: Mapping[str, Measures], made: Made) -> dict[str, Any]:
+def _entry(folder: Path, one: EditCase, measures: Mapping[str, Measures], made: Made) -> dict[str, Any]:
     edits = {column.title: files[one.name].relative_to(folder).as_posix() for column, files in made.items()}
     about = {"name": one.name, "label": one.label, "prompt": one.prompt, "seed": one.seed}
     return about | {"edits": edits, "measures": measures}
 
 
-def _sheet(wanted: EvaluateEdits, subjects: Sequence[Subject], made: Made, measured: Sequence[Mapping[str, Measures]]) -> Any:
+def _sheet(wanted: EditEvaluation, subjects: Sequence[EditCase], made: Made, measured: Sequence[Mapping[str, Measures]]) -> Any:
     """The first photographs, with what each edit has in common with its target, where there is one."""
     pictures = [dict(pictures_of(one, made)) for one in subjects[:MOST_ROWS]]
     captions = [[_caption(found[name]) for name in found] for found in measured[:MOST_ROWS]]

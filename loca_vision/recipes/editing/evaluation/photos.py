@@ -18,7 +18,7 @@ from loca_vision.recipes.editing.edit import read_photograph, square, squares
 
 
 @dataclass(frozen=True)
-class Subject:
+class EditCase:
     """A photograph and what is asked of it.
 
     Args:
@@ -41,7 +41,7 @@ class Subject:
         return self.content[:16]
 
 
-def from_folder(folder: Path, prompt: str, *, resolution: int, seed: int, most: int | None = None) -> list[Subject]:
+def from_folder(folder: Path, prompt: str, *, resolution: int, seed: int, most: int | None = None) -> list[EditCase]:
     """The photographs of a folder and all folders in it, each content once, and of these the first `most` by content.
 
     Raises:
@@ -49,7 +49,7 @@ def from_folder(folder: Path, prompt: str, *, resolution: int, seed: int, most: 
     """
     found = photographs_in(folder)[:most]
     return [
-        Subject(
+        EditCase(
             one.content,
             str(one.file.relative_to(folder)),
             prompt,
@@ -60,7 +60,7 @@ def from_folder(folder: Path, prompt: str, *, resolution: int, seed: int, most: 
     ]
 
 
-def from_pairs(pairs: Pairs, prompt: str | None = None, *, resolution: int, seed: int) -> list[Subject]:
+def from_pairs(pairs: Pairs, prompt: str | None = None, *, resolution: int, seed: int) -> list[EditCase]:
     """The pairs of a data set, each content once, with their own instructions or one for all.
 
     Raises:
@@ -71,7 +71,7 @@ def from_pairs(pairs: Pairs, prompt: str | None = None, *, resolution: int, seed
         pair = pairs[index]
         contents.setdefault(_content(pair), (index, pair.prompt))
     return [
-        Subject(
+        EditCase(
             content,
             prompt or own,
             prompt or own,

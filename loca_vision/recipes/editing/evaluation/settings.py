@@ -22,7 +22,7 @@ _NOT_KEPT = {"adapter", "other", "max_photographs", "device", "lpips", "clip_mod
 
 
 @dataclass(frozen=True)
-class EvaluateEdits:
+class EditEvaluation:
     """Edit photographs with an InstructPix2Pix model and its adapters, and measure the edits.
 
     Every photograph has a seed of its own, the same for all editors. Started again, it goes on where it was stopped.
@@ -96,7 +96,7 @@ class EvaluateEdits:
         return _DTYPES[self.dtype]
 
 
-def checked(wanted: EvaluateEdits, given: Collection[str] = ()) -> torch.device:
+def checked(wanted: EditEvaluation, given: Collection[str] = ()) -> torch.device:
     """The device to compute on, after every check that needs no file.
 
     Args:
@@ -113,13 +113,13 @@ def checked(wanted: EvaluateEdits, given: Collection[str] = ()) -> torch.device:
     return device
 
 
-def kept(wanted: EvaluateEdits, files: Mapping[str, Mapping[str, Any]], device: torch.device) -> dict[str, Any]:
+def kept(wanted: EditEvaluation, files: Mapping[str, Mapping[str, Any]], device: torch.device) -> dict[str, Any]:
     """All that an edit depends on but its photograph, as JSON has it; `files` are the facts about each adapter's."""
     settings = {name: value for name, value in as_json_dict(wanted).items() if name not in _NOT_KEPT}
     return settings | {"device": device.type, "adapters": {name: facts["sha256"] for name, facts in files.items()}}
 
 
-def _check_data(wanted: EvaluateEdits, given: Collection[str]) -> None:
+def _check_data(wanted: EditEvaluation, given: Collection[str]) -> None:
     if (wanted.photographs is None) == (wanted.pairs is None):
         raise ValueError("say what to edit: either --photographs, a folder, or --pairs, a data set")
     if wanted.photographs is not None:
@@ -131,7 +131,7 @@ def _check_data(wanted: EvaluateEdits, given: Collection[str]) -> None:
         raise ValueError("prompt='': an instruction is wanted")
 
 
-def _check_numbers(wanted: EvaluateEdits) -> None:
+def _check_numbers(wanted: EditEvaluation) -> None:
     check_seed(wanted.seed)
     check_count("num_inference_steps", wanted.num_inference_steps)
     if wanted.max_photographs is not None:

@@ -37,7 +37,7 @@ def test_flags_and_defaults_of_the_stock_script(capsys, monkeypatch):
 def test_home(monkeypatch, tmp_path):
     """As in a file of settings, where no shell reads it."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    recipe = script(TRAIN).settled(EditRecipe("base", dataset_name="a/b", output_dir=Path("~/out"), cache_dir=Path("~/c")), ())
+    recipe = script(TRAIN).resolve(EditRecipe("base", dataset_name="a/b", output_dir=Path("~/out"), cache_dir=Path("~/c")), ())
     assert (recipe.output_dir, recipe.cache_dir, recipe.latents_dir) == (tmp_path / "out", tmp_path / "c", None)
 
 
@@ -47,7 +47,7 @@ def test_the_paper_s_table(base, data):
     needed = ["--pretrained_model_name_or_path", str(base), "--train_data_dir", str(data)]
     for name, more in (("cartoonization", ("loca", 1e-4, 1.0)), ("cartoonization-fourierft", ("fourierft", 1e-3, 64.0))):
         parsed = command.parse(EditRecipe, [*needed, "--preset", name], prog="", presets=command.EDIT_PRESETS)
-        of = command.settled(parsed.settings, parsed.given)
+        of = command.resolve(parsed.settings, parsed.given)
         assert (of.method, of.learning_rate, of.loca_scale) == more
         assert (of.train_batch_size, of.gradient_accumulation_steps, of.max_train_steps) == (2, 4, 10000)
         assert (of.adam_weight_decay, of.targets, of.learning_steps) == (1e-2, ("q", "k", "v", "out"), 1200)
@@ -55,5 +55,5 @@ def test_the_paper_s_table(base, data):
         parsed = command.parse(
             EditRecipe, [*needed, "--preset", name, "--validation_epochs", "2"], prog="", presets=command.EDIT_PRESETS
         )
-        of = command.settled(parsed.settings, parsed.given)
+        of = command.resolve(parsed.settings, parsed.given)
         assert (of.validation_steps, of.validation_epochs) == (None, 2)  # a flag is not passed over for a preset

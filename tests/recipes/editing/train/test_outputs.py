@@ -27,7 +27,7 @@ def test_a_run(flags, data, base, tmp_path, pictures, capsys):
     assert "400 numbers" in capsys.readouterr().out
 
     command = script(TRAIN)
-    recipe = command.settled(command.parse(EditRecipe, list(map(str, [*flags, *LOCA])), prog="", presets={}).settings, ())
+    recipe = command.resolve(command.parse(EditRecipe, list(map(str, [*flags, *LOCA])), prog="", presets={}).settings, ())
     pipe = pipeline(base)
     pipe.load_loca_weights(out)
     cases = sys.modules["loca_vision.recipes.editing.validation"].cases_of(recipe)

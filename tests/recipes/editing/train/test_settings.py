@@ -150,7 +150,7 @@ def test_a_base_of_four_channels(flags, plain_base, tmp_path, pictures, capsys):
     pipe = pipeline(plain_base)
     pipe.load_loca_weights(out)
     command = script(TRAIN)
-    recipe = command.settled(command.parse(EditRecipe, list(map(str, asked)), prog="", presets={}).settings, ())
+    recipe = command.resolve(command.parse(EditRecipe, list(map(str, asked)), prog="", presets={}).settings, ())
     cases = sys.modules["loca_vision.recipes.editing.validation"].cases_of(recipe)
     drawn = command.Validation(pipe, cases, command.sampling_of(recipe), recipe.validation_scales, "loca").sheet()
     assert np.array_equal(np.asarray(drawn), picture(out / "validation-6.png"))
