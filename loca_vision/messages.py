@@ -1,9 +1,10 @@
-"""Tables for a terminal."""
+"""What users read: aligned tables, the nearest names, an error as one line."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 
 def aligned(rows: Sequence[Sequence[str]], justify: Callable[[str, int], str]) -> str:
@@ -13,6 +14,15 @@ def aligned(rows: Sequence[Sequence[str]], justify: Callable[[str, int], str]) -
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: the known ones that look like it, or nothing."""
-    close = difflib.get_close_matches(str(name), sorted(known), n=3)
+    """The end of a sentence about an unknown name: the known ones that look like it, or nothing.
+
+    Comparing takes time, and names in a file may be hostile: it looks at 2000 names of at most 200 characters.
+    """
+    candidates = sorted(candidate for candidate in islice(known, 2000) if len(candidate) <= 200)
+    close = difflib.get_close_matches(str(name)[:200], candidates, n=3)
     return f"; perhaps {' or '.join(close)}" if close else ""
+
+
+def one_line(error: object, longest: int | None = None) -> str:
+    """The text of an error, or of anything else, on one line, cut to `longest` characters."""
+    return " ".join(str(error).split())[:longest]

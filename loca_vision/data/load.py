@@ -9,6 +9,7 @@ from typing import Any, Literal
 from loca_vision.data.catalogue import SETS, Entry
 from loca_vision.data.hub import HUB, hub_copy
 from loca_vision.data.images import Images, ImageSet, ImageSplits, Part, hold_out
+from loca_vision.messages import one_line
 
 Source = Literal["torchvision", "hub"]
 NAMES: tuple[str, ...] = tuple(SETS)
@@ -87,12 +88,12 @@ def _read(entry: Entry, root: Path, download: bool) -> ImageSet:
     try:
         return _whole(entry.read(root, fetch))
     except OSError as error:
-        raise OSError(f"{root}: {entry.title} cannot be {'downloaded' if fetch else 'read'} ({_line(error)})") from error
+        raise OSError(f"{root}: {entry.title} cannot be {'downloaded' if fetch else 'read'} ({one_line(error)})") from error
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # whatever torchvision, scipy and pickle raise at files that are not what they expect
         raise ValueError(
-            f"{root}: the files of {entry.title} are not as published ({type(error).__name__}: {_line(error)})"
+            f"{root}: the files of {entry.title} are not as published ({type(error).__name__}: {one_line(error)})"
         ) from error
 
 
@@ -101,7 +102,3 @@ def _whole(found: ImageSet) -> ImageSet:
         if part is not None and not len(part):
             raise ValueError("a part has no image")
     return found
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from loca_vision.checks import check_count
 from loca_vision.data.images import as_rgb
 from loca_vision.data.sampling import stream_seed
-from loca_vision.messages import nearest
+from loca_vision.messages import nearest, one_line
 
 MOST_STRETCHED = 100  # times that an image's long side may have its short one
 
@@ -137,7 +137,7 @@ def read_pairs(
     try:
         rows = library.load_dataset(place[0], **place[1], split=split, cache_dir=str(cache_dir) if cache_dir else None)
     except Exception as error:  # its errors are of many kinds, and so are those of what it reads with
-        raise OSError(f"{source}: {split!r} cannot be read as a data set ({_line(error)})") from error
+        raise OSError(f"{source}: {split!r} cannot be read as a data set ({one_line(error)})") from error
     return Pairs(rows, columns or Columns(), f"{source} ({split})").some(max_samples, seed)
 
 
@@ -173,7 +173,3 @@ def _as_images(rows: Any, name: str, where: str) -> Any:
 def _kind(rows: Any, name: str) -> str:
     kind = rows.features[name]
     return str(getattr(kind, "dtype", type(kind).__name__))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from loca_vision.checks import PARTS
 from loca_vision.layers.attention_layouts import target_of
+from loca_vision.messages import nearest
 from loca_vision.methods.adapter_config import AdapterConfig, TensorSpec
 from loca_vision.methods.loca import LoCAConfig
 from loca_vision.methods.registry import KINDS
@@ -262,9 +261,3 @@ def _check_cells(key: str, flat: Tensor, matrix: tuple[int, int]) -> None:
     outside = flat[(flat < 0) | (flat >= rows * cols)]
     if len(outside):
         raise ValueError(f"{key} holds {int(outside[0])}: a {rows} x {cols} matrix has cells 0 to {rows * cols - 1}")
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint; among names of ordinary length and number only, for comparing takes time."""
-    close = difflib.get_close_matches(name[:200], [n for n in islice(names, 2000) if len(n) <= 200], n=2)
-    return f"; near it are {', '.join(close)}" if close else ""

@@ -14,7 +14,7 @@ from loca_vision.formats.adapter_file import FLOATS
 from loca_vision.formats.lora_keys import PEFT_PREFIX, parse_key
 from loca_vision.formats.lora_scales import LoraSettings, read_settings, settings_in_header
 from loca_vision.formats.low_rank_pair import LowRankPair
-from loca_vision.storage.safetensors_file import PICKLES, Entry, open_safetensors
+from loca_vision.storage.safetensors_file import Entry, open_safetensors, pickle_hint, refuse_pickle
 from loca_vision.storage.strict_json import read_json
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -85,10 +85,7 @@ def has_lora(path: Path) -> bool:
 
 def _file(path: Path) -> Path:
     if not path.is_dir():
-        if path.suffix in PICKLES:
-            raise ValueError(
-                f"{path}: it is a pickle by its name, which could run code when read; a safetensors file is wanted"
-            )
+        refuse_pickle(path)
         return path
     for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS):
         if (path / name).exists():
@@ -96,8 +93,7 @@ def _file(path: Path) -> Path:
     there = sorted(file for file in path.iterdir() if file.suffix == ".safetensors")
     if len(there) == 1:
         return there[0]
-    pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
-    hint = f"; {pickles[0]} is there, but a pickle could run code when read" if pickles else ""
+    hint = pickle_hint(file.name for file in path.iterdir())
     several = (
         f"several safetensors files are in that folder, as {there[0].name}: name one" if there else f"no LoRA is in it{hint}"
     )

@@ -17,12 +17,12 @@ from loca_vision.formats.adapter_file import (
     Description,
     as_json,
     check_values,
-    nearest,
     part_of,
     read_description,
 )
 from loca_vision.formats.sources import Request, locate, may_be_a_repository
 from loca_vision.layers.targets import Target, readable_weight
+from loca_vision.messages import nearest
 from loca_vision.methods.update import Update
 from loca_vision.model.activation import forget_lost
 from loca_vision.model.adapters import adapters
@@ -32,7 +32,7 @@ from loca_vision.model.state import Adapter, state_of
 from loca_vision.model.target_checks import check_new_name, classifier, linear_targets
 from loca_vision.model.traversal import moved_by_training, own_tensors, unwrap
 from loca_vision.offload import device_for, stored_at
-from loca_vision.storage.safetensors_file import PICKLES, Entry, open_safetensors, write_safetensors
+from loca_vision.storage.safetensors_file import PICKLES, Entry, open_safetensors, pickle_hint, write_safetensors
 from loca_vision.version import __version__
 
 
@@ -223,9 +223,7 @@ def file_to_read(path: str | os.PathLike[str]) -> Path:
         return file
     if (file / FILE_NAME).exists():
         return file / FILE_NAME
-    pickles = sorted(p.name for p in file.iterdir() if p.suffix in PICKLES)
-    hint = f"; {pickles[0]} is there, but a pickle could run code when read" if pickles else ""
-    raise FileNotFoundError(f"{file}: there is no {FILE_NAME} in that folder{hint}")
+    raise FileNotFoundError(f"{file}: there is no {FILE_NAME} in that folder{pickle_hint(p.name for p in file.iterdir())}")
 
 
 def _match_projections(model: nn.Module, about: Description) -> list[Target]:

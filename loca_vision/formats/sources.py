@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loca_vision.formats.adapter_file import FILE_NAME, METADATA_KEY, as_json, described
-from loca_vision.storage.safetensors_file import PICKLES, Entry, may_be_read, open_safetensors
+from loca_vision.storage.safetensors_file import Entry, may_be_read, open_safetensors, pickle_hint
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {
@@ -156,9 +156,8 @@ def _in_folder(folder: Path, request: Request) -> Path:
     inside = folder / request.subfolder if request.subfolder else folder
     file = inside / (request.weight_name or FILE_NAME)
     if not file.exists():
-        there = sorted(p.name for p in inside.iterdir() if p.is_file())[:5] if inside.is_dir() else []
-        hint = f"; there are {', '.join(there)}" if there else ""
-        hint += "; a pickle could run code when read" if any(name.endswith(PICKLES) for name in there) else ""
+        there = sorted(p.name for p in inside.iterdir() if p.is_file()) if inside.is_dir() else []
+        hint = (f"; there are {', '.join(there[:5])}" if there else "") + pickle_hint(there)
         raise FileNotFoundError(f"{inside}: there is no {file.name} in that folder{hint}")
     if not may_be_read(file, folder):
         raise ValueError(f"{file}: it is a link that leaves the folder")

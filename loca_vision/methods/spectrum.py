@@ -134,6 +134,9 @@ class Spectrum(Update):
     def trainable(self) -> list[nn.Parameter]:
         return [self.coefficients]
 
+    def location_parameters(self) -> list[nn.Parameter]:
+        return [] if self.final else [self.locations]
+
     def confine(self) -> None:
         """Bring locations an optimiser has carried out of [0, 1] back to the border: every cell stays within reach."""
         self.locations.data.clamp_(0, 1)

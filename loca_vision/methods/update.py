@@ -98,6 +98,10 @@ class Update(nn.Module):
         """The parameters that training moves at the rate of the adapter."""
         return list(self.parameters())
 
+    def location_parameters(self) -> list[nn.Parameter]:
+        """The parameters that training moves at the rate of locations: none, for a method without locations to learn."""
+        return []
+
     def check_fits(self, other: Update, place: str) -> None:
         """Raise where `other` could not take this update's place; `place` is for the sentence."""
         sizes = [{key: value.shape for key, value in update.state_dict().items()} for update in (self, other)]

@@ -163,7 +163,7 @@ def parameter_groups(
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise ValueError(f"{field}={value!r}: it is a finite number from 0 up")
     learned = trainable_updates(model)
-    moving = [u.locations for u in learned if isinstance(u, Spectrum) and not u.final]
+    moving = [p for u in learned for p in u.location_parameters()]
     head = [p for p in own_parameters(unwrap(model)).values() if p.requires_grad]
     groups = [
         {"name": "coefficients", "params": [p for u in learned for p in u.trainable()], "lr": lr, "weight_decay": weight_decay},

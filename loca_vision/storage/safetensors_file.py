@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from loca_vision.storage.atomic_file import write_atomically
 from loca_vision.storage.strict_json import MAX_HEADER, _check_regular, _one_line, strict_json
 
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_PICKLES = {b"PK\x03\x04": "a PyTorch archive"} | {bytes((0x80, protocol)): "a pickle" for protocol in range(2, 6)}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # endings of files that could run code when read
+_PICKLE_MARKS = {b"PK\x03\x04": "a PyTorch archive"} | {bytes((0x80, protocol)): "a pickle" for protocol in range(2, 6)}
 MAX_AXES = 8  # the product of thousands of sizes would take minutes
 _MAX_NESTING = 8
 
@@ -105,7 +106,7 @@ def _opened(path: Path, file: BinaryIO, size: int) -> OpenFile:
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > size - 8:  # only then a pickle: headers of 640 bytes begin like one
-        kind = next((kind for mark, kind in _PICKLES.items() if start.startswith(mark)), None)
+        kind = next((kind for mark, kind in _PICKLE_MARKS.items() if start.startswith(mark)), None)
         if kind:
             raise ValueError(f"it is {kind}, which could run code when read; adapters are safetensors files")
         raise ValueError("it is not a safetensors file, or cut short: the header does not fit into it")
@@ -158,4 +159,13 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+def refuse_pickle(path: Path) -> None:
+    """Raise `ValueError` if the path ends like a pickle."""
+    if path.suffix in PICKLES:
+        raise ValueError(f"{path}: it ends like a pickle, which could run code when read; expected a safetensors file")
+
+
+def pickle_hint(names: Iterable[str]) -> str:
+    """The end of a sentence about a missing safetensors file: the pickle that lies in its place, or nothing."""
+    name = next((name for name in sorted(names) if name.endswith(PICKLES)), None)
+    return f"; {name} is there, but a pickle could run code when read" if name else ""

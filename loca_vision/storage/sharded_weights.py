@@ -18,7 +18,15 @@ from torch import Tensor
 
 from loca_vision.storage.atomic_file import Content, write_atomically
 from loca_vision.storage.atomic_folder import check_replaceable, put_back, sweep, write_folder
-from loca_vision.storage.safetensors_file import PICKLES, Entry, OpenFile, may_be_read, open_safetensors
+from loca_vision.storage.safetensors_file import (
+    PICKLES,
+    Entry,
+    OpenFile,
+    may_be_read,
+    open_safetensors,
+    pickle_hint,
+    refuse_pickle,
+)
 from loca_vision.storage.strict_json import read_json
 from loca_vision.version import __version__
 
@@ -73,10 +81,7 @@ def open_weights(path: str | os.PathLike[str]) -> Iterator[Weights]:
 
 def _file(path: Path) -> Path:
     if not path.is_dir():
-        if path.suffix in PICKLES:
-            raise ValueError(
-                f"{path}: it is a pickle by its name, which could run code when read; a safetensors file is wanted"
-            )
+        refuse_pickle(path)
         return path
     for ending in (INDEX_SUFFIX, ".safetensors"):
         there = sorted(file for file in path.iterdir() if file.name.endswith(ending))
@@ -84,8 +89,7 @@ def _file(path: Path) -> Path:
             return there[0]
         if there:
             raise ValueError(f"{path}: there are {', '.join(file.name for file in there[:5])} in that folder; name one of them")
-    pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
-    hint = f"; {pickles[0]} is there, but a pickle could run code when read" if pickles else ""
+    hint = pickle_hint(file.name for file in path.iterdir())
     raise FileNotFoundError(f"{path}: there are no safetensors weights in that folder{hint}")
 
 

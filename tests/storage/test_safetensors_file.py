@@ -25,6 +25,7 @@ from loca_vision.storage import safetensors_file as safefile
 from loca_vision.storage.atomic_file import write_atomically
 from loca_vision.storage.safetensors_file import open_safetensors, write_safetensors
 from loca_vision.storage.strict_json import MAX_HEADER, strict_json
+from support.sudden_death import run_script
 from support.time_limit import within
 
 resource = pytest.importorskip("resource", reason="signals, modes and limits of POSIX")
@@ -420,39 +421,29 @@ def test_a_temporary_file_that_cannot_be_cleaned_does_not_stop_the_save(
 
 
 _KILLED = """
-import os, signal, sys, time
+import sys
 from pathlib import Path
+from support.sudden_death import die_at_each_moment
 from loca_vision.storage.atomic_file import write_atomically
 
-file = Path(sys.argv[1])
-contents = [bytes([i]) * 3_000_000 for i in range(2)]
+file = Path(sys.argv[1]) / "x.safetensors"
+contents = [bytes([i]) * 3_000 for i in range(2)]
 write_atomically(file, contents[0])
 orphans = 0
-for attempt in range(25):
-    child = os.fork()
-    if not child:
-        while True:
-            write_atomically(file, contents[1])
-            write_atomically(file, contents[0])
-    time.sleep(0.01 + 0.001 * attempt)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+for moment in die_at_each_moment(lambda: write_atomically(file, contents[1])):
     left = [path for path in file.parent.iterdir() if path != file]
     assert len(left) <= 1, left
     orphans += len(left)
     assert file.read_bytes() in contents
 write_atomically(file, b"last")
-print(orphans, [path.name for path in file.parent.iterdir()], file.read_bytes())
+print(moment, orphans, [path.name for path in file.parent.iterdir()], file.read_bytes())
 """
 
 
 def test_kill_nine_while_saving_leaves_a_whole_file(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLED, str(tmp_path / "x.safetensors")], capture_output=True, text=True, timeout=60, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    orphans, left = done.stdout.split(maxsplit=1)
-    assert int(orphans) > 0, "no attempt hit a save"
+    """A process that saves dies before each of its calls on files in turn."""
+    moments, orphans, left = run_script(_KILLED, tmp_path).split(maxsplit=2)
+    assert int(moments) > 1 and int(orphans) > 0, (moments, orphans)
     assert left.strip() == "['x.safetensors'] b'last'"
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from loca_vision.checks import PARTS
 from loca_vision.formats.adapter_file import FILE_NAME as ADAPTER_NAME
-from loca_vision.formats.adapter_file import Description, nearest, prefix_of
+from loca_vision.formats.adapter_file import Description, prefix_of
 from loca_vision.formats.conversion.conversion_error import LayerFidelity
 from loca_vision.formats.conversion.dct_truncation import Budget, largest_components
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas
@@ -24,6 +24,7 @@ from loca_vision.formats.low_rank_pair import LowRankPair, cut
 from loca_vision.formats.save_load import write_adapter
 from loca_vision.layers.attention_layouts import target_of
 from loca_vision.layers.projection_rows import ProjectionRows, projections_of_modules
+from loca_vision.messages import nearest
 from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.methods.loca import LoCAConfig
 from loca_vision.methods.lora import LoRAConfig

@@ -14,7 +14,6 @@ from torch.utils.data import Dataset, TensorDataset
 from loca_vision.data.images import Images, ImageSplits, first
 from loca_vision.data.load import load
 from loca_vision.data.transforms import Transformed, evaluation_transform, training_transform
-from loca_vision.methods.spectrum import Spectrum
 from loca_vision.model.inject import inject
 from loca_vision.model.schedule import parameter_groups
 from loca_vision.model.target_checks import classifier
@@ -145,7 +144,7 @@ def counts(model: nn.Module, recipe: Recipe) -> dict[str, int]:
         trained = sum(p.numel() for p in model.parameters()) - head
     else:
         trained = sum(p.numel() for update in updates for p in update.trainable())
-    locations = sum(u.locations.numel() for u in updates if isinstance(u, Spectrum) and not u.final)
+    locations = sum(p.numel() for update in updates for p in update.location_parameters())
     return {"trained_parameters": trained, "location_parameters": locations, "head_parameters": head}
 
 

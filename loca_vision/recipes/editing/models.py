@@ -10,7 +10,6 @@ from diffusers import DDPMScheduler
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from loca_vision.methods.spectrum import Spectrum
 from loca_vision.model.conv_in import widen_conv_in
 from loca_vision.model.inject import inject
 from loca_vision.model.schedule import parameter_groups
@@ -90,7 +89,7 @@ class EditModels:
         updates = all_updates(self.pipe.unet)
         return {
             "trained_parameters": sum(p.numel() for update in updates for p in update.trainable()),
-            "location_parameters": sum(u.locations.numel() for u in updates if isinstance(u, Spectrum) and not u.final),
+            "location_parameters": sum(p.numel() for update in updates for p in update.location_parameters()),
             "conv_in_parameters": sum(p.numel() for p in self.pipe.unet.conv_in.parameters() if p.requires_grad),
         }
 

@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from loca_vision.messages import one_line
+
 SMALLEST, SMALLEST_LPIPS = 11, 64  # pixels a side: the window of SSIM, and what AlexNet leaves something of
 
 
@@ -55,7 +57,7 @@ class Perceptual:
         try:
             self.metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(self.device)
         except (OSError, RuntimeError) as error:  # no connection, a full disk, or another hash than torchvision's
-            raise OSError(f"the weights of AlexNet cannot be had ({_line(error)})") from error
+            raise OSError(f"the weights of AlexNet cannot be had ({one_line(error, 200)})") from error
 
     @torch.no_grad()
     def __call__(self, one: Image.Image, other: Image.Image) -> float:
@@ -90,7 +92,7 @@ class Clip:
             self.tokenizer: Any = CLIPTokenizer.from_pretrained(place)
             self.processor: Any = CLIPImageProcessor.from_pretrained(place)
         except (OSError, ValueError, TypeError, KeyError) as error:  # transformers tells the same fault in several ways
-            raise OSError(f"{source}: it cannot be read as a CLIP model ({_line(error)})") from error
+            raise OSError(f"{source}: it cannot be read as a CLIP model ({one_line(error, 200)})") from error
         self.model = model.to(self.device, torch.float32).eval()
 
     @torch.no_grad()
@@ -127,10 +129,6 @@ def _check_sizes(one: Image.Image, other: Image.Image, least: int) -> None:
         raise ValueError(f"pictures of {sizes} pixels: those that are compared have one size")
     if min(one.size) < least:
         raise ValueError(f"pictures of {one.width} x {one.height} pixels: at least {least} a side are wanted")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def finite(value: float) -> float | None:

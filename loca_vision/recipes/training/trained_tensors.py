@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loca_vision.methods.spectrum import Spectrum
 from loca_vision.model.traversal import all_updates
 
 
 def has_locations(model: nn.Module) -> bool:
     """Whether anything is there for an alternating schedule to move."""
-    return any(isinstance(update, Spectrum) and not update.final for update in all_updates(model))
+    return any(update.location_parameters() for update in all_updates(model))
 
 
 def trained_tensors(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from loca_vision.storage import atomic_file as atomic
 from loca_vision.storage.run_checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
 from support.checkpoints import content, names, write
+from support.sudden_death import run_script
 
 resource = pytest.importorskip("resource", reason="signals, modes and limits of POSIX")
 
@@ -115,42 +116,33 @@ def test_what_stood_aside_while_it_was_replaced_is_found_and_put_back(tmp_path: 
 
 
 _KILLED = """
-import os, random, signal, sys, time
+import sys
 from pathlib import Path
 import torch
+from support.sudden_death import die_at_each_moment
 from loca_vision.storage.run_checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
 
-folder, draw = Path(sys.argv[1]), random.Random(0)
+folder, over = Path(sys.argv[1]), sys.argv[2] == "over"
 torch.set_num_threads(1)
 
 def write(step):
-    write_checkpoint(folder, step, {"a": torch.full((200_000,), float(step))}, {"step": step}, keep=1)
+    write_checkpoint(folder, step, {"a": torch.full((2_000,), float(step))}, {"step": step}, keep=1)
 
 write(0)
-orphans = steps = 0
-for attempt in range(50):
-    last = read_checkpoint(latest_checkpoint(folder))[1]["step"]
-    child = os.fork()
-    if not child:
-        while True:
-            if attempt % 2:
-                last += 1
-            write(last)
-    time.sleep(draw.uniform(0, 0.06))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+last = orphans = 0
+for moment in die_at_each_moment(lambda: write(last if over else last + 1)):
     tensors, state = read_checkpoint(latest_checkpoint(folder))
-    assert state["step"] >= last and (tensors["a"] == state["step"]).all()
+    assert state["step"] in (last, last + 1) and (tensors["a"] == state["step"]).all()
+    last = state["step"]
     orphans += any("." in path.name for path in folder.iterdir())
 write(10**6)
-print(orphans, state["step"], [path.name for path in folder.iterdir()])
+print(moment, orphans, [path.name for path in folder.iterdir()])
 """
 
 
-def test_kill_nine_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", _KILLED, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    orphans, steps, left = done.stdout.split(maxsplit=2)
-    assert int(orphans) > 5 and int(steps) > 5, "hardly an attempt hit a save"
+@pytest.mark.parametrize("target", ["over", "next"])
+def test_kill_nine_at_every_moment_leaves_a_whole_checkpoint(target: str, tmp_path: Path) -> None:
+    """A process that writes over the last checkpoint, or the next one, dies before each of its calls on files in turn."""
+    moments, orphans, left = run_script(_KILLED, tmp_path, target).split(maxsplit=2)
+    assert int(moments) > 8 and int(orphans) > 5, (moments, orphans)
     assert left.strip() == "['checkpoint-1000000']"

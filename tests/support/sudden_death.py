@@ -1,0 +1,52 @@
+"""Processes that are killed in the middle of their work, at every moment in turn, however fast the machine is."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+CALLS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree")
+
+
+def die_at_each_moment(work: Callable[[], object]) -> Iterator[int]:
+    """Do the work in a child process that is killed before its first call on a file, then in one killed before its second...
+
+    Yields the number of the moment after each death, and ends when a child outlives its work. Call it in a process of its own,
+    for a child of a test runner would go on as one.
+    """
+    moment = 0
+    while True:
+        child = os.fork()
+        if not child:
+            _die_at(moment)
+            work()
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        if status == 0:
+            return
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+        yield moment
+        moment += 1
+
+
+def _die_at(count: int) -> None:
+    def watch(event: str, arguments: object) -> None:
+        nonlocal count
+        if event in CALLS:
+            count -= 1
+            if count < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def run_script(code: str, *arguments: object) -> str:
+    """What Python code prints in a process of its own, from which `support` can be imported."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
