@@ -3,7 +3,7 @@
 A page says by its marks what it wants: every table, each with its command and its machine, or all training steps in one.
 
     python examples/benchmarks/tables.py
-    python examples/benchmarks/tables.py --write README.md examples/benchmarks/results/README.md
+    python examples/benchmarks/tables.py --write docs/guides/memory_and_speed.md examples/benchmarks/results/README.md
 """
 
 from __future__ import annotations

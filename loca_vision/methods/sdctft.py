@@ -26,7 +26,7 @@ class SDCTFTConfig(SparseConfig):
     """The settings of selective DCT fine-tuning: W' = W0 + scale * C^T S D, with cells chosen by the spectrum of W0 itself.
 
     The plane of frequencies is divided into bands of equal width by the distance sqrt(u^2 + v^2) from the constant. In each
-    band, a share of its components stands where |DCT(W0)| is largest, the rest at random among the band's other cells. The
+    band, a share of its components stands where `|DCT(W0)|` is largest, the rest at random among the band's other cells. The
     locations stay where they are; the coefficients are learned, and begin at zero.
 
     The paper leaves open what the outermost distance is. Here it is the largest in the plane, sqrt((p-1)^2 + (q-1)^2).

@@ -1,4 +1,4 @@
-"""Every code block of the README runs: Python as it stands, over tiny models; commands with settings that make them short."""
+"""Every code block of the README and of docs/ runs: Python as it stands, over tiny models; commands with short settings."""
 
 import re
 import shlex
@@ -22,8 +22,14 @@ from support import pipelines as tiny
 from support.image_folders import write_oxford_pets
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
+DOCS = ROOT / "docs"
+READING_ORDER = re.findall(r"^\w+(?:/\w+)?$", (DOCS / "index.md").read_text(), re.MULTILINE)
+PAGES = [ROOT / "README.md", DOCS / "index.md", *(DOCS / f"{name}.md" for name in READING_ORDER)]
+FENCED = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCKS = {str(page.relative_to(ROOT)): FENCED.findall(page.read_text()) for page in PAGES}
+WITH_PYTHON = [page for page, blocks in BLOCKS.items() if any(language == "python" for language, _ in blocks)]
+SHELL = [block for blocks in BLOCKS.values() for language, block in blocks if language == "bash"]
+COMMANDS = list(dict.fromkeys(line for block in SHELL for line in block.splitlines()))
 INSTALLS = [line for line in COMMANDS if line.startswith("python -m pip install")]
 EDITED = "--pretrained_model_name_or_path edit-base --resolution 16"
 STUDY = "--photographs photos --methods loca --resolution 16 --channels 8 --base_steps 1 --autoencoder_steps 1 --steps 1 "
@@ -42,12 +48,18 @@ SHORT_SCRIPTS = {
 SHORT = ["--model", "test_vit", "--weights", "none", "--image-size", "160", "--steps", "2", "--batch-size", "2"]
 
 
-def test_there_are_no_blocks_but_python_and_bash():
-    assert {language for language, _ in BLOCKS} == {"python", "bash"}
+def test_every_page_is_in_the_table_of_contents():
+    assert set(PAGES) == {ROOT / "README.md", *DOCS.rglob("*.md")}
 
 
-def test_python_blocks(tmp_path, monkeypatch):
-    """One after the other in one folder: the second loads what the first saved."""
+def test_only_these_languages_are_in_blocks():
+    languages = {language for blocks in BLOCKS.values() for language, _ in blocks if not language.startswith("{")}
+    assert languages == {"python", "bash", "text", "json"}  # directives of Sphinx begin with a brace
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON)
+def test_python_blocks(page, tmp_path, monkeypatch):
+    """One after the other in one folder and one namespace: a later block loads what an earlier one saved."""
     create = timm.create_model
     small = {"embed_dim": 96, "depth": 1, "num_heads": 3}
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **kwargs: create(name, **small, **kwargs))
@@ -60,16 +72,29 @@ def test_python_blocks(tmp_path, monkeypatch):
     images = torch.randn(2, 3, 224, 224)
     photo = Image.fromarray(np.full((16, 16, 3), 100, np.uint8))
     names = {"loader": [(images, torch.tensor([3, 5]))] * 2, "images": images, "photo": photo}
-    for language, block in BLOCKS:
+    for language, block in BLOCKS[page]:
         if language == "python":
-            exec(compile(block, "README.md", "exec"), names)
-    assert (tmp_path / "pets" / "pytorch_loca_weights.safetensors").exists()
-    assert names["picture"].size == (16, 16)
-    assert (tmp_path / "mine" / "pytorch_loca_weights.safetensors").exists()
+            exec(compile(block, page, "exec"), names)
+    if "picture" in names:
+        assert names["picture"].size == (16, 16)
+
+
+def test_the_first_page_saves_an_adapter_and_edits_a_photo():
+    source = "".join(block for language, block in BLOCKS["README.md"] if language == "python")
+    assert 'save_adapter(model, "pets")' in source and "pipe.load_loca_weights(" in source
+
+
+def test_pictures_of_the_documentation_are_small_and_there():
+    pictures = {picture for picture in (ROOT / "docs").rglob("*") if picture.suffix in (".png", ".jpg", ".svg")}
+    assert all(picture.stat().st_size <= 300_000 for picture in pictures)
+    names = {page: re.findall(r"!\[.*?\]\((.+?)\)", page.read_text(), re.DOTALL) for page in PAGES}
+    shown = {(page.parent / name).resolve() for page in PAGES for name in names[page]}
+    assert shown <= {picture.resolve() for picture in (ROOT / "docs").rglob("*")}
 
 
 def test_the_two_commands_are_those_that_ci_runs():
-    assert [line.split(" && ")[1] for line in INSTALLS if " && " in line] == ["loca-vision demo", "python -m pytest"]
+    runs = [line.split(" && ")[1] for line in INSTALLS if " && " in line]
+    assert sorted(runs) == ["loca-vision demo", "python -m pytest"]
     assert "grep -E '^python -m pip install" in (ROOT / ".ci" / "run").read_text()
 
 

@@ -236,7 +236,7 @@ def test_resumed_equals_uninterrupted(run, tmp_path, monkeypatch):
         made.append(more["seed"])
         return genuine(*given, **more)
 
-    monkeypatch.setattr(loca_vision.edit_columns, "edit", counted)
+    monkeypatch.setattr(loca_vision.recipes.editing.evaluation.editors, "edit", counted)
     assert "interrupted; every file that is there is whole" in run(*asked, status=130)
     assert len(list((out / "edits").iterdir())) == 5 and not (out / "evaluation.json").exists()
     made.append("so that none stops it")
