@@ -89,8 +89,10 @@ def test_saved_it_is_a_stock_pipeline(kind, tmp_path):
     custom = {"custom_pipeline": str(file), "trust_remote_code": True}
     again = tiny.quiet(DiffusionPipeline.from_pretrained(tmp_path / "saved", **custom))
     assert type(again).__qualname__ == cls.__qualname__ and isinstance(again, stock)
-    assert torch.equal(tiny.picture(again), tiny.picture(make()))
-    shown = adapted_folder(make(), tmp_path / "adapter")
+    # read from the same file: the last bits depend on how weights lie in memory
+    loaded = tiny.quiet(DiffusionPipeline.from_pretrained(tmp_path / "saved"))
+    assert torch.equal(tiny.picture(again), tiny.picture(loaded))
+    shown = adapted_folder(loaded, tmp_path / "adapter")
     again.load_loca_weights(tmp_path / "adapter")
     assert torch.equal(tiny.picture(again), shown)
     again.save_pretrained(tmp_path / "twice")
