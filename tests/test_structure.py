@@ -1,4 +1,4 @@
-"""What keeps the library light and its parts in order."""
+"""The rooms of the library: imports go one way, and the light rooms need torch and safetensors only."""
 
 import ast
 import subprocess

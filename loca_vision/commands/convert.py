@@ -45,7 +45,7 @@ class OutputOptions:
     half: bool = False
     """LoRA: factors in float16."""
     skip: bool = False
-    """Leave out what cannot be told in the new form, and list it."""
+    """Skip tensors the target format cannot represent, and list them."""
     overwrite: bool = False
     """Replace an output that is there."""
 

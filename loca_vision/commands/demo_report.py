@@ -1,4 +1,4 @@
-"""What the demonstration tells: the table and metrics.json."""
+"""The report of the demonstration: its table and metrics.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load an adapter in this process and compare its logits with recorded ones: `python -m loca_vision.reload REQUEST.json`.
+"""Load an adapter in this process and compare its logits: `python -m loca_vision.commands.reload_check REQUEST.json`.
 
 The proof that a file is all it takes: nothing of the process that trained it is here.
 """

@@ -1,4 +1,4 @@
-"""What is known of each image set: how to read it, its licence, the files it needs and where they can be had."""
+"""The catalogue of image sets: reader, licence, files, and where to get them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters from models to files and back. A file is checked as a whole before a model is touched."""
+"""`save_adapter` and `load_adapter`. A file is checked as a whole before the model is touched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""functional/fourier.py."""
+"""The real part of the inverse 2-D Fourier transform of a sparse spectrum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""functional/low_rank_linear.py."""
+"""A linear map plus low-rank terms on some of its rows, without building a matrix."""
 
 from __future__ import annotations
 

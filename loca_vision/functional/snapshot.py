@@ -1,4 +1,4 @@
-"""Whether tensors are still what they were when something was made from them."""
+"""Tell whether tensors still have the values that something was computed from."""
 
 from __future__ import annotations
 

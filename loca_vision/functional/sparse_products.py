@@ -1,4 +1,4 @@
-"""Sparse spectra between rows of frequencies, as `frequencies.py` has them: products with them, dot products at their cells."""
+"""Products with sparse spectra between matrices whose rows are frequencies, and dot products at their cells."""
 
 from __future__ import annotations
 

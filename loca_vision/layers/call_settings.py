@@ -1,4 +1,4 @@
-"""layers/call_settings.py."""
+"""The settings of a call that the updates of a model share: its scale, and low memory."""
 
 from __future__ import annotations
 

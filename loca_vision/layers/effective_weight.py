@@ -1,4 +1,4 @@
-"""What a weight reads as: W plus the updates that act on its rows, built once and kept until something changes."""
+"""The effective weight W + Delta W, computed once and cached until an input changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model keeps its projections: generators of targets, by structure, importing no model library."""
+"""The projections of a model that can be adapted, found by structure without importing timm or diffusers."""
 
 from __future__ import annotations
 

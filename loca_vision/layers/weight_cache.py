@@ -1,4 +1,4 @@
-"""layers/weight_cache.py."""
+"""An adapted weight that is kept until one of its inputs changes."""
 
 from __future__ import annotations
 

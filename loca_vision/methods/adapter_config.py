@@ -1,4 +1,4 @@
-"""Kinds of adapter: the settings of each, and how they become updates, new ones or those in a file."""
+"""The settings of a method, and how they become updates: new ones, or those in a file."""
 
 from __future__ import annotations
 

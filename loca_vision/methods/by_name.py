@@ -1,4 +1,4 @@
-"""From a method's name, as on a command line, to the config that `inject` takes."""
+"""The config of a method by its name on a command line."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class FourierSpectrum(Spectrum):
         return inverse_real(self.coefficients * (self.scale * strength), self.cells, self.shape)
 
     def cosines(self, strength: float = 1.0) -> None:
-        """These are other waves."""
+        """None: Fourier atoms have no cosine fast path."""
 
     @torch.no_grad()
     def norm(self) -> float:

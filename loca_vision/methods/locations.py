@@ -1,4 +1,4 @@
-"""methods/locations.py."""
+"""Locations of components: random ones, their cells, and cells without repetition."""
 
 from __future__ import annotations
 

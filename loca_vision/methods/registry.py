@@ -1,4 +1,4 @@
-"""Methods by name: @kind, KINDS."""
+"""The registered methods by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kinds of adapter whose update is a spectrum of few components: counted, drawn, saved and read alike."""
+"""Methods whose update is a spectrum of few components: counted, drawn, saved and read alike."""
 
 from __future__ import annotations
 

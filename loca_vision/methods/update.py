@@ -1,4 +1,4 @@
-"""What all kinds of adapter are made of: the update of one weight, from few trained numbers."""
+"""The update of one weight, from few trained numbers: the base class of every method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""model/adapters.py."""
+"""The adapters of a model: which there are, which are active, and how strongly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""model/base_checkpoint.py."""
+"""A `save_pretrained` that writes the base model without adapters."""
 
 from __future__ import annotations
 

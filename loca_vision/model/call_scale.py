@@ -1,4 +1,4 @@
-"""What a whole model needs besides its layers: the strength of one call, and a `save_pretrained` that writes the base alone."""
+"""The scale of one call: `cross_attention_kwargs={"scale": s}`, seen by every component of the pipeline."""
 
 from __future__ import annotations
 

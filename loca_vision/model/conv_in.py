@@ -51,7 +51,7 @@ def widen_conv_in(unet: nn.Module, channels: int = 8) -> bool:
 
 
 def check_wider(model: nn.Module, shape: tuple[int, ...], replacing: str | None = None) -> bool:
-    """Whether a trained `conv_in.weight` of this shape is the model's own but for more channels, so that it can be had.
+    """True if the shapes differ only by extra input channels, so that the layer can be widened.
 
     Args:
         shape: (output channels, input channels, height, width) in a file.

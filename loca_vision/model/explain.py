@@ -1,4 +1,4 @@
-"""How the updates of a model are computed, projection by projection, why so, and what that costs."""
+"""`explain`: how each update is computed, why, and what that costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Put adapters into a model, say which of them act, and take them out again."""
+"""Put an adapter into a model."""
 
 from __future__ import annotations
 

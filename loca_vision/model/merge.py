@@ -1,4 +1,4 @@
-"""Writing updates into the weights themselves."""
+"""Write updates into the weights of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""model/options.py."""
+"""Settings of a model that concern all of its adapters, such as low memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""model/remove.py."""
+"""Take an adapter out of a model, or fold it into the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When coefficients move and when locations do (LoCA, section 4.4, Algorithm 1), and with which settings."""
+"""When coefficients and when locations learn (LoCA, section 4.4, Algorithm 1), and parameter groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model with adapters has to remember: which act, what was trainable before, and whole tensors trained beside them."""
+"""What a model with adapters remembers: active adapters, what was trainable before, tensors trained as a whole."""
 
 from __future__ import annotations
 

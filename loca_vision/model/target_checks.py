@@ -1,4 +1,4 @@
-"""model/target_checks.py."""
+"""Checks before anything is injected: targets are linear, the name is free, where the head is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pipeline consists of, and which adapters are in it."""
+"""The components of a pipeline, and the adapters in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pipeline/save.py."""
+"""Save one adapter of all of a pipeline's components into one file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, to stay."""
+"""Files that are written durably: whole or not at all."""
 
 from __future__ import annotations
 

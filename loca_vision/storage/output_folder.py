@@ -1,4 +1,4 @@
-"""A folder that is filled in several starts, all of them with the same settings."""
+"""An output folder that several starts of one run fill, all with the same settings."""
 
 from __future__ import annotations
 

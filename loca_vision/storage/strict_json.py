@@ -1,4 +1,4 @@
-"""storage/strict_json.py."""
+"""JSON read strictly: no repeated keys, NaN, infinity or absurd nesting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is lost of an update when it is brought into another form."""
+"""How much of an update is lost when it is converted."""
 
 from __future__ import annotations
 

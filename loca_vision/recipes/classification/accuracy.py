@@ -1,4 +1,4 @@
-"""What a classifier answers on images it has not seen."""
+"""The accuracy of a classifier on images it has not seen."""
 
 from __future__ import annotations
 

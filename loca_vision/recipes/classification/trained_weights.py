@@ -1,4 +1,4 @@
-"""recipes/classification/trained_weights.py."""
+"""Weights of runs without an adapter (full training, linear probe): saved and loaded strictly."""
 
 from __future__ import annotations
 

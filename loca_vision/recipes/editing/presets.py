@@ -1,4 +1,4 @@
-"""recipes/editing/presets.py."""
+"""Presets of InstructPix2Pix training: the paper's cartoonization (LoCA, Appendix L)."""
 
 from __future__ import annotations
 

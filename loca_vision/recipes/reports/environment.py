@@ -1,4 +1,4 @@
-"""On what a result was obtained."""
+"""Versions and hardware behind a result."""
 
 from __future__ import annotations
 

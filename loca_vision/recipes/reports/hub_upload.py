@@ -1,4 +1,4 @@
-"""What a training run made, on the Hugging Face hub."""
+"""Upload the results of a training run to the Hugging Face hub."""
 
 from __future__ import annotations
 

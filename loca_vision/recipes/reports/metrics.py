@@ -1,4 +1,4 @@
-"""What a training run leaves behind: metrics.json, the trained tensors, and a picture of its curves."""
+"""The files a training run leaves behind: metrics.json and curves.png."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of a run as others may read them: nothing of the folders of one's machine, no key in an address."""
+"""Settings of a run fit to be published: without folders of the machine, without keys in addresses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exponential moving averages of what is trained, to be used in its place."""
+"""Exponential moving averages of the trained tensors."""
 
 from __future__ import annotations
 

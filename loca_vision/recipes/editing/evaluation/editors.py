@@ -1,4 +1,4 @@
-"""By what photographs are edited in an evaluation: the base, an adapter at several scales, other adapters."""
+"""The editors an evaluation compares: the base, an adapter at several scales, other adapters."""
 
 from __future__ import annotations
 
