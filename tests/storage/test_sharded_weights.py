@@ -186,7 +186,7 @@ def test_what_to_read_must_be_plain(tmp_path):
     (tmp_path / "model.bin").touch()
     with pytest.raises(FileNotFoundError, match=r"model.bin is there, but a pickle"), open_weights(tmp_path):
         pass
-    with pytest.raises(ValueError, match="a pickle by its name"), open_weights(tmp_path / "model.bin"):
+    with pytest.raises(ValueError, match="ends like a pickle"), open_weights(tmp_path / "model.bin"):
         pass
     sharded(tmp_path)
     with pytest.raises(ValueError, match=r"there are one.safetensors, two.safetensors in that folder"), open_weights(tmp_path):

@@ -204,7 +204,7 @@ BROKEN: dict[str, tuple[Breaker, str]] = {
         about(lambda m: m["shapes"].update({"blocks.2.attn.q": [48, 48]})),
         "blocks.2.attn.q.coefficients is missing",
     ),
-    "projection that the model has not": (extra_projection, "the model has no projection blocks.2.attn.q; near it are blocks."),
+    "projection that the model has not": (extra_projection, "the model has no projection blocks.2.attn.q; perhaps blocks."),
     "projection that the file has not": (without(Q), f"the model's projection {Q} has no update"),
     # Tensors
     "NaN": (item(C, math.nan), f"{C} holds NaN or infinity"),
@@ -222,7 +222,7 @@ BROKEN: dict[str, tuple[Breaker, str]] = {
     "no tensors": (tensors(lambda t: t.clear()), "is missing"),
     "misspelt tensor": (
         tensors(lambda t: t.update({"blocks.0.attn.q.coefficient": torch.ones(20)})),
-        f"blocks.0.attn.q.coefficient is unknown; near it are {C}",
+        f"blocks.0.attn.q.coefficient is unknown; perhaps {C}",
     ),
     "unexpected tensor": (tensors(lambda t: t.update(surprise=torch.ones(20))), "surprise is unknown"),
     "unexpected tensor of nothing": (tensors(lambda t: t.update(surprise=torch.ones(0))), "surprise is unknown"),
@@ -255,7 +255,7 @@ BROKEN: dict[str, tuple[Breaker, str]] = {
         "full.head.weight is (2, 48) in the file and (3, 48) in the model: build it with as many classes",
     ),
     "head the other way round": (tensor("full.head.weight", lambda t: t.T), "full.head.weight is (48, 3) in the file"),
-    "whole tensor of no parameter": (whole("norm.wieght", torch.ones(48)), "no parameter norm.wieght; near it are norm.weight"),
+    "whole tensor of no parameter": (whole("norm.wieght", torch.ones(48)), "no parameter norm.wieght; perhaps norm.weight"),
     "whole tensor of an adapter's": (
         whole("blocks.0.attn.qkv.loca.updates.0.coefficients", torch.ones(20)),
         "the model has no parameter blocks.0.attn.qkv.loca",
