@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -180,11 +181,21 @@ def _check(built: Tensor, applied: Tensor) -> None:
         raise RuntimeError(f"built weights and applied updates differ by {error:.1e} of the largest output")
 
 
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence diffusers' remarks on what a LoRA does not contain, in this block only."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def benchmark(settings: Settings) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    logging.disable(logging.WARNING)  # diffusers remarks on what a LoRA does not contain
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _without_warnings():
         found = report(SCRIPT, settings, figures=measure(settings, Path(folder)))
     write(settings.output, found)
     print(shown(found))
