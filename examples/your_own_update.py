@@ -1,6 +1,15 @@
 """An update of your own, with everything that LoCA has: here a sum of Kronecker products, full rank from few numbers.
 
-python examples/your_own_update.py
+    python examples/your_own_update.py
+
+Trainers know it, too, from this file alone: its name is a method, and its fields are settings.
+
+    python examples/image_classification/train.py --method kronecker --import examples/your_own_update.py \
+        --set terms=8 --set block=4 --dataset digits --output_dir runs/kronecker
+    python examples/image_classification/evaluate.py --adapter runs/kronecker --import examples/your_own_update.py
+
+A package that is installed needs no --import to be trained, where it has an entry point in the group loca_vision.methods:
+`kronecker = "its.module"`.
 """
 
 from dataclasses import dataclass
@@ -30,6 +39,9 @@ class Kronecker(Update):
 @dataclass(frozen=True)
 class KroneckerConfig(AdapterConfig):
     method: ClassVar[str] = "kronecker"
+    title: ClassVar[str] = "a sum of Kronecker products"  # in model cards and pictures; this and what follows may be left out
+    summary: ClassVar[str] = "sums of Kronecker products"  # in --help
+    lr: ClassVar[float] = 1e-2  # where --lr says nothing
     targets: tuple[str, ...] = ("q", "v")
     terms: int = 4
     block: int = 8
@@ -50,19 +62,24 @@ def model() -> nn.Module:
     return vit
 
 
-vit, (images, labels) = model(), (torch.randn(32, 3, 32, 32), torch.arange(32) % 10)
-print(len(inject(vit, KroneckerConfig())), "projections; at first the same:", torch.equal(vit(images), model()(images)))
-groups = parameter_groups(vit, lr=1e-2)
-print("trained:", {group["name"]: sum(p.numel() for p in group["params"]) for group in groups})
-optimiser = torch.optim.AdamW(groups)
-for _ in range(20):
-    loss = nn.functional.cross_entropy(vit(images), labels)
-    optimiser.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimiser.step()
-print(f"loss after 20 steps: {loss.item():.3f}")
-with TemporaryDirectory() as folder:
-    fresh = model()
-    load_adapter(fresh, save_adapter(vit, folder))
-with torch.no_grad():
-    print("loaded, the same logits:", torch.equal(fresh(images), vit(images)))
+def main() -> None:
+    vit, (images, labels) = model(), (torch.randn(32, 3, 32, 32), torch.arange(32) % 10)
+    print(len(inject(vit, KroneckerConfig())), "projections; at first the same:", torch.equal(vit(images), model()(images)))
+    groups = parameter_groups(vit, lr=1e-2)
+    print("trained:", {group["name"]: sum(p.numel() for p in group["params"]) for group in groups})
+    optimiser = torch.optim.AdamW(groups)
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(vit(images), labels)
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    print(f"loss after 20 steps: {loss.item():.3f}")
+    with TemporaryDirectory() as folder:
+        fresh = model()
+        load_adapter(fresh, save_adapter(vit, folder))
+    with torch.no_grad():
+        print("loaded, the same logits:", torch.equal(fresh(images), vit(images)))
+
+
+if __name__ == "__main__":  # train.py imports this file, and nothing is to happen but that the kind is registered
+    main()

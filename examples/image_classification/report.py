@@ -112,7 +112,9 @@ def gathered(folders: Sequence[Path]) -> list[Row]:
         config = metrics["config"]
         key = (config["model"], config["method"], metrics["trained_parameters"])
         row = rows.setdefault(key, Row("runs", key[0], key[1], f"{key[2]:,}", {}))
-        mine = {name: value for name, value in config.items() if name not in MAY_DIFFER_ON_RESUME | {"seed", "root"}}
+        mine = {"set": []} | {
+            name: value for name, value in config.items() if name not in MAY_DIFFER_ON_RESUME | {"seed", "root"}
+        }
         first, theirs = settings.setdefault((*key, config["dataset"]), (path, mine))
         for name in sorted(mine.keys() | theirs.keys()):
             if mine.get(name) != theirs.get(name):

@@ -20,9 +20,13 @@ from typing import Any, Literal
 import tyro
 from tqdm import tqdm
 
+from loca_vision.methods.adapter_config import AdapterConfig
+from loca_vision.methods.registry import KINDS
+from loca_vision.recipes.classification.recipe import METHODS
 from loca_vision.recipes.classification.study_report import Point, draw_study, study_table
 from loca_vision.recipes.reports.metrics import METRICS, read_metrics
 from loca_vision.recipes.settings.console import guarded, usage_in_one_line
+from loca_vision.recipes.settings.plugins import Imports, import_modules
 from loca_vision.storage.atomic_file import write_atomically
 
 PROG = "study.py"
@@ -63,6 +67,8 @@ class Study:
     """What is multiplied in."""
     title: str | None = None
     """Of the picture; by default the data set's name."""
+    imports: Imports = ()
+    """A module, by its name or as a .py file, whose methods are compared too; may be repeated."""
     jobs: int = 1
     """Runs at a time, each with its share of the cores."""
 
@@ -84,10 +90,8 @@ class Arm:
     tuned: str = "--lr"
 
 
-_HEAD = ("--head_lr", "1e-2")
-_SPECTRAL = (1.5e-3, 5e-3, 1.5e-2)  # for atoms of norm 1
-_LOW_RANK = (5e-4, 1.5e-3, 5e-3)
-_FACTORS = 384 * 2 * 24  # numbers of LoRA at r = 1: query and value of 12 blocks of width 384
+_WIDTH, _PROJECTIONS = 384, 24  # query and value of 12 blocks
+_FACTORS = 2 * _WIDTH * _PROJECTIONS  # numbers of LoRA at r = 1
 
 
 def arms(study: Study) -> list[Arm]:
@@ -99,18 +103,26 @@ def arms(study: Study) -> list[Arm]:
     for budget in study.budgets:
         if budget % _FACTORS:
             raise ValueError(f"budgets={budget}: LoRA on this model has multiples of {_FACTORS} numbers")
-        count, rank = ("--n_components", str(budget // 24)), budget // _FACTORS
-        locations = ("--method", "loca", *count, "--learning_steps")
-        found += [
-            Arm(f"loca-{budget}", _SPECTRAL, (*locations, str(study.learning_steps), *_HEAD)),
-            Arm(f"loca-fixed-{budget}", _SPECTRAL, (*locations, "0", *_HEAD)),
-            # peft's scaling of 300 gives atoms of norm 0.55 at this width: LoCA's rates, divided by that.
-            Arm(f"fourierft-{budget}", (3e-3, 9e-3, 2.7e-2), ("--method", "fourierft", *count, *_HEAD)),
-            Arm(f"lora-{budget}", _LOW_RANK, ("--method", "lora", "--r", str(rank), "--alpha", str(rank), *_HEAD)),
-            Arm(f"sdctft-{budget}", _SPECTRAL, ("--method", "sdctft", *count, *_HEAD)),
-            Arm(f"selora-{budget}", _LOW_RANK, ("--method", "selora", "--r", str(2 * rank), "--alpha", str(2 * rank), *_HEAD)),
-        ]
+        found += [arm for config in KINDS.values() for arm in _arms_at(study, config, budget)]
     return found
+
+
+def _arms_at(study: Study, config: type[AdapterConfig], budget: int) -> Iterator[Arm]:
+    """A method at a budget, or just once where it has no choice of its size; and with locations that move also fixed ones."""
+    chosen = config.at_budget(budget // _PROJECTIONS, (_WIDTH, _WIDTH))
+    if not chosen and budget != study.budgets[0]:
+        return
+    name = f"{{}}-{budget}" if chosen else "{}"
+    rates = config.lr_grid or (config.lr / 10, 0.3 * config.lr, config.lr)
+    flags = ["--method", config.method]
+    for field, value in chosen.items():
+        flags += [f"--{METHODS.flags[field]}", str(value)] if field in METHODS.flags else ["--set", f"{field}={value}"]
+    flags += ["--head_lr", f"{config.head_lr:g}"]
+    steps = {"": str(study.learning_steps), "-fixed": "0"} if config.moves_locations else {}
+    if not steps:
+        yield Arm(name.format(config.method), rates, tuple(flags))
+    for suffix, number in steps.items():
+        yield Arm(name.format(config.method + suffix), rates, (*flags, "--learning_steps", number))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(study: Study) -> list[Point]:
     """Every arm, then the table and the picture."""
+    import_modules(study.imports)
     chosen = arms(study)
     with ThreadPoolExecutor(study.jobs) as workers, tqdm(total=len(chosen), desc="methods") as bar:
 
@@ -175,6 +188,7 @@ def finished(study: Study, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
         cores = max(1, (os.cpu_count() or 1) // study.jobs)
         environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
         command = [sys.executable, str(TRAIN), *_flags(study), *arm.flags, arm.tuned, f"{rate:.6g}", "--seed", str(seed)]
+        command += [word for module in study.imports for word in ("--import", module)]
         command += ["--output_dir", str(folder), "--resume"]
         with (folder / "log.txt").open("w") as log:
             done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
@@ -183,7 +197,9 @@ def finished(study: Study, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
         for checkpoint in folder.glob("checkpoint-*"):
             _remove(checkpoint)
     metrics = read_metrics(folder)
-    theirs = {flag.removeprefix("--"): value for flag, value in zip(arm.flags[::2], arm.flags[1::2], strict=True)}
+    theirs: dict[str, Any] = {}
+    for flag, value in zip(arm.flags[::2], arm.flags[1::2], strict=True):
+        theirs |= {"set": [*theirs.get("set", []), value]} if flag == "--set" else {flag.removeprefix("--"): value}
     for name, value in (_settings(study) | theirs).items():
         if not _same(metrics["config"].get(name), value):
             raise ValueError(f"{folder}: the run there has {name}={metrics['config'].get(name)!r}, the study {value!r}")

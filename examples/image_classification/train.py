@@ -21,7 +21,7 @@ from torch import nn
 from loca_vision.recipes.classification.accuracy import accuracy_of
 from loca_vision.recipes.classification.model_card import classifier_card
 from loca_vision.recipes.classification.presets import PRESETS
-from loca_vision.recipes.classification.recipe import Recipe, adapter_config, differences, resolve
+from loca_vision.recipes.classification.recipe import METHODS, Recipe, adapter_config, differences, resolve
 from loca_vision.recipes.classification.run import Run
 from loca_vision.recipes.classification.task import build, counts, task_of, with_features
 from loca_vision.recipes.classification.trained_weights import save_trained
@@ -54,7 +54,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         precision="no" if recipe.precision == "float32" else recipe.precision,
         report_to=recipe.report_to,
         folder=recipe.output_dir,
-        moving=recipe.method == "loca",
+        moving=METHODS.moves_locations(recipe.method),
     )
     _check_folder(recipe)
     accelerator.wait_for_everyone()  # before the first of the processes writes

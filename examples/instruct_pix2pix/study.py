@@ -28,6 +28,7 @@ from loca_vision.checks import check_count, check_share
 from loca_vision.data.images import as_png, open_image
 from loca_vision.data.pairs import CARTOONIZATION, read_pairs
 from loca_vision.data.photographs import Photograph, photographs_in
+from loca_vision.methods.registry import config_class
 from loca_vision.recipes.editing.edit import squares
 from loca_vision.recipes.reports.metrics import METRICS, read_metrics
 from loca_vision.recipes.settings.console import guarded, usage_in_one_line
@@ -45,9 +46,7 @@ BUNDLED = {
 }
 WALLPAPERS = Path("/usr/share/backgrounds")  # of Debian and its kin
 FLAT = 1.0  # of 255: the mean difference of neighbouring pixels below which a wallpaper is a colour gradient
-Method = Literal["loca", "sdctft", "fourierft", "lora", "selora"]
-RATES: dict[Method, float] = {"loca": 2e-2, "sdctft": 2e-2, "fourierft": 2e-2, "lora": 1e-2, "selora": 1e-2}
-GRID = (1 / 3, 1.0, 3.0)  # factors of these, with --tune
+GRID = (1 / 3, 1.0, 3.0)  # factors of the methods' rates, with --tune
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,12 @@ class Study:
     """Where everything goes: results.json, study.md, study.png, numbers.png, and a folder for each step."""
     photographs: Path | None = None
     """A folder. By default those in the packages scikit-image and scikit-learn, and Debian's wallpapers."""
-    methods: tuple[Method, ...] = ("loca", "lora", "fourierft")
+    methods: tuple[str, ...] = ("loca", "lora", "fourierft")
     """What is compared."""
     n_components: int = 700
-    """Of each projection: loca, sdctft, fourierft."""
+    """Of each projection, of methods that count them."""
     rank: int = 4
-    """Of lora. selora has twice as many, whose spectra are half empty."""
+    """Of LoRA. SeLoRA has twice as many, whose spectra are half empty."""
     steps: int = 500
     """Optimiser steps of every method."""
     batch_size: int = 8
@@ -136,6 +135,8 @@ def _check(study: Study) -> None:
         check_share(name, getattr(study, name), open_end=True)
     if not study.methods or len(set(study.methods)) < len(study.methods):
         raise ValueError(f"methods={list(study.methods)}: at least one, and none twice")
+    for method in study.methods:
+        config_class(method)
     if study.resolution % 8 or study.resolution < 16:
         raise ValueError(f"resolution={study.resolution}: it is a multiple of 8 from 16 up")
 
@@ -234,25 +235,27 @@ class Steps:
             told | {name: getattr(of, name) for name in same},
         )
 
-    def adapter(self, method: Method) -> Path:
+    def adapter(self, method: str) -> Path:
         """Trained at its rate, or at the best of three; the folder of the adapter."""
         if not self.study.tune:
-            return self._trained(method, RATES[method], self._folder("adapters") / method)
+            return self._trained(method, config_class(method).edit_lr, self._folder("adapters") / method)
         tried = {}
         for factor in GRID:
-            rate = float(f"{factor * RATES[method]:.2g}")
+            rate = float(f"{factor * config_class(method).edit_lr:.2g}")
             folder = self._trained(method, rate, self._folder("tuning") / f"{method}-{rate:g}" / method)
             evaluation = self.evaluate(folder.with_name("validation"), [folder], "validation")
             tried[folder] = float(evaluation["means"][column(evaluation, method)]["psnr_to_target"]["mean"])
         return max(tried, key=lambda folder: tried[folder])
 
-    def _trained(self, method: Method, rate: float, folder: Path) -> Path:
+    def _trained(self, method: str, rate: float, folder: Path) -> Path:
         if (folder / METRICS).exists():
             return folder
         of = self.study
-        rank = {"lora": of.rank, "selora": 2 * of.rank}.get(method)
-        kind = {"n_components": of.n_components} if rank is None else {"rank": rank}
-        if method == "loca":
+        config = config_class(method)
+        like_lora = config.at_budget(2 * of.rank, (1, 1))  # as many numbers as LoRA's factors have, a row and a column
+        kind: dict[str, int] = {"rank": like_lora["r"]} if "r" in like_lora else {}
+        kind |= {"n_components": of.n_components} if "n_components" in like_lora else {}
+        if config.moves_locations:
             kind |= {"learning_steps": 3 * of.steps // 4}
         told: dict[str, Any] = {
             "pretrained_model_name_or_path": self._folder("base"),
@@ -327,7 +330,7 @@ def _words(value: Any) -> list[str]:
 # What came out
 
 
-def _written(study: Study, chosen: dict[Method, Path], about: dict[str, Any]) -> dict[str, Any]:
+def _written(study: Study, chosen: dict[str, Path], about: dict[str, Any]) -> dict[str, Any]:
     folder = study.output / "evaluation"
     evaluation = read_json(folder / "evaluation.json")
     arms = arms_of(evaluation, {method: read_metrics(path) for method, path in chosen.items()})

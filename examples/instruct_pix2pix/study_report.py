@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from loca_vision.data.images import open_image
-from loca_vision.methods.by_name import NAMES
+from loca_vision.methods.by_name import title_of
 from loca_vision.recipes.reports.contact_sheet import contact_sheet
 from loca_vision.recipes.reports.plots import COLOURS, save
 
@@ -48,7 +48,7 @@ class Arm:
     @property
     def title(self) -> str:
         """As people call it."""
-        return {"photograph": "the photograph as it is", "base": "base"}.get(self.name, NAMES.get(self.name, self.name))
+        return {"photograph": "the photograph as it is", "base": "base"}.get(self.name, title_of(self.name))
 
 
 def arms_of(evaluation: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> list[Arm]:
@@ -136,7 +136,7 @@ def study_sheet(
     rows = [
         [photo, *(open_image(folder / entry["edits"][name]) for name in names), cartoon] for entry, (photo, cartoon) in shown
     ]
-    columns = ["photograph", "base", *(NAMES.get(name, name) for name in methods), "target"]
+    columns = ["photograph", "base", *(title_of(name) for name in methods), "target"]
     return contact_sheet(rows, columns=columns, labels=[entry["label"] for entry, _ in shown])
 
 

@@ -25,7 +25,7 @@ from loca_vision.recipes.editing.data import EditData
 from loca_vision.recipes.editing.model_card import edit_card
 from loca_vision.recipes.editing.models import NAME, EditModels
 from loca_vision.recipes.editing.presets import EDIT_PRESETS
-from loca_vision.recipes.editing.recipe import EditRecipe, batch_of, differences, resolve
+from loca_vision.recipes.editing.recipe import METHODS, EditRecipe, batch_of, differences, resolve
 from loca_vision.recipes.editing.run import EditRun, checkpoint_of, saved_settings, settings_in
 from loca_vision.recipes.editing.validation import Validation, cases_of, sampling_of
 from loca_vision.recipes.reports.environment import environment
@@ -58,7 +58,7 @@ def train(recipe: EditRecipe) -> dict[str, Any]:
         precision=recipe.mixed_precision,
         report_to=recipe.report_to,
         folder=recipe.output_dir,
-        moving=recipe.method == "loca",
+        moving=METHODS.moves_locations(recipe.method),
     )
     _check_folder(recipe)
     accelerator.wait_for_everyone()  # before the first of the processes writes

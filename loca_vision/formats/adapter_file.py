@@ -170,7 +170,10 @@ def read_description(metadata: dict[str, str], entries: dict[str, Entry]) -> Des
     if set(said) != _FIELDS:
         raise ValueError(f"{METADATA_KEY}: the said {sorted(set(said) ^ _FIELDS)} are missing or unknown")
     if not isinstance(said["method"], str) or said["method"] not in KINDS:
-        raise ValueError(f"method={said['method']!r}: this library reads {', '.join(map(repr, sorted(KINDS)))}")
+        raise ValueError(
+            f"method={said['method']!r}: this library reads {', '.join(map(repr, sorted(KINDS)))}; import the module that "
+            "defines another, which --import does on a command line"
+        )
     for field in ("name", "base_model", "library_version"):
         if not isinstance(said[field], str):
             raise ValueError(f"{field}={said[field]!r}: it is a text")

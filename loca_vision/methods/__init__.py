@@ -1,0 +1,9 @@
+"""The methods of the library. They are named to users in this order."""
+
+# isort: off
+from loca_vision.methods import loca as loca
+from loca_vision.methods import sdctft as sdctft
+from loca_vision.methods import fourierft as fourierft
+from loca_vision.methods import lora as lora
+from loca_vision.methods import selora as selora
+# isort: on

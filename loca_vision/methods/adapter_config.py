@@ -51,11 +51,29 @@ class AdapterConfig:
     It has the fields `targets` and `seed`, builds updates (`build`), and may give them their first values (`initialize`), with
     which they change nothing. Everything else follows, files included: a file holds the `state_dict` of every update.
 
+    What trainers, reports and studies say of a method and begin with is here too, so that a method is one file. All but
+    `method` has a default that will do.
+
     Attributes:
         method: the name of the kind, in files and on command lines.
+        title: as it is written in sentences; the name by default.
+        summary: a few words for `--help`.
+        settings: the fields that a trainer's user may set; by default all but `targets` and `seed`.
+        moves_locations: whether the alternating schedule and its settings are for this method.
+        lr, head_lr: learning rates of the adapter and of the classifier head, where nobody sets them.
+        lr_grid: rates that a study of classifiers tries, from small to large; by default up to `lr`.
+        edit_lr: the rate in a study of edits.
     """
 
     method: ClassVar[str]
+    title: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    settings: ClassVar[tuple[str, ...] | None] = None
+    moves_locations: ClassVar[bool] = False
+    lr: ClassVar[float] = 5e-3
+    head_lr: ClassVar[float] = 1e-2
+    lr_grid: ClassVar[tuple[float, ...]] = ()
+    edit_lr: ClassVar[float] = 1e-2
     targets: tuple[str, ...]
     seed: int
 
@@ -68,6 +86,18 @@ class AdapterConfig:
         check_targets(self.targets)
         check_seed(self.seed)
         object.__setattr__(self, "targets", tuple(self.targets))  # which a file has as a list
+
+    # Defaults that depend on the task
+
+    @classmethod
+    def editing_defaults(cls, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields whose default in teaching edits is another than the class's; `chosen` are those that somebody has set."""
+        return {}
+
+    @classmethod
+    def at_budget(cls, numbers: int, shape: tuple[int, int]) -> dict[str, Any]:
+        """Fields with which a projection (p, q) has about so many trained numbers; none where the method has no such choice."""
+        return {}
 
     # New updates
 

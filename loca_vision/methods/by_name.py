@@ -1,37 +1,21 @@
-"""The config of a method by its name on a command line."""
+"""What a method says about itself, by its name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
 
 from loca_vision.methods.adapter_config import AdapterConfig
-from loca_vision.methods.fourierft import FourierFTConfig
-from loca_vision.methods.loca import LoCAConfig
-from loca_vision.methods.lora import LoRAConfig
-from loca_vision.methods.sdctft import SDCTFTConfig
-from loca_vision.methods.selora import SeLoRAConfig
-
-NAMES = {"loca": "LoCA", "sdctft": "sDCTFT", "fourierft": "FourierFT", "lora": "LoRA", "selora": "SeLoRA"}
-"""As they are written in sentences."""
-_SPARSE = ("n_components", "scale", "targets", "seed")
-_LOW_RANK = ("r", "alpha", "use_dora", "targets", "seed")
-_METHODS: dict[str, tuple[type[AdapterConfig], tuple[str, ...]]] = {
-    "loca": (LoCAConfig, (*_SPARSE, "location_gradient")),
-    "sdctft": (SDCTFTConfig, _SPARSE),
-    "fourierft": (FourierFTConfig, _SPARSE),
-    "lora": (LoRAConfig, _LOW_RANK),
-    "selora": (SeLoRAConfig, (*_LOW_RANK, "eta", "basis")),
-}
+from loca_vision.methods.registry import KINDS
 
 
-def config_of(method: str, settings: Mapping[str, Any]) -> AdapterConfig | None:
-    """The config of a method, of those settings that it has; None for a method without an adapter.
+def title_of(method: str) -> str:
+    """The method as it is written in sentences; its name, where it has no title or is not known here."""
+    config = KINDS.get(method)
+    return (config.title if config else "") or method
 
-    Raises:
-        ValueError: a setting out of its range.
-    """
-    if method not in _METHODS:
-        return None
-    config, names = _METHODS[method]
-    return config(**{name: settings[name] for name in names})
+
+def setting_fields(config: type[AdapterConfig]) -> dict[str, dataclasses.Field[object]]:
+    """The fields of a method that a trainer's user may set, by name; `targets` and `seed`, which all have, aside."""
+    fields = {field.name: field for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    names = [name for name in fields if name not in ("targets", "seed")] if config.settings is None else config.settings
+    return {name: fields[name] for name in names}

@@ -39,6 +39,9 @@ class LoCAConfig(SparseConfig):
     """
 
     method: ClassVar[str] = "loca"
+    title: ClassVar[str] = "LoCA"
+    summary: ClassVar[str] = "cosine coefficients at learned locations"
+    moves_locations: ClassVar[bool] = True
 
     n_components: int | Mapping[str, int] = 3000
     scale: float = 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,10 @@ class LoRAConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "lora"
+    title: ClassVar[str] = "LoRA"
+    summary: ClassVar[str] = "two factors of low rank, or DoRA"
+    lr: ClassVar[float] = 5e-3
+    lr_grid: ClassVar[tuple[float, ...]] = (5e-4, 1.5e-3, 5e-3)
 
     r: int = 16
     alpha: float = 16.0
@@ -106,6 +110,15 @@ class LoRAConfig(AdapterConfig):
         check_factor("alpha", self.alpha, "the factor of the update, times r,")
         check_flag("use_dora", self.use_dora)
         object.__setattr__(self, "alpha", float(self.alpha))
+
+    @classmethod
+    def editing_defaults(cls, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        return editing_rank(chosen)
+
+    @classmethod
+    def at_budget(cls, numbers: int, shape: tuple[int, int]) -> dict[str, Any]:
+        rank = numbers // sum(shape)
+        return {"r": rank, "alpha": float(rank)}
 
     @property
     def scale(self) -> float:
@@ -121,6 +134,11 @@ class LoRAConfig(AdapterConfig):
 
     def check_values(self, projection: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
         check_product(projection, self.scale, tensors[f"{projection}.up"], tensors[f"{projection}.down"])
+
+
+def editing_rank(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The rank of diffusers' scripts, and the factor 1 of any rank."""
+    return {"r": 4, "alpha": float(chosen.get("r", 4))}
 
 
 def start_magnitude(update: LowRank, projection: Projection) -> None:

@@ -1,12 +1,16 @@
-"""The registered methods by name."""
+"""Methods by name: @kind, KINDS, and those that installed packages define."""
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from typing import TypeVar
 
+from loca_vision.messages import nearest
 from loca_vision.methods.adapter_config import AdapterConfig
 
 KINDS: dict[str, type[AdapterConfig]] = {}
+GROUP = "loca_vision.methods"
+"""The entry points by which a package makes its methods known: the method's name, and the module or class that defines it."""
 
 _Config = TypeVar("_Config", bound=AdapterConfig)
 
@@ -22,3 +26,39 @@ def kind(cls: type[_Config]) -> type[_Config]:
         raise ValueError(f"method={cls.method!r}: {known.__module__}.{known.__qualname__} has that name")
     KINDS[cls.method] = cls
     return cls
+
+
+def method_names() -> tuple[str, ...]:
+    """Registered methods, and those of installed packages that nobody has imported yet."""
+    return tuple(dict.fromkeys((*KINDS, *(point.name for point in entry_points(group=GROUP)))))
+
+
+def config_class(method: str) -> type[AdapterConfig]:
+    """The class of a method that a user names; the package that defines it is imported now, where one is installed for it.
+
+    What a file names is looked up in `KINDS` instead: reading a file imports no code.
+
+    Raises:
+        ValueError: no such method, or its package cannot be imported.
+    """
+    if method not in KINDS:
+        for point in entry_points(group=GROUP, name=method):
+            try:
+                point.load()
+            except Exception as error:
+                raise ValueError(
+                    f"method={method!r}: {point.value}, installed for it, fails with {type(error).__name__}: {error}"
+                ) from error
+            if method not in KINDS:
+                raise ValueError(f"method={method!r}: {point.value}, installed for it, defines no such method")
+    if method not in KINDS:
+        raise unknown_method(method, method_names())
+    return KINDS[method]
+
+
+def unknown_method(method: str, known: tuple[str, ...]) -> ValueError:
+    """The error to raise, with the names near it and what makes another method known."""
+    return ValueError(
+        f"method={method!r}: it is unknown here{nearest(method, known)}; there are {', '.join(known)}, "
+        "and --import names the module that defines another"
+    )

@@ -46,6 +46,8 @@ class SDCTFTConfig(SparseConfig):
     """
 
     method: ClassVar[str] = "sdctft"
+    title: ClassVar[str] = "sDCTFT"
+    summary: ClassVar[str] = "cosine coefficients where the weight has energy"
 
     n_components: int | Mapping[str, int] = 3000
     scale: float = 1.0

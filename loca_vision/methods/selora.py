@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from loca_vision.functional.fourier import inverse_real
 from loca_vision.functional.haar import inverse_haar2
 from loca_vision.methods.adapter_config import AdapterConfig, Projection, TensorSpec, generator_of
 from loca_vision.methods.locations import distinct
-from loca_vision.methods.lora import LowRank, check_product, check_rank, start_magnitude
+from loca_vision.methods.lora import LowRank, check_product, check_rank, editing_rank, start_magnitude
 from loca_vision.methods.registry import kind
 from loca_vision.methods.update import Update
 from loca_vision.offload import stored
@@ -94,6 +94,10 @@ class SeLoRAConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "selora"
+    title: ClassVar[str] = "SeLoRA"
+    summary: ClassVar[str] = "factors of low rank with sparse spectra"
+    lr: ClassVar[float] = 5e-3  # the paper has no rate of its own: LoRA's
+    lr_grid: ClassVar[tuple[float, ...]] = (5e-4, 1.5e-3, 5e-3)
 
     r: int = 16
     eta: float = 0.5
@@ -112,6 +116,15 @@ class SeLoRAConfig(AdapterConfig):
         check_flag("use_dora", self.use_dora)
         object.__setattr__(self, "eta", float(self.eta))
         object.__setattr__(self, "alpha", float(self.alpha))
+
+    @classmethod
+    def editing_defaults(cls, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        return editing_rank(chosen)
+
+    @classmethod
+    def at_budget(cls, numbers: int, shape: tuple[int, int]) -> dict[str, Any]:
+        rank = 2 * (numbers // sum(shape))  # half of either spectrum is empty
+        return {"r": rank, "alpha": float(rank)}
 
     @property
     def scale(self) -> float:

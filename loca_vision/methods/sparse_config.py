@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,8 +24,15 @@ class SparseConfig(AdapterConfig):
     In a file: `<projection>.coefficients` (B,) and `<projection>.locations` int32 (B,) = row * q + column, which are final.
     """
 
+    lr: ClassVar[float] = 5e-2
+    lr_grid: ClassVar[tuple[float, ...]] = (1.5e-3, 5e-3, 1.5e-2)  # for atoms of norm 1
+    edit_lr: ClassVar[float] = 2e-2
     n_components: int | Mapping[str, int]
     scale: float
+
+    @classmethod
+    def at_budget(cls, numbers: int, shape: tuple[int, int]) -> dict[str, Any]:
+        return {"n_components": numbers}
 
     def spectrum(self, shape: tuple[int, int], coefficients: Tensor, locations: Tensor) -> Spectrum:
         """The update with these coefficients (B,) and locations (B, 2)."""

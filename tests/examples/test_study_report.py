@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+from loca_vision import KINDS
 from loca_vision.data.photographs import photographs_in
 from support.photographs import photograph
 from support.scripts import main, script
@@ -75,7 +76,7 @@ def test_rates_are_chosen_on_validation(study, photos, tmp_path, monkeypatch):
     module, ran = study
     assert module.main([str(tmp_path), "--photographs", str(photos), *SMALL, "--methods", "lora", "--tune"]) == 0
     rates = [told["learning_rate"] for name, told in ran if name == "train.py"]
-    assert rates == sorted(rates) and len(rates) == 3 and rates[1] == module.RATES["lora"]
+    assert rates == sorted(rates) and len(rates) == 3 and rates[1] == KINDS["lora"].edit_lr
     splits = [told["split"] for name, told in ran if name == "evaluate.py"]
     assert splits == ["validation"] * 3 + ["test"]
     tried = {

@@ -1,7 +1,9 @@
 """Kinds that somebody else defines: the example, and what they may hold."""
 
+import json
 import re
 import runpy
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from torch import nn
 
 from loca_vision import KINDS, AdapterConfig, Update, adapters, inject, kind, load_adapter, save_adapter
 from loca_vision.commands.inspect_file import describe
+from support.image_folders import write_folder
+from support.scripts import MODEL, main, script
 from support.timm_models import batch, tiny
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "your_own_update.py"
@@ -24,6 +28,8 @@ def _only_for_now(monkeypatch):
     yield
     for name in ("kronecker", "picked"):
         KINDS.pop(name, None)
+    for name in [name for name in sys.modules if name.startswith(("your_own_update_", "broken_plugin"))]:
+        del sys.modules[name]  # what --import has imported
 
 
 def test_the_example(capsys):
@@ -41,6 +47,111 @@ def test_the_example(capsys):
         inject(tiny("vit"), names["KroneckerConfig"](block=5))
     with pytest.raises(ValueError, match=r"targets=\('x',\): 'x' is not one of"):
         names["KroneckerConfig"](targets=("x",))
+
+
+KRONECKER = ("--method", "kronecker", "--import", EXAMPLE)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    write_folder(tmp_path / "photos")
+    return (*MODEL, "--dataset", "folder", "--root", tmp_path / "photos", "--batch_size", 16, "--epochs", 1, "--workers", 0)
+
+
+def forgotten():
+    """As in a new process."""
+    KINDS.pop("kronecker", None)
+    for name in [name for name in sys.modules if name.startswith("your_own_update_")]:
+        del sys.modules[name]
+
+
+def test_train_py_trains_it_and_the_others_know_it(photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = (*photos, "--output_dir", out)
+    assert main("train", *flags, *KRONECKER, "--set", "terms=2", "--set", "block=4") == 0
+    said = capsys.readouterr()
+    assert "projections; at first" not in said.out  # importing it does nothing else
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["steps"] == 2 and metrics["trained_parameters"] == 12 * 2 * (16 * 16 + 4 * 4)
+    assert metrics["config"]["set"] == ["terms=2", "block=4"] and metrics["config"]["imports"] == [str(EXAMPLE)]
+    assert (metrics["config"]["lr"], metrics["config"]["head_lr"]) == (1e-2, 1e-2)
+
+    for again in (  # the finished run, from the command line and from its own settings
+        (*flags, *KRONECKER, "--set", "terms=2", "--set", "block=4", "--resume"),
+        ("--config", out / "config.yaml", "--resume"),
+    ):
+        forgotten()
+        assert main("train", *again) == 0
+    assert main("train", *flags, *KRONECKER, "--set", "terms=3", "--resume") == 2
+    assert "other settings: set=['terms=3'], ['terms=2', 'block=4'] before" in capsys.readouterr().err
+
+    forgotten()
+    (out / "metrics.json").rename(tmp_path / "aside.json")  # and from its checkpoint
+    assert main("train", "--config", out / "config.yaml", "--resume") == 0
+    assert "going on after step 2 of 2" in capsys.readouterr().out
+    assert json.loads((out / "metrics.json").read_text())["test_accuracy"] == metrics["test_accuracy"]
+
+    forgotten()
+    assert main("evaluate", "--adapter", out) == 2  # what a run's folder says imports nothing
+    said = capsys.readouterr().err
+    assert "method='kronecker': it is unknown here" in said and "--import names the module" in said and said.count("\n") == 1
+    assert "kronecker" not in KINDS
+    assert main("evaluate", "--adapter", out, "--import", EXAMPLE) == 0
+    assert json.loads((out / "evaluation.json").read_text())["test_accuracy"] == metrics["test_accuracy"]
+    capsys.readouterr()
+    assert main("report", out, "--no_paper") == 0
+    assert "| runs | test_vit | kronecker | 6,528 |" in capsys.readouterr().out
+
+
+MISTAKES = {
+    "no file": (("--import", "nowhere.py"), "--import nowhere.py: it cannot be imported: there is no such file"),
+    "no module": (("--import", "nowhere_at_all"), "it cannot be imported: No module named 'nowhere_at_all'"),
+    "no Python": (("--import", "broken_plugin.py"), "broken_plugin.py: it cannot be imported: SyntaxError"),
+    "no guard": (("--import", "broken_plugin_script.py"), "what a script does belongs below `if __name__ == '__main__'`"),
+    "method": (("--method", "kronecker"), "method='kronecker': it is unknown here; there are loca"),
+    "name": ((*KRONECKER, "--set", "term=2"), "--set term=2: the method kronecker has no such field; perhaps terms"),
+    "type": ((*KRONECKER, "--set", "terms=two"), "--set terms=two: it is a whole number"),
+    "half": ((*KRONECKER, "--set", "terms=2.5"), "--set terms=2.5: it is a whole number"),
+    "form": ((*KRONECKER, "--set", "terms"), "--set terms: it is NAME=VALUE, as in --set terms=4"),
+    "flag": ((*KRONECKER, "--set", "seed=4"), "--set seed=4: say --seed instead"),
+    "another's": ((*KRONECKER, "--r", "4"), "--r is a setting of lora, selora; the method is kronecker"),
+    "its own rule": ((*KRONECKER, "--set", "block=5"), "blocks.0.attn.q: block=5: it does not divide 64 x 64"),
+    "a field with a flag": (("--set", "scale=2"), "--set scale=2: say --scale instead"),
+    "no adapter": (("--method", "lp", "--set", "terms=2"), "--set is a setting of loca"),
+    "choice": (("--method", "sdctft", "--set", "n_bands=0"), "n_bands=0"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line(case, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_plugin.py").write_text("def\n")
+    (tmp_path / "broken_plugin_script.py").write_text("import sys\nsys.exit(0)\n")
+    flags, sentence = MISTAKES[case]
+    assert main("train", *photos, "--output_dir", tmp_path / "out", *flags) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.startswith("train.py: ") and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["evaluate", "study", "instruct_pix2pix/train", "instruct_pix2pix/evaluate"])
+def test_a_wrong_module_of_the_other_scripts(name, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    needed = {"evaluate": ("--adapter", "x"), "study": ("--dataset", "digits")}
+    assert main(name, *needed.get(name, ()), "--import", "nowhere.py") == 2
+    said = capsys.readouterr().err
+    assert said == f"{name.rpartition('/')[2]}.py: --import nowhere.py: it cannot be imported: there is no such file\n"
+
+
+def test_help_and_the_study_know_it(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main("train", "--import", EXAMPLE, "--help") == 0
+    assert "kronecker (sums of Kronecker products)" in capsys.readouterr().out
+    study = script("study")
+    arms = {arm.name: arm for arm in study.arms(study.Study("digits"))}
+    assert arms["kronecker"].flags == ("--method", "kronecker", "--head_lr", "0.01")
+    assert arms["kronecker"].rates == pytest.approx((1e-3, 3e-3, 1e-2))
 
 
 class Picked(Update):

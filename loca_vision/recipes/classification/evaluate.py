@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from loca_vision.formats.save_load import load_adapter
 from loca_vision.messages import aligned
+from loca_vision.methods.registry import unknown_method
 from loca_vision.recipes.classification.accuracy import accuracy_of, confusion
 from loca_vision.recipes.classification.models import build_model
 from loca_vision.recipes.classification.presets import PRESETS
-from loca_vision.recipes.classification.recipe import Recipe, adapter_config
+from loca_vision.recipes.classification.recipe import METHODS, Recipe, adapter_config
 from loca_vision.recipes.classification.task import Task, task_of
 from loca_vision.recipes.classification.trained_weights import TRAINED, load_trained
 from loca_vision.recipes.reports.plots import draw_confusion
 from loca_vision.recipes.settings.command_line import parse
+from loca_vision.recipes.settings.plugins import Imports, import_modules
 from loca_vision.storage.atomic_file import write_atomically
 
 
@@ -35,6 +37,8 @@ class Evaluate:
     """Where the base weights are now, if elsewhere."""
     batch_size: int = 64
     """Images at a time."""
+    imports: Imports = ()
+    """A module, by its name or as a .py file, that defines the adapter's method; may be repeated."""
     output: Path | None = None
     """Where evaluation.json and confusion.png go; by default the run's folder."""
 
@@ -45,6 +49,7 @@ def evaluate(wanted: Evaluate) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError, OSError: something of the run is missing or not as it was written.
     """
+    import_modules(wanted.imports)
     folder = _folder(wanted.adapter)
     recipe = _recipe(folder, wanted)
     task = task_of(recipe, recipe.seed)
@@ -91,11 +96,13 @@ def _folder(adapter: str) -> Path:
 
 
 def _recipe(folder: Path, wanted: Evaluate) -> Recipe:
-    """The settings of the run, read as strictly as a user's."""
+    """The settings of the run, read as strictly as a user's; no code is imported because they say so."""
     file = folder / "config.yaml"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: there is no such file; train.py writes it beside the adapter")
-    recipe = parse(Recipe, ["--config", str(file)], prog="evaluate.py", presets=PRESETS).settings
+    recipe = parse(Recipe, ["--config", str(file)], prog="evaluate.py", presets=PRESETS, importing=False).settings
+    if recipe.method not in METHODS.known():
+        raise ValueError(f"{file}: {unknown_method(recipe.method, METHODS.known())}")
     return replace(recipe, root=wanted.root or recipe.root, weights=wanted.weights or recipe.weights)
 
 

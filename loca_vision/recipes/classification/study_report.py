@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from loca_vision.recipes.reports.plots import save
 
-_MARKS = {"loca": "o", "loca-fixed": "s", "fourierft": "^", "lora": "D", "sdctft": "v", "selora": "P", "full": "*", "lp": "X"}
+_MARKS = "osv^DP*X<>"  # of the methods with an adapter, in their order
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def draw_study(path: Path, title: str, points: Sequence[Point]) -> None:
             [point.trained * aside for point in mine],
             [100 * point.mean for point in mine],
             yerr=[100 * point.deviation for point in mine],
-            marker=_MARKS.get(method, "o"),
+            marker=_MARKS[adapters.index(method) % len(_MARKS)],
             capsize=3,
             label=method,
         )

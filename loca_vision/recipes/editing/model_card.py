@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loca_vision.methods.by_name import NAMES
+from loca_vision.methods.by_name import title_of
 from loca_vision.recipes.reports.redaction import redact, tells_a_place
 
 
@@ -26,7 +26,7 @@ def edit_card(metrics: Mapping[str, Any], repository: str) -> str:
         "",
         f"# {title}",
         "",
-        f"{NAMES[config['method']]} for the attention of `{base}`, trained to follow instructions about images on "
+        f"{title_of(config['method'])} for the attention of `{base}`, trained to follow instructions about images on "
         f"{_data(config)} by loca-vision.",
         "",
         *_picture(metrics),

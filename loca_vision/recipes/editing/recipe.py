@@ -6,18 +6,26 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 from loca_vision.checks import check_count, check_share, is_finite
 from loca_vision.methods.adapter_config import AdapterConfig
-from loca_vision.methods.by_name import config_of
+from loca_vision.methods.loca import LoCAConfig
 from loca_vision.recipes.editing.loss import dropped, min_snr_weights
 from loca_vision.recipes.editing.presets import EDIT_PRESETS
+from loca_vision.recipes.settings.method_settings import Assignments, MethodSettings, as_assignments, assigned
+from loca_vision.recipes.settings.plugins import Imports
 
-Method = Literal["loca", "sdctft", "fourierft", "lora", "selora"]
 Rates = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+_PHASES = ("coefficient_steps", "location_steps", "learning_steps", "together")
+METHODS = MethodSettings(
+    flags={name: name for name in ("n_components", "location_gradient", "use_dora", "eta", "basis")}
+    | {"scale": "loca_scale", "r": "rank", "alpha": "lora_alpha"},
+    schedule=frozenset({*_PHASES, "location_lr"}),
+    task=lambda config, chosen: config.editing_defaults(chosen),
+)
 
 
 @dataclass(frozen=True)
@@ -58,38 +66,42 @@ class EditRecipe:
 
     preset: str | None = None
     """Settings of the paper (Appendix L, Table 11): cartoonization or cartoonization-fourierft; flags win over them."""
-    method: Method = "loca"
+    method: Annotated[str, METHODS.help_of_method()] = LoCAConfig.method
     """What is trained."""
+    imports: Imports = ()
+    """A module, by its name or as a .py file, that defines methods; may be repeated."""
+    set: Assignments = ()
+    """A field of the method that has no flag of its own here; may be repeated."""
     targets: tuple[Literal["q", "k", "v", "out"], ...] = ("q", "k", "v", "out")
     """Adapted projections of every attention layer of the UNet."""
-    n_components: int | None = None
-    """loca, sdctft, fourierft: coefficients of each projection; 3000."""
-    loca_scale: float | None = None
-    """loca (alpha), sdctft, fourierft: the factor of the update; 1, and 64 of fourierft."""
-    location_lr: float = 1e-4
-    """loca: learning rate of the locations, in units of the whole axis."""
-    location_gradient: Literal["central", "forward", "backward"] = "central"
-    """loca: the difference for the gradient of the locations."""
-    coefficient_steps: int = 10
-    """loca: B_a, optimiser steps in which the coefficients move, before..."""
-    location_steps: int = 20
-    """loca: B_l, those in which the locations do."""
-    learning_steps: int | None = 1200
-    """loca: B_s, after which the locations are final. 0: fixed random ones. None: alternate to the end."""
-    together: bool = False
-    """loca: move both at each of the learning steps."""
+    n_components: Annotated[int | None, METHODS.help("n_components")] = None
+    """Coefficients of each projection."""
+    loca_scale: Annotated[float | None, METHODS.help("loca_scale")] = None
+    """The factor of the update."""
+    location_lr: Annotated[float, METHODS.help("location_lr")] = 1e-4
+    """Learning rate of the locations, in units of the whole axis."""
+    location_gradient: Annotated[Literal["central", "forward", "backward"], METHODS.help("location_gradient")] = "central"
+    """The difference for the gradient of the locations."""
+    coefficient_steps: Annotated[int, METHODS.help("coefficient_steps")] = 10
+    """B_a, optimiser steps in which the coefficients move, before..."""
+    location_steps: Annotated[int, METHODS.help("location_steps")] = 20
+    """B_l, those in which the locations do."""
+    learning_steps: Annotated[int | None, METHODS.help("learning_steps")] = 1200
+    """B_s, after which the locations are final. 0: fixed random ones. None: alternate to the end."""
+    together: Annotated[bool, METHODS.help("together")] = False
+    """Move both at each of the learning steps."""
     seed_locations: int | None = None
     """Of the first locations, or factors; by default --seed."""
-    rank: int | None = None
-    """lora, selora: the rank; 4."""
-    lora_alpha: float | None = None
-    """lora, selora: the factor of the update, times the rank; by default the rank."""
-    use_dora: bool = False
-    """lora, selora: learn the magnitude of each row apart from its direction."""
-    eta: float | None = None
-    """selora: the share of each factor's spectrum that is zero; 0.5."""
-    basis: Literal["haar", "fft"] = "haar"
-    """selora: the transform of the spectra."""
+    rank: Annotated[int | None, METHODS.help("rank")] = None
+    """The rank."""
+    lora_alpha: Annotated[float | None, METHODS.help("lora_alpha")] = None
+    """The factor of the update, times the rank; by default the rank."""
+    use_dora: Annotated[bool, METHODS.help("use_dora")] = False
+    """Learn the magnitude of each row apart from its direction."""
+    eta: Annotated[float | None, METHODS.help("eta")] = None
+    """The share of each factor's spectrum that is zero."""
+    basis: Annotated[Literal["haar", "fft"], METHODS.help("basis")] = "haar"
+    """The transform of the spectra."""
     train_conv_in: bool = False
     """Train the UNet's first convolution too, and save it with the adapter. A UNet of 4 channels is widened to 8 for it."""
     conv_in_lr: float = 1e-4
@@ -201,22 +213,11 @@ class EditRecipe:
     """A YAML file of these settings, as every run writes one."""
 
 
-_SPARSE = {"n_components", "loca_scale"}
-_PHASES = ("coefficient_steps", "location_steps", "learning_steps", "together")
-_LOCA = {*_PHASES, "location_lr", "location_gradient"}
-_LOW_RANK = {"rank", "lora_alpha", "use_dora"}
-FIELDS: dict[str, set[str]] = {
-    "loca": _SPARSE | _LOCA,
-    "sdctft": _SPARSE,
-    "fourierft": _SPARSE,
-    "lora": _LOW_RANK,
-    "selora": _LOW_RANK | {"eta", "basis"},
-}
 # What may differ between a run and its continuation.
 MAY_DIFFER_ON_RESUME = {
     "output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "report_to", "logging_dir",
-    "push_to_hub", "hub_model_id", "hub_private", "hub_token", "config", "preset", "dataloader_num_workers", "cache_dir",
-    "cache_latents", "latents_dir", "adapter_dtype", "gradient_checkpointing",
+    "push_to_hub", "hub_model_id", "hub_private", "hub_token", "config", "preset", "imports", "dataloader_num_workers",
+    "cache_dir", "cache_latents", "latents_dir", "adapter_dtype", "gradient_checkpointing",
     "train_batch_size", "gradient_accumulation_steps",  # their product with the processes, `batch_of`, is compared
 }  # fmt: skip
 _NONE = torch.zeros(0)  # to ask functions of samples whether they take a setting
@@ -233,15 +234,10 @@ def resolve(recipe: EditRecipe, given: Collection[str]) -> EditRecipe:
         ValueError: a value out of range, or settings that contradict each other; one sentence.
     """
     _check_contradictions(recipe, given)
-    if recipe.method in ("lora", "selora"):
-        rank = 4 if recipe.rank is None else recipe.rank
-        recipe = replace(recipe, rank=rank, lora_alpha=float(rank) if recipe.lora_alpha is None else recipe.lora_alpha)
-        if recipe.method == "selora" and recipe.eta is None:
-            recipe = replace(recipe, eta=0.5)
-    else:
-        count = 3000 if recipe.n_components is None else recipe.n_components
-        usual = 64.0 if recipe.method == "fourierft" else 1.0
-        recipe = replace(recipe, n_components=count, loca_scale=usual if recipe.loca_scale is None else recipe.loca_scale)
+    usual = METHODS.defaults(recipe.method, METHODS.chosen(recipe.method, recipe))
+    recipe = replace(recipe, **{name: value for name, value in usual.items() if getattr(recipe, name) is None})
+    own = as_assignments(assigned(recipe.set))
+    recipe = replace(recipe, set=own, imports=tuple(dict.fromkeys(recipe.imports)))
     recipe = replace(recipe, cache_latents=recipe.cache_latents and recipe.center_crop)
     if "validation_epochs" in given and "validation_steps" not in given:  # which a preset may have set
         recipe = replace(recipe, validation_steps=None)
@@ -258,9 +254,7 @@ def resolve(recipe: EditRecipe, given: Collection[str]) -> EditRecipe:
 def adapter_of(recipe: EditRecipe) -> AdapterConfig:
     """What to inject into the UNet."""
     seed = recipe.seed if recipe.seed_locations is None else recipe.seed_locations
-    settings = {name: getattr(recipe, name) for name in ("targets", "n_components", "location_gradient", "use_dora", "basis")}
-    named = {"scale": recipe.loca_scale, "r": recipe.rank, "alpha": recipe.lora_alpha, "eta": recipe.eta}
-    config = config_of(recipe.method, settings | named | {"seed": seed or 0})
+    config = METHODS.config(recipe, seed or 0)
     assert config is not None
     return config
 
@@ -282,15 +276,13 @@ def differences(recipe: EditRecipe, saved: dict[str, Any], now: dict[str, Any]) 
     }
     if recipe.lr_scheduler.startswith("constant"):
         passed |= _LENGTH
+    saved = {"set": []} | saved  # which earlier versions did not have
     names = [field.name for field in fields(recipe) if field.name not in passed]
     return [f"{name}={now[name]!r}, {saved.get(name)!r} before" for name in names if saved.get(name) != now[name]]
 
 
 def _check_contradictions(recipe: EditRecipe, given: Collection[str]) -> None:
-    for name in sorted(set().union(*FIELDS.values()) - FIELDS[recipe.method]):
-        if name in given:
-            having = ", ".join(method for method, of in FIELDS.items() if name in of)
-            raise ValueError(f"--{name} is a setting of {having}; the method is {recipe.method}")
+    METHODS.check(recipe.method, given)
     if recipe.preset is not None and EDIT_PRESETS[recipe.preset]["method"] != recipe.method:
         method = EDIT_PRESETS[recipe.preset]["method"]
         raise ValueError(f"preset={recipe.preset!r} is for the method {method}, and --method says {recipe.method}")

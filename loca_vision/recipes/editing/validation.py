@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from loca_vision.methods.by_name import NAMES
+from loca_vision.methods.by_name import title_of
 from loca_vision.recipes.editing.data import pairs_of
 from loca_vision.recipes.editing.edit import Sampling, edit, read_photograph, square
 from loca_vision.recipes.editing.recipe import EditRecipe
@@ -89,7 +89,7 @@ class Validation:
             [case.image, *edits, *([case.target] if targets else [])]
             for case, edits in zip(self.cases, zip(*drawn, strict=True), strict=True)
         ]
-        heads = ["image", "base model", *(f"{NAMES[self.method]} at {scale:g}" for scale in self.scales)]
+        heads = ["image", "base model", *(f"{title_of(self.method)} at {scale:g}" for scale in self.scales)]
         labels = [f"{case.prompt}\nseed {case.seed}" for case in self.cases]
         return contact_sheet(rows, columns=[*heads, *(["target"] if targets else [])], labels=labels)
 

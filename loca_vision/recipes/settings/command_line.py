@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from loca_vision.messages import nearest
 from loca_vision.recipes.settings.console import usage_in_one_line
+from loca_vision.recipes.settings.plugins import import_modules
 from loca_vision.recipes.settings.yaml_file import read_settings, write_settings
 
 
@@ -24,6 +25,7 @@ class Settings(Protocol):
 
 
 S = TypeVar("S", bound=Settings)
+_FIELDS = {"import": "imports"}  # of a flag that no field can be called
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,20 @@ class Parsed(Generic[S]):
     given: frozenset[str]
 
 
-def parse(cls: type[S], arguments: Sequence[str], *, prog: str, presets: Mapping[str, Mapping[str, Any]]) -> Parsed[S]:
+def parse(
+    cls: type[S],
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    presets: Mapping[str, Mapping[str, Any]],
+    importing: bool = True,
+) -> Parsed[S]:
     """Settings from a command line: flags win over the file of `--config`, that over `--preset`, that over the defaults.
 
     The file may name the preset. `config` is None in the result: what the file said is in the other fields.
+
+    Args:
+        importing: import the modules of `--import`, and those in the file. Say False for a file that is not the user's own.
 
     Raises:
         ValueError: a wrong flag, value, key or preset; one sentence with the place, the rule and the nearest names.
@@ -50,6 +62,8 @@ def parse(cls: type[S], arguments: Sequence[str], *, prog: str, presets: Mapping
     values = _defaults(cls, tyro.MISSING)
     path = flags.get("config") or "None"
     file = {} if path == "None" else read_settings(cls, Path(path))
+    if importing:
+        import_modules((*file.get("imports", ()), *_following(arguments, "--import")))
     preset = flags.get("preset") or file.get("preset", values.get("preset"))
     if preset not in (None, "None"):
         values |= _preset(cls, preset, presets)
@@ -81,10 +95,19 @@ def _flags(cls: type[Settings], arguments: Sequence[str]) -> Iterator[tuple[str,
     for word, following in zip(arguments, [*arguments[1:], None], strict=False):
         if word.startswith("--"):
             flag, equals, value = word[2:].partition("=")
-            name = flag.replace("-", "_")
+            name = _FIELDS.get(flag, flag.replace("-", "_"))
             name = name if name in names else name.removeprefix("no_")
             if name in names:
                 yield name, value if equals else following
+
+
+def _following(arguments: Sequence[str], flag: str) -> Iterator[str]:
+    """Every value of a flag that may be repeated."""
+    for word, following in zip(arguments, [*arguments[1:], None], strict=False):
+        if word.startswith(f"{flag}="):
+            yield word.removeprefix(f"{flag}=")
+        elif word == flag and following is not None:
+            yield following
 
 
 def _defaults(cls: type[Settings], missing: Any) -> dict[str, Any]:

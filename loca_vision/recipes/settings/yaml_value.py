@@ -48,6 +48,23 @@ def value_of(node: Any, kind: Any) -> Any:
     raise ValueError(f"it is {' or '.join(map(_described, kinds))}{close or quotes}")
 
 
+def value_of_text(text: str, kind: Any) -> Any:
+    """A text, as on a command line, as a value of a type; as in a file, but that a text needs no quotes.
+
+    Raises:
+        ValueError: it is none; the rule.
+    """
+    import yaml
+
+    if kind is str:
+        return text
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        node = None
+    return value_of(yaml.ScalarNode("tag:yaml.org,2002:str", text, style="'") if node is None else node, kind)
+
+
 def _kinds(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 

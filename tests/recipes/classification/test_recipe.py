@@ -6,7 +6,7 @@ import re
 import pytest
 
 from loca_vision.recipes.classification.presets import PRESETS
-from loca_vision.recipes.classification.recipe import FIELDS, Recipe, adapter_config, resolve
+from loca_vision.recipes.classification.recipe import METHODS, Recipe, adapter_config, resolve
 from loca_vision.recipes.settings.command_line import as_yaml, parse
 from support.scripts import main
 
@@ -69,8 +69,10 @@ def test_a_file_of_all_settings_makes_equal_ones(flags, tmp_path):
 
 def test_the_table_of_fields():
     known = {field.name for field in dataclasses.fields(Recipe)}
-    assert set().union(*FIELDS.values()) <= known
-    assert all(adapter_config(read("--method", method), 0) is not None for method in FIELDS if method not in ("full", "lp"))
+    assert all(METHODS.of(method) <= known for method in METHODS.known())
+    assert all(
+        (adapter_config(read("--method", method), 0) is None) == (method in METHODS.others) for method in METHODS.known()
+    )
 
 
 CONTRADICTIONS = [
@@ -129,4 +131,4 @@ def test_help_documents_every_field(name, capsys, monkeypatch):
         helps = re.findall(r'^    (\w+): .*\n    """(.+?)"""$', source, re.M)
         assert [field for field, _ in helps] == [field.name for field in dataclasses.fields(Recipe)]
         for field, words in helps:
-            assert f"--{field}" in text and words[:20] in text
+            assert f"--{'import' if field == 'imports' else field}" in text and words[:20] in text

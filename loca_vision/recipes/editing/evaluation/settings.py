@@ -14,11 +14,12 @@ from loca_vision.data.pairs import CARTOONIZATION, Columns
 from loca_vision.recipes.editing.edit import Sampling
 from loca_vision.recipes.reports.image_quality import SMALLEST
 from loca_vision.recipes.settings.command_line import as_json_dict
+from loca_vision.recipes.settings.plugins import Imports
 
 _DTYPES = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _OF_PAIRS = ("split", "original_image_column", "edit_prompt_column", "edited_image_column")
 # What no edit depends on, or what is kept in another form: files by what is in them, the device as it is found.
-_NOT_KEPT = {"adapter", "other", "max_photographs", "device", "lpips", "clip_model", "output_dir", "config"}
+_NOT_KEPT = {"adapter", "other", "max_photographs", "device", "lpips", "clip_model", "output_dir", "config", "imports"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class EditEvaluation:
     """A folder, a file, or a name on the hub."""
     other: tuple[str, ...] = ()
     """More adapters, to compare with; each acts at scale 1."""
+    imports: Imports = ()
+    """A module, by its name or as a .py file, that defines the method of an adapter; may be repeated."""
     revision: str | None = None
     """Of the base on the hub."""
     variant: str | None = None

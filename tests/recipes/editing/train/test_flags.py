@@ -31,7 +31,7 @@ def test_flags_and_defaults_of_the_stock_script(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert main(TRAIN, "--help") == 0
     said = capsys.readouterr().out
-    assert all(f"--{name}" in said for name in EditRecipe.__dataclass_fields__)
+    assert all(f"--{'import' if name == 'imports' else name}" in said for name in EditRecipe.__dataclass_fields__)
 
 
 def test_home(monkeypatch, tmp_path):

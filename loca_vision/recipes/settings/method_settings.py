@@ -1,0 +1,171 @@
+"""A trainer's settings of methods, read from the registered config classes: which are whose, their defaults and help."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, get_type_hints
+
+import tyro
+
+from loca_vision.messages import nearest
+from loca_vision.methods.adapter_config import AdapterConfig
+from loca_vision.methods.by_name import setting_fields
+from loca_vision.methods.registry import KINDS, config_class, method_names, unknown_method
+from loca_vision.recipes.settings.yaml_value import value_of_text
+
+Assignments = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="set", metavar="NAME=VALUE")]
+"""The type of the field `set`: fields of the method for which the trainer has no flag."""
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """Which settings of a trainer belong to which method.
+
+    Args:
+        flags: by the name of a config class's field, the trainer's setting for it.
+        adapters: settings of every method with an adapter.
+        schedule: settings of methods whose locations move.
+        others: by name, methods without an adapter, and their settings.
+        task: from a config class and the values that somebody chose, by field, the defaults that the trainer has in the place
+            of the class's.
+    """
+
+    flags: Mapping[str, str]
+    adapters: frozenset[str] = frozenset({"set"})
+    schedule: frozenset[str] = frozenset()
+    others: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    task: Callable[[type[AdapterConfig], Mapping[str, Any]], Mapping[str, Any]] = lambda config, chosen: {}
+
+    def known(self) -> tuple[str, ...]:
+        """The methods that are registered, and the others."""
+        return (*KINDS, *self.others)
+
+    def of(self, method: str) -> frozenset[str]:
+        """The settings of a method.
+
+        Raises:
+            ValueError: there is no such method.
+        """
+        if method in self.others:
+            return self.others[method]
+        config = self.config_class(method)
+        own = {self.flags[name] for name in setting_fields(config) if name in self.flags}
+        return self.adapters | own | (self.schedule if config.moves_locations else frozenset())
+
+    def config_class(self, method: str) -> type[AdapterConfig]:
+        """As the registry's, where the methods without an adapter are known, too."""
+        if method not in (*method_names(), *self.others):
+            raise unknown_method(method, (*method_names(), *self.others))
+        return config_class(method)
+
+    def adapter(self, method: str) -> type[AdapterConfig] | None:
+        """The config class; None of a method without an adapter."""
+        return None if method in self.others else self.config_class(method)
+
+    def moves_locations(self, method: str) -> bool:
+        """Whether locations move, so that not all that is trained has a gradient at every step."""
+        config = self.adapter(method)
+        return config is not None and config.moves_locations
+
+    def check(self, method: str, given: Collection[str]) -> None:
+        """Raise where a setting is given that is another method's."""
+        own = self.of(method)
+        every = {name: self.of(name) for name in self.known()}
+        for name in sorted(frozenset().union(*every.values()) - own):
+            if name in given:
+                having = ", ".join(other for other, of in every.items() if name in of)
+                raise ValueError(f"--{name} is a setting of {having}; the method is {method}")
+
+    def defaults(self, method: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """The trainer's settings of a method at their defaults; `chosen` are values by field, on which some depend."""
+        config = self.adapter(method)
+        if config is None:
+            return {}
+        task = self.task(config, chosen)
+        values = {name: task.get(name, own.default) for name, own in setting_fields(config).items() if name in self.flags}
+        return {self.flags[name]: value for name, value in values.items() if value is not dataclasses.MISSING}
+
+    def chosen(self, method: str, recipe: Any) -> dict[str, Any]:
+        """By the name of the method's field, what the trainer's settings say; without those that are None."""
+        config = self.adapter(method)
+        names = [] if config is None else [name for name in setting_fields(config) if name in self.flags]
+        values = {name: getattr(recipe, self.flags[name]) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def config(self, recipe: Any, seed: int) -> AdapterConfig | None:
+        """What to inject, from a recipe with the fields `method`, `targets` and `set`; None without an adapter.
+
+        Raises:
+            ValueError: a setting out of its range, or one that the method does not have.
+        """
+        config = self.adapter(recipe.method)
+        if config is None:
+            return None
+        values = self.chosen(recipe.method, recipe) | self._assigned(config, recipe.set)
+        values |= {"targets": recipe.targets, "seed": seed}
+        for name, own in setting_fields(config).items():
+            if name not in values and own.default is own.default_factory is dataclasses.MISSING:
+                raise ValueError(f"--set {name}=VALUE is missing, which the method {recipe.method} needs")
+        return config(**values)
+
+    def _assigned(self, config: type[AdapterConfig], assignments: Sequence[str]) -> dict[str, Any]:
+        """The values of `--set`, each of its field's type."""
+        fields = {name: own for name, own in setting_fields(config).items() if name not in self.flags}
+        values = {}
+        for name, text in assigned(assignments).items():
+            if name in (*self.flags, "targets", "seed"):
+                raise ValueError(f"--set {name}={text}: say --{self.flags.get(name, name)} instead")
+            if name not in fields:
+                raise ValueError(
+                    f"--set {name}={text}: the method {config.method} has no such field{nearest(name, fields)}; "
+                    f"there are {', '.join(fields) or 'none without a flag'}"
+                )
+            try:
+                values[name] = value_of_text(text, get_type_hints(config)[name])
+            except ValueError as error:
+                raise ValueError(f"--set {name}={text}: {error}") from None
+        return values
+
+    # Help
+
+    def help(self, setting: str) -> Any:
+        """For the annotation of a setting: `--help` names the methods that have it, and their defaults; plug-ins' too."""
+
+        def hint(default: str) -> str:
+            having = [method for method in self.known() if setting in self.of(method)]
+            if default != "None":
+                return f"(default: {default}; {', '.join(having)})"
+            return f"(default: {', '.join(f'{self.defaults(method, {}).get(setting)} of {method}' for method in having)})"
+
+        return tyro.conf.arg(help_behavior_hint=hint)
+
+    def help_of_method(self) -> Any:
+        """For the annotation of `method`: `--help` says what there is."""
+
+        def hint(default: str) -> str:
+            said = [f"{name} ({config.summary})" if config.summary else name for name, config in KINDS.items()]
+            return f"(default: {default}; {', '.join([*said, *self.others])})"
+
+        return tyro.conf.arg(metavar="METHOD", help_behavior_hint=hint)
+
+
+def assigned(assignments: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE by name; of two the last counts.
+
+    Raises:
+        ValueError: one has no equals sign.
+    """
+    values = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not (equals and name and text):
+            raise ValueError(f"--set {assignment}: it is NAME=VALUE, as in --set terms=4")
+        values[name.replace("-", "_")] = text
+    return values
+
+
+def as_assignments(values: Mapping[str, str]) -> tuple[str, ...]:
+    """What `assigned` reads the same values from."""
+    return tuple(f"{name}={text}" for name, text in values.items())
