@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
 import loca_vision.diffusers
-from loca_vision import LoCAConfig, inject, save_adapter
+from loca_vision import KINDS, LoCAConfig, inject, save_adapter
 from loca_vision.formats.lora_writer import write_diffusers_lora
 from loca_vision.formats.low_rank_pair import LowRankPair
 from support import pipelines as tiny
@@ -99,3 +100,12 @@ def _write_fashion(raw):
         sizes = b"".join(n.to_bytes(4, "big") for n in (4, 28, 28))
         (raw / f"{part}-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + sizes + pixels)
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + (4).to_bytes(4, "big") + bytes([0, 9, 3, 9]))
+
+
+@pytest.fixture(autouse=True)
+def _methods_of_examples_are_forgotten() -> Iterator[None]:
+    """An example that defines a method runs in this process."""
+    known = dict(KINDS)
+    yield
+    KINDS.clear()
+    KINDS.update(known)
