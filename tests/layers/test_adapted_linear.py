@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-import loca_vision.layers.adapted_linear
 from loca_vision import LoCAConfig, adapters, inject, load_adapter, remove, save_adapter, set_adapters
 from loca_vision.functional.row_linear import add_rows
 from loca_vision.layers.weight_updates import WeightUpdates
@@ -29,19 +28,6 @@ def gradients(model, images):
     model.zero_grad()
     model(images).square().sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.fixture
-def builds(monkeypatch):
-    """Counts how often a weight is built."""
-    count = []
-    build = loca_vision.layers.effective_weight.EffectiveWeight._built
-    monkeypatch.setattr(
-        loca_vision.layers.effective_weight.EffectiveWeight,
-        "_built",
-        lambda *given, **more: count.append(1) or build(*given, **more),
-    )
-    return count
 
 
 def test_without_gradients_a_weight_is_built_once(adapted, images, builds):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import loca_vision.layers.effective_weight
 from loca_vision import adapters, inject, set_adapters
 from loca_vision.model.call_scale import set_low_memory
 from support import pipelines as tiny
@@ -55,19 +54,6 @@ def test_autocast():
         rough = gradients(model)
     assert all(gradient.dtype == torch.float32 for gradient in rough)
     assert_gradients_near(rough, exact, 0.1)
-
-
-@pytest.fixture
-def builds(monkeypatch):
-    """Counts how often a weight is built."""
-    count = []
-    build = loca_vision.layers.effective_weight.EffectiveWeight._built
-    monkeypatch.setattr(
-        loca_vision.layers.effective_weight.EffectiveWeight,
-        "_built",
-        lambda *given, **more: count.append(1) or build(*given, **more),
-    )
-    return count
 
 
 @pytest.mark.parametrize("family", ("unet", "sd3", "clip"))
