@@ -157,7 +157,7 @@ def measure(settings: Settings) -> list[Timed]:
     torch.manual_seed(settings.seed)
     found = []
     for case in tqdm(list(cases(settings)), unit="case", disable=None):
-        picked = choose(case.asked, case.tokens, torch.device("cpu"), torch.float32)[0].way
+        picked = choose(case.asked, case.tokens, torch.device("cpu"), torch.float32)[0].strategy
         seconds = {way: min(own) for way, own in in_turns(ways(case), settings.repeats, bar=False).items()}
         found.append(Timed(case, seconds, picked))
     return found

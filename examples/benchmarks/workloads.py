@@ -91,7 +91,8 @@ def on_tensors_of(model: nn.Module, own: Callable[[str], bool] = lambda name: Fa
 
 def held(model: nn.Module, base: nn.Module) -> float:
     """MB of what the model holds beyond the base: the adapters' tensors, and all that LoCA has worked out and keeps."""
-    kept = [tensor for module in model.modules() for tensor in _tensors_in(vars(module).get("_kept"))]
+    notes = [vars(module).get(name) for module in model.modules() for name in ("_cached", "_kept")]
+    kept = [tensor for note in notes for tensor in _tensors_in(note)]
     shared = {tensor.data_ptr() for tensor in base.parameters()}
     own = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *kept)}
     return sum(size for place, size in own.items() if place not in shared) / 1e6

@@ -1,7 +1,7 @@
-"""A sum of cosine atoms as autograd sees it: its numbers, and what its gradient asks of the loss (LoCA, Eq. 3 to 5).
+"""A sum of cosine atoms as autograd sees it: its tensors, and its gradient (LoCA, Eq. 3 to 5).
 
 With G the gradient of the update and Z = C G D^T its spectrum, everything follows from Z at the components' cells and, while
-these move, at the cells beside them. How Z is found there is somebody else's business.
+these move, at the neighbouring cells. Other modules compute Z there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STEPS = {"central": ((1, 0.5), (-1, -0.5)), "forward": ((1, 1.0), (0, -1.0)), "
 
 @dataclass(frozen=True)
 class AtomSettings:
-    """What of a sum of cosines is no tensor.
+    """The settings of a sum of cosines.
 
     Attributes:
         shape: (p, q) of the matrix.
@@ -35,10 +35,10 @@ class AtomSettings:
 
 
 class Cells:
-    """Cells of a matrix, and what follows from them, worked out once for as long as nothing moves.
+    """Cells of a matrix, and what is computed from them once, for as long as nothing moves.
 
     Args:
-        cells: (B, 2) int64, row u in [0, p - 1] and column v in [0, q - 1]; nobody changes them any more.
+        cells: (B, 2) int64, row u in [0, p - 1] and column v in [0, q - 1]; must not be changed afterwards.
         shape: (p, q).
     """
 
@@ -47,12 +47,12 @@ class Cells:
         self._known: dict[Any, Any] = {}
 
     def once(self, work: Callable[..., _T], *arguments: Any) -> _T:
-        """`work(cells, shape, *arguments)`, from memory the second time."""
+        """`work(cells, shape, *arguments)`, remembered from the first call."""
         key = (work, *arguments)
         if key not in self._known:
             self._known[key] = work(self.cells, self.shape, *arguments)
-        found: _T = self._known[key]
-        return found
+        result: _T = self._known[key]
+        return result
 
 
 @dataclass(frozen=True)
@@ -63,44 +63,44 @@ class Cosines:
         coefficients: (B,) float32 or float64, the amplitudes a.
         locations: (B, 2) in [0, 1], from which the cells were rounded.
         layout: the cells (B, 2).
-        form: shape, scale and difference.
+        settings: shape, scale and difference.
     """
 
     coefficients: Tensor
     locations: Tensor
     layout: Cells
-    form: AtomSettings
+    settings: AtomSettings
 
 
 def offsets(difference: str, learned: bool, moving: bool) -> list[Offset]:
-    """Where Z is asked for: at the cells for the coefficients, beside them for the locations, nowhere twice."""
+    """The offsets at which Z is needed: the cells for coefficients, their neighbours for locations, each once."""
     steps = [step for step, _ in _STEPS[difference]] if moving else []
-    beside = [(step, 0) for step in steps] + [(0, step) for step in steps]
-    return list(dict.fromkeys([(0, 0)] * learned + beside))
+    neighbours = [(step, 0) for step in steps] + [(0, step) for step in steps]
+    return list(dict.fromkeys([(0, 0)] * learned + neighbours))
 
 
 def shifted(cells: Tensor, offset: Offset, shape: tuple[int, int]) -> Tensor:
     """Cells (B, 2) moved by an offset; beyond the border the border cell itself stands in."""
-    places = [axis if not step else (axis + step).clamp(0, n - 1) for axis, step, n in zip(cells.T, offset, shape, strict=True)]
-    return torch.stack(places, 1)
+    moved = [axis if not step else (axis + step).clamp(0, n - 1) for axis, step, n in zip(cells.T, offset, shape, strict=True)]
+    return torch.stack(moved, 1)
 
 
 def row_major(cells: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Cells (B, 2) as a compressed sparse matrix has them: their order (B,), where rows begin (p + 1,), and columns (B,)."""
+    """Cells (B, 2) in CSR form: their order (B,), the start of each row (p + 1,), and columns (B,)."""
     order = (cells[:, 0] * shape[1] + cells[:, 1]).argsort()
     rows, cols = cells[order].T
     starts = torch.searchsorted(rows.contiguous(), torch.arange(shape[0] + 1, device=cells.device))
     return order, starts, cols.contiguous()
 
 
-def coefficient_gradient(z: Mapping[Offset, Tensor], form: AtomSettings) -> Tensor:
+def coefficient_gradient(z: Mapping[Offset, Tensor], settings: AtomSettings) -> Tensor:
     """(B,) from the values (B,) of Z at each of the `offsets`: exact."""
-    return form.scale * z[0, 0]
+    return settings.scale * z[0, 0]
 
 
-def location_gradient(z: Mapping[Offset, Tensor], coefficients: Tensor, form: AtomSettings) -> Tensor:
-    """(B, 2): what one cell's step of a component changes the loss by, times the number of cells from 0 to 1."""
-    steps = _STEPS[form.difference]
+def location_gradient(z: Mapping[Offset, Tensor], coefficients: Tensor, settings: AtomSettings) -> Tensor:
+    """(B, 2): the change of the loss if a component moved by one cell, times the number of cells from 0 to 1."""
+    steps = _STEPS[settings.difference]
     axes = [[weight * z[step, 0] for step, weight in steps], [weight * z[0, step] for step, weight in steps]]
-    slopes = [(size - 1) * (first + second) for size, (first, second) in zip(form.shape, axes, strict=True)]
-    return form.scale * coefficients[:, None] * torch.stack(slopes, 1)
+    slopes = [(size - 1) * (first + second) for size, (first, second) in zip(settings.shape, axes, strict=True)]
+    return settings.scale * coefficients[:, None] * torch.stack(slopes, 1)

@@ -1,4 +1,4 @@
-"""A linear map with cosine updates on some of its rows, and their gradients by the cheapest of three ways."""
+"""A linear map with cosine updates on some of its rows, and their gradients by the cheapest of three strategies."""
 
 from __future__ import annotations
 
@@ -29,138 +29,167 @@ from loca_vision.functional.token_spectra import Pieces, add_applied, in_pieces,
 CosineRows = tuple[Rows, Cosines]  # the rows, and what is added to them
 
 
-def asked_of(cosines: Cosines) -> Workload:
-    """What a step of training asks for."""
+def workload_of(cosines: Cosines) -> Workload:
+    """The work that one training step asks for."""
     moving, learned = cosines.locations.requires_grad, cosines.coefficients.requires_grad
-    return Workload(cosines.form.shape, len(cosines.layout.cells), len(offsets(cosines.form.difference, learned, moving)))
+    wanted = offsets(cosines.settings.difference, learned, moving)
+    return Workload(cosines.settings.shape, len(cosines.layout.cells), len(wanted))
 
 
-def spectral_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[CosineRows], ways: list[Strategy]) -> Tensor:
+def spectral_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[CosineRows], strategies: list[Strategy]
+) -> Tensor:
     """x weight^T + bias with updates, in autocast's dtype where it is on: (..., q) to (..., n).
 
-    `weight` (n, q) has no gradient; coefficients and locations have theirs. It contains the updates whose way is "whole" or
-    "sampled": their gradient is the transform of their rows' own, or found from the activations without it. It does not contain
-    those whose way is "applied": these are applied to the activations.
+    `weight` (n, q) has no gradient; coefficients and locations have theirs. It contains the updates whose strategy is "whole"
+    (their gradient is the transform of their rows' own) or "sampled" (it is found from the activations). It does not contain
+    the "applied" ones, which act on the activations.
     """
-    rows, cosines = zip(*updates, strict=True)
-    numbers = [number for one in cosines for number in (one.coefficients, one.locations)]
-    pieces = _pieces_for(x, ways)
-    about = rows, [one.form for one in cosines], [one.layout for one in cosines], ways, len(pieces)
-    result: Tensor = _SpectralLinear.apply(*as_computed(x, weight, bias), about, *pieces, *numbers)
+    pieces = _pieces_for(x, strategies)
+    terms = [_Term(rows, own.settings, own.layout, s) for (rows, own), s in zip(updates, strategies, strict=True)]
+    numbers = [number for _, cosines in updates for number in (cosines.coefficients, cosines.locations)]
+    plan = _Plan(tuple(terms), len(pieces))
+    result: Tensor = _SpectralLinear.apply(*as_computed(x, weight, bias), plan, *pieces, *numbers)
     return result
 
 
-def _pieces_for(x: Tensor, ways: list[Strategy]) -> Pieces:
-    """The frequencies of x, kept for the gradient in its place; nothing where x takes less memory than they would."""
-    if "applied" in ways:
+def _pieces_for(x: Tensor, strategies: list[Strategy]) -> Pieces:
+    """The frequencies of x, kept for the gradient instead of x; none where x takes less memory than they would."""
+    if "applied" in strategies:
         return shared_pieces(x)
     half = x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type)
-    return tuple(piece.detach() for piece in shared_pieces(x)) if "sampled" in ways and not half else ()
+    return tuple(piece.detach() for piece in shared_pieces(x)) if "sampled" in strategies and not half else ()
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One update while its gradients are found."""
+class _Term:
+    """What of one update autograd does not track."""
 
     rows: Rows
-    form: AtomSettings
-    layout: Cells
-    way: Strategy
+    settings: AtomSettings
+    cells: Cells
+    strategy: Strategy
+
+    def rows_of(self, grad: Tensor) -> Tensor:
+        return grad if self.rows is None else grad[:, self.rows]
+
+    def scaled(self, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
+        return (coefficients * self.settings.scale).to(dtype)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which updates take part, and how many of the tensors passed beside them are frequencies of x."""
+
+    terms: tuple[_Term, ...]
+    n_pieces: int
+
+    @property
+    def reads_x(self) -> bool:
+        """Whether the gradient needs x itself."""
+        return not self.n_pieces or any(term.strategy == "whole" for term in self.terms)
+
+    def gradients(self, coefficients: Sequence[Tensor], wanted: Sequence[bool]) -> list[_Gradient]:
+        """`wanted`: two flags for each update, whether coefficients and locations learn."""
+        return list(map(_Gradient, self.terms, coefficients, wanted[::2], wanted[1::2]))
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """The gradient of one update while it is computed."""
+
+    term: _Term
     coefficients: Tensor
     learned: bool
     moving: bool
 
     @property
     def offsets(self) -> list[Offset]:
-        return offsets(self.form.difference, self.learned, self.moving)
+        return offsets(self.term.settings.difference, self.learned, self.moving)
 
-    def rows_of(self, grad: Tensor) -> Tensor:
-        return grad if self.rows is None else grad[:, self.rows]
+    def to_input(self, dtype: torch.dtype) -> Tensor | None:
+        """The sparse matrix that takes the output's gradient to that of the activations, unless the weight does."""
+        if self.term.strategy != "applied":
+            return None
+        return transposed_of(self.term.cells, self.term.scaled(self.coefficients, dtype))
 
-    def scaled(self, dtype: torch.dtype) -> Tensor:
-        return (self.coefficients * self.form.scale).to(dtype)
-
-    def back(self, dtype: torch.dtype) -> Tensor | None:
-        """What takes the output's gradient to that of the activations, where the weight does not."""
-        return transposed_of(self.layout, self.scaled(dtype)) if self.way == "applied" else None
-
-    def gradients(self, z: dict[Offset, Tensor]) -> list[Tensor | None]:
-        """Of coefficients and locations."""
-        found = {place: values.to(self.coefficients.dtype) for place, values in z.items()}
+    def of_numbers(self, z: dict[Offset, Tensor]) -> list[Tensor | None]:
+        """The gradients of coefficients and locations from the spectrum at the offsets."""
+        values, settings = {offset: value.to(self.coefficients.dtype) for offset, value in z.items()}, self.term.settings
         return [
-            coefficient_gradient(found, self.form) if self.learned else None,
-            location_gradient(found, self.coefficients, self.form) if self.moving else None,
+            coefficient_gradient(values, settings) if self.learned else None,
+            location_gradient(values, self.coefficients, settings) if self.moving else None,
         ]
 
 
 class _SpectralLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, about: Any, *tensors: Tensor) -> Tensor:
-        ctx.about, (*fields, count) = about, about
-        pieces, coefficients = tensors[:count], tensors[count::2]
-        ctx.save_for_backward(x if _reads_x(fields[-1], pieces) else None, weight, *pieces, *coefficients)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan, *tensors: Tensor) -> Tensor:
+        pieces, coefficients = tensors[: plan.n_pieces], tensors[plan.n_pieces :: 2]
+        ctx.plan = plan
+        ctx.save_for_backward(x if plan.reads_x else None, weight, *pieces, *coefficients)
         result = F.linear(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
-            for part in _parts(fields, coefficients, [False] * len(tensors)):
-                if part.way == "applied":
-                    _add_applied(result.view(-1, result.shape[-1]), part, pieces)
+            for term, own in zip(plan.terms, coefficients, strict=True):
+                if term.strategy == "applied":
+                    _add_applied(result.view(-1, result.shape[-1]), term, own, pieces)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (*fields, count), (x, weight, *tensors) = ctx.about, ctx.saved_tensors
+        plan: _Plan = ctx.plan
+        x, weight, *tensors = ctx.saved_tensors
         wants_x, _, wants_bias, _, *wanted = ctx.needs_input_grad
-        parts, flat = _parts(fields, tensors[count:], wanted[count:]), grad.reshape(-1, grad.shape[-1])
+        pieces, coefficients = tuple(tensors[: plan.n_pieces]), tensors[plan.n_pieces :]
+        gradients, flat = plan.gradients(coefficients, wanted[plan.n_pieces :]), grad.reshape(-1, grad.shape[-1])
         with torch.autocast(grad.device.type, enabled=False):
             features = None if x is None else x.reshape(-1, x.shape[-1])
-            spectra, onward = _spectra(features, tuple(tensors[:count]), flat, parts, any(wanted[:count]))
-        numbers = [number for part, z in zip(parts, spectra, strict=True) for number in part.gradients(z)]
-        return grad @ weight if wants_x else None, None, flat.sum(0) if wants_bias else None, None, *onward[:count], *numbers
+            spectra, of_pieces = _spectra(features, pieces, flat, gradients, any(wanted[: plan.n_pieces]))
+        numbers = [number for one, z in zip(gradients, spectra, strict=True) for number in one.of_numbers(z)]
+        return grad @ weight if wants_x else None, None, flat.sum(0) if wants_bias else None, None, *of_pieces, *numbers
 
 
-def _parts(fields: list[Any], coefficients: Sequence[Tensor], wanted: Sequence[bool]) -> list[_Part]:
-    return [_Part(*values) for values in zip(*fields, coefficients, wanted[::2], wanted[1::2], strict=False)]
-
-
-def _reads_x(ways: list[Strategy], pieces: Pieces) -> bool:
-    """Whether the gradient needs x itself."""
-    return "whole" in ways or not pieces
-
-
-def _add_applied(result: Tensor, part: _Part, pieces: Pieces) -> None:
+def _add_applied(result: Tensor, term: _Term, coefficients: Tensor, pieces: Pieces) -> None:
     """Add x Delta W^T to its rows of the result (n, p), rounded to the result's dtype."""
     dtype = pieces[0].dtype
-    spectrum = spectrum_of(part.layout, part.scaled(dtype))
-    if result.dtype == dtype and not isinstance(part.rows, Tensor):
-        add_applied(result[:, part.rows or slice(None)], spectrum, pieces)
+    spectrum = spectrum_of(term.cells, term.scaled(coefficients, dtype))
+    if result.dtype == dtype and not isinstance(term.rows, Tensor):
+        add_applied(result[:, term.rows or slice(None)], spectrum, pieces)
         return
-    term = torch.zeros(len(result), part.form.shape[0], dtype=dtype, device=result.device)
-    add_applied(term, spectrum, pieces)
-    result[:, slice(None) if part.rows is None else part.rows] += term.to(result.dtype)
+    added = torch.zeros(len(result), term.settings.shape[0], dtype=dtype, device=result.device)
+    add_applied(added, spectrum, pieces)
+    result[:, slice(None) if term.rows is None else term.rows] += added.to(result.dtype)
 
 
 def _spectra(
-    x: Tensor | None, pieces: Pieces, grad: Tensor, parts: list[_Part], wants_pieces: bool
+    x: Tensor | None, pieces: Pieces, grad: Tensor, gradients: list[_Gradient], wants_pieces: bool
 ) -> tuple[list[dict[Offset, Tensor]], Sequence[Tensor | None]]:
-    """The spectrum of each part's gradient where it asks for it, and the gradients of the pieces.
+    """The spectrum of each update's gradient at its offsets, and the gradients of the pieces.
 
     Args:
-        x: (n, q), where it is not its frequencies that are at hand.
+        x: (n, q), unless its frequencies are at hand.
         grad: (n, p), with all rows of the weight.
     """
-    few = [part for part in parts if part.way != "whole"]
-    right = pieces or (in_pieces(x) if few and x is not None else ())
-    backs = [part.back(right[0].dtype) if wants_pieces else None for part in few]
-    grads, layouts, places = [part.rows_of(grad) for part in few], [part.layout for part in few], [part.offsets for part in few]
-    found, onward = spectra_at(right, grads, layouts, places, backs) if few else ([], [])
+    by_token = [one for one in gradients if one.term.strategy != "whole"]
+    right = pieces or (in_pieces(x) if by_token and x is not None else ())
+    found: list[dict[Offset, Tensor]] = []
+    of_pieces: list[Tensor] = []
+    if by_token:
+        found, of_pieces = spectra_at(
+            right,
+            [one.term.rows_of(grad) for one in by_token],
+            [one.term.cells for one in by_token],
+            [one.offsets for one in by_token],
+            [one.to_input(right[0].dtype) if wants_pieces else None for one in by_token],
+        )
     remaining = iter(found)
-    spectra = [_whole_spectrum(x, grad, part) if part.way == "whole" else next(remaining) for part in parts]
-    return spectra, onward or [None] * len(pieces)
+    spectra = [_whole_spectrum(x, grad, one) if one.term.strategy == "whole" else next(remaining) for one in gradients]
+    return spectra, of_pieces or [None] * len(pieces)
 
 
-def _whole_spectrum(x: Tensor | None, grad: Tensor, part: _Part) -> dict[Offset, Tensor]:
-    if not part.offsets or x is None:
+def _whole_spectrum(x: Tensor | None, grad: Tensor, one: _Gradient) -> dict[Offset, Tensor]:
+    if not one.offsets or x is None:
         return {}
-    whole = part.rows_of(grad).T @ x.to(grad.dtype)
-    return spectrum_at(whole.to(part.coefficients.dtype), part.layout, part.offsets)
+    whole = one.term.rows_of(grad).T @ x.to(grad.dtype)
+    return spectrum_at(whole.to(one.coefficients.dtype), one.term.cells, one.offsets)

@@ -34,7 +34,7 @@ def cosine_sum(
 
     Args:
         coefficients: (B,) float32 or float64, the amplitudes a.
-        locations: (B, 2) in [0, 1], from which `cells` was rounded. Only its gradient is of interest: the change of the
+        locations: (B, 2) in [0, 1], from which `cells` was rounded. Only its gradient matters: the change of the
             loss if one component moved by one cell, times the number of cells from 0 to 1 (Eq. 4 and 5).
         cells: (B, 2) int64, row u in [0, p - 1] and column v in [0, q - 1].
         shape: (p, q) of the result.
@@ -57,7 +57,7 @@ def _cosine_sum(
 
 
 def cosine_matrix(coefficients: Tensor, layout: Cells, scale: float) -> Tensor:
-    """`cosine_sum` without gradients, and with what is already known of the cells."""
+    """`cosine_sum` without gradients, reusing what was computed from the cells before."""
     with torch.autocast(coefficients.device.type, enabled=False):
         if coefficients.device.type == "cpu":
             result = coefficients.new_zeros(layout.shape)
@@ -68,7 +68,7 @@ def cosine_matrix(coefficients: Tensor, layout: Cells, scale: float) -> Tensor:
 
 
 def add_cosines(weight: Tensor, coefficients: Tensor, layout: Cells, scale: float) -> None:
-    """Add `cosine_sum` to a weight (p, q) of the same dtype, in place: its rows are what the update makes of unit vectors."""
+    """Add `cosine_sum` to a weight (p, q) of the same dtype, in place: row i is the update applied to unit vector i."""
     rows, cols = layout.shape
     spectrum = transposed_of(layout, coefficients * scale)
     units = basis_pieces(rows, cols, weight.device, weight.dtype)
@@ -81,10 +81,10 @@ def _cosine_sum_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of coefficients (B,) and, if `moving`, locations (B, 2), otherwise an empty tensor: from one Z = C G D^T."""
     with torch.autocast(grad.device.type, enabled=False):
-        form = AtomSettings((grad.shape[0], grad.shape[1]), scale, difference)
-        z = spectrum_at(grad, Cells(cells, form.shape), offsets(difference, True, moving))
-        slopes = location_gradient(z, coefficients, form) if moving else grad.new_empty(0)
-        return coefficient_gradient(z, form), slopes
+        settings = AtomSettings((grad.shape[0], grad.shape[1]), scale, difference)
+        z = spectrum_at(grad, Cells(cells, settings.shape), offsets(difference, True, moving))
+        slopes = location_gradient(z, coefficients, settings) if moving else grad.new_empty(0)
+        return coefficient_gradient(z, settings), slopes
 
 
 @_cosine_sum.register_fake
@@ -135,7 +135,7 @@ def _cosine_applied(x: Tensor, coefficients: Tensor, cells: Tensor, rows: int, c
 
 
 def applied_to(right: Pieces, x: Tensor, coefficients: Tensor, layout: Cells, scale: float) -> Tensor:
-    """`cosine_applied` without gradients, with the frequencies of x and what is already known of the cells."""
+    """`cosine_applied` without gradients, from the frequencies of x, reusing what was computed from the cells before."""
     dtype, rows = right[0].dtype, layout.shape[0]
     with torch.autocast(x.device.type, enabled=False):
         result = torch.zeros(x.numel() // layout.shape[1], rows, dtype=dtype, device=x.device)
@@ -162,20 +162,20 @@ def _backward_applied(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _cosine_applied.register_autograd(_backward_applied, setup_context=_save_applied)
 
 
-def spectrum_at(grad: Tensor, layout: Cells, places: list[Offset]) -> dict[Offset, Tensor]:
-    """Z = C G D^T of a gradient G (p, q) at cells (B, 2) and beside them: (B,) for each of the places."""
+def spectrum_at(grad: Tensor, layout: Cells, offsets: list[Offset]) -> dict[Offset, Tensor]:
+    """Z = C G D^T of a gradient G (p, q) at cells (B, 2) and their neighbours: (B,) for each offset."""
     if grad.device.type != "cpu":  # matrix products are what accelerators do best
         z = dct2(grad)
-        return {place: z[tuple(shifted(layout.cells, place, layout.shape).T)] for place in places}
-    right = in_pieces(grad, threads=1)  # as the unit vectors come
-    if reads_whole_spectrum(Workload(layout.shape, len(layout.cells), len(places))):
+        return {offset: z[tuple(shifted(layout.cells, offset, layout.shape).T)] for offset in offsets}
+    right = in_pieces(grad, threads=1)  # in the same pieces as the unit vectors
+    if reads_whole_spectrum(Workload(layout.shape, len(layout.cells), len(offsets))):
         z = torch.cat(in_pieces(torch.cat(right, 1)), 1)
-        return {place: read_at(z, layout, place) for place in places}
-    sums = {place: Sums(layout, place, grad.dtype) for place in places}
+        return {offset: read_at(z, layout, offset) for offset in offsets}
+    sums = {offset: Sums(layout, offset, grad.dtype) for offset in offsets}
     for units, piece in zip(basis_pieces(*layout.shape, grad.device, grad.dtype), right, strict=True):
-        for one in sums.values():
-            one.add(units, piece)
-    return {place: one.values() for place, one in sums.items()}
+        for values in sums.values():
+            values.add(units, piece)
+    return {offset: values.values() for offset, values in sums.items()}
 
 
 def _sparse(layout: Cells, values: Tensor) -> Tensor:
@@ -184,6 +184,6 @@ def _sparse(layout: Cells, values: Tensor) -> Tensor:
     return torch.sparse_csr_tensor(starts, cols, values[order], layout.shape, check_invariants=False)
 
 
-with warnings.catch_warnings():  # torch says once that sparse CSR is in beta: here, to nobody
+with warnings.catch_warnings():  # torch warns once that sparse CSR is in beta: let it do so here, unheard
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0, 1], [0], [1.0], (1, 1), device="cpu")

@@ -1,9 +1,9 @@
-"""Which way a cosine update and its gradient are computed while it learns: a model of what each costs, from sizes alone.
+"""The cheapest of three strategies to compute a cosine update and its gradient in training, predicted from sizes alone.
 
-There are three. *Whole*: W + Delta W is built; so is the gradient dY^T X, which is transformed and read at the cells.
-*Sampled*: W + Delta W is built; activations and output gradients are transformed token by token, and a cell's gradient is a dot
-product over the tokens. *Applied*: nothing is built; the transformed activations are multiplied by the sparse spectrum and
-transformed back. The transform of the activations is shared by all projections that one product adapts.
+*Whole*: build W + Delta W and the gradient dY^T X, transform the gradient and read it at the cells. *Sampled*: build
+W + Delta W; transform activations and output gradients token by token, so that a cell's gradient is a dot product over the
+tokens. *Applied*: build no matrix; multiply the transformed activations by the sparse spectrum and transform back. All
+projections of one product share the transform of the activations.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ Strategy = Literal["whole", "sampled", "applied"]
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds that one thread of a device takes.
+    """Seconds that one thread of a device takes per unit of work.
 
     Attributes:
-        product: of a product of float32 matrices, for a multiplication with its addition.
-        half_product: the same of bfloat16 or float16.
-        transform: of vectors to frequencies and back, for a number and each doubling of the transform's length.
-        spread: of a product with a sparse spectrum, for a component and each vector.
-        dot: of a cell's dot product, for a multiplication with its addition.
-        cell: of a cell that is put in order, where locations move.
-        piece: of a piece of the tokens, and of cells that are put in order, besides.
-        add: of a number of W + Delta W, besides.
-        serial: the share of `transform` and `add` that more threads make no faster.
+        product: one multiply-add of a float32 matrix product.
+        half_product: the same in bfloat16 or float16.
+        transform: one number of a cosine transform, per log2 of twice the transform's length.
+        spread: one component times one vector, in a product with a sparse spectrum.
+        dot: one multiply-add of a cell's dot product.
+        cell: sorting one cell, while locations move.
+        piece: the overhead of one piece of tokens, or of one sorting of cells.
+        add: the overhead of one number of W + Delta W.
+        serial: the fraction of `transform` and `add` that more threads do not speed up.
     """
 
     product: float
@@ -48,14 +48,14 @@ class Costs:
     serial: float = 0.35
 
     def of_threads(self, threads: int) -> Costs:
-        """What they are together; cells and pieces are bookkeeping, which one of them does."""
+        """The costs with several threads; cells and pieces are bookkeeping, which a single thread does."""
         shared = self.serial + (1 - self.serial) / threads
         even = {name: getattr(self, name) / threads for name in ("product", "half_product", "spread", "dot")}
         return replace(self, **even, **{name: getattr(self, name) * shared for name in ("transform", "add")})
 
 
-# By device. `examples/benchmarks/paths.py` measures them, and prints a line to put here or to assign. A device that is not here
-# takes the whole gradient: matrix products are what accelerators do best.
+# By device type. `examples/benchmarks/paths.py` measures them, and prints a line to put here or to assign. Devices without an
+# entry use "whole": matrix products are what accelerators do best.
 COSTS: dict[str, Costs] = {
     "cpu": Costs(
         product=1.3e-11,
@@ -72,76 +72,83 @@ COSTS: dict[str, Costs] = {
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of one update.
+    """The work that one update asks for.
 
     Attributes:
         shape: (p, q) of the update.
-        cells: B.
-        places: at how many places of each cell its gradient, 1 for coefficients, up to 5 while locations move; 0 for nothing.
+        cells: B, the number of components.
+        offsets: how many values of the gradient's spectrum each cell needs: 1 for coefficients, up to 5 while locations move.
     """
 
     shape: tuple[int, int]
     cells: int
-    places: int
+    offsets: int
 
 
 @dataclass(frozen=True)
 class Decision:
-    """
+    """The strategy chosen for one update.
+
     Attributes:
-        way: how the update and its gradient are computed.
-        seconds: of each way by the model, with a fair share of what is shared; empty where a device's costs are not known.
+        strategy: how the update and its gradient are computed.
+        seconds: of each strategy by the model, with a fair share of what is shared; empty if the device's costs are unknown.
     """
 
-    way: Strategy
+    strategy: Strategy
     seconds: Mapping[Strategy, float] = field(default_factory=dict)
 
 
-# A dot product of a gradient's spectrum costs about as much as this many numbers of the whole spectrum.
+# One dot product of a gradient's spectrum costs about as much as this many numbers of the whole spectrum.
 _SAMPLE_COST = 32
 
 
-def reads_whole_spectrum(one: Workload) -> bool:
-    """Whether a whole gradient is transformed along both axes, and not along one with a dot product for each cell."""
-    return one.cells * one.places * _SAMPLE_COST > math.prod(one.shape)
+def reads_whole_spectrum(work: Workload) -> bool:
+    """Whether a whole gradient is transformed along both axes, rather than along one with a dot product for each cell."""
+    return work.cells * work.offsets * _SAMPLE_COST > math.prod(work.shape)
 
 
-def choose(asked: list[Workload], tokens: int, device: torch.device, dtype: torch.dtype) -> list[Decision]:
-    """A way for each of the updates that share their activations (n, q), the cheapest for all of them together."""
-    if device.type not in COSTS or not asked or not tokens:
-        return [Decision("whole")] * len(asked)
-    return list(_choose(tuple(asked), tokens, dtype, COSTS[device.type], torch.get_num_threads()))
+def choose(workloads: list[Workload], tokens: int, device: torch.device, dtype: torch.dtype) -> list[Decision]:
+    """A strategy for each of the updates of one product with activations (n, q): the cheapest for all of them together."""
+    if device.type not in COSTS or not workloads or not tokens:
+        return [Decision("whole")] * len(workloads)
+    return list(_choose(tuple(workloads), tokens, dtype, COSTS[device.type], torch.get_num_threads()))
 
 
 @lru_cache(maxsize=1024)
-def _choose(asked: tuple[Workload, ...], tokens: int, dtype: torch.dtype, costs: Costs, threads: int) -> tuple[Decision, ...]:
-    own, shared = seconds_of(asked, tokens, dtype, costs.of_threads(threads))
+def _choose(
+    workloads: tuple[Workload, ...], tokens: int, dtype: torch.dtype, costs: Costs, threads: int
+) -> tuple[Decision, ...]:
+    own, shared = seconds_of(workloads, tokens, dtype, costs.of_threads(threads))
     gains = [max(slow - fast, 0.0) for slow, fast in zip(own["whole"], own["sampled"], strict=True)]
     worth = sum(gains) > shared
-    ways: list[Strategy] = ["sampled" if worth and gain else "whole" for gain in gains]
+    strategies: list[Strategy] = ["sampled" if worth and gain else "whole" for gain in gains]
     if sum(own["applied"]) + 2 * shared < sum(own["whole"]) - max(sum(gains) - shared, 0.0):
-        ways = ["applied"] * len(asked)
+        strategies = ["applied"] * len(workloads)
     shares: dict[Strategy, float] = {
         "whole": 0.0,
         "sampled": shared / max(1, sum(gain > 0 for gain in gains)),
-        "applied": 2 * shared / len(asked),
+        "applied": 2 * shared / len(workloads),
     }
-    return tuple(Decision(way, {one: own[one][i] + share for one, share in shares.items()}) for i, way in enumerate(ways))
+    return tuple(
+        Decision(strategy, {name: own[name][i] + share for name, share in shares.items()})
+        for i, strategy in enumerate(strategies)
+    )
 
 
 def seconds_of(
-    asked: Sequence[Workload], tokens: int, dtype: torch.dtype, costs: Costs
+    workloads: Sequence[Workload], tokens: int, dtype: torch.dtype, costs: Costs
 ) -> tuple[dict[Strategy, list[float]], float]:
-    """Of each way for each of the updates; and of a transform of the activations, which they share: those that are sampled one,
-    those that are applied two, there and back with the gradient.
+    """Seconds of each strategy for each update, without the transform of the activations; and the seconds of that transform.
+
+    "Sampled" updates share one such transform, "applied" ones two: there, and back with the gradient.
     """
-    built = [_built(one, costs) for one in asked]
+    built = [_built(one, costs) for one in workloads]
     own: dict[Strategy, list[float]] = {
-        "whole": [first + _whole(one, tokens, dtype, costs) for first, one in zip(built, asked, strict=True)],
-        "sampled": [first + _sampled(one, tokens, costs) for first, one in zip(built, asked, strict=True)],
-        "applied": [_applied(one, tokens, costs) for one in asked],
+        "whole": [first + _whole(one, tokens, dtype, costs) for first, one in zip(built, workloads, strict=True)],
+        "sampled": [first + _sampled(one, tokens, costs) for first, one in zip(built, workloads, strict=True)],
+        "applied": [_applied(one, tokens, costs) for one in workloads],
     }
-    return own, _transformed(asked[0].shape[1], tokens, costs)
+    return own, _transformed(workloads[0].shape[1], tokens, costs)
 
 
 def _built(one: Workload, costs: Costs) -> float:
@@ -151,12 +158,12 @@ def _built(one: Workload, costs: Costs) -> float:
 
 
 def _whole(one: Workload, tokens: int, dtype: torch.dtype, costs: Costs) -> float:
-    if not one.places:
+    if not one.offsets:
         return 0.0
     (rows, cols), product = one.shape, costs.half_product if dtype.itemsize < 4 else costs.product
     spectrum = _transformed(cols, rows, costs)
     if reads_whole_spectrum(one):  # where cells are looked up, which takes no order of them
-        spectrum += _transformed(rows, cols, costs) + _arranged(one, one.places, costs) / 2
+        spectrum += _transformed(rows, cols, costs) + _arranged(one, one.offsets, costs) / 2
     else:
         spectrum += _dots(one, rows, costs)
     return rows * cols * tokens * product + spectrum
@@ -164,7 +171,7 @@ def _whole(one: Workload, tokens: int, dtype: torch.dtype, costs: Costs) -> floa
 
 def _sampled(one: Workload, tokens: int, costs: Costs) -> float:
     """Without the transform of the activations, which is shared."""
-    return (_transformed(one.shape[0], tokens, costs) if one.places else 0) + _dots(one, tokens, costs)
+    return (_transformed(one.shape[0], tokens, costs) if one.offsets else 0) + _dots(one, tokens, costs)
 
 
 def _applied(one: Workload, tokens: int, costs: Costs) -> float:
@@ -174,12 +181,12 @@ def _applied(one: Workload, tokens: int, costs: Costs) -> float:
 
 
 def _dots(one: Workload, tokens: int, costs: Costs) -> float:
-    return one.cells * one.places * tokens * costs.dot + _arranged(one, one.places, costs)
+    return one.cells * one.offsets * tokens * costs.dot + _arranged(one, one.offsets, costs)
 
 
 def _arranged(one: Workload, times: int, costs: Costs) -> float:
     """Cells put in order, which is remembered while they stay."""
-    return times * (costs.piece + one.cells * costs.cell) if one.places > 1 else 0.0
+    return times * (costs.piece + one.cells * costs.cell) if one.offsets > 1 else 0.0
 
 
 def _transformed(length: int, vectors: int, costs: Costs) -> float:

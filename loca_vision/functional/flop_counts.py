@@ -1,7 +1,7 @@
-"""What an update adds to the frozen layer it belongs to, in floating-point operations and bytes, counted from sizes.
+"""What an update adds to its frozen layer, in floating-point operations and bytes, counted from sizes.
 
-A transform of N numbers of length m counts 2.5 N log2 m operations, as FFTs usually do. Bytes are those of every operand of a
-step, read or written once, four for each number; what stays in a cache between two steps does not count.
+A transform of N numbers of length m counts 2.5 N log2 m operations, as is usual for FFTs. Every operand of a step counts as
+read or written once, four bytes a number, whether or not a cache holds it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ _BYTES = 4
 
 @dataclass(frozen=True)
 class Work:
-    """
+    """Floating-point operations and memory traffic.
+
     Attributes:
         flops: floating-point operations.
         bytes: read and written.
@@ -33,35 +34,35 @@ NOTHING = Work()
 
 
 def of_building(shape: tuple[int, int], cells: int) -> Work:
-    """A sparse spectrum times cosines, one transform, and the sum with W: each a pass over the matrix, read and written."""
+    """A sparse spectrum times cosines, one transform, the sum with W: each reads and writes the matrix once."""
     size = math.prod(shape)
     return Work(2 * cells * shape[1] + _transform(size, shape[0]) + size, 6 * _BYTES * size)
 
 
-def of_whole_gradient(asked: Workload, tokens: int) -> Work:
+def of_whole_gradient(workload: Workload, tokens: int) -> Work:
     """dY^T X, and its transform along both axes."""
-    (rows, cols), size = asked.shape, math.prod(asked.shape)
+    (rows, cols), size = workload.shape, math.prod(workload.shape)
     transforms = _transform(size, rows) + _transform(size, cols)
     return Work(2 * tokens * size + transforms, _BYTES * (tokens * (rows + cols) + 5 * size))
 
 
-def of_sampled_gradient(asked: Workload, tokens: int, sharing: int) -> Work:
-    """Transforms of dY and, shared by so many projections, of X; a dot product for each value."""
-    (rows, cols), values = asked.shape, asked.cells * asked.places
+def of_sampled_gradient(workload: Workload, tokens: int, sharing: int) -> Work:
+    """Transforms of dY and, shared by `sharing` projections, of X; a dot product for each value."""
+    (rows, cols), values = workload.shape, workload.cells * workload.offsets
     read = tokens * (rows + cols / sharing)
     transforms = _transform(tokens * rows, rows) + _transform(tokens * cols, cols) / sharing
     return Work(transforms + 2 * tokens * values, _BYTES * (read + 5 * values))
 
 
-def of_applying(asked: Workload, tokens: int, sharing: int) -> Work:
-    """Activations to frequencies, shared by so many projections, times the spectrum, and back; gradients likewise."""
-    rows, cols = asked.shape
+def of_applying(workload: Workload, tokens: int, sharing: int) -> Work:
+    """Activations to frequencies (shared by `sharing` projections), times the spectrum, and back; gradients likewise."""
+    rows, cols = workload.shape
     transforms = _transform(tokens * rows, rows) + _transform(tokens * cols, cols) / sharing
-    return Work(transforms + 2 * tokens * asked.cells, 2 * _BYTES * tokens * (rows + cols / sharing))
+    return Work(transforms + 2 * tokens * workload.cells, 2 * _BYTES * tokens * (rows + cols / sharing))
 
 
 def of_factors(shape: tuple[int, int], rank: int, tokens: int, products: int) -> Work:
-    """So many passes of two thin products over the tokens: one forward, two backward."""
+    """`products` passes of two thin products over the tokens: one forward, two backward."""
     numbers = tokens * (sum(shape) + 2 * rank) + rank * sum(shape)
     return Work(2 * products * tokens * rank * sum(shape), _BYTES * products * numbers)
 

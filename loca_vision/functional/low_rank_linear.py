@@ -16,7 +16,9 @@ LowRankRows = tuple[Rows, Tensor, Tensor]  # the rows, and the factors (p, r) an
 
 def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: list[LowRankRows]) -> Tensor:
     """x weight^T + bias + `low_rank_term`: (..., q) to (..., n); `weight` (n, q) does not contain the updates."""
-    flat = x.reshape(-1, x.shape[-1])  # of more axes the product is a view, which autograd copies where it is changed in place
+    flat = x.reshape(
+        -1, x.shape[-1]
+    )  # with more axes F.linear returns a view, and autograd copies views that are changed in place
     result = add_low_rank(F.linear(flat, weight, bias), flat, pairs)
     return result.view(*x.shape[:-1], result.shape[-1])
 
@@ -40,7 +42,7 @@ def add_low_rank(result: Tensor, x: Tensor, pairs: list[LowRankRows]) -> Tensor:
 
 
 class _AddLowRank(torch.autograd.Function):
-    """In place. One product for all the inner factors, which see the same x; of the outer ones, no more than their own rows."""
+    """In place. The inner factors see the same x and share one product; outer factors touch only their own rows."""
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, x: Tensor, rows: tuple[Rows, ...], count: int, *factors: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ class _AddLowRank(torch.autograd.Function):
                 flat.index_add_(1, where.to(flat.device), part @ up.T)
             else:
                 flat[:, where or slice(None)].addmm_(part, up.T)
-        ctx.rows, ctx.form = rows, (x.shape, x.dtype)
+        ctx.rows, ctx.input_form = rows, (x.shape, x.dtype)
         ctx.save_for_backward(features, down, *inner, *factors[:count])
         ctx.mark_dirty(result)
         return result
@@ -67,6 +69,6 @@ class _AddLowRank(torch.autograd.Function):
         grad_inner = torch.cat([part @ up for part, up in zip(parts, ups, strict=True)], 1)
         grad_ups = [part.T @ hidden for part, hidden in zip(parts, inner, strict=True)]
         grad_downs = torch.split(grad_inner.T @ features, [up.shape[1] for up in ups])
-        shape, dtype = ctx.form
+        shape, dtype = ctx.input_form
         grad_x = (grad_inner @ down).view(shape).to(dtype) if ctx.needs_input_grad[1] else None
         return grad, grad_x, None, None, *grad_ups, *grad_downs

@@ -1,8 +1,9 @@
-"""Cosine transforms of vectors, (n, q), with a row for each frequency: what sparse spectra multiply, and read at their cells.
+"""Cosine transforms of vectors (n, q) with one row per frequency, the layout that sparse spectra multiply and read.
 
 It is Makhoul's transform as in `dct.py`, which finds X[k] and -X[q - k] as real and imaginary part of one number of an FFT.
 Here the two stay side by side, as rows 2 k and 2 k + 1 of (q', n) with q' = 2 (q // 2 + 1), and whoever multiplies or reads
-rows knows from `places` where each frequency is. That spares passes over the numbers, which are what such a transform costs.
+rows finds each frequency through `packed_rows`. That spares passes over the numbers, which is where such a transform spends its
+time.
 """
 
 from __future__ import annotations
@@ -15,26 +16,26 @@ from torch import Tensor
 
 from loca_vision.functional.dct import fft_plan, matrix_for
 
-# Numbers that are transformed at a time by each thread: what the steps in between keep stays in a core's own cache.
+# Numbers that each thread transforms at a time, so that intermediate results stay in a core's own cache.
 _NUMBERS_AT_ONCE = 3 * 2**15
 _LEAST_VECTORS, _MOST_VECTORS = 32, 512
-# Bytes of a cache line. Where rows are an even number of them long, a column's numbers compete for a part of the cache.
+# Bytes of a cache line. If rows are an even number of lines long, the numbers of a column compete for the same cache sets.
 _LINE = 64
 
 
 def rows_for(n: int) -> int:
-    """How many rows the frequencies of vectors of length n take."""
+    """The number of rows that the frequencies of vectors of length n take."""
     return 2 * (n // 2 + 1)
 
 
-def places(frequency: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def packed_rows(frequency: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The row that holds each of the frequencies (B,) of vectors of length n, and its sign."""
     lower = frequency <= n // 2
     return torch.where(lower, 2 * frequency, 2 * (n - frequency) + 1), torch.where(lower, 1.0, -1.0)
 
 
 def pieces(count: int, width: int, threads: int) -> list[tuple[int, int]]:
-    """Where pieces of `count` vectors that are no longer than `width` begin and end, for so many threads to share."""
+    """Start and end of each piece of `count` vectors of length `width`, sized for `threads` threads to share."""
     wished = min(max(threads * _NUMBERS_AT_ONCE // width, _LEAST_VECTORS), _MOST_VECTORS)
     at_once = -(-count // max(1, round(count / wished)) // 16) * 16 if count else 16  # no short rest, and whole cache lines
     return [(start, min(start + at_once, count)) for start in range(0, count, at_once)]
@@ -50,7 +51,7 @@ def frequencies(x: Tensor) -> Tensor:
 def add_samples(y: Tensor, spectrum: Tensor) -> None:
     """Add the inverse transform of `spectrum` (p', n) to the rows of y (n, p), in place.
 
-    Rows that hold no frequency's first place, 1 and, where p is even, p + 1, are zero.
+    Rows 1 and, for even p, p + 1 hold no frequency and must be zero.
     """
     n, order = y.shape[1], fft_plan(y.shape[1], y.device, y.dtype)[0]
     turned = torch.view_as_complex(_turned_round(spectrum).view(len(y), -1, 2))
@@ -64,7 +65,7 @@ def add_samples(y: Tensor, spectrum: Tensor) -> None:
 
 
 def empty_spectrum(rows: int, n: int, like: Tensor) -> Tensor:
-    """(rows, n), for a product to be written to, laid out so that it can be turned round fast."""
+    """(rows, n), uninitialised, for a product to be written to: laid out so that its transpose is fast."""
     numbers = _LINE // like.element_size()
     lines = -(-n // numbers)
     return like.new_empty(rows, (lines | 1) * numbers)[:, :n]
@@ -74,7 +75,7 @@ def empty_spectrum(rows: int, n: int, like: Tensor) -> Tensor:
 def basis_pieces(n: int, width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The frequencies of the n unit vectors, (n', m) in the `pieces` of one thread for vectors of length `width`."""
     with torch.inference_mode(False), torch.no_grad():
-        row, sign = places(torch.arange(n, device=device), n)
+        row, sign = packed_rows(torch.arange(n, device=device), n)
         basis = torch.zeros(rows_for(n), n, dtype=dtype, device=device)
         basis[row] = sign[:, None].to(dtype) * matrix_for(n, device, dtype)
         return tuple(basis[:, start:end].contiguous() for start, end in pieces(n, width, 1))
@@ -82,7 +83,7 @@ def basis_pieces(n: int, width: int, device: torch.device, dtype: torch.dtype) -
 
 @lru_cache(maxsize=64)
 def _inverse_twiddle(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What undoes the turn of `fft_plan`; for X[n / 2], whose second place is left zero, what it would be with it."""
+    """The inverse of `fft_plan`'s rotation. X[n / 2] is stored once, so its factor makes up for the second row, which is zero."""
     with torch.inference_mode(False), torch.no_grad():
         angle = torch.arange(n // 2 + 1, dtype=torch.float64, device="cpu") * (math.pi / (2 * n))
         twiddle = torch.polar(torch.full_like(angle, math.sqrt(n / 2)), angle)
@@ -93,7 +94,7 @@ def _inverse_twiddle(n: int, device: torch.device, dtype: torch.dtype) -> Tensor
 
 
 def _alone(x: Tensor) -> bool:
-    """Whether one thread does it: copies along an index take less of its time, but no other thread helps with them."""
+    """Whether a single thread computes: indexed copies are fastest then, but they do not use more threads."""
     return x.device.type == "cpu" and torch.get_num_threads() == 1
 
 
@@ -105,5 +106,5 @@ def _split(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _turned_round(x: Tensor) -> Tensor:
-    """x^T, contiguous. Of three axes, for with two torch takes a way that is slower, and open to one thread only."""
+    """x^T, contiguous. The third axis is there because torch copies two-axis transposes more slowly, on one thread only."""
     return x.T[None].contiguous()[0]

@@ -35,7 +35,7 @@ def add_rows(base: Tensor, updates: list[RowDelta]) -> Tensor:
 
 
 def add_in_place(weight: Tensor, updates: list[RowDelta]) -> Tensor:
-    """The same, where autograd does not look, in a fifth of the time; changes and returns `weight` (n, q)."""
+    """The same without gradients, in a fifth of the time; changes and returns `weight` (n, q)."""
     for rows, delta in updates:
         if isinstance(rows, Tensor):
             weight.index_add_(0, rows.to(weight.device), delta.to(weight.dtype))
@@ -51,7 +51,7 @@ def computed_in(x: Tensor) -> torch.dtype:
 
 
 def as_computed(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same in autocast's dtype, where it is on."""
+    """The operands of a product in autocast's dtype, if it is on."""
     if not torch.is_autocast_enabled(x.device.type):
         return x, weight, bias
     dtype = computed_in(x)
@@ -61,8 +61,8 @@ def as_computed(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor,
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[RowDelta]) -> Tensor:
     """x weight^T + bias, in autocast's dtype where it is on: (..., q) to (..., n).
 
-    `weight` (n, q) already contains the updates and has no gradient; each update's is that of its own rows of the weight,
-    so that nothing is computed for rows nobody adapts, a third of a fused qkv with query and value.
+    `weight` (n, q) already contains the updates and has no gradient; an update's gradient is that of its
+    own rows of the weight, so that rows without an update, such as the key of a fused qkv, cost nothing.
     """
     rows, deltas = zip(*updates, strict=True)
     result: Tensor = _RowLinear.apply(*as_computed(x, weight, bias), rows, *deltas)

@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 class Snapshot:
-    """Tensors as they were.
+    """The values of tensors at one moment, to tell later whether they have changed.
 
-    Versions tell of every in-place change but those made through `.data`, as peft's when it merges. On the CPU, where it costs
-    microseconds and no synchronisation, values are compared as well.
+    Versions reveal every in-place change except those through `.data`, which peft uses when it merges. On the CPU, where it
+    costs microseconds and no synchronisation, values are compared as well.
 
     Args:
-        values: the tensors, which are held, so that no other comes to lie where they are.
-        compared: those, or parts of them, whose values are compared where they are on the CPU.
+        values: the tensors; holding them keeps their memory from being reused.
+        compared: those, or parts of them, whose values are compared if they are on the CPU.
     """
 
     def __init__(self, values: Sequence[Tensor | None], compared: Sequence[Tensor]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from loca_vision.functional.cosine_atoms import Cells, Offset, row_major, shifted
-from loca_vision.functional.packed_dct import empty_spectrum, places, rows_for
+from loca_vision.functional.packed_dct import empty_spectrum, packed_rows, rows_for
 
 
 def spectrum_of(layout: Cells, values: Tensor) -> Tensor:
@@ -29,28 +29,28 @@ def product(spectrum: Tensor, frequencies: Tensor, onto: Tensor | None = None) -
     return torch.addmm(result, spectrum, frequencies, beta=0, out=result)
 
 
-def read_at(whole: Tensor, layout: Cells, place: Offset) -> Tensor:
-    """The values (B,) of a whole spectrum (p', q') at cells, or beside them."""
-    rows, cols, signs = layout.once(_positions, place)
+def read_at(whole: Tensor, layout: Cells, offset: Offset) -> Tensor:
+    """The values (B,) of a whole spectrum (p', q') at cells shifted by the offset."""
+    rows, cols, signs = layout.once(_positions, offset)
     return whole[rows, cols].mul_(signs)
 
 
 class Sums:
-    """Sums over tokens at the cells of a layout, or beside them: a sparse matrix that has these cells and no others."""
+    """Sums over tokens at cells, or at their neighbours: a sparse matrix with these entries and no others."""
 
-    def __init__(self, layout: Cells, place: Offset, dtype: torch.dtype) -> None:
-        (self.order, starts, cols), self.signs = layout.once(_pattern, place)
+    def __init__(self, layout: Cells, offset: Offset, dtype: torch.dtype) -> None:
+        (self.order, starts, cols), self.signs = layout.once(_pattern, offset)
         zeros = torch.zeros(len(cols), dtype=dtype, device=cols.device)
         self.matrix = torch.sparse_csr_tensor(starts, cols, zeros, _size(layout.shape), check_invariants=False)
 
     def add(self, left: Tensor, right: Tensor) -> None:
-        """Of left (p', n) and right (q', n) the dot products of the rows that meet at a cell."""
+        """Add the dot products of those rows of left (p', n) and right (q', n) that meet at a cell."""
         torch.sparse.sampled_addmm(self.matrix, left, right.T, out=self.matrix)
 
     def values(self) -> Tensor:
         """(B,) in the order of the components."""
-        found = self.matrix.values()
-        return torch.empty_like(found).index_copy_(0, self.order, found).mul_(self.signs)
+        values = self.matrix.values()
+        return torch.empty_like(values).index_copy_(0, self.order, values).mul_(self.signs)
 
 
 def _placed(layout: Cells, values: Tensor, transposed: bool) -> Tensor:
@@ -61,20 +61,20 @@ def _placed(layout: Cells, values: Tensor, transposed: bool) -> Tensor:
 
 
 def _pattern(
-    cells: Tensor, shape: tuple[int, int], place: Offset, transposed: bool = False
+    cells: Tensor, shape: tuple[int, int], offset: Offset, transposed: bool = False
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Where values at cells, or beside them, are between rows of frequencies: compressed, and their signs (B,)."""
-    rows, cols, signs = _positions(cells, shape, place)
+    """Cells shifted by the offset as a CSR pattern over packed rows, and their signs (B,)."""
+    rows, cols, signs = _positions(cells, shape, offset)
     size, pair = _size(shape), (rows, cols)
     if transposed:
         size, pair = size[::-1], pair[::-1]
     return row_major(torch.stack(pair, 1), size), signs
 
 
-def _positions(cells: Tensor, shape: tuple[int, int], place: Offset) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns and signs (B,) of cells, or of those beside them."""
-    moved = shifted(cells, place, shape)
-    (rows, row_signs), (cols, col_signs) = (places(moved[:, axis], n) for axis, n in enumerate(shape))
+def _positions(cells: Tensor, shape: tuple[int, int], offset: Offset) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed rows, packed columns and signs (B,) of cells shifted by the offset."""
+    moved = shifted(cells, offset, shape)
+    (rows, row_signs), (cols, col_signs) = (packed_rows(moved[:, axis], n) for axis, n in enumerate(shape))
     return rows, cols, row_signs * col_signs
 
 

@@ -26,7 +26,7 @@ def spectra_at(
     right: Pieces,
     grads: list[Tensor],
     layouts: list[Cells],
-    places: list[list[Offset]],
+    offsets: list[list[Offset]],
     backs: Sequence[Tensor | None],
 ) -> tuple[list[dict[Offset, Tensor]], list[Tensor]]:
     """Values of Z = C (dY^T X) D^T at cells and beside them, and the gradient of the frequencies of X.
@@ -35,15 +35,15 @@ def spectra_at(
         right: the frequencies of the activations X (n, q), which all share.
         grads: (n, p) gradients dY of one or more outputs of x.
         layouts: for each of these the cells (B, 2) of a matrix (p, q).
-        places: for each the offsets from its cells.
-        backs: for each the sparse (q', p') that takes frequencies of dY to gradients of `right`, where one is wanted.
+        offsets: for each the offsets from its cells.
+        backs: for each the sparse (q', p') matrix that takes frequencies of dY to gradients of `right`; None for no gradient.
 
     Returns:
-        For each and for each of its places (B,) values in the dtype of `right`; and a gradient for every piece of `right`, or
-        nothing where none is wanted.
+        For each output, by offset, (B,) values in the dtype of `right`; and the gradient of every piece of `right`, an empty
+        list if `backs` asks for none.
     """
     sums = [
-        {place: Sums(layout, place, right[0].dtype) for place in wanted} for layout, wanted in zip(layouts, places, strict=True)
+        {offset: Sums(layout, offset, right[0].dtype) for offset in own} for layout, own in zip(layouts, offsets, strict=True)
     ]
     onward: list[Tensor] = []
     for grad, parts, back in zip(grads, sums, backs, strict=True):
@@ -57,7 +57,7 @@ def spectra_at(
                 onward.append(product(back, left))
             elif back is not None:
                 product(back, left, onward[i])
-    return [{place: part.values() for place, part in parts.items()} for parts in sums], onward
+    return [{offset: part.values() for offset, part in parts.items()} for parts in sums], onward
 
 
 def add_applied(y: Tensor, spectrum: Tensor, right: Pieces) -> None:
@@ -67,24 +67,25 @@ def add_applied(y: Tensor, spectrum: Tensor, right: Pieces) -> None:
 
 
 def in_pieces(x: Tensor, threads: int | None = None) -> Pieces:
-    """The frequencies of x (n, q), in float32 at least; in pieces for so many threads, by default for all."""
+    """The frequencies of x (n, q), in float32 at least, in pieces sized for `threads` threads (default: all)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     parts = pieces(len(x), x.shape[1], threads or torch.get_num_threads())
     return tuple(frequencies(x[start:end].to(wide)) for start, end in parts)
 
 
 def shared_pieces(x: Tensor) -> Pieces:
-    """The same of x (..., q), differentiable where gradients are wanted; once for all who ask with the same tensor.
+    """The same for x (..., q), differentiable if gradients are recorded, and computed once for all calls with the same tensor.
 
-    Query, key and value of an attention layer do, and every layer that looks at the same text.
+    Query, key and value of an attention layer share x, and all cross-attention layers share the text.
     """
-    wanted = torch.is_grad_enabled() and x.requires_grad
-    if x.is_inference() or (wanted and x.is_leaf):  # that has no version; this is held by its gradient, and by itself with it
-        return _pieces_of(x, wanted)
-    mark = wanted, x._version, x.data_ptr(), torch.get_num_threads()
+    recorded = torch.is_grad_enabled() and x.requires_grad
+    # Inference tensors have no version. A leaf's frequencies hold it through their graph: a weak key would never be freed.
+    if x.is_inference() or (recorded and x.is_leaf):
+        return _pieces_of(x, recorded)
+    mark = recorded, x._version, x.data_ptr(), torch.get_num_threads()
     known = _known.get(x)
     if known is None or known[0] != mark:
-        _known[x] = known = mark, _pieces_of(x, wanted)
+        _known[x] = known = mark, _pieces_of(x, recorded)
     found: Pieces = known[1]
     return found
 
@@ -92,31 +93,31 @@ def shared_pieces(x: Tensor) -> Pieces:
 _known: Any = WeakTensorKeyDictionary()  # of tensors that are still in use
 
 
-def _pieces_of(x: Tensor, wanted: bool) -> Pieces:
+def _pieces_of(x: Tensor, recorded: bool) -> Pieces:
     flat = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
-        found: Pieces = _Frequencies.apply(flat) if wanted else in_pieces(flat.detach())
+        found: Pieces = _Frequencies.apply(flat) if recorded else in_pieces(flat.detach())
     return found
 
 
 class _Frequencies(torch.autograd.Function):
-    """As differentiable as `add_applied` and `spectra_at` need it: rows of no frequency's first place count for nothing."""
+    """`in_pieces` with the gradient that `add_applied` and `spectra_at` produce, whose unused rows are zero."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Pieces:
-        found = in_pieces(x)
-        ctx.about = x.shape, x.dtype, [piece.shape[1] for piece in found]
+        pieces = in_pieces(x)
+        ctx.sizes = x.shape, x.dtype, [piece.shape[1] for piece in pieces]
         ctx.set_materialize_grads(False)
-        return found
+        return pieces
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
-        shape, dtype, lengths = ctx.about
-        given = [grad for grad in grads if grad is not None]
-        if not given:
+        shape, dtype, lengths = ctx.sizes
+        first = next((grad for grad in grads if grad is not None), None)
+        if first is None:
             return None
-        result = given[0].new_zeros(shape)
+        result = first.new_zeros(shape)
         for tokens, grad in zip(torch.split(result, lengths), grads, strict=True):
             if grad is not None:
                 add_samples(tokens, grad)

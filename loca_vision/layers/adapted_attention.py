@@ -100,8 +100,8 @@ class AdaptedProjection:
     takes one product with the kept weight instead; where it is hooked, wrapped or quantised, the update comes beside.
     """
 
-    def __init__(self, attention: nn.Module, path: str, reading: EffectiveWeight) -> None:
-        self.attention, self.path, self.effective_weight = attention, path, reading
+    def __init__(self, attention: nn.Module, path: str, effective_weight: EffectiveWeight) -> None:
+        self.attention, self.path, self.effective_weight = attention, path, effective_weight
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self._layer()
@@ -127,7 +127,7 @@ class AdaptedProjection:
         return weight
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("attention", "path", "reading") or name.startswith("__"):  # as while a copy is made
+        if name in ("attention", "path", "effective_weight") or name.startswith("__"):  # as while a copy is made
             raise AttributeError(name)
         return getattr(self._layer(), name)
 
@@ -139,7 +139,7 @@ class AdaptedProjection:
 
     def _beside(self) -> bool:
         """Whether memory is to be spared, and can be: gradients of the updates need them as matrices."""
-        return self.effective_weight.circumstances.low_memory and not (
+        return self.effective_weight.call_settings.low_memory and not (
             torch.is_grad_enabled() and self.effective_weight.learns()
         )
 
@@ -157,7 +157,7 @@ class AdaptedProjection:
 
     def _prepare(self) -> None:
         """While code is traced: an update that may change is built in the graph, any other is made now."""
-        if self.effective_weight.learns() or self.effective_weight.circumstances.low_memory:
+        if self.effective_weight.learns() or self.effective_weight.call_settings.low_memory:
             self.effective_weight.drop()
         else:
             self._settle()

@@ -1,4 +1,4 @@
-"""The settings of a call that the updates of a model share: its scale, and low memory."""
+"""The settings of a call that all updates of a model share: its scale, and low memory."""
 
 from __future__ import annotations
 
@@ -7,32 +7,36 @@ from torch import Tensor, nn
 
 
 class CallSettings(nn.Module):
-    """What holds for all updates of one model: how strongly they act in this call, and whether memory is to be spared.
+    """How strongly all adapters of a model act in this call, and whether to spare memory.
 
     Attributes:
-        factor: multiplies every adapter's own, (); compiled code reads it, so that another strength compiles nothing anew.
-        number: the same, for eager code; 1 for compiled code, which applies the factor itself.
+        scale_tensor: the scale of the call, (); compiled code reads it, so that another scale compiles nothing anew.
+        scale: the same number for eager code; 1 in compiled code, which multiplies by `scale_tensor`.
         low_memory: apply updates to activations instead of building weights for them.
     """
 
-    factor: Tensor
+    scale_tensor: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self._number: float | None = 1.0  # None: compiled code has written the factor, and the factor alone
+        self._scale: float | None = 1.0  # None: compiled code has written scale_tensor, and nothing else
         self.low_memory = False
-        self.register_buffer("factor", torch.ones((), device="cpu"), persistent=False)
+        self.register_buffer("scale_tensor", torch.ones((), device="cpu"), persistent=False)
 
     @property
-    def number(self) -> float:
+    def scale(self) -> float:
         if torch.compiler.is_compiling():
             return 1.0
-        return float(self.factor) if self._number is None else self._number
+        return float(self.scale_tensor) if self._scale is None else self._scale
 
-    def set_strength(self, strength: float) -> None:
-        if torch.compiler.is_compiling():  # a product with a number is what dynamo leaves open; kept, it would be a constant
-            self.factor.copy_(torch.ones_like(self.factor) * strength)
-            self._number = None
+    def set_scale(self, scale: float) -> None:
+        if torch.compiler.is_compiling():  # dynamo would take the number itself for a constant, but not a product with it
+            self.scale_tensor.copy_(torch.ones_like(self.scale_tensor) * scale)
+            self._scale = None
         else:
-            self.factor.fill_(strength)
-            self._number = strength
+            self.scale_tensor.fill_(scale)
+            self._scale = scale
+
+    def scaled_in_graph(self, value: Tensor) -> Tensor:
+        """`value` times the scale in compiled code; `value` itself in eager code, where `scale` is multiplied in before."""
+        return value * self.scale_tensor if torch.compiler.is_compiling() else value

@@ -99,7 +99,7 @@ def _of_attention(path: str, attention: nn.Module, naming: Naming, parts: Sequen
     where = f"{path}." if path else ""
     for part in naming.present(attention):
         if target_of(part) in parts:
-            place = naming.parts[part]
-            layer = genuine_child(attention, place)
+            child_path = naming.parts[part]
+            layer = genuine_child(attention, child_path)
             assert layer is not None
-            yield Target(f"{where}{part}", target_of(part), f"{where}{place}", layer, attention=attention)
+            yield Target(f"{where}{part}", target_of(part), f"{where}{child_path}", layer, attention=attention)

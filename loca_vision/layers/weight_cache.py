@@ -1,4 +1,4 @@
-"""An adapted weight that is kept until one of its inputs changes."""
+"""An effective weight, cached until one of its inputs changes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from loca_vision.functional.snapshot import Snapshot
 
 
-class _Kept:
-    """A weight built once, and what it was built from: spectra are compared by value, and of W a sample."""
+class CachedWeight:
+    """A weight built once, and what it was built from: spectra are compared by value, W by a sample of its values."""
 
     def __init__(self, base: Tensor | None, learned: list[Tensor], terms: tuple[Any, ...], weight: Tensor) -> None:
         self.snapshot = Snapshot([base, *learned], [*_sample(base), *learned])
@@ -21,5 +21,5 @@ class _Kept:
 
 
 def _sample(base: Tensor | None) -> list[Tensor]:
-    """Of W (p, q) some 64 values, spread over it."""
+    """Some 64 values, spread over W (p, q)."""
     return [] if base is None else [base[:: max(1, base.shape[0] // 8), :: max(1, base.shape[1] // 8)]]

@@ -8,21 +8,22 @@ from dataclasses import dataclass
 from torch import nn
 
 from loca_vision.functional.row_linear import Rows
+from loca_vision.layers.active_updates import ActiveUpdate
 from loca_vision.layers.call_settings import CallSettings
-from loca_vision.layers.effective_weight import ActiveUpdate, EffectiveWeight
+from loca_vision.layers.effective_weight import EffectiveWeight
 from loca_vision.methods.update import Update
 
 
 @dataclass(frozen=True)
 class AdapterSlot:
-    """Whose an update is, which projection it changes, and the rows of the weight that make up that projection."""
+    """The adapter an update belongs to, the projection it changes, and the rows of the weight that are this projection."""
 
     adapter: str
     projection: str
     rows: Rows
 
 
-_USUAL = CallSettings()  # of models that know no strength of a call
+_DEFAULT = CallSettings()  # of models whose calls have no scale
 
 
 class WeightUpdates(EffectiveWeight):
@@ -31,37 +32,41 @@ class WeightUpdates(EffectiveWeight):
     def __init__(self) -> None:
         super().__init__()
         self.updates = nn.ModuleList()
-        self.places: list[AdapterSlot] = []  # one for each update
+        self.slots: list[AdapterSlot] = []  # one for each update
         self.strengths: dict[str, float] = {}  # of the adapters that act
-        self.shared = (_USUAL,)  # in a tuple, which nn.Module does not take for a child
+        self._shared_settings = (_DEFAULT,)  # in a tuple, which nn.Module does not take for a child
 
     @property
-    def circumstances(self) -> CallSettings:
-        return self.shared[0]
+    def call_settings(self) -> CallSettings:
+        return self._shared_settings[0]
+
+    def share(self, settings: CallSettings) -> None:
+        """Follow the call settings of the model."""
+        self._shared_settings = (settings,)
 
     def entries(self) -> list[tuple[AdapterSlot, Update]]:
-        return list(zip(self.places, self.updates, strict=True))  # type: ignore[arg-type]
+        return list(zip(self.slots, self.updates, strict=True))  # type: ignore[arg-type]
 
     def active_updates(self) -> list[ActiveUpdate]:
         return [
-            ActiveUpdate(place.projection, place.rows, update, self.strengths[place.adapter])
-            for place, update in self.entries()
-            if place.adapter in self.strengths and not update.inactive
+            ActiveUpdate(slot.projection, slot.rows, update, self.strengths[slot.adapter])
+            for slot, update in self.entries()
+            if slot.adapter in self.strengths and not update.inactive
         ]
 
     def all_updates(self) -> list[Update]:
         return list(self.updates)  # type: ignore[arg-type]
 
-    def add(self, place: AdapterSlot, update: Update) -> None:
+    def add(self, slot: AdapterSlot, update: Update) -> None:
         self.updates.append(update)
-        self.places.append(place)
+        self.slots.append(slot)
 
     def discard(self, adapter: str) -> None:
-        kept = [(place, update) for place, update in self.entries() if place.adapter != adapter]
-        self.places = [place for place, _ in kept]
+        kept = [(slot, update) for slot, update in self.entries() if slot.adapter != adapter]
+        self.slots = [slot for slot, _ in kept]
         self.updates = nn.ModuleList(update for _, update in kept)
         self.strengths.pop(adapter, None)
-        self._kept = None
+        self._cached = None
 
 
 class FusedUpdates(EffectiveWeight):
@@ -76,14 +81,14 @@ class FusedUpdates(EffectiveWeight):
         self.parts = tuple(parts)  # in a tuple: they are children elsewhere
 
     @property
-    def circumstances(self) -> CallSettings:
-        return self.parts[0][0].circumstances
+    def call_settings(self) -> CallSettings:
+        return self.parts[0][0].call_settings
 
     def active_updates(self) -> list[ActiveUpdate]:
         return [
-            ActiveUpdate(one.projection, rows, one.update, one.strength)
+            ActiveUpdate(active.projection, rows, active.update, active.strength)
             for updates, rows in self.parts
-            for one in updates.active_updates()
+            for active in updates.active_updates()
         ]
 
     def all_updates(self) -> list[Update]:

@@ -66,11 +66,11 @@ class Spectrum(Update):
             return cosine_matrix(self.coefficients.detach(), self.layout, scale)
         return cosine_sum(self.coefficients, self.locations, self.cells, self.shape, scale, self.difference)
 
-    def added_to(self, onto: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+    def add_to(self, onto: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         own = type(self).delta is Spectrum.delta  # a subclass may make another matrix
         here = onto.dtype == self.coefficients.dtype and onto.device == self.coefficients.device
         if not (own and here) or onto.device.type != "cpu":
-            return super().added_to(onto, strength, weight)
+            return super().add_to(onto, strength, weight)
         self._confine_what_moves()
         layout = self.layout if self._trains_eagerly() else Cells(self.cells, self.shape)
         add_cosines(onto, self.coefficients.detach(), layout, self.scale * strength)
@@ -78,8 +78,8 @@ class Spectrum(Update):
 
     def cosines(self, strength: float = 1.0) -> Cosines | None:
         self._confine_what_moves()
-        form = AtomSettings(self.shape, self.scale * strength, self.difference)
-        return Cosines(self.coefficients, self.locations, self.layout, form)
+        settings = AtomSettings(self.shape, self.scale * strength, self.difference)
+        return Cosines(self.coefficients, self.locations, self.layout, settings)
 
     @property
     def layout(self) -> Cells:

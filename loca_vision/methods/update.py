@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from loca_vision.functional.cosine_atoms import Cosines
 from loca_vision.offload import stored_at
+
+Operation = Literal["delta", "apply_to", "add_to"]
 
 
 class Update(nn.Module):
@@ -67,28 +69,21 @@ class Update(nn.Module):
             return F.linear(x, self.delta(strength, weight).to(x))
         return F.linear(F.linear(x, pair[1].to(x)), pair[0].to(x))
 
-    def added_to(self, onto: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
-        """`onto` (p, q), float32 or float64, to which `delta` was added in place, without gradients."""
+    def add_to(self, onto: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+        """Add `delta` to `onto` (p, q), float32 or float64, in place and without gradients; returns `onto`."""
         return onto.add_(self.delta(strength, weight).to(onto))
 
-    def add_to(self, onto: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> None:
-        """`added_to`, through `forward`."""
-        self(strength, None, weight, onto)
+    def forward(self, operation: Operation = "delta", *inputs: Any) -> Tensor:
+        """Run `delta`, `apply_to` or `add_to`: called through here, hooks that bring offloaded tensors see the call.
 
-    def forward(
-        self, strength: float = 1.0, x: Tensor | None = None, weight: Tensor | None = None, onto: Tensor | None = None
-    ) -> Tensor:
-        """`delta`, or, given activations, `apply_to`, or, given a matrix, `added_to`: through here, so that hooks which bring
-        offloaded tensors see it.
-
-        Autocast is for activations: a matrix made under it is the one that is made without, and may be kept.
+        Autocast is for activations: a matrix made under it is the same as without, because it may be cached.
         """
-        if x is not None:
-            return self.apply_to(x, strength, weight)
+        run = getattr(self, operation)
         device = next((value.device.type for value in self.tensors()), "cpu")
-        usual = not torch.amp.is_autocast_available(device)  # there is none on the meta device
-        with nullcontext() if usual else torch.autocast(device, enabled=False):
-            return self.delta(strength, weight) if onto is None else self.added_to(onto, strength, weight)
+        if operation == "apply_to" or not torch.amp.is_autocast_available(device):  # there is none on the meta device
+            return run(*inputs)  # type: ignore[no-any-return]
+        with torch.autocast(device, enabled=False):
+            return run(*inputs)  # type: ignore[no-any-return]
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All that the update is made from."""

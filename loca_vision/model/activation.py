@@ -19,7 +19,7 @@ from loca_vision.offload import stored_at
 def active_updates(model: nn.Module) -> list[Update]:
     """Every update but those of adapters that do not act."""
     entries = [(site.updates, *pair) for site in sites(model) for pair in site.updates.entries()]
-    idle = {id(update) for updates, place, update in entries if place.adapter not in updates.strengths}
+    idle = {id(update) for updates, slot, update in entries if slot.adapter not in updates.strengths}
     return [update for update in all_updates(model) if id(update) not in idle]
 
 
@@ -54,10 +54,10 @@ def strengthen(model: nn.Module, record: AdapterState) -> None:
 def strengths_at(updates: WeightUpdates, strengths: Mapping[str, Strength]) -> dict[str, float]:
     """How strongly each of these adapters acts on one weight."""
     found: dict[str, float] = {}
-    for place in updates.places:
-        if place.adapter in strengths:
-            strength = strengths[place.adapter]
-            found[place.adapter] = strength[place.projection] if isinstance(strength, Mapping) else strength
+    for slot in updates.slots:
+        if slot.adapter in strengths:
+            strength = strengths[slot.adapter]
+            found[slot.adapter] = strength[slot.projection] if isinstance(strength, Mapping) else strength
     return found
 
 

@@ -21,7 +21,7 @@ def adapters(model: nn.Module, name: str = "default") -> dict[str, Any]:
     """
     _known(_record(model), name)
     entries = (entry for site in sites(model) for entry in site.updates.entries())
-    return {place.projection: update for place, update in entries if place.adapter == name}
+    return {slot.projection: update for slot, update in entries if slot.adapter == name}
 
 
 def set_adapters(

@@ -17,12 +17,12 @@ from loca_vision.layers.effective_weight import EffectiveWeight
 from loca_vision.model.base_checkpoint import SaveBase
 from loca_vision.model.options import choose, settings_of
 
-_CHILD = "loca_circumstances"
+_CHILD = "loca_call_settings"
 
 _HOOK = "_loca_call_hook"
 
 
-def circumstances(model: nn.Module) -> CallSettings:
+def call_settings(model: nn.Module) -> CallSettings:
     """Those of this model, which has them from now on."""
     found = model._modules.get(_CHILD)
     if not isinstance(found, CallSettings):
@@ -41,8 +41,8 @@ def circumstances(model: nn.Module) -> CallSettings:
     return found
 
 
-def forget_circumstances(model: nn.Module) -> None:
-    """Undo what `circumstances` did."""
+def forget_call_settings(model: nn.Module) -> None:
+    """Undo what `call_settings` did."""
     model._modules.pop(_CHILD, None)
     hook = model.__dict__.pop(_HOOK, None)
     if hook is not None:
@@ -82,14 +82,14 @@ def read_strength(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, An
                 named = named | {name: {key: value for key, value in settings.items() if key != "scale"} or None}
     if strength is None:
         strength = 1.0 if torch.compiler.is_compiling() else scale_of_the_call_above()
-    model._modules[_CHILD].set_strength(strength)  # type: ignore[union-attr, operator]
+    model._modules[_CHILD].set_scale(strength)  # type: ignore[union-attr, operator]
     return inputs, named
 
 
 @_disable_dynamo  # torch.compiler.disable, which would import the compiler here and now
 def hear_strength(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     """The same for a model whose `forward` takes no such argument."""
-    model._modules[_CHILD].set_strength(scale_of_the_call_above())  # type: ignore[union-attr, operator]
+    model._modules[_CHILD].set_scale(scale_of_the_call_above())  # type: ignore[union-attr, operator]
 
 
 KEYWORDS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")

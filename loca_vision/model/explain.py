@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loca_vision.checks import counts_by_name, is_whole
-from loca_vision.functional.cosine_linear import asked_of
+from loca_vision.functional.cosine_linear import workload_of
 from loca_vision.functional.cost_model import Decision, Workload, choose
 from loca_vision.functional.flop_counts import (
     NOTHING,
@@ -104,7 +104,7 @@ def explain(model: nn.Module, tokens: int | Mapping[str, int] = 2048, *, dtype: 
     for name, count in counts.items():
         if not is_whole(count) or count < 1:
             raise ValueError(f"tokens={count!r} for {name}: a whole number from 1 up")
-    weights = {place.projection: _weight(model, place.module) for place in projections_in(unwrap(model))}
+    weights = {known.projection: _weight(model, known.module) for known in projections_in(unwrap(model))}
     rows = [
         row
         for site, updates in acting
@@ -119,7 +119,7 @@ _Acting = tuple[str, str, Update]  # adapter, projection, update
 
 def _acting(site: Site) -> list[_Acting]:
     strengths = site.updates.strengths
-    entries = [(place.adapter, place.projection, update) for place, update in site.updates.entries()]
+    entries = [(slot.adapter, slot.projection, update) for slot, update in site.updates.entries()]
     return [entry for entry in entries if entry[0] in strengths and not entry[2].inactive]
 
 
@@ -133,7 +133,7 @@ def _explained(site: Site, updates: list[_Acting], tokens: int, weight: Tensor, 
     """The projections of one weight, which share their activations."""
     learning = [update for *_, update in updates if _learns(update)]
     if not learning:
-        return [_still(one, site.updates.circumstances.low_memory) for one in updates]
+        return [_still(one, site.updates.call_settings.low_memory) for one in updates]
     if all(update.factors() is not None for *_, update in updates):
         return [_by_factors(one, tokens) for one in updates]
     obstacle = _obstacle(learning, weight)
@@ -141,7 +141,7 @@ def _explained(site: Site, updates: list[_Acting], tokens: int, weight: Tensor, 
     if obstacle is None:
         choices = choose([_asked(update) for update in learning], tokens, weight.device, dtype or weight.dtype)
     choice_of = {id(update): choice for update, choice in zip(learning, choices, strict=True)}
-    sharing = sum(choice.way != "whole" for choice in choices)
+    sharing = sum(choice.strategy != "whole" for choice in choices)
     return [
         _by_matrix(one, choice_of.get(id(one[2])), tokens, sharing, obstacle or f"no costs are known for {weight.device.type}")
         for one in updates
@@ -180,13 +180,13 @@ def _by_matrix(one: _Acting, choice: Decision | None, tokens: int, sharing: int,
     if choice is None:
         return _row(one, "nothing", "whole", "another update of this weight learns", forward)
     asked, why = _asked(update), _comparison(choice) or otherwise
-    if choice.way == "whole":
+    if choice.strategy == "whole":
         return _row(one, _learned(update), "whole", why, forward, of_whole_gradient(asked, tokens))
     backward = of_sampled_gradient(asked, tokens, sharing)
-    if choice.way == "applied":
+    if choice.strategy == "applied":
         applied = of_applying(asked, tokens, sharing)
         forward, backward = applied, backward + applied
-    return _row(one, _learned(update), choice.way, why, forward, backward)
+    return _row(one, _learned(update), choice.strategy, why, forward, backward)
 
 
 def _comparison(choice: Decision) -> str:
@@ -196,7 +196,7 @@ def _comparison(choice: Decision) -> str:
 
 def _asked(update: Update) -> Workload:
     cosines = update.cosines()
-    return Workload(update.shape, _count(update) or 0, 1) if cosines is None else asked_of(cosines)
+    return Workload(update.shape, _count(update) or 0, 1) if cosines is None else workload_of(cosines)
 
 
 def _learned(update: Update) -> str:

@@ -13,7 +13,7 @@ from loca_vision.layers.weight_updates import AdapterSlot, WeightUpdates
 from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.methods.update import Update
 from loca_vision.model.activation import activate, claim_trained, store_live_tensors
-from loca_vision.model.call_scale import circumstances
+from loca_vision.model.call_scale import call_settings
 from loca_vision.model.conv_in import fit_conv_in
 from loca_vision.model.state import Adapter, start_record
 from loca_vision.model.target_checks import check_new_name, classifier, linear_targets
@@ -105,7 +105,7 @@ def attach(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Tar
     for target, update in placed:
         updates = updates_of(target)
         if target.attention is not None:
-            updates.shared = (circumstances(model),)
+            updates.share(call_settings(model))
         updates.add(AdapterSlot(name, target.name, target.rows), update.to(device_for(target.layer)))
     activate(model, record, record.active | {name: 1.0}, enabled=True)
 

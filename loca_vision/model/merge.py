@@ -25,7 +25,7 @@ class Weight:
 
     Args:
         path, layer: of the linear layer.
-        reading: how it reads.
+        effective_weight: its W + Delta W.
         stack: the paths of the layers whose weights it stacks, for a projection that fuses several.
     """
 
@@ -55,10 +55,10 @@ def weights(model: nn.Module) -> list[Weight]:
         if isinstance(module, AdaptedLayer):
             found.append(Weight(path, module, module.loca))
         elif isinstance(module, AdaptedAttention):
-            for place, reading in module.loca.effective_weights(module):
-                if reading.all_updates():
-                    stack = tuple(f"{path}.{part}" for part in module.loca.stacked(module, place))
-                    found.append(Weight(f"{path}.{place}", base_of(child(module, place)), reading, stack))
+            for name, effective_weight in module.loca.effective_weights(module):
+                if effective_weight.all_updates():
+                    stack = tuple(f"{path}.{part}" for part in module.loca.stacked(module, name))
+                    found.append(Weight(f"{path}.{name}", base_of(child(module, name)), effective_weight, stack))
     return found
 
 
@@ -84,12 +84,12 @@ def acting_at(model: nn.Module, strengths: Mapping[str, Strength]) -> Iterator[N
 def _check_dependent(model: nn.Module, written: Collection[str]) -> None:
     """The change a weight-decomposed adapter makes is of W as it was when the adapter came, not with another in it."""
     for site in sites(model):
-        changed = {place.projection for place, _ in site.updates.entries() if place.adapter in written}
-        for place, update in site.updates.entries():
-            goes_on = place.adapter in site.updates.strengths and place.adapter not in written
-            if goes_on and update.needs_weight and place.projection in changed:
+        changed = {slot.projection for slot, _ in site.updates.entries() if slot.adapter in written}
+        for slot, update in site.updates.entries():
+            goes_on = slot.adapter in site.updates.strengths and slot.adapter not in written
+            if goes_on and update.needs_weight and slot.projection in changed:
                 raise ValueError(
-                    f"{place.projection}: adapter {place.adapter!r} depends on the weight, which would be changed under it; "
+                    f"{slot.projection}: adapter {slot.adapter!r} depends on the weight, which would be changed under it; "
                     f"write it into the weight too, or first let it not act"
                 )
 

@@ -9,7 +9,7 @@ from loca_vision.layers.adapted_attention import AdaptedAttention, restore_atten
 from loca_vision.layers.adapted_linear import AdaptedLayer, restore
 from loca_vision.model.activation import activate, store_live_tensors
 from loca_vision.model.adapters import _known, _record
-from loca_vision.model.call_scale import forget_circumstances
+from loca_vision.model.call_scale import forget_call_settings
 from loca_vision.model.conv_in import WEIGHT, fit_conv_in
 from loca_vision.model.merge import write_weights
 from loca_vision.model.state import AdapterState, end_record, refuse_fused
@@ -48,15 +48,15 @@ def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) ->
     fit_conv_in(model, record)
     if not record.adapters:
         end_record(model)
-        forget_circumstances(model)
+        forget_call_settings(model)
 
 
 def release(host: AdaptedLayer | AdaptedAttention) -> None:
     """Give a layer without any update left its own class back."""
     if isinstance(host, AdaptedLayer):
-        if not host.loca.places:
+        if not host.loca.slots:
             restore(host)
-    elif not any(updates.places for updates in host.loca.parts()):
+    elif not any(updates.slots for updates in host.loca.parts()):
         restore_attention(host)
 
 

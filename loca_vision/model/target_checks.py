@@ -11,7 +11,7 @@ from torch import nn
 from loca_vision.checks import PARTS
 from loca_vision.layers.targets import Target, find_targets
 from loca_vision.model.state import state_of
-from loca_vision.model.traversal import places
+from loca_vision.model.traversal import slots
 
 
 def linear_targets(model: nn.Module, parts: Sequence[str]) -> list[Target]:
@@ -87,9 +87,9 @@ def check_new_name(model: nn.Module, name: object) -> None:
     known = record.adapters if record else {}
     if name in known:
         raise ValueError(f"name={name!r}: the model has an adapter of that name; remove it first or choose another")
-    for place in places(model):
-        if place.adapter not in known:
+    for slot in slots(model):
+        if slot.adapter not in known:
             raise ValueError(
-                f"{place.projection} has the adapter {place.adapter!r} through another module, above or below this one; "
+                f"{slot.projection} has the adapter {slot.adapter!r} through another module, above or below this one; "
                 "remove it there"
             )

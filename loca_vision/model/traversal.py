@@ -57,9 +57,9 @@ def sites(model: nn.Module) -> list[Site]:
     return found
 
 
-def places(model: nn.Module) -> list[AdapterSlot]:
+def slots(model: nn.Module) -> list[AdapterSlot]:
     """Every adapted projection of every adapter."""
-    return [place for site in sites(model) for place in site.updates.places]
+    return [slot for site in sites(model) for slot in site.updates.slots]
 
 
 def all_updates(model: nn.Module) -> list[Update]:

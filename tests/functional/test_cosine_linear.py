@@ -40,7 +40,7 @@ def make(rows, cols, count, difference="central", dtype=torch.float64, scale=0.7
 
 
 def delta(one):
-    form = one.form
+    form = one.settings
     made = cosine_sum(one.coefficients, one.locations, one.layout.cells, form.shape, form.scale, form.difference)
     return made.detach()
 
@@ -59,7 +59,7 @@ def computed(x, base, bias, updates, path):
 def from_spectrum(z, one):
     """The gradients of coefficients and locations by their definition, from the whole of Z."""
     u, v = one.layout.cells.T
-    (rows, cols), scale, (up, down, share) = one.form.shape, one.form.scale, SLOPES[one.form.difference]
+    (rows, cols), scale, (up, down, share) = one.settings.shape, one.settings.scale, SLOPES[one.settings.difference]
 
     def at(du, dv):
         return z[(u + du).clamp(0, rows - 1), (v + dv).clamp(0, cols - 1)]

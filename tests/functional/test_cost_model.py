@@ -19,7 +19,7 @@ def costs(**given):
 
 def decides(monkeypatch, asked, costs, tokens=1000, device=CPU, dtype=FLOAT):
     monkeypatch.setattr(paths, "COSTS", {"cpu": costs})
-    return [choice.way for choice in choose(asked, tokens, device, dtype)]
+    return [choice.strategy for choice in choose(asked, tokens, device, dtype)]
 
 
 def test_a_device_without_costs_takes_the_whole_gradient(monkeypatch):
@@ -53,7 +53,7 @@ def test_the_ways_of_the_model_are_the_cheapest_there_are(monkeypatch):
     for tokens, cells, count in ((32, 100, 1), (200, 100, 2), (700, 3000, 1), (3000, 3000, 3), (3000, 9000, 2)):
         found = choose([Workload((256, 192), cells, 1)] * count, tokens, CPU, FLOAT)
         total = {way: count * found[0].seconds[way] for way in ("whole", "sampled", "applied")}
-        assert total[found[0].way] == min(total.values())
+        assert total[found[0].strategy] == min(total.values())
 
 
 def test_what_asks_for_nothing_gets_nothing_sampled(monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import scipy.fft
 import torch
 
-from loca_vision.functional.packed_dct import add_samples, basis_pieces, empty_spectrum, frequencies, places, rows_for
+from loca_vision.functional.packed_dct import add_samples, basis_pieces, empty_spectrum, frequencies, packed_rows, rows_for
 
 LENGTHS = (1, 2, 3, 4, 5, 8, 9, 33, 64, 77)
 
@@ -27,7 +27,7 @@ def test_each_frequency_is_at_its_place(n, dtype, threads):
     x = torch.randn(7, n, dtype=dtype)
     found = frequencies(x)
     assert found.shape == (rows_for(n), 7) and found.is_contiguous() and found.dtype == dtype
-    row, sign = places(torch.arange(n), n)
+    row, sign = packed_rows(torch.arange(n), n)
     assert len(set(row.tolist())) == n
     torch.testing.assert_close((found[row] * sign[:, None].to(dtype)).T, dct_of(x))
 
@@ -37,7 +37,7 @@ def test_each_frequency_is_at_its_place(n, dtype, threads):
 def test_samples_are_added_to_what_is_there(n, dtype, threads):
     x, there = torch.randn(2, 20, n + 3, dtype=dtype)
     x = x[:, :n].contiguous()
-    row, sign = places(torch.arange(n), n)
+    row, sign = packed_rows(torch.arange(n), n)
     spectrum = empty_spectrum(rows_for(n), 20, x).zero_()
     spectrum[row] = sign[:, None].to(dtype) * dct_of(x).T
     y = there.clone()
@@ -49,7 +49,7 @@ def test_samples_are_added_to_what_is_there(n, dtype, threads):
 @pytest.mark.parametrize("n", LENGTHS)
 def test_a_basis_is_the_frequencies_of_unit_vectors(n):
     basis = torch.cat(basis_pieces(n, 10**6, torch.device("cpu"), torch.float64), 1)
-    row, _ = places(torch.arange(n), n)
+    row, _ = packed_rows(torch.arange(n), n)
     torch.testing.assert_close(basis[row], frequencies(torch.eye(n, dtype=torch.float64))[row])
 
 

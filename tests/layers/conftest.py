@@ -2,13 +2,13 @@
 
 import pytest
 
-from loca_vision.layers.effective_weight import EffectiveWeight
+from loca_vision.layers import effective_weight
 
 
 @pytest.fixture
 def builds(monkeypatch):
     """Counts how often a weight is built."""
     count = []
-    build = EffectiveWeight._built
-    monkeypatch.setattr(EffectiveWeight, "_built", lambda *given, **more: count.append(1) or build(*given, **more))
+    build = effective_weight.sum_with
+    monkeypatch.setattr(effective_weight, "sum_with", lambda *inputs: count.append(1) or build(*inputs))
     return count

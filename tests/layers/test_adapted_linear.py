@@ -139,7 +139,7 @@ def test_training_does_not_keep_weights(adapted, images):
     with torch.no_grad():
         adapted(images)
     adapted(images)
-    assert all(module._kept is None for module in adapted.modules() if isinstance(module, WeightUpdates))
+    assert all(module._cached is None for module in adapted.modules() if isinstance(module, WeightUpdates))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))

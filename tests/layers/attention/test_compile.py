@@ -145,7 +145,7 @@ def test_one_layer_compiled_in_low_memory(compiler):
     layer, oracle = attention_layers(model)[0], attention_layers(written(small(), adapters(model)))[0]
     with torch.no_grad():
         assert_near(compiler(layer)(x), oracle(x))
-    assert all(reading._kept is None and reading.delta is None for reading in effective_weights(model))
+    assert all(weight._cached is None and weight.delta is None for weight in effective_weights(model))
 
 
 @pytest.mark.filterwarnings("ignore")

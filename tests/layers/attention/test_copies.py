@@ -33,7 +33,7 @@ def test_copies_are_independent_and_complete(family, clone):
     model = adapted(family)
     answer = output(model)
     twin = clone(model)
-    assert all(reading._kept is None for reading in effective_weights(twin))
+    assert all(weight._cached is None for weight in effective_weights(twin))
     assert torch.equal(output(twin), answer)
     set_adapters(twin, "default", 0.5)
     if family in KEYWORD:

@@ -159,7 +159,7 @@ def test_nothing_is_kept_beside_a_layer_that_is_offloaded():
     cpu_offload(model, execution_device=CPU)
     assert_near(output(model), expected())
     assert next(model.parameters()).device.type == "meta"
-    assert all(reading._kept is None and reading.delta is None for reading in effective_weights(model))
+    assert all(weight._cached is None and weight.delta is None for weight in effective_weights(model))
 
 
 def cast(model):

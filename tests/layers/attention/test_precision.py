@@ -98,9 +98,9 @@ def test_fused_weights_are_built_once(builds):
 def test_training_does_not_keep_weights():
     model = adapted(learned=True)
     output(model)
-    assert sum(reading._kept is not None for reading in effective_weights(model)) == len(adapters(model))
+    assert sum(weight._cached is not None for weight in effective_weights(model)) == len(adapters(model))
     gradients(model)
-    assert all(reading._kept is None for reading in effective_weights(model))
+    assert all(weight._cached is None for weight in effective_weights(model))
 
 
 def input_gradient(model):
@@ -125,11 +125,11 @@ def test_low_memory(family, arrival):
     assert_near(output(model), expected(family))
     assert_near(output(model, **{KEYWORD[family]: {"scale": 0.3}}), expected(family, 0.3))
     got = input_gradient(model)
-    assert all(reading._kept is None and reading.delta is None for reading in effective_weights(model))
+    assert all(weight._cached is None and weight.delta is None for weight in effective_weights(model))
     assert_near(got, input_gradient(written(FAMILIES[family](), adapters(model), family)), 1e-4)
     set_low_memory(model, False)
     output(model)
-    assert any(reading._kept is not None for reading in effective_weights(model))
+    assert any(weight._cached is not None for weight in effective_weights(model))
 
 
 def test_low_memory_builds_nothing(builds):

@@ -1,0 +1,114 @@
+"""The updates that act on one weight now: their sum, added to the weight, and which of them need no matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loca_vision.functional.cosine_atoms import Cosines
+from loca_vision.functional.low_rank_linear import LowRankRows
+from loca_vision.functional.row_linear import RowDelta, Rows, add_in_place, add_rows
+from loca_vision.layers.call_settings import CallSettings
+from loca_vision.methods.update import Update
+
+
+@dataclass(frozen=True)
+class ActiveUpdate:
+    """One update that acts on a weight: on which of its rows, how strongly, and the projection it belongs to."""
+
+    projection: str
+    rows: Rows
+    update: Update
+    strength: float
+
+    def weight_rows(self, weight: Tensor | None, device: torch.device) -> Tensor | None:
+        """The rows of W that the update depends on; None for an update that depends on none."""
+        if weight is None or not self.update.needs_weight:
+            return None
+        return (weight if self.rows is None else weight[self.rows]).to(device)
+
+
+Updates = Sequence[ActiveUpdate]
+
+
+def tensors_of(updates: Updates) -> Iterator[Tensor]:
+    """Everything that the updates are made from."""
+    for active in updates:
+        yield from active.update.tensors()
+
+
+def learn(updates: Updates) -> bool:
+    """Whether training can change any of the updates."""
+    return any([value.requires_grad for value in tensors_of(updates)])
+
+
+def deltas_of(updates: Updates, base: Tensor, call: CallSettings | None, device: torch.device | None = None) -> list[RowDelta]:
+    """The rows and the update of each projection, summed over adapters.
+
+    Args:
+        base: W (n, q), for updates that depend on it.
+        call: the settings of the call; None leaves its scale out.
+        device: of the result, by default W's.
+    """
+    device = device or base.device
+    scale = 1.0 if call is None else call.scale
+    deltas: dict[str, RowDelta] = {}
+    for active in updates:
+        delta = active.update("delta", scale * active.strength, active.weight_rows(base, device)).to(device)
+        if call is not None:
+            delta = call.scaled_in_graph(delta)
+        if active.projection in deltas:
+            delta = deltas[active.projection][1] + delta
+        deltas[active.projection] = active.rows, delta
+    return list(deltas.values())
+
+
+def sum_with(updates: Updates, base: Tensor, call: CallSettings | None) -> Tensor:
+    """W + the updates, (n, q) in W's dtype. Where no gradient is recorded they are added in place, to the same bits."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return add_rows(base, deltas_of(updates, base, call))
+    wide = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
+    scale = 1.0 if call is None else call.scale
+    for group in _by_projection(updates):
+        if len(group) > 1 or isinstance(group[0].rows, Tensor):
+            add_in_place(wide, deltas_of(group, base, call))
+        else:
+            active = group[0]
+            rows = wide[active.rows or slice(None)]
+            active.update("add_to", rows, scale * active.strength, active.weight_rows(base, base.device))
+    return wide.to(base.dtype)
+
+
+def split_low_rank(updates: Updates, call: CallSettings) -> tuple[list[ActiveUpdate], list[LowRankRows]]:
+    """The updates that must be built as matrices, and the factors of those of low rank."""
+    matrices, pairs = [], []
+    for active in updates:
+        factors = active.update.factors(call.scale * active.strength)
+        if factors is None:
+            matrices.append(active)
+        else:
+            pairs.append((active.rows, call.scaled_in_graph(factors[0]), factors[1]))
+    return matrices, pairs
+
+
+def learned_cosines(updates: Updates, scale: float, device: torch.device) -> list[tuple[ActiveUpdate, Cosines]] | None:
+    """The updates that learn as sums of cosines; None unless all of them are such sums and lie on the device."""
+    learned: list[tuple[ActiveUpdate, Cosines]] = []
+    for active in updates:
+        if not learn([active]):
+            continue
+        cosines = active.update.cosines(scale * active.strength)
+        if cosines is None or cosines.coefficients.device != device:
+            return None
+        learned.append((active, cosines))
+    return learned
+
+
+def _by_projection(updates: Updates) -> list[list[ActiveUpdate]]:
+    groups: dict[str, list[ActiveUpdate]] = {}
+    for active in updates:
+        groups.setdefault(active.projection, []).append(active)
+    return list(groups.values())

@@ -1,0 +1,75 @@
+"""The update of one weight as compiled code reads it: a buffer, rewritten in place, so that nothing is compiled anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loca_vision.functional.row_linear import add_rows
+from loca_vision.layers.active_updates import ActiveUpdate, deltas_of
+from loca_vision.methods.update import Update
+
+
+class CompiledDelta(nn.Module):
+    """The buffer `delta` (n, q): made by `settle` when code is traced, rewritten by `refresh` when adapters change.
+
+    It holds the updates without the scale of the call, which compiled code multiplies in. While it is None, compiled code
+    builds the update in its graph.
+    """
+
+    delta: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("delta", None, persistent=False)
+        # the weight that `delta` was made for; in a tuple, because it is another module's parameter
+        self._settled_for: tuple[Tensor] | None = None
+        self.register_load_state_dict_post_hook(_refresh_after_loading)  # type: ignore[no-untyped-call]
+
+    def active_updates(self) -> list[ActiveUpdate]:
+        """The updates that act on the weight now."""
+        raise NotImplementedError
+
+    def all_updates(self) -> list[Update]:
+        """All updates of the weight, whether they act or not."""
+        raise NotImplementedError
+
+    def learns(self) -> bool:
+        """Whether training may still change any update here: compiled code then builds it in its graph."""
+        return any([value.requires_grad for update in self.all_updates() for value in update.tensors()])
+
+    def settle(self, base: Tensor) -> None:
+        """Make the buffer for a weight like `base` (n, q), unless it is there."""
+        if self.delta is None:
+            with torch.inference_mode(False), torch.no_grad():
+                dtype = base.dtype if base.element_size() > 1 else torch.float32  # 8-bit floats are for storage only
+                self.delta = torch.zeros(base.shape, dtype=dtype, device=base.device)
+                self._settled_for = (base,)
+                self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Rewrite the buffer in place after adapters came, went or changed."""
+        if self.delta is None:
+            return
+        wide = torch.zeros(self.delta.shape, device=self.delta.device)
+        base = self._settled_for[0] if self._settled_for else self.delta
+        deltas = deltas_of(self.active_updates(), base, None, self.delta.device)
+        self.delta.copy_(add_rows(wide, deltas) if deltas else wide)
+
+    def drop(self) -> None:
+        """Let go of the buffer."""
+        if self.delta is not None:
+            self.delta = None
+            self._settled_for = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__ | {"_settled_for": None}  # a copy or a pickle makes its own
+        return state | {"_buffers": state["_buffers"] | {"delta": None}}
+
+
+def _refresh_after_loading(updates: nn.Module, keys: Any) -> None:
+    """After `load_state_dict` the updates may have other values, which compiled code would not notice."""
+    updates.refresh()  # type: ignore[operator]
