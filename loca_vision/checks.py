@@ -12,7 +12,7 @@ PARTS = ("q", "k", "v", "out", "fc1", "fc2")
 def check_targets(targets: object) -> None:
     """Raise unless these are different parts of attention layers and MLPs."""
     if isinstance(targets, str) or not isinstance(targets, (tuple, list)):
-        raise ValueError(f"targets={targets!r}: a tuple of parts is wanted, such as ('q', 'v')")
+        raise ValueError(f"targets={targets!r}: expected a tuple of parts, such as ('q', 'v')")
     if not targets:
         raise ValueError(f"targets=(): name at least one of {', '.join(PARTS)}")
     for part in targets:

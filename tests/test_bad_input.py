@@ -25,7 +25,7 @@ CONFIGS = [
     ({"scale": 0}, "scale=0: alpha is a finite number other than 0"),
     ({"scale": 10**400}, "alpha is a finite number other than 0"),
     ({"scale": "1"}, "scale='1': alpha is a finite number other than 0"),
-    ({"targets": "qv"}, "targets='qv': a tuple of parts is wanted, such as ('q', 'v')"),
+    ({"targets": "qv"}, "targets='qv': expected a tuple of parts, such as ('q', 'v')"),
     ({"targets": ()}, "targets=(): name at least one of q, k, v, out, fc1, fc2"),
     ({"targets": ("query",)}, "'query' is not one of q, k, v, out, fc1, fc2"),
     ({"targets": ("q", "q")}, "targets=('q', 'q'): a part is named twice"),
@@ -51,7 +51,7 @@ def adapted(vit):
 CALLS = {
     "config of another kind": (
         lambda m: inject(m, {"n_components": 3}),
-        "config is a dict: a LoCAConfig, or one of another kind, is wanted",
+        "config is a dict: expected a LoCAConfig or the config of another method",
     ),
     "name in use": (lambda m: inject(m, LoCAConfig(n_components=1)), "name='default': the model has an adapter of that name"),
     "name with a dot": (lambda m: inject(m, LoCAConfig(), "a.b"), "name='a.b': an adapter's name is 1 to 100 letters"),
@@ -87,11 +87,11 @@ CALLS = {
     "adapter named twice": (lambda m: set_adapters(m, ["default", "default"]), "an adapter is named twice"),
     "weights among the names": (
         lambda m: set_adapters(m, {"default": 0.5}),
-        "names come as a sequence",
+        "expected a sequence of names",
     ),
     "too few weights": (lambda m: set_adapters(m, ["default"], []), "weights=[]: 0 weights for 1 adapters"),
     "infinite weight": (lambda m: set_adapters(m, "default", float("inf")), "weights=[inf]: a weight is a finite number"),
-    "weight for another": (lambda m: set_adapters(m, "default", {"b": 1}), "one weight for each of ['default'] is wanted"),
+    "weight for another": (lambda m: set_adapters(m, "default", {"b": 1}), "expected one weight for each of ['default']"),
     "negative rate": (lambda m: parameter_groups(m, lr=-1.0), "lr=-1.0: it is a finite number from 0 up"),
     "rate that is no number": (lambda m: parameter_groups(m, lr=1.0, head_lr="1"), "head_lr='1': it is a finite number"),
     "nothing to optimise": (lambda m: parameter_groups(torch.nn.Linear(2, 2), lr=1.0), "Linear has no trainable adapter"),

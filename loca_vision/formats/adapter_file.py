@@ -34,7 +34,7 @@ class Description:
         configs: the adapter's settings by the component of a pipeline they are for, or under "" for a model by itself; where
             counts differ, `n_components` names each projection.
         shapes: (p, q) of each projection; of a pipeline's, the names begin with the component: `unet.mid_block...`.
-        whole: names of the parameters trained whole beside them, with the component before them likewise.
+        whole: names of the parameters trained as a whole, with the component in front likewise.
         name, base_model, library_version: of the adapter, of what it was trained on, and of what wrote it.
     """
 
@@ -51,7 +51,7 @@ class Description:
         return next(iter(self.configs.values())).method
 
     def file_layout(self) -> dict[str, TensorSpec]:
-        """What the file holds beside whole tensors, by key.
+        """What the file holds besides whole tensors, by key.
 
         Raises:
             ValueError: the settings do not fit the shapes.
@@ -168,7 +168,7 @@ def read_description(metadata: dict[str, str], entries: dict[str, Entry]) -> Des
     if said["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format_version={said['format_version']}: this library reads version {FORMAT_VERSION}")
     if set(said) != _FIELDS:
-        raise ValueError(f"{METADATA_KEY}: the said {sorted(set(said) ^ _FIELDS)} are missing or unknown")
+        raise ValueError(f"{METADATA_KEY}: the fields {sorted(set(said) ^ _FIELDS)} are missing or unknown")
     if not isinstance(said["method"], str) or said["method"] not in KINDS:
         raise ValueError(
             f"method={said['method']!r}: this library reads {', '.join(map(repr, sorted(KINDS)))}; import the module that "

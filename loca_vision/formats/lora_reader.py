@@ -28,7 +28,7 @@ class LoraFile:
     Args:
         pairs: the updates by module path, in the file's order; of a pipeline's, the paths begin with the component:
             `unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q`. A text encoder's have `text_model` in them.
-        whole: tensors trained whole beside them (`modules_to_save` of peft), by the parameter's name.
+        whole: tensors trained as a whole (`modules_to_save` of peft), by the parameter's name.
         skipped: the keys left out, with what they are.
     """
 
@@ -64,7 +64,7 @@ def read_lora(path: str | os.PathLike[str], *, skip: bool = False) -> LoraFile:
     """
     file = _file(Path(path))
     with open_safetensors(file) as opened:
-        settings = _settings_beside(file, opened.entries)
+        settings = _settings_in_folder(file, opened.entries)
         found = _sort(opened.entries, settings)
         in_header = settings_in_header(opened.metadata)
         _check_complete(found, opened.entries)
@@ -100,12 +100,12 @@ def _file(path: Path) -> Path:
     raise FileNotFoundError(f"{path}: {several}")
 
 
-def _settings_beside(file: Path, keys: Collection[str]) -> LoraSettings | None:
+def _settings_in_folder(file: Path, keys: Collection[str]) -> LoraSettings | None:
     """Of a file that peft wrote, what its configuration says."""
     if file.name != PEFT_WEIGHTS and not any(key.startswith(PEFT_PREFIX) for key in keys):
         return None
     if not file.with_name(PEFT_CONFIG).exists():
-        raise ValueError(f"it is of peft, which keeps alpha in {PEFT_CONFIG}: that file is not beside it")
+        raise ValueError(f"it is of peft, which keeps alpha in {PEFT_CONFIG}: that file is missing from the folder")
     return read_settings(read_json(file.with_name(PEFT_CONFIG)))
 
 
@@ -152,10 +152,10 @@ def _check_pair(keys: Mapping[str, str], entries: Mapping[str, Entry]) -> None:
             raise ValueError(f"{key} has dtype {entry.dtype}: it is one of {', '.join(FLOATS)}")
     fits = len(down.shape) == len(up.shape) in (2, 4) and down.shape[0] == up.shape[1] and 0 not in down.shape + up.shape
     if not fits:
-        raise ValueError(f"{keys['down']} is {down.shape} and {keys['up']} {up.shape}: (r, q) and (p, r) are wanted")
+        raise ValueError(f"{keys['down']} is {down.shape} and {keys['up']} {up.shape}: expected (r, q) and (p, r)")
     alpha = entries[keys["alpha"]].shape if "alpha" in keys else ()
     if any(size != 1 for size in alpha):
-        raise ValueError(f"{keys['alpha']} has shape {alpha}: one number is wanted")
+        raise ValueError(f"{keys['alpha']} has shape {alpha}: expected one number")
 
 
 def _skipped(found: _Sorted, *, skip: bool) -> dict[str, str]:
@@ -182,7 +182,7 @@ def _pair(
     keys: Mapping[str, str],
     tensors: Mapping[str, Tensor],
     in_header: Mapping[str, LoraSettings],
-    beside: LoraSettings | None,
+    in_folder: LoraSettings | None,
 ) -> LowRankPair:
     down, up = (tensors[keys[role]].flatten(1) for role in ("down", "up"))
     if "alpha" in keys:
@@ -190,5 +190,5 @@ def _pair(
     component, _, rest = path.partition(".")
     if component in in_header:
         return LowRankPair(down, up, in_header[component].scale(rest, len(down)))
-    settings = in_header.get("", beside)
+    settings = in_header.get("", in_folder)
     return LowRankPair(down, up, settings.scale(path, len(down)) if settings else 1.0)

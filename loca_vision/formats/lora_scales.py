@@ -71,7 +71,7 @@ def read_settings(fields: Any) -> LoraSettings:
         raise ValueError("the configuration of a LoRA is an object")
     kind = fields.get("peft_type") or "LORA"
     if kind != "LORA":
-        raise ValueError(f"peft_type={kind!r}: an adapter of peft's type LORA is wanted")
+        raise ValueError(f"peft_type={kind!r}: expected an adapter of peft's type LORA")
     for field in _OTHERWISE:
         if fields.get(field):
             raise ValueError(f"{field}={fields[field]!r}: such a LoRA is more than two factors, and is not read here")
@@ -84,7 +84,7 @@ def read_settings(fields: Any) -> LoraSettings:
     rank, alpha = fields.get("r", 8), fields.get("lora_alpha", 8)
     ranks, alphas = _patterns(fields, "rank_pattern"), _patterns(fields, "alpha_pattern")
     if type(rank) is not int or rank < 1 or not _is_number(alpha):
-        raise ValueError(f"r={rank!r}, lora_alpha={alpha!r}: a whole number from 1 up and a finite number are wanted")
+        raise ValueError(f"r={rank!r}, lora_alpha={alpha!r}: expected a whole number from 1 up and a finite number")
     return LoraSettings(rank, float(alpha), ranks, alphas, bool(fields.get("use_rslora")), tuple(whole))
 
 

@@ -131,7 +131,7 @@ def write_peft_lora(
     Args:
         folder: for `adapter_model.safetensors` and `adapter_config.json`; both are there at the end, or neither.
         pairs: by the paths of the model's modules: `blocks.0.attn.qkv`.
-        whole: parameters trained whole beside them by name, `head.weight`: all those of their modules.
+        whole: parameters trained as a whole, by name, `head.weight`: all those of their modules.
         base_model: what the configuration says it is for.
         overwrite: replace a folder that holds these two files and no others.
 

@@ -29,7 +29,7 @@ class LowRankPair:
     def __post_init__(self) -> None:
         if self.down.dim() != 2 or self.up.dim() != 2 or self.down.shape[0] != self.up.shape[1] or not self.down.shape[0]:
             raise ValueError(
-                f"up is {tuple(self.up.shape)} and down {tuple(self.down.shape)}: (p, r) and (r, q) are wanted, r from 1 up"
+                f"up is {tuple(self.up.shape)} and down {tuple(self.down.shape)}: expected (p, r) and (r, q) with r >= 1"
             )
         if not math.isfinite(self.scale):
             raise ValueError(f"scale={self.scale!r}: it is a finite number")
@@ -80,7 +80,7 @@ def truncated(delta: Tensor | LowRankPair, rank: int) -> Truncated:
     """
     shape = tuple(delta.shape)
     if len(shape) != 2:
-        raise ValueError(f"delta has shape {shape}: a matrix is wanted")
+        raise ValueError(f"delta has shape {shape}: expected a matrix")
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(shape):
         raise ValueError(f"rank={rank!r}: a {shape[0]} x {shape[1]} matrix has ranks from 1 to {min(shape)}")
     left, values, right = _of_pair(delta) if isinstance(delta, LowRankPair) else _svd(delta.detach())

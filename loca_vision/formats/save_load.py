@@ -39,7 +39,7 @@ from loca_vision.version import __version__
 def save_adapter(
     model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, dtype: torch.dtype = torch.float32
 ) -> Path:
-    """Write one adapter, with the tensors trained whole beside it (a classifier head), as one safetensors file.
+    """Write one adapter, with the tensors trained as a whole (a classifier head), as one safetensors file.
 
     Args:
         model: a model with the adapter.
@@ -187,7 +187,7 @@ def _whole_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
         return {}
     live = own_tensors(model)
     forget_lost(record, live)
-    parked = record.adapters[name].whole
+    parked = record.adapters[name].modules_to_save
     whole = {key: stored_at(model, key) if record.supplier == name else value for key, value in parked.items()}
     new = {key: p for key, p in moved_by_training(live).items() if key not in record.base and key in record.trainable}
     new = new if record.frozen else {}

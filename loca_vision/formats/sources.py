@@ -65,7 +65,7 @@ def opened(source: Any, request: Request) -> Iterator[Opened]:
         with open_safetensors(locate(source, request)) as file:
             yield file
     else:
-        raise TypeError(f"source is a {type(source).__name__}: a folder, a file, a hub id or a state dict is wanted")
+        raise TypeError(f"source is a {type(source).__name__}: expected a folder, a file, a hub id or a state dict")
 
 
 # Tensors in memory
@@ -87,7 +87,7 @@ class _InMemory:
             plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta"
             if not isinstance(key, str) or not plain or value.dtype not in _DTYPES:
                 what = f"{value.layout} {value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{key!r} holds a {what}: plain tensors of coefficients and locations are wanted")
+                raise ValueError(f"{key!r} holds a {what}: expected plain tensors of coefficients and locations")
         entries = {key: Entry(_DTYPES[value.dtype], tuple(value.shape), 0, 0) for key, value in held.items()}
         about = state.get(METADATA_KEY)
         if about is None:
@@ -115,7 +115,7 @@ def locate(source: str | os.PathLike[str], request: Request) -> Path:
         raise ValueError(f"weight_name={request.weight_name!r}: it is the name of a file, without a folder; see subfolder")
     text = os.fspath(source)
     if not isinstance(text, str) or not text or "\0" in text:
-        raise ValueError(f"source={source!r}: a folder, a file or a hub id is wanted")
+        raise ValueError(f"source={source!r}: expected a folder, a file or a hub id")
     path = Path(text)
     if path.is_dir():
         return _in_folder(path, request)
@@ -146,7 +146,7 @@ def _refuse_escape(what: str, name: Any) -> None:
     if name is None:
         return
     if not isinstance(name, str) or not name or "\0" in name:
-        raise ValueError(f"{what}={name!r}: a name is wanted")
+        raise ValueError(f"{what}={name!r}: expected a name")
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if ".." in parts or PurePosixPath(name).is_absolute() or Path(name).is_absolute() or name.startswith("\\") or ":" in name:
         raise ValueError(f"{what}={name!r}: it must stay inside the folder")
@@ -216,5 +216,5 @@ def _from_hub(repository: str, request: Request) -> Path:
         raise FileNotFoundError(f"{where}: there is no {name} in that repository") from error
     except (HfHubHTTPError, OSError) as error:
         reason = (str(error).splitlines() or [repr(error)])[0]
-        raise OSError(f"{where}: the hub did not answer as hoped: {reason}") from error
+        raise OSError(f"{where}: the hub answered with an error: {reason}") from error
     return Path(fetched)

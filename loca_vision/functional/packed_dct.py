@@ -83,7 +83,7 @@ def basis_pieces(n: int, width: int, device: torch.device, dtype: torch.dtype) -
 
 @lru_cache(maxsize=64)
 def _inverse_twiddle(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The inverse of `fft_plan`'s rotation. X[n / 2] is stored once, so its factor makes up for the second row, which is zero."""
+    """The inverse of `fft_plan`'s rotation; for even n, X[n / 2] is stored once and its factor makes up for the other row."""
     with torch.inference_mode(False), torch.no_grad():
         angle = torch.arange(n // 2 + 1, dtype=torch.float64, device="cpu") * (math.pi / (2 * n))
         twiddle = torch.polar(torch.full_like(angle, math.sqrt(n / 2)), angle)

@@ -94,10 +94,11 @@ class AdaptedAttention(Adapted):
 
 
 class AdaptedProjection:
-    """A linear layer of an attention layer, with the updates that act on it; in all else the layer itself.
+    """A linear layer of an attention layer with the updates that act on it; otherwise the layer itself.
 
-    It calls the layer that is there at the time, whoever has replaced or wrapped it. Where it is a plain `torch.nn.Linear`, it
-    takes one product with the kept weight instead; where it is hooked, wrapped or quantised, the update comes beside.
+    It calls whatever layer is there at the time, even if other code has replaced or wrapped it. For a plain `torch.nn.Linear`
+    it computes one product with the effective weight; for a layer that is hooked, wrapped or quantised it calls the layer and
+    adds the term of the updates.
     """
 
     def __init__(self, attention: nn.Module, path: str, effective_weight: EffectiveWeight) -> None:
@@ -111,7 +112,7 @@ class AdaptedProjection:
             result: Tensor = layer(x, *args, **kwargs)
             return result
         plain = _is_plain(layer) and not args and not kwargs
-        if plain and not self._beside():
+        if plain and not self._saves_memory():
             weight, bias = layer.weight, layer.bias
             if self.effective_weight.learns_alone(weight):
                 return self.effective_weight.linear(x, weight, bias)
@@ -137,8 +138,8 @@ class AdaptedProjection:
     def _base(self) -> Tensor:
         return readable_weight(self._layer(), self.path)
 
-    def _beside(self) -> bool:
-        """Whether memory is to be spared, and can be: gradients of the updates need them as matrices."""
+    def _saves_memory(self) -> bool:
+        """Whether low memory is chosen and possible: gradients of the updates need matrices."""
         return self.effective_weight.call_settings.low_memory and not (
             torch.is_grad_enabled() and self.effective_weight.learns()
         )
@@ -151,7 +152,7 @@ class AdaptedProjection:
 
     @staticmethod
     def _may_keep(layer: Any, x: Tensor) -> bool:
-        """A layer that is elsewhere between calls is offloaded: what is kept beside it would undo that."""
+        """A layer whose weight is on another device between calls is offloaded: a cached matrix would undo that."""
         weight = getattr(layer, "weight", None)
         return not isinstance(weight, Tensor) or weight.device == x.device
 

@@ -36,7 +36,7 @@ class ProjectionRows:
         return matrix if self.rows is None else matrix[self.rows]
 
     def count(self, rows: int) -> int:
-        """How many of so many rows it has."""
+        """The number of its rows in a weight of `rows` rows."""
         return len(self.taken(torch.empty(rows, 0)))
 
 
@@ -51,7 +51,7 @@ def projections_in(model: nn.Module) -> list[ProjectionRows]:
 
 
 def projections_of_modules(modules: Iterable[str]) -> dict[str, ProjectionRows]:
-    """The projections that modules of a pipeline's components are, by their names; those that are none are left out."""
+    """The projections among the modules of a pipeline's components, by module name; other modules are left out."""
     found = {}
     for module in modules:
         for naming in _namings(module):

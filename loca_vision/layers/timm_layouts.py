@@ -17,7 +17,7 @@ _OUT = ("proj", "out_proj", "o_proj")
 
 
 def _attention(path: str, module: nn.Module, children: dict[str, nn.Module]) -> list[tuple[str, str, Rows]]:
-    """(part, child, rows) of an attention layer; empty where the module is none."""
+    """(part, child, rows) of an attention layer; empty for other modules."""
     found: list[tuple[str, str, Rows]] = []
     sizes: Any = getattr(module, "in_split", None)
     if "in_proj" in children and sizes:  # parallel blocks: MLP, q, k and v in one projection

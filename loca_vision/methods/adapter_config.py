@@ -96,7 +96,7 @@ class AdapterConfig:
 
     @classmethod
     def at_budget(cls, numbers: int, shape: tuple[int, int]) -> dict[str, Any]:
-        """Fields with which a projection (p, q) has about so many trained numbers; none where the method has no such choice."""
+        """Fields that give a projection (p, q) about that many trained numbers; empty if the method has no such choice."""
         return {}
 
     # New updates

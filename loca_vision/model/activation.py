@@ -67,13 +67,13 @@ def claim_trained(record: AdapterState, tensors: dict[str, Tensor]) -> None:
     forget_lost(record, tensors)
     if record.supplier:
         found = {name: t.detach().clone() for name, t in moved_by_training(tensors).items() if name not in record.base}
-        record.adapters[record.supplier].whole |= found
+        record.adapters[record.supplier].modules_to_save |= found
         record.base |= {name: value.clone() for name, value in found.items()}
 
 
 def forget_lost(record: AdapterState, tensors: dict[str, Tensor]) -> None:
     """Drop whole tensors that the model no longer has, or has in another shape: its head was exchanged."""
-    for values in (record.base, *(adapter.whole for adapter in record.adapters.values())):
+    for values in (record.base, *(adapter.modules_to_save for adapter in record.adapters.values())):
         for name in [n for n, value in values.items() if n not in tensors or tensors[n].shape != value.shape]:
             del values[name]
 
@@ -85,13 +85,13 @@ def store_live_tensors(model: nn.Module, record: AdapterState) -> None:
         return
     forget_lost(record, own_tensors(model))
     if record.supplier:
-        whole = record.adapters[record.supplier].whole
+        whole = record.adapters[record.supplier].modules_to_save
         whole.update({name: stored_at(model, name).detach().clone() for name in whole})
 
 
 @torch.no_grad()
 def load_tensors(model: nn.Module, record: AdapterState) -> None:
     """Put the supplying adapter's whole tensors into the model, and the model's own where it has none."""
-    whole = record.adapters[record.supplier].whole if record.supplier else {}
+    whole = record.adapters[record.supplier].modules_to_save if record.supplier else {}
     for name, own in record.base.items():
         stored_at(model, name).copy_(whole.get(name, own))

@@ -36,7 +36,7 @@ def set_adapters(
     """
     record = _record(model)
     if isinstance(names, Mapping):
-        raise ValueError(f"names={dict(names)!r}: names come as a sequence, their weights as the next argument")
+        raise ValueError(f"names={dict(names)!r}: expected a sequence of names; their weights are the next argument")
     names = [names] if isinstance(names, str) else list(names)
     for name in names:
         _known(record, name)
@@ -53,7 +53,7 @@ def _strengths(names: list[str], weights: float | Sequence[float] | Mapping[str,
         weights = [1.0 if weights is None else weights] * len(names)
     if isinstance(weights, Mapping):
         if set(weights) != set(names):
-            raise ValueError(f"weights={dict(weights)!r}: one weight for each of {names!r} is wanted")
+            raise ValueError(f"weights={dict(weights)!r}: expected one weight for each of {names!r}")
         weights = [weights[name] for name in names]
     if len(weights) != len(names):
         raise ValueError(f"weights={list(weights)!r}: {len(weights)} weights for {len(names)} adapters")

@@ -1,4 +1,4 @@
-"""A UNet that takes the latents of an image beside the noisy ones: more channels at its entrance, for good or for a while."""
+"""Widening a UNet's `conv_in`, for good or while an adapter needs it, as InstructPix2Pix does."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def widen_conv_in(unet: nn.Module, channels: int = 8) -> bool:
     `conv_in` of a plain UNet as the file asks, and gives the old one back when the adapter goes.
 
     Returns:
-        Whether anything had to be done: False for a UNet that takes so many channels already.
+        Whether anything was changed: False for a UNet that takes that many channels already.
 
     Raises:
         TypeError: the model has no convolution `conv_in`, or no config, as a UNet of diffusers does.
         ValueError: it takes more channels than that, has an adapter already, or its layers are not 2-D and ungrouped.
     """
     if not _has_conv_in(unet):
-        raise TypeError(f"a {type(unet).__name__} has no convolution conv_in to widen: a UNet of diffusers is wanted")
+        raise TypeError(f"a {type(unet).__name__} has no convolution conv_in to widen: expected a UNet of diffusers")
     layer: Any = unet.conv_in
     if layer.in_channels == channels:
         return False
@@ -87,7 +87,7 @@ def _owner(model: nn.Module, weight: Tensor, replacing: str | None) -> str | Non
     if record is None:
         return None
     trains = record.frozen and weight.requires_grad and WEIGHT not in record.base
-    owners = [name for name, adapter in record.adapters.items() if trains or WEIGHT in adapter.whole]
+    owners = [name for name, adapter in record.adapters.items() if trains or WEIGHT in adapter.modules_to_save]
     return next((name for name in reversed(owners) if name != replacing), None)
 
 
@@ -103,7 +103,7 @@ def fit_conv_in(model: nn.Module, record: AdapterState) -> None:
         record.narrow = None
         return
     usual = (base if record.narrow is None else record.narrow).shape[1]
-    owned = (adapter.whole[WEIGHT] for adapter in record.adapters.values() if WEIGHT in adapter.whole)
+    owned = (adapter.modules_to_save[WEIGHT] for adapter in record.adapters.values() if WEIGHT in adapter.modules_to_save)
     wanted = next((weight.shape[1] for weight in owned), usual)
     if wanted == base.shape[1]:
         return
@@ -114,7 +114,7 @@ def fit_conv_in(model: nn.Module, record: AdapterState) -> None:
 
 
 def _widened_for_now(model: nn.Module, record: AdapterState, channels: int) -> nn.Parameter:
-    """The weight for so many channels; the very first one is kept."""
+    """The weight for that many channels; the original one is kept."""
     held, values = model.get_parameter(WEIGHT), stored_at(model, WEIGHT)
     if record.narrow is None:
         record.narrow = held if held is values else nn.Parameter(values, requires_grad=held.requires_grad)

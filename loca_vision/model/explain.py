@@ -42,7 +42,7 @@ class Explained:
         path: "applied" where no matrix is built; "sampled" or "whole" where one is, by how its gradient is found; "factors" for
             two thin products instead of a matrix; "kept" for a matrix that is built once, where nothing learns.
         why: in words.
-        forward, backward: what is added to the frozen layer for so many tokens.
+        forward, backward: the work added to the frozen layer for that many tokens.
     """
 
     adapter: str

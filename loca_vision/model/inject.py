@@ -34,8 +34,7 @@ def inject(
             that contains one.
         config: what to inject: a LoCAConfig, or one of another kind.
         name: of the adapter, letters, digits, `_` and `-`.
-        modules_to_save: names of modules that are trained whole beside the updates and belong to the adapter from now on: they
-            are saved with it, and leave with it. As peft has it.
+        modules_to_save: names of modules to train as a whole, as in peft: they are saved with the adapter and removed with it.
 
     Returns:
         The names of the adapted projections, "<path of the attention layer>.<part>", in the order of the model's modules.
@@ -47,10 +46,10 @@ def inject(
         In each case before the model is touched.
     """
     if not isinstance(config, AdapterConfig):
-        raise TypeError(f"config is a {type(config).__name__}: a LoCAConfig, or one of another kind, is wanted")
+        raise TypeError(f"config is a {type(config).__name__}: expected a LoCAConfig or the config of another method")
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model is a {type(model).__name__}: inject into a module; of a pipeline, into a component such as pipe.unet"
+            f"model is a {type(model).__name__}: expected a module; of a pipeline, pass a component such as pipe.unet"
         )
     check_new_name(model, name)
     model = unwrap(model)
@@ -63,7 +62,7 @@ def inject(
 def _parameters_of(model: nn.Module, modules: Sequence[str], targets: Sequence[Target]) -> dict[str, Tensor]:
     """Copies of the parameters of these modules, by name."""
     if isinstance(modules, str):
-        raise ValueError(f"modules_to_save={modules!r}: names come as a sequence")
+        raise ValueError(f"modules_to_save={modules!r}: expected a sequence of names")
     keys: list[str] = []
     for module in modules:
         inside = [key for key in own_parameters(model) if key.startswith(f"{module}.")]
@@ -91,15 +90,15 @@ def attach(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Tar
         record.frozen = True
         head = classifier(model)
         for key, parameter in own_parameters(model).items():
-            learns = key in adapter.whole or any(parameter is p for p in head)
+            learns = key in adapter.modules_to_save or any(parameter is p for p in head)
             parameter.requires_grad_(learns)
             if not learns:
                 parameter.grad = None  # an optimiser made before would still apply it
     store_live_tensors(model, record)
     own = moved_by_training(tensors) if freeze else {}
-    live = {key: stored_at(model, key).detach().clone() for key in (own | adapter.whole)}
+    live = {key: stored_at(model, key).detach().clone() for key in (own | adapter.modules_to_save)}
     record.base = {key: value.clone() for key, value in live.items()} | record.base
-    adapter.whole = {key: live[key] for key in own} | adapter.whole
+    adapter.modules_to_save = {key: live[key] for key in own} | adapter.modules_to_save
     record.adapters[name] = adapter
     fit_conv_in(model, record)
     for target, update in placed:

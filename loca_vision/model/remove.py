@@ -19,11 +19,11 @@ from loca_vision.model.traversal import sites, unwrap
 def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) -> None:
     """Take one adapter, or all of them, out of the model.
 
-    Without `merge` the base is back bit for bit, the head, a `conv_in` of fewer channels and the statistics of batch
-    normalisation included; with it, what acts now is folded into the weights (rounded once to their dtype) and a trained head
-    or `conv_in` stays, unless an adapter that goes on acting has its own. After the last adapter all layers have their own
-    classes again, and parameters are as trainable as they were before the first. What the user made trainable beside the head
-    since `inject` keeps its values.
+    Without `merge` the base is back bit for bit, including the head, a narrower `conv_in` and the statistics of batch
+    normalisation. With `merge`, the updates that act are folded into the weights (rounded once to their dtype), and a trained
+    head or `conv_in` stays, unless a remaining active adapter has its own. After the last adapter every layer has its own class
+    again, and parameters are as trainable as before the first. Parameters other than the head that the user made trainable
+    since `inject` keep their values.
 
     Raises:
         ValueError: no such adapter, or `merge` of a named one that does not act.
@@ -65,7 +65,7 @@ def _merge(model: nn.Module, record: AdapterState, names: list[str]) -> None:
     write_weights(model, {name: record.active[name] for name in names})
     if record.supplier in names:
         store_live_tensors(model, record)
-        merged = record.adapters[record.supplier].whole
+        merged = record.adapters[record.supplier].modules_to_save
         record.base |= merged
         if WEIGHT in merged:
             record.narrow = None  # the model's own is the wide one from now on

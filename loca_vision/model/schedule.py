@@ -126,7 +126,7 @@ def trainable_updates(model: nn.Module) -> list[Update]:
     """The acting updates of which something, at least, is trainable.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model has no trainable adapter.
     """
 
     def scheduled(update: Update) -> bool:

@@ -26,7 +26,7 @@ class Adapter:
     """
 
     config: AdapterConfig
-    whole: dict[str, Tensor] = field(default_factory=dict)
+    modules_to_save: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -72,7 +72,7 @@ class AdapterState:
     def supplier(self) -> str | None:
         """The adapter whose whole tensors are in the model now: the last that acts, or is fused, and has any."""
         acting = [*self.fused.adapters, *(self.active if self.enabled else ())]
-        return next((name for name in reversed(acting) if self.adapters[name].whole), None)
+        return next((name for name in reversed(acting) if self.adapters[name].modules_to_save), None)
 
     @property
     def supplier_is_fused(self) -> bool:

@@ -44,7 +44,7 @@ class LoCAAttnProcessor(nn.Module):
             if part not in DIFFUSERS.parts:
                 raise ValueError(f"spectra: {part!r} is not one of {', '.join(DIFFUSERS.parts)}")
             if not isinstance(update, Update):
-                raise TypeError(f"spectra[{part!r}] is a {type(update).__name__}: a Spectrum, or another update, is wanted")
+                raise TypeError(f"spectra[{part!r}] is a {type(update).__name__}: expected a Spectrum or another update")
         self.processor = processor
         self.scale = scale
         self.weights = nn.ModuleDict({f"on_{part}": _updates(part, update) for part, update in spectra.items()})
@@ -65,7 +65,7 @@ class LoCAAttnProcessor(nn.Module):
         """
         counts = getattr(config, "n_components", 0)
         if isinstance(counts, Mapping):
-            raise ValueError(f"n_components={counts!r}: one number is wanted for one layer")
+            raise ValueError(f"n_components={counts!r}: expected one number for one layer")
         parts = [part for part in DIFFUSERS.present(attention) if target_of(part) in config.targets]
         if not parts:
             raise ValueError(f"targets={config.targets!r}: {type(attention).__name__} has no such projection")

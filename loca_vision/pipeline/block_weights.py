@@ -28,9 +28,9 @@ def block_strengths(model: nn.Module, weights: Any, projections: Sequence[str], 
         ValueError: anything that names no attention of the model, or is no finite number.
     """
     if not isinstance(weights, Mapping):
-        return _number(weights, where)
+        return finite_number(weights, where)
     if not all(hasattr(model, attribute) for attribute in _SIDES.values()):
-        raise ValueError(f"{where}={dict(weights)!r}: {type(model).__name__} has no blocks; one number is wanted")
+        raise ValueError(f"{where}={dict(weights)!r}: {type(model).__name__} has no blocks; expected one number")
     strengths = _by_path(model, weights, where)
     return {name: next((s for path, s in strengths.items() if name.startswith(path)), 1.0) for name in projections}
 
@@ -43,7 +43,7 @@ def _by_path(model: Any, weights: Mapping[str, Any], where: str) -> dict[str, fl
         if side == "mid":
             _attentions(getattr(model, "mid_block", None), here)
             single = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1
-            found["mid_block."] = _number(value[0] if single else value, here)
+            found["mid_block."] = finite_number(value[0] if single else value, here)
         elif side in _SIDES:
             found |= _of_side(getattr(model, _SIDES[side]), _SIDES[side], value, here)
         else:
@@ -53,7 +53,7 @@ def _by_path(model: Any, weights: Mapping[str, Any], where: str) -> dict[str, fl
 
 def _of_side(blocks: Any, path: str, value: Any, where: str) -> dict[str, float]:
     if not isinstance(value, Mapping):
-        return {f"{path}.": _number(value, where)}
+        return {f"{path}.": finite_number(value, where)}
     names = {f"block_{i}": i for i, block in enumerate(blocks) if hasattr(block, "attentions")}
     found: dict[str, float] = {}
     for name, inner in value.items():
@@ -65,20 +65,25 @@ def _of_side(blocks: Any, path: str, value: Any, where: str) -> dict[str, float]
             if len(inner) not in (1, count):
                 raise ValueError(f"{here}={list(inner)!r}: {len(inner)} weights for {count} attentions")
             each = list(inner) * (count if len(inner) == 1 else 1)
-            found |= {f"{path}.{names[name]}.attentions.{i}.": _number(one, here) for i, one in enumerate(each)}
+            found |= {f"{path}.{names[name]}.attentions.{i}.": finite_number(one, here) for i, one in enumerate(each)}
         else:
-            found[f"{path}.{names[name]}."] = _number(inner, here)
+            found[f"{path}.{names[name]}."] = finite_number(inner, here)
     return found
 
 
 def _attentions(block: Any, where: str) -> int:
     attentions = getattr(block, "attentions", None)
     if attentions is None:
-        raise ValueError(f"{where}: there is no attention in that block")
+        raise ValueError(f"{where}: that block has no attention")
     return len(attentions)
 
 
-def _number(value: Any, where: str) -> float:
+def finite_number(value: Any, where: str) -> float:
+    """The value as a float.
+
+    Raises:
+        ValueError: it is not a finite number; `where` names it.
+    """
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{where}={value!r}: a weight is a finite number")
+        raise ValueError(f"{where}={value!r}: expected a finite number")
     return float(value)

@@ -12,21 +12,22 @@ from loca_vision.model.traversal import unwrap
 
 
 def models_in(pipe: Any) -> dict[str, nn.Module]:
-    """Its models by component, out of the wrappers of compilation."""
+    """The pipeline's models by component, without the wrapper of `torch.compile`."""
     if not isinstance(getattr(pipe, "components", None), Mapping):
         raise TypeError(
-            f"a {type(pipe).__name__} is no pipeline; for a model by itself there are inject, load_adapter, save_adapter"
+            f"a {type(pipe).__name__} is not a pipeline; for a model by itself, use inject, load_adapter and save_adapter"
         )
     return {name: unwrap(model) for name, model in pipe.components.items() if isinstance(model, nn.Module)}
 
 
 def adapted_in(pipe: Any) -> dict[str, tuple[nn.Module, AdapterState]]:
-    """Those that have adapters, with their records."""
+    """The models that have adapters, by component, each with its state."""
     found = ((name, model, state_of(model)) for name, model in models_in(pipe).items())
     return {name: (model, record) for name, model, record in found if record is not None}
 
 
 def names_in(pipe: Any) -> list[str]:
+    """The names of all adapters, in the order they came."""
     return list(dict.fromkeys(name for _, record in adapted_in(pipe).values() for name in record.adapters))
 
 
@@ -36,15 +37,21 @@ def active_in(pipe: Any) -> list[str]:
 
 
 def fused_in(pipe: Any) -> set[str]:
+    """The names of the adapters that are fused into some component."""
     return {name for _, record in adapted_in(pipe).values() for name in record.fused.adapters}
 
 
-def known(pipe: Any, given: str | Sequence[str], *, allow_none: bool = False) -> list[str]:
-    if given is None:
-        raise ValueError("names=None: the name of an adapter, or a list of names, is wanted")
-    if isinstance(given, Mapping):
-        raise ValueError(f"names={dict(given)!r}: names come as a list, their weights as the next argument")
-    names = [given] if isinstance(given, str) else list(given)
+def check_names(pipe: Any, names: str | Sequence[str], *, allow_none: bool = False) -> list[str]:
+    """The names as a list.
+
+    Raises:
+        ValueError: an unknown or repeated name, or none where `allow_none` is False.
+    """
+    if names is None:
+        raise ValueError("names=None: expected the name of an adapter, or a list of names")
+    if isinstance(names, Mapping):
+        raise ValueError(f"names={dict(names)!r}: expected a list of names; their weights are the next argument")
+    names = [names] if isinstance(names, str) else list(names)
     for name in names:
         if name not in names_in(pipe):
             there = ", ".join(map(repr, names_in(pipe))) or "none"
@@ -56,14 +63,19 @@ def known(pipe: Any, given: str | Sequence[str], *, allow_none: bool = False) ->
     return names
 
 
-def chosen(pipe: Any, components: Sequence[str] | None) -> dict[str, tuple[nn.Module, AdapterState]]:
+def components_to_change(pipe: Any, components: Sequence[str] | None) -> dict[str, tuple[nn.Module, AdapterState]]:
+    """The named components that have adapters; all of them by default.
+
+    Raises:
+        ValueError: no adapter in the pipeline, or in a named component.
+    """
     there = adapted_in(pipe)
     if components is None:
         if not there:
             raise ValueError("the pipeline has no adapter; load one first")
         return there
     if isinstance(components, str) or not components:
-        raise ValueError(f"components={components!r}: a list of names is wanted, such as ['unet']")
+        raise ValueError(f"components={components!r}: expected a list of names, such as ['unet']")
     for component in components:
         if component not in there:
             raise ValueError(f"components: {component!r} has no adapter; those with adapters are {', '.join(there) or 'none'}")

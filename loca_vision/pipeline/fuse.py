@@ -1,9 +1,10 @@
-"""Fusing adapters into the weights for a while: what the weights were is kept, and put back bit for bit."""
+"""Fusing adapters into the weights; the original weights are kept and put back bit for bit."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,21 +12,64 @@ from torch import Tensor, nn
 from loca_vision.model.activation import changing_active
 from loca_vision.model.merge import Weight, acting_at, stacked, weights, write_weights
 from loca_vision.model.state import Fused, Strength, state_of
+from loca_vision.pipeline.block_weights import finite_number
+from loca_vision.pipeline.components import adapted_in, check_names, components_to_change
 
 _LOG = logging.getLogger(__name__)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def fuse_components(
+    pipe: Any, components: Sequence[str] | None, *, scale: float, check: bool, adapter_names: Sequence[str] | None
+) -> None:
+    """As `LoCALoaderMixin.fuse_loca`: all components, or, if one fails, none."""
+    factor = finite_number(scale, "scale")
+    states = components_to_change(pipe, components)
+    names = None if adapter_names is None else check_names(pipe, adapter_names)
+    wanted: dict[str, dict[str, Strength]] = {}
+    for component, (_, record) in states.items():
+        fusing = [name for name in (names or record.active) if name in record.adapters]
+        if fusing and not record.enabled:
+            raise ValueError("the adapters are disabled; call enable_loca first")
+        new = [name for name in fusing if name not in record.fused.adapters]
+        wanted[component] = {name: _times(record.active.get(name, 1.0), factor) for name in new}
+    if not any(wanted.values()) and not any(record.fused.adapters for _, record in states.values()):
+        raise ValueError("no adapter is active, so there is nothing to fuse; call set_loca_adapters first")
+    done: list[tuple[nn.Module, dict[str, Strength]]] = []
+    try:
+        for component, (model, record) in states.items():
+            done.append((model, dict(record.fused.adapters)))
+            if wanted[component]:
+                fuse(model, wanted[component], check=check)
+    except BaseException:
+        for model, before in done:
+            unfuse(model)
+            if before:
+                fuse(model, before)
+        raise
+
+
+def unfuse_components(pipe: Any, components: Sequence[str] | None) -> None:
+    """As `LoCALoaderMixin.unfuse_loca`."""
+    states = components_to_change(pipe, components) if components is not None else adapted_in(pipe)
+    for model, _ in states.values():
+        unfuse(model)
+
+
+def _times(strength: Strength, factor: float) -> Strength:
+    return {name: s * factor for name, s in strength.items()} if isinstance(strength, Mapping) else strength * factor
+
+
 @torch.no_grad()
 def fuse(model: nn.Module, strengths: Mapping[str, Strength], *, check: bool = False) -> None:
-    """Write W + the updates of these adapters, and of those fused before, into the weights; rounded once.
+    """Write W + the updates of these adapters, and of those fused before, into the weights, rounded once.
 
     Args:
         strengths: of the adapters to fuse; those fused before keep theirs.
-        check: refuse before anything is written where a weight would not be finite.
+        check: refuse, before anything is written, if a weight would not be finite.
 
     Raises:
-        ValueError: a weight that is quantised or otherwise cannot be written. The weights are as they were then.
+        ValueError: a weight is quantised or cannot be written for another reason. The weights stay as they were.
     """
     record = state_of(model)
     assert record is not None
@@ -47,10 +91,10 @@ def fuse(model: nn.Module, strengths: Mapping[str, Strength], *, check: bool = F
 
 @torch.no_grad()
 def unfuse(model: nn.Module) -> None:
-    """Put the weights back as they were before the first fuse; those adapters that are active act beside them.
+    """Put the weights back as they were before the first fuse; active adapters act as before.
 
-    Where another hand has changed a weight since, as a LoRA that was fused later, its change stays: then the update is taken
-    away again, which is exact to rounding only, and said in the log.
+    If other code has changed a weight since, such as a LoRA fused later, that change stays: the update is subtracted, which is
+    exact only up to rounding, and the log says so.
     """
     record = state_of(model)
     if record is None or not record.fused.adapters:
@@ -69,7 +113,7 @@ def unfuse(model: nn.Module) -> None:
 
 
 def _restore(weight: Weight, fused: Fused) -> bool:
-    """Whether it could be done exactly: nobody else has written to the weight."""
+    """Put one weight back; whether that was exact, because no other code has written to it."""
     now = weight.tensor
     if weight.path not in fused.originals:
         return True
@@ -78,14 +122,13 @@ def _restore(weight: Weight, fused: Fused) -> bool:
     if now.dtype == kept.dtype and _checksum(now) == fused.marks[weight.path]:
         now.copy_(before)
         return True
-    written = weight.effective_weight.sum(kept.to(now.device)).to(
-        now.dtype
-    )  # in a precision the model has been brought to since
+    # the model may have been cast since
+    written = weight.effective_weight.sum(kept.to(now.device)).to(now.dtype)
     exact = torch.equal(now, written)
     now.copy_(before if exact else now.float() - (written.float() - before.float()))
     return exact
 
 
 def _checksum(tensor: Tensor) -> int:
-    """Of the bits, so that it is the same on every device."""
+    """A sum of the bits, the same on every device."""
     return int(tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""Another adapter in the place of one: the same tensors with other values, so that nothing is compiled anew."""
+"""Replacing one adapter by another in the same tensors, so that nothing is compiled anew."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loca_vision.offload import stored_at
 
 
 def check_swap(model: nn.Module, name: str, placed: list[tuple[Target, Update]]) -> None:
-    """Raise where the adapter `name` of this model has no place for these updates.
+    """Raise if the adapter `name` of this model cannot take these updates.
 
     Raises:
         ValueError: no such adapter, it is fused, or it lacks a projection or has too little room in it.
@@ -36,24 +36,25 @@ def check_swap(model: nn.Module, name: str, placed: list[tuple[Target, Update]])
 
 @torch.no_grad()
 def swap(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Target, Update]]) -> None:
-    """Put these updates and whole tensors in the place of those of the adapter `name`; projections it has beyond them rest."""
+    """Replace the updates and whole tensors of the adapter `name`; projections without a new update become inactive."""
     record = state_of(model)
     assert record is not None
-    given = {target.name: update for target, update in placed}
+    new = {target.name: update for target, update in placed}
     with changing_active(model, record):
-        record.base = {key: stored_at(model, key).detach().clone() for key in adapter.whole} | record.base
+        record.base = {key: stored_at(model, key).detach().clone() for key in adapter.modules_to_save} | record.base
         record.adapters[name] = adapter
         fit_conv_in(model, record)
         for projection, update in adapters(model, name).items():
-            update.copy_from(given.get(projection))
+            update.copy_from(new.get(projection))
 
 
 @torch.no_grad()
 def held(model: nn.Module, name: str) -> tuple[Adapter, list[tuple[Target, Update]]]:
-    """What `swap` would have to be given to bring the adapter `name` back as it is now."""
+    """The arguments with which `swap` brings the adapter `name` back as it is now."""
     record = state_of(model)
     assert record is not None
     store_live_tensors(model, record)
     old, present = record.adapters[name], adapters(model, name)
     targets = [target for target in find_targets(model, PARTS) if target.name in present]
-    return replace(old, whole=dict(old.whole)), [(target, copy.deepcopy(present[target.name])) for target in targets]
+    updates = [(target, copy.deepcopy(present[target.name])) for target in targets]
+    return replace(old, modules_to_save=dict(old.modules_to_save)), updates

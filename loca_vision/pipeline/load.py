@@ -72,13 +72,13 @@ def _assigned(pipe: Any, about: Description) -> dict[str, tuple[nn.Module, Descr
         return {same[0]: (models[same[0]], about.of(""), "")}
     for component in about.configs:
         if component not in models:
-            raise ValueError(f"it is for the component {component}, which the pipeline has not: it has {', '.join(models)}")
+            raise ValueError(f"it is for the component {component}, but the pipeline only has {', '.join(models)}")
     return {component: (models[component], about.of(component), component) for component in about.configs}
 
 
 @contextmanager
 def _naming(component: str) -> Iterator[None]:
-    """What is found wrong inside is about this component."""
+    """Name the component in errors raised inside."""
     try:
         yield
     except ValueError as error:

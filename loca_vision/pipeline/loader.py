@@ -1,4 +1,4 @@
-"""LoCA on a diffusers pipeline: load, save, weigh, fuse and swap adapters over all its components."""
+"""LoCA on a diffusers pipeline: the methods that load, save, weight, fuse and swap adapters in all its components."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from loca_vision.formats.sources import Request
 from loca_vision.model.activation import activate
@@ -16,10 +15,10 @@ from loca_vision.model.adapters import adapters
 from loca_vision.model.call_scale import set_low_memory
 from loca_vision.model.options import choose
 from loca_vision.model.remove import remove
-from loca_vision.model.state import Strength, refuse_fused
-from loca_vision.pipeline.block_weights import block_strengths
-from loca_vision.pipeline.components import active_in, adapted_in, chosen, fused_in, known, models_in
-from loca_vision.pipeline.fuse import fuse, unfuse
+from loca_vision.model.state import refuse_fused
+from loca_vision.pipeline.activation import activate_adapters
+from loca_vision.pipeline.components import active_in, adapted_in, check_names, fused_in, models_in
+from loca_vision.pipeline.fuse import fuse_components, unfuse, unfuse_components
 from loca_vision.pipeline.load import load
 from loca_vision.pipeline.save import save_pipeline_adapter
 
@@ -50,12 +49,12 @@ class LoCALoaderMixin:
         """Load an adapter; it becomes the only active one, at weight 1.0. What fails leaves the pipeline as it was.
 
         The file is checked as a whole, against itself and against the pipeline, before anything is touched. Adapters that
-        were disabled may act again afterwards; what is fused stays in the weights, beside the new adapter. Loaded spectra do
+        were disabled may act again afterwards; fused adapters stay in the weights. Loaded spectra do
         not learn until `spectrum.requires_grad_(True)` for those in `loca_vision.adapters(pipe.unet, adapter_name).values()`.
 
         Where the file has a `conv_in` for more channels than the UNet's, as that of an InstructPix2Pix model trained from a
         plain one has, the UNet takes as many until the last adapter with such a `conv_in` is taken out. While it does not act,
-        what is in the new channels has no effect. The pipeline has to be one that gives its UNet so many.
+        the new channels have no effect. The pipeline must be one that passes its UNet that many channels.
 
         Args:
             source: a folder, a file, `"user/repository"` on the hub, or a state dict (which is not changed).
@@ -110,7 +109,7 @@ class LoCALoaderMixin:
         Raises:
             ValueError: an unknown name, or one that is fused; nothing is deleted then.
         """
-        names = known(self, names)
+        names = check_names(self, names)
         for _, record in adapted_in(self).values():
             refuse_fused(record, names)
         for model, record in adapted_in(self).values():
@@ -130,22 +129,7 @@ class LoCALoaderMixin:
             ValueError: an unknown or repeated name, a component or block there is not, another number of weights than names,
                 or a weight that is not finite. Nothing is changed then.
         """
-        names = known(self, names, allow_none=True)
-        weights = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
-        if len(weights) != len(names):
-            raise ValueError(f"weights={weights!r}: {len(weights)} weights for {len(names)} adapters")
-        for name, weight in zip(names, weights, strict=True):
-            _check_components(self, name, weight)
-        chosen: dict[str, dict[str, Strength]] = {}
-        for component, (model, record) in adapted_in(self).items():
-            refuse_fused(record, names or record.fused.adapters)  # the base model is not to be had then
-            chosen[component] = {
-                name: _strength(model, component, name, weight)
-                for name, weight in zip(names, weights, strict=True)
-                if name in record.adapters
-            }
-        for component, (model, record) in adapted_in(self).items():
-            activate(model, record, chosen[component], enabled=True)
+        activate_adapters(self, names, weights)
 
     def get_active_loca_adapters(self) -> list[str]:
         """The names of the active adapters, in order, also while they are disabled; `fused_locas` has those in the weights."""
@@ -178,7 +162,7 @@ class LoCALoaderMixin:
             ValueError: an unknown name.
             RuntimeError: no such device.
         """
-        names, device = known(self, names), torch.device(device)
+        names, device = check_names(self, names), torch.device(device)
         for model, record in adapted_in(self).values():
             for name in names:
                 if name in record.adapters:
@@ -209,42 +193,17 @@ class LoCALoaderMixin:
             ValueError: an unknown name, nothing to fuse, adapters that are disabled, or a weight that nothing can be written
                 into (quantised).
         """
-        factor = block_strengths(nn.Module(), scale, (), "scale")
-        assert isinstance(factor, float)
-        here = chosen(self, components)
-        names = None if adapter_names is None else known(self, adapter_names)
-        wanted: dict[str, dict[str, Strength]] = {}
-        for component, (_, record) in here.items():
-            fusing = [name for name in (names or record.active) if name in record.adapters]
-            if fusing and not record.enabled:
-                raise ValueError("the adapters are disabled; call enable_loca first")
-            wanted[component] = {n: _times(record.active.get(n, 1.0), factor) for n in fusing if n not in record.fused.adapters}
-        if not any(wanted.values()) and not any(record.fused.adapters for _, record in here.values()):
-            raise ValueError("there is no active adapter to fuse; call set_loca_adapters first")
-        done: list[tuple[nn.Module, dict[str, Strength]]] = []
-        try:
-            for component, (model, record) in here.items():
-                done.append((model, dict(record.fused.adapters)))
-                if wanted[component]:
-                    fuse(model, wanted[component], check=safe_fusing)
-        except BaseException:
-            for model, before in done:
-                unfuse(model)
-                if before:
-                    fuse(model, before)
-            raise
+        fuse_components(self, components, scale=scale, check=safe_fusing, adapter_names=adapter_names)
 
     def unfuse_loca(self, components: Sequence[str] | None = None) -> None:
-        """Put the weights back as they were, bit for bit; those adapters that are active act beside them.
+        """Put the weights back as they were, bit for bit; active adapters then act on them again.
 
-        Where somebody else has changed a weight since, as `fuse_lora` does, that change stays, and the log says so.
+        If other code has changed a weight since, as `fuse_lora` does, that change stays, and the log says so.
 
         Raises:
             ValueError: an unknown component.
         """
-        here = chosen(self, components) if components is not None else adapted_in(self)
-        for model, _ in here.values():
-            unfuse(model)
+        unfuse_components(self, components)
 
     @property
     def num_fused_locas(self) -> int:
@@ -268,7 +227,7 @@ class LoCALoaderMixin:
             ValueError: it is no whole number from 1 up, or an adapter is loaded already.
         """
         if not isinstance(max_components, int) or isinstance(max_components, bool) or max_components < 1:
-            raise ValueError(f"max_components={max_components!r}: it is a whole number from 1 up")
+            raise ValueError(f"max_components={max_components!r}: expected a whole number from 1 up")
         if adapted_in(self):
             raise ValueError("an adapter is loaded already: call enable_loca_hotswap before the first")
         for model in models_in(self).values():
@@ -292,24 +251,3 @@ def saved_as_stock(cls: type) -> type:
 
 METHODS = tuple(name for name, member in vars(LoCALoaderMixin).items() if callable(member) and not name.startswith("_"))
 PROPERTIES = tuple(name for name, member in vars(LoCALoaderMixin).items() if isinstance(member, property))
-
-
-# Weights
-
-
-def _check_components(pipe: Any, name: str, weight: Any) -> None:
-    if isinstance(weight, Mapping):
-        there = [component for component, (_, record) in adapted_in(pipe).items() if name in record.adapters]
-        for component in weight:
-            if component not in there:
-                raise ValueError(f"weights: adapter {name!r} is not in {component!r}; it is in {', '.join(there)}")
-
-
-def _strength(model: nn.Module, component: str, name: str, weight: Any) -> Strength:
-    here = weight.get(component) if isinstance(weight, Mapping) else weight
-    projections = list(adapters(model, name)) if isinstance(here, Mapping) else []
-    return block_strengths(model, 1.0 if here is None else here, projections, f"weights[{component!r}]")
-
-
-def _times(strength: Strength, factor: float) -> Strength:
-    return {name: s * factor for name, s in strength.items()} if isinstance(strength, Mapping) else strength * factor

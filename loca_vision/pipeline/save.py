@@ -14,7 +14,7 @@ from torch import nn
 from loca_vision.formats.adapter_file import joined, with_prefix
 from loca_vision.formats.save_load import base_model_name, check_stored, contents, write_adapter
 from loca_vision.formats.sources import safe_name
-from loca_vision.pipeline.components import active_in, adapted_in, known
+from loca_vision.pipeline.components import active_in, adapted_in, check_names
 
 
 def save_pipeline_adapter(
@@ -32,16 +32,16 @@ def save_pipeline_adapter(
     check_stored(dtype)
     file = Path(directory) / safe_name(weight_name)
     if Path(directory).exists() and not Path(directory).is_dir():
-        raise NotADirectoryError(f"{directory}: it is a file, and a folder is wanted")
+        raise NotADirectoryError(f"{directory}: expected a folder, got a file")
     if Path(directory).suffix == ".safetensors" and not Path(directory).is_dir():
-        raise ValueError(f"directory={str(directory)!r}: a folder is wanted; the name of the file in it is weight_name")
+        raise ValueError(f"directory={str(directory)!r}: expected a folder; weight_name is the name of the file in it")
     if adapter_name is None:
         active = active_in(pipe)
         if len(active) != 1:
             raise ValueError(f"adapter_name=None: {len(active)} adapters are active; name the one to save")
         adapter_name = active[0]
     models = {c: model for c, (model, record) in adapted_in(pipe).items() if adapter_name in record.adapters}
-    known(pipe, [adapter_name])
+    check_names(pipe, [adapter_name])
     parts = {component: contents(model, adapter_name, dtype) for component, model in models.items()}
     parts = {component: part for component, part in parts.items() if part[0].shapes}  # all of another may have been swapped in
     about = joined({component: part for component, (part, _) in parts.items()}, _base_name(pipe, models))

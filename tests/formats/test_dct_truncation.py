@@ -238,11 +238,11 @@ def test_wrong_ranks_and_factors_are_refused():
     for rank in (0, 4, 1.0, True):
         with pytest.raises(ValueError, match="ranks from 1 to 3"):
             truncated(torch.ones(3, 5), rank)
-    with pytest.raises(ValueError, match="a matrix is wanted"):
+    with pytest.raises(ValueError, match="expected a matrix"):
         truncated(torch.ones(3), 1)
     with pytest.raises(ValueError, match="NaN"):
         truncated(torch.full((2, 2), torch.inf), 1)
-    with pytest.raises(ValueError, match="are wanted"):
+    with pytest.raises(ValueError, match="expected"):
         LowRankPair(torch.ones(2, 3), torch.ones(4, 3))
     with pytest.raises(ValueError, match="finite"):
         LowRankPair(torch.ones(2, 3), torch.ones(4, 2), float("inf"))

@@ -65,7 +65,7 @@ def test_what_is_refused(unet):
     for modules, sentence in (
         (["conv_inn"], "modules_to_save='conv_inn': the model has no module of that name with parameters"),
         (["mid_block"], r"modules_to_save='mid_block': mid_block\S+ is in there, which is adapted"),
-        ("conv_in", "modules_to_save='conv_in': names come as a sequence"),
+        ("conv_in", "modules_to_save='conv_in': expected a sequence of names"),
         (["conv_act"], "no module of that name with parameters"),
     ):
         with pytest.raises(ValueError, match=sentence):

@@ -224,7 +224,7 @@ def test_ten_blocks_are_ten_blocks() -> None:
 
 @pytest.mark.parametrize("model", [sd3, pixart, text_encoder, vae])
 def test_a_model_without_such_blocks_takes_one_number(model: Callable[[], Any]) -> None:
-    with pytest.raises(ValueError, match="has no blocks; one number is wanted"):
+    with pytest.raises(ValueError, match="has no blocks; expected one number"):
         block_strengths(model(), {"down": 0.5}, ["transformer_blocks.0.attn.q"], "weights")
     assert block_strengths(model(), 0.5, ["transformer_blocks.0.attn.q"], "weights") == 0.5
 
@@ -232,7 +232,7 @@ def test_a_model_without_such_blocks_takes_one_number(model: Callable[[], Any]) 
 def test_a_unet_without_a_middle() -> None:
     model = unet(mid_block_type=None)
     names = ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.q"]
-    with pytest.raises(ValueError, match=r"weights\['mid'\]: there is no attention in that block"):
+    with pytest.raises(ValueError, match=r"weights\['mid'\]: that block has no attention"):
         block_strengths(model, {"mid": 0.5}, names, "weights")
     assert block_strengths(model, {"down": 0.5}, names, "weights") == {names[0]: 0.5}
 
@@ -240,12 +240,12 @@ def test_a_unet_without_a_middle() -> None:
 # What is refused
 
 WRONG: dict[str, tuple[Weights, str]] = {
-    "a text": ("0.5", r"='0\.5': a weight is a finite number"),
-    "True": (True, "=True: a weight is a finite number"),
-    "NaN": (math.nan, "=nan: a weight is a finite number"),
-    "infinity": (-math.inf, "=-inf: a weight is a finite number"),
-    "a complex number": (1j, "a weight is a finite number"),
-    "a tensor": (torch.tensor(0.5), "a weight is a finite number"),
+    "a text": ("0.5", r"='0\.5': expected a finite number"),
+    "True": (True, "=True: expected a finite number"),
+    "NaN": (math.nan, "=nan: expected a finite number"),
+    "infinity": (-math.inf, "=-inf: expected a finite number"),
+    "a complex number": (1j, "expected a finite number"),
+    "a tensor": (torch.tensor(0.5), "expected a finite number"),
     "two for one": ([0.5, 0.5], "2 weights for 1 adapters"),
     "none for one": ([], "0 weights for 1 adapters"),
     "an unknown component": ({"transformer": 1.0}, "adapter 'a' is not in 'transformer'; it is in "),
@@ -253,10 +253,10 @@ WRONG: dict[str, tuple[Weights, str]] = {
     "the adapter's name": ({"a": 1.0}, "adapter 'a' is not in 'a'"),
     "blocks without a component": ({"down": 1.0}, "adapter 'a' is not in 'down'"),
     "a component that is a number": ({0: 1.0}, "adapter 'a' is not in 0"),
-    "NaN for a component": ({"text_encoder": math.nan}, r"weights\['text_encoder'\]=nan: a weight is a finite number"),
+    "NaN for a component": ({"text_encoder": math.nan}, r"weights\['text_encoder'\]=nan: expected a finite number"),
     "blocks of a text encoder": ({"text_encoder": {"down": 0.5}}, r"weights\['text_encoder'\]=.* CLIPTextModel has no blocks"),
     "no blocks of a text encoder": ({"text_encoder": {}}, "CLIPTextModel has no blocks"),
-    "a list for a component": ({"unet": [0.5, 0.5]}, r"weights\['unet'\]=\[0\.5, 0\.5\]: a weight is a finite number"),
+    "a list for a component": ({"unet": [0.5, 0.5]}, r"weights\['unet'\]=\[0\.5, 0\.5\]: expected a finite number"),
     "an unknown side": (
         {"unet": {"middle": 0.5}},
         r"weights\['unet'\]\['middle'\]: the blocks of UNet2DConditionModel are 'down'",
@@ -280,18 +280,18 @@ WRONG: dict[str, tuple[Weights, str]] = {
     ),
     "none for two attentions": ({"unet": {"up": {"block_0": []}}}, "0 weights for 2 attentions"),
     "two for one attention": ({"unet": {"down": {"block_0": [1, 2]}}}, "2 weights for 1 attentions"),
-    "NaN for an attention": ({"unet": {"up": {"block_0": [1, math.nan]}}}, r"\['block_0'\]=nan: a weight is a finite number"),
-    "None for an attention": ({"unet": {"up": {"block_0": [1, None]}}}, r"\['block_0'\]=None: a weight is a finite number"),
-    "None for a block": ({"unet": {"up": {"block_0": None}}}, "a weight is a finite number"),
-    "a text for a block": ({"unet": {"up": {"block_0": "11"}}}, "='11': a weight is a finite number"),
-    "a mapping for a block": ({"unet": {"up": {"block_0": {"attentions": 1}}}}, "a weight is a finite number"),
-    "two for the middle": ({"unet": {"mid": [1, 2]}}, r"\['mid'\]=\[1, 2\]: a weight is a finite number"),
-    "a mapping for the middle": ({"unet": {"mid": {"block_0": 1}}}, r"\['mid'\]=.*: a weight is a finite number"),
-    "a list for a side": ({"unet": {"down": [0.5, 0.5]}}, r"\['down'\]=\[0\.5, 0\.5\]: a weight is a finite number"),
-    "True for a side": ({"unet": {"down": True}}, r"\['down'\]=True: a weight is a finite number"),
+    "NaN for an attention": ({"unet": {"up": {"block_0": [1, math.nan]}}}, r"\['block_0'\]=nan: expected a finite number"),
+    "None for an attention": ({"unet": {"up": {"block_0": [1, None]}}}, r"\['block_0'\]=None: expected a finite number"),
+    "None for a block": ({"unet": {"up": {"block_0": None}}}, "expected a finite number"),
+    "a text for a block": ({"unet": {"up": {"block_0": "11"}}}, "='11': expected a finite number"),
+    "a mapping for a block": ({"unet": {"up": {"block_0": {"attentions": 1}}}}, "expected a finite number"),
+    "two for the middle": ({"unet": {"mid": [1, 2]}}, r"\['mid'\]=\[1, 2\]: expected a finite number"),
+    "a mapping for the middle": ({"unet": {"mid": {"block_0": 1}}}, r"\['mid'\]=.*: expected a finite number"),
+    "a list for a side": ({"unet": {"down": [0.5, 0.5]}}, r"\['down'\]=\[0\.5, 0\.5\]: expected a finite number"),
+    "True for a side": ({"unet": {"down": True}}, r"\['down'\]=True: expected a finite number"),
     "a wrong one after right ones": (
         {"text_encoder": 0.5, "unet": {"down": 0.5, "up": {"block_0": [0.5, "x"]}}},
-        "='x': a weight is",
+        "='x': expected a finite number",
     ),
 }
 

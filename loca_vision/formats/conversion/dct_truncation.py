@@ -31,7 +31,7 @@ class Budget:
             all cells, in (0, 1]; "energy", as few as hold this share of the squared norm, in (0, 1].
         amount: the number.
         shared: one budget over all matrices instead of one for each. A matrix gets at least one component even so, for a
-            file without any for a projection it names is none.
+            file cannot have a projection without any.
 
     Raises:
         ValueError: naming the field, its value and the rule.
@@ -113,7 +113,7 @@ def total_error(kept: Iterable[Components]) -> float:
 
 def _spectrum(name: str, delta: Tensor) -> Tensor:
     if delta.dim() != 2 or not delta.numel():
-        raise ValueError(f"{name} has shape {tuple(delta.shape)}: a matrix is wanted")
+        raise ValueError(f"{name} has shape {tuple(delta.shape)}: expected a matrix")
     spectrum = dct2(delta.detach().to(torch.promote_types(delta.dtype, torch.float32))).to(torch.float32)
     if not torch.isfinite(spectrum).all():
         raise ValueError(f"{name} holds NaN or infinity")

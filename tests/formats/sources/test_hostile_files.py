@@ -58,11 +58,11 @@ def whole(name: str, value: Tensor) -> Callable[[Made], Made]:
 HOSTILE: dict[str, tuple[Callable[[Made], Made], str]] = {
     "an unknown component": (
         lambda m: moved(m, "unet", "transformer"),
-        "the component transformer, which the pipeline has not",
+        "the component transformer, but the pipeline only has",
     ),
     "a component that is no model": (
         lambda m: moved(m, "unet", "tokenizer"),
-        "the component tokenizer, which the pipeline has not",
+        "the component tokenizer, but the pipeline only has",
     ),
     "a component that is None": (lambda m: moved(m, "unet", "safety_checker"), "the component safety_checker"),
     "a component without such projections": (lambda m: moved(m, "unet", "vae"), "has no projection down_blocks"),
@@ -167,7 +167,7 @@ def test_an_adapter_of_another_pipeline_is_refused(tmp_path: Path) -> None:
     for made, words in (
         (
             adapter(other, {"text_encoder_2": ("q",), "unet": ("q",)}),
-            "the component text_encoder_2, which the pipeline has not",
+            "the component text_encoder_2, but the pipeline only has",
         ),
         (adapter(other, {"unet": ("q",)}), "no projection|in the file and"),
     ):

@@ -160,9 +160,9 @@ FAULTS: dict[str, tuple[Exception, type[Exception], str]] = {
     "a server's fault": (
         HfHubHTTPError("503 Busy\nmore", response=RESPONSE),
         OSError,
-        "user/adapter/sub: the hub did not answer",
+        "user/adapter/sub: the hub answered with an error",
     ),
-    "a broken connection": (ConnectionResetError("reset by peer"), OSError, "the hub did not answer as hoped: reset by peer"),
+    "a broken connection": (ConnectionResetError("reset by peer"), OSError, "the hub answered with an error: reset by peer"),
     "a full disk": (OSError(28, "No space left on device"), OSError, "No space left on device"),
 }
 

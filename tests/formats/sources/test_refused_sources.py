@@ -23,7 +23,7 @@ from support.sources import C, PathLike, assert_refused
 @pytest.mark.parametrize("source", [None, 7, b"folder", ["folder"], {"folder"}, io.BytesIO(b""), unet], ids=type)
 def test_another_kind_of_source_is_refused(source: Any, still: tuple[Any, dict[str, Any]]) -> None:
     kind = type(source).__name__
-    assert_refused(still, TypeError, f"source is a {kind}: a folder, a file, a hub id or a state dict is wanted", source=source)
+    assert_refused(still, TypeError, f"source is a {kind}: expected a folder, a file, a hub id or a state dict", source=source)
 
 
 class BytesPath:
@@ -33,7 +33,7 @@ class BytesPath:
 
 @pytest.mark.parametrize("source", ["", "fol\0der", "user/adap\0ter", BytesPath()], ids=["empty", "NUL", "NUL too", "bytes"])
 def test_a_name_of_nothing_is_refused(source: Any, still: tuple[Any, dict[str, Any]]) -> None:
-    assert_refused(still, ValueError, "source=", "a folder, a file or a hub id is wanted", source=source)
+    assert_refused(still, ValueError, "source=", "expected a folder, a file or a hub id", source=source)
 
 
 @pytest.mark.parametrize(

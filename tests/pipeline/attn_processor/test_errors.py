@@ -19,7 +19,7 @@ def test_what_is_no_processor_or_spectrum_is_refused() -> None:
     spectrum = random_spectrum((32, 32), 4, name="q", seed=0)
     with pytest.raises(TypeError, match="processor is a str: an attention processor is called"):
         LoCAAttnProcessor("AttnProcessor", {"q": spectrum})
-    with pytest.raises(TypeError, match=r"spectra\['q'\] is a Tensor: a Spectrum, or another update, is wanted"):
+    with pytest.raises(TypeError, match=r"spectra\['q'\] is a Tensor: expected a Spectrum or another update"):
         LoCAAttnProcessor(AttnProcessor(), {"q": torch.ones(3)})
     with pytest.raises(ValueError, match="name at least one projection"):
         LoCAAttnProcessor(AttnProcessor(), {})
@@ -31,7 +31,7 @@ def test_what_is_no_processor_or_spectrum_is_refused() -> None:
 def test_what_does_not_fit_the_layer_is_refused() -> None:
     attention = unet().get_submodule(ATTENTION)
     before = attention.processor
-    with pytest.raises(ValueError, match=r"n_components=.*: one number is wanted for one layer"):
+    with pytest.raises(ValueError, match=r"n_components=.*: expected one number for one layer"):
         LoCAAttnProcessor.of(attention, LoCAConfig(n_components={"*": 3}))
     with pytest.raises(ValueError, match="n_components=769: k has 32 x 24 = 768 cells"):
         LoCAAttnProcessor.of(attention, LoCAConfig(n_components=32 * 24 + 1, targets=("k",)))

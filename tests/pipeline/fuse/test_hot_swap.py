@@ -133,7 +133,7 @@ def test_room_changes_neither_file_nor_base(a: Made, tmp_path: Path) -> None:
 @pytest.mark.parametrize("room", [0, -1, True, 1.5, "5", None])
 def test_room_is_a_whole_number(room: Any, a: Made) -> None:
     pipe = stable_diffusion()
-    with pytest.raises(ValueError, match=r"max_components=.*: it is a whole number from 1 up"):
+    with pytest.raises(ValueError, match=r"max_components=.*: expected a whole number from 1 up"):
         pipe.enable_loca_hotswap(room)
     pipe.load_loca_weights(a.state())
 

@@ -10,7 +10,6 @@ from torch import nn
 
 from loca_vision.methods.update import Update
 from loca_vision.pipeline import fuse as fusing
-from loca_vision.pipeline import loader
 from support.fusing import BOTH, Failing, assert_equal, weights_of
 from support.pipelines import stable_diffusion
 from support.reference_weights import (
@@ -92,7 +91,7 @@ def test_a_component_that_cannot_be_fused_leaves_the_other(at: int, two: Any, mo
     two.fuse_loca(adapter_names=["b"])
     before = facts(two)
     with monkeypatch.context() as patch:
-        patch.setattr(loader, "fuse", Failing(fusing.fuse, at))
+        patch.setattr(fusing, "fuse", Failing(fusing.fuse, at))
         with pytest.raises(RuntimeError, match="no memory left"):
             two.fuse_loca(adapter_names=["a"])
     assert_same(two, before)

@@ -102,7 +102,7 @@ def test_what_cannot_be_saved_leaves_the_old_file(pipe: Any, first: Made, tmp_pa
     old = pipe.save_loca_weights(tmp_path).read_bytes()
     with pytest.raises(ValueError, match="no adapter 'other' in the pipeline; it has 'first'"):
         pipe.save_loca_weights(tmp_path, "other")
-    with pytest.raises(NotADirectoryError, match="it is a file, and a folder is wanted"):
+    with pytest.raises(NotADirectoryError, match="expected a folder, got a file"):
         pipe.save_loca_weights(tmp_path / FILE_NAME)
     with torch.no_grad():
         next(iter(adapters(pipe.text_encoder, "first").values())).coefficients[0] = float("nan")
@@ -113,7 +113,7 @@ def test_what_cannot_be_saved_leaves_the_old_file(pipe: Any, first: Made, tmp_pa
 
 def test_a_file_name_is_no_folder(pipe: Any, first: Made, tmp_path: Path) -> None:
     pipe.load_loca_weights(first.state())
-    with pytest.raises(ValueError, match="the name of the file in it is weight_name"):
+    with pytest.raises(ValueError, match="weight_name is the name of the file in it"):
         pipe.save_loca_weights(tmp_path / "mine.safetensors")
     assert not list(tmp_path.iterdir())
 
@@ -121,7 +121,7 @@ def test_a_file_name_is_no_folder(pipe: Any, first: Made, tmp_path: Path) -> Non
 def test_pipelines_and_models_are_told_apart(pipe: Any) -> None:
     with pytest.raises(TypeError, match=r"model is a StableDiffusionPipeline: .*such as pipe\.unet"):
         inject(pipe, LoCAConfig(n_components=4))
-    with pytest.raises(TypeError, match="a UNet2DConditionModel is no pipeline"):
+    with pytest.raises(TypeError, match="a UNet2DConditionModel is not a pipeline"):
         loca.get_loca_adapters(pipe.unet)
 
 

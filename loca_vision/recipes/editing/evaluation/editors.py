@@ -103,7 +103,7 @@ def _facts(pipe: Any, name: str) -> dict[str, Any]:
     return {
         "methods": sorted({part.config.method for _, part in parts}),
         "trained_numbers": sum(p.numel() for p in learned),
-        "trained_whole": sum(tensor.numel() for _, part in parts for tensor in part.whole.values()),
+        "trained_whole": sum(tensor.numel() for _, part in parts for tensor in part.modules_to_save.values()),
     }
 
 
