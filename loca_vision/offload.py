@@ -52,8 +52,20 @@ def _kept(module: nn.Module, name: str) -> Any:
 
 def stored_at(model: nn.Module, path: str) -> Tensor:
     """`stored`, by the tensor's path in a model."""
+    return stored(*split_path(model, path))
+
+
+def split_path(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that has a tensor, and the tensor's name there; the path leaves out wrappers such as `_orig_mod`."""
     owner, _, name = path.rpartition(".")
-    return stored(model.get_submodule(owner), name)
+    module = model.get_submodule(owner)
+    while (
+        name not in module._parameters
+        and name not in module._buffers
+        and isinstance(inner := getattr(module, "_orig_mod", None), nn.Module)
+    ):
+        module = inner
+    return module, name
 
 
 def device_for(module: nn.Module, name: str = "weight") -> torch.device:

@@ -24,14 +24,14 @@ from loca_vision.formats.sources import Request, locate, may_be_a_repository
 from loca_vision.layers.targets import Target, readable_weight
 from loca_vision.messages import nearest
 from loca_vision.methods.update import Update
-from loca_vision.model.activation import forget_lost
 from loca_vision.model.adapters import adapters
 from loca_vision.model.conv_in import WEIGHT, check_wider
 from loca_vision.model.inject import attach
 from loca_vision.model.state import Adapter, state_of
 from loca_vision.model.target_checks import check_new_name, classifier, linear_targets
-from loca_vision.model.traversal import moved_by_training, own_tensors, unwrap
-from loca_vision.offload import device_for, stored_at
+from loca_vision.model.traversal import own_tensors, unwrap
+from loca_vision.model.whole_tensors import whole_tensors
+from loca_vision.offload import device_for
 from loca_vision.storage.safetensors_file import PICKLES, Entry, open_safetensors, pickle_hint, write_safetensors
 from loca_vision.version import __version__
 
@@ -181,17 +181,10 @@ def base_model_name(model: nn.Module) -> str:
 
 
 def _whole_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The adapter's whole tensors as they are now, and whatever else the user made trainable."""
+    """The adapter's whole tensors as they are now, but for counts of batches."""
     record = state_of(model)
-    if record is None:
-        return {}
-    live = own_tensors(model)
-    forget_lost(record, live)
-    parked = record.adapters[name].modules_to_save
-    whole = {key: stored_at(model, key) if record.supplier == name else value for key, value in parked.items()}
-    new = {key: p for key, p in moved_by_training(live).items() if key not in record.base and key in record.trainable}
-    new = new if record.frozen else {}
-    whole = {key: value for key, value in (whole | new).items() if value.is_floating_point()}  # not a count of batches
+    assert record is not None
+    whole = {key: value for key, value in whole_tensors(model, record, name).items() if value.is_floating_point()}
     return {key: value.detach().cpu().clone().contiguous() for key, value in whole.items()}
 
 

@@ -41,4 +41,4 @@ def without_adapters(model: nn.Module, state: dict[str, Any], prefix: str, local
     record = state_of(model)
     if record is not None and not record.supplier_is_fused:
         narrow = {} if record.narrow is None else {WEIGHT: record.narrow.detach()}
-        state.update({key: value for key, value in (record.base | narrow).items() if key in state})
+        state.update({key: value.detach() for key, value in (record.base | narrow).items() if key in state})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loca_vision.model.state import AdapterState, state_of
+from loca_vision.model.whole_tensors import held_at, own_copy, put
 from loca_vision.offload import copied_elsewhere, exchange, stored_at
 
 WEIGHT = "conv_in.weight"
@@ -107,10 +108,12 @@ def fit_conv_in(model: nn.Module, record: AdapterState) -> None:
     wanted = next((weight.shape[1] for weight in owned), usual)
     if wanted == base.shape[1]:
         return
-    stored_at(model, WEIGHT).copy_(base)
+    put(model, WEIGHT, base)
     weight = _kept_narrow(model, record) if wanted == usual else _widened_for_now(model, record, wanted)
     _put(model, weight)
-    record.base[WEIGHT] = weight.detach().clone()
+    record.base[WEIGHT] = held_at(model, WEIGHT)
+    if held_at(model, WEIGHT).device.type == "meta":
+        record.base[WEIGHT] = own_copy(stored_at(model, WEIGHT), held_at(model, WEIGHT))
 
 
 def _widened_for_now(model: nn.Module, record: AdapterState, channels: int) -> nn.Parameter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from loca_vision.layers.adapted_attention import adapt_attention
@@ -12,12 +13,14 @@ from loca_vision.layers.targets import Target
 from loca_vision.layers.weight_updates import AdapterSlot, WeightUpdates
 from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.methods.update import Update
-from loca_vision.model.activation import activate, claim_trained, store_live_tensors
+from loca_vision.model.activation import strengthen
+from loca_vision.model.atomic import atomic
 from loca_vision.model.call_scale import call_settings
 from loca_vision.model.conv_in import fit_conv_in
-from loca_vision.model.state import Adapter, start_record
+from loca_vision.model.state import Adapter, AdapterState, start_record
 from loca_vision.model.target_checks import check_new_name, classifier, linear_targets
 from loca_vision.model.traversal import moved_by_training, own_parameters, own_tensors, unwrap
+from loca_vision.model.whole_tensors import adopt, claim, held_at, load_tensors, own_copy
 from loca_vision.offload import device_for, stored_at
 
 
@@ -60,7 +63,7 @@ def inject(
 
 
 def _parameters_of(model: nn.Module, modules: Sequence[str], targets: Sequence[Target]) -> dict[str, Tensor]:
-    """Copies of the parameters of these modules, by name."""
+    """The parameters of these modules, by name."""
     if isinstance(modules, str):
         raise ValueError(f"modules_to_save={modules!r}: expected a sequence of names")
     keys: list[str] = []
@@ -72,41 +75,61 @@ def _parameters_of(model: nn.Module, modules: Sequence[str], targets: Sequence[T
         if adapted is not None:
             raise ValueError(f"modules_to_save={module!r}: {adapted} is in there, which is adapted")
         keys += inside
-    return {key: stored_at(model, key).detach().clone() for key in keys}
+    return {key: held_at(model, key) for key in keys}
 
 
 def attach(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Target, Update]], *, freeze: bool = True) -> None:
-    """Put updates made beforehand into their layers; the adapter acts at 1.0 at once. Nothing here can be refused any more.
+    """Put updates into their layers, and whole tensors into the model; the adapter acts at 1.0 at once. All or nothing.
 
-    Whole tensors given with the adapter go into the model, whose `conv_in` is widened for one of more channels. With `freeze`
-    everything else of the model stops learning but a classifier head, which becomes the adapter's own where it brings none;
-    without, as for inference, all stays as it is.
+    `conv_in` is widened for a whole tensor of more channels. With `freeze`, the parameters of the model stop learning, except
+    the classifier head, which becomes the adapter's own unless it brings one; without, as for inference, flags stay.
     """
-    record = start_record(model)
+    brought = {key: value for key, value in adapter.modules_to_save.items() if value is not held_at(model, key)}
+    with atomic(model, [stored_at(model, key) for key in brought]):
+        record = start_record(model)
+        adopt(model, record)
+        if freeze:
+            _freeze(model, record, adapter)
+        record.adapters[name] = adapter
+        _take_whole_tensors(model, record, name, brought, freeze)
+        fit_conv_in(model, record)
+        for target, update in placed:
+            updates = updates_of(target)
+            if target.attention is not None:
+                updates.share(call_settings(model))
+            updates.add(AdapterSlot(name, target.name, target.rows), update.to(device_for(target.layer)))
+        record.active, record.enabled = record.active | {name: 1.0}, True
+        load_tensors(model, record)
+        strengthen(model, record)
+
+
+def _freeze(model: nn.Module, record: AdapterState, adapter: Adapter) -> None:
+    """Let nothing of the model learn but the classifier head and what the adapter trains as a whole."""
+    record.frozen = True
+    head = {id(parameter) for parameter in classifier(model)}
+    for key, parameter in own_parameters(model).items():
+        learns = key in adapter.modules_to_save or id(parameter) in head
+        parameter.requires_grad_(learns)
+        if not learns:
+            parameter.grad = None  # an optimiser made before would still apply it
+
+
+@torch.no_grad()
+def _take_whole_tensors(model: nn.Module, record: AdapterState, name: str, brought: dict[str, Tensor], freeze: bool) -> None:
+    """Give the new adapter objects of its own: for the first adapter those in the model, so that an optimiser keeps them."""
     tensors = own_tensors(model)
-    if record.frozen:
-        claim_trained(record, tensors)
-    if freeze:
-        record.frozen = True
-        head = classifier(model)
-        for key, parameter in own_parameters(model).items():
-            learns = key in adapter.modules_to_save or any(parameter is p for p in head)
-            parameter.requires_grad_(learns)
-            if not learns:
-                parameter.grad = None  # an optimiser made before would still apply it
-    store_live_tensors(model, record)
-    own = moved_by_training(tensors) if freeze else {}
-    live = {key: stored_at(model, key).detach().clone() for key in (own | adapter.modules_to_save)}
-    record.base = {key: value.clone() for key, value in live.items()} | record.base
-    adapter.modules_to_save = {key: live[key] for key in own} | adapter.modules_to_save
-    record.adapters[name] = adapter
-    fit_conv_in(model, record)
-    for target, update in placed:
-        updates = updates_of(target)
-        if target.attention is not None:
-            updates.share(call_settings(model))
-        updates.add(AdapterSlot(name, target.name, target.rows), update.to(device_for(target.layer)))
-    activate(model, record, record.active | {name: 1.0}, enabled=True)
+    keys = [*(moved_by_training(tensors) if freeze else ()), *record.adapters[name].modules_to_save]
+    for key in dict.fromkeys(keys):
+        value, live = brought.get(key), tensors[key]
+        if value is None:
+            claim(model, record, name, key, live)
+        elif value.shape == live.shape and key not in record.base:
+            claim(model, record, name, key, live)
+            stored_at(model, key).copy_(value)
+        else:
+            if key not in record.base:
+                record.base[key] = record.first[key] = live
+            record.adapters[name].modules_to_save[key] = own_copy(value, live)
 
 
 def updates_of(target: Target) -> WeightUpdates:

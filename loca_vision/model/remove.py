@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loca_vision.layers.adapted_attention import AdaptedAttention, restore_attention
 from loca_vision.layers.adapted_linear import AdaptedLayer, restore
-from loca_vision.model.activation import activate, store_live_tensors
+from loca_vision.model.activation import activate
 from loca_vision.model.adapters import _known, _record
+from loca_vision.model.atomic import atomic
 from loca_vision.model.call_scale import forget_call_settings
 from loca_vision.model.conv_in import WEIGHT, fit_conv_in
-from loca_vision.model.merge import write_weights
+from loca_vision.model.merge import acting_at, weights, write_weights
 from loca_vision.model.state import AdapterState, end_record, refuse_fused
 from loca_vision.model.traversal import sites, unwrap
+from loca_vision.model.whole_tensors import adopt, restore_first
 
 
 def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) -> None:
@@ -34,19 +36,25 @@ def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) ->
     refuse_fused(record, names)
     if merge and name is not None and name not in record.active:
         raise ValueError(f"adapter {name!r} does not act, so there is nothing to merge; call set_adapters first")
-    if merge:
-        _merge(model, record, [n for n in names if n in record.active])
+    acting = [n for n in names if n in record.active] if merge else []
+    with atomic(model, [*_written_by_merging(model, record, acting), *record.first.values()]):
+        if acting:
+            _merge(model, record, acting)
+        _take_out(model, record, names)
+
+
+def _take_out(model: nn.Module, record: AdapterState, names: list[str]) -> None:
     for site in sites(model):
         for gone in names:
             site.updates.discard(gone)
     for host in dict.fromkeys(site.host for site in sites(model)):
         release(host)
-    remaining = {n: weight for n, weight in record.active.items() if n not in names}
-    activate(model, record, remaining)
+    activate(model, record, {n: weight for n, weight in record.active.items() if n not in names})
     for gone in names:
         del record.adapters[gone]
     fit_conv_in(model, record)
     if not record.adapters:
+        restore_first(model, record)
         end_record(model)
         forget_call_settings(model)
 
@@ -60,11 +68,23 @@ def release(host: AdaptedLayer | AdaptedAttention) -> None:
         restore_attention(host)
 
 
+def _written_by_merging(model: nn.Module, record: AdapterState, names: list[str]) -> list[Tensor]:
+    """The weights to be written.
+
+    Raises:
+        ValueError: one of them is quantised or cannot be written for another reason.
+    """
+    if not names:
+        return []
+    with acting_at(model, {name: record.active[name] for name in names}):
+        return [weight.tensor for weight in weights(model) if weight.effective_weight.active_updates()]
+
+
 @torch.no_grad()
 def _merge(model: nn.Module, record: AdapterState, names: list[str]) -> None:
+    adopt(model, record)
     write_weights(model, {name: record.active[name] for name in names})
     if record.supplier in names:
-        store_live_tensors(model, record)
         merged = record.adapters[record.supplier].modules_to_save
         record.base |= merged
         if WEIGHT in merged:

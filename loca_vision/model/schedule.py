@@ -11,7 +11,9 @@ from torch import nn
 from loca_vision.methods.spectrum import Spectrum
 from loca_vision.methods.update import Update
 from loca_vision.model.activation import active_updates
-from loca_vision.model.traversal import own_parameters, unwrap
+from loca_vision.model.state import state_of
+from loca_vision.model.traversal import unwrap
+from loca_vision.model.whole_tensors import trained_whole
 
 Phase = Literal["coefficients", "locations", "both"]
 
@@ -164,7 +166,8 @@ def parameter_groups(
             raise ValueError(f"{field}={value!r}: it is a finite number from 0 up")
     learned = trainable_updates(model)
     moving = [p for u in learned for p in u.location_parameters()]
-    head = [p for p in own_parameters(unwrap(model)).values() if p.requires_grad]
+    record = state_of(model)
+    head = [] if record is None else trained_whole(unwrap(model), record)
     groups = [
         {"name": "coefficients", "params": [p for u in learned for p in u.trainable()], "lr": lr, "weight_decay": weight_decay},
         {"name": "locations", "params": moving, "lr": location_lr, "weight_decay": 0.0},

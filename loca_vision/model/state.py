@@ -20,9 +20,9 @@ Strength = float | Mapping[str, float]  # of an adapter: one number, or one for 
 
 @dataclass
 class Adapter:
-    """One named adapter: its settings and its whole tensors, such as a classifier head, by their names in the model.
+    """One named adapter: its settings and the tensors it trains as a whole, such as a classifier head, by name in the model.
 
-    Their values here count while the adapter does not supply them to the model; while it does, those in the model count.
+    While the adapter supplies them, the model holds these very objects.
     """
 
     config: AdapterConfig
@@ -31,11 +31,12 @@ class Adapter:
 
 @dataclass
 class Fused:
-    """
+    """The adapters that are fused into the weights.
+
     Args:
-        adapters: those in the weights, and how strongly.
+        adapters: their names, and how strongly each was fused.
         originals: the weights before, by the paths of their layers, on the CPU, to be put back bit for bit.
-        marks: a checksum of each weight with them in it, which tells whether another hand has written to it since.
+        marks: a checksum of each fused weight, which tells whether other code has written to it since.
     """
 
     adapters: dict[str, Strength] = field(default_factory=dict)
@@ -45,21 +46,24 @@ class Fused:
 
 @dataclass
 class AdapterState:
-    """
+    """What a model remembers of its adapters.
+
     Args:
         trainable: `requires_grad` of every parameter before the first adapter.
-        base: the model's own values of all tensors that some adapter trains whole.
+        base: the base's own objects for all tensors that some adapter trains as a whole.
+        first: the objects that the model held for them before the first adapter.
         adapters: by name, in the order they came.
-        active: the adapters that act, and how strongly. The last of them that has whole tensors supplies them.
-        enabled: whether any acts at all for now.
+        active: the active adapters, and how strongly each acts. The last of them that has whole tensors supplies them.
+        enabled: False while all adapters are disabled.
         fused: what has been written into the weights.
-        frozen: whether an adapter froze the model's own parameters: what learns since is meant to.
-        hook: lets `load_state_dict` take the base's own.
-        narrow: the weight that `conv_in` had before an adapter came whose own takes more channels.
+        frozen: whether an adapter froze the model's own parameters; parameters that learn since then belong to an adapter.
+        hook: lets `load_state_dict` accept a state dict of the base alone.
+        narrow: the weight of `conv_in` from before an adapter came that takes more channels.
     """
 
     trainable: dict[str, bool]
     base: dict[str, Tensor] = field(default_factory=dict)
+    first: dict[str, Tensor] = field(default_factory=dict)
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: dict[str, Strength] = field(default_factory=dict)
     enabled: bool = True
@@ -70,28 +74,29 @@ class AdapterState:
 
     @property
     def supplier(self) -> str | None:
-        """The adapter whose whole tensors are in the model now: the last that acts, or is fused, and has any."""
+        """The adapter whose whole tensors the model holds now: the last one that acts, or is fused, and has any."""
         acting = [*self.fused.adapters, *(self.active if self.enabled else ())]
         return next((name for name in reversed(acting) if self.adapters[name].modules_to_save), None)
 
     @property
     def supplier_is_fused(self) -> bool:
-        """Whether the whole tensors in the model belong to what is in the weights too, so that it is not the base."""
+        """Whether the whole tensors in the model belong to a fused adapter, so that the weights are not the base's either."""
         return self.supplier in self.fused.adapters
 
     @property
     def effective(self) -> dict[str, Strength]:
-        """The adapters whose updates are to be added to what the weights hold."""
+        """The adapters whose updates are added to the weights at each call."""
         return {name: strength for name, strength in self.active.items() if self.enabled and name not in self.fused.adapters}
 
 
 def state_of(model: nn.Module) -> AdapterState | None:
+    """The state of the model's adapters; None for a model without any."""
     found: AdapterState | None = getattr(unwrap(model), _ATTRIBUTE, None)
     return found
 
 
 def start_record(model: nn.Module) -> AdapterState:
-    """The model's record; a new one where it has none yet."""
+    """The state of the model's adapters; a new one if it has none yet."""
     record = state_of(model)
     if record is None:
         record = AdapterState({name: p.requires_grad for name, p in model.named_parameters()})
@@ -101,13 +106,14 @@ def start_record(model: nn.Module) -> AdapterState:
 
 
 def _allow_the_base(model: nn.Module, keys: Any) -> None:
-    """A `state_dict` of the base, without a tensor of any adapter, is complete as it is; half an adapter is not."""
+    """A state dict of the base, without a tensor of any adapter, is complete; half an adapter is not."""
     own = [key for key in keys.missing_keys if ".loca." in f".{key}"]
     if len(own) == sum(len(update.state_dict()) for update in all_updates(model)):
         keys.missing_keys[:] = [key for key in keys.missing_keys if key not in own]
 
 
 def end_record(model: nn.Module) -> None:
+    """Forget the adapters, and let parameters be as trainable as before the first."""
     record = state_of(model)
     if record is not None:
         for name, parameter in model.named_parameters() if record.frozen else ():
@@ -118,7 +124,7 @@ def end_record(model: nn.Module) -> None:
 
 
 def refuse_fused(record: AdapterState, names: Iterable[str]) -> None:
-    """Raise where one of these adapters is in the weights: what acts there cannot be changed from outside."""
+    """Raise if one of these adapters is fused: what is in the weights cannot be switched."""
     for name in names:
         if name in record.fused.adapters:
             raise ValueError(f"adapter {name!r} is fused into the weights; call unfuse_loca first")

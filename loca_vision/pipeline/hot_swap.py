@@ -11,11 +11,11 @@ from torch import nn
 from loca_vision.checks import PARTS
 from loca_vision.layers.targets import Target, find_targets
 from loca_vision.methods.update import Update
-from loca_vision.model.activation import changing_active, store_live_tensors
+from loca_vision.model.activation import changing_active
 from loca_vision.model.adapters import adapters
 from loca_vision.model.conv_in import fit_conv_in
 from loca_vision.model.state import Adapter, refuse_fused, state_of
-from loca_vision.offload import stored_at
+from loca_vision.model.whole_tensors import adopt, held_at, own_copy
 
 
 def check_swap(model: nn.Module, name: str, placed: list[tuple[Target, Update]]) -> None:
@@ -41,7 +41,12 @@ def swap(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Targe
     assert record is not None
     new = {target.name: update for target, update in placed}
     with changing_active(model, record):
-        record.base = {key: stored_at(model, key).detach().clone() for key in adapter.modules_to_save} | record.base
+        old = record.adapters[name].modules_to_save
+        for key, value in adapter.modules_to_save.items():
+            if key not in record.base:
+                record.base[key] = record.first[key] = held_at(model, key)
+            if key in old and old[key].shape == value.shape:  # in the same object, for which code may be compiled
+                adapter.modules_to_save[key] = old[key].copy_(value)
         record.adapters[name] = adapter
         fit_conv_in(model, record)
         for projection, update in adapters(model, name).items():
@@ -53,8 +58,8 @@ def held(model: nn.Module, name: str) -> tuple[Adapter, list[tuple[Target, Updat
     """The arguments with which `swap` brings the adapter `name` back as it is now."""
     record = state_of(model)
     assert record is not None
-    store_live_tensors(model, record)
+    adopt(model, record)
     old, present = record.adapters[name], adapters(model, name)
     targets = [target for target in find_targets(model, PARTS) if target.name in present]
     updates = [(target, copy.deepcopy(present[target.name])) for target in targets]
-    return replace(old, modules_to_save=dict(old.modules_to_save)), updates
+    return replace(old, modules_to_save={key: own_copy(value, value) for key, value in old.modules_to_save.items()}), updates

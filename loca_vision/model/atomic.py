@@ -1,0 +1,86 @@
+"""All or nothing: a change of a model that fails half-way leaves it as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loca_vision.layers.class_swap import exchange_class
+from loca_vision.layers.compiled_delta import CompiledDelta
+from loca_vision.model.state import AdapterState, state_of
+from loca_vision.model.traversal import modules_of
+
+_CONTAINERS = (dict, list, set, deque)
+
+
+@contextmanager
+def atomic(model: nn.Module, writes: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Undo everything done to the model inside if it raises, interruptions included.
+
+    Structure, classes, hooks, flags and gradients are remembered anyway; of values only those of `writes`.
+
+    Args:
+        writes: tensors that are written in place.
+    """
+    before = _Before(model, writes)
+    try:
+        yield
+    except BaseException:
+        before.restore()
+        raise
+
+
+class _Before:
+    def __init__(self, model: nn.Module, writes: Iterable[Tensor]) -> None:
+        self.model = model
+        self.modules = [(module, type(module), _Contents(module.__dict__)) for module in modules_of(model)]
+        self.flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+        self.values = [(tensor, tensor.detach().clone()) for tensor in writes]
+        self.record = _contents_of(state_of(model))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for module, cls, contents in self.modules:
+            if type(module) is not cls:
+                exchange_class(module, cls)  # hooks of other libraries keep the forward method of the class
+            contents.restore()
+        for contents in self.record:
+            contents.restore()
+        for parameter, learns, grad in self.flags:
+            parameter.requires_grad_(learns)
+            parameter.grad = grad
+        for tensor, values in self.values:
+            tensor.copy_(values)
+        for module, _, _ in self.modules:
+            if isinstance(module, CompiledDelta):
+                module.refresh()
+
+
+class _Contents:
+    """A dictionary of attributes, and the containers in it, as they are now."""
+
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        self.attributes, self.items = attributes, dict(attributes)
+        self.inner = [(value, copy.copy(value)) for value in attributes.values() if isinstance(value, _CONTAINERS)]
+
+    def restore(self) -> None:
+        _refill(self.attributes, self.items)
+        for container, items in self.inner:
+            _refill(container, items)
+
+
+def _refill(container: Any, items: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(items)
+
+
+def _contents_of(record: AdapterState | None) -> list[_Contents]:
+    if record is None:
+        return []
+    return [_Contents(vars(part)) for part in (record, record.fused, *record.adapters.values())]
