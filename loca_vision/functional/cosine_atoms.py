@@ -72,6 +72,11 @@ class Cosines:
     settings: AtomSettings
 
 
+def slope_steps(difference: str) -> tuple[tuple[int, float], ...]:
+    """The cells, counted from a component's own, whose weighted sum is the slope of Z along an axis."""
+    return _STEPS[difference]
+
+
 def offsets(difference: str, learned: bool, moving: bool) -> list[Offset]:
     """The offsets at which Z is needed: the cells for coefficients, their neighbours for locations, each once."""
     steps = [step for step, _ in _STEPS[difference]] if moving else []

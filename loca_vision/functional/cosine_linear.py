@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from loca_vision.functional.cosine_atoms import (
@@ -25,6 +24,7 @@ from loca_vision.functional.cost_model import Strategy, Workload
 from loca_vision.functional.row_linear import Rows, as_computed
 from loca_vision.functional.sparse_products import spectrum_of, transposed_of
 from loca_vision.functional.token_spectra import Pieces, add_applied, in_pieces, shared_pieces, spectra_at
+from loca_vision.functional.transforms import once_differentiable
 
 CosineRows = tuple[Rows, Cosines]  # the rows, and what is added to them
 

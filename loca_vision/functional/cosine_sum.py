@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from loca_vision.functional.by_products import cosine_sum_by_products
 from loca_vision.functional.cosine_atoms import (
     AtomSettings,
     Cells,
@@ -25,6 +27,7 @@ from loca_vision.functional.dct import dct2, idct, matrix_for
 from loca_vision.functional.packed_dct import basis_pieces
 from loca_vision.functional.sparse_products import Sums, read_at, spectrum_of, transposed_of
 from loca_vision.functional.token_spectra import Pieces, add_applied, in_pieces
+from loca_vision.functional.transforms import functional_only
 
 
 def cosine_sum(
@@ -45,6 +48,8 @@ def cosine_sum(
     Returns:
         (p, q) tensor of the coefficients' dtype.
     """
+    if functional_only():
+        return cosine_sum_by_products(coefficients, locations, cells, AtomSettings(shape, scale, difference))
     delta: Tensor = _cosine_sum(coefficients, locations, cells, shape[0], shape[1], scale, difference)
     return delta
 
@@ -124,6 +129,10 @@ def cosine_applied(x: Tensor, coefficients: Tensor, cells: Tensor, shape: tuple[
     Returns:
         (..., p) in x's dtype, differentiable in x.
     """
+    if functional_only():
+        settings = AtomSettings(shape, scale, "central")
+        delta = cosine_sum_by_products(coefficients, torch.zeros_like(cells, dtype=coefficients.dtype), cells, settings)
+        return F.linear(x, delta.to(x.dtype))
     applied: Tensor = _cosine_applied(x, coefficients, cells, shape[0], shape[1], scale)
     return applied
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from loca_vision.functional.by_products import inverse_real_by_products
+from loca_vision.functional.transforms import exported
 
 
 def inverse_real(values: Tensor, cells: Tensor, shape: tuple[int, int], norm: str = "backward") -> Tensor:
@@ -12,6 +17,9 @@ def inverse_real(values: Tensor, cells: Tensor, shape: tuple[int, int], norm: st
     The real part is the same for a value at (u, v) and half of it there, half of it at (-u, -v): with that symmetry half of
     the plane is enough, and the transform costs half as much.
     """
+    if exported():  # programs may run where nothing computes with complex numbers
+        size = math.prod(shape)
+        return inverse_real_by_products(values, cells, shape, 1 / (size if norm == "backward" else math.sqrt(size)))
     index, factor = _folded(cells, shape)
     half = shape[1] // 2 + 1
     spectrum = values.new_zeros(shape[0] * half).index_add(0, index, torch.cat([values, values]) * factor)

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from loca_vision.functional.row_linear import Rows, computed_in
+from loca_vision.functional.transforms import functional_only, once_differentiable
 
 LowRankRows = tuple[Rows, Tensor, Tensor]  # the rows, and the factors (p, r) and (r, q) of what is added to them
 
@@ -30,7 +30,7 @@ def low_rank_term(x: Tensor, rows: int, pairs: list[LowRankRows]) -> Tensor:
 
 def add_low_rank(result: Tensor, x: Tensor, pairs: list[LowRankRows]) -> Tensor:
     """`result` (..., n) + `low_rank_term`."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or functional_only():
         for where, up, down in pairs:
             term = F.linear(F.linear(x, down.to(x)), up.to(x)).to(result.dtype)
             index = torch.arange(result.shape[-1], device=x.device)[slice(None) if where is None else where]

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from loca_vision.functional.transforms import functional_only, once_differentiable
 
 Rows = slice | Tensor | None  # a range, an index (p,) int64, or all rows
 RowDelta = tuple[Rows, Tensor]  # the rows, and what is added to them: (p, q)
@@ -19,7 +20,7 @@ def add_rows(base: Tensor, updates: list[RowDelta]) -> Tensor:
     Slices go through one concatenation, whose gradient is views of the weight's; interleaved rows through an index.
     """
     wide = base if base.dtype == torch.float64 else base.float()
-    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or functional_only()):
         return add_in_place(wide.clone() if wide is base else wide, updates).to(base.dtype)
     slices = [(rows or slice(0, len(base)), delta) for rows, delta in updates if not isinstance(rows, Tensor)]
     pieces, end = [], 0

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from loca_vision.functional.cosine_atoms import Cells, Offset
 from loca_vision.functional.packed_dct import add_samples, frequencies, pieces
 from loca_vision.functional.sparse_products import Sums, product
+from loca_vision.functional.transforms import once_differentiable
 
 Pieces = tuple[Tensor, ...]  # of the frequencies (q', n) of some tokens after the others
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from loca_vision.functional.cosine_atoms import Cosines
 from loca_vision.functional.low_rank_linear import LowRankRows
 from loca_vision.functional.row_linear import RowDelta, Rows, add_in_place, add_rows
+from loca_vision.functional.transforms import functional_only
 from loca_vision.layers.call_settings import CallSettings
 from loca_vision.methods.update import Update
 
@@ -68,7 +69,7 @@ def deltas_of(updates: Updates, base: Tensor, call: CallSettings | None, device:
 
 def sum_with(updates: Updates, base: Tensor, call: CallSettings | None) -> Tensor:
     """W + the updates, (n, q) in W's dtype. Where no gradient is recorded they are added in place, to the same bits."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or functional_only():
         return add_rows(base, deltas_of(updates, base, call))
     wide = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
     scale = 1.0 if call is None else call.scale

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loca_vision.functional.transforms import compiled
 from loca_vision.layers.attention_layouts import Naming, base_of, child, naming_of
 from loca_vision.layers.class_swap import Adapted, adapted_class, exchange_class, once_while_traced
 from loca_vision.layers.effective_weight import EffectiveWeight
+from loca_vision.layers.plain_weight import is_plain_matrix
 from loca_vision.layers.targets import readable_weight
 from loca_vision.layers.weight_updates import FusedUpdates, WeightUpdates
 
@@ -80,10 +82,15 @@ class AdaptedAttention(Adapted):
 
     def _look(self) -> None:
         """Make the view that `forward` runs on: it shares all attributes, this one included."""
-        self.__dict__["_loca_projections"] = _projections(self)
         view = object.__new__(_view_class(self.original_class, self.loca.naming))
         object.__setattr__(view, "__dict__", self.__dict__)
+        self.__dict__["_loca_projections"] = _projections(view)  # of the view: nothing in here refers to the layer itself
         self.__dict__["_loca_view"] = view
+
+    def __del__(self) -> None:
+        """Break the circle of the view and its attributes, so that the layer's memory is free at once."""
+        for name in ("_loca_view", "_loca_projections"):
+            self.__dict__.pop(name, None)
 
     def kept_state(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_loca_view", "_loca_projections")}
@@ -106,7 +113,7 @@ class AdaptedProjection:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self._layer()
-        if torch.compiler.is_compiling():
+        if compiled():
             self._prepare()
         if not self._acts():
             result: Tensor = layer(x, *args, **kwargs)
@@ -146,7 +153,7 @@ class AdaptedProjection:
 
     def _acts(self) -> bool:
         """Compiled code asks only whether there is anything that could: which of it acts, and how, the buffer tells."""
-        if torch.compiler.is_compiling():
+        if compiled():
             return bool(self.effective_weight.all_updates())
         return bool(self.effective_weight.active_updates())
 
@@ -177,24 +184,21 @@ def _is_plain(layer: Any) -> bool:
         and type(layer).forward is nn.Linear.forward
         and "forward" not in layer.__dict__  # accelerate's and diffusers' hooks stand there
         and not (layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-        and type(layer._parameters.get("weight")) in (nn.Parameter, Tensor)  # not one that is quantised and looks like it
+        and is_plain_matrix(layer._parameters.get("weight"))
         and layer.weight.device.type != "meta"
-        and layer.weight.dtype in _PLAIN_DTYPES
     )
 
 
-_PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def _projections(attention: AdaptedAttention) -> dict[str, Any]:
+def _projections(view: Any) -> dict[str, Any]:
     """What the view answers for each attribute; in place of a list of layers, a list whose first is adapted."""
-    naming, loca = attention.loca.naming, attention.loca
+    loca: AttentionUpdates = view.__dict__["_modules"]["loca"]
+    naming = loca.naming
     found = {
-        path: AdaptedProjection(attention, path, loca.part(part))
+        path: AdaptedProjection(view, path, loca.part(part))
         for part, path in naming.parts.items()
         if f"on_{part}" in loca.weights
     }
-    return found | {name: AdaptedProjection(attention, name, loca.fused[f"in_{name}"]) for name in naming.fused}  # type: ignore[arg-type]
+    return found | {name: AdaptedProjection(view, name, loca.fused[f"in_{name}"]) for name in naming.fused}  # type: ignore[arg-type]
 
 
 def _answer(name: str) -> property:
@@ -229,7 +233,7 @@ def adapt_attention(attention: nn.Module) -> AttentionUpdates:
     naming = naming_of(attention)
     assert naming is not None
     updates = AttentionUpdates(attention, naming)
-    attention.add_module("loca", updates)
+    attention.add_module("loca", updates.train(attention.training))
     exchange_class(attention, adapted_class(AdaptedAttention, type(attention)))
     cast(AdaptedAttention, attention)._look()
     return updates

@@ -10,7 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from loca_vision.functional.transforms import compiled
 from loca_vision.layers.class_swap import Adapted, adapted_class, exchange_class, once_while_traced
+from loca_vision.layers.plain_weight import is_plain_matrix
+from loca_vision.layers.targets import readable_weight
 from loca_vision.layers.weight_updates import WeightUpdates
 
 
@@ -23,7 +26,9 @@ class AdaptedLayer(Adapted):
     @property
     def weight(self) -> Tensor:
         try:
-            if torch.compiler.is_compiling():
+            if not is_plain_matrix(base_weight(self)):
+                return base_weight(self)  # quantised: the layer's own forward reads it, and the updates act on activations
+            if compiled():
                 if self.loca.learns():
                     self.loca.drop()
                 else:
@@ -38,11 +43,29 @@ class AdaptedLayer(Adapted):
         raise RuntimeError("the weight of an adapted layer is W + Delta W, to be read only: remove or merge its adapters first")
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        plain = self.original_class.forward is nn.Linear.forward and len(inputs) == 1 and not named
-        if plain and self.loca.learns_alone(base_weight(self)):
+        plain = is_plain_matrix(base_weight(self))
+        stock = self.original_class.forward is nn.Linear.forward and len(inputs) == 1 and not named
+        if plain and stock and self.loca.learns_alone(base_weight(self)):
             return self.loca.linear(inputs[0], base_weight(self), self.bias)
         result: Tensor = super().forward(*inputs, **named)
-        return result
+        return result if plain else result + self._term(inputs[0], result.shape[-1]).to(result.dtype)
+
+    def _term(self, x: Tensor, rows: int) -> Tensor:
+        """What the updates add to a quantised layer."""
+        return self.loca.applied(x, rows, keep=True, base=lambda: readable_weight(self, "the layer"))
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """For torch.jit.script: a layer of the original class with the weight as it reads now."""
+        if not is_plain_matrix(base_weight(self)):
+            raise TypeError("a quantised layer with an adapter cannot be scripted: merge the adapter before quantising")
+        state = {key: value for key, value in self.__dict__.items() if key != "original_class"}
+        layer = self.original_class.__new__(self.original_class)
+        layer.__dict__.update(state)
+        layer.__dict__["_modules"] = {name: module for name, module in self._modules.items() if name != "loca"}
+        with torch.no_grad():
+            effective = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
+        layer.__dict__["_parameters"] = dict(self._parameters) | {"weight": effective}
+        return layer
 
     @once_while_traced
     def _settle(self) -> None:
@@ -64,7 +87,7 @@ def adapt(layer: nn.Module) -> WeightUpdates:
     if isinstance(layer, AdaptedLayer):
         return layer.loca
     updates = WeightUpdates()
-    layer.add_module("loca", updates)
+    layer.add_module("loca", updates.train(layer.training))
     exchange_class(layer, adapted_class(AdaptedLayer, type(layer)))
     return updates
 

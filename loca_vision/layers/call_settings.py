@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from loca_vision.functional.transforms import compiled, exported
+
 
 class CallSettings(nn.Module):
     """How strongly all adapters of a model act in this call, and whether to spare memory.
@@ -25,18 +27,19 @@ class CallSettings(nn.Module):
 
     @property
     def scale(self) -> float:
-        if torch.compiler.is_compiling():
+        if compiled():
             return 1.0
         return float(self.scale_tensor) if self._scale is None else self._scale
 
     def set_scale(self, scale: float) -> None:
-        if torch.compiler.is_compiling():  # dynamo would take the number itself for a constant, but not a product with it
+        if compiled():  # dynamo would take the number itself for a constant, but not a product with it
             self.scale_tensor.copy_(torch.ones_like(self.scale_tensor) * scale)
             self._scale = None
         else:
-            self.scale_tensor.fill_(scale)
+            if not exported():  # which would take the write for a part of the program
+                self.scale_tensor.fill_(scale)
             self._scale = scale
 
     def scaled_in_graph(self, value: Tensor) -> Tensor:
         """`value` times the scale in compiled code; `value` itself in eager code, where `scale` is multiplied in before."""
-        return value * self.scale_tensor if torch.compiler.is_compiling() else value
+        return value * self.scale_tensor if compiled() else value

@@ -13,6 +13,7 @@ from loca_vision.functional.cosine_linear import spectral_linear, workload_of
 from loca_vision.functional.cost_model import choose
 from loca_vision.functional.low_rank_linear import low_rank_linear
 from loca_vision.functional.row_linear import add_rows, computed_in, row_linear
+from loca_vision.functional.transforms import compiled, functional_only, traced, untraced
 from loca_vision.layers.active_updates import (
     Updates,
     deltas_of,
@@ -50,11 +51,15 @@ class EffectiveWeight(CompiledDelta):
 
     def forward(self, base: Tensor) -> Tensor:
         """W + the active updates, (n, q) in W's dtype: built anew where gradients are recorded, else cached."""
-        if torch.compiler.is_compiling():
+        if compiled():
             return self._in_graph(base)
         updates = self.active_updates()
         if not updates:
             return base
+        if functional_only():
+            return add_rows(base, deltas_of(updates, base, self.call_settings))
+        if traced():
+            return self._for_trace(base, updates)
         if torch.is_grad_enabled() and (base.requires_grad or learn(updates)):
             self.drop()
             return add_rows(base, deltas_of(updates, base, self.call_settings))
@@ -67,7 +72,9 @@ class EffectiveWeight(CompiledDelta):
 
     def learns_alone(self, base: Tensor) -> bool:
         """Whether the updates need gradients, and W needs none."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or base.requires_grad:
+        if not torch.is_grad_enabled() or base.requires_grad or torch.compiler.is_compiling():
+            return False
+        if functional_only() or traced():
             return False
         return learn(self.active_updates())
 
@@ -104,12 +111,18 @@ class EffectiveWeight(CompiledDelta):
             base: returns W; called only if an update depends on it.
         """
         call = self.call_settings
-        if torch.compiler.is_compiling() and self.delta is not None:
+        if compiled() and self.delta is not None:
             return F.linear(x, call.scaled_in_graph(self.delta).to(x.dtype))
         updates = self.active_updates()
         if not updates:
             return x.new_zeros(*x.shape[:-1], rows)
         weight = base() if any([active.update.needs_weight for active in updates]) else None
+        if functional_only():
+            return learned_term(x, rows, updates, weight, call)
+        if traced():
+            with untraced(), torch.no_grad():
+                matrix = matrix_of(x, rows, updates, weight, call)
+            return F.linear(x, matrix)
         if torch.is_grad_enabled() and learn(updates):
             self.drop()
             return learned_term(x, rows, updates, weight, call)
@@ -123,6 +136,13 @@ class EffectiveWeight(CompiledDelta):
             return (base + self.call_settings.scaled_in_graph(self.delta)).to(base.dtype)
         updates = self.active_updates()
         return add_rows(base, deltas_of(updates, base, self.call_settings)) if updates else base
+
+    def _for_trace(self, base: Tensor, updates: Updates) -> Tensor:
+        """A constant of the trace, which runs where our operators are unknown; in training, where it must learn, a sum."""
+        if self.training and torch.is_grad_enabled() and learn(updates):
+            return add_rows(base, deltas_of(updates, base, self.call_settings))
+        with untraced(), torch.no_grad():
+            return sum_with(updates, base.detach(), self.call_settings)
 
     def refresh(self) -> None:
         """After adapters came, went or changed: rewrite `delta`, and cache nothing that no update acts on."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from loca_vision.functional.row_linear import Rows
 from loca_vision.layers.attention_layouts import Naming, base_of, naming_of, target_of
 from loca_vision.layers.attention_layouts import child as genuine_child
+from loca_vision.layers.plain_weight import is_plain_matrix
 from loca_vision.layers.timm_layouts import _attention, _mlp
 from loca_vision.offload import stored
 
@@ -37,9 +38,8 @@ class Target:
     @property
     def shape(self) -> tuple[int, int]:
         """(p, q) of the projection. The layer must be linear."""
-        if self.attention is not None:  # the weight may be quantised, or offloaded
-            return self.layer.out_features, self.layer.in_features  # type: ignore[return-value]
-        rows, cols = self.layer._parameters["weight"].shape  # type: ignore[union-attr]
+        rows: Any = self.layer.out_features  # the weight may be quantised, or offloaded
+        cols: Any = self.layer.in_features
         if isinstance(self.rows, slice):
             return len(range(*self.rows.indices(rows))), cols
         return (rows if self.rows is None else len(self.rows)), cols
@@ -64,12 +64,12 @@ def readable_weight(layer: Any, name: str) -> Tensor:
     """
     layer = base_of(layer)
     weight: Any = stored(layer, "weight") if "weight" in layer._parameters else None
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+    if not is_plain_matrix(weight):
         raise ValueError(
-            f"{name} is a {type(layer).__module__}.{type(layer).__name__}: its weight is no matrix of floating-point numbers, "
-            "which the adapter depends on"
+            f"{name} is a {type(layer).__module__}.{type(layer).__name__}: its weight is not a plain floating-point matrix, "
+            "on which the adapter depends"
         )
-    return weight
+    return weight  # type: ignore[no-any-return]
 
 
 def find_targets(model: nn.Module, parts: Sequence[str]) -> Iterator[Target]:

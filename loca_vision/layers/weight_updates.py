@@ -58,7 +58,7 @@ class WeightUpdates(EffectiveWeight):
         return list(self.updates)  # type: ignore[arg-type]
 
     def add(self, slot: AdapterSlot, update: Update) -> None:
-        self.updates.append(update)
+        self.updates.append(update.train(self.training))
         self.slots.append(slot)
 
     def discard(self, adapter: str) -> None:

@@ -11,6 +11,7 @@ from loca_vision.functional.cosine_atoms import AtomSettings, Cells, Cosines
 from loca_vision.functional.cosine_sum import add_cosines, applied_to, cosine_applied, cosine_matrix, cosine_sum
 from loca_vision.functional.snapshot import Snapshot
 from loca_vision.functional.token_spectra import shared_pieces
+from loca_vision.functional.transforms import exported, functional_only
 from loca_vision.methods.adapter_config import generator_of
 from loca_vision.methods.locations import by_cell, cells_at, random_locations
 from loca_vision.methods.update import Update
@@ -62,6 +63,10 @@ class Spectrum(Update):
         """`strength` times the update, (p, q) float32, differentiable in coefficients and locations."""
         self._confine_what_moves()
         scale = self.scale * strength
+        if functional_only():
+            learns = self.training or not exported()
+            locations = self.locations if learns else self.locations.detach()
+            return cosine_sum(self.coefficients, locations, self.cells, self.shape, scale, self.difference)
         if self._trains_eagerly() and not torch.is_grad_enabled():
             return cosine_matrix(self.coefficients.detach(), self.layout, scale)
         return cosine_sum(self.coefficients, self.locations, self.cells, self.shape, scale, self.difference)
@@ -118,7 +123,7 @@ class Spectrum(Update):
         Two transforms of the activations and a sparse product. Differentiable in x only.
         """
         scale, coefficients = self.scale * strength, self.coefficients.to(x.device)
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        if torch.compiler.is_compiling() or functional_only() or (torch.is_grad_enabled() and x.requires_grad):
             return cosine_applied(x, coefficients, self.cells.to(x.device), self.shape, scale)
         layout = self.layout if self.locations.device == x.device else Cells(self.cells.to(x.device), self.shape)
         return applied_to(shared_pieces(x), x, coefficients.detach(), layout, scale)
@@ -143,7 +148,7 @@ class Spectrum(Update):
 
     def _confine_what_moves(self) -> None:
         """For those who train without a schedule, which does it too."""
-        if self.locations.requires_grad and not torch.compiler.is_compiling():
+        if self.locations.requires_grad and not (torch.compiler.is_compiling() or functional_only()):
             self.confine()
 
     def check_fits(self, other: Update, place: str) -> None:

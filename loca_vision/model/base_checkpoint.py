@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,7 @@ class SaveBase:
     """`save_pretrained` of a model with adapters: the file has the keys of the base, and the stock class loads it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self._model = weakref.ref(model)  # which has this as an attribute: no circle that would keep its memory
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -28,6 +29,18 @@ class SaveBase:
                 return self._stock()(*args, **kwargs)
         finally:
             hook.remove()
+
+    @property
+    def model(self) -> nn.Module:
+        model = self._model()
+        assert model is not None
+        return model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SaveBase:
+        return SaveBase(memo.get(id(self.model), self.model))  # the copy of the model, which copies its attributes now
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SaveBase, (self.model,)
 
     def _stock(self) -> Any:
         cls: Any = type(self.model)

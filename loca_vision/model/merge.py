@@ -13,6 +13,7 @@ from loca_vision.layers.adapted_attention import AdaptedAttention
 from loca_vision.layers.adapted_linear import AdaptedLayer
 from loca_vision.layers.attention_layouts import base_of, child
 from loca_vision.layers.effective_weight import EffectiveWeight
+from loca_vision.layers.plain_weight import is_plain_matrix
 from loca_vision.model.activation import strengths_at
 from loca_vision.model.state import Strength
 from loca_vision.model.traversal import sites, unwrap
@@ -42,10 +43,10 @@ class Weight:
             ValueError: it is not a matrix of floating-point numbers.
         """
         weight = stored(self.layer, "weight") if "weight" in self.layer._parameters else None
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2 or weight.element_size() < 2:
+        if not is_plain_matrix(weight):
             kind = type(self.layer).__name__
             raise ValueError(f"{self.path} is a {kind} without a plain floating-point weight: nothing can be written into it")
-        return weight
+        return weight  # type: ignore[return-value]
 
 
 def weights(model: nn.Module) -> list[Weight]:
@@ -113,4 +114,7 @@ def write_weights(model: nn.Module, strengths: Mapping[str, Strength], *, check:
                 projection = weight.effective_weight.active_updates()[0].projection
                 raise ValueError(f"{projection}: merged, the weight would not be finite in {tensor.dtype}")
         for weight, tensor in there:
-            tensor.copy_(weight.effective_weight.sum(tensor))
+            value = weight.effective_weight.sum(tensor)
+            tensor.copy_(value)
+            if not torch.equal(tensor.nan_to_num(), value.nan_to_num()):
+                raise RuntimeError(f"{weight.path}: the weight was written and does not read back, so it is not where it seems")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -122,7 +123,13 @@ class _Signature:
     """What `processor.__call__` shows to diffusers, which passes on only the arguments it finds there: the inner one's."""
 
     def __init__(self, owner: LoCAAttnProcessor) -> None:
-        self.owner = owner
+        self._owner = weakref.ref(owner)  # which has this as an attribute: no circle that would keep its memory
+
+    @property
+    def owner(self) -> LoCAAttnProcessor:
+        owner = self._owner()
+        assert owner is not None
+        return owner
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -130,6 +137,12 @@ class _Signature:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.owner(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Signature:
+        return _Signature(memo.get(id(self.owner), self.owner))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Signature, (self.owner,)
 
 
 def _layer_at(attn: Any, path: str) -> Any:
