@@ -72,6 +72,14 @@ def readable_weight(layer: Any, name: str) -> Tensor:
     return weight  # type: ignore[no-any-return]
 
 
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def canonical(path: str) -> str:
+    """A module's or parameter's path without the wrappers of compilation, checkpointing and sharding, as files name it."""
+    return ".".join(name for name in path.split(".") if name not in _WRAPPERS)
+
+
 def find_targets(model: nn.Module, parts: Sequence[str]) -> Iterator[Target]:
     """Every target of the wanted parts, in the order of the model's modules, linear or not.
 
@@ -82,7 +90,7 @@ def find_targets(model: nn.Module, parts: Sequence[str]) -> Iterator[Target]:
     for path, module in model.named_modules():
         naming = naming_of(module)
         if naming is not None:
-            yield from _of_attention(path, module, naming, parts)
+            yield from _of_attention(canonical(path), module, naming, parts)
             continue
         children = {name: child for name, child in module.named_children() if not isinstance(child, nn.Identity)}
         attention = _attention(path, module, children)
@@ -91,7 +99,7 @@ def find_targets(model: nn.Module, parts: Sequence[str]) -> Iterator[Target]:
         mlp = _mlp(children, inside_attention=path.startswith(tuple(attention_paths)))
         for part, child, rows in (*attention, *mlp):
             if target_of(part) in parts:
-                where = f"{path}." if path else ""
+                where = f"{canonical(path)}." if canonical(path) else ""
                 yield Target(f"{where}{part}", target_of(part), f"{where}{child}", children[child], rows)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +16,7 @@ from loca_vision.layers.compiled_delta import CompiledDelta
 from loca_vision.model.state import AdapterState, state_of
 from loca_vision.model.traversal import modules_of
 
-_CONTAINERS = (dict, list, set, deque)
+_CONTAINERS = (dict, OrderedDict, list, set)  # these very types: a subclass may be immutable
 
 
 @contextmanager
@@ -67,7 +67,7 @@ class _Contents:
 
     def __init__(self, attributes: dict[str, Any]) -> None:
         self.attributes, self.items = attributes, dict(attributes)
-        self.inner = [(value, copy.copy(value)) for value in attributes.values() if isinstance(value, _CONTAINERS)]
+        self.inner = [(value, copy.copy(value)) for value in attributes.values() if type(value) in _CONTAINERS]
 
     def restore(self) -> None:
         _refill(self.attributes, self.items)
@@ -77,7 +77,7 @@ class _Contents:
 
 def _refill(container: Any, items: Any) -> None:
     container.clear()
-    (container.extend if isinstance(container, (list, deque)) else container.update)(items)
+    (container.extend if isinstance(container, list) else container.update)(items)
 
 
 def _contents_of(record: AdapterState | None) -> list[_Contents]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from loca_vision.layers.targets import canonical
 from loca_vision.model.conv_in import WEIGHT, conv_in_of_the_base
 from loca_vision.model.state import state_of
 
@@ -54,4 +55,5 @@ def without_adapters(model: nn.Module, state: dict[str, Any], prefix: str, local
     record = state_of(model)
     if record is not None and not record.supplier_is_fused:
         narrow = {} if record.narrow is None else {WEIGHT: record.narrow.detach()}
-        state.update({key: value.detach() for key, value in (record.base | narrow).items() if key in state})
+        own = record.base | narrow
+        state.update({key: own[canonical(key)].detach() for key in state if canonical(key) in own})

@@ -20,7 +20,7 @@ from loca_vision.model.conv_in import fit_conv_in
 from loca_vision.model.state import Adapter, AdapterState, start_record
 from loca_vision.model.target_checks import check_new_name, classifier, linear_targets
 from loca_vision.model.traversal import moved_by_training, own_parameters, own_tensors, unwrap
-from loca_vision.model.whole_tensors import adopt, claim, held_at, load_tensors, own_copy
+from loca_vision.model.whole_tensors import adopt, claim, held_at, keep_base, load_tensors, own_copy
 from loca_vision.offload import device_for, stored_at
 
 
@@ -127,8 +127,7 @@ def _take_whole_tensors(model: nn.Module, record: AdapterState, name: str, broug
             claim(model, record, name, key, live)
             stored_at(model, key).copy_(value)
         else:
-            if key not in record.base:
-                record.base[key] = record.first[key] = live
+            keep_base(model, record, key)
             record.adapters[name].modules_to_save[key] = own_copy(value, live)
 
 

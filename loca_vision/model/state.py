@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from loca_vision.layers.targets import canonical
 from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.model.traversal import all_updates, unwrap
 
@@ -99,7 +100,7 @@ def start_record(model: nn.Module) -> AdapterState:
     """The state of the model's adapters; a new one if it has none yet."""
     record = state_of(model)
     if record is None:
-        record = AdapterState({name: p.requires_grad for name, p in model.named_parameters()})
+        record = AdapterState({canonical(name): p.requires_grad for name, p in model.named_parameters()})
         record.hook = model.register_load_state_dict_post_hook(_allow_the_base)  # type: ignore[no-untyped-call]
         setattr(model, _ATTRIBUTE, record)
     return record
@@ -117,7 +118,7 @@ def end_record(model: nn.Module) -> None:
     record = state_of(model)
     if record is not None:
         for name, parameter in model.named_parameters() if record.frozen else ():
-            parameter.requires_grad_(record.trainable.get(name, parameter.requires_grad))
+            parameter.requires_grad_(record.trainable.get(canonical(name), parameter.requires_grad))
         if record.hook is not None:
             record.hook.remove()
         delattr(model, _ATTRIBUTE)

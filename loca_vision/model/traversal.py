@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from loca_vision.layers.adapted_attention import AdaptedAttention
 from loca_vision.layers.adapted_linear import AdaptedLayer
+from loca_vision.layers.targets import canonical
 from loca_vision.layers.weight_updates import AdapterSlot, WeightUpdates
 from loca_vision.methods.update import Update
 
@@ -68,16 +69,18 @@ def all_updates(model: nn.Module) -> list[Update]:
 
 
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The model's parameters without those of its adapters."""
+    """The model's parameters without those of its adapters, by canonical name."""
     inside = {id(p) for update in all_updates(model) for p in update.parameters()}
-    return {name: p for name, p in model.named_parameters() if id(p) not in inside}
+    return {canonical(name): p for name, p in model.named_parameters() if id(p) not in inside}
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """`own_parameters`, and the running statistics of batch normalisation, which training moves without a gradient."""
     norms = {path: module for path, module in model.named_modules() if isinstance(module, _BatchNorm)}
     statistics = {
-        f"{path}.{name}": buffer for path, norm in norms.items() for name, buffer in norm.named_buffers(recurse=False)
+        canonical(f"{path}.{name}"): buffer
+        for path, norm in norms.items()
+        for name, buffer in norm.named_buffers(recurse=False)
     }
     return {**own_parameters(model), **statistics}
 

@@ -62,10 +62,20 @@ def claim(model: nn.Module, record: AdapterState, name: str, key: str, live: Ten
     """Let what the model holds belong to an adapter; the base gets a copy, if it has none."""
     if key not in record.base:
         record.base[key] = own_copy(stored_at(model, key), live)
-        record.first[key] = live
+        if _may_be_exchanged(live):
+            record.first[key] = live
         record.adapters[name].modules_to_save[key] = live
     else:
         record.adapters[name].modules_to_save[key] = own_copy(stored_at(model, key), live)
+
+
+def keep_base(model: nn.Module, record: AdapterState, key: str) -> None:
+    """Let what the model holds be the base's own, unless it has its own already."""
+    held = held_at(model, key)
+    if key not in record.base and _may_be_exchanged(held):
+        record.base[key] = record.first[key] = held
+    elif key not in record.base:
+        record.base[key] = own_copy(stored_at(model, key), held)
 
 
 def whole_tensors(model: nn.Module, record: AdapterState, name: str) -> dict[str, Tensor]:
@@ -119,7 +129,11 @@ def restore_first(model: nn.Module, record: AdapterState) -> None:
     """Let the model hold the very objects it had before the first adapter, with the values it has now."""
     for key, first in record.first.items():
         live = held_at(model, key) if key in record.base else first
-        if live is not first and (live.shape, live.dtype, live.device) == (first.shape, first.dtype, first.device):
+        if (
+            live is not first
+            and _may_be_exchanged(live)
+            and (live.shape, live.dtype, live.device) == (first.shape, first.dtype, first.device)
+        ):
             with torch.no_grad():
                 first.copy_(live)
             put(model, key, first)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
-
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from loca_vision.checks import PARTS
-from loca_vision.layers.targets import Target, find_targets
+from loca_vision.layers.targets import Target
 from loca_vision.methods.update import Update
 from loca_vision.model.activation import changing_active
 from loca_vision.model.adapters import adapters
 from loca_vision.model.conv_in import fit_conv_in
 from loca_vision.model.state import Adapter, refuse_fused, state_of
-from loca_vision.model.whole_tensors import adopt, held_at, own_copy
+from loca_vision.model.whole_tensors import adopt, keep_base
+from loca_vision.offload import stored_at
 
 
 def check_swap(model: nn.Module, name: str, placed: list[tuple[Target, Update]]) -> None:
@@ -43,8 +40,7 @@ def swap(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Targe
     with changing_active(model, record):
         old = record.adapters[name].modules_to_save
         for key, value in adapter.modules_to_save.items():
-            if key not in record.base:
-                record.base[key] = record.first[key] = held_at(model, key)
+            keep_base(model, record, key)
             if key in old and old[key].shape == value.shape:  # in the same object, for which code may be compiled
                 adapter.modules_to_save[key] = old[key].copy_(value)
         record.adapters[name] = adapter
@@ -53,13 +49,10 @@ def swap(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Targe
             update.copy_from(new.get(projection))
 
 
-@torch.no_grad()
-def held(model: nn.Module, name: str) -> tuple[Adapter, list[tuple[Target, Update]]]:
-    """The arguments with which `swap` brings the adapter `name` back as it is now."""
+def written_by_swap(model: nn.Module, name: str) -> list[Tensor]:
+    """The tensors that `swap` writes in place."""
     record = state_of(model)
     assert record is not None
     adopt(model, record)
-    old, present = record.adapters[name], adapters(model, name)
-    targets = [target for target in find_targets(model, PARTS) if target.name in present]
-    updates = [(target, copy.deepcopy(present[target.name])) for target in targets]
-    return replace(old, modules_to_save={key: own_copy(value, value) for key, value in old.modules_to_save.items()}), updates
+    own = [stored_at(update, key) for update in adapters(model, name).values() for key in update.state_dict()]
+    return [*own, *record.adapters[name].modules_to_save.values()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -16,13 +16,14 @@ from loca_vision.formats.sources import Opened, Request, opened, with_descriptio
 from loca_vision.layers.targets import Target, find_targets
 from loca_vision.methods.update import Update
 from loca_vision.model.activation import activate
+from loca_vision.model.atomic import atomic
 from loca_vision.model.inject import attach
 from loca_vision.model.options import settings_of
-from loca_vision.model.remove import remove
 from loca_vision.model.state import Adapter
 from loca_vision.model.target_checks import check_new_name
+from loca_vision.offload import stored_at
 from loca_vision.pipeline.components import adapted_in, models_in, names_in
-from loca_vision.pipeline.hot_swap import check_swap, held, swap
+from loca_vision.pipeline.hot_swap import check_swap, swap, written_by_swap
 
 
 def load(
@@ -106,30 +107,23 @@ def _name_to_load(pipe: Any, name: str | None, hotswap: bool, components: Collec
 
 
 def _swap_all(pipe: Any, name: str, made: Mapping[str, tuple[Adapter, list[tuple[Target, Update]]]]) -> None:
-    """In all components, or, where one fails after all, in none. Where the new adapter has nothing, the old one rests."""
-    before = [(model, held(model, name)) for model, record in adapted_in(pipe).values() if name in record.adapters]
-    try:
-        for component, (model, record) in adapted_in(pipe).items():
-            if name in record.adapters:
-                swap(model, name, *made.get(component, (Adapter(record.adapters[name].config), [])))
-    except BaseException:
-        for model, old in before:
-            swap(model, name, *old)
-        raise
+    """In all components, or, if one fails, in none. Where the new adapter has nothing, the old one becomes inactive."""
+    there = {component: pair for component, pair in adapted_in(pipe).items() if name in pair[1].adapters}
+    with ExitStack() as stack:
+        for model, _ in there.values():
+            stack.enter_context(atomic(model, written_by_swap(model, name)))
+        for component, (model, record) in there.items():
+            swap(model, name, *made.get(component, (Adapter(record.adapters[name].config), [])))
 
 
 def _attach_all(pipe: Any, name: str, made: Mapping[str, tuple[nn.Module, Any, Any]]) -> None:
-    """Into all components, or, where one fails after all, into none."""
-    before = [(model, record, dict(record.active), record.enabled) for model, record in adapted_in(pipe).values()]
-    try:
+    """Into all components, or, if one fails, into none."""
+    brought = {model: adapter.modules_to_save for model, adapter, _ in made.values()}
+    others = [model for model, _ in adapted_in(pipe).values() if model not in brought]
+    with ExitStack() as stack:
+        for model in (*brought, *others):
+            stack.enter_context(atomic(model, [stored_at(model, key) for key in brought.get(model, ())]))
         for model, adapter, placed in made.values():
             attach(model, name, adapter, placed, freeze=False)
         for model, record in adapted_in(pipe).values():
             activate(model, record, {name: 1.0} if name in record.adapters else {}, enabled=True)
-    except BaseException:
-        for model, record in adapted_in(pipe).values():
-            if name in record.adapters:
-                remove(model, name)
-        for model, record, active, enabled in before:
-            activate(model, record, active, enabled=enabled)
-        raise

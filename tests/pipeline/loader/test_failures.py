@@ -45,7 +45,7 @@ def failing(function: Callable[..., Any], at: int) -> Callable[..., Any]:
         ("loca_vision.pipeline.load.activate", 2),
         ("loca_vision.model.inject.updates_of", 3),
         ("loca_vision.model.inject.updates_of", 12),
-        ("loca_vision.model.inject.activate", 2),
+        ("loca_vision.model.inject.strengthen", 2),
     ],
 )
 def test_a_load_that_fails_half_way_changes_nothing(
