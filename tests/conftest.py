@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -16,6 +17,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start; accelerate remarks on it where it is not set
 torch.set_num_threads(1)  # the models are so small that a second thread costs more than it brings
+
+
+def pytest_collection_finish() -> None:
+    """Imported libraries are half a million objects that stay: each full collection, and trainers ask for one, leaves them out."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
