@@ -9,9 +9,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
-import warnings
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +19,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from loca_vision.storage.safetensors_file import write_safetensors
+from support.forks import fork, joined
 from support.timm_models import _fill
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "image_classification"
@@ -68,32 +66,6 @@ def write_weights(file: Path) -> Path:
 def weights(out: Path) -> bytes:
     (file,) = out.glob("*.safetensors")
     return file.read_bytes()
-
-
-def fork(function: Callable[[], int], log: Path) -> int:
-    """Run in a copy of this process, where everything is imported already; the process id. A process's imports take seconds."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a runner of tests that has threads
-        child = os.fork()
-    if child:
-        return child
-    status = 70
-    try:
-        with log.open("a", buffering=1) as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-            sys.stdout = sys.stderr = file
-            try:
-                status = function()
-            except BaseException:
-                traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
-def joined(child: int) -> int:
-    """The exit status of a fork, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def killed(out: Path, checkpoint: int, delay: float, *arguments: Any, command: tuple[Any, ...] = ("train", *DIGITS)) -> None:

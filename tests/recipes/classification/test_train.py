@@ -16,8 +16,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from loca_vision.data.load import NAMES
 from loca_vision.storage.safetensors_file import open_safetensors
+from support.forks import fork, joined
 from support.image_folders import WRITERS, accept_any_md5, write_folder
-from support.scripts import DIGITS, EXAMPLES, LOCA, MODEL, fork, joined, killed, main, together, trained, weights, write_weights
+from support.scripts import DIGITS, EXAMPLES, LOCA, MODEL, killed, main, together, trained, weights, write_weights
 
 METHODS = {
     "loca": LOCA,
