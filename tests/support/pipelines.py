@@ -222,7 +222,7 @@ def inputs_of(model: nn.Module) -> dict[str, Any]:
 
 
 def output_of(model: nn.Module, **more: Any) -> torch.Tensor:
-    """What one call of the model answers, without gradients."""
+    """The output of one call of the model, without gradients."""
     with torch.no_grad():
         return model(**inputs_of(getattr(model, "_orig_mod", model)), **more, return_dict=False)[0]
 

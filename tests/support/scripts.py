@@ -1,4 +1,4 @@
-"""The scripts of the examples as modules, run in this process or in forks of it, on what takes a second."""
+"""The example scripts as modules, run in this process or in forks of it with settings that take about a second."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LOCA += ("--learning_steps", "7", "--location_lr", "1e-2")
 
 @cache
 def script(name: str) -> ModuleType:
-    """By its path in the examples, or its name alone for one of image classification."""
+    """A script by its path in `examples/`; those of image classification by name alone."""
     file = (EXAMPLES.parent if "/" in name else EXAMPLES) / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"script_{name.replace('/', '_')}", file)
     module = importlib.util.module_from_spec(spec)
@@ -49,13 +49,13 @@ def main(name: str, *arguments: Any) -> int:
 
 
 def trained(out: Path, *arguments: Any) -> dict[str, Any]:
-    """The metrics of a run of train.py on digits; of settings given twice the last ones count."""
+    """Run train.py on the digits and return its metrics; if a setting is given twice, the last one counts."""
     assert main("train", *DIGITS, "--output_dir", out, *arguments) == 0
     return json.loads((out / "metrics.json").read_text())
 
 
 def write_weights(file: Path) -> Path:
-    """Of the model, of such a size that gradients are far above rounding."""
+    """Write weights of the model, large enough that gradients are far above rounding."""
     with torch.random.fork_rng(devices=[]):
         model = timm.create_model("test_vit", num_classes=0)
     _fill(model)
@@ -69,7 +69,7 @@ def weights(out: Path) -> bytes:
 
 
 def killed(out: Path, checkpoint: int, delay: float, *arguments: Any, command: tuple[Any, ...] = ("train", *DIGITS)) -> None:
-    """Train until that checkpoint is there, and a moment longer; then the process is killed."""
+    """Train until that checkpoint exists and `delay` seconds longer, then kill the process."""
     child = fork(lambda: main(*command, "--output_dir", out, *arguments), out.parent / "log.txt")
     started = time.monotonic()
     while not (out / f"checkpoint-{checkpoint}").exists() and os.waitpid(child, os.WNOHANG) == (0, 0):
@@ -81,7 +81,7 @@ def killed(out: Path, checkpoint: int, delay: float, *arguments: Any, command: t
 
 
 def together(log: Path, *arguments: Any, count: int = 2, name: str = "train") -> list[int]:
-    """Run a script as `torchrun --nproc_per_node 2` does: as several processes, on processors with gloo."""
+    """Run a script in several processes as `torchrun --nproc_per_node 2` does, on the CPU with gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Processes that are killed in the middle of their work, at every moment in turn, however fast the machine is."""
+"""Processes that are killed at every moment of their work in turn, however fast the machine is."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ def _die_at(count: int) -> None:
 
 
 def run_script(code: str, *arguments: object) -> str:
-    """What Python code prints in a process of its own, a copy of this one."""
+    """Run Python code in a copy of this process and return what it prints."""
 
     def run() -> int:
         sys.argv = ["", *map(str, arguments)]
