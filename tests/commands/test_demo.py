@@ -1,4 +1,4 @@
-"""The command's main job in small: what it writes, what it finds, and what an interruption leaves."""
+"""The demo command on a tiny model: what it writes, what it reports, and what remains after an interruption."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""What the pages of the documentation find when their blocks run: tiny models, a few images, adapters, checkpoints."""
+"""The environment in which the documentation's blocks run: tiny models, a few images, adapters, checkpoints."""
 
 from __future__ import annotations
 

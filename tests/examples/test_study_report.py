@@ -1,4 +1,4 @@
-"""The study in small: every script of it, one after the other, on what takes a second each; and nothing twice."""
+"""The study on tiny settings: all of its scripts in order, and nothing is computed twice."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""report.py gathers runs into the paper's table; study.py tunes and compares; a finished run goes to the hub."""
+"""report.py makes the paper's table of runs; study.py tunes and compares; a finished run is uploaded to the hub."""
 
 import csv
 import io

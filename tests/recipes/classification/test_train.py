@@ -1,4 +1,4 @@
-"""train.py and evaluate.py, as a user runs them: every image set and method, what is written, mistakes, resumption."""
+"""train.py and evaluate.py as a user runs them: every image set and method, output files, mistakes, resumption."""
 
 import json
 import random

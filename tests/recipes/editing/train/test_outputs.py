@@ -1,4 +1,4 @@
-"""examples/instruct_pix2pix/train.py: outputs."""
+"""examples/instruct_pix2pix/train.py: output files."""
 
 import shutil
 import sys
