@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from loca_vision.methods import registry
 from support.timm_models import tiny
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start; accelerate remarks on it where it is not set
 torch.set_num_threads(1)  # the models are so small that a second thread costs more than it brings
+registry.entry_points = cache(registry.entry_points)  # what is installed stays the same, and a run asks fifteen times
+
+TESTS = Path(__file__).parent
+LONG = ("recipes", "docs", "examples", "layers", "pipeline", "commands")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Folders whose files take long come first, so that no worker is left with one of them when the others are done."""
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.relative_to(TESTS).parts[0], len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """Full garbage collections, which trainers ask for, leave out the half million objects of imported libraries."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed notes the whole stack each time, for a GPU that may come
 
 
 @pytest.fixture(autouse=True)

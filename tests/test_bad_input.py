@@ -1,4 +1,4 @@
-"""Wrong calls, and the one sentence each gives: the value, the rule, the place."""
+"""Wrong calls and the one sentence that each raises: the value, the rule, the place."""
 
 import re
 

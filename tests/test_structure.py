@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import loca_vision
 
 PACKAGE = Path(loca_vision.__file__).parent
@@ -61,10 +63,16 @@ def test_the_core_needs_torch_and_safetensors_only():
             assert not outside, f"{file.relative_to(PACKAGE)} imports {outside}"
 
 
-def test_importing_the_library_pulls_nothing_heavy():
-    code = "import sys, loca_vision; print(*{m.split('.')[0] for m in sys.modules})"
-    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
-    assert not loaded & {
+@pytest.fixture(scope="module")
+def loaded():
+    """The modules that a fresh process has after `import torch`, and those that `import loca_vision` adds."""
+    code = "import sys, torch; there = set(sys.modules); import loca_vision; print(*there); print(*(set(sys.modules) - there))"
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [set(line.split()) for line in lines]
+
+
+def test_importing_the_library_pulls_nothing_heavy(loaded):
+    assert not {name.split(".")[0] for names in loaded for name in names} & {
         "timm",
         "torchvision",
         "diffusers",
@@ -77,8 +85,7 @@ def test_importing_the_library_pulls_nothing_heavy():
     }
 
 
-def test_importing_the_library_does_not_import_the_compiler():
+def test_importing_the_library_does_not_import_the_compiler(loaded):
     """Which takes a second, and which `import torch` leaves alone."""
-    code = "import sys, torch; there = set(sys.modules); import loca_vision; print(*(set(sys.modules) - there))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "loca_vision.layers.adapted_attention" in loaded and "torch._dynamo" not in loaded
+    _, added = loaded
+    assert "loca_vision.layers.adapted_attention" in added and "torch._dynamo" not in added

@@ -1,4 +1,4 @@
-"""Copies of the sets on the hub, as parquet files here, read by the library `datasets`."""
+"""Copies of the image sets on the hub: parquet files, read by the library `datasets`."""
 
 import io
 import json

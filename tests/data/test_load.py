@@ -1,4 +1,4 @@
-"""Every set's published layout in small: what is read is what was written, split as the protocol says."""
+"""Tiny copies of every set's published layout: what is read is what was written, split as the protocol says."""
 
 import json
 import re

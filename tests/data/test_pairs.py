@@ -1,4 +1,4 @@
-"""Pairs from folders and parquet files, columns, what is wrong with them; and the views of them."""
+"""Pairs from folders and parquet files: columns, errors in the data, and views of the pairs."""
 
 import json
 import sys
@@ -208,7 +208,7 @@ def test_a_view_is_a_function_of_seed_epoch_and_index():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_views_that_can_be_cached_are_all_there_are():
+def test_all_lists_every_view_that_can_be_cached():
     assert View(8).all == (Drawn(),)
     assert {View(8, flip=True).drawn(0, 0, i) for i in range(50)} == set(View(8, flip=True).all) and len(
         View(8, flip=True).all

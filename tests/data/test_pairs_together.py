@@ -1,4 +1,4 @@
-"""From photographs to a training step: the parts of InstructPix2Pix training on one another."""
+"""From photographs to a training step: the parts of InstructPix2Pix training combined."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the pages of the documentation find when their blocks run: tiny models, a few images, adapters, checkpoints."""
+"""The environment in which the documentation's blocks run: tiny models, a few images, adapters, checkpoints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline
+from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
 from PIL import Image
 
 import loca_vision.diffusers
@@ -60,8 +60,11 @@ def page_names():
 
 @pytest.fixture
 def command_folder(tmp_path, monkeypatch):
-    """The working folder of the shell lines: photographs, image sets, checkpoints, a pipeline."""
+    """The working folder of the shell lines: photographs, image sets, checkpoints, a pipeline; pictures take two steps."""
     monkeypatch.chdir(tmp_path)
+    draw = StableDiffusionPipeline.__call__
+    short = {"num_inference_steps": 2}
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", lambda pipe, *given, **asked: draw(pipe, *given, **asked | short))
     for part in ("train", "test"):
         for name, value in (("cat", 40), ("dog", 200)):
             for i in range(3):

@@ -1,4 +1,4 @@
-"""Pairs from a folder of photographs: what is made is a function of content and seed, goes on after a kill, and loads."""
+"""Pairs from a folder of photographs: the result is a function of content and seed, survives a kill, and loads."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""The cartoon filter: repeatable, few colours, ink where a form ends, at every size."""
+"""The cartoon filter: repeatable, few colours, ink at the edges of forms, at every size."""
 
 import subprocess
 import sys

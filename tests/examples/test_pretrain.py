@@ -1,4 +1,4 @@
-"""A base from nothing: it loads, resumes to the same bits, is not made twice, and its autoencoder begins as a linear codec."""
+"""A base from nothing: it loads, resumes to the same bits, is not made twice, and its autoencoder starts as a linear codec."""
 
 import importlib.util
 import json

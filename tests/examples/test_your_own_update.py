@@ -1,4 +1,4 @@
-"""Kinds that somebody else defines: the example, and what they may hold."""
+"""Methods defined outside the library: the example, and what such a method may contain."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Adapters and weights from one form into another: what is printed is what is measured, and nothing is lost in silence."""
+"""Conversion of adapters and weights: printed errors are the measured ones, and nothing is lost silently."""
 
 import re
 
@@ -345,7 +345,7 @@ def test_a_fine_tuned_component_of_a_pipeline_is_extracted(form, tmp_path):
         assert not torch.allclose(output_of(base.unet), output_of(stable_diffusion().unet), atol=1e-4)
 
 
-def test_what_changed_besides_is_refused_or_listed(tmp_path, capsys):
+def test_other_changes_are_refused_or_listed(tmp_path, capsys):
     checkpoints(tmp_path, lambda name: "qkv" in name)
     words = (
         f"extract {tmp_path}/base.safetensors {tmp_path}/tuned.safetensors {tmp_path}/peft --model {NAME} --to peft --rank 3"

@@ -1,4 +1,4 @@
-"""The largest DCT coefficients and the largest singular values: optimal, and telling their error."""
+"""The largest DCT coefficients and the largest singular values: optimal, with the correct error."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""A linear map with cosine updates on its rows, against dense matrices in autograd's hands."""
+"""A linear map with cosine updates of its rows, against dense matrices and autograd."""
 
 import itertools
 

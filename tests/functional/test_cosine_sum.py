@@ -1,4 +1,4 @@
-"""The update and its gradients against the sum of cosines, the dense form, gradcheck and brute-force differences."""
+"""The update and its gradients against the sum of cosines, the dense form, gradcheck and finite differences."""
 
 import math
 

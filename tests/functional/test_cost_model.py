@@ -1,4 +1,4 @@
-"""What the model of costs decides: properties that hold whatever its constants are."""
+"""The decisions of the cost model: properties that hold for any constants."""
 
 import dataclasses
 
@@ -48,7 +48,7 @@ def test_nothing_is_built_where_tokens_are_few(tokens, monkeypatch):
     assert way == (["applied"] if 3 * tokens < 1280 else ["sampled"])
 
 
-def test_the_ways_of_the_model_are_the_cheapest_there_are(monkeypatch):
+def test_the_chosen_ways_are_the_cheapest(monkeypatch):
     """Against all combinations, written out: for each projection its way, and what those share who are transformed."""
     for tokens, cells, count in ((32, 100, 1), (200, 100, 2), (700, 3000, 1), (3000, 3000, 3), (3000, 9000, 2)):
         found = choose([Workload((256, 192), cells, 1)] * count, tokens, CPU, FLOAT)

@@ -1,4 +1,4 @@
-"""The linear map that learns in some rows, against a whole weight in autograd's hands."""
+"""The linear map that learns in some of its rows, against a dense weight and autograd."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Spectra of gradients from activations, against the transform of the whole gradient; frequencies that are shared."""
+"""Spectra of gradients from activations, against the transform of the dense gradient; shared frequencies."""
 
 import gc
 
@@ -40,7 +40,7 @@ def test_values_are_those_of_the_whole_gradient(tokens, rows, cols, count, monke
     torch.testing.assert_close(found, dct2(grad.T @ x)[tuple(cells.T)], rtol=1e-12, atol=1e-12)
 
 
-def test_several_gradients_share_the_activations_and_may_ask_beside_their_cells():
+def test_several_gradients_share_the_activations_and_may_ask_for_shifted_cells():
     x, first = factors(50, 6, 9)
     second = torch.randn(50, 11, dtype=torch.float64)
     layouts = [

@@ -1,4 +1,4 @@
-"""Adapted layers in the company they keep: autocast, half precision, copies, checkpointing, compilers, and no gradients."""
+"""Adapted linear layers under autocast, in half precision, copied, checkpointed, compiled, and without gradients."""
 
 import copy
 import io
@@ -78,7 +78,7 @@ def test_a_weight_kept_in_inference_mode_serves_training(adapted, images):
     assert inputs.grad.abs().sum() > 0
 
 
-def test_a_base_that_learns_beside_a_frozen_adapter_gets_its_gradient(adapted, images):
+def test_a_base_trained_with_a_frozen_adapter_gets_its_gradient(adapted, images):
     for spectrum in adapters(adapted).values():
         spectrum.requires_grad_(False)
     adapted.blocks[0].attn.qkv._parameters["weight"].requires_grad_(True)

@@ -1,4 +1,4 @@
-"""What holds of every kind of adapter in a timm model, against weights that are written by its formula."""
+"""Properties of every kind of adapter in a timm model, against weights computed by its formula."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""FourierFT, against the transform as it is defined and against peft's layer."""
+"""FourierFT, against the definition of the transform and against peft's layer."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""LoRA and DoRA against peft's layers, and the product of factors that acts on activations against whole matrices."""
+"""LoRA and DoRA against peft's layers, and products of factors with activations against dense matrices."""
 
 import pytest
 import torch

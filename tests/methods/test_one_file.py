@@ -1,4 +1,4 @@
-"""A method is one file: nothing else in the library names it, and what others define is found."""
+"""A method is one file: nothing else in the library names it, and methods of other packages are found."""
 
 import ast
 from importlib.metadata import EntryPoint

@@ -1,4 +1,4 @@
-"""Selective DCT fine-tuning: its cells against a transcription of the rule, and that they stay."""
+"""Selective DCT fine-tuning: its cells against a transcription of the rule, and that they do not move."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""SeLoRA: how many numbers, at which cells, how large at first, and both bases against whole matrices."""
+"""SeLoRA: the count of numbers, their cells, their initial size, and both bases against dense matrices."""
 
 import math
 from fractions import Fraction

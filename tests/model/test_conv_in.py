@@ -1,4 +1,4 @@
-"""A UNet with more channels at its entrance, trained beside an adapter, saved, loaded and taken away again."""
+"""A UNet with additional input channels, trained together with an adapter, saved, loaded and removed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What `explain` says of a model, against what its layers do."""
+"""The output of `explain`, against what the layers do."""
 
 from dataclasses import replace
 

@@ -88,7 +88,7 @@ def test_weights_come_in_several_forms(vit):
         assert active_adapters(vit) == expected
 
 
-def test_injecting_beside_a_trained_adapter_changes_nothing(vit, images):
+def test_injecting_next_to_a_trained_adapter_changes_nothing(vit, images):
     inject(vit, SMALL, "a")
     randomise(vit, "a")
     before = vit(images)

@@ -1,4 +1,4 @@
-"""Modules that are trained whole beside an adapter, and belong to it."""
+"""Modules that are trained whole together with an adapter, and belong to it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Phases by optimiser steps, and a frozen half that nothing moves."""
+"""Phases by optimiser step, and that nothing moves the frozen half."""
 
 import copy
 import itertools

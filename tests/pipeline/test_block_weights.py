@@ -1,4 +1,4 @@
-"""Weights of adapters by component and by block: which projection gets which, and what is refused."""
+"""Weights of adapters by component and by block: which projection gets which weight, and what is refused."""
 
 from __future__ import annotations
 

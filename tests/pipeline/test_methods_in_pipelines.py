@@ -1,4 +1,4 @@
-"""What holds of every kind of adapter in diffusers' models and pipelines, in the company that they keep there."""
+"""Properties of every kind of adapter in diffusers' models and pipelines, alone and together with other adapters."""
 
 import copy
 import re
@@ -136,7 +136,7 @@ def lora(model):
 
 @every_kind
 @pytest.mark.parametrize("arrival", ("before", "after"))
-def test_beside_lora_of_peft(kind, arrival):
+def test_together_with_lora_of_peft(kind, arrival):
     """Both changes add; that of DoRA is of the base weight, whatever peft adds."""
     exact = adapted(kind)
     model = lora(adapted(kind)) if arrival == "after" else lora(unet())
@@ -154,7 +154,7 @@ def test_beside_lora_of_peft(kind, arrival):
 
 @quantised
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in (*DORA, "sdctft")])
-def test_on_quantised_layers_the_update_comes_beside(kind):
+def test_on_quantised_layers_the_update_is_applied_to_activations(kind):
     model, exact, base = eight_bits(unet()), adapted(kind), eight_bits(unet())
     inject(model, EVERYWHERE[kind])
     for update, other in zip(adapters(model).values(), adapters(exact).values(), strict=True):

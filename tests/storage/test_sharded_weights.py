@@ -1,4 +1,4 @@
-"""Checkpoints in shards: read a tensor at a time, checked against the index, written whole or not at all."""
+"""Checkpoints in shards: read one tensor at a time, checked against the index, written completely or not at all."""
 
 import json
 import os

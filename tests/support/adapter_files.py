@@ -1,4 +1,4 @@
-"""What the tests in formats/save_load/ share."""
+"""Models, adapters and ways to damage adapter files for the tests in formats/save_load/."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAME = "adapter.safetensors"
 
 
 def tiny(classes: int = 3, seed: int = 0) -> nn.Module:
-    """The same weights for the same arguments, as a pretrained model has; the head apart."""
+    """A tiny model whose weights depend only on the arguments, like those of a pretrained model, except for the head."""
     torch.manual_seed(seed)
     sizes = {"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 8, "img_size": 32}
     model: nn.Module = timm.create_model("vit_tiny_patch16_224", num_classes=classes, **sizes).eval()
@@ -40,7 +40,7 @@ def tiny(classes: int = 3, seed: int = 0) -> nn.Module:
 
 @torch.no_grad()
 def train(model: nn.Module, name: str = "default", seed: int = 1) -> None:
-    """Move everything that training could: coefficients, locations and what else is trainable."""
+    """Change everything that training could change: coefficients, locations and all other trainable tensors."""
     torch.manual_seed(seed)
     for spectrum in adapters(model, name).values():
         spectrum.coefficients.normal_()
@@ -64,7 +64,7 @@ def output(model: nn.Module) -> Tensor:
 
 
 def facts(model: nn.Module) -> dict[str, Any]:
-    """All there is to tell about a model; `same` compares two."""
+    """A full description of a model; `same` compares two of them."""
     return {
         "tensors": {key: value.clone() for key, value in model.state_dict().items()},
         "classes": {path: type(module) for path, module in model.named_modules()},
@@ -89,7 +89,7 @@ Breaker = Callable[[bytes], bytes]
 
 
 def split(raw: bytes) -> tuple[bytes, bytes]:
-    """The header and the data of a file."""
+    """The header and the data section of a file."""
     length = int.from_bytes(raw[:8], "little")
     return raw[8 : 8 + length], raw[8 + length :]
 
@@ -99,7 +99,7 @@ def join(header: bytes, data: bytes) -> bytes:
 
 
 def text(change: Callable[[str], str]) -> Breaker:
-    """Change the text of the header."""
+    """Edit the header as text."""
 
     def broken(raw: bytes) -> bytes:
         header, data = split(raw)
@@ -111,7 +111,7 @@ def text(change: Callable[[str], str]) -> Breaker:
 
 
 def header(change: Callable[[dict[str, Any]], object]) -> Breaker:
-    """Change the header as an object."""
+    """Edit the header as a parsed object."""
 
     def broken(raw: str) -> str:
         fields = json.loads(raw)
@@ -122,7 +122,7 @@ def header(change: Callable[[dict[str, Any]], object]) -> Breaker:
 
 
 def about(change: Callable[[dict[str, Any]], object]) -> Breaker:
-    """Change the metadata as an object."""
+    """Edit the metadata as a parsed object."""
 
     def broken(fields: dict[str, Any]) -> None:
         metadata = json.loads(fields["__metadata__"][METADATA_KEY])
@@ -141,7 +141,7 @@ def config(name: str, value: Any) -> Breaker:
 
 
 def tensors(change: Callable[[dict[str, Tensor]], object]) -> Breaker:
-    """Change the tensors, under a header that fits them."""
+    """Edit the tensors and write a header that matches them."""
 
     def broken(raw: bytes) -> bytes:
         values = safetensors.torch.load(raw)
@@ -170,7 +170,7 @@ def both(*breakers: Breaker) -> Breaker:
 
 
 def whole(name: str, value: Tensor) -> Breaker:
-    """Add a whole tensor in due form."""
+    """Add a tensor that was trained whole, declared as the format requires."""
     return both(tensors(lambda t: t.update({f"full.{name}": value})), about(lambda m: m["whole"].append(name)))
 
 

@@ -1,4 +1,4 @@
-"""What the tests in layers/attention/ share."""
+"""Models, adapters and oracles for the tests in layers/attention/."""
 
 from functools import cache, partial
 
@@ -49,7 +49,7 @@ def t5():
 
 
 def small():
-    """One block of a UNet with attention and one without, for what takes long."""
+    """A UNet of one block with attention and one without, for slow tests such as compilation."""
     return tiny.unet(**SMALL)
 
 
@@ -112,7 +112,7 @@ def base_output(family):
 
 
 def adapted(family="unet", *, learned=False):
-    """A model whose adapter shows, the same one every time."""
+    """A model with an adapter that visibly changes its output; identical at every call."""
     model = FAMILIES[family]()
     inject(model, CONFIG)
     return shown(model, learned=learned)
@@ -132,7 +132,7 @@ def layer_path(projection, family="unet"):
 
 @torch.no_grad()
 def written(base, spectra, family="unet", strength=1.0):
-    """The base with W + strength * delta in its weights: the oracle."""
+    """The base model with W + strength * delta written into its weights: the oracle."""
     for projection, spectrum in spectra.items():
         weight = base.get_submodule(layer_path(projection, family)).weight
         weight.copy_(weight.float() + strength * spectrum.delta())
@@ -141,7 +141,7 @@ def written(base, spectra, family="unet", strength=1.0):
 
 @cache
 def expected(family="unet", strength=1.0):
-    """What a model with the adapter of `adapted` written into its weights answers."""
+    """The output of a model with the adapter of `adapted` written into its weights."""
     return output(written(FAMILIES[family](), adapters(adapted(family)), family, strength))
 
 
@@ -158,12 +158,12 @@ def assert_gradients_near(got, wanted, tolerance=1e-4):
 
 
 def loss_of(answer):
-    """Not the sum of squares, which a last layer norm makes a constant."""
+    """A weighted sum rather than the sum of squares, which a final layer norm would make constant."""
     return (answer * torch.arange(answer.numel()).cos().view_as(answer)).sum()
 
 
 def gradients(model, **more):
-    """Of every coefficient and location."""
+    """Gradients of every coefficient and location."""
     model.zero_grad()
     loss_of(call(model, **more)).backward()
     spectra = adapters(model).values()
@@ -171,7 +171,7 @@ def gradients(model, **more):
 
 
 def reference_gradients(family, strength=1.0):
-    """The same, by differentiating W + strength * delta as the weights of the base."""
+    """The same gradients, computed by differentiating the base model with weights W + strength * delta."""
     spectra, base = adapters(adapted(family, learned=True)), FAMILIES[family]()
     values = dict(base.named_parameters())
     for projection, spectrum in spectra.items():
@@ -183,7 +183,7 @@ def reference_gradients(family, strength=1.0):
 
 
 def anatomy(model):
-    """The class of every module, the names of its attributes and of all that is registered in it."""
+    """The class, attribute names and registered names of every module."""
 
     def content(value):
         return list(value) if isinstance(value, dict) else value if isinstance(value, (bool, int, str, type)) else type(value)
@@ -248,7 +248,7 @@ COMPANY = {
 
 @cache
 def alone(company):
-    """What the base answers in that company."""
+    """The output of the base model in the same company, without an adapter."""
     model = small()
     COMPANY[company][0](model)
     return output(model)

@@ -1,4 +1,4 @@
-"""What the tests in storage/run_checkpoint/ share."""
+"""Checkpoints to write and inspect in the tests in storage/run_checkpoint/."""
 
 from __future__ import annotations
 

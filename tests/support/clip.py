@@ -1,4 +1,4 @@
-"""A tiny CLIP model with tokenizer and image processor, in a folder."""
+"""A tiny CLIP model, saved to a folder with its tokenizer and image processor."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from support import pipelines as tiny
 
 
 def write_tiny_clip(folder: Path) -> Path:
-    """Random weights, large enough that pictures and texts differ; pictures of 16 x 16 pixels, texts of 12 tokens."""
+    """Save a CLIP for 16 x 16 images and 12 tokens, with random weights large enough to tell images and texts apart."""
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     words = tiny.tokenizer()

@@ -1,4 +1,4 @@
-"""What the tests in recipes/editing/train/ share."""
+"""Settings and readers of results for the tests in recipes/editing/train/."""
 
 import json
 
@@ -41,7 +41,7 @@ METHODS = {
 
 
 def trained(out, *arguments):
-    """The metrics of a run."""
+    """Train, and return the metrics of the run."""
     assert main(TRAIN, "--output_dir", out, *arguments) == 0
     return json.loads((out / "metrics.json").read_text())
 

@@ -1,4 +1,4 @@
-"""Every kind of adapter by its formula, in float64 with whole matrices, and models that have the result in their weights."""
+"""Every kind of adapter by its formula, in float64 with dense matrices, and models with the result in their weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS = {
 
 
 def changed(config: Any, values: dict[str, Tensor], weight: Tensor) -> Tensor:
-    """W', (p, q) float64, from the numbers of one update by name and W; differentiable in them."""
+    """W', (p, q) float64, from W and the named numbers of one update; differentiable in the numbers."""
     weight = weight.double()
     if isinstance(config, (LoCAConfig, SDCTFTConfig, FourierFTConfig)):
         inverse = fourier_inverse if isinstance(config, FourierFTConfig) else cosine_inverse
@@ -41,7 +41,7 @@ def changed(config: Any, values: dict[str, Tensor], weight: Tensor) -> Tensor:
 
 
 def factors(config: Any, values: dict[str, Tensor], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """B (p, r) and A (r, q)."""
+    """The factors B (p, r) and A (r, q)."""
     if isinstance(config, LoRAConfig):
         return values["up"].double(), values["down"].double()
     sizes = {"up": (shape[0], config.r), "down": (config.r, shape[1])}
@@ -52,7 +52,7 @@ def factors(config: Any, values: dict[str, Tensor], shape: tuple[int, int]) -> t
 
 
 def spread(values: Tensor, flat: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A matrix of zeros but for the values (n,) at flat cells (n,); two at one cell add."""
+    """A matrix that is zero except for values (n,) at flat cells (n,); values at the same cell add up."""
     return torch.zeros(shape[0] * shape[1], dtype=torch.float64).index_add(0, flat, values.double()).view(shape)
 
 
@@ -62,7 +62,7 @@ def cosine_inverse(spectrum: Tensor) -> Tensor:
 
 
 def fourier_inverse(spectrum: Tensor) -> Tensor:
-    """The real part of the inverse discrete Fourier transform, summed as it is defined."""
+    """The real part of the inverse discrete Fourier transform, summed by its definition."""
     rows, cols = (
         torch.exp(2j * torch.pi * torch.outer(torch.arange(n), torch.arange(n)).double() / n) / n for n in spectrum.shape
     )
@@ -87,7 +87,7 @@ def haar_matrix(size: int) -> np.ndarray[Any, Any]:
 
 @torch.no_grad()
 def stir(model: nn.Module, name: str = "default", seed: int = 3) -> nn.Module:
-    """Give all that an adapter learns other values, so that it shows."""
+    """Change everything an adapter learns, so that it has a visible effect."""
     generator = torch.Generator().manual_seed(seed)
     for update in adapters(model, name).values():
         for key, value in update.named_parameters():
@@ -102,7 +102,7 @@ def stir(model: nn.Module, name: str = "default", seed: int = 3) -> nn.Module:
 
 
 def numbers(update: nn.Module) -> dict[str, Tensor]:
-    """All that one update is made from, by name."""
+    """All numbers that define one update, by name."""
     return {key: value.detach().clone() for key, value in update.state_dict().items()}
 
 

@@ -1,4 +1,4 @@
-"""What the tests in pipeline/fuse/ share."""
+"""Targets, comparisons and a failing function for the tests in pipeline/fuse/."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def assert_equal(pipe: Any, weights: dict[str, Tensor]) -> None:
 
 
 class Failing:
-    """A function that fails at its call of that number."""
+    """Wraps a function so that its n-th call fails."""
 
     def __init__(self, function: Callable[..., Any], at: int) -> None:
         self.function, self.left = function, at

@@ -1,4 +1,4 @@
-"""The image sets in small, in exactly the files and folders in which they are published. A class is a colour.
+"""Tiny versions of the image sets, in exactly the files and folders of the published ones. Each class has its own colour.
 
 Each `write_<set>(root)` returns what it wrote: for each published part that is used the labels in the order of its
 list, and the names of the classes as they are to be read. Three classes, which a linear classifier tells apart.
@@ -17,7 +17,7 @@ TRAIN, TEST = 12, 4  # images of each class; a tenth of TRAIN is held out, which
 
 @dataclass
 class Written:
-    """Class names, and for every part its labels."""
+    """Class names, and the labels of each part."""
 
     classes: tuple[str, ...]
     parts: dict[str, list[int]] = field(default_factory=dict)
@@ -30,13 +30,13 @@ def picture(label, number, shape=(24, 32)):
 
 
 def save(path, label, number, shape=(24, 32)):
-    """An image file in the format of its ending."""
+    """Write an image in the format of the file's suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture(label, number, shape)).save(path, quality=95)
 
 
 def mixed(count, classes=3):
-    """Labels of `count` images a class, the classes taking turns."""
+    """Labels of `count` images per class, the classes alternating."""
     return [label for _ in range(count) for label in range(classes)]
 
 
@@ -61,7 +61,7 @@ def write_oxford_pets(root, train=TRAIN, test=TEST):
 
 
 def write_stanford_cars(root, train=TRAIN, test=TEST):
-    """cars_train/00001.jpg, MATLAB annotations with classes from 1; those of the test beside the devkit, not in it."""
+    """cars_train/00001.jpg, MATLAB annotations with classes from 1; those of the test are next to the devkit, not in it."""
     base = root / "stanford_cars"
     classes = ("AM General Hummer SUV 2000", "BMW M3 Coupe 2012", "smart fortwo Convertible 2012")
     (base / "devkit").mkdir(parents=True)
@@ -88,7 +88,7 @@ def _cifar_batch(path, kinds, first, **more):
 
 
 def write_cifar10(root, train=TRAIN, test=TEST):
-    """data_batch_1 to 5 and test_batch; what is pickled has another md5 than the published, see `accept_any_md5`."""
+    """data_batch_1 to 5 and test_batch; their md5 differs from the published one, see `accept_any_md5`."""
     base, classes = root / "cifar-10-batches-py", ("airplane", "automobile", "bird")
     labels, share = mixed(train), -(-3 * train // 5)
     for batch in range(5):
@@ -112,7 +112,7 @@ def write_cifar100(root, train=TRAIN, test=TEST):
 
 
 def accept_any_md5(monkeypatch):
-    """CIFAR of other images than the published: torchvision then asks only whether the files are there."""
+    """Make torchvision accept CIFAR files with other content: it then only checks that they exist."""
     from torchvision.datasets import cifar, utils
 
     monkeypatch.setattr(cifar, "check_integrity", lambda path, md5=None: utils.check_integrity(path))

@@ -1,4 +1,4 @@
-"""What the tests in pipeline/loader/ share."""
+"""Targets and a fast way to draw for the tests in pipeline/loader/."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ CONV_IN = ["unet.conv_in.weight", "unet.conv_in.bias"]
 
 
 def shown(pipe: Any) -> Tensor:
-    """The picture, without compiling anything: that takes seconds each time."""
+    """The pipeline's picture, drawn without compiling anything, which would take seconds each time."""
     with torch.compiler.set_stance("force_eager"):
         return picture(pipe)

@@ -1,4 +1,4 @@
-"""What the tests in formats/lora_files/ share."""
+"""LoRA pairs and checks for the tests in formats/lora_files/."""
 
 import re
 
@@ -13,12 +13,12 @@ COMPONENTS = {"unet": ATTENTION, "text_encoder": r".*self_attn\.(q_proj|out_proj
 
 
 def plain(path):
-    """A path in the model, which may have no `text_model` in it."""
+    """The path without the level `text_model`, which not every text encoder has."""
     return path.replace(".text_model.", ".")
 
 
 def modules(pipe):
-    """Linear layers of the components by `component.path`."""
+    """Linear layers of the components, keyed by `component.path`."""
     for component in COMPONENTS:
         model = getattr(pipe, component, None)
         for path, module in model.named_modules() if model is not None else ():
@@ -27,7 +27,7 @@ def modules(pipe):
 
 
 def made_up(pipe, *, ranks=(4,), scales=(1.0,), seed=0):
-    """A pair for each attention layer of a pipeline, ranks and scales in turn."""
+    """A low-rank pair for each attention layer of a pipeline, with alternating ranks and scales."""
     generator = torch.Generator().manual_seed(seed)
     pairs = {}
     for path, module in modules(pipe):
@@ -44,7 +44,7 @@ def weights_of(pipe):
 
 
 def check_merged(pipe, base, pairs):
-    """Fused, every weight is W + delta, and all others are as they were."""
+    """Check that after fusing every adapted weight is W + delta and all others are unchanged."""
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     after = weights_of(pipe)

@@ -1,4 +1,4 @@
-"""Random pictures for pairs, and pairs that are listed."""
+"""Random images for pairs, and a data set made of a list of pairs."""
 
 import numpy as np
 import torch

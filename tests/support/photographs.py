@@ -1,4 +1,4 @@
-"""Photographs that tests draw, and the script that makes pairs of them."""
+"""Synthetic photographs, and the script that makes pairs of them."""
 
 import importlib.util
 import sys
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def scene(side=64):
-    """A bright disc before a sky that grows lighter, with noise for texture."""
+    """A bright disc in front of a sky gradient, with noise as texture."""
     rows, cols = np.mgrid[:side, :side] / side
     sky = np.stack([60 + 60 * rows, 90 + 60 * rows, 190 + 0 * rows], -1)
     disc = (rows - 0.5) ** 2 + (cols - 0.5) ** 2 < 0.09

@@ -50,7 +50,7 @@ def tokenizer() -> CLIPTokenizer:
 
 def text_encoder(seed: int = 1, *, projection: bool = False, hidden: int = 24) -> nn.Module:
     words = tokenizer()
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     config = CLIPTextConfig(
         vocab_size=len(words),
         hidden_size=hidden,
@@ -68,7 +68,7 @@ def text_encoder(seed: int = 1, *, projection: bool = False, hidden: int = 24) -
 
 def unet(seed: int = 0, *, channels: int = 4, **settings: Any) -> UNet2DConditionModel:
     """Self and cross attention at both resolutions, 40 projections; 8 x 8 latents."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     config: dict[str, Any] = {
         "sample_size": 8,
         "in_channels": channels,
@@ -98,7 +98,7 @@ def xl_unet(seed: int = 0) -> UNet2DConditionModel:
 
 
 def vae() -> AutoencoderKL:
-    torch.manual_seed(2)
+    torch.default_generator.manual_seed(2)
     return AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -147,7 +147,7 @@ def quiet(pipe: Any) -> Any:
 
 
 def sd3(seed: int = 0) -> SD3Transformer2DModel:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     return SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -163,7 +163,7 @@ def sd3(seed: int = 0) -> SD3Transformer2DModel:
 
 
 def flux(seed: int = 0) -> FluxTransformer2DModel:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     return FluxTransformer2DModel(
         in_channels=4,
         num_layers=1,
@@ -177,7 +177,7 @@ def flux(seed: int = 0) -> FluxTransformer2DModel:
 
 
 def pixart(seed: int = 0) -> PixArtTransformer2DModel:
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     return PixArtTransformer2DModel(
         sample_size=8,
         num_layers=2,
@@ -194,7 +194,7 @@ def pixart(seed: int = 0) -> PixArtTransformer2DModel:
 
 def inputs_of(model: nn.Module) -> dict[str, Any]:
     """Random inputs of one call, the same every time."""
-    torch.manual_seed(7)
+    torch.default_generator.manual_seed(7)
     images, text, steps = torch.randn(2, 4, 8, 8), torch.randn(2, 6, 24), torch.tensor([3, 3])
     if isinstance(model, SD3Transformer2DModel):
         return {
@@ -222,7 +222,7 @@ def inputs_of(model: nn.Module) -> dict[str, Any]:
 
 
 def output_of(model: nn.Module, **more: Any) -> torch.Tensor:
-    """What one call of the model answers, without gradients."""
+    """The output of one call of the model, without gradients."""
     with torch.no_grad():
         return model(**inputs_of(getattr(model, "_orig_mod", model)), **more, return_dict=False)[0]
 

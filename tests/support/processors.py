@@ -1,4 +1,4 @@
-"""What the tests in pipeline/attn_processor/ share."""
+"""Attention processors and oracles for the tests in pipeline/attn_processor/."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn2"
 
 
 class Biased(AttnProcessor):
-    """Somebody's own, with arguments of its own."""
+    """A third-party processor that takes an argument of its own."""
 
     heard: list[dict[str, Any]]
 
@@ -68,7 +68,7 @@ def scatter(made: dict[str, Any], size: float = 1.0) -> None:
 
 @torch.no_grad()
 def with_updates(model: nn.Module, made: dict[str, Any], strength: float = 1.0) -> nn.Module:
-    """W + the updates of the processors, in the weights of another such model."""
+    """Write W + the updates of the processors into the weights of another model of the same kind."""
     for path, processor in made.items():
         attention: Any = model.get_submodule(path)
         for part, spectrum in processor.spectra.items():
@@ -83,7 +83,7 @@ def with_updates(model: nn.Module, made: dict[str, Any], strength: float = 1.0) 
 
 
 def basis(size: int) -> Tensor:
-    """The orthonormal cosine transform, row by row."""
+    """The matrix of the orthonormal cosine transform, one row per frequency."""
     steps = torch.arange(size, dtype=torch.float64)
     rows = torch.cos(torch.pi * steps[:, None] * (2 * steps + 1) / (2 * size)) * (2 / size) ** 0.5
     rows[0] /= 2**0.5

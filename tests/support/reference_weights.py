@@ -1,4 +1,4 @@
-"""Adapters of pipelines made by hand: files written key by key, their updates by scipy, weights with the updates in them."""
+"""Hand-made adapters of pipelines: files written key by key, updates computed by scipy, weights with the updates in them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def layers(model: nn.Module, targets: Sequence[str] = ("q", "k", "v", "out")) ->
 
 @dataclass(frozen=True)
 class Made:
-    """An adapter as its file has it.
+    """The content of an adapter file.
 
     Args:
         tensors: by key.
@@ -70,11 +70,11 @@ class Made:
         return config["scale"] * torch.from_numpy(idctn(spectrum.view(rows, cols).numpy(), norm="ortho"))
 
     def but(self, **fields: Any) -> Made:
-        """With other fields in the metadata."""
+        """A copy with some fields of the metadata replaced."""
         return replace(self, about=self.about | fields)
 
     def with_tensors(self, **tensors: Tensor | None) -> Made:
-        """With other tensors, or, for None, without."""
+        """A copy with some tensors replaced, or removed where the value is None."""
         changed: dict[str, Any] = self.tensors | tensors
         return replace(self, tensors={key: value for key, value in changed.items() if value is not None})
 
@@ -101,7 +101,7 @@ def adapter(
     name: str = "default",
     whole: Sequence[str] = (),
 ) -> Made:
-    """An adapter that fits a pipeline without any, with random components.
+    """An adapter with random components for a pipeline that has no adapters yet.
 
     Args:
         parts: the targets in each component.
@@ -141,7 +141,7 @@ def metadata(configs: dict[str, Any], shapes: dict[str, list[int]], **fields: An
 
 @torch.no_grad()
 def write_updates(model: nn.Module, component: str, *terms: tuple[Made, Strength]) -> None:
-    """W + the updates at their strengths, rounded once, into a model without adapters, and whole tensors of the last."""
+    """Write W + the updates at their strengths, rounded once, and the whole tensors of the last adapter into a plain model."""
     for projection, layer in layers(model):
         full, total = f"{component}.{projection}", torch.zeros_like(layer.weight, dtype=torch.float64)
         for made, strength in terms:
@@ -163,7 +163,7 @@ def merged(*terms: tuple[Made, Strength], make: Callable[[], Any] = stable_diffu
 
 
 def expected(*terms: tuple[Made, Strength], make: Callable[[], Any] = stable_diffusion, **call: Any) -> Tensor:
-    """The picture of such a pipeline, which is made once and written to for each picture."""
+    """The picture of such a pipeline; the pipeline is built once, and its weights are restored after each picture."""
     pipe, stock = _stock(make)
     try:
         for component, model in models(pipe).items():
@@ -187,12 +187,12 @@ def assert_near(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
 
 
 def assert_far(one: Tensor, other: Tensor) -> None:
-    """Apart by far more than rounding."""
+    """Check that the two differ by far more than rounding."""
     assert float((one - other).abs().max()) > 1e-3
 
 
 def listed(components: Iterable[str], *names: str) -> dict[str, list[str]]:
-    """What `get_loca_adapters` answers where these components have these adapters."""
+    """The result of `get_loca_adapters` for components that have these adapters."""
     return {component: list(names) for component in components}
 
 
@@ -201,7 +201,7 @@ def models(pipe: Any) -> dict[str, nn.Module]:
 
 
 def facts(pipe: Any) -> dict[str, Any]:
-    """All there is to tell about a pipeline; `assert_same` compares two."""
+    """A full description of a pipeline; `assert_same` compares a pipeline with it."""
     shown = picture(pipe)  # first of all: transformers puts hooks of its own in at the first call
     modules = {f"{c}.{path}": module for c, model in models(pipe).items() for path, module in model.named_modules()}
     parameters = {f"{c}.{key}": p for c, model in models(pipe).items() for key, p in model.named_parameters()}
@@ -222,7 +222,7 @@ def facts(pipe: Any) -> dict[str, Any]:
 
 
 def assert_same(pipe: Any, before: dict[str, Any]) -> None:
-    """Bit for bit."""
+    """Check that the pipeline still matches the description, bit for bit."""
     after = facts(pipe)
     for fact in before:
         if fact not in ("tensors", "picture"):

@@ -1,4 +1,4 @@
-"""The scripts of the examples as modules, run in this process or in forks of it, on what takes a second."""
+"""The example scripts as modules, run in this process or in forks of it with settings that take about a second."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
-import warnings
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +19,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from loca_vision.storage.safetensors_file import write_safetensors
+from support.forks import fork, joined
 from support.timm_models import _fill
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "image_classification"
@@ -34,7 +32,7 @@ LOCA += ("--learning_steps", "7", "--location_lr", "1e-2")
 
 @cache
 def script(name: str) -> ModuleType:
-    """By its path in the examples, or its name alone for one of image classification."""
+    """A script by its path in `examples/`; those of image classification by name alone."""
     file = (EXAMPLES.parent if "/" in name else EXAMPLES) / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"script_{name.replace('/', '_')}", file)
     module = importlib.util.module_from_spec(spec)
@@ -51,13 +49,13 @@ def main(name: str, *arguments: Any) -> int:
 
 
 def trained(out: Path, *arguments: Any) -> dict[str, Any]:
-    """The metrics of a run of train.py on digits; of settings given twice the last ones count."""
+    """Run train.py on the digits and return its metrics; if a setting is given twice, the last one counts."""
     assert main("train", *DIGITS, "--output_dir", out, *arguments) == 0
     return json.loads((out / "metrics.json").read_text())
 
 
 def write_weights(file: Path) -> Path:
-    """Of the model, of such a size that gradients are far above rounding."""
+    """Write weights of the model, large enough that gradients are far above rounding."""
     with torch.random.fork_rng(devices=[]):
         model = timm.create_model("test_vit", num_classes=0)
     _fill(model)
@@ -70,34 +68,8 @@ def weights(out: Path) -> bytes:
     return file.read_bytes()
 
 
-def fork(function: Callable[[], int], log: Path) -> int:
-    """Run in a copy of this process, where everything is imported already; the process id. A process's imports take seconds."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a runner of tests that has threads
-        child = os.fork()
-    if child:
-        return child
-    status = 70
-    try:
-        with log.open("a", buffering=1) as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-            sys.stdout = sys.stderr = file
-            try:
-                status = function()
-            except BaseException:
-                traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
-def joined(child: int) -> int:
-    """The exit status of a fork, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def killed(out: Path, checkpoint: int, delay: float, *arguments: Any, command: tuple[Any, ...] = ("train", *DIGITS)) -> None:
-    """Train until that checkpoint is there, and a moment longer; then the process is killed."""
+    """Train until that checkpoint exists and `delay` seconds longer, then kill the process."""
     child = fork(lambda: main(*command, "--output_dir", out, *arguments), out.parent / "log.txt")
     started = time.monotonic()
     while not (out / f"checkpoint-{checkpoint}").exists() and os.waitpid(child, os.WNOHANG) == (0, 0):
@@ -109,7 +81,7 @@ def killed(out: Path, checkpoint: int, delay: float, *arguments: Any, command: t
 
 
 def together(log: Path, *arguments: Any, count: int = 2, name: str = "train") -> list[int]:
-    """Run a script as `torchrun --nproc_per_node 2` does: as several processes, on processors with gloo."""
+    """Run a script in several processes as `torchrun --nproc_per_node 2` does, on the CPU with gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

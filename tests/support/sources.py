@@ -1,4 +1,4 @@
-"""What the tests in formats/sources/ share."""
+"""Pipelines, state dicts and a fake hub cache for the tests in formats/sources/."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ C, L = f"{Q}.coefficients", f"{Q}.locations"
 
 
 def assert_refused(still: tuple[Any, dict[str, Any]], error: type[Exception], *words: str, **given: Any) -> str:
-    """Load into the pipeline that stays as it is, and return what it says."""
+    """Try to load, check that the pipeline is unchanged, and return the error message."""
     pipe, before = still
     with within(20), pytest.raises(error) as caught:
         pipe.load_loca_weights(given.pop("source"), **given)
@@ -66,7 +66,7 @@ def subfolder(made: Made, path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def about(change: Callable[[dict[str, Any]], object]) -> Callable[[Made], Made]:
-    """Change a copy of the metadata."""
+    """Apply a change to a copy of the metadata."""
 
     def broken(made: Made) -> Made:
         fields = json.loads(json.dumps(made.about))
@@ -81,7 +81,7 @@ def wide(made: Made) -> Made:
 
 
 class Cache:
-    """A repository in a cache of the hub, as huggingface_hub lays it out."""
+    """A repository in a hub cache, in the layout of huggingface_hub."""
 
     def __init__(self, folder: Path, repository: str) -> None:
         self.top = folder / f"models--{repository.replace('/', '--')}"
@@ -89,7 +89,7 @@ class Cache:
         (self.top / "refs").mkdir()
 
     def add(self, made: Made, commit: str, name: str = FILE_NAME, *refs: str) -> Path:
-        """Put a file into the snapshot of a commit, at which the branches `refs` are then."""
+        """Put a file into the snapshot of a commit and point the branches `refs` to that commit."""
         blob = self.top / "blobs" / f"{len(list((self.top / 'blobs').iterdir())):064x}"
         made.write(blob.with_suffix(".safetensors")).rename(blob)
         link = self.top / "snapshots" / commit / name

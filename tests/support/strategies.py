@@ -1,4 +1,4 @@
-"""Costs under which the model of `paths.py` decides for one way, whatever the sizes."""
+"""Costs that make the model of `paths.py` choose one given way at all sizes."""
 
 from loca_vision.functional.cost_model import Costs
 

@@ -1,13 +1,14 @@
-"""Processes that are killed in the middle of their work, at every moment in turn, however fast the machine is."""
+"""Processes that are killed at every moment of their work in turn, however fast the machine is."""
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-TESTS = Path(__file__).parents[1]
+from support.forks import fork, joined
+
 CALLS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree")
 
 
@@ -44,9 +45,15 @@ def _die_at(count: int) -> None:
 
 
 def run_script(code: str, *arguments: object) -> str:
-    """What Python code prints in a process of its own, from which `support` can be imported."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Run Python code in a copy of this process and return what it prints."""
+
+    def run() -> int:
+        sys.argv = ["", *map(str, arguments)]
+        exec(code, {"__name__": "__main__"})
+        return 0
+
+    with TemporaryDirectory() as folder:
+        log = Path(folder) / "log.txt"
+        status = joined(fork(run, log))
+        assert status == 0, log.read_text()
+        return log.read_text()

@@ -1,4 +1,4 @@
-"""A limit on the time a block may take."""
+"""A time limit for a block."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """What takes longer fails, rather than hang the suite."""
+    """Fail if the block takes longer, instead of hanging the suite."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"more than {seconds} s")

@@ -1,4 +1,4 @@
-"""Tiny models of every supported timm family, and an adapter whose effect shows."""
+"""Tiny models of every supported timm family, and adapters with a visible effect."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def _fill(model: nn.Module) -> None:
 
 @torch.no_grad()
 def randomise(model: nn.Module, name: str = "default", size: float = 0.3) -> None:
-    """Give an adapter seeded normal coefficients, so that it shows, and scatter its locations over the whole spectrum."""
+    """Give an adapter seeded normal coefficients, so that it has an effect, and spread its locations over the spectrum."""
     generator = torch.Generator().manual_seed(3)
     for spectrum in adapters(model, name).values():
         spectrum.coefficients.copy_(torch.randn(spectrum.coefficients.shape, generator=generator) * size)

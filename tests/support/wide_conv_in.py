@@ -1,4 +1,4 @@
-"""What the tests in pipeline/conv_in/ share."""
+"""Pipelines with four and eight input channels, and checks, for the tests in pipeline/conv_in/."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ CONV_IN = ("unet.conv_in.weight", "unet.conv_in.bias")
 
 
 def pipeline() -> Any:
-    """A Stable Diffusion in the pipeline of InstructPix2Pix, whose UNet takes four channels."""
+    """An InstructPix2Pix pipeline around the models of Stable Diffusion, whose UNet takes four channels."""
     parts = {name: part for name, part in tiny.stable_diffusion().components.items() if name != "image_encoder"}
     return tiny.quiet(StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False))
 
 
 def widened() -> Any:
-    """The same after `widen_conv_in`, by hand."""
+    """The same pipeline after an explicit `widen_conv_in`."""
     pipe = pipeline()
     widen_conv_in(pipe.unet)
     return pipe
 
 
 def as_base(pipe: Any) -> Any:
-    """The same models in the pipeline of the base, of which a picture can be had while the UNet takes four channels."""
+    """The same models in the base pipeline, which can draw while the UNet takes four channels."""
     parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
     return tiny.quiet(StableDiffusionPipeline(**parts, requires_safety_checker=False))
 
@@ -44,7 +44,7 @@ def everything(pipe: Any) -> dict[str, Any]:
 
 
 def assert_as_before(pipe: Any, before: dict[str, Any]) -> None:
-    """The very same parameters, bit for bit, with the same settings and hooks."""
+    """Check that parameters (bit for bit), settings and hooks are the same as before."""
     assert dict(pipe.unet.config) == before["config"] and pipe.unet.conv_in.in_channels == before["channels"]
     assert_same(as_base(pipe), {fact: value for fact, value in before.items() if fact not in ("config", "channels")})
 
@@ -55,7 +55,7 @@ def is_wide(pipe: Any, channels: int = 8) -> bool:
 
 
 def trained(pipe: Any) -> Any:
-    """As training from a plain base leaves it."""
+    """The pipeline after one training step from a plain base."""
     widen_conv_in(pipe.unet)
     inject(pipe.unet, LoCAConfig(n_components=8, targets=("q", "v")))
     randomise(pipe.unet)

@@ -1,4 +1,4 @@
-"""LoRA files of diffusers, peft and kohya: foreign files."""
+"""LoRA files written by diffusers, peft and kohya: reading them."""
 
 import peft
 import pytest

@@ -1,4 +1,4 @@
-"""LoRA files of diffusers, peft and kohya: names."""
+"""LoRA files of diffusers, peft and kohya: key names."""
 
 import pytest
 import safetensors.torch

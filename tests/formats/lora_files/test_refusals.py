@@ -1,4 +1,4 @@
-"""LoRA files of diffusers, peft and kohya: refusals."""
+"""LoRA files of diffusers, peft and kohya: files that are refused."""
 
 import json
 import random

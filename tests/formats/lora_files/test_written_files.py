@@ -1,4 +1,4 @@
-"""LoRA files of diffusers, peft and kohya."""
+"""LoRA files for diffusers, peft and kohya: writing them."""
 
 import pytest
 import torch

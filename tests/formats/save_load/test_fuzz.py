@@ -1,4 +1,4 @@
-"""save_adapter and load_adapter: fuzz."""
+"""save_adapter and load_adapter: fuzzing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""save_adapter and load_adapter: hub."""
+"""save_adapter and load_adapter: the hub."""
 
 from __future__ import annotations
 

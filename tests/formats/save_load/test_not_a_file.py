@@ -1,4 +1,4 @@
-"""save_adapter and load_adapter: not a file."""
+"""save_adapter and load_adapter: paths that are no adapter file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""save_adapter and load_adapter: round trip."""
+"""save_adapter and load_adapter: round trips."""
 
 from __future__ import annotations
 

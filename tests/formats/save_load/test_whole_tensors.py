@@ -1,4 +1,4 @@
-"""save_adapter and load_adapter: whole tensors."""
+"""save_adapter and load_adapter: tensors that are trained whole."""
 
 from __future__ import annotations
 

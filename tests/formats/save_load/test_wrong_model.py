@@ -1,4 +1,4 @@
-"""save_adapter and load_adapter: wrong model."""
+"""save_adapter and load_adapter: a model that does not fit the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources that a pipeline loads adapters from: hub."""
+"""Sources that a pipeline loads adapters from: hub repositories."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources that a pipeline loads adapters from: sound sources."""
+"""Sources that a pipeline loads adapters from: valid sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapted attention layers of diffusers and transformers: call scale."""
+"""Adapted attention layers of diffusers and transformers: the scale of a call."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Adapted attention layers of diffusers and transformers: checkpointing."""
+"""Adapted attention layers of diffusers and transformers: gradient checkpointing."""
 
 import pytest
 import torch

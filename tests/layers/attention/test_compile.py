@@ -1,4 +1,4 @@
-"""Adapted attention layers of diffusers and transformers: compile."""
+"""Adapted attention layers of diffusers and transformers: torch.compile."""
 
 import contextlib
 from functools import partial

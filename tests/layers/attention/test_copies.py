@@ -70,7 +70,7 @@ def test_save_pretrained_writes_the_base(family, copied, settings, tmp_path):
     assert len(adapters(model)) > 0
 
 
-def test_save_pretrained_of_a_mlp_adapted_beside(tmp_path):
+def test_save_pretrained_with_an_adapted_mlp(tmp_path):
     model = tiny.text_encoder()
     names = inject(model, LoCAConfig(n_components=20, targets=("q", "fc1", "fc2")))
     assert {name.rpartition(".")[2] for name in names} == {"q", "fc1", "fc2"}

@@ -1,4 +1,4 @@
-"""Adapted attention layers of diffusers and transformers: fused qkv."""
+"""Adapted attention layers of diffusers and transformers: fused query, key and value."""
 
 import pytest
 import torch

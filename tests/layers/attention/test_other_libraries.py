@@ -1,4 +1,4 @@
-"""Adapted attention layers of diffusers and transformers: other libraries."""
+"""Adapted attention layers of diffusers and transformers: together with other libraries."""
 
 from functools import cache
 
@@ -154,7 +154,7 @@ def test_merging_into_an_offloaded_model():
     assert_near(output(model), expected())
 
 
-def test_nothing_is_kept_beside_a_layer_that_is_offloaded():
+def test_nothing_is_kept_for_a_layer_that_is_offloaded():
     model = adapted()
     cpu_offload(model, execution_device=CPU)
     assert_near(output(model), expected())
@@ -202,7 +202,7 @@ def test_lora_takes_only_layers_of_the_model():
         assert wrapped[0] == wrapped[1]
 
 
-def test_gradients_beside_lora():
+def test_gradients_together_with_lora():
     spectra = adapters(adapted(learned=True))
     model, base = shown(lora(adapted()), learned=True), lora(tiny.unet())  # peft freezes all but its own
     values = dict(base.named_parameters())
@@ -214,7 +214,7 @@ def test_gradients_beside_lora():
     assert_gradients_near(gradients(model), torch.autograd.grad(loss_of(answer), learned))
 
 
-def test_half_precision_beside_lora():
+def test_half_precision_together_with_lora():
     model, oracle, base = lora(adapted()), lora(written(tiny.unet(), adapters(adapted()))), lora(tiny.unet())
     exact, effect = output(oracle), (output(oracle) - output(base)).abs().max()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -97,7 +97,7 @@ def test_gradients_are_those_of_the_written_weights(family):
     assert_gradients_near(gradients(adapted(family, learned=True)), reference_gradients(family))
 
 
-def test_a_base_that_learns_beside_the_adapter_gets_its_gradient():
+def test_a_base_trained_together_with_the_adapter_gets_its_gradient():
     model, base = adapted(learned=True), written(tiny.unet(), adapters(adapted()))
     base.requires_grad_(True)
     paths = [layer_path(projection) for projection in adapters(model)]

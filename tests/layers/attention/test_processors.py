@@ -1,4 +1,4 @@
-"""Adapted attention layers of diffusers and transformers: processors."""
+"""Adapted attention layers of diffusers and transformers: attention processors."""
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def ip_adapter(model):
 
 
 @arrivals
-def test_an_ip_adapter_beside(arrival):
+def test_together_with_an_ip_adapter(arrival):
     pictures = {"added_cond_kwargs": {"image_embeds": [torch.randn(2, 1, 10)]}}
     model = tiny.unet()
     if arrival == "before":

@@ -1,4 +1,4 @@
-"""Adapted attention layers of diffusers and transformers: quantised."""
+"""Adapted attention layers of diffusers and transformers: quantised layers."""
 
 import pytest
 import torch

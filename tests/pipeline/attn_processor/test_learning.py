@@ -1,4 +1,4 @@
-"""LoCAAttnProcessor: learning."""
+"""LoCAAttnProcessor: training."""
 
 from __future__ import annotations
 

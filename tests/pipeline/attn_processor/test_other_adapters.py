@@ -1,4 +1,4 @@
-"""LoCAAttnProcessor: other adapters."""
+"""LoCAAttnProcessor: together with other adapters."""
 
 from __future__ import annotations
 

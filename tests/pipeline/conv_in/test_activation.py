@@ -34,7 +34,7 @@ def test_without_it_the_base_takes_eight_channels_and_sees_four(off: Callable[[A
 
 @pytest.mark.parametrize("order", ["wide first", "wide last"])
 @pytest.mark.parametrize("leaving", ["ab", "ba"])
-def test_beside_one_for_four_channels(order: str, leaving: str, wide: Made, plain: Made, base: Tensor) -> None:
+def test_together_with_one_for_four_channels(order: str, leaving: str, wide: Made, plain: Made, base: Tensor) -> None:
     pipe = pipeline()
     before = everything(pipe)
     for name, made in (("a", wide), ("b", plain)) if order == "wide first" else (("b", plain), ("a", wide)):

@@ -1,4 +1,4 @@
-"""An eight-channel conv_in in a four-channel UNet: fuse and copies."""
+"""An eight-channel conv_in in a four-channel UNet: fusing and copies."""
 
 from __future__ import annotations
 

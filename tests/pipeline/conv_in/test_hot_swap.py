@@ -1,4 +1,4 @@
-"""An eight-channel conv_in in a four-channel UNet: hot swap."""
+"""An eight-channel conv_in in a four-channel UNet: hot swapping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An eight-channel conv_in in a four-channel UNet: load and unload."""
+"""An eight-channel conv_in in a four-channel UNet: loading and unloading."""
 
 from __future__ import annotations
 

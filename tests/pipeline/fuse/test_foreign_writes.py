@@ -1,4 +1,4 @@
-"""fuse_loca and hot swapping: foreign writes."""
+"""Fusing: writes to the weights by other code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fuse_loca and hot swapping: fuse."""
+"""Fusing: fuse_loca and unfuse_loca."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_scale_is_a_number(scale: Any, pipe: Any) -> None:
     assert_same(pipe, before)
 
 
-def test_one_of_two_is_fused_and_the_other_acts_beside(two: Any, a: Made, b: Made) -> None:
+def test_one_of_two_is_fused_and_the_other_acts_unfused(two: Any, a: Made, b: Made) -> None:
     before = facts(two)
     two.fuse_loca(adapter_names=["b"])
     assert two.fused_locas == {"b"}
@@ -207,7 +207,7 @@ def test_a_wrong_name_is_refused(names: Any, words: str, pipe: Any) -> None:
     assert_same(pipe, before)
 
 
-def test_an_adapter_that_comes_later_acts_beside_a_fused_one(pipe: Any, a: Made, b: Made) -> None:
+def test_an_adapter_loaded_later_acts_together_with_a_fused_one(pipe: Any, a: Made, b: Made) -> None:
     pipe.fuse_loca(scale=0.5)
     pipe.load_loca_weights(b.state(), "b")
     assert_near(picture(pipe), expected((a, 0.5), (b, 1.0)))

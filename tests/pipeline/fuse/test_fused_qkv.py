@@ -1,4 +1,4 @@
-"""fuse_loca and hot swapping: fused qkv."""
+"""Fusing: fused query, key and value projections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fuse_loca and hot swapping: hot swap."""
+"""Hot swapping of adapters."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ def test_whole_tensors_are_swapped_too(a: Made) -> None:
     assert_same(pipe, before)
 
 
-def test_whole_tensors_of_one_that_rests_wait(two: Any, b: Made) -> None:
+def test_whole_tensors_of_an_inactive_adapter_wait(two: Any, b: Made) -> None:
     two.set_loca_adapters("b")
     made = adapter(stable_diffusion(), BOTH, seed=3, whole=CONV_IN)
     two.load_loca_weights(made.state(), "a", hotswap=True)

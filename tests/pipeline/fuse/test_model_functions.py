@@ -1,4 +1,4 @@
-"""fuse_loca and hot swapping: model functions."""
+"""Fusing: the functions for single models."""
 
 from __future__ import annotations
 

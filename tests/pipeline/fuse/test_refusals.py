@@ -1,4 +1,4 @@
-"""fuse_loca and hot swapping: refusals."""
+"""Fusing and hot swapping: refused calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoCA methods of a pipeline: activation."""
+"""LoCA methods of a pipeline: activating and weighting adapters."""
 
 from __future__ import annotations
 

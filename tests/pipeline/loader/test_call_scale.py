@@ -1,4 +1,4 @@
-"""LoCA methods of a pipeline: call scale."""
+"""LoCA methods of a pipeline: the scale of a call."""
 
 from __future__ import annotations
 

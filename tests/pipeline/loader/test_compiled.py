@@ -1,4 +1,4 @@
-"""LoCA methods of a pipeline: compiled."""
+"""LoCA methods of a pipeline: compiled and offloaded models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoCA methods of a pipeline: load."""
+"""LoCA methods of a pipeline: loading."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_an_adapter_put_in_with_inject_is_one_of_the_pipelines(pipe: Any, base: 
     assert torch.equal(picture(pipe), base)
 
 
-def test_loading_beside_an_injected_adapter_keeps_its_learning(pipe: Any, first: Made) -> None:
+def test_loading_next_to_an_injected_adapter_keeps_it_trainable(pipe: Any, first: Made) -> None:
     inject(pipe.unet, LoCAConfig(n_components=9), "mine")
     learning = {key for key, p in pipe.unet.named_parameters() if p.requires_grad}
     pipe.load_loca_weights(first.state(), "loaded")

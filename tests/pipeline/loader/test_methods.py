@@ -1,4 +1,4 @@
-"""LoCA methods of a pipeline: methods."""
+"""LoCA methods of a pipeline: names, signatures and registration."""
 
 from __future__ import annotations
 

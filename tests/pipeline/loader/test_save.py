@@ -1,4 +1,4 @@
-"""LoCA methods of a pipeline: save."""
+"""LoCA methods of a pipeline: saving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoCA methods of a pipeline: save pretrained."""
+"""LoCA methods of a pipeline: save_pretrained."""
 
 from __future__ import annotations
 

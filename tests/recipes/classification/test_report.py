@@ -1,4 +1,4 @@
-"""report.py gathers runs into the paper's table; study.py tunes and compares; a finished run goes to the hub."""
+"""report.py makes the paper's table of runs; study.py tunes and compares; a finished run is uploaded to the hub."""
 
 import csv
 import io
@@ -115,7 +115,7 @@ def study(tmp_path, monkeypatch):
     return ("--dataset", "digits", "--output_dir", tmp_path / "study"), started, best
 
 
-def test_a_study_tunes_on_validation_and_goes_on(study, tmp_path, capsys):
+def test_a_study_tunes_on_validation_and_goes_on(study, tmp_path, rendered, capsys):
     flags, started, _ = study
     assert main("study", *flags) == 0
     # The best rate of the probe is the last one of its grid, beyond which one more is tried; once.

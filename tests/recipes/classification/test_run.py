@@ -1,4 +1,4 @@
-"""The loop: what a batch in parts, recomputed activations, clipping, precisions, the rates and the choice of an epoch do."""
+"""The loop: accumulation, recomputed activations, clipping, precisions, rates and the choice of an epoch."""
 
 import json
 

@@ -1,7 +1,6 @@
-"""train.py and evaluate.py, as a user runs them: every image set and method, what is written, mistakes, resumption."""
+"""train.py and evaluate.py as a user runs them: every image set and method, output files, mistakes, resumption."""
 
 import json
-import os
 import random
 import re
 import signal
@@ -13,9 +12,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from loca_vision.data.load import NAMES
 from loca_vision.storage.safetensors_file import open_safetensors
+from support.forks import fork, joined
 from support.image_folders import WRITERS, accept_any_md5, write_folder
 from support.scripts import DIGITS, EXAMPLES, LOCA, MODEL, killed, main, together, trained, weights, write_weights
 
@@ -60,8 +61,6 @@ def test_every_image_set_from_start_to_end(name, tmp_path, monkeypatch, capsys):
     assert main("train", "--dataset", name, *root, *MODEL, *flags, "--workers", 0, "--output_dir", out) == 0
     assert "Traceback" not in capsys.readouterr().err
     assert {path.name for path in out.iterdir()} == FILES | {"pytorch_loca_weights.safetensors"}
-    with Image.open(out / "curves.png") as picture:
-        assert picture.width > 500
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["classes"] == list(written.classes) and metrics["config"]["dataset"] == name
     assert (metrics["trained_parameters"], metrics["location_parameters"]) == (30 * PROJECTIONS, 60 * PROJECTIONS)
@@ -91,6 +90,8 @@ def test_every_method_learns_and_is_what_was_saved(name, runs, capsys):
     out, metrics = runs[name]
     loss = metrics["curves"]["loss"]
     assert sum(loss[-5:]) < 0.8 * sum(loss[:5])
+    with Image.open(out / "curves.png") as picture:
+        assert picture.width > 500
     model = timm.create_model("test_vit", num_classes=10, img_size=32)
     body = sum(p.numel() for p in model.parameters()) - HEAD
     assert (metrics["trained_parameters"], metrics["head_parameters"]) == (TRAINED.get(name, body), HEAD)
@@ -263,16 +264,23 @@ def test_two_processes_are_one(name, tmp_path):
     assert file.read_bytes() == whole
 
 
+def launched(*arguments):
+    """Run train.py by the launcher behind `torchrun --standalone`, whose processes are forks here: imports take seconds."""
+    settings = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "start_method": "fork", "run_id": "test"}
+    config = LaunchConfig(**settings, rdzv_backend="c10d", rdzv_endpoint="localhost:0")
+    return elastic_launch(config, main)("train", *arguments)
+
+
+@forks
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_launcher_starts_several(tmp_path):
     """Two seeds one after the other."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    out = tmp_path / "out"
-    command = [*launch, str(EXAMPLES / "train.py"), *DIGITS, *LOCA, "--seeds", "1", "2", "--output_dir", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
-    assert done.returncode == 0, done.stderr
+    log, out = tmp_path / "log.txt", tmp_path / "out"
+    child = fork(lambda: sum(launched(*DIGITS, *LOCA, "--seeds", 1, 2, "--output_dir", out).values()), log)
+    assert joined(child) == 0, log.read_text()
     metrics = json.loads((out / "metrics.json").read_text())
     assert len(metrics["test_accuracies"]) == 2
-    assert len(re.findall("% over seeds 1, 2", done.stdout)) == 1
+    assert len(re.findall("% over seeds 1, 2", log.read_text())) == 1
     assert json.loads((out / "seed-2" / "metrics.json").read_text())["processes"] == 2
 
 

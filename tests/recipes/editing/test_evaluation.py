@@ -1,4 +1,4 @@
-"""The evaluation of edits: its numbers are those of the pictures, its pictures those of the pipeline, and it goes on."""
+"""The evaluation of edits: its numbers match its pictures, its pictures match the pipeline, and it resumes."""
 
 import importlib.util
 import json

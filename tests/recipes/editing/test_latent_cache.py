@@ -1,4 +1,4 @@
-"""Latents and texts on disk: the same tensors as without, computed once, whatever is killed or broken in between."""
+"""Latents and texts on disk: the same tensors as without, computed once, even after kills and damage."""
 
 import logging
 import pickle

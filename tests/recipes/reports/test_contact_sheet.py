@@ -1,4 +1,4 @@
-"""Contact sheets show the very pixels, leave what is missing empty, and write within the lines."""
+"""Contact sheets show exact pixels, leave missing images empty, and keep text within its cell."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_an_empty_cell_is_empty(pictures):
 
 
 @pytest.mark.parametrize("text", ["word " * 60, "letters" * 40, "", "Größe λ Ж"])
-def test_texts_of_any_length_stay_beside_the_pictures(pictures, text):
+def test_texts_of_any_length_stay_next_to_the_pictures(pictures, text):
     given = {"columns": [text, "b"], "labels": [text], "captions": [[text, text]]}
     sheet = contact_sheet([pictures[:2]], **given)
     for picture in pictures[:2]:

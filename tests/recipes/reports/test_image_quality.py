@@ -1,4 +1,4 @@
-"""Measures of pictures against formulas and small implementations of their own; CLIP with a tiny model from a folder."""
+"""Measures of images against formulas and small reimplementations; CLIP with a tiny model from a folder."""
 
 import math
 import urllib.error

@@ -1,4 +1,4 @@
-"""What of a run's settings others may read."""
+"""Which settings of a run are published."""
 
 import pytest
 

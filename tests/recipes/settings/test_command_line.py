@@ -1,4 +1,4 @@
-"""Settings from defaults, preset, file and flags: precedence, strictness, and the way back to a file."""
+"""Settings from defaults, preset, file and flags: precedence, strictness, and writing them back to a file."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def test_bad_command_lines(words: list[str], sentence: str) -> None:
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_an_unknown_preset_where_there_are_none() -> None:
+def test_an_unknown_preset_of_a_recipe_without_presets() -> None:
     with pytest.raises(ValueError, match="there are none"):
         settings("--preset", "vit", presets={})
 

@@ -1,4 +1,4 @@
-"""One line and an exit status for what a user did, a traceback for what the program did."""
+"""One line and an exit status for a user's mistake, a traceback for a fault of the program."""
 
 import subprocess
 import sys
@@ -47,7 +47,7 @@ def test_success_and_faults_of_the_program():
         guarded("train", raising(KeyError("a")), extra="train")
 
 
-def test_nobody_reads_the_output():
+def test_the_reader_of_the_output_goes_away():
     code = "from loca_vision.recipes.settings.console import guarded\n"
     code += "def write():\n    while True:\n        print('x' * 1000, flush=True)\n"
     code += "raise SystemExit(guarded('train', write, extra='train'))"

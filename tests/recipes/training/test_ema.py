@@ -1,4 +1,4 @@
-"""Averages of what is trained, with diffusers' `EMAModel` as the oracle."""
+"""Averages of trained tensors, with diffusers' `EMAModel` as the oracle."""
 
 import pytest
 import torch

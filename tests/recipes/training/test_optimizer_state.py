@@ -1,4 +1,4 @@
-"""Optimisers that go on, from a checkpoint, with the same bits."""
+"""Optimisers that continue from a checkpoint with the same bits."""
 
 from __future__ import annotations
 

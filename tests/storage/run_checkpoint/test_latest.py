@@ -1,4 +1,4 @@
-"""Checkpoints of a run: latest."""
+"""Checkpoints of a run: finding the latest one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: round trip."""
+"""Checkpoints of a run: round trips."""
 
 from __future__ import annotations
 

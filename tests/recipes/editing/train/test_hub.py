@@ -1,4 +1,4 @@
-"""examples/instruct_pix2pix/train.py: hub."""
+"""examples/instruct_pix2pix/train.py: the hub."""
 
 import huggingface_hub
 import yaml

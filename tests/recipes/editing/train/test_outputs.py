@@ -1,4 +1,4 @@
-"""examples/instruct_pix2pix/train.py: outputs."""
+"""examples/instruct_pix2pix/train.py: output files."""
 
 import shutil
 import sys
@@ -12,13 +12,14 @@ from support.edit_training import ADAPTER, LOCA, METHODS, TRAIN, picture, pipeli
 from support.scripts import script
 
 
-def test_a_run(flags, data, base, tmp_path, pictures, capsys):
+def test_a_run(flags, data, base, tmp_path, pictures, rendered, capsys):
     """The pictures of a fresh pipeline with the saved adapter are those that training drew, to the last bit."""
     out = tmp_path / "out"
     metrics = trained(out, *flags, *LOCA, "--center_crop", "--checkpointing_steps", "4", "--validation_steps", "3")
     written = {path.name for path in out.iterdir()}
     pictures = {"validation-3.png", "validation-6.png", "loss.png"}
     assert written == {ADAPTER, "metrics.json", "config.yaml", "checkpoint-4", "checkpoint-6", "latents", *pictures}
+    assert picture(out / "loss.png").shape[1] > 500
     assert (metrics["trained_parameters"], metrics["location_parameters"]) == (40 * 10, 2 * 40 * 10)
     assert (metrics["steps"], metrics["batch_size"], metrics["pairs"], metrics["conv_in_parameters"]) == (6, 4, 10, 0)
     assert metrics["adapter_bytes"] == (out / ADAPTER).stat().st_size

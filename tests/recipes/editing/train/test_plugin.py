@@ -1,4 +1,4 @@
-"""examples/instruct_pix2pix/train.py: a method that somebody else defines."""
+"""examples/instruct_pix2pix/train.py: a method defined outside the library."""
 
 import sys
 

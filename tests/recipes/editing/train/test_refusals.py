@@ -1,4 +1,4 @@
-"""examples/instruct_pix2pix/train.py: refusals."""
+"""examples/instruct_pix2pix/train.py: refused settings and folders."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""examples/instruct_pix2pix/train.py: same numbers."""
+"""examples/instruct_pix2pix/train.py: runs that must give the same numbers."""
 
 import json
 import random
