@@ -10,6 +10,7 @@ from typing import Any
 from torchvision import datasets
 
 from loca_vision.data import published
+from loca_vision.data.folder import folder
 from loca_vision.data.images import Augment, ImageSet
 
 
@@ -131,5 +132,5 @@ SETS = {
         augment="none",
     ),
     "digits": Entry("The digits", published.digits, "CC BY 4.0", augment="none"),
-    "folder": Entry("The folder", published.folder, "the user's own"),
+    "folder": Entry("The folder", folder, "the user's own"),
 }

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from loca_vision.data.catalogue import SETS, Entry
 from loca_vision.data.hub import HUB, hub_copy
 from loca_vision.data.images import Images, ImageSet, ImageSplits, Part, hold_out
+from loca_vision.data.same_images import files_of
 from loca_vision.messages import one_line
 
 Source = Literal["torchvision", "hub"]
@@ -50,8 +51,10 @@ def load(
         "test": test_rule,
         "validation": validation_rule,
         "augment": SETS[name].augment,
+        "files": files_of(found),
     }
-    return ImageSplits(train, validation, test, found.classes, SETS[name].licence, SETS[name].augment, protocol)
+    entry = SETS[name]
+    return ImageSplits(train, validation, test, found.classes, entry.licence, entry.augment, protocol, found.notes)
 
 
 def read(name: str, root: str | Path | None, *, source: Source = "torchvision", download: bool = False) -> ImageSet:
