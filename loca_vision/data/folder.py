@@ -138,7 +138,7 @@ def _check_classes(path: Path, classes: tuple[str, ...], empty: list[str]) -> No
 
 def _is_like_a_part(path: Path) -> bool:
     """As in seg_train/, with folders and no image of its own."""
-    named = re.search("train|test|val", path.name, re.IGNORECASE)
+    named = re.search("(?<![a-z])(train|test|val)", path.name, re.IGNORECASE)
     return named is not None and bool(folders_in(path)) and not any(entry.is_file() for entry in path.iterdir())
 
 

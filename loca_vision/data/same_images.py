@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
-from loca_vision.data.images import Images, ImageSet
+from loca_vision.data.images import Images, ImageSet, ImageSplits
 
 Files = dict[str, dict[str, str]]
 """By part and class: how many images, and a digest of their names and sizes, as in "12 3b2a...". """
@@ -25,6 +25,29 @@ def by_class(images: Images, classes: Sequence[str]) -> dict[str, str]:
         digests[label].update(images.identity(index) + b"\n")
         counts[label] += 1
     return {name: f"{counts[i]} {digests[i].hexdigest()[:16]}" for i, name in enumerate(classes)}
+
+
+def images_in(splits: ImageSplits) -> dict[str, Any]:
+    """What a run keeps of its images to recognise them: classes and files."""
+    return {"classes": list(splits.classes), "files": splits.protocol["files"]}
+
+
+def check_same_images(place: object, before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
+    """Refuse to go on with other images than a run began with.
+
+    Args:
+        place: what was left by the run, for the sentence.
+        before, now: of `images_in`; None was written by an earlier version, which kept nothing.
+
+    Raises:
+        ValueError: they differ; the sentence says in what.
+    """
+    changes = differences(before, now) if before else ""
+    if changes:
+        raise ValueError(
+            f"{place}: the run there began with other images: {changes}; put the images back, or start a new run in another "
+            "folder"
+        )
 
 
 def class_differences(before: Sequence[str], now: Sequence[str]) -> str:

@@ -48,6 +48,13 @@ def _batches(
         yield from DataLoader(part, batch_size, num_workers=workers, generator=own)
 
 
+def balanced_accuracy_of(matrix: Tensor) -> float:
+    """The mean over the classes that have images of the share that was taken for what they are."""
+    images = matrix.sum(1)
+    seen = images > 0
+    return float((matrix.diagonal()[seen] / images[seen]).double().mean()) if seen.any() else 0.0
+
+
 def accuracy_of(matrix: Tensor) -> float:
     """The share of images that were taken for what they are."""
     return int(matrix.diagonal().sum()) / max(1, int(matrix.sum()))

@@ -220,7 +220,7 @@ def test_several_seeds_and_a_run_half_done(tmp_path, capsys):
     assert main("train", *DIGITS, *LOCA, "--output_dir", out, "--resume") == 2
     assert "a run of several --seeds is in there" in capsys.readouterr().err
     assert main("evaluate", "--adapter", out) == 2
-    assert "there is no pytorch_loca_weights.safetensors in that folder" in capsys.readouterr().err
+    assert "expected the folder of one run, got one of several seeds" in capsys.readouterr().err
 
 
 # Several processes
