@@ -127,7 +127,8 @@ class Run:
         def loss(some: Tensor, theirs: Tensor) -> Tensor:
             answers = self.stepper.wrapped(some.to(device, non_blocking=True))
             targets = theirs.to(device, non_blocking=True)
-            return self.cross_entropy(answers.float(), targets) / whole
+            lost: Tensor = self.cross_entropy(answers.float(), targets)
+            return lost / whole
 
         parts = zip(images.chunk(self.recipe.accumulate), labels.chunk(self.recipe.accumulate), strict=True)
         self.stepper.step([lambda part=part: loss(*part) for part in parts])  # type: ignore[misc]
