@@ -10,7 +10,7 @@ from typing import Any
 import timm
 
 from loca_vision.methods.by_name import title_of
-from loca_vision.recipes.classification.models import default_weights
+from loca_vision.recipes.classification.models import default_weights, timm_name
 from loca_vision.recipes.classification.trained_weights import TRAINED
 
 _LICENCES = {"MIT": "mit", "CC BY-SA 4.0": "cc-by-sa-4.0", "CC BY 4.0": "cc-by-4.0"}  # as the hub names them
@@ -67,7 +67,7 @@ def _base(config: Mapping[str, Any]) -> str:
         return "random weights, drawn by the seed"
     if weights != "hub":
         return f"weights of {weights}, which are not in here and have a licence of their own"
-    about = timm.get_pretrained_cfg(config["model"])
+    about = timm.get_pretrained_cfg(timm_name(config["model"]))
     return f"weights of timm, which are not in here; their licence: {(about and about.license) or 'not stated'}"
 
 
@@ -78,7 +78,7 @@ def _metadata(metrics: Mapping[str, Any], title: str) -> str:
     config, licence = metrics["config"], metrics["licence"]
     copies = metrics["protocol"]["repositories"]
     adapter = metrics["adapter_file"] != TRAINED
-    base = {"base_model": f"timm/{config['model']}", "base_model_relation": "adapter" if adapter else "finetune"}
+    base = {"base_model": f"timm/{timm_name(config['model'])}", "base_model_relation": "adapter" if adapter else "finetune"}
     known = _LICENCES.get(licence)
     result = EvalResult(
         task_type="image-classification",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
+from loca_vision.data.pair_sources import is_missing
 from loca_vision.messages import one_line
 from loca_vision.methods.registry import unknown_method
 from loca_vision.recipes.classification.presets import PRESETS
@@ -14,7 +14,6 @@ from loca_vision.recipes.reports.metrics import METRICS, read_metrics
 from loca_vision.recipes.settings.command_line import parse
 
 SETTINGS = "config.yaml"
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def run_folder(adapter: str) -> Path:
@@ -28,7 +27,7 @@ def run_folder(adapter: str) -> Path:
         return folder
     if folder.exists():
         raise FileNotFoundError(f"{adapter}: expected the folder of a run, got a file")
-    if not _REPOSITORY.fullmatch(adapter) or folder.parent.is_dir():
+    if is_missing(adapter):
         raise FileNotFoundError(
             f"{adapter}: there is no such folder; it is neither the folder of a run nor a repository of the hub, user/name"
         )

@@ -71,6 +71,18 @@ class Encoders:
         with torch.autocast(words.device.type, enabled=False):
             return torch.cat([self.text_encoder(one[None])[0] for one in words])
 
+    @property
+    def most_tokens(self) -> int:
+        """Of a text, with the marks of its beginning and end."""
+        return int(self.tokenizer.model_max_length)
+
+    def cut(self, prompts: Sequence[str]) -> dict[int, int]:
+        """The texts that `embeddings` cuts off: how many tokens each has, by its position."""
+        different = list(dict.fromkeys(prompts))
+        tokens = self.tokenizer(different, truncation=False, verbose=False).input_ids if different else []
+        lengths = dict(zip(different, map(len, tokens), strict=True))
+        return {position: lengths[text] for position, text in enumerate(prompts) if lengths[text] > self.most_tokens}
+
     def batch(self, items: Mapping[str, Any]) -> Encoded:
         """A batch of `PairTensors`, encoded here and now: the very tensors that `EncodedPairs` would have for it."""
         texts = self.embeddings(items["prompt"])

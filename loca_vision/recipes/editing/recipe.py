@@ -59,6 +59,8 @@ class EditRecipe:
     """Train on so many pairs only, drawn by the seed."""
     cache_dir: Path | None = None
     """For what comes from the hub, and what the library datasets makes of files."""
+    check_images: bool = True
+    """Read every pair once before the first step, so that a broken image is named at once."""
     cache_latents: bool = True
     """Encode images and texts once and keep them on disk, unless crops are random."""
     latents_dir: Path | None = None
@@ -217,7 +219,7 @@ class EditRecipe:
 MAY_DIFFER_ON_RESUME = {
     "output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "report_to", "logging_dir",
     "push_to_hub", "hub_model_id", "hub_private", "hub_token", "config", "preset", "imports", "dataloader_num_workers",
-    "cache_dir", "cache_latents", "latents_dir", "adapter_dtype", "gradient_checkpointing",
+    "cache_dir", "check_images", "cache_latents", "latents_dir", "adapter_dtype", "gradient_checkpointing",
     "train_batch_size", "gradient_accumulation_steps",  # their product with the processes, `batch_of`, is compared
 }  # fmt: skip
 _NONE = torch.zeros(0)  # to ask functions of samples whether they take a setting

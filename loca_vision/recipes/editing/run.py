@@ -208,7 +208,7 @@ class EditRun:
         if self.accelerator.is_main_process:
             tensors, state = self.stepper.state()
             tensors |= self.ema.state() if self.ema else {}
-            state |= {"recipe": saved_settings(self.recipe), "taken": self._taken()}
+            state |= {"recipe": saved_settings(self.recipe), "taken": self._taken(), "files": self.data.pairs.digests}
             limit = self.recipe.checkpoints_total_limit
             write_checkpoint(self.recipe.output_dir, self.progress.step, tensors, state, keep=limit)
         self.accelerator.wait_for_everyone()
@@ -246,9 +246,27 @@ class EditRun:
                     f"{path}: {name}={now}, {state['taken'][name]} before; of all {self.accelerator.num_processes} processes "
                     "together a step takes other pairs than the run there did"
                 )
+        check_same_pairs(path, state.get("files"), self.data.pairs.digests)
         done = state["progress"]["step"]
         if done > self.total:
             raise ValueError(f"{path}: {done} steps are taken there, and this run is to have {self.total}")
+
+
+def check_same_pairs(place: Path, before: Mapping[str, str] | None, now: Mapping[str, str]) -> None:
+    """
+    Args:
+        place: what a run left, for the sentence.
+        before, now: `Pairs.digests`; None was written by an earlier version.
+
+    Raises:
+        ValueError: the pairs are not those that the run began with.
+    """
+    changed = [column for column in now if before is not None and before.get(column) != now[column]]
+    if changed:
+        raise ValueError(
+            f"{place}: the run there began with other pairs: texts, or names or sizes of files, differ in "
+            f"{', '.join(changed)}; put the pairs back, or start a new run in another folder"
+        )
 
 
 def settings_in(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ REFUSED = {
     ),
     "xformers": (("--enable_xformers_memory_efficient_attention",), "it needs xformers"),
     "8 bit": (("--use_8bit_adam",), "it needs bitsandbytes"),
-    "config of a folder": ((*LOCA, "--dataset_config_name", "all"), "and a data set on the hub has such"),
+    "config of a folder": ((*LOCA, "--dataset_config_name", "all"), "only a data set on the hub has configurations"),
     "checkpoint": (("--resume_from_checkpoint", "nowhere"), "'nowhere': there is no such folder"),
 }
 
