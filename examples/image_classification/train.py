@@ -1,4 +1,4 @@
-"""Fine-tune an image classifier with LoCA, or with a method beside it, and test it.
+"""Fine-tune an image classifier with LoCA or another method, and test it.
 
     python examples/image_classification/train.py --dataset folder --root photos --output_dir mine
     accelerate launch examples/image_classification/train.py --dataset oxford_pets --root data --preset vit-base-loca-3000
@@ -117,7 +117,7 @@ def _several(recipe: Recipe, splits: ImageSplits, accelerator: Accelerator) -> d
 
 
 def _check_folder(recipe: Recipe) -> None:
-    """What another run left in the output folder is gone on with on request, never written over."""
+    """A run in the output folder is continued on request, and never overwritten."""
     folder = recipe.output_dir
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={str(folder)!r}: a file is in the place of that folder")

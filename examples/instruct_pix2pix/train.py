@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion to follow instructions about images (InstructPix2Pix) with LoCA, or with a method beside it.
+"""Fine-tune Stable Diffusion to follow instructions about images (InstructPix2Pix) with LoCA or another method.
 
     accelerate launch examples/instruct_pix2pix/train.py --preset cartoonization \
         --pretrained_model_name_or_path timbrooks/instruct-pix2pix \
@@ -79,7 +79,7 @@ def train(recipe: EditRecipe) -> dict[str, Any]:
 
 
 def _check_folder(recipe: EditRecipe) -> None:
-    """What another run left in the output folder is gone on with on request, never written over."""
+    """A run in the output folder is continued on request, and never overwritten."""
     folder = recipe.output_dir
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={str(folder)!r}: a file is in the place of that folder")

@@ -111,7 +111,7 @@ SETS = {
         "unclear; for research",
         ("NWPU-RESISC45", *(f"resisc45-{part}.txt" for part in published.RESISC45_PARTS)),
         f"{_RESISC45}/NWPU-RESISC45.zip is to be unpacked in {{root}}, and the three lists {_RESISC45}/resisc45-train.txt, "
-        "resisc45-val.txt and resisc45-test.txt go beside it" + _HUB,
+        "resisc45-val.txt and resisc45-test.txt go next to it" + _HUB,
     ),
     "cifar100": Entry(
         "CIFAR-100",

@@ -78,7 +78,7 @@ class HubImages(Images):
         for name in names:
             if name in rows.column_names:
                 return name
-        raise ValueError(f"{self.where}: it has no column {' or '.join(names)}, only {', '.join(rows.column_names)}")
+        raise ValueError(f"{self.where}: expected a column {' or '.join(names)}, got {', '.join(rows.column_names)}")
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         try:
@@ -99,7 +99,7 @@ def hub_copy(name: str, cache: Path | None = None) -> ImageSet:
     Raises:
         ModuleNotFoundError: the library `datasets` is not installed.
         ValueError: there is no copy of this set, or it is not as expected.
-        OSError: it cannot be had.
+        OSError: it cannot be downloaded.
     """
     if name not in HUB:
         raise ValueError(f"source='hub': {name} has no copy on the hub; the sets that have are {', '.join(HUB)}")

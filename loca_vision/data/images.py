@@ -109,13 +109,13 @@ class Relabelled(Images):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A set of images as its authors published it, and what to hold out where they left a part out.
+    """A set of images as its authors published it, and what to hold out for the parts that it lacks.
 
     Args:
         train: what is trained on, or everything where there is no test part.
         classes: their names, by index.
-        test_share: of `train`, for the test part, where there is none.
-        validation_share: of what is then left of `train`, where there is no validation part.
+        test_share: the share of `train` that is held out for testing if there is no test part.
+        validation_share: the share of the rest of `train` that is held out if there is no validation part.
         notes: sentences about how the files were understood.
     """
 
@@ -195,7 +195,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
         ValueError: grey of 32 bits, of which nothing says how much is white.
     """
     if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are of PIL's mode {image.mode!r}: 8 or 16 bits a channel are wanted")
+        raise ValueError(f"expected 8 or 16 bits a channel, got pixels of PIL's mode {image.mode!r}")
     if image.mode.startswith("I;16"):
         grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         grey.info.update(image.info)  # such as how the camera was turned

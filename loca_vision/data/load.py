@@ -34,7 +34,7 @@ def load(
 
     Raises:
         ValueError: an unknown name or source, or files that are not as published.
-        FileNotFoundError: files are missing; the sentence says which, and where they can be had.
+        FileNotFoundError: files are missing; the sentence says which, and where to get them.
         OSError: the download failed.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:

@@ -120,7 +120,7 @@ class Pairs(Dataset[Pair]):
             raise ValueError(f"{self.where}, row {index}, {column}: {error}") from None
 
     def some(self, count: int | None, seed: int) -> Pairs:
-        """So many of them at random by the seed; all where there are no more, or with None."""
+        """`count` random pairs by the seed; all of them if there are no more, or with None."""
         if count is None or count >= len(self):
             return self
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(stream_seed(seed)))
@@ -147,7 +147,7 @@ def read_pairs(
         cache_dir: of what `datasets` makes of the files; None for its usual one.
         revision: of a data set on the hub.
         config: the name of one of its configurations, where it has several.
-        max_samples: at most so many, drawn by the seed.
+        max_samples: at most this many, drawn by the seed.
 
     Raises:
         ModuleNotFoundError: the library `datasets` is not installed.

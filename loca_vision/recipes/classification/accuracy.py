@@ -26,7 +26,7 @@ def confusion(
 
     Args:
         share: which of the images, as `slice(rank, None, processes)` for one of several processes.
-        computing: autocast, where that is wanted.
+        computing: autocast; None for full precision.
     """
     model.eval()
     device = next(model.parameters()).device

@@ -22,7 +22,7 @@ _PREFIX = re.compile(r"^((hf-hub|hf_hub):)?timm/")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What it takes to build the same classifier again, in another process too.
+    """Everything needed to build the same classifier again, also in another process.
 
     Args:
         name: a timm model, with or without the tag of its weights.

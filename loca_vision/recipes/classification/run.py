@@ -177,7 +177,7 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> bool:
-        """Go on from the newest whole checkpoint in the folder; False where there is none.
+        """Continue from the newest complete checkpoint in the folder; False if there is no checkpoint.
 
         Raises:
             ValueError: it is of another recipe, of other images or of other base weights; nothing is touched.

@@ -37,7 +37,7 @@ def run_folder(adapter: str) -> Path:
         return Path(snapshot_download(adapter, allow_patterns=["*.safetensors", SETTINGS, METRICS]))
     except (OSError, ValueError) as error:  # no network, no such repository
         raise FileNotFoundError(
-            f"{adapter}: there is no such folder, and no such repository of the hub can be had ({one_line(error, 200)})"
+            f"{adapter}: there is no such folder, and no such repository can be read from the hub ({one_line(error, 200)})"
         ) from error
 
 
@@ -49,7 +49,7 @@ def recipe_of(folder: Path) -> Recipe:
     """
     file = folder / SETTINGS
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: there is no such file; train.py writes it beside the adapter")
+        raise FileNotFoundError(f"{file}: there is no such file; train.py writes it next to the adapter")
     recipe = parse(Recipe, ["--config", str(file)], prog="evaluate.py", presets=PRESETS, importing=False).settings
     if recipe.method not in METHODS.known():
         raise ValueError(f"{file}: {unknown_method(recipe.method, METHODS.known())}")

@@ -1,4 +1,4 @@
-"""Several methods beside each other: a table, and accuracy against trained numbers as a picture."""
+"""Several methods compared: a table, and a picture of accuracy against trained parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Point:
 
     Args:
         name: the method, and what sets it apart.
-        trained: numbers beside the head; coefficients, not locations.
+        trained: parameters without the head; coefficients, not locations.
         rate: the learning rate that was best on validation.
         validation: accuracy at every rate tried, with the first seed.
         test: accuracy of each seed at that rate.

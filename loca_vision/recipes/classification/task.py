@@ -1,4 +1,4 @@
-"""A classifier, its images and what of it is trained, as a recipe says."""
+"""The classifier, the images and the trained parameters of a recipe."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def with_features(
 
     Args:
         device: to compute on; the model stays there.
-        computing: autocast, where that is wanted.
+        computing: autocast, or a context that does nothing.
 
     Raises:
         ValueError: the model's head is not one linear layer.

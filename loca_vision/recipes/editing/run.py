@@ -214,11 +214,11 @@ class EditRun:
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> bool:
-        """Go on from the checkpoint that the recipe names; False where that is the latest and there is none.
+        """Go on from the checkpoint that the recipe names; False if it names the latest and there is no checkpoint.
 
         Raises:
             FileNotFoundError, ValueError, OSError: it cannot be read, or is of another recipe, another number of pairs, other
-                batches or other base weights, or has more steps than are wanted; nothing is touched.
+                batches or other base weights, or has more steps than this run; nothing is touched.
         """
         path = checkpoint_of(self.recipe)
         if path is None:
@@ -234,7 +234,7 @@ class EditRun:
         return True
 
     def _taken(self) -> dict[str, int]:
-        """On what it depends which pairs a step takes, beside the settings: another data set, or number of processes."""
+        """What decides which pairs a step takes, apart from the settings: the data set and the number of processes."""
         return {"pairs": len(self.data.pairs), "batch_size": self.sampler.batch_size}
 
     def _check_same(self, path: Path, state: Mapping[str, Any]) -> None:

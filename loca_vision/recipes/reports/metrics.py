@@ -20,10 +20,10 @@ def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """Of a finished run.
+    """The metrics of a finished run.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
         ValueError: it is not what a run writes.
     """
     path = folder / METRICS

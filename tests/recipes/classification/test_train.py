@@ -312,7 +312,7 @@ MISTAKES = [
     (("--root", "photos"), "dataset"),
     (("--config", "broken.yaml"), "broken.yaml, line 2: 'learning_rate' is no setting"),
     (("--config", "none.yaml"), "none.yaml: there is no such file"),
-    ((*FOLDER, "--preset", "vit-base-loca"), "preset='vit-base-loca': there are vit-base-fourierft-10000"),
+    ((*FOLDER, "--preset", "vit-base-loca"), "preset='vit-base-loca': the presets are vit-base-fourierft-10000"),
     ((*FOLDER, "--report_to", "wandb"), "report_to='wandb': it is not installed; python -m pip install wandb"),
 ]
 
@@ -330,7 +330,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(flags, sentence, photos, monke
 
 
 EVALUATIONS = [
-    (("--adapter", "photos"), "photos/config.yaml: there is no such file; train.py writes it beside the adapter"),
+    (("--adapter", "photos"), "photos/config.yaml: there is no such file; train.py writes it next to the adapter"),
     (("--adapter", "nowhere"), "neither the folder of a run nor a repository of the hub"),
     (("--adapter", "photos", "--batch", "3"), "--batch"),
 ]

@@ -26,7 +26,7 @@ class Tools:
 
 
 def tools(*, lpips: bool, clip_model: str | None, resolution: int, device: torch.device | str = "cpu") -> Tools:
-    """What can be had of what is asked for; nothing is raised for what cannot."""
+    """The measures that are available here; what is missing is listed, and nothing is raised."""
     why: dict[str, str] = {}
 
     def tried(name: str, make: Callable[[], Any], reason: str | None) -> Any:
