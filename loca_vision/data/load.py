@@ -39,9 +39,9 @@ def load(
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed={seed!r}: a seed is a whole number from 0 up")
-    found = read(name, root, source=source, download=download)
-    train, test, test_rule = held_out(found.train, found.test, found.test_share, seed)
-    train, validation, validation_rule = held_out(train, found.validation, found.validation_share, seed)
+    published = read(name, root, source=source, download=download)
+    train, test, test_rule = held_out(published.train, published.test, published.test_share, seed)
+    train, validation, validation_rule = held_out(train, published.validation, published.validation_share, seed)
     protocol: dict[str, Any] = {
         "dataset": name,
         "source": source,
@@ -51,10 +51,10 @@ def load(
         "test": test_rule,
         "validation": validation_rule,
         "augment": SETS[name].augment,
-        "files": files_of(found),
+        "files": files_of(published),
     }
     entry = SETS[name]
-    return ImageSplits(train, validation, test, found.classes, entry.licence, entry.augment, protocol, found.notes)
+    return ImageSplits(train, validation, test, published.classes, entry.licence, entry.augment, protocol, published.notes)
 
 
 def read(name: str, root: str | Path | None, *, source: Source = "torchvision", download: bool = False) -> ImageSet:
@@ -100,8 +100,8 @@ def _read(entry: Entry, root: Path, download: bool) -> ImageSet:
         ) from error
 
 
-def _whole(found: ImageSet) -> ImageSet:
-    for part in (found.train, found.test, found.validation):
+def _whole(images: ImageSet) -> ImageSet:
+    for part in (images.train, images.test, images.validation):
         if part is not None and not len(part):
             raise ValueError("a part has no image")
-    return found
+    return images

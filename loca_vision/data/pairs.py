@@ -166,10 +166,10 @@ def read_pairs(
 
 
 def _digest(texts: Iterable[str]) -> str:
-    found = sha256()
+    digest = sha256()
     for text in texts:
-        found.update(text.encode(errors="surrogateescape") + b"\0")
-    return found.hexdigest()[:16]
+        digest.update(text.encode(errors="surrogateescape") + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _file_of(stored: Mapping[str, Any] | None) -> str:

@@ -77,9 +77,9 @@ def dtd(root: Path, download: bool = False) -> ImageSet:
 
 def eurosat(root: Path, download: bool = False) -> ImageSet:
     """10 kinds of land: 27000 satellite images of 64 x 64 pixels, of `root/eurosat/2750`, to be split 60 : 20 : 20."""
-    found = datasets.EuroSAT(str(root), download=download)
-    files, labels = zip(*found.samples, strict=True)
-    return ImageSet(ImageFiles(files, labels), tuple(found.classes), test_share=FIFTH, validation_share=QUARTER)
+    eurosat_images = datasets.EuroSAT(str(root), download=download)
+    files, labels = zip(*eurosat_images.samples, strict=True)
+    return ImageSet(ImageFiles(files, labels), tuple(eurosat_images.classes), test_share=FIFTH, validation_share=QUARTER)
 
 
 def fgvc_aircraft(root: Path, download: bool = False) -> ImageSet:
@@ -120,7 +120,7 @@ def digits(root: Path | None = None, download: bool = False) -> ImageSet:
     """10 handwritten digits: 1797 images of 8 x 8 pixels, from scikit-learn, a third of them for testing."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    pixels = (found.images * (255 / 16)).round().astype(np.uint8)
-    names = tuple(str(name) for name in found.target_names)
-    return ImageSet(ImageArrays(pixels, found.target.tolist()), names, test_share=THIRD)
+    bunch = load_digits()
+    pixels = (bunch.images * (255 / 16)).round().astype(np.uint8)
+    names = tuple(str(name) for name in bunch.target_names)
+    return ImageSet(ImageArrays(pixels, bunch.target.tolist()), names, test_share=THIRD)

@@ -15,7 +15,7 @@ Files = dict[str, dict[str, str]]
 def files_of(images: ImageSet) -> Files:
     """The parts of a set as published, before anything is held out."""
     parts = {"train": images.train, "validation": images.validation, "test": images.test}
-    return {part: by_class(found, images.classes) for part, found in parts.items() if found is not None}
+    return {part: by_class(part_images, images.classes) for part, part_images in parts.items() if part_images is not None}
 
 
 def by_class(images: Images, classes: Sequence[str]) -> dict[str, str]:
@@ -69,9 +69,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     changes = class_differences(before["classes"], now["classes"])
     if changes:
         return f"the classes differ: {changes}"
-    found = list(_changed_files(before["files"], now["files"]))
-    more = f", and {len(found) - 3} more" if len(found) > 3 else ""
-    return "; ".join(found[:3]) + more
+    changed_files = list(_changed_files(before["files"], now["files"]))
+    more = f", and {len(changed_files) - 3} more" if len(changed_files) > 3 else ""
+    return "; ".join(changed_files[:3]) + more
 
 
 def _changed_files(before: Files, now: Files) -> Iterator[str]:

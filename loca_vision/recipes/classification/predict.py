@@ -87,16 +87,16 @@ def predict(settings: Predict) -> list[Prediction]:
     check_count("top_k", settings.top_k, most=len(classes))
     images = ImageFiles(files, [0] * len(files))
     check_images((images,))
-    found = []
+    answers = []
     with computing, torch.inference_mode():
         for batch, _ in DataLoader(Transformed(images, view.plain), settings.batch_size, num_workers=settings.workers):
             device = next(model.parameters()).device
             shares, indices = model(batch.to(device)).float().softmax(1).topk(settings.top_k)
-            found += [
+            answers += [
                 tuple((classes[index], share) for index, share in zip(*row, strict=True))
                 for row in zip(indices.tolist(), shares.tolist(), strict=True)
             ]
-    predictions = [Prediction(str(file), best) for file, best in zip(files, found, strict=True)]
+    predictions = [Prediction(str(file), best) for file, best in zip(files, answers, strict=True)]
     _give(settings, predictions)
     return predictions
 

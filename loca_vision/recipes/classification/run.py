@@ -137,12 +137,12 @@ class Run:
 
     def _judge(self, epoch: int) -> None:
         """Validate, and keep the weights where they are the best so far."""
-        found = accuracy_of(self.matrix(self.task.validation))
+        accuracy = accuracy_of(self.matrix(self.task.validation))
         mean = sum(self.progress.curve["loss"][-self.epoch_steps :]) / self.epoch_steps
-        self.progress.epochs.append({"epoch": epoch + 1, "loss": mean, "validation_accuracy": found})
-        self.accelerator.log({"validation_accuracy": found}, step=self.progress.step)
+        self.progress.epochs.append({"epoch": epoch + 1, "loss": mean, "validation_accuracy": accuracy})
+        self.accelerator.log({"validation_accuracy": accuracy}, step=self.progress.step)
         best = self.progress.best_epoch
-        if best is None or found > self.progress.epochs[best]["validation_accuracy"]:
+        if best is None or accuracy > self.progress.epochs[best]["validation_accuracy"]:
             self.progress.best_epoch, self.progress.stale = epoch, 0
             self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.stepper.moved.items()}
         else:

@@ -67,8 +67,8 @@ def study_table(points: Sequence[Point], seeds: Sequence[int]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for point in points:
-        tried = ", ".join(f"{rate:.2g}: {100 * found:.1f}" for rate, found in sorted(point.validation.items()))
-        tests = " / ".join(f"{100 * found:.1f}" for found in point.test)
+        tried = ", ".join(f"{rate:.2g}: {100 * accuracy:.1f}" for rate, accuracy in sorted(point.validation.items()))
+        tests = " / ".join(f"{100 * accuracy:.1f}" for accuracy in point.test)
         mean = f"{100 * point.mean:.2f} ± {100 * point.deviation:.2f}"
         lines.append(
             f"| {point.method} | {point.trained:,} | {point.rate:.2g} | {tried} | {tests} | {mean} | "

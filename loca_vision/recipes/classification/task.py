@@ -85,8 +85,8 @@ def splits_of(recipe: Recipe) -> ImageSplits:
     Raises:
         ValueError, FileNotFoundError, OSError: as `load`, one sentence.
     """
-    found = load(recipe.dataset, recipe.root, source=recipe.source, seed=recipe.split_seed, download=recipe.download)
-    return _limited(found, recipe)
+    splits = load(recipe.dataset, recipe.root, source=recipe.source, seed=recipe.split_seed, download=recipe.download)
+    return _limited(splits, recipe)
 
 
 def task_of(recipe: Recipe, seed: int, splits: ImageSplits) -> Task:

@@ -53,8 +53,8 @@ class Encoders:
         """
         images = images.to(self.vae.device, self.vae.dtype)
         with torch.autocast(images.device.type, enabled=False):
-            found = [self.vae.encode(image[None]).latent_dist for image in images]
-        latents = torch.stack([torch.cat([one.mean, one.std]) for one in found])
+            distributions = [self.vae.encode(image[None]).latent_dist for image in images]
+        latents = torch.stack([torch.cat([one.mean, one.std]) for one in distributions])
         if not latents.isfinite().all():
             raise ValueError(
                 f"the latents of an image are not finite in {latents.dtype}: bring the autoencoder to torch.float32, "

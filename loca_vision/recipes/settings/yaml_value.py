@@ -39,9 +39,9 @@ def value_of(node: Any, kind: Any) -> Any:
     """
     kinds = _kinds(kind)
     for one in kinds:
-        found = _of_one_kind(node, one)
-        if found is not _NOTHING:
-            return found
+        read = _of_one_kind(node, one)
+        if read is not _NOTHING:
+            return read
     choices = [choice for one in kinds if get_origin(one) is Literal for choice in get_args(one)]
     close = nearest(node.value, map(str, choices)) if choices and node.id == "scalar" else ""
     quotes = "; a text that looks like something else stands in quotes" if _looks_otherwise(node, kinds) else ""
