@@ -32,6 +32,7 @@ def classifier_card(metrics: Mapping[str, Any], repository: str) -> str:
         "| | |",
         "|---|---|",
         f"| test accuracy | {100 * metrics['test_accuracy']:.2f} % of {sizes['test']} images |",
+        *_balanced(metrics),
         f"| validation accuracy | {100 * metrics['validation_accuracy']:.2f} % of {sizes['validation']} images |",
         f"| trained numbers | {metrics['trained_parameters']:,} and {metrics['head_parameters']:,} of the head |",
         f"| file | {metrics['adapter_bytes']:,} bytes |",
@@ -47,6 +48,12 @@ def classifier_card(metrics: Mapping[str, Any], repository: str) -> str:
         f"configuration; its answers are, in this order, {', '.join(metrics['classes'])}.",
     ]
     return "\n".join(said) + "\n"
+
+
+def _balanced(metrics: Mapping[str, Any]) -> list[str]:
+    """Of a run that measured it."""
+    share = metrics.get("balanced_accuracy")
+    return [] if share is None else [f"| balanced accuracy, the mean over classes | {100 * share:.2f} % |"]
 
 
 def _method(metrics: Mapping[str, Any]) -> str:

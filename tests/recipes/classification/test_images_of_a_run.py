@@ -183,7 +183,11 @@ def test_smoothing_mixup_and_weights(photos, tmp_path, capsys):
         assert train(photos, tmp_path / name, *flags) == 0
         losses[name] = json.loads((tmp_path / name / "metrics.json").read_text())["curves"]["loss"]
     assert len({tuple(values) for values in losses.values()}) == 4
-    assert "balanced_accuracy" in json.loads((tmp_path / "weights" / "metrics.json").read_text())
+    balanced = json.loads((tmp_path / "weights" / "metrics.json").read_text())["balanced_accuracy"]
+    capsys.readouterr()
+    assert main("report", tmp_path / "weights", "--measure", "balanced_accuracy", "--format", "csv") == 0
+    said = capsys.readouterr().out
+    assert f"{100 * balanced:.2f}" in said and "paper" not in said
     assert train(photos, tmp_path / "bad", "--label_smoothing", 1) == 2
     assert train(photos, tmp_path / "bad", "--mixup", -1) == 2
     assert train(photos, tmp_path / "bad", "--method", "lp", "--cache_features", "--mixup", 1, "--n_components", 3) == 2
