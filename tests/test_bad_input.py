@@ -153,14 +153,14 @@ def places(tmp_path):
 
 TINY = "--model test_vit --weights none --image-size 160 --steps 1 --batch-size 4 --n-components 5"
 LINES = {
-    "no command": ("", "Expected one of {demo, inspect, evaluate, convert, extract, merge}"),
+    "no command": ("", "Expected one of {demo, inspect, evaluate, predict, convert, extract, merge}"),
     "unknown command": ("demos", "Unrecognized options: demos"),
     "unknown option": ("demo --stepz 3", "Unrecognized options: --stepz"),
     "no number": ("demo --steps many", "Error parsing --steps"),
     "no choice": ("demo --dataset mnist", "invalid choice 'mnist' for argument '--dataset'"),
-    "steps": ("demo --steps 0", "steps=0: it is a whole number from 1 up"),
-    "batch": ("demo --batch-size 0", "batch_size=0: it is a whole number from 1 up"),
-    "workers": ("demo --workers -1", "workers=-1: it is a whole number from 0 up"),
+    "steps": ("demo --steps 0", "steps must be a whole number from 1 up, got 0"),
+    "batch": ("demo --batch-size 0", "batch_size must be a whole number from 1 up, got 0"),
+    "workers": ("demo --workers -1", "workers must be a whole number from 0 up, got -1"),
     "pixels": ("demo --image-size 0", "image_size=0: it is a number of pixels from 1 up"),
     "components": ("demo --n-components 0", "n_components=0: a count is a whole number from 1 up"),
     "rate": ("demo --lr nan " + TINY, "lr=nan: it is a finite number from 0 up"),
@@ -175,7 +175,7 @@ LINES = {
     "root of the digits": ("demo --root {}", "the digits are inside scikit-learn"),
     "no root": ("demo --dataset folder", "dataset='folder': say where it lies with --root"),
     "missing root": ("demo --dataset folder --root {}/none " + TINY, "none: there is no such folder"),
-    "no test part": ("demo --dataset folder --root {}/only " + TINY, "only/test: there is no such folder"),
+    "no test part": ("demo --dataset folder --root {}/only " + TINY, "only/train: it has no folder; expected train/ and test/"),
     "one class": ("demo --dataset folder --root {}/single " + TINY, "it has one class (folder), 'cat'"),
     "different classes": (
         "demo --dataset folder --root {}/lopsided " + TINY,

@@ -1,4 +1,4 @@
-"""Gather runs of train.py into the shape of the paper's Table 4, beside its numbers. What was not run stays blank.
+"""Gather runs of train.py into the shape of the paper's Table 4, next to its numbers. What was not run stays blank.
 
 python examples/image_classification/report.py runs --format markdown
 """
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from loca_vision.recipes.classification.recipe import MAY_DIFFER_ON_RESUME
+from loca_vision.recipes.classification.recipe import EARLIER, MAY_DIFFER_ON_RESUME
 from loca_vision.recipes.reports.metrics import METRICS, read_metrics
 from loca_vision.recipes.settings.console import guarded, usage_in_one_line
 from loca_vision.storage.atomic_file import write_atomically
@@ -49,6 +49,8 @@ class Report:
     """Searched for metrics.json, all the way down."""
     format: Literal["markdown", "csv", "latex"] = "markdown"
     """Of the table."""
+    measure: Literal["test_accuracy", "balanced_accuracy"] = "test_accuracy"
+    """Accuracy over the test images, as the paper's, or its mean over the classes."""
     paper: bool = True
     """Put the paper's rows above, marked as such. Compare with them only runs of the same models on the same data."""
     output: Path | None = None
@@ -83,11 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def report(wanted: Report) -> str:
     """The table as text."""
-    rows = gathered(wanted.folders)
+    rows = gathered(wanted.folders, wanted.measure)
     others = {name for row in rows for name in row.found} - set(COLUMNS)
     columns = (*COLUMNS, *sorted(others))
     titles = [*TITLES, *sorted(others)]
-    if wanted.paper:
+    if wanted.paper and wanted.measure == "test_accuracy":
         paper = [
             Row("paper", model, method, trained, {name: [value] for name, value in zip(COLUMNS, found, strict=True)})
             for model, method, trained, found in PAPER
@@ -98,12 +100,12 @@ def report(wanted: Report) -> str:
     return {"markdown": _markdown, "csv": _csv, "latex": _latex}[wanted.format]([head, *body])
 
 
-def gathered(folders: Sequence[Path]) -> list[Row]:
+def gathered(folders: Sequence[Path], measure: str = "test_accuracy") -> list[Row]:
     """A row for each model, method and number of trained parameters; one setting for each cell, any number of seeds.
 
     Raises:
         FileNotFoundError: no run is there.
-        ValueError: two runs of one cell differ in more than the seed, or have the same.
+        ValueError: two runs of one cell differ in more than the seed, or have the same; or a run does not have the measure.
     """
     rows: dict[tuple[str, str, int], Row] = {}
     settings: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
@@ -112,9 +114,7 @@ def gathered(folders: Sequence[Path]) -> list[Row]:
         config = metrics["config"]
         key = (config["model"], config["method"], metrics["trained_parameters"])
         row = rows.setdefault(key, Row("runs", key[0], key[1], f"{key[2]:,}", {}))
-        mine = {"set": []} | {
-            name: value for name, value in config.items() if name not in MAY_DIFFER_ON_RESUME | {"seed", "root"}
-        }
+        mine = EARLIER | {name: value for name, value in config.items() if name not in MAY_DIFFER_ON_RESUME | {"seed", "root"}}
         first, theirs = settings.setdefault((*key, config["dataset"]), (path, mine))
         for name in sorted(mine.keys() | theirs.keys()):
             if mine.get(name) != theirs.get(name):
@@ -124,7 +124,9 @@ def gathered(folders: Sequence[Path]) -> list[Row]:
         other = seeds.setdefault((*key, config["dataset"], metrics["seed"]), path)
         if other != path:
             raise ValueError(f"{path} and {other} are runs of one cell with the same seed, {metrics['seed']}")
-        row.found.setdefault(config["dataset"], []).append(100 * metrics["test_accuracy"])
+        if measure not in metrics:
+            raise ValueError(f"{path}: expected {measure}, got a run of an earlier version without it")
+        row.found.setdefault(config["dataset"], []).append(100 * metrics[measure])
     if not rows:
         raise FileNotFoundError(f"{', '.join(map(str, folders))}: there is no {METRICS} of a finished run")
     return [rows[key] for key in sorted(rows)]

@@ -44,7 +44,7 @@ class Study:
     output_dir: Path = Path("study")
     """Where every run has a folder, and study.md and study.png go."""
     budgets: tuple[int, ...] = (73728, 18432)
-    """Trained numbers beside the head: r of LoRA, and what is nearest to it for the others. Multiples of 18432."""
+    """Trained parameters without the head: r of LoRA, and what is nearest to it for the others. Multiples of 18432."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Runs at the best rate. Rates are tuned with the first."""
     image_size: int = 56

@@ -1,4 +1,4 @@
-"""Fine-tune an image classifier with LoCA, or with a method beside it, and test it.
+"""Fine-tune an image classifier with LoCA or another method, and test it.
 
     python examples/image_classification/train.py --dataset folder --root photos --output_dir mine
     accelerate launch examples/image_classification/train.py --dataset oxford_pets --root data --preset vit-base-loca-3000
@@ -18,12 +18,24 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from loca_vision.recipes.classification.accuracy import accuracy_of
+from loca_vision.data.check_images import check_images
+from loca_vision.data.description import described
+from loca_vision.data.images import ImageSplits
+from loca_vision.data.same_images import check_same_images, images_in
+from loca_vision.recipes.classification.accuracy import accuracy_of, balanced_accuracy_of
 from loca_vision.recipes.classification.model_card import classifier_card
+from loca_vision.recipes.classification.models import check_model_name
 from loca_vision.recipes.classification.presets import PRESETS
-from loca_vision.recipes.classification.recipe import METHODS, Recipe, adapter_config, differences, resolve
+from loca_vision.recipes.classification.recipe import (
+    METHODS,
+    Recipe,
+    adapter_config,
+    differences,
+    resolve,
+    with_batch_size,
+)
 from loca_vision.recipes.classification.run import Run
-from loca_vision.recipes.classification.task import build, counts, task_of, with_features
+from loca_vision.recipes.classification.task import build, counts, splits_of, task_of, with_features
 from loca_vision.recipes.classification.trained_weights import save_trained
 from loca_vision.recipes.reports.environment import environment
 from loca_vision.recipes.reports.hub_upload import push
@@ -58,11 +70,25 @@ def train(recipe: Recipe) -> dict[str, Any]:
     )
     _check_folder(recipe)
     accelerator.wait_for_everyone()  # before the first of the processes writes
-    metrics = _several(recipe, accelerator) if recipe.seeds else _one(recipe, recipe, accelerator)
+    splits = _images(recipe, accelerator)
+    recipe = with_batch_size(recipe, len(splits.train), accelerator.num_processes)
+    metrics = _several(recipe, splits, accelerator) if recipe.seeds else _one(recipe, recipe, splits, accelerator)
     if recipe.push_to_hub and accelerator.is_main_process:
         print(_pushed(recipe, metrics))
     accelerator.end_training()
     return metrics
+
+
+def _images(recipe: Recipe, accelerator: Accelerator) -> ImageSplits:
+    """The images of the run, after saying what was understood and reading each of them once."""
+    check_model_name(recipe.model)  # before images are read, which takes a while
+    splits = splits_of(recipe)
+    if accelerator.is_main_process:
+        print(described(splits))
+        if recipe.check_images:
+            check_images((splits.train, splits.validation, splits.test))
+    accelerator.wait_for_everyone()
+    return splits
 
 
 def _pushed(recipe: Recipe, metrics: dict[str, Any]) -> str:
@@ -76,12 +102,12 @@ def _pushed(recipe: Recipe, metrics: dict[str, Any]) -> str:
     )
 
 
-def _several(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+def _several(recipe: Recipe, splits: ImageSplits, accelerator: Accelerator) -> dict[str, Any]:
     """A run for each seed in a folder of its own, and their mean."""
     runs = []
     for seed in recipe.seeds:
         one = replace(recipe, seed=seed, seeds=(), output_dir=recipe.output_dir / f"seed-{seed}")
-        runs.append(_one(one, recipe, accelerator))
+        runs.append(_one(one, recipe, splits, accelerator))
     if not accelerator.is_main_process:
         return {}
     metrics = {"config": as_json_dict(recipe), **summary(runs)}
@@ -91,7 +117,7 @@ def _several(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
 
 
 def _check_folder(recipe: Recipe) -> None:
-    """What another run left in the output folder is gone on with on request, never written over."""
+    """A run in the output folder is continued on request, and never overwritten."""
     folder = recipe.output_dir
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={str(folder)!r}: a file is in the place of that folder")
@@ -106,13 +132,13 @@ def _check_folder(recipe: Recipe) -> None:
         raise ValueError(f"output_dir={str(folder)!r}: {kind} is in there; choose another folder")
 
 
-def _one(recipe: Recipe, whole: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+def _one(recipe: Recipe, whole: Recipe, splits: ImageSplits, accelerator: Accelerator) -> dict[str, Any]:
     """Train with one seed, test the best epoch, write everything down. `whole` is what the user asked for."""
     folder = recipe.output_dir
     if (folder / METRICS).exists():  # with --resume: this seed is done
-        return _finished(recipe, folder)
+        return _finished(recipe, splits, folder)
     set_seed(recipe.seed)
-    task = task_of(recipe, recipe.seed)
+    task = task_of(recipe, recipe.seed, splits)
     model = build(task, recipe)
     numbers = counts(model, recipe)
     trained = model
@@ -123,7 +149,9 @@ def _one(recipe: Recipe, whole: Recipe, accelerator: Accelerator) -> dict[str, A
         print(f"{folder}: going on after step {run.progress.step} of {run.total}")
     _begin(recipe, whole, accelerator)
     run.train()
-    metrics = numbers | _measured(run) | {"test_accuracy": accuracy_of(run.matrix(task.test))}
+    matrix = run.matrix(task.test)
+    metrics = numbers | _measured(run) | {"test_accuracy": accuracy_of(matrix)}
+    metrics |= {"balanced_accuracy": balanced_accuracy_of(matrix)}
     accelerator.log({"test_accuracy": metrics["test_accuracy"]}, step=run.progress.step)
     if accelerator.is_main_process:
         metrics = _written(run, model, metrics)
@@ -156,10 +184,12 @@ def _written(run: Run, model: nn.Module, metrics: dict[str, Any]) -> dict[str, A
     return metrics
 
 
-def _finished(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def _finished(recipe: Recipe, splits: ImageSplits, folder: Path) -> dict[str, Any]:
     metrics = read_metrics(folder)
     for difference in differences(recipe, metrics["config"], as_json_dict(recipe)):
         raise ValueError(f"{folder}: the finished run there has other settings: {difference}")
+    if "files" in metrics["protocol"]:
+        check_same_images(folder, {"classes": metrics["classes"], "files": metrics["protocol"]["files"]}, images_in(splits))
     return metrics
 
 

@@ -31,7 +31,7 @@ def cartoon(photograph: Image.Image) -> Image.Image:
     cv2 = opencv()
     if min(photograph.size) < SMALLEST:
         raise ValueError(
-            f"a photograph of {photograph.width} x {photograph.height} pixels: at least {SMALLEST} a side are wanted"
+            f"a photograph must have at least {SMALLEST} pixels a side, got {photograph.width} x {photograph.height}"
         )
     pixels = np.asarray(photograph.convert("RGB"))
     threads = cv2.getNumThreads()

@@ -2,7 +2,7 @@
 
     python examples/instruct_pix2pix/pretrain.py photographs base
 
-It is a stand-in for a pretrained model, where none can be had: a stock StableDiffusionInstructPix2PixPipeline of 64 x 64
+It is a stand-in for a pretrained model, where there is no hub: a stock StableDiffusionInstructPix2PixPipeline of 64 x 64
 pixels whose autoencoder and UNet have seen a few photographs and no edit at all. The one instruction it was taught is to keep
 the photograph as it is. What it is good for is to see adapters learn an edit, with every line of code that a real base needs.
 Started again, it goes on where it was stopped, to the very same weights.

@@ -3,7 +3,7 @@
     python examples/instruct_pix2pix/study.py study
     python examples/instruct_pix2pix/study.py study --photographs photos --mixed_precision bf16
 
-Every step is a run of a script beside this one. What is finished is not run again, so that the command may be stopped and
+Every step is a run of a script next to this one. What is finished is not run again, so that the command may be stopped and
 given anew. Photographs are divided first; base and adapters are trained on one part, rates compared on the second
 (--tune), and numbers and pictures are of the third.
 """
@@ -193,7 +193,7 @@ def _split_seed(found: Sequence[Photograph], study: Study) -> int:
         parts = _parts(found, seed, study)
         if parts["train"] and all(len(parts[split]) >= count for split, count in least.items()):
             return seed
-    raise ValueError(f"{len(found)} photographs cannot be divided into three parts; more are wanted, or other shares")
+    raise ValueError(f"{len(found)} photographs cannot be divided into three parts; give more photographs, or other shares")
 
 
 # Steps
@@ -311,7 +311,7 @@ class Steps:
 
 
 def _run(script: str, arguments: Sequence[str], told: dict[str, Any]) -> None:
-    """One of the scripts beside this one, in a process of its own, whose bars and sentences are seen.
+    """One of the scripts next to this one, in a process of its own, whose bars and sentences are seen.
 
     Raises:
         ValueError: it failed.

@@ -1,4 +1,4 @@
-"""Adapters that edit photographs beside each other: a table, results as JSON, pictures, and quality against trained numbers."""
+"""Adapters that edit photographs, compared: a table, results as JSON, pictures, and quality against trained numbers."""
 
 from __future__ import annotations
 

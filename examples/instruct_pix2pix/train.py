@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion to follow instructions about images (InstructPix2Pix) with LoCA, or with a method beside it.
+"""Fine-tune Stable Diffusion to follow instructions about images (InstructPix2Pix) with LoCA or another method.
 
     accelerate launch examples/instruct_pix2pix/train.py --preset cartoonization \
         --pretrained_model_name_or_path timbrooks/instruct-pix2pix \
@@ -21,12 +21,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
 from loca_vision.pipeline.save import save_pipeline_adapter
-from loca_vision.recipes.editing.data import EditData
+from loca_vision.recipes.editing.data import EditData, pairs_of
 from loca_vision.recipes.editing.model_card import edit_card
 from loca_vision.recipes.editing.models import NAME, EditModels
 from loca_vision.recipes.editing.presets import EDIT_PRESETS
 from loca_vision.recipes.editing.recipe import METHODS, EditRecipe, batch_of, differences, resolve
-from loca_vision.recipes.editing.run import EditRun, checkpoint_of, saved_settings, settings_in
+from loca_vision.recipes.editing.run import EditRun, check_same_pairs, checkpoint_of, saved_settings, settings_in
 from loca_vision.recipes.editing.validation import Validation, cases_of, sampling_of
 from loca_vision.recipes.reports.environment import environment
 from loca_vision.recipes.reports.hub_upload import push
@@ -79,7 +79,7 @@ def train(recipe: EditRecipe) -> dict[str, Any]:
 
 
 def _check_folder(recipe: EditRecipe) -> None:
-    """What another run left in the output folder is gone on with on request, never written over."""
+    """A run in the output folder is continued on request, and never overwritten."""
     folder = recipe.output_dir
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={str(folder)!r}: a file is in the place of that folder")
@@ -117,6 +117,9 @@ def _finished(recipe: EditRecipe, accelerator: Accelerator) -> dict[str, Any] | 
     batch = batch_of(recipe, accelerator.num_processes)
     if batch != metrics["batch_size"]:
         raise ValueError(f"{recipe.output_dir}: the finished run there took {metrics['batch_size']} pairs a step, not {batch}")
+    if "pair_files" in metrics:
+        pairs = pairs_of(recipe, "train", recipe.max_train_samples)
+        check_same_pairs(recipe.output_dir, metrics["pair_files"], pairs.digests)
     if all(metrics["config"][name] == now[name] for name in ("max_train_steps", "num_train_epochs", "adapter_dtype")):
         if accelerator.is_main_process:
             print(f"{recipe.output_dir}: finished, after step {metrics['steps']}")
@@ -170,6 +173,8 @@ def _written(run: EditRun, numbers: dict[str, int]) -> dict[str, Any]:
         "steps": progress.step,
         "batch_size": run.sampler.batch_size,
         "pairs": len(run.data.pairs),
+        "pair_files": run.data.pairs.digests,
+        "cut_instructions": len(run.data.cut_prompts),
         "example_prompt": recipe.validation_prompt or run.data.pairs[0].prompt,
         "seconds_per_step": progress.seconds / progress.step,
         "waiting_for_data_per_step": progress.waiting / progress.step,

@@ -24,12 +24,12 @@ KINDS: tuple[BudgetRule, ...] = ("count", "threshold", "ratio", "energy")
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is to be made of updates."""
+    """The form of the output, and how much of the updates to keep."""
 
     to: Literal["loca", "lora", "diffusers", "kohya", "peft"] = "loca"
     """LoCA or LoRA, as adapters of this library; or a LoRA file of others. ComfyUI reads kohya's."""
     count: int | None = None
-    """LoCA: so many components."""
+    """LoCA: this many components."""
     threshold: float | None = None
     """LoCA: the components of at least this magnitude."""
     ratio: float | None = None
@@ -47,12 +47,12 @@ class OutputOptions:
     skip: bool = False
     """Skip tensors the target format cannot represent, and list them."""
     overwrite: bool = False
-    """Replace an output that is there."""
+    """Replace an existing output."""
 
     def budget(self) -> Budget:
         """
         Raises:
-            ValueError: not exactly one kind is given, or an amount that is none.
+            ValueError: not exactly one kind is given, or its amount is out of range.
         """
         given = [(kind, getattr(self, kind)) for kind in KINDS if getattr(self, kind) is not None]
         if len(given) != 1:

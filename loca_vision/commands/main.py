@@ -34,11 +34,13 @@ def _parse(arguments: list[str]) -> Any:
     from loca_vision.commands.convert import Convert, Extract, Merge
     from loca_vision.commands.demo import Demo
     from loca_vision.recipes.classification.evaluate import Evaluate
+    from loca_vision.recipes.classification.predict import Predict
 
     commands = (
         Annotated[Demo, tyro.conf.subcommand("demo")]
         | Annotated[Inspect, tyro.conf.subcommand("inspect")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[Convert, tyro.conf.subcommand("convert")]
         | Annotated[Extract, tyro.conf.subcommand("extract")]
         | Annotated[Merge, tyro.conf.subcommand("merge")]
@@ -52,12 +54,13 @@ def _parse(arguments: list[str]) -> Any:
 def _run(command: Any) -> None:
     from loca_vision.commands import convert as exchange_commands
     from loca_vision.commands import demo
-    from loca_vision.recipes.classification import evaluate
+    from loca_vision.recipes.classification import evaluate, predict
 
     run: dict[type[Any], Callable[[Any], object]] = {
         Inspect: _inspect,
         demo.Demo: demo.run,
         evaluate.Evaluate: evaluate.evaluate,
+        predict.Predict: predict.predict,
         exchange_commands.Convert: lambda wanted: print(exchange_commands.convert(wanted)),
         exchange_commands.Extract: lambda wanted: print(exchange_commands.extract(wanted)),
         exchange_commands.Merge: lambda wanted: print(exchange_commands.merged(wanted)),

@@ -48,7 +48,7 @@ def draw_spectra(path: Path, title: str, layers: Iterator[Layer]) -> None:
 
 
 def _shrunk(delta: Tensor) -> Tensor:
-    """|DCT|, at most so many pixels a side: a lone coefficient must not vanish between them."""
+    """|DCT|, with a limited number of pixels a side: a lone coefficient must not vanish between them."""
     magnitudes = dct2(delta.float()).abs()
     rows, cols = (min(size, _PIXELS) for size in magnitudes.shape)
     pooled: Tensor = F.adaptive_max_pool2d(magnitudes[None], (rows, cols))[0]

@@ -10,6 +10,7 @@ from typing import Any
 from torchvision import datasets
 
 from loca_vision.data import published
+from loca_vision.data.folder import folder
 from loca_vision.data.images import Augment, ImageSet
 
 
@@ -110,7 +111,7 @@ SETS = {
         "unclear; for research",
         ("NWPU-RESISC45", *(f"resisc45-{part}.txt" for part in published.RESISC45_PARTS)),
         f"{_RESISC45}/NWPU-RESISC45.zip is to be unpacked in {{root}}, and the three lists {_RESISC45}/resisc45-train.txt, "
-        "resisc45-val.txt and resisc45-test.txt go beside it" + _HUB,
+        "resisc45-val.txt and resisc45-test.txt go next to it" + _HUB,
     ),
     "cifar100": Entry(
         "CIFAR-100",
@@ -131,5 +132,5 @@ SETS = {
         augment="none",
     ),
     "digits": Entry("The digits", published.digits, "CC BY 4.0", augment="none"),
-    "folder": Entry("The folder", published.folder, "the user's own"),
+    "folder": Entry("The folder", folder, "the user's own"),
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from loca_vision.data.images import TENTH, Images, ImageSet
+from loca_vision.data.images import TENTH, Images, ImageSet, as_rgb
 
 Split = tuple[str, str]
 
@@ -71,25 +71,26 @@ class HubImages(Images):
         values = names or sorted(set(rows[self.label]))
         self.classes = tuple(str(value) for value in values)
         # Without names in the file, the values themselves are the classes.
-        self.numbers = None if names else {value: index for index, value in enumerate(values)}
+        numbers = None if names else {value: index for index, value in enumerate(values)}
+        self.labels = [int(numbers[value] if numbers else value) for value in rows[self.label]]
 
     def _column(self, rows: Any, names: tuple[str, ...]) -> str:
         for name in names:
             if name in rows.column_names:
                 return name
-        raise ValueError(f"{self.where}: it has no column {' or '.join(names)}, only {', '.join(rows.column_names)}")
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        raise ValueError(f"{self.where}: expected a column {' or '.join(names)}, got {', '.join(rows.column_names)}")
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         try:
-            row = self.rows[index]
-            image: Image.Image = row[self.image].convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            return as_rgb(self.rows[index][self.image]), self.labels[index]
+        except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise ValueError(f"{self.where}, row {index}: it cannot be read as an image") from error
-        label = row[self.label]
-        return image, int(self.numbers[label] if self.numbers else label)
+        except ValueError as error:
+            raise ValueError(f"{self.where}, row {index}: {error}") from None
+
+    def identity(self, index: int) -> bytes:
+        """Where it is on the hub, and its row."""
+        return f"{self.where} {index}".encode()
 
 
 def hub_copy(name: str, cache: Path | None = None) -> ImageSet:
@@ -98,7 +99,7 @@ def hub_copy(name: str, cache: Path | None = None) -> ImageSet:
     Raises:
         ModuleNotFoundError: the library `datasets` is not installed.
         ValueError: there is no copy of this set, or it is not as expected.
-        OSError: it cannot be had.
+        OSError: it cannot be downloaded.
     """
     if name not in HUB:
         raise ValueError(f"source='hub': {name} has no copy on the hub; the sets that have are {', '.join(HUB)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,7 +12,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 Augment = Literal["none", "flip", "crop"]
@@ -19,12 +20,22 @@ TENTH = Fraction(1, 10)
 
 
 class Images(Dataset[tuple[Image.Image, int]]):
-    """RGB images of any size with the index of their class, by position."""
+    """RGB images of any size with the index of their class, by position.
+
+    Attributes:
+        labels: the class index of each image, known without reading it.
+    """
+
+    labels: Sequence[int]
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        raise NotImplementedError
+
+    def identity(self, index: int) -> bytes:
+        """What an image is recognised by without reading it."""
         raise NotImplementedError
 
 
@@ -34,28 +45,37 @@ class ImageArrays(Images):
     def __init__(self, pixels: np.ndarray[Any, Any], labels: Sequence[int]) -> None:
         self.pixels, self.labels = pixels, labels
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.pixels[index]).convert("RGB"), int(self.labels[index])
+
+    def identity(self, index: int) -> bytes:
+        """Its pixels."""
+        return np.ascontiguousarray(self.pixels[index]).data.tobytes()
 
 
 class ImageFiles(Images):
     """Images in files, opened when they are asked for.
 
+    Args:
+        folder: the names of the files are told from here on, wherever the folder lies; None for their last parts alone.
+
     Raises:
         FileNotFoundError, ValueError: at an image that is not there or broken; the sentence names the file.
     """
 
-    def __init__(self, files: Sequence[str | Path], labels: Sequence[int]) -> None:
+    def __init__(self, files: Sequence[str | Path], labels: Sequence[int], folder: Path | None = None) -> None:
         self.files, self.labels = [str(file) for file in files], [int(label) for label in labels]
-
-    def __len__(self) -> int:
-        return len(self.labels)
+        self.folder = folder
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return open_image(self.files[index]), self.labels[index]
+
+    def identity(self, index: int) -> bytes:
+        """The name of its file and how many bytes it has."""
+        file = Path(self.files[index])
+        name = file.relative_to(self.folder).as_posix() if self.folder else file.name
+        size = file.stat().st_size if file.is_file() else -1
+        return os.fsencode(f"{name} {size}")
 
 
 class Part(Images):
@@ -63,23 +83,40 @@ class Part(Images):
 
     def __init__(self, images: Images, positions: Sequence[int]) -> None:
         self.images, self.positions = images, positions
-
-    def __len__(self) -> int:
-        return len(self.positions)
+        self.labels = [images.labels[position] for position in positions]
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return self.images[self.positions[index]]
 
+    def identity(self, index: int) -> bytes:
+        """That of the image among the others."""
+        return self.images.identity(self.positions[index])
+
+
+class Relabelled(Images):
+    """The same images with other class indices: `numbers[label]` in the place of each label."""
+
+    def __init__(self, images: Images, numbers: Sequence[int]) -> None:
+        self.images, self.labels = images, [numbers[label] for label in images.labels]
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[index][0], self.labels[index]
+
+    def identity(self, index: int) -> bytes:
+        """That of the image."""
+        return self.images.identity(index)
+
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A set of images as its authors published it, and what to hold out where they left a part out.
+    """A set of images as its authors published it, and what to hold out for the parts that it lacks.
 
     Args:
         train: what is trained on, or everything where there is no test part.
         classes: their names, by index.
-        test_share: of `train`, for the test part, where there is none.
-        validation_share: of what is then left of `train`, where there is no validation part.
+        test_share: the share of `train` that is held out for testing if there is no test part.
+        validation_share: the share of the rest of `train` that is held out if there is no validation part.
+        notes: sentences about how the files were understood.
     """
 
     train: Images
@@ -88,6 +125,7 @@ class ImageSet:
     validation: Images | None = None
     test_share: Fraction = TENTH
     validation_share: Fraction = TENTH
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +137,7 @@ class ImageSplits:
         licence: what their authors say about using them.
         augment: which augmentation suits them.
         protocol: where the parts come from and how large they are, for a record in JSON.
+        notes: sentences about how the files were understood.
     """
 
     train: Images
@@ -108,10 +147,11 @@ class ImageSplits:
     licence: str
     augment: Augment
     protocol: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
-    """The image as RGB.
+    """The image as RGB, upright: turned as its EXIF orientation says.
 
     Args:
         path: of its file, or, where `content` has what would be in it, a name for messages.
@@ -122,15 +162,27 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
     """
     try:
         with Image.open(path if content is None else content) as image:
-            return as_rgb(image)
+            return as_rgb(upright(image))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such image") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path}: it cannot be read as an image") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: it cannot be read as an image ({error})") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image as the camera was held: turned and mirrored as its EXIF orientation says.
+
+    Where the EXIF block is broken nothing says how, and the image stays as it is; its pixels are checked all the same.
+    """
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # of many kinds: the block is parsed from whatever bytes are there
+        return image
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -143,7 +195,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
         ValueError: grey of 32 bits, of which nothing says how much is white.
     """
     if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are of PIL's mode {image.mode!r}: 8 or 16 bits a channel are wanted")
+        raise ValueError(f"expected 8 or 16 bits a channel, got pixels of PIL's mode {image.mode!r}")
     if image.mode.startswith("I;16"):
         grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         grey.info.update(image.info)  # such as how the camera was turned

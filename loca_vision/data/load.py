@@ -9,6 +9,7 @@ from typing import Any, Literal
 from loca_vision.data.catalogue import SETS, Entry
 from loca_vision.data.hub import HUB, hub_copy
 from loca_vision.data.images import Images, ImageSet, ImageSplits, Part, hold_out
+from loca_vision.data.same_images import files_of
 from loca_vision.messages import one_line
 
 Source = Literal["torchvision", "hub"]
@@ -33,14 +34,14 @@ def load(
 
     Raises:
         ValueError: an unknown name or source, or files that are not as published.
-        FileNotFoundError: files are missing; the sentence says which, and where they can be had.
+        FileNotFoundError: files are missing; the sentence says which, and where to get them.
         OSError: the download failed.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed={seed!r}: a seed is a whole number from 0 up")
-    found = read(name, root, source=source, download=download)
-    train, test, test_rule = held_out(found.train, found.test, found.test_share, seed)
-    train, validation, validation_rule = held_out(train, found.validation, found.validation_share, seed)
+    published = read(name, root, source=source, download=download)
+    train, test, test_rule = held_out(published.train, published.test, published.test_share, seed)
+    train, validation, validation_rule = held_out(train, published.validation, published.validation_share, seed)
     protocol: dict[str, Any] = {
         "dataset": name,
         "source": source,
@@ -50,8 +51,10 @@ def load(
         "test": test_rule,
         "validation": validation_rule,
         "augment": SETS[name].augment,
+        "files": files_of(published),
     }
-    return ImageSplits(train, validation, test, found.classes, SETS[name].licence, SETS[name].augment, protocol)
+    entry = SETS[name]
+    return ImageSplits(train, validation, test, published.classes, entry.licence, entry.augment, protocol, published.notes)
 
 
 def read(name: str, root: str | Path | None, *, source: Source = "torchvision", download: bool = False) -> ImageSet:
@@ -97,8 +100,8 @@ def _read(entry: Entry, root: Path, download: bool) -> ImageSet:
         ) from error
 
 
-def _whole(found: ImageSet) -> ImageSet:
-    for part in (found.train, found.test, found.validation):
+def _whole(images: ImageSet) -> ImageSet:
+    for part in (images.train, images.test, images.validation):
         if part is not None and not len(part):
             raise ValueError("a part has no image")
-    return found
+    return images

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -13,6 +16,7 @@ from torch.utils.data import Dataset
 
 from loca_vision.checks import check_count
 from loca_vision.data.images import as_rgb
+from loca_vision.data.pair_sources import place_of
 from loca_vision.data.sampling import stream_seed
 from loca_vision.messages import nearest, one_line
 
@@ -73,9 +77,36 @@ class Pairs(Dataset[Pair]):
         try:
             row = self.rows[index]
             original, edited = (self._image(row[name], index, name) for name in (self.columns.original, self.columns.edited))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{self.where}, row {index}: it cannot be read as an image") from error
+        except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{self.where}, row {index}{self._broken(index)}: it cannot be read as an image") from error
         return Pair(original, edited, row[self.columns.prompt])
+
+    def _broken(self, index: int) -> str:
+        """Which image of a row cannot be read: its column and, where there is one, its file."""
+        for column in (self.columns.original, self.columns.edited):
+            try:
+                self.rows.select_columns([column])[index]
+            except Exception:  # whatever a decoder raises
+                file = (self._stored(column)[index][column] or {}).get("path")
+                return f", {column}" + (f" ({Path(file).name})" if file else "")
+        return ""
+
+    def _stored(self, column: str) -> Any:
+        """The rows with the files of a column as they are stored, not decoded."""
+        return self.rows.select_columns([column]).cast_column(column, _datasets().Image(decode=False))
+
+    @property
+    def prompts(self) -> list[str]:
+        """The instruction of each row."""
+        return list(self.rows.select_columns([self.columns.prompt])[self.columns.prompt])
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """By column: a digest of the texts, or of the names and sizes of the image files, in their order."""
+        images = dict.fromkeys((self.columns.original, self.columns.edited))
+        return {self.columns.prompt: _digest(self.prompts)} | {
+            column: _digest(_file_of(row[column]) for row in self._stored(column)) for column in images
+        }
 
     def _image(self, image: Image.Image | None, index: int, column: str) -> Image.Image:
         if image is None:
@@ -89,7 +120,7 @@ class Pairs(Dataset[Pair]):
             raise ValueError(f"{self.where}, row {index}, {column}: {error}") from None
 
     def some(self, count: int | None, seed: int) -> Pairs:
-        """So many of them at random by the seed; all where there are no more, or with None."""
+        """`count` random pairs by the seed; all of them if there are no more, or with None."""
         if count is None or count >= len(self):
             return self
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(stream_seed(seed)))
@@ -116,29 +147,37 @@ def read_pairs(
         cache_dir: of what `datasets` makes of the files; None for its usual one.
         revision: of a data set on the hub.
         config: the name of one of its configurations, where it has several.
-        max_samples: at most so many, drawn by the seed.
+        max_samples: at most this many, drawn by the seed.
 
     Raises:
         ModuleNotFoundError: the library `datasets` is not installed.
         OSError: the data set cannot be had, or cannot be read.
-        ValueError: it is not as `Pairs` wants it, max_samples is no number from 1 up, or a config of what is not on the hub.
+        ValueError: it is not as `Pairs` expects it, max_samples is not a number from 1 up, or as `place_of`.
     """
     if max_samples is not None:
         check_count("max_samples", max_samples)
-    library, path = _datasets(), Path(source).expanduser()
-    if config is not None and path.exists():
-        raise ValueError(f"dataset_config_name={config!r}: {source} is on this machine, and a data set on the hub has such")
-    place: tuple[str, dict[str, Any]] = (str(source), {"revision": revision, "name": config})
-    if path.is_dir():
-        kind = "parquet" if any(file.name != "metadata.parquet" for file in path.rglob("*.parquet")) else "imagefolder"
-        place = (kind, {"data_dir": str(path)})
-    elif path.is_file():
-        place = ("parquet", {"data_files": {split: str(path)}})
+    library = _datasets()
+    place = place_of(str(source), split, revision=revision, config=config)
     try:
         rows = library.load_dataset(place[0], **place[1], split=split, cache_dir=str(cache_dir) if cache_dir else None)
     except Exception as error:  # its errors are of many kinds, and so are those of what it reads with
         raise OSError(f"{source}: {split!r} cannot be read as a data set ({one_line(error)})") from error
     return Pairs(rows, columns or Columns(), f"{source} ({split})").some(max_samples, seed)
+
+
+def _digest(texts: Iterable[str]) -> str:
+    digest = sha256()
+    for text in texts:
+        digest.update(text.encode(errors="surrogateescape") + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _file_of(stored: Mapping[str, Any] | None) -> str:
+    """Name and size of an image that is stored as a path or as bytes."""
+    path, content = Path((stored or {}).get("path") or ""), (stored or {}).get("bytes")
+    if content is None:
+        return f"{path.name} {path.stat().st_size if path.is_file() else -1}"
+    return f"{path.name} {len(content)}"
 
 
 def _datasets() -> ModuleType:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from PIL import Image
+from loca_vision.data.image_files import list_images
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,16 @@ class Photograph:
 def photographs_in(folder: Path) -> list[Photograph]:
     """Every image file of a folder and all folders in it, each content once, in the order of contents.
 
-    What is an image, the ending of its name tells: any that PIL reads. Names that begin with a dot are passed over.
+    An image is known by the ending of its name: any that PIL reads. Hidden files and the output of runs are left out.
 
     Raises:
         FileNotFoundError: there is no such folder, or no image in it.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder of photographs")
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = (file for file in sorted(folder.rglob("*")) if file.suffix.lower() in endings and file.is_file())
-    found: dict[str, Path] = {}
-    for file in files:
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts):
-            found.setdefault(sha256(file.read_bytes()).hexdigest(), file)
-    if not found:
+    files: dict[str, Path] = {}
+    for file in list_images(folder).images:
+        files.setdefault(sha256(file.read_bytes()).hexdigest(), file)
+    if not files:
         raise FileNotFoundError(f"{folder}: there is no image in it that PIL reads")
-    return [Photograph(found[content], content) for content in sorted(found)]
+    return [Photograph(files[content], content) for content in sorted(files)]

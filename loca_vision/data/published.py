@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from torchvision import datasets
 
-from loca_vision.data.images import TENTH, ImageArrays, ImageFiles, ImageSet, open_image
+from loca_vision.data.images import TENTH, ImageArrays, ImageFiles, ImageSet
 
-THIRD, QUARTER, FIFTH, NINTH = Fraction(1, 3), Fraction(1, 4), Fraction(1, 5), Fraction(1, 9)
+THIRD, QUARTER, FIFTH = Fraction(1, 3), Fraction(1, 4), Fraction(1, 5)
 STANFORD_CARS_PARTS = (
     "cars_train",
     "cars_test",
@@ -23,7 +23,6 @@ STANFORD_CARS_PARTS = (
 )
 RESISC45_PARTS = ("train", "val", "test")
 FASHION_MNIST_PARTS = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
-FOLDER = "train/ and test/ with a folder for each class are wanted, or the classes' folders alone"
 
 
 def oxford_pets(root: Path, download: bool = False) -> ImageSet:
@@ -39,7 +38,7 @@ def stanford_cars(root: Path, download: bool = False) -> ImageSet:
     if importlib.util.find_spec("scipy") is None:
         raise ModuleNotFoundError("Stanford Cars needs scipy: python -m pip install scipy", name="scipy")
     parts = [datasets.StanfordCars(str(root), split) for split in ("train", "test")]
-    train, test = (ImageFiles(*zip(*part._samples, strict=True)) for part in parts)
+    train, test = (ImageFiles([file for file, _ in part._samples], [label for _, label in part._samples]) for part in parts)
     return ImageSet(train, tuple(parts[0].classes), test)
 
 
@@ -78,9 +77,9 @@ def dtd(root: Path, download: bool = False) -> ImageSet:
 
 def eurosat(root: Path, download: bool = False) -> ImageSet:
     """10 kinds of land: 27000 satellite images of 64 x 64 pixels, of `root/eurosat/2750`, to be split 60 : 20 : 20."""
-    found = datasets.EuroSAT(str(root), download=download)
-    files, labels = zip(*found.samples, strict=True)
-    return ImageSet(ImageFiles(files, labels), tuple(found.classes), test_share=FIFTH, validation_share=QUARTER)
+    eurosat_images = datasets.EuroSAT(str(root), download=download)
+    files, labels = zip(*eurosat_images.samples, strict=True)
+    return ImageSet(ImageFiles(files, labels), tuple(eurosat_images.classes), test_share=FIFTH, validation_share=QUARTER)
 
 
 def fgvc_aircraft(root: Path, download: bool = False) -> ImageSet:
@@ -121,46 +120,7 @@ def digits(root: Path | None = None, download: bool = False) -> ImageSet:
     """10 handwritten digits: 1797 images of 8 x 8 pixels, from scikit-learn, a third of them for testing."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    pixels = (found.images * (255 / 16)).round().astype(np.uint8)
-    names = tuple(str(name) for name in found.target_names)
-    return ImageSet(ImageArrays(pixels, found.target.tolist()), names, test_share=THIRD)
-
-
-def folder(root: Path, download: bool = False) -> ImageSet:
-    """The user's own images, any nesting below a folder for each class, in the order of their names.
-
-    `root` has the folders `train`, `test` and, if wanted, `val` or `validation`, each with the same classes; or it has
-    the classes themselves, to be split 80 : 10 : 10.
-
-    Raises:
-        FileNotFoundError: a folder is missing, or a class has no image.
-        ValueError: fewer than two classes, or different classes in the parts.
-    """
-    if not any((root / part).is_dir() for part in ("train", "test")):
-        everything = _classes(root)
-        return ImageSet(everything.train, everything.classes, validation_share=NINTH)
-    for part in ("train", "test"):
-        _check_folder(root / part)
-    train, test = _classes(root / "train"), _classes(root / "test")
-    held = next((root / name for name in ("val", "validation") if (root / name).is_dir()), None)
-    validation = _classes(held) if held else None
-    for other, found in (("test", test), (held.name if held else "", validation)):
-        for name in sorted(set(train.classes) ^ set(found.classes)) if found else ():
-            raise ValueError(f"{root}: the class {name!r} is in only one of train/ and {other}/")
-    return ImageSet(train.train, train.classes, test.train, validation.train if validation else None)
-
-
-def _check_folder(path: Path) -> None:
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: there is no such folder; {FOLDER}")
-
-
-def _classes(root: Path) -> ImageSet:
-    _check_folder(root)
-    if not any(entry.is_dir() for entry in root.iterdir()):
-        raise FileNotFoundError(f"{root}: it has no folder; {FOLDER}")
-    found = datasets.ImageFolder(str(root), loader=open_image)
-    if len(found.classes) < 2:
-        raise ValueError(f"{root}: it has one class (folder), {found.classes[0]!r}; a classifier needs 2")
-    return ImageSet(ImageFiles(*zip(*found.samples, strict=True)), tuple(found.classes))
+    bunch = load_digits()
+    pixels = (bunch.images * (255 / 16)).round().astype(np.uint8)
+    names = tuple(str(name) for name in bunch.target_names)
+    return ImageSet(ImageArrays(pixels, bunch.target.tolist()), names, test_share=THIRD)

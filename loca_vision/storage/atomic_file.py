@@ -117,7 +117,7 @@ def _alive(process: int) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder lie on the disk, where that is to be had."""
+    """Wait until the names in a folder are on the disk, if the system offers that."""
     if os.name != "posix":  # elsewhere a folder cannot be opened
         return
     try:

@@ -117,6 +117,6 @@ def _left(parent: Path, names: re.Pattern[str]) -> Iterator[tuple[Path, Path, st
     """What dead writers left: the folder, the path it was meant for, and "tmp" or "old"."""
     with suppress(FileNotFoundError):
         for folder in list(parent.iterdir()):
-            found = ASIDE.fullmatch(folder.name)
-            if found and names.fullmatch(found["name"]) and abandoned(found["mark"]) and not folder.is_symlink():
-                yield folder, folder.with_name(found["name"]), found["kind"]
+            match = ASIDE.fullmatch(folder.name)
+            if match and names.fullmatch(match["name"]) and abandoned(match["mark"]) and not folder.is_symlink():
+                yield folder, folder.with_name(match["name"]), match["kind"]

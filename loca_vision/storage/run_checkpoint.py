@@ -65,7 +65,7 @@ def write_checkpoint(
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint, by step, whose every file is what its manifest says; None where there is none.
+    """The newest checkpoint, by step, all of whose files match its manifest; None if there is no checkpoint.
 
     One that is damaged is passed over, with a warning in the log that names it and its fault.
 

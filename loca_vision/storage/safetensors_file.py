@@ -92,7 +92,7 @@ def open_safetensors(path: Path) -> Iterator[OpenFile]:
 
 def may_be_read(file: Path, folder: Path) -> bool:
     """Whether a file of a folder lies in it at the end of all links; or, for a snapshot in the hub's cache, in the `blobs`
-    beside it that its files are links to."""
+    next to it that its files are links to."""
     there = folder.resolve()
     roots = [there]
     for snapshots in there.parents:

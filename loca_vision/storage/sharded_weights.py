@@ -105,7 +105,7 @@ def _shards(index: Path) -> dict[str, list[str]]:
     for name in shards:
         plain = Path(name).name == name and "\\" not in name and "\0" not in name and name.endswith(".safetensors")
         if not plain:
-            raise ValueError(f"{index}: {name!r} is no name of a safetensors file beside it")
+            raise ValueError(f"{index}: {name!r} is not the name of a safetensors file next to it")
         if not may_be_read(index.with_name(name), index.parent):
             raise ValueError(f"{index}: {name} is a link that leaves the folder")
     return shards
@@ -233,7 +233,7 @@ def _content(entries: Mapping[str, Entry], names: list[str], tensor: Callable[[s
 
 
 def _item(entry: Entry) -> int:
-    """Bytes of one number; 0 where there is none."""
+    """Bytes of one number; 0 for an empty tensor."""
     return _size(entry) // max(1, math.prod(entry.shape))
 
 
@@ -242,5 +242,5 @@ def _data(name: str, tensor: Tensor, entry: Entry) -> memoryview:
     start = 8 + int.from_bytes(file[:8], "little")
     about = json.loads(file[8:start])["tensor"]
     if about["dtype"] != entry.dtype or tuple(about["shape"]) != entry.shape:
-        raise ValueError(f"{name} is {about['dtype']} {tuple(about['shape'])}: {entry.dtype} {entry.shape} is wanted")
+        raise ValueError(f"{name}: expected {entry.dtype} {entry.shape}, got {about['dtype']} {tuple(about['shape'])}")
     return memoryview(file)[start:]

@@ -64,7 +64,7 @@ class TensorStore:
         """The tensor, on the CPU, in memory of its own.
 
         Raises:
-            KeyError: there is none.
+            KeyError: there is no such tensor.
             OSError: its file is gone, or shorter than it was.
         """
         place = self.places[key]

@@ -131,7 +131,7 @@ def test_a_broken_image(hub):
 FAULTS = {
     "column": (
         {"label": "species"},
-        "timm/oxford-iiit-pet (train): it has no column label or labels or fine_label, only image",
+        "timm/oxford-iiit-pet (train): expected a column label or labels or fine_label, got image",
     ),
     "classes": ({}, "timm/oxford-iiit-pet (test): its classes are not those of timm/oxford-iiit-pet (train)"),
 }

@@ -250,11 +250,10 @@ def test_images_are_found_at_any_depth(tmp_path):
 
 
 FOLDERS = {
-    "nothing": ((), "{}: it has no folder; train/ and test/"),
-    "no test": (("train/a/1.png", "train/b/1.png"), "{}/test: there is no such folder"),
-    "no train": (("test/a/1.png", "test/b/1.png"), "{}/train: there is no such folder"),
+    "nothing": ((), "{}: it has no folder; expected train/ and test/"),
+    "no train": (("test/a/1.png", "test/b/1.png"), "{}: expected a folder train/ next to test/, got none"),
     "one class": (("a/1.png",), "{}: it has one class (folder), 'a'; a classifier needs 2"),
-    "no image": (("a/1.png", "b/1.txt"), "classes b"),
+    "no image": (("a/1.png", "b/1.txt"), "{}: found no image for the classes b; remove these folders"),
     "no class": (("train/1.png", "test/1.png"), "{}/train: it has no folder"),
     "too few": (("a/1.png", "b/1.png"), "1 images are too few to hold out 1/9 of them"),
     "other classes": (

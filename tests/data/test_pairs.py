@@ -123,7 +123,7 @@ def test_a_row_without_an_image_and_a_broken_one_are_named():
         row | ({"original_image": {"bytes": b"\x89PNG no", "path": None}} if i == 1 else {}) for i, row in enumerate(broken)
     ]
     pairs = Pairs(datasets.Dataset.from_list(rows, table().features), CARTOONIZATION, "x")
-    with pytest.raises(ValueError, match="x, row 1: it cannot be read as an image"):
+    with pytest.raises(ValueError, match="x, row 1, original_image: it cannot be read as an image"):
         pairs[1]
     assert pairs[0].prompt == "prompt 0"
 
@@ -139,8 +139,13 @@ def test_an_image_that_would_fill_the_memory_is_named():
 def test_what_is_not_there_is_one_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
-    for source in (tmp_path / "empty", tmp_path / "bad.parquet", "nobody/nothing-of-that-name"):
-        with pytest.raises(OSError, match="cannot be read as a data set") as caught:
+    for source, sentence in (
+        (tmp_path / "empty", "got a folder without any"),
+        (tmp_path / "missing", "there is no such folder or file"),
+        (tmp_path / "bad.parquet", "cannot be read as a data set"),
+        ("nobody/nothing-of-that-name", "cannot be read as a data set"),
+    ):
+        with pytest.raises(OSError, match=sentence) as caught:
             read_pairs(source, cache_dir=tmp_path / "cache")
         assert str(source) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -276,5 +281,5 @@ def test_any_other_kind_is_as_diffusers_loads_it(mode, tmp_path):
 
 def test_grey_of_thirty_two_bits_is_refused(tmp_path):
     pairs = in_a_folder(tmp_path, Image.fromarray(np.linspace(0, 1, 96, dtype=np.float32).reshape(8, 12)), "0.tiff")
-    with pytest.raises(ValueError, match=r"\(train\), row 0, input_image: its pixels are of PIL's mode 'F': 8 or 16 bits"):
+    with pytest.raises(ValueError, match=r"\(train\), row 0, input_image: expected 8 or 16 bits a channel"):
         pairs[0]

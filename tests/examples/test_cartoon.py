@@ -54,7 +54,7 @@ def test_any_shape_and_kind_of_image():
     assert cartoon(scene().crop((0, 0, 64, 20))).size == (64, 20)
     assert cartoon(scene().convert("L")).mode == "RGB"
     assert cartoon(Image.new("RGB", (32, 32), "red")).size == (32, 32)  # fewer colours than there may be
-    with pytest.raises(ValueError, match="10 x 64 pixels"):
+    with pytest.raises(ValueError, match="pixels a side, got 10 x 64"):
         cartoon(Image.new("RGB", (10, 64)))
 
 

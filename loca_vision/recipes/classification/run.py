@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+from loca_vision.data.same_images import check_same_images, images_in
 from loca_vision.data.sampling import EpochSampler, loader, stream_seed
 from loca_vision.recipes.classification.accuracy import accuracy_of, confusion
 from loca_vision.recipes.classification.recipe import Recipe, differences
-from loca_vision.recipes.classification.task import Task, groups_of
+from loca_vision.recipes.classification.task import Task, class_weights_of, groups_of
 from loca_vision.recipes.settings.command_line import as_json_dict
 from loca_vision.recipes.training.stepper import Progress, Stepper
 from loca_vision.storage.run_checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
@@ -47,6 +47,7 @@ class Run:
     """
 
     def __init__(self, task: Task, model: nn.Module, recipe: Recipe, folder: Path, accelerator: Accelerator) -> None:
+        assert recipe.batch_size is not None
         self.task, self.recipe, self.folder, self.accelerator = task, recipe, folder, accelerator
         self.seed = task.spec.seed
         self.sampler = EpochSampler(
@@ -72,6 +73,10 @@ class Run:
             clip=recipe.clip,
         )
         self.best: dict[str, Tensor] = {}
+        weights = class_weights_of(task, recipe)
+        self.cross_entropy = nn.CrossEntropyLoss(
+            None if weights is None else weights.to(accelerator.device), reduction="sum", label_smoothing=recipe.label_smoothing
+        )
 
     def _rate(self, step: int) -> float:
         """The share of the rates at a step: up in a line while it warms up, then down to zero."""
@@ -121,8 +126,9 @@ class Run:
 
         def loss(some: Tensor, theirs: Tensor) -> Tensor:
             answers = self.stepper.wrapped(some.to(device, non_blocking=True))
-            wanted = theirs.to(device, non_blocking=True)
-            return F.cross_entropy(answers.float(), wanted, reduction="sum") / whole
+            targets = theirs.to(device, non_blocking=True)
+            lost: Tensor = self.cross_entropy(answers.float(), targets)
+            return lost / whole
 
         parts = zip(images.chunk(self.recipe.accumulate), labels.chunk(self.recipe.accumulate), strict=True)
         self.stepper.step([lambda part=part: loss(*part) for part in parts])  # type: ignore[misc]
@@ -131,12 +137,12 @@ class Run:
 
     def _judge(self, epoch: int) -> None:
         """Validate, and keep the weights where they are the best so far."""
-        found = accuracy_of(self.matrix(self.task.validation))
+        accuracy = accuracy_of(self.matrix(self.task.validation))
         mean = sum(self.progress.curve["loss"][-self.epoch_steps :]) / self.epoch_steps
-        self.progress.epochs.append({"epoch": epoch + 1, "loss": mean, "validation_accuracy": found})
-        self.accelerator.log({"validation_accuracy": found}, step=self.progress.step)
+        self.progress.epochs.append({"epoch": epoch + 1, "loss": mean, "validation_accuracy": accuracy})
+        self.accelerator.log({"validation_accuracy": accuracy}, step=self.progress.step)
         best = self.progress.best_epoch
-        if best is None or found > self.progress.epochs[best]["validation_accuracy"]:
+        if best is None or accuracy > self.progress.epochs[best]["validation_accuracy"]:
             self.progress.best_epoch, self.progress.stale = epoch, 0
             self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.stepper.moved.items()}
         else:
@@ -166,15 +172,15 @@ class Run:
         if self.accelerator.is_main_process:
             tensors, state = self.stepper.state()
             tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
-            state |= {"recipe": as_json_dict(self.recipe)}
+            state |= {"recipe": as_json_dict(self.recipe), "images": images_in(self.task.splits)}
             write_checkpoint(self.folder, self.progress.step, tensors, state, keep=self.recipe.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> bool:
-        """Go on from the newest whole checkpoint in the folder; False where there is none.
+        """Continue from the newest complete checkpoint in the folder; False if there is no checkpoint.
 
         Raises:
-            ValueError: it is of another recipe, or of other base weights; nothing is touched.
+            ValueError: it is of another recipe, of other images or of other base weights; nothing is touched.
         """
         path = latest_checkpoint(self.folder)
         if path is None:
@@ -182,6 +188,7 @@ class Run:
         tensors, state = read_checkpoint(path)
         for difference in differences(self.recipe, state["recipe"], as_json_dict(self.recipe)):
             raise ValueError(f"{path}: the run there has other settings: {difference}")
+        check_same_images(path, state.get("images"), images_in(self.task.splits))
         try:
             self.stepper.restore(tensors, state)
         except ValueError as error:

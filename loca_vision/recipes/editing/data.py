@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 
+from loca_vision.data.check_images import check_readable
 from loca_vision.data.pair_views import PairTensors, View
 from loca_vision.data.pairs import Columns, Pairs, read_pairs
 from loca_vision.recipes.editing.encoders import Encoded, Encoders
@@ -28,6 +29,7 @@ class EditData:
     Attributes:
         items: the data set, of pairs or of what the cache has for them; `set_epoch` changes their views.
         encode: makes of a batch what the UNet takes.
+        cut_prompts: how many tokens instructions have that are longer than the text encoder reads, by row.
 
     Raises:
         OSError, ValueError, ModuleNotFoundError: as `read_pairs` and `encoded`.
@@ -38,6 +40,9 @@ class EditData:
         view = View(recipe.resolution, "center" if recipe.center_crop else "random", recipe.random_flip)
         with accelerator.main_process_first():
             self.pairs = pairs_of(recipe, "train", recipe.max_train_samples)
+            self.cut_prompts = encoders.cut(self.pairs.prompts)
+            if accelerator.is_main_process:
+                self._check(recipe, encoders)
             self.items: Dataset[Any]
             self.encode: Encode
             if recipe.cache_latents:
@@ -48,6 +53,17 @@ class EditData:
             else:
                 self.items = PairTensors(self.pairs, view, seed)
                 self.encode = encoders.batch
+
+    def _check(self, recipe: EditRecipe, encoders: Encoders) -> None:
+        """Say which instructions are cut, and read every pair."""
+        if self.cut_prompts:
+            row, tokens = next(iter(self.cut_prompts.items()))
+            print(
+                f"{len(self.cut_prompts)} of {len(self.pairs)} instructions are longer than the {encoders.most_tokens} tokens "
+                f"that the text encoder reads, and are cut there; the first is in row {row}, with {tokens} tokens"
+            )
+        if recipe.check_images:
+            check_readable(self.pairs.__getitem__, len(self.pairs), "pairs")
 
 
 def pairs_of(recipe: EditRecipe, split: str, most: int | None) -> Pairs:

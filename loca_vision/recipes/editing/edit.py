@@ -126,7 +126,7 @@ def read_photograph(place: str | Path) -> Image.Image:
         return _upright(open_image(place, BytesIO(_fetched(place))))
     path = Path(place).expanduser()
     if path.exists() and not path.is_file():  # a FIFO would hang
-        raise ValueError(f"{path}: it is no file, and a photograph is wanted")
+        raise ValueError(f"{path}: expected the file of a photograph, got something else")
     return _upright(open_image(path))
 
 
@@ -139,7 +139,7 @@ def _upright(photo: Image.Image) -> Image.Image:
 def _check(pipe: Any, photo: Image.Image, prompt: str, seed: int, scale: float) -> None:
     check_seed(seed)
     if not isinstance(prompt, str):
-        raise TypeError(f"prompt is a {type(prompt).__name__}: one text is wanted")
+        raise TypeError(f"prompt must be one text, got a {type(prompt).__name__}")
     if not is_finite(scale):
         raise ValueError(f"scale={scale!r}: it is a finite number")
     factor = pipe.vae_scale_factor

@@ -53,8 +53,8 @@ class Encoders:
         """
         images = images.to(self.vae.device, self.vae.dtype)
         with torch.autocast(images.device.type, enabled=False):
-            found = [self.vae.encode(image[None]).latent_dist for image in images]
-        latents = torch.stack([torch.cat([one.mean, one.std]) for one in found])
+            distributions = [self.vae.encode(image[None]).latent_dist for image in images]
+        latents = torch.stack([torch.cat([one.mean, one.std]) for one in distributions])
         if not latents.isfinite().all():
             raise ValueError(
                 f"the latents of an image are not finite in {latents.dtype}: bring the autoencoder to torch.float32, "
@@ -70,6 +70,18 @@ class Encoders:
         words = given.input_ids.to(self.text_encoder.device)
         with torch.autocast(words.device.type, enabled=False):
             return torch.cat([self.text_encoder(one[None])[0] for one in words])
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a text, with the marks of its beginning and end."""
+        return int(self.tokenizer.model_max_length)
+
+    def cut(self, prompts: Sequence[str]) -> dict[int, int]:
+        """The texts that `embeddings` cuts off: how many tokens each has, by its position."""
+        different = list(dict.fromkeys(prompts))
+        tokens = self.tokenizer(different, truncation=False, verbose=False).input_ids if different else []
+        lengths = dict(zip(different, map(len, tokens), strict=True))
+        return {position: lengths[text] for position, text in enumerate(prompts) if lengths[text] > self.most_tokens}
 
     def batch(self, items: Mapping[str, Any]) -> Encoded:
         """A batch of `PairTensors`, encoded here and now: the very tensors that `EncodedPairs` would have for it."""

@@ -36,7 +36,7 @@ class EditModels:
 
     Raises:
         OSError: the pipeline cannot be had.
-        ValueError: it is none of InstructPix2Pix, the adapter does not fit it, or the resolution does not fit its autoencoder.
+        ValueError: it is not a pipeline of InstructPix2Pix, or the adapter or the resolution does not fit it.
     """
 
     def __init__(self, recipe: EditRecipe, accelerator: Accelerator) -> None:
@@ -55,7 +55,7 @@ class EditModels:
         _check_resolution(recipe, self.pipe)
         for model in (self.pipe.vae, self.pipe.text_encoder, self.pipe.unet):
             model.requires_grad_(False)
-            # Module's own: that of diffusers warns of layers to be kept in float32, of which there are none.
+            # Module's own: that of diffusers warns of layers to be kept in float32, and these models have none.
             nn.Module.to(model, accelerator.device, _DTYPES[accelerator.mixed_precision])
         _adapt(self.pipe.unet, recipe)
         self.encoders = Encoders(self.pipe.vae, self.pipe.text_encoder, self.pipe.tokenizer)
@@ -95,7 +95,7 @@ class EditModels:
 
 
 def _check_texts(recipe: EditRecipe, pipe: Any) -> None:
-    """What the UNet takes beside images is what the one text encoder gives; Stable Diffusion XL, for one, has two."""
+    """The UNet must take the output of one text encoder only; that of Stable Diffusion XL takes more."""
     config, width = pipe.unet.config, pipe.text_encoder.config.hidden_size
     if config.addition_embed_type is not None or config.cross_attention_dim != width:
         raise ValueError(
@@ -107,7 +107,7 @@ def _check_texts(recipe: EditRecipe, pipe: Any) -> None:
 def _check_resolution(recipe: EditRecipe, pipe: Any) -> None:
     factor = pipe.vae_scale_factor
     if recipe.resolution % factor:
-        raise ValueError(f"resolution={recipe.resolution}: it is a multiple of {factor}, by which the autoencoder reduces")
+        raise ValueError(f"resolution must be a multiple of {factor}, as the autoencoder's, got {recipe.resolution}")
 
 
 def _adapt(unet: nn.Module, recipe: EditRecipe) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from diffusers import StableDiffusionInstructPix2PixPipeline
 
+from loca_vision.data.pair_sources import is_missing
+
 
 def pipeline_of(source: str, *, revision: str | None = None, variant: str | None = None, cache_dir: Path | None = None) -> Any:
     """A pipeline of InstructPix2Pix, in float32, on the CPU, from safetensors files alone.
@@ -23,6 +25,8 @@ def pipeline_of(source: str, *, revision: str | None = None, variant: str | None
         OSError: it cannot be had, or is no such pipeline in safetensors files.
     """
     place = str(Path(source).expanduser()) if source.startswith("~") else source
+    if is_missing(place):
+        raise OSError(f"{source}: it cannot be loaded as a pipeline: there is no such folder, and the hub names them user/name")
     wanted = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
     try:
         return StableDiffusionInstructPix2PixPipeline.from_pretrained(

@@ -30,7 +30,7 @@ METHODS = MethodSettings(
 
 @dataclass(frozen=True)
 class EditRecipe:
-    """Fine-tune Stable Diffusion to follow instructions about images (InstructPix2Pix) with LoCA, or with a method beside it.
+    """Fine-tune Stable Diffusion to follow instructions about images (InstructPix2Pix) with LoCA or another method.
 
     Every setting of diffusers' train_instruct_pix2pix.py has its name and default here, but for --non_ema_revision, which is
     deprecated there, and --local_rank, which launchers have given up. Unlike there, images keep their proportions, a last batch
@@ -38,31 +38,33 @@ class EditRecipe:
     """
 
     pretrained_model_name_or_path: str
-    """A pipeline, a folder or on the hub: InstructPix2Pix, or plain Stable Diffusion with --train_conv_in."""
+    """A pipeline in a folder or on the hub: InstructPix2Pix, or plain Stable Diffusion with --train_conv_in."""
     revision: str | None = None
-    """Of the pipeline on the hub."""
+    """Revision of the pipeline on the hub."""
     variant: str | None = None
-    """Of the pipeline's files, as in fp16."""
+    """Variant of the pipeline's files, such as fp16."""
     dataset_name: str | None = None
     """Pairs on the hub; or a folder with metadata.jsonl, one of parquet files, or a parquet file."""
     dataset_config_name: str | None = None
-    """Which configuration of a data set on the hub, where it has several."""
+    """The configuration of a data set on the hub that has several."""
     train_data_dir: Path | None = None
     """A folder of pairs, as --dataset_name takes it; one of the two is given."""
     original_image_column: str = "input_image"
-    """Of the images to edit."""
+    """Column of the images to edit."""
     edited_image_column: str = "edited_image"
-    """Of the edited images."""
+    """Column of the edited images."""
     edit_prompt_column: str = "edit_prompt"
-    """Of the instructions."""
+    """Column of the instructions."""
     max_train_samples: int | None = None
-    """Train on so many pairs only, drawn by the seed."""
+    """Train on this many pairs only, drawn by the seed."""
     cache_dir: Path | None = None
-    """For what comes from the hub, and what the library datasets makes of files."""
+    """Folder for downloads from the hub, and for the cache of the library datasets."""
+    check_images: bool = True
+    """Read every pair once before the first step, so that a broken image is named at once."""
     cache_latents: bool = True
     """Encode images and texts once and keep them on disk, unless crops are random."""
     latents_dir: Path | None = None
-    """Where they are kept, for many runs if you like; by default the folder latents in the output folder."""
+    """Folder of the cache, which several runs may share; by default latents/ in the output folder."""
 
     preset: str | None = None
     """Settings of the paper (Appendix L, Table 11): cartoonization or cartoonization-fourierft; flags win over them."""
@@ -91,7 +93,7 @@ class EditRecipe:
     together: Annotated[bool, METHODS.help("together")] = False
     """Move both at each of the learning steps."""
     seed_locations: int | None = None
-    """Of the first locations, or factors; by default --seed."""
+    """Seed of the first locations, or factors; by default --seed."""
     rank: Annotated[int | None, METHODS.help("rank")] = None
     """The rank."""
     lora_alpha: Annotated[float | None, METHODS.help("lora_alpha")] = None
@@ -107,7 +109,7 @@ class EditRecipe:
     conv_in_lr: float = 1e-4
     """Its learning rate."""
     adapter_dtype: Literal["float32", "float16"] = "float32"
-    """Of the coefficients in the saved file; they are trained in float32."""
+    """Precision of the coefficients in the saved file; they are trained in float32."""
 
     resolution: int = 256
     """Pixels a side."""
@@ -126,13 +128,13 @@ class EditRecipe:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     learning_rate: float = 1e-4
-    """Of the coefficients, or factors."""
+    """Learning rate of the coefficients, or factors."""
     scale_lr: bool = False
-    """Multiply it by processes, accumulation steps and batch size."""
+    """Multiply the learning rate by processes, accumulation steps and batch size."""
     lr_scheduler: Rates = "constant"
     """How all rates change."""
     lr_warmup_steps: int = 500
-    """Steps in which they rise, where the scheduler has such."""
+    """Steps in which the rates rise, with a scheduler that has a warmup."""
     conditioning_dropout_prob: float | None = None
     """p: leave out the text of p of the samples, text and image of another p, the image of another p."""
     snr_gamma: float | None = None
@@ -142,21 +144,21 @@ class EditRecipe:
     use_8bit_adam: bool = False
     """AdamW of bitsandbytes, where that is installed; it keeps tensors of fewer than 4096 numbers as they are."""
     adam_beta1: float = 0.9
-    """AdamW's, of the mean of gradients."""
+    """AdamW: decay of the mean of gradients."""
     adam_beta2: float = 0.999
-    """AdamW's, of the mean of their squares."""
+    """AdamW: decay of the mean of squared gradients."""
     adam_weight_decay: float = 1e-2
-    """Of all but locations."""
+    """Weight decay of everything but locations."""
     adam_epsilon: float = 1e-8
-    """AdamW's, in the denominator."""
+    """AdamW: the number added to the denominator."""
     max_grad_norm: float = 1.0
-    """Largest norm of the gradient of all that is trained together."""
+    """Largest norm of the gradient of everything that is trained."""
     use_ema: bool = False
     """Save and validate the exponential moving average of coefficients (or factors) and conv_in; locations as they are."""
     ema_decay: float = 0.9999
-    """What its decay approaches."""
+    """The decay that the average approaches."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """What is multiplied in, and what the frozen weights are kept in; by default what accelerate is configured for."""
+    """Precision of products and of the frozen weights; by default that of accelerate's configuration."""
     allow_tf32: bool = False
     """Let GPUs multiply float32 matrices faster and less exactly."""
     enable_xformers_memory_efficient_attention: bool = False
@@ -164,24 +166,24 @@ class EditRecipe:
     dataloader_num_workers: int = 0
     """Processes that decode images."""
     seed: int | None = None
-    """Of everything that is drawn; without one, one is drawn and written down."""
+    """Seed of all random numbers; without one, one is drawn and recorded."""
 
     validation_prompt: str | None = None
     """Instruction for validation images."""
     validation_image: tuple[str, ...] = ()
     """Images to edit for validation, files or URLs; without any, some of the data set's split validation."""
     validation_target: tuple[str, ...] = ()
-    """How they would look, for the picture alone."""
+    """The expected edits, to be shown in the picture."""
     val_image_url: str | None = None
-    """One image to edit, by the name that diffusers' script has for it."""
+    """One image to edit, under the name of diffusers' flag."""
     num_validation_images: int = 4
     """Seeds of each validation image, or images of the split."""
     validation_epochs: int = 1
-    """Draw validation images after every so many epochs..."""
+    """Draw validation images each time this many epochs are done..."""
     validation_steps: int | None = None
-    """...or after every so many steps instead."""
+    """...or this many steps instead."""
     validation_scales: tuple[float, ...] = (0.5, 1.0)
-    """Scales of the adapter in them, beside the base model."""
+    """Scales of the adapter in them; the base model is always drawn."""
     validation_inference_steps: int = 20
     """Denoising steps of each."""
     validation_guidance_scale: float = 7.0
@@ -192,15 +194,15 @@ class EditRecipe:
     output_dir: Path = Path("instruct-pix2pix-model")
     """Where the adapter, metrics.json, loss.png, validation pictures, config.yaml and checkpoints go."""
     checkpointing_steps: int = 500
-    """Write a checkpoint after every so many steps."""
+    """Write a checkpoint each time this many steps are done."""
     checkpoints_total_limit: int | None = None
-    """How many of them stay; an old one goes only after a new one is whole."""
+    """How many checkpoints are kept; an old one is deleted only after a new one is complete."""
     resume_from_checkpoint: str | None = None
-    """Go on from this checkpoint, or from the `latest` whole one in the output folder; to the same numbers."""
+    """Continue from this checkpoint, or from the `latest` complete one in the output folder, to the same numbers."""
     logging_dir: Path = Path("logs")
-    """For the tracker, in the output folder."""
+    """Folder for the tracker, in the output folder."""
     report_to: Literal["tensorboard", "wandb", "comet_ml", "all", "none"] = "tensorboard"
-    """Where else curves and pictures go, through accelerate."""
+    """Trackers that get curves and pictures, through accelerate."""
     push_to_hub: bool = False
     """Upload the adapter with a model card."""
     hub_model_id: str | None = None
@@ -208,7 +210,7 @@ class EditRecipe:
     hub_private: bool = False
     """Make a new repository private."""
     hub_token: str | None = None
-    """For the upload, where nobody is logged in; it is written nowhere."""
+    """Token for the upload, if nobody is logged in; it is never written to a file."""
     config: Path | None = None
     """A YAML file of these settings, as every run writes one."""
 
@@ -217,7 +219,7 @@ class EditRecipe:
 MAY_DIFFER_ON_RESUME = {
     "output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "report_to", "logging_dir",
     "push_to_hub", "hub_model_id", "hub_private", "hub_token", "config", "preset", "imports", "dataloader_num_workers",
-    "cache_dir", "cache_latents", "latents_dir", "adapter_dtype", "gradient_checkpointing",
+    "cache_dir", "check_images", "cache_latents", "latents_dir", "adapter_dtype", "gradient_checkpointing",
     "train_batch_size", "gradient_accumulation_steps",  # their product with the processes, `batch_of`, is compared
 }  # fmt: skip
 _NONE = torch.zeros(0)  # to ask functions of samples whether they take a setting
@@ -225,7 +227,7 @@ _LENGTH = {"max_train_steps", "num_train_epochs"}  # may differ too, where the r
 
 
 def resolve(recipe: EditRecipe, given: Collection[str]) -> EditRecipe:
-    """The recipe with the method's own settings in the place of None, after every check that needs no file.
+    """The recipe with the method's own settings instead of None, after every check that needs no file.
 
     Args:
         given: the fields that the user has set; of another method's, they are refused.
@@ -270,7 +272,7 @@ def batch_of(recipe: EditRecipe, processes: int) -> int:
 
 
 def differences(recipe: EditRecipe, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What keeps a run from going on where another stood: the settings that differ, as sentences."""
+    """The settings that differ from those of the run to be continued, as sentences."""
     passed = MAY_DIFFER_ON_RESUME | {
         field.name for field in fields(recipe) if field.name.startswith(("validation_", "num_validation_"))
     }
@@ -361,4 +363,4 @@ def _check_installed(recipe: EditRecipe) -> None:
 
 def _check_above(name: str, value: float, *, or_zero: bool) -> None:
     if not is_finite(value) or value < 0 or (value == 0 and not or_zero):
-        raise ValueError(f"{name}={value!r}: it is a finite number {'from 0 up' if or_zero else 'above 0'}")
+        raise ValueError(f"{name} must be a finite number {'from 0 up' if or_zero else 'above 0'}, got {value!r}")

@@ -208,17 +208,17 @@ class EditRun:
         if self.accelerator.is_main_process:
             tensors, state = self.stepper.state()
             tensors |= self.ema.state() if self.ema else {}
-            state |= {"recipe": saved_settings(self.recipe), "taken": self._taken()}
+            state |= {"recipe": saved_settings(self.recipe), "taken": self._taken(), "files": self.data.pairs.digests}
             limit = self.recipe.checkpoints_total_limit
             write_checkpoint(self.recipe.output_dir, self.progress.step, tensors, state, keep=limit)
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> bool:
-        """Go on from the checkpoint that the recipe names; False where that is the latest and there is none.
+        """Go on from the checkpoint that the recipe names; False if it names the latest and there is no checkpoint.
 
         Raises:
             FileNotFoundError, ValueError, OSError: it cannot be read, or is of another recipe, another number of pairs, other
-                batches or other base weights, or has more steps than are wanted; nothing is touched.
+                batches or other base weights, or has more steps than this run; nothing is touched.
         """
         path = checkpoint_of(self.recipe)
         if path is None:
@@ -234,7 +234,7 @@ class EditRun:
         return True
 
     def _taken(self) -> dict[str, int]:
-        """On what it depends which pairs a step takes, beside the settings: another data set, or number of processes."""
+        """What decides which pairs a step takes, apart from the settings: the data set and the number of processes."""
         return {"pairs": len(self.data.pairs), "batch_size": self.sampler.batch_size}
 
     def _check_same(self, path: Path, state: Mapping[str, Any]) -> None:
@@ -246,9 +246,27 @@ class EditRun:
                     f"{path}: {name}={now}, {state['taken'][name]} before; of all {self.accelerator.num_processes} processes "
                     "together a step takes other pairs than the run there did"
                 )
+        check_same_pairs(path, state.get("files"), self.data.pairs.digests)
         done = state["progress"]["step"]
         if done > self.total:
             raise ValueError(f"{path}: {done} steps are taken there, and this run is to have {self.total}")
+
+
+def check_same_pairs(place: Path, before: Mapping[str, str] | None, now: Mapping[str, str]) -> None:
+    """
+    Args:
+        place: what a run left, for the sentence.
+        before, now: `Pairs.digests`; None was written by an earlier version.
+
+    Raises:
+        ValueError: the pairs are not those that the run began with.
+    """
+    changed = [column for column in now if before is not None and before.get(column) != now[column]]
+    if changed:
+        raise ValueError(
+            f"{place}: the run there began with other pairs: texts, or names or sizes of files, differ in "
+            f"{', '.join(changed)}; put the pairs back, or start a new run in another folder"
+        )
 
 
 def settings_in(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Many pictures as one: a grid with a name over every column and beside every row."""
+"""Many pictures as one: a grid with a name above every column and next to every row."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class _Sheet:
         return max(map(len, texts)) * _line(font)
 
     def _lines(self, text: str, font: ImageFont.FreeTypeFont, most: int = 6) -> list[str]:
-        """The text in lines as wide as a cell; what does not fit into so many lines ends in an ellipsis."""
+        """The text in lines as wide as a cell; text that does not fit ends in an ellipsis."""
         lines = [line for part in text.splitlines() for line in _wrapped(part, font, self.cell)]
         if len(lines) <= most:
             return lines

@@ -54,7 +54,7 @@ def push(
 
 
 def _copied(file: Path, place: Path) -> bool:
-    """Put what others may read of a file into a folder; False where there is none."""
+    """Write the public part of a file into a folder; False if there is no such file."""
     if not file.is_file():
         return False
     data = file.read_bytes()

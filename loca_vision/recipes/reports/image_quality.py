@@ -1,4 +1,4 @@
-"""How near one picture is to another, and to a text: PSNR and SSIM always, LPIPS and CLIP where their weights can be had."""
+"""How near one picture is to another, and to a text: PSNR and SSIM always, LPIPS and CLIP if their weights are available."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _check_sizes(one: Image.Image, other: Image.Image, least: int) -> None:
         sizes = " and ".join(f"{image.width} x {image.height}" for image in (one, other))
         raise ValueError(f"pictures of {sizes} pixels: those that are compared have one size")
     if min(one.size) < least:
-        raise ValueError(f"pictures of {one.width} x {one.height} pixels: at least {least} a side are wanted")
+        raise ValueError(f"pictures must have at least {least} pixels a side, got {one.width} x {one.height}")
 
 
 def finite(value: float) -> float | None:

@@ -11,6 +11,7 @@ from typing import Any
 from loca_vision.storage.atomic_file import write_atomically
 
 METRICS = "metrics.json"
+_MEANS = ("balanced_accuracy", "validation_accuracy", "seconds_per_step")
 
 
 def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
@@ -19,10 +20,10 @@ def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """Of a finished run.
+    """The metrics of a finished run.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
         ValueError: it is not what a run writes.
     """
     path = folder / METRICS
@@ -45,6 +46,6 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "test_accuracies": accuracies,
         "test_accuracy": statistics.fmean(accuracies),
         "test_accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        **{name: statistics.fmean(run[name] for run in runs) for name in ("validation_accuracy", "seconds_per_step")},
+        **{name: statistics.fmean(run[name] for run in runs if name in run) for name in _MEANS if name in runs[0]},
         **{name: runs[0][name] for name in ("trained_parameters", "location_parameters", "head_parameters", "adapter_bytes")},
     }

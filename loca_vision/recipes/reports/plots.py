@@ -78,10 +78,10 @@ def draw_run(path: Path, title: str, curve: Mapping[str, Sequence[Any]], epochs:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     losses, validation = figure.subplots(1, 2, width_ratios=(3, 2))
     _loss_of(curve, losses, title)
-    found = [100 * epoch["validation_accuracy"] for epoch in epochs]
-    validation.plot([epoch["epoch"] for epoch in epochs], found, color=COLOURS[2], marker="o")
+    accuracies = [100 * epoch["validation_accuracy"] for epoch in epochs]
+    validation.plot([epoch["epoch"] for epoch in epochs], accuracies, color=COLOURS[2], marker="o")
     _whole_ticks(validation, len(epochs))
-    validation.set(xlabel="epoch", ylabel="%", title=f"validation accuracy, best {max(found):.1f} %")
+    validation.set(xlabel="epoch", ylabel="%", title=f"validation accuracy, best {max(accuracies):.1f} %")
     save(figure, path)
 
 

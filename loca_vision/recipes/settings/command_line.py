@@ -30,7 +30,7 @@ _FIELDS = {"import": "imports"}  # of a flag that no field can be called
 
 @dataclass(frozen=True)
 class Parsed(Generic[S]):
-    """Settings, and the fields that somebody has set: by a flag, or in a file to something else than it would be without."""
+    """Settings, and the fields that somebody has set: by a flag, or in a file, to another value than without."""
 
     settings: S
     given: frozenset[str]
@@ -120,11 +120,15 @@ def _defaults(cls: type[Settings], missing: Any) -> dict[str, Any]:
 
 def _preset(cls: type[Settings], name: str, presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     if name not in presets:
-        raise ValueError(f"preset={name!r}: there are {', '.join(sorted(presets)) or 'none'}{nearest(name, presets)}")
+        raise ValueError(f"preset={name!r}: {_known(presets)}{nearest(name, presets)}")
     unknown = presets[name].keys() - {field.name for field in dataclasses.fields(cls)}
     if unknown:
         raise ValueError(f"preset={name!r}: it sets {min(unknown)!r}, which {cls.__name__} does not have")
     return dict(presets[name])
+
+
+def _known(presets: Mapping[str, Any]) -> str:
+    return f"the presets are {', '.join(sorted(presets))}" if presets else "there are no presets"
 
 
 def _same(one: Any, other: Any) -> bool:

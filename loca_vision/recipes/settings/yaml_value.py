@@ -1,4 +1,4 @@
-"""A node of a YAML file as a value of a field's type, strictly, or the sentence why it is none."""
+"""A node of a YAML file as a value of a field's type, strictly, or a sentence that says what is wrong."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def value_of(node: Any, kind: Any) -> Any:
     """A node as a value of a field's type.
 
     Raises:
-        ValueError: it is none; the rule.
+        ValueError: it is not such a value; the sentence is the rule.
     """
     kinds = _kinds(kind)
     for one in kinds:
-        found = _of_one_kind(node, one)
-        if found is not _NOTHING:
-            return found
+        read = _of_one_kind(node, one)
+        if read is not _NOTHING:
+            return read
     choices = [choice for one in kinds if get_origin(one) is Literal for choice in get_args(one)]
     close = nearest(node.value, map(str, choices)) if choices and node.id == "scalar" else ""
     quotes = "; a text that looks like something else stands in quotes" if _looks_otherwise(node, kinds) else ""
@@ -52,7 +52,7 @@ def value_of_text(text: str, kind: Any) -> Any:
     """A text, as on a command line, as a value of a type; as in a file, but that a text needs no quotes.
 
     Raises:
-        ValueError: it is none; the rule.
+        ValueError: it is not such a value; the sentence is the rule.
     """
     import yaml
 

@@ -109,16 +109,16 @@ class EMA:
         Raises:
             ValueError: one is missing, too many, or of another shape; nothing is touched then.
         """
-        found = {name.removeprefix(_PREFIX): value for name, value in tensors.items() if name.startswith(_PREFIX)}
-        for name in sorted(found.keys() ^ self.averages.keys()):
+        stored = {name.removeprefix(_PREFIX): value for name, value in tensors.items() if name.startswith(_PREFIX)}
+        for name in sorted(stored.keys() ^ self.averages.keys()):
             raise ValueError(f"{_PREFIX}{name}: it is {'missing' if name in self.averages else 'of nothing that is trained'}")
-        for name, value in found.items():
+        for name, value in stored.items():
             if value.shape != self.averages[name].shape:
                 raise ValueError(f"{_PREFIX}{name} is {tuple(value.shape)}, not {tuple(self.averages[name].shape)}")
         if _STEPS not in tensors:
             raise ValueError(f"{_STEPS}: it is missing")
         self.steps = int(tensors[_STEPS])
-        for name, value in found.items():
+        for name, value in stored.items():
             self.averages[name].copy_(value)
 
     @torch.no_grad()

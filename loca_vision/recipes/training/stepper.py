@@ -187,7 +187,7 @@ class Stepper:
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
-        """What is done in here between two steps is none of the seconds spent in training."""
+        """Time spent in here between two steps is not counted as training."""
         began = time.perf_counter()
         yield
         self.progress.seconds -= time.perf_counter() - began

@@ -199,9 +199,11 @@ def test_a_run_on_the_hub(method, tmp_path, monkeypatch, capsys):
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     evaluate = script("evaluate").evaluate.__globals__
-    recipe = evaluate["_recipe"](tmp_path / "out", evaluate["Evaluate"]("out"))
-    task = evaluate["task_of"](recipe, recipe.seed)
-    assert evaluate["accuracy_of"](evaluate["tested"](names["model"], task, recipe)) == metrics["test_accuracy"]
+    recipe = evaluate["recipe_of"](tmp_path / "out")
+    view = evaluate["view_of"](recipe.model, recipe.weights, recipe.image_size)
+    images = evaluate["Transformed"](evaluate["images_to_test"](recipe, metrics).images, view.plain)
+    matrix = evaluate["confusion_of"](names["model"], images, recipe, metrics["classes"])
+    assert evaluate["accuracy_of"](matrix) == metrics["test_accuracy"]
 
 
 def card_of(config, **more):

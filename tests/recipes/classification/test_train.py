@@ -221,7 +221,7 @@ def test_several_seeds_and_a_run_half_done(tmp_path, capsys):
     assert main("train", *DIGITS, *LOCA, "--output_dir", out, "--resume") == 2
     assert "a run of several --seeds is in there" in capsys.readouterr().err
     assert main("evaluate", "--adapter", out) == 2
-    assert "there is no pytorch_loca_weights.safetensors in that folder" in capsys.readouterr().err
+    assert "expected the folder of one run, got one of several seeds" in capsys.readouterr().err
 
 
 # Several processes
@@ -320,7 +320,7 @@ MISTAKES = [
     (("--root", "photos"), "dataset"),
     (("--config", "broken.yaml"), "broken.yaml, line 2: 'learning_rate' is no setting"),
     (("--config", "none.yaml"), "none.yaml: there is no such file"),
-    ((*FOLDER, "--preset", "vit-base-loca"), "preset='vit-base-loca': there are vit-base-fourierft-10000"),
+    ((*FOLDER, "--preset", "vit-base-loca"), "preset='vit-base-loca': the presets are vit-base-fourierft-10000"),
     ((*FOLDER, "--report_to", "wandb"), "report_to='wandb': it is not installed; python -m pip install wandb"),
 ]
 
@@ -338,7 +338,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(flags, sentence, photos, monke
 
 
 EVALUATIONS = [
-    (("--adapter", "photos"), "photos/config.yaml: there is no such file; train.py writes it beside the adapter"),
+    (("--adapter", "photos"), "photos/config.yaml: there is no such file; train.py writes it next to the adapter"),
     (("--adapter", "nowhere"), "neither the folder of a run nor a repository of the hub"),
     (("--adapter", "photos", "--batch", "3"), "--batch"),
 ]

@@ -197,7 +197,7 @@ REFUSED = {
     "sizes: [3, x]": "sizes=a list: it is a list, each of it a whole number",
     "sizes: [3, [4]]": "settings are not nested",
     "names: [3]": "each of it a text",
-    "preset: vitt": "preset='vitt': there are vit, vitamin, wrong; perhaps vit",
+    "preset: vitt": "preset='vitt': the presets are vit, vitamin, wrong; perhaps vit",
     "preset: 3": "it is a text or null",
     "model: !!python/object/apply:os.system [ls]": "tags, here 'tag:yaml.org,2002:python/object/apply:os.system', are not read",
     "model: !!str 3": "tags, here",
@@ -258,7 +258,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         (["--mode", "fp61"], "invalid choice 'fp61'"),
         (["stray"], "Unrecognized options: stray"),
         (["--config"], "Missing value for argument '--config'"),
-        (["--preset", "resnet"], "preset='resnet': there are vit, vitamin, wrong"),
+        (["--preset", "resnet"], "preset='resnet': the presets are vit, vitamin, wrong"),
         (["--preset", "wrong"], "preset='wrong': it sets 'x', which Run does not have"),
         (["--steps", "0"], "steps=0: a whole number from 1 up"),
     ],
@@ -270,7 +270,7 @@ def test_bad_command_lines(words: list[str], sentence: str) -> None:
 
 
 def test_an_unknown_preset_of_a_recipe_without_presets() -> None:
-    with pytest.raises(ValueError, match="there are none"):
+    with pytest.raises(ValueError, match="there are no presets"):
         settings("--preset", "vit", presets={})
 
 

@@ -61,7 +61,7 @@ def named(sources: Sequence[str]) -> dict[str, str]:
 
     Of several of one name the second becomes `name-2`.
     """
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for source in sources:
         path = Path(source).expanduser()
         plain = path.resolve() if path.exists() else path
@@ -69,8 +69,8 @@ def named(sources: Sequence[str]) -> dict[str, str]:
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", last).strip("-")[:80] or "adapter"
         name = f"{name}-adapter" if name in ("base", "photograph", "target") else name
         free = (name, *(f"{name}-{number}" for number in range(2, len(sources) + 1)))
-        found[next(one for one in free if one not in found)] = source
-    return found
+        names[next(one for one in free if one not in names)] = source
+    return names
 
 
 def files_of(sources: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -79,11 +79,11 @@ def files_of(sources: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     Raises:
         FileNotFoundError, OSError, ValueError: it cannot be had.
     """
-    found: dict[str, dict[str, Any]] = {}
+    files: dict[str, dict[str, Any]] = {}
     for name, source in sources.items():
         data = locate(str(Path(source).expanduser()) if source.startswith("~") else source, Request()).read_bytes()
-        found[name] = {"source": source, "bytes": len(data), "sha256": sha256(data).hexdigest()}
-    return found
+        files[name] = {"source": source, "bytes": len(data), "sha256": sha256(data).hexdigest()}
+    return files
 
 
 def load_all(pipe: Any, sources: Mapping[str, str]) -> dict[str, dict[str, Any]]:

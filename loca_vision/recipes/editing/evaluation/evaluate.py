@@ -142,7 +142,7 @@ def _entry(folder: Path, one: EditCase, measures: Mapping[str, Measures], made: 
 def _sheet(wanted: EditEvaluation, subjects: Sequence[EditCase], made: Made, measured: Sequence[Mapping[str, Measures]]) -> Any:
     """The first photographs, with what each edit has in common with its target, where there is one."""
     pictures = [dict(pictures_of(one, made)) for one in subjects[:MOST_ROWS]]
-    captions = [[_caption(found[name]) for name in found] for found in measured[:MOST_ROWS]]
+    captions = [[_caption(row[name]) for name in row] for row in measured[:MOST_ROWS]]
     return contact_sheet(
         [list(row.values()) for row in pictures],
         columns=list(pictures[0]),
@@ -153,8 +153,8 @@ def _sheet(wanted: EditEvaluation, subjects: Sequence[EditCase], made: Made, mea
 
 
 def _caption(measures: Measures) -> str:
-    found = (measures.get("psnr_to_target"), measures.get("ssim_to_target"))
-    return "" if None in found else "PSNR {:.1f}, SSIM {:.2f}".format(*found)
+    values = (measures.get("psnr_to_target"), measures.get("ssim_to_target"))
+    return "" if None in values else "PSNR {:.1f}, SSIM {:.2f}".format(*values)
 
 
 def table(means: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
@@ -163,6 +163,6 @@ def table(means: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     names = [name for name in every if any(measures.get(name, {}).get("mean") is not None for measures in means.values())]
     rows = [("", *(name.replace("_", " ") for name in names))]
     for title, measures in means.items():
-        found = (measures.get(name, {}).get("mean") for name in names)
-        rows.append((title, *("-" if value is None else f"{value:.4g}" for value in found)))
+        values = (measures.get(name, {}).get("mean") for name in names)
+        rows.append((title, *("-" if value is None else f"{value:.4g}" for value in values)))
     return aligned(rows, str.ljust)

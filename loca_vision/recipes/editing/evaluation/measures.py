@@ -26,7 +26,7 @@ class Tools:
 
 
 def tools(*, lpips: bool, clip_model: str | None, resolution: int, device: torch.device | str = "cpu") -> Tools:
-    """What can be had of what is asked for; nothing is raised for what cannot."""
+    """The measures that are available here; what is missing is listed, and nothing is raised."""
     why: dict[str, str] = {}
 
     def tried(name: str, make: Callable[[], Any], reason: str | None) -> Any:
@@ -54,7 +54,7 @@ def measures_of(pictures: Mapping[str, Image.Image], prompt: str, using: Tools) 
     """
     directions = {name: using.clip.image(picture) for name, picture in pictures.items()} if using.clip else {}
     text = using.clip.text(prompt) if using.clip else None
-    found: dict[str, Measures] = {}
+    measured: dict[str, Measures] = {}
     for name, picture in pictures.items():
         measures: Measures = {}
         for reference in (one for one in REFERENCES if one in pictures and one != name):
@@ -64,21 +64,21 @@ def measures_of(pictures: Mapping[str, Image.Image], prompt: str, using: Tools) 
             measures[f"lpips_to_{reference}"] = using.lpips(picture, other) if using.lpips else None
             measures[f"clip_to_{reference}"] = similarity(directions[name], directions[reference]) if directions else None
         measures["clip_to_prompt"] = similarity(directions[name], text) if text is not None else None
-        found[name] = measures
-    return found
+        measured[name] = measures
+    return measured
 
 
 def summary(measured: Sequence[Mapping[str, Measures]]) -> dict[str, dict[str, dict[str, float | int | None]]]:
     """By picture and measure: mean and standard deviation (of a sample, n - 1) over the photographs that have a number, and
     how many these are. None for the mean of none and the deviation of one."""
-    found: dict[str, dict[str, dict[str, float | int | None]]] = {}
+    means: dict[str, dict[str, dict[str, float | int | None]]] = {}
     for name in measured[0]:
-        found[name] = {}
+        means[name] = {}
         for measure in measured[0][name]:
             values = [value for one in measured if (value := one[name][measure]) is not None]
-            found[name][measure] = {
+            means[name][measure] = {
                 "mean": statistics.fmean(values) if values else None,
                 "std": statistics.stdev(values) if len(values) > 1 else None,
                 "photographs": len(values),
             }
-    return found
+    return means

@@ -47,16 +47,16 @@ def from_folder(folder: Path, prompt: str, *, resolution: int, seed: int, most: 
     Raises:
         FileNotFoundError: there is no such folder, or no image in it.
     """
-    found = photographs_in(folder)[:most]
+    photographs = photographs_in(folder)[:most]
     return [
         EditCase(
-            one.content,
-            str(one.file.relative_to(folder)),
+            photograph.content,
+            str(photograph.file.relative_to(folder)),
             prompt,
-            stream_seed(seed, int(one.content, 16)),
-            partial(_alone, one.file, resolution),
+            stream_seed(seed, int(photograph.content, 16)),
+            partial(_alone, photograph.file, resolution),
         )
-        for one in found
+        for photograph in photographs
     ]
 
 
@@ -91,7 +91,7 @@ def _paired(pairs: Pairs, index: int, resolution: int) -> tuple[Image.Image, Ima
 
 
 def _content(pair: Pair) -> str:
-    found = sha256(pair.prompt.encode())
+    digest = sha256(pair.prompt.encode())
     for image in (pair.original, pair.edited):
-        found.update(f" {image.size} ".encode() + image.tobytes())
-    return found.hexdigest()
+        digest.update(f" {image.size} ".encode() + image.tobytes())
+    return digest.hexdigest()

@@ -57,7 +57,7 @@ class EditEvaluation:
     prompt: str | None = None
     """The instruction for all photographs; with --pairs, in the place of their own."""
     max_photographs: int | None = None
-    """Of a folder the first so many by the hash of their files; of pairs so many at random by the seed."""
+    """At most this many: of a folder the first by the hash of their files, of pairs a random choice by the seed."""
     resolution: int = 256
     """Pixels a side: the short one is brought to it, and the centre is taken, as in training. A multiple of 8."""
 
@@ -131,7 +131,7 @@ def _check_data(wanted: EditEvaluation, given: Collection[str]) -> None:
         for name in (name for name in _OF_PAIRS if name in given):
             raise ValueError(f"--{name} is a setting of --pairs, and --photographs are what is edited")
     if wanted.prompt is not None and not wanted.prompt.strip():
-        raise ValueError("prompt='': an instruction is wanted")
+        raise ValueError("prompt must be an instruction, got ''")
 
 
 def _check_numbers(wanted: EditEvaluation) -> None:
@@ -142,7 +142,7 @@ def _check_numbers(wanted: EditEvaluation) -> None:
     if wanted.resolution < SMALLEST or wanted.resolution % 8:
         raise ValueError(f"resolution={wanted.resolution!r}: it is a multiple of 8 from 16 up")
     if not wanted.scales or not all(map(is_finite, wanted.scales)):
-        raise ValueError(f"scales={wanted.scales!r}: at least one finite number is wanted")
+        raise ValueError(f"scales must be finite numbers, at least one, got {wanted.scales!r}")
     if len({f"{scale:g}" for scale in wanted.scales}) < len(wanted.scales):
         raise ValueError(f"scales={wanted.scales!r}: one comes twice")
     _ = wanted.sampling  # which checks its own
@@ -157,5 +157,5 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"device={name!r}: it is auto, cpu, cuda, one of these with its number, or mps") from None
     there: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if device.type in there and not there[device.type]():
-        raise ValueError(f"device={name!r}: there is none here")
+        raise ValueError(f"device={name!r}: this machine has no such device")
     return device

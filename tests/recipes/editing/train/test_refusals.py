@@ -27,12 +27,12 @@ REFUSED = {
     "cache": (("--cache_latents",), "latents of random crops cannot be kept; say --center_crop too"),
     "dropout": (("--conditioning_dropout_prob", "0.5"), "it is a number from 0 to 1/3"),
     "gamma": (("--snr_gamma", "0"), "snr_gamma=0.0: it is a number above 0"),
-    "rate": (("--learning_rate", "-1"), "learning_rate=-1.0: it is a finite number from 0 up"),
+    "rate": (("--learning_rate", "-1"), "learning_rate must be a finite number from 0 up, got -1.0"),
     "image": (("--validation_image", "x.png"), "--validation_prompt is missing"),
     "target": (("--validation_target", "x.png"), "1 of them for 0 validation images"),
     "guidance": (("--validation_guidance_scale", "0.5"), "guidance_scale=0.5: it is a finite number from 1 up"),
     "column": ((*LOCA, "--original_image_column", "befor"), "has no such column"),
-    "resolution": (("--resolution", "17"), "resolution=17: it is a multiple of 2"),
+    "resolution": (("--resolution", "17"), "resolution must be a multiple of 2"),
     "batch": ((*LOCA, "--train_batch_size", "11"), "a step takes 11 pairs"),
     "components": (("--n_components", "1000"), "n_components=1000"),
     "base": (
@@ -49,7 +49,7 @@ REFUSED = {
     ),
     "xformers": (("--enable_xformers_memory_efficient_attention",), "it needs xformers"),
     "8 bit": (("--use_8bit_adam",), "it needs bitsandbytes"),
-    "config of a folder": ((*LOCA, "--dataset_config_name", "all"), "and a data set on the hub has such"),
+    "config of a folder": ((*LOCA, "--dataset_config_name", "all"), "only a data set on the hub has configurations"),
     "checkpoint": (("--resume_from_checkpoint", "nowhere"), "'nowhere': there is no such folder"),
 }
 
