@@ -21,12 +21,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 
 from loca_vision.pipeline.save import save_pipeline_adapter
-from loca_vision.recipes.editing.data import EditData, pairs_of
+from loca_vision.recipes.editing.data import EditData, check_same_pairs, pairs_of
 from loca_vision.recipes.editing.model_card import edit_card
 from loca_vision.recipes.editing.models import NAME, EditModels
 from loca_vision.recipes.editing.presets import EDIT_PRESETS
 from loca_vision.recipes.editing.recipe import METHODS, EditRecipe, batch_of, differences, resolve
-from loca_vision.recipes.editing.run import EditRun, check_same_pairs, checkpoint_of, saved_settings, settings_in
+from loca_vision.recipes.editing.run import EditRun, checkpoint_of, saved_settings, settings_in
 from loca_vision.recipes.editing.validation import Validation, cases_of, sampling_of
 from loca_vision.recipes.reports.environment import environment
 from loca_vision.recipes.reports.hub_upload import push

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -81,6 +82,23 @@ def pairs_of(recipe: EditRecipe, split: str, most: int | None) -> Pairs:
         max_samples=most,
         seed=recipe.seed or 0,
     )
+
+
+def check_same_pairs(place: Path, before: Mapping[str, str] | None, now: Mapping[str, str]) -> None:
+    """
+    Args:
+        place: what a run left, for the sentence.
+        before, now: `Pairs.digests`; None was written by an earlier version.
+
+    Raises:
+        ValueError: the pairs are not those that the run began with.
+    """
+    changed = [column for column in now if before is not None and before.get(column) != now[column]]
+    if changed:
+        raise ValueError(
+            f"{place}: the run there began with other pairs: texts, or names or sizes of files, differ in "
+            f"{', '.join(changed)}; put the pairs back, or start a new run in another folder"
+        )
 
 
 def _as_it_is(batch: Mapping[str, Any]) -> Encoded:

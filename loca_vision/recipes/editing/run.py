@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from loca_vision.data.images import as_png
 from loca_vision.data.sampling import EpochSampler, loader, stream_seed
-from loca_vision.recipes.editing.data import EditData
+from loca_vision.recipes.editing.data import EditData, check_same_pairs
 from loca_vision.recipes.editing.loss import (
     denoising_loss,
     draws,
@@ -250,23 +250,6 @@ class EditRun:
         done = state["progress"]["step"]
         if done > self.total:
             raise ValueError(f"{path}: {done} steps are taken there, and this run is to have {self.total}")
-
-
-def check_same_pairs(place: Path, before: Mapping[str, str] | None, now: Mapping[str, str]) -> None:
-    """
-    Args:
-        place: what a run left, for the sentence.
-        before, now: `Pairs.digests`; None was written by an earlier version.
-
-    Raises:
-        ValueError: the pairs are not those that the run began with.
-    """
-    changed = [column for column in now if before is not None and before.get(column) != now[column]]
-    if changed:
-        raise ValueError(
-            f"{place}: the run there began with other pairs: texts, or names or sizes of files, differ in "
-            f"{', '.join(changed)}; put the pairs back, or start a new run in another folder"
-        )
 
 
 def settings_in(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
