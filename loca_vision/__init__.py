@@ -10,7 +10,14 @@ from loca_vision.methods.sdctft import SDCTFTConfig
 from loca_vision.methods.selora import SeLoRAConfig
 from loca_vision.methods.spectrum import Spectrum
 from loca_vision.methods.update import Update
-from loca_vision.model.adapters import active_adapters, adapters, set_adapters
+from loca_vision.model.adapters import (
+    active_adapters,
+    adapters,
+    disable_adapter,
+    print_trainable_parameters,
+    rename_adapter,
+    set_adapters,
+)
 from loca_vision.model.explain import explain
 from loca_vision.model.inject import inject
 from loca_vision.model.remove import remove
@@ -32,12 +39,15 @@ __all__ = [
     "__version__",
     "active_adapters",
     "adapters",
+    "disable_adapter",
     "explain",
     "inject",
     "kind",
     "load_adapter",
     "parameter_groups",
+    "print_trainable_parameters",
     "remove",
+    "rename_adapter",
     "save_adapter",
     "set_adapters",
 ]

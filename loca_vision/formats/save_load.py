@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from loca_vision.messages import nearest
 from loca_vision.methods.update import Update
 from loca_vision.model.adapters import adapters
 from loca_vision.model.conv_in import WEIGHT, check_wider
+from loca_vision.model.heads import classifier, head_of
 from loca_vision.model.inject import attach
 from loca_vision.model.state import Adapter, state_of
-from loca_vision.model.target_checks import check_new_name, classifier, linear_targets
+from loca_vision.model.target_checks import check_new_name, linear_targets
 from loca_vision.model.traversal import own_tensors, unwrap
 from loca_vision.model.whole_tensors import whole_tensors
 from loca_vision.offload import device_for
@@ -62,14 +64,21 @@ def save_adapter(
     return file
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> tuple[str, ...]:
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, trainable: bool = True, head: bool = True
+) -> tuple[str, ...]:
     """Put a saved adapter into a model, where it acts at 1.0; the model is frozen as `inject` does, locations are final.
 
     Args:
-        model: built like the one it was trained on, head included, without an adapter of that name. The `conv_in` of a UNet may
-            take fewer channels than the file's: it is widened, and `remove` gives the old one back.
+        model: built like the one it was trained on, without an adapter of that name. Its head may have another number of
+            classes: the adapter's own is there while the adapter acts. The `conv_in` of a UNet may take fewer channels than
+            the file's: it is widened, and `remove` gives the old one back.
         path: the file, the folder that `save_adapter` was given, or a repository on the hub, "user/name".
         name: for the adapter; by default the one it was saved under.
+        trainable: whether its coefficients, and its head, learn further. If not, nothing of the model does, until the next
+            `inject`, which trains its own adapter alone.
+        head: False leaves the file's classifier head out, for a model that has none (`num_classes=0`, `features_only`), or
+            keeps its own.
 
     Returns:
         The names of the adapted projections.
@@ -89,11 +98,13 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         if not component and not _may_be_the_same(base_model_name(model), about.base_model):
             raise ValueError(f"it was trained on {about.base_model}; this model is {base_model_name(model)}")
         part = about.of(component)
+        if not head:
+            part = replace(part, whole=tuple(name for name in part.whole if not _is_of_head(model, name)))
         targets = match(model, part, part_of(opened.entries, component))
         tensors = opened.tensors()  # no larger than the model, but for a wider conv_in, as is known by now
         check_values(tensors, about)
-        adapter, placed = prepared(model, part, targets, part_of(tensors, component))
-    attach(model, name, adapter, placed)
+        adapter, placed = prepared(model, part, targets, part_of(tensors, component), learn=trainable)
+    attach(model, name, adapter, placed, learn=trainable)
     return tuple(target.name for target in targets)
 
 
@@ -247,11 +258,31 @@ def _match_whole_tensors(model: nn.Module, about: Description, entries: dict[str
         if entry.dtype not in FLOATS:
             raise ValueError(f"full.{name} has dtype {entry.dtype}: it is one of {', '.join(FLOATS)}")
         if name not in parameters:
-            raise ValueError(f"full.{name}: the model has no parameter {name}{nearest(name, parameters)}")
+            hint = "; load_adapter(..., head=False) leaves the head out" if head_of(name) else nearest(name, parameters)
+            raise ValueError(f"full.{name}: the model has no parameter {name}{hint}")
         shape = tuple(parameters[name].shape)
-        if shape != entry.shape and not (name == WEIGHT and check_wider(model, entry.shape, replacing)):
-            hint = ": build it with as many classes" if any(parameters[name] is p for p in classifier(model)) else ""
-            raise ValueError(f"full.{name} is {entry.shape} in the file and {shape} in the model{hint}")
+        if shape == entry.shape or (name == WEIGHT and check_wider(model, entry.shape, replacing)):
+            continue
+        if not _is_other_head(model, about, entries, name):
+            raise ValueError(f"full.{name} is {entry.shape} in the file and {shape} in the model")
+
+
+def _is_of_head(model: nn.Module, name: str) -> bool:
+    """Whether a whole tensor belongs to a classifier head: of the model, or, if the model has none, by its name."""
+    own = own_tensors(model).get(name)
+    return head_of(name) is not None if own is None else any(own is parameter for parameter in classifier(model))
+
+
+def _is_other_head(model: nn.Module, about: Description, entries: dict[str, Entry], name: str) -> bool:
+    """Whether a tensor is that of a linear head for another number of classes, and the file has the whole head."""
+    own, path = own_tensors(model), name.rpartition(".")[0]
+    if not any(own[name] is parameter for parameter in classifier(model)) or not isinstance(
+        model.get_submodule(path), nn.Linear
+    ):
+        return False
+    parts = [key for key in own if key.rpartition(".")[0] == path]
+    rows = {entries[f"full.{key}"].shape[:1] for key in parts if key in about.whole}
+    return set(parts) <= set(about.whole) and len(rows) == 1 and entries[f"full.{name}"].shape[1:] == tuple(own[name].shape[1:])
 
 
 def _in_their_dtypes(model: nn.Module, about: Description, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

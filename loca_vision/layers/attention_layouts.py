@@ -33,6 +33,7 @@ DIFFUSERS = Naming(
     {"to_qkv": ("q", "k", "v"), "to_kv": ("k", "v"), "to_added_qkv": ("add_q", "add_k", "add_v")},
 )
 CLIP = Naming({"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"})
+TRANSFORMERS = Naming({"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj"})  # its ViTs from version 5 on
 T5 = Naming({"q": "q", "k": "k", "v": "v", "out": "o"})
 
 
@@ -42,7 +43,7 @@ def naming_of(module: nn.Module) -> Naming | None:
     if children.get("to_q") is not None and children.get("to_v") is not None:
         return DIFFUSERS
     if any(cls.__module__.startswith("transformers.") for cls in type(module).__mro__):
-        for naming in (CLIP, T5):
+        for naming in (TRANSFORMERS if children.get("o_proj") is not None else CLIP, T5):
             if all(children.get(naming.parts[part]) is not None for part in "qkv"):
                 return naming
     return None

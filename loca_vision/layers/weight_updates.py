@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -60,6 +60,10 @@ class WeightUpdates(EffectiveWeight):
     def add(self, slot: AdapterSlot, update: Update) -> None:
         self.updates.append(update.train(self.training))
         self.slots.append(slot)
+
+    def rename(self, adapter: str, new: str) -> None:
+        self.slots = [replace(slot, adapter=new) if slot.adapter == adapter else slot for slot in self.slots]
+        self.strengths = {new if name == adapter else name: strength for name, strength in self.strengths.items()}
 
     def discard(self, adapter: str) -> None:
         kept = [(slot, update) for slot, update in self.entries() if slot.adapter != adapter]

@@ -9,9 +9,10 @@ from torch import nn
 
 from loca_vision.layers.effective_weight import EffectiveWeight
 from loca_vision.layers.weight_updates import WeightUpdates
+from loca_vision.methods.spectrum import Spectrum
 from loca_vision.methods.update import Update
 from loca_vision.model.state import AdapterState, Strength
-from loca_vision.model.traversal import all_updates, modules_of, sites
+from loca_vision.model.traversal import all_updates, modules_of, sites, unwrap
 from loca_vision.model.whole_tensors import adopt, load_tensors
 
 
@@ -20,6 +21,22 @@ def active_updates(model: nn.Module) -> list[Update]:
     entries = [(site.updates, *pair) for site in sites(model) for pair in site.updates.entries()]
     idle = {id(update) for updates, slot, update in entries if slot.adapter not in updates.strengths}
     return [update for update in all_updates(model) if id(update) not in idle]
+
+
+def trainable_updates(model: nn.Module) -> list[Update]:
+    """The acting updates of which something, at least, is trainable.
+
+    Raises:
+        ValueError: the model has no trainable adapter.
+    """
+
+    def scheduled(update: Update) -> bool:
+        return isinstance(update, Spectrum) and update.scheduled
+
+    found = [u for u in active_updates(model) if scheduled(u) or any(p.requires_grad for p in u.parameters())]
+    if not found:
+        raise ValueError(f"{type(unwrap(model)).__name__} has no trainable adapter; inject one first")
+    return found
 
 
 @contextmanager

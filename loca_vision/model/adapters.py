@@ -1,16 +1,20 @@
-"""The adapters of a model: which there are, which are active, and how strongly."""
+"""The adapters of a model: which there are, what they are called, which are active, how strongly, and what trains."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from loca_vision.model.activation import activate
+from loca_vision.model.activation import activate, trainable_updates
+from loca_vision.model.atomic import atomic
 from loca_vision.model.state import AdapterState, Strength, refuse_fused, state_of
+from loca_vision.model.target_checks import check_new_name
 from loca_vision.model.traversal import sites, unwrap
+from loca_vision.model.whole_tensors import trained_whole
 
 
 def adapters(model: nn.Module, name: str = "default") -> dict[str, Any]:
@@ -67,6 +71,67 @@ def active_adapters(model: nn.Module) -> dict[str, Strength]:
     """The adapters that act, and how strongly: a number, or a number for each projection; empty for a model without any."""
     record = state_of(model)
     return dict(record.active) if record else {}
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Inside, no adapter acts: the model is the base, its own head included. Afterwards the adapters act as before.
+
+    A reference for self-distillation or a preference loss: `with disable_adapter(model), torch.no_grad(): ...`. May be entered
+    between a forward pass and its backward pass.
+
+    Raises:
+        ValueError: the model has no adapter, or one is fused into the weights.
+    """
+    record = _record(model)
+    refuse_fused(record, record.fused.adapters)
+    before = record.enabled
+    activate(unwrap(model), record, record.active, enabled=False)
+    try:
+        yield
+    finally:
+        if state_of(model) is record:
+            activate(unwrap(model), record, record.active, enabled=before)
+
+
+def rename_adapter(model: nn.Module, name: str, new: str) -> None:
+    """Give an adapter another name; what it learned, its weight and whether it acts stay.
+
+    Raises:
+        ValueError: no such adapter, or the new name is in use or not made of letters, digits, '_' and '-'.
+    """
+    record = _record(model)
+    _known(record, name)
+    if new == name:
+        return
+    check_new_name(model, new)
+    with atomic(unwrap(model)):
+        for values in (record.adapters, record.active, record.fused.adapters):
+            items = [(new if key == name else key, value) for key, value in values.items()]
+            values.clear()
+            values.update(items)  # type: ignore[arg-type]
+        for site in sites(model):
+            site.updates.rename(name, new)
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many numbers train, and of what kind, as peft does: of the adapters that act, and of heads.
+
+    Spectra count with both halves, whichever the schedule moves now.
+
+    Raises:
+        ValueError: the model has no trainable adapter.
+    """
+    learned = trainable_updates(model)
+    record = _record(model)
+    counts = {
+        "coefficients": sum(p.numel() for update in learned for p in update.trainable()),
+        "locations": sum(p.numel() for update in learned for p in update.location_parameters()),
+        "head": sum(p.numel() for p in trained_whole(unwrap(model), record)),
+    }
+    trained, total = sum(counts.values()), sum(p.numel() for p in model.parameters())
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in counts.items() if count)
+    print(f"trainable params: {trained:,} ({kinds}) || all params: {total:,} || trainable%: {100 * trained / total:.4f}")
 
 
 def _record(model: nn.Module) -> AdapterState:

@@ -9,16 +9,18 @@ from torch import Tensor, nn
 
 from loca_vision.layers.adapted_attention import adapt_attention
 from loca_vision.layers.adapted_linear import adapt
-from loca_vision.layers.targets import Target
+from loca_vision.layers.targets import Target, canonical
 from loca_vision.layers.weight_updates import AdapterSlot, WeightUpdates
+from loca_vision.messages import nearest
 from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.methods.update import Update
 from loca_vision.model.activation import strengthen
 from loca_vision.model.atomic import atomic
 from loca_vision.model.call_scale import call_settings
 from loca_vision.model.conv_in import fit_conv_in
+from loca_vision.model.heads import classifier, say_what_froze
 from loca_vision.model.state import Adapter, AdapterState, start_record
-from loca_vision.model.target_checks import check_new_name, classifier, linear_targets
+from loca_vision.model.target_checks import check_new_name, linear_targets
 from loca_vision.model.traversal import moved_by_training, own_parameters, own_tensors, unwrap
 from loca_vision.model.whole_tensors import adopt, claim, held_at, keep_base, load_tensors, own_copy
 from loca_vision.offload import device_for, stored_at
@@ -29,15 +31,17 @@ def inject(
 ) -> tuple[str, ...]:
     """Adapt the projections `config.targets` of every attention layer (and MLP of a ViT) of a model.
 
-    The model's own parameters are frozen, a timm classifier head stays trainable. Updates start at zero, so the
-    output is bit-identical at first; adapters that act already go on acting. Every key of the base `state_dict` stays.
+    The model's own parameters are frozen; the classifier heads of timm models stay trainable. The log says if other parts are
+    frozen that are named like a head, or that were trainable while the rest was frozen. Updates start at zero, so that the
+    output is bit-identical at first; active adapters go on acting. Every key of the base `state_dict` stays.
 
     Args:
         model: any timm model with attention layers, a diffusers UNet or transformer, a CLIP or T5 text encoder; or a module
             that contains one.
         config: what to inject: a LoCAConfig, or one of another kind.
         name: of the adapter, letters, digits, `_` and `-`.
-        modules_to_save: names of modules to train as a whole, as in peft: they are saved with the adapter and removed with it.
+        modules_to_save: names of modules, or of single parameters such as `pos_embed`, to train as a whole, as in peft: they
+            are saved with the adapter and removed with it.
 
     Returns:
         The names of the adapted projections, "<path of the attention layer>.<part>", in the order of the model's modules.
@@ -58,38 +62,53 @@ def inject(
     model = unwrap(model)
     found = linear_targets(model, config.targets)
     whole = _parameters_of(model, modules_to_save, found)
+    before = {key: parameter.requires_grad for key, parameter in own_parameters(model).items()}
     attach(model, name, Adapter(config, whole), list(zip(found, config.new_updates(found), strict=True)))
+    say_what_froze(model, before)
     return tuple(target.name for target in found)
 
 
 def _parameters_of(model: nn.Module, modules: Sequence[str], targets: Sequence[Target]) -> dict[str, Tensor]:
-    """The parameters of these modules, by name."""
+    """These parameters, and those of these modules, by name."""
     if isinstance(modules, str):
         raise ValueError(f"modules_to_save={modules!r}: expected a sequence of names")
     keys: list[str] = []
+    own = own_parameters(model)
     for module in modules:
-        inside = [key for key in own_parameters(model) if key.startswith(f"{module}.")]
+        inside = [key for key in own if key == canonical(module) or key.startswith(f"{canonical(module)}.")]
         if not inside:
-            raise ValueError(f"modules_to_save={module!r}: the model has no module of that name with parameters")
-        adapted = next((target.name for target in targets if f"{target.layer_path}.".startswith(f"{module}.")), None)
+            raise ValueError(
+                f"modules_to_save={module!r}: the model has no parameter, and no module with parameters, of that name"
+                f"{nearest(module, {path for key in own for path in (key, key.rpartition('.')[0])})}"
+            )
+        adapted = next((target.name for target in targets if f"{target.layer_path}.".startswith(f"{canonical(module)}.")), None)
         if adapted is not None:
             raise ValueError(f"modules_to_save={module!r}: {adapted} is in there, which is adapted")
         keys += inside
     return {key: held_at(model, key) for key in keys}
 
 
-def attach(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Target, Update]], *, freeze: bool = True) -> None:
+def attach(
+    model: nn.Module,
+    name: str,
+    adapter: Adapter,
+    placed: list[tuple[Target, Update]],
+    *,
+    freeze: bool = True,
+    learn: bool = True,
+) -> None:
     """Put updates into their layers, and whole tensors into the model; the adapter acts at 1.0 at once. All or nothing.
 
     `conv_in` is widened for a whole tensor of more channels. With `freeze`, the parameters of the model stop learning, except
     the classifier head, which becomes the adapter's own unless it brings one; without, as for inference, flags stay.
+    With `freeze` and without `learn`, nothing of the model learns.
     """
     brought = {key: value for key, value in adapter.modules_to_save.items() if value is not held_at(model, key)}
     with atomic(model, [stored_at(model, key) for key in brought]):
         record = start_record(model)
         adopt(model, record)
         if freeze:
-            _freeze(model, record, adapter)
+            _freeze(model, record, adapter, learn)
         record.adapters[name] = adapter
         _take_whole_tensors(model, record, name, brought, freeze)
         fit_conv_in(model, record)
@@ -103,12 +122,12 @@ def attach(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Tar
         strengthen(model, record)
 
 
-def _freeze(model: nn.Module, record: AdapterState, adapter: Adapter) -> None:
-    """Let nothing of the model learn but the classifier head and what the adapter trains as a whole."""
+def _freeze(model: nn.Module, record: AdapterState, adapter: Adapter, learn: bool) -> None:
+    """Let nothing of the model learn but, with `learn`, classifier heads and what the adapter trains as a whole."""
     record.frozen = True
     head = {id(parameter) for parameter in classifier(model)}
     for key, parameter in own_parameters(model).items():
-        learns = key in adapter.modules_to_save or id(parameter) in head
+        learns = learn and (key in adapter.modules_to_save or id(parameter) in head)
         parameter.requires_grad_(learns)
         if not learns:
             parameter.grad = None  # an optimiser made before would still apply it

@@ -9,8 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from loca_vision.methods.spectrum import Spectrum
-from loca_vision.methods.update import Update
-from loca_vision.model.activation import active_updates
+from loca_vision.model.activation import trainable_updates
 from loca_vision.model.state import state_of
 from loca_vision.model.traversal import unwrap
 from loca_vision.model.whole_tensors import trained_whole
@@ -122,22 +121,6 @@ def _let_move(parameter: nn.Parameter, moves: bool) -> None:
     parameter.requires_grad_(moves)
     if not moves:
         parameter.grad = None  # an optimiser passes over a parameter without a gradient, momentum, decay and all
-
-
-def trainable_updates(model: nn.Module) -> list[Update]:
-    """The acting updates of which something, at least, is trainable.
-
-    Raises:
-        ValueError: the model has no trainable adapter.
-    """
-
-    def scheduled(update: Update) -> bool:
-        return isinstance(update, Spectrum) and update.scheduled
-
-    found = [u for u in active_updates(model) if scheduled(u) or any(p.requires_grad for p in u.parameters())]
-    if not found:
-        raise ValueError(f"{type(unwrap(model)).__name__} has no trainable adapter; inject one first")
-    return found
 
 
 def parameter_groups(

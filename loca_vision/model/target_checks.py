@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from loca_vision.checks import PARTS
+from loca_vision.layers.plain_weight import is_plain_matrix
 from loca_vision.layers.targets import Target, find_targets
+from loca_vision.model.heads import classifier
 from loca_vision.model.state import state_of
 from loca_vision.model.traversal import slots
 
@@ -34,16 +36,36 @@ def linear_targets(model: nn.Module, parts: Sequence[str]) -> list[Target]:
             why = "" if weight is not None else ", and this one has no weight parameter of its own"
             raise TypeError(f"{target.name} is a {kind}: adapters go on torch.nn.Linear layers that own their weight{why}")
         if id(weight) not in head:
+            _check_readable(model, target)
             found.append(target)
             first = owners.setdefault(id(weight), (target.layer_path, target.name))
             if first[0] != target.layer_path:
                 raise ValueError(f"{target.name} shares its weight with {first[1]}: what adapts the one would change the other")
     for part in parts:
         if not any(target.part == part for target in found):
-            there = ", ".join(sorted({target.part for target in find_targets(model, PARTS)}))
-            there = there or "no attention layer and no MLP"
-            raise ValueError(f"targets: {type(model).__name__} has no {part!r} projection to adapt; it has {there}")
+            raise ValueError(f"targets: {type(model).__name__} has no {part!r} projection to adapt; it has {_present(model)}")
     return found
+
+
+def _present(model: nn.Module) -> str:
+    """What could be adapted instead, for an error."""
+    parts = ", ".join(sorted({target.part for target in find_targets(model, PARTS)}))
+    fused = next((path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)), None)
+    if fused is None:
+        return parts or "no attention layer and no MLP that this library knows"
+    return f"{parts or 'no other'}; torch.nn.MultiheadAttention, as at {fused}, keeps q, k and v where they cannot be adapted"
+
+
+def _check_readable(model: nn.Module, target: Target) -> None:
+    """A quantised layer is called, and the update added; code that reads its weight instead would go around the update."""
+    if is_plain_matrix(target.layer._parameters.get("weight")):
+        return
+    owner = model.get_submodule(target.layer_path.rpartition(".")[0])
+    if getattr(owner, "q_bias", None) is not None:
+        raise TypeError(
+            f"{target.name} is quantised, and {type(owner).__name__} reads its weight without calling the layer: "
+            "adapt the model before it is quantised, and merge"
+        )
 
 
 def _check_linear(target: Target) -> None:
@@ -58,22 +80,6 @@ def _check_linear(target: Target) -> None:
     sizes = [getattr(target.layer, name, None) for name in ("in_features", "out_features")]
     if not all(isinstance(size, int) for size in sizes):
         raise TypeError(f"{target.name} is a {type(target.layer).__name__}: adapters go on linear layers")
-
-
-def classifier(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a timm model's classifier head, wherever in `model` that timm model is.
-
-    `get_classifier` leaves out the second head of VOLO, which the model's configuration names.
-    """
-    owner: Any = next((module for module in model.modules() if hasattr(module, "get_classifier")), None)
-    if owner is None:
-        return []
-    head, named = owner.get_classifier(), (getattr(owner, "pretrained_cfg", None) or {}).get("classifier") or ()
-    heads = [*(head if isinstance(head, (tuple, list)) else [head])]
-    for name in (named,) if isinstance(named, str) else named:
-        heads += [module for path, module in owner.named_modules() if path == name]
-    found = [parameter for module in heads if isinstance(module, nn.Module) for parameter in module.parameters()]
-    return list({id(parameter): parameter for parameter in found}.values())
 
 
 def check_new_name(model: nn.Module, name: object) -> None:

@@ -17,11 +17,13 @@ from loca_vision.methods.update import Update
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`'s and data parallel wrappers."""
+    """The module inside the wrappers of `torch.compile`, of data parallelism and of timm's `features_only` for ViTs."""
     while True:
         inner: Any = getattr(model, "_orig_mod", None)
         if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             inner = model.module
+        if inner is None and type(model).__name__ == "FeatureGetterNet":
+            inner = model._modules.get("model")
         if not isinstance(inner, nn.Module):
             return model
         model = inner

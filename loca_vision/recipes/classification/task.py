@@ -15,9 +15,9 @@ from loca_vision.data.images import Augment, Images, ImageSplits, first
 from loca_vision.data.load import load
 from loca_vision.data.mixup import Mixed
 from loca_vision.data.transforms import Transform, Transformed, evaluation_transform, training_transform
+from loca_vision.model.heads import classifier
 from loca_vision.model.inject import inject
 from loca_vision.model.schedule import parameter_groups
-from loca_vision.model.target_checks import classifier
 from loca_vision.model.traversal import all_updates
 from loca_vision.recipes.classification.models import ModelSpec, build_model, data_settings, default_weights
 from loca_vision.recipes.classification.recipe import Recipe, adapter_config

@@ -13,7 +13,7 @@ import torch
 
 from loca_vision import LoCAConfig, active_adapters, adapters, load_adapter, save_adapter
 from loca_vision.formats.adapter_file import FILE_NAME, METADATA_KEY
-from loca_vision.model.target_checks import classifier
+from loca_vision.model.heads import classifier
 from support.adapter_files import (
     CONFIG,
     IMAGES,

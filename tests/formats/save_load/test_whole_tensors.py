@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loca_vision import LoCAConfig, active_adapters, inject, load_adapter, remove, save_adapter, set_adapters
-from loca_vision.model.target_checks import classifier
+from loca_vision.model.heads import classifier
 from support.adapter_files import CONFIG, NAME, assert_same, facts, output, tiny, train, trained
 
 

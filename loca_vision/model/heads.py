@@ -1,0 +1,65 @@
+"""Classifier heads: which parameters they are, and which of them an adapter leaves frozen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from loca_vision.model.traversal import own_parameters
+
+_LOG = logging.getLogger(__name__)
+_NAMES = {"head", "heads", "classifier", "fc", "score", "cls_head", "head_dist", "classification_head", "fc_out", "output_head"}
+
+
+def classifier(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the classifier heads of all timm models in `model`.
+
+    `get_classifier` leaves out the second head of VOLO, which the model's configuration names.
+    """
+    found: dict[int, nn.Parameter] = {}
+    for owner in model.modules():
+        if hasattr(owner, "get_classifier"):
+            found |= {id(parameter): parameter for head in _heads_of(owner) for parameter in head.parameters()}
+    return list(found.values())
+
+
+def _heads_of(owner: Any) -> list[nn.Module]:
+    head, named = owner.get_classifier(), (getattr(owner, "pretrained_cfg", None) or {}).get("classifier") or ()
+    heads = [*(head if isinstance(head, (tuple, list)) else [head])]
+    for name in (named,) if isinstance(named, str) else named:
+        heads += [module for path, module in owner.named_modules() if path == name]
+    return [module for module in heads if isinstance(module, nn.Module)]
+
+
+def head_of(name: str) -> str | None:
+    """The path of the head that a parameter belongs to by its name; None inside numbered blocks and for other names."""
+    path: list[str] = []
+    for part in name.split(".")[:-1]:
+        if part.isdigit():
+            return None
+        path.append(part)
+        if part in _NAMES:
+            return ".".join(path)
+    return None
+
+
+def say_what_froze(model: nn.Module, before: Mapping[str, bool]) -> None:
+    """Log once which parts of a model have stopped training though somebody may count on them.
+
+    These are parts named like a head, and whatever was trainable while the user had frozen the rest.
+
+    Args:
+        before: `requires_grad` of the model's own parameters until now.
+    """
+    own = own_parameters(model)
+    could_train = [name for name, parameter in own.items() if type(parameter) is nn.Parameter and parameter.is_floating_point()]
+    chosen = not all(before[name] for name in could_train)  # what is quantised is frozen in any case
+    frozen = [name for name, parameter in own.items() if before[name] and not parameter.requires_grad]
+    parts = [head_of(name) or (name.rpartition(".")[0] or name if chosen else None) for name in frozen]
+    named = list(dict.fromkeys(part for part in parts if part))
+    if named:
+        shown = ", ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
+        _LOG.warning("%s: frozen, as all but the adapter; to train it, pass modules_to_save=%r", shown, tuple(named[:4]))
