@@ -63,8 +63,10 @@ def inject(
     found = linear_targets(model, config.targets)
     whole = _parameters_of(model, modules_to_save, found)
     before = {key: parameter.requires_grad for key, parameter in own_parameters(model).items()}
-    attach(model, name, Adapter(config, whole), list(zip(found, config.new_updates(found), strict=True)))
-    say_what_froze(model, before)
+    placed = list(zip(found, config.new_updates(found), strict=True))
+    with atomic(model):
+        attach(model, name, Adapter(config, whole), placed)
+        say_what_froze(model, before)
     return tuple(target.name for target in found)
 
 

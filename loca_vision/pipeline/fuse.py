@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loca_vision.model.activation import changing_active
+from loca_vision.model.atomic import atomic
 from loca_vision.model.merge import Weight, acting_at, stacked, weights, write_weights
 from loca_vision.model.state import Fused, Strength, state_of
 from loca_vision.pipeline.block_weights import finite_number
@@ -35,18 +37,12 @@ def fuse_components(
         wanted[component] = {name: _times(record.active.get(name, 1.0), factor) for name in new}
     if not any(wanted.values()) and not any(record.fused.adapters for _, record in states.values()):
         raise ValueError("no adapter is active, so there is nothing to fuse; call set_loca_adapters first")
-    done: list[tuple[nn.Module, dict[str, Strength]]] = []
-    try:
-        for component, (model, record) in states.items():
-            done.append((model, dict(record.fused.adapters)))
+    with ExitStack() as stack:
+        for component, (model, _) in states.items():
+            stack.enter_context(atomic(model, _written(model) if wanted[component] else []))
+        for component, (model, _) in states.items():
             if wanted[component]:
                 fuse(model, wanted[component], check=check)
-    except BaseException:
-        for model, before in done:
-            unfuse(model)
-            if before:
-                fuse(model, before)
-        raise
 
 
 def unfuse_components(pipe: Any, components: Sequence[str] | None) -> None:
@@ -74,19 +70,22 @@ def fuse(model: nn.Module, strengths: Mapping[str, Strength], *, check: bool = F
     record = state_of(model)
     assert record is not None
     before = record.fused.adapters
-    unfuse(model)
-    originals = {w.path: w.tensor.detach().to("cpu", copy=True) for w in weights(model) if not w.stack}
-    try:
+    with atomic(model, _written(model)):
+        unfuse(model)
+        originals = {w.path: w.tensor.detach().to("cpu", copy=True) for w in weights(model) if not w.stack}
         write_weights(model, {**strengths, **before}, check=check)
-    except BaseException:
-        for weight in weights(model):
-            weight.tensor.copy_(stacked(model, weight) if weight.stack else originals[weight.path])
-        if before:
-            fuse(model, before)
-        raise
-    with changing_active(model, record):
-        marks = {w.path: _checksum(w.tensor) for w in weights(model) if not w.stack}
-        record.fused = Fused({**strengths, **before}, originals, marks)
+        with changing_active(model, record):
+            marks = {w.path: _checksum(w.tensor) for w in weights(model) if not w.stack}
+            record.fused = Fused({**strengths, **before}, originals, marks)
+
+
+def _written(model: nn.Module) -> list[Tensor]:
+    """The weights that fusing writes.
+
+    Raises:
+        ValueError: one of them is quantised or cannot be written for another reason.
+    """
+    return [weight.tensor for weight in weights(model)]
 
 
 @torch.no_grad()
@@ -99,13 +98,14 @@ def unfuse(model: nn.Module) -> None:
     record = state_of(model)
     if record is None or not record.fused.adapters:
         return
-    with acting_at(model, record.fused.adapters):
-        changed = [w.path for w in weights(model) if not w.stack and not _restore(w, record.fused)]
-    for weight in weights(model):
-        if weight.stack:
-            weight.tensor.copy_(stacked(model, weight))
-    with changing_active(model, record):
-        record.fused = Fused()
+    with atomic(model, _written(model)):
+        with acting_at(model, record.fused.adapters):
+            changed = [w.path for w in weights(model) if not w.stack and not _restore(w, record.fused)]
+        for weight in weights(model):
+            if weight.stack:
+                weight.tensor.copy_(stacked(model, weight))
+        with changing_active(model, record):
+            record.fused = Fused()
     if changed:
         _LOG.warning(
             "%d weights had been changed since LoCA was fused; unfused, they keep that change, up to rounding", len(changed)
