@@ -7,7 +7,6 @@ Swin V2, is adapted like code that does not.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from loca_vision.functional.transforms import compiled
@@ -53,19 +52,6 @@ class AdaptedLayer(Adapted):
     def _term(self, x: Tensor, rows: int) -> Tensor:
         """What the updates add to a quantised layer."""
         return self.loca.applied(x, rows, keep=True, base=lambda: readable_weight(self, "the layer"))
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """For torch.jit.script: a layer of the original class with the weight as it reads now."""
-        if not is_plain_matrix(base_weight(self)):
-            raise TypeError("a quantised layer with an adapter cannot be scripted: merge the adapter before quantising")
-        state = {key: value for key, value in self.__dict__.items() if key != "original_class"}
-        layer = self.original_class.__new__(self.original_class)
-        layer.__dict__.update(state)
-        layer.__dict__["_modules"] = {name: module for name, module in self._modules.items() if name != "loca"}
-        with torch.no_grad():
-            effective = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
-        layer.__dict__["_parameters"] = dict(self._parameters) | {"weight": effective}
-        return layer
 
     @once_while_traced
     def _settle(self) -> None:

@@ -27,6 +27,13 @@ class Adapted(nn.Module):
         """What goes into a copy or a pickle."""
         return self.__dict__.copy()
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script asks for. It would put the answer into the model, in the place of the layer."""
+        raise TypeError(
+            f"{self.original_class.__name__} has an adapter, which torch.jit.script cannot compile: script a merged copy "
+            "(copy.deepcopy, then remove(copy, merge=True)), or use torch.jit.trace or torch.export"
+        )
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _empty, (type(self).__bases__[0], self.original_class), self.kept_state()
 
