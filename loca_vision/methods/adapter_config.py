@@ -31,7 +31,7 @@ class Projection(Protocol):
         """(p, q), the weight before any update.
 
         Raises:
-            ValueError: it is quantised, or otherwise no matrix of floating-point numbers.
+            ValueError: it is quantised, or not a floating-point matrix for another reason.
         """
         ...
 

@@ -169,7 +169,7 @@ def test_on_quantised_layers_the_update_is_applied_to_activations(kind):
 @pytest.mark.parametrize("kind", (*DORA, "sdctft"))
 def test_what_depends_on_a_quantised_weight_is_refused(kind, tmp_path):
     """Injected, and, of DoRA, loaded or quantised afterwards: in one sentence."""
-    words = re.escape(".Linear: its weight is no matrix of floating-point numbers, which the adapter depends on")
+    words = re.escape(".Linear: its weight is not a plain floating-point matrix, on which the adapter depends")
     model, keys = eight_bits(unet()), eight_bits(unet()).state_dict().keys()
     with pytest.raises(ValueError, match=words):
         inject(model, EVERYWHERE[kind])
