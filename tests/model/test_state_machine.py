@@ -120,11 +120,20 @@ class Verbs(RuleBasedStateMachine):
     # Verbs
 
     @precondition(lambda self: len(self.known) < len(NAMES))
-    @rule(config=st.sampled_from(CONFIGS))
-    def inject(self, config: Any) -> None:
+    @rule(config=st.sampled_from(CONFIGS), seed=st.integers(0, 99))
+    def inject(self, config: Any, seed: int) -> None:
         name = next(name for name in NAMES if name not in self.known)
-        head: Any = self.model.head
+        before = self.expected(self.acting)
         inject(self.model, config, name)
+        with torch.no_grad():
+            torch.testing.assert_close(self.model(IMAGES), before, rtol=2e-4, atol=2e-4)
+            generator = torch.Generator().manual_seed(seed)
+            for update in adapters(self.model, name).values():
+                for parameter in (*update.trainable(), *update.location_parameters()):
+                    parameter.copy_(torch.rand(parameter.shape, generator=generator))
+            for parameter in self.model.head.parameters():  # type: ignore[union-attr]
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        head: Any = self.model.head
         self.known[name] = Known(head=(head.weight.detach().clone(), head.bias.detach().clone()))
         self.active = self.active | {name: 1.0}
         self.learn_from(name)
