@@ -258,7 +258,7 @@ def test_sequences_of_verbs() -> None:
         Verbs,
         settings=settings(
             max_examples=1000 if NIGHTLY else 50,
-            stateful_step_count=30 if NIGHTLY else 15,
+            stateful_step_count=30 if NIGHTLY else 10,
             deadline=None,
             database=None,
             derandomize=not NIGHTLY,
