@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from loca_vision.checks import as_number
 from loca_vision.model.activation import activate
 from loca_vision.model.state import AdapterState, Strength, refuse_fused, state_of
 from loca_vision.model.traversal import sites, unwrap
@@ -47,9 +47,9 @@ def set_adapters(
     activate(unwrap(model), record, dict(zip(names, strengths, strict=True)), enabled=True)
 
 
-def _strengths(names: list[str], weights: float | Sequence[float] | Mapping[str, float] | None) -> list[float]:
+def _strengths(names: list[str], weights: Any) -> list[float]:
     """One finite number for each name, in whichever form they came."""
-    if weights is None or isinstance(weights, (int, float)):
+    if weights is None or _is_single(weights):
         weights = [1.0 if weights is None else weights] * len(names)
     if isinstance(weights, Mapping):
         if set(weights) != set(names):
@@ -57,10 +57,14 @@ def _strengths(names: list[str], weights: float | Sequence[float] | Mapping[str,
         weights = [weights[name] for name in names]
     if len(weights) != len(names):
         raise ValueError(f"weights={list(weights)!r}: {len(weights)} weights for {len(names)} adapters")
-    for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise ValueError(f"weights={list(weights)!r}: a weight is a finite number")
-    return list(map(float, weights))
+    numbers = [as_number(weight) for weight in weights]
+    if None in numbers:
+        raise ValueError(f"weights={list(weights)!r}: a weight is a finite number")
+    return numbers  # type: ignore[return-value]
+
+
+def _is_single(weights: Any) -> bool:
+    return isinstance(weights, str) or not hasattr(weights, "__len__") or getattr(weights, "shape", None) == ()
 
 
 def active_adapters(model: nn.Module) -> dict[str, Strength]:

@@ -16,11 +16,13 @@ from loca_vision.formats.sources import Opened, Request, opened, with_descriptio
 from loca_vision.layers.targets import Target, find_targets
 from loca_vision.methods.update import Update
 from loca_vision.model.activation import activate
+from loca_vision.model.call_scale import takes_attention_kwargs
 from loca_vision.model.inject import attach
 from loca_vision.model.options import settings_of
 from loca_vision.model.remove import remove
 from loca_vision.model.state import Adapter
 from loca_vision.model.target_checks import check_new_name
+from loca_vision.pipeline.call_entry import tell_scale
 from loca_vision.pipeline.components import adapted_in, models_in, names_in
 from loca_vision.pipeline.hot_swap import check_swap, held, swap
 
@@ -46,6 +48,8 @@ def load(
                 made[component] = prepared(model, part, found[component], part_of(tensors, key), room, learn=False)
                 if hotswap:
                     check_swap(model, name, made[component][1])
+    if not all(takes_attention_kwargs(model) for model, _, _ in assigned.values()):
+        tell_scale(type(pipe))  # the class is wrapped already, unless nothing is registered
     if hotswap:
         _swap_all(pipe, name, made)
     else:
