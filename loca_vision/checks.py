@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
 
 PARTS = ("q", "k", "v", "out", "fc1", "fc2")
 
@@ -91,9 +95,35 @@ def is_whole(value: object) -> bool:
 
 
 def is_finite(value: object) -> bool:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
+    """Whether it is a finite number as a file can hold it: an int or a float."""
+    return isinstance(value, (int, float)) and as_number(value) is not None
+
+
+def as_number(value: Any) -> float | None:
+    """The finite real number that a value is: any `numbers.Real`, or the element of a 0-d array or 0-d tensor; else None.
+
+    A tensor on a device is none, since reading it waits for the device, nor one that requires gradients, which would get none.
+    """
+    if isinstance(value, Tensor) and (value.device.type != "cpu" or value.requires_grad):
+        return None
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
     try:
-        return math.isfinite(value)
+        number = float(value)
     except OverflowError:  # a whole number beyond the range of floats
-        return False
+        return None
+    return number if math.isfinite(number) else None
+
+
+def finite_number(value: object, where: str, rule: str = "expected a finite number") -> float:
+    """The value as a float.
+
+    Raises:
+        ValueError: it is not a finite number; `where` names it.
+    """
+    number = as_number(value)
+    if number is None:
+        raise ValueError(f"{where}={value!r}: {rule}")
+    return number

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loca_vision.checks import is_finite
 from loca_vision.storage.strict_json import strict_json
 
 METADATA_KEY = "lora_adapter_metadata"
@@ -83,23 +84,19 @@ def read_settings(fields: Any) -> LoraSettings:
         raise ValueError(f"modules_to_save={whole!r}: it is a list of names")
     rank, alpha = fields.get("r", 8), fields.get("lora_alpha", 8)
     ranks, alphas = _patterns(fields, "rank_pattern"), _patterns(fields, "alpha_pattern")
-    if type(rank) is not int or rank < 1 or not _is_number(alpha):
+    if type(rank) is not int or rank < 1 or not is_finite(alpha):
         raise ValueError(f"r={rank!r}, lora_alpha={alpha!r}: expected a whole number from 1 up and a finite number")
     return LoraSettings(rank, float(alpha), ranks, alphas, bool(fields.get("use_rslora")), tuple(whole))
 
 
 def _patterns(fields: dict[str, Any], field: str) -> dict[str, float]:
     patterns = fields.get(field) or {}
-    if not isinstance(patterns, dict) or not all(_is_number(value) for value in patterns.values()):
+    if not isinstance(patterns, dict) or not all(is_finite(value) for value in patterns.values()):
         raise ValueError(f"{field}={patterns!r}: it maps names to finite numbers")
     for name in patterns:
         if len(name) > 500 or not _LITERAL.fullmatch(name):
             raise ValueError(f"{field}: {name!r} is a regular expression, and none out of a file is run; name the layers")
     return {name.removesuffix("$").replace("\\", ""): float(value) for name, value in patterns.items()}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def settings_in_header(metadata: Mapping[str, str]) -> dict[str, LoraSettings]:

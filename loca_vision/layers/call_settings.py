@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from loca_vision.functional.transforms import compiled, exported
+from loca_vision.layers.pipeline_call import PipelineCall, announce_settings, current_call
+
+# What was set in this thread or task, and during which pipeline call. A mapping is never changed, but replaced: threads that
+# start with a copy of the context share it.
+_SET_HERE: ContextVar[Mapping[weakref.ref[CallSettings], tuple[float, PipelineCall | None]]] = ContextVar(
+    "loca_scales", default=MappingProxyType({})
+)
 
 
 class CallSettings(nn.Module):
     """How strongly all adapters of a model act in this call, and whether to spare memory.
 
+    In eager mode every thread has its own scale. Threads that run compiled code share `scale_tensor`.
+
     Attributes:
         scale_tensor: the scale of the call, (); compiled code reads it, so that another scale compiles nothing anew.
-        scale: the same number for eager code; 1 in compiled code, which multiplies by `scale_tensor`.
         low_memory: apply updates to activations instead of building weights for them.
     """
 
@@ -21,25 +35,54 @@ class CallSettings(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._scale: float | None = 1.0  # None: compiled code has written scale_tensor, and nothing else
+        # what was set last, in any thread; None: compiled code has written scale_tensor, and nothing else
+        self._scale: float | None = 1.0
         self.low_memory = False
         self.register_buffer("scale_tensor", torch.ones((), device="cpu"), persistent=False)
 
     @property
     def scale(self) -> float:
+        """The scale for eager code; 1 in compiled code, which multiplies by `scale_tensor`."""
         if compiled():
             return 1.0
-        return float(self.scale_tensor) if self._scale is None else self._scale
+        if self._scale is None:
+            return float(self.scale_tensor)
+        return self._scale if exported() else self._scale_here(self._scale)
+
+    def _scale_here(self, last: float) -> float:
+        """What was set in this thread for the call that is under way.
+
+        A model whose `forward` was not called in that call, as a VAE that only decodes, acts at the scale of the call. In a
+        thread where nothing was set, such as autograd's own, which run checkpointed blocks again, it is what was set last.
+        """
+        call, found = current_call(), _SET_HERE.get().get(weakref.ref(self))
+        if call is not None and (found is None or found[1] is not call):
+            return call.scale
+        return last if found is None else found[0]
 
     def set_scale(self, scale: float) -> None:
         if compiled():  # dynamo would take the number itself for a constant, but not a product with it
             self.scale_tensor.copy_(torch.ones_like(self.scale_tensor) * scale)
             self._scale = None
-        else:
-            if not exported():  # which would take the write for a part of the program
-                self.scale_tensor.fill_(scale)
-            self._scale = scale
+            return
+        self._scale = scale
+        if not exported():  # which would take the write for a part of the program
+            self.scale_tensor.fill_(scale)
+            living = {key: found for key, found in _SET_HERE.get().items() if key() is not None}
+            _SET_HERE.set({**living, weakref.ref(self): (scale, current_call())})
 
     def scaled_in_graph(self, value: Tensor) -> Tensor:
         """`value` times the scale in compiled code; `value` itself in eager code, where `scale` is multiplied in before."""
         return value * self.scale_tensor if compiled() else value
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        announce_settings()
+
+
+class Unscaled(CallSettings):
+    """Of models whose calls have no scale."""
+
+    @property
+    def scale(self) -> float:
+        return 1.0

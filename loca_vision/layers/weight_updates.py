@@ -9,7 +9,7 @@ from torch import nn
 
 from loca_vision.functional.row_linear import Rows
 from loca_vision.layers.active_updates import ActiveUpdate
-from loca_vision.layers.call_settings import CallSettings
+from loca_vision.layers.call_settings import CallSettings, Unscaled
 from loca_vision.layers.effective_weight import EffectiveWeight
 from loca_vision.methods.update import Update
 
@@ -23,7 +23,7 @@ class AdapterSlot:
     rows: Rows
 
 
-_DEFAULT = CallSettings()  # of models whose calls have no scale
+_DEFAULT = Unscaled()
 
 
 class WeightUpdates(EffectiveWeight):
@@ -34,7 +34,7 @@ class WeightUpdates(EffectiveWeight):
         self.updates = nn.ModuleList()
         self.slots: list[AdapterSlot] = []  # one for each update
         self.strengths: dict[str, float] = {}  # of the adapters that act
-        self._shared_settings = (_DEFAULT,)  # in a tuple, which nn.Module does not take for a child
+        self._shared_settings: tuple[CallSettings] = (_DEFAULT,)  # in a tuple, which nn.Module does not take for a child
 
     @property
     def call_settings(self) -> CallSettings:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+=======
+from collections.abc import Mapping, Sequence
+>>>>>>> e4a8904fffcc94edc6a8612eec72414bb4455a3f
 from typing import Any
 
 from torch import nn
 
+<<<<<<< HEAD
 from loca_vision.model.activation import activate, trainable_updates
 from loca_vision.model.atomic import atomic
+=======
+from loca_vision.checks import as_number
+from loca_vision.model.activation import activate
+>>>>>>> e4a8904fffcc94edc6a8612eec72414bb4455a3f
 from loca_vision.model.state import AdapterState, Strength, refuse_fused, state_of
 from loca_vision.model.target_checks import check_new_name
 from loca_vision.model.traversal import sites, unwrap
@@ -51,9 +60,9 @@ def set_adapters(
     activate(unwrap(model), record, dict(zip(names, strengths, strict=True)), enabled=True)
 
 
-def _strengths(names: list[str], weights: float | Sequence[float] | Mapping[str, float] | None) -> list[float]:
+def _strengths(names: list[str], weights: Any) -> list[float]:
     """One finite number for each name, in whichever form they came."""
-    if weights is None or isinstance(weights, (int, float)):
+    if weights is None or _is_single(weights):
         weights = [1.0 if weights is None else weights] * len(names)
     if isinstance(weights, Mapping):
         if set(weights) != set(names):
@@ -61,10 +70,14 @@ def _strengths(names: list[str], weights: float | Sequence[float] | Mapping[str,
         weights = [weights[name] for name in names]
     if len(weights) != len(names):
         raise ValueError(f"weights={list(weights)!r}: {len(weights)} weights for {len(names)} adapters")
-    for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise ValueError(f"weights={list(weights)!r}: a weight is a finite number")
-    return list(map(float, weights))
+    numbers = [as_number(weight) for weight in weights]
+    if None in numbers:
+        raise ValueError(f"weights={list(weights)!r}: a weight is a finite number")
+    return numbers  # type: ignore[return-value]
+
+
+def _is_single(weights: Any) -> bool:
+    return isinstance(weights, str) or not hasattr(weights, "__len__") or getattr(weights, "shape", None) == ()
 
 
 def active_adapters(model: nn.Module) -> dict[str, Strength]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Mapping
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
 
+from loca_vision.checks import finite_number
 from loca_vision.layers.call_settings import CallSettings
 from loca_vision.layers.effective_weight import EffectiveWeight
+from loca_vision.layers.pipeline_call import announce_settings, is_from_another_call, scale_of_the_call
 from loca_vision.model.base_checkpoint import SaveBase
 from loca_vision.model.options import choose, settings_of
 
@@ -38,6 +38,7 @@ def call_settings(model: nn.Module) -> CallSettings:
         model.__dict__[_HOOK] = model.register_forward_pre_hook(hook, with_kwargs=hearing)
         if hasattr(model, "save_pretrained"):
             model.__dict__["save_pretrained"] = SaveBase(model)
+        announce_settings()
     return found
 
 
@@ -78,24 +79,26 @@ def read_strength(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, An
         settings = named.get(name)
         if settings is not None and "scale" in settings:
             strength = scale_in(settings)
+            if not torch.compiler.is_compiling() and is_from_another_call(settings):
+                strength = None
             if not hasattr(model, "peft_config"):
                 named = named | {name: {key: value for key, value in settings.items() if key != "scale"} or None}
     if strength is None:
-        strength = 1.0 if torch.compiler.is_compiling() else scale_of_the_call_above()
+        strength = 1.0 if torch.compiler.is_compiling() else scale_of_the_call()
     model._modules[_CHILD].set_scale(strength)  # type: ignore[union-attr, operator]
     return inputs, named
 
 
 @_disable_dynamo  # torch.compiler.disable, which would import the compiler here and now
 def hear_strength(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """The same for a model whose `forward` takes no such argument."""
-    model._modules[_CHILD].set_scale(scale_of_the_call_above())  # type: ignore[union-attr, operator]
+    """The same for a model whose `forward` takes no such argument: it acts at the scale of the pipeline call around it."""
+    model._modules[_CHILD].set_scale(scale_of_the_call())  # type: ignore[union-attr, operator]
 
 
 KEYWORDS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
-def scale_in(settings: Any) -> Any:
+def scale_in(settings: Any) -> float | None:
     """The `scale` of keyword arguments for attention, None where they have none.
 
     Raises:
@@ -103,27 +106,10 @@ def scale_in(settings: Any) -> Any:
     """
     if not isinstance(settings, Mapping) or "scale" not in settings:
         return None
-    scale = settings["scale"]
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or scale - scale != 0:
-        raise ValueError(f"scale={scale!r}: the scale of a call is a finite number")
-    return scale
-
-
-def scale_of_the_call_above() -> float:
-    """What the nearest pipeline call on the stack was given, 1.0 where there is none.
-
-    A pipeline passes the number on to its UNet or transformer alone, and nothing leads from a text encoder to the pipelines
-    it is in: the arguments of the call that is under way are the one place where it stands.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name in ("__call__", "encode_prompt"):
-            given = frame.f_locals
-            if hasattr(given.get("self"), "components"):
-                named = [{"scale": given["lora_scale"]}] if given.get("lora_scale") is not None else []
-                scales = [scale_in(settings) for settings in (*named, *map(given.get, KEYWORDS))]
-                found = next((scale for scale in scales if scale is not None), None)
-                if found is not None or frame.f_code.co_name == "__call__":
-                    return 1.0 if found is None else float(found)
-        frame = frame.f_back
-    return 1.0
+    scale, rule = settings["scale"], "the scale of a call is a finite number"
+    if not torch.compiler.is_compiling():
+        return finite_number(scale, "scale", rule)
+    # compiled code takes numbers as symbols, which nothing may be asked that depends on their value but this
+    if isinstance(scale, (bool, str)) or scale is None or (isinstance(scale, (int, float)) and scale - scale != 0):
+        raise ValueError(f"scale={scale!r}: {rule}")
+    return scale  # type: ignore[no-any-return]

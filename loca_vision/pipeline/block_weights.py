@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 from torch import nn
 
+from loca_vision.checks import finite_number
 from loca_vision.model.state import Strength
 
 _SIDES = {"down": "down_blocks", "up": "up_blocks"}
@@ -76,14 +75,3 @@ def _attentions(block: Any, where: str) -> int:
     if attentions is None:
         raise ValueError(f"{where}: that block has no attention")
     return len(attentions)
-
-
-def finite_number(value: Any, where: str) -> float:
-    """The value as a float.
-
-    Raises:
-        ValueError: it is not a finite number; `where` names it.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{where}={value!r}: expected a finite number")
-    return float(value)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loca_vision.checks import finite_number
 from loca_vision.model.activation import changing_active
 from loca_vision.model.atomic import atomic
 from loca_vision.model.merge import Weight, acting_at, stacked, weights, write_weights
 from loca_vision.model.state import Fused, Strength, state_of
-from loca_vision.pipeline.block_weights import finite_number
 from loca_vision.pipeline.components import adapted_in, check_names, components_to_change
 
 _LOG = logging.getLogger(__name__)

@@ -16,12 +16,20 @@ from loca_vision.formats.sources import Opened, Request, opened, with_descriptio
 from loca_vision.layers.targets import Target, find_targets
 from loca_vision.methods.update import Update
 from loca_vision.model.activation import activate
+<<<<<<< HEAD
 from loca_vision.model.atomic import atomic
+=======
+from loca_vision.model.call_scale import takes_attention_kwargs
+>>>>>>> e4a8904fffcc94edc6a8612eec72414bb4455a3f
 from loca_vision.model.inject import attach
 from loca_vision.model.options import settings_of
 from loca_vision.model.state import Adapter
 from loca_vision.model.target_checks import check_new_name
+<<<<<<< HEAD
 from loca_vision.offload import stored_at
+=======
+from loca_vision.pipeline.call_entry import tell_scale
+>>>>>>> e4a8904fffcc94edc6a8612eec72414bb4455a3f
 from loca_vision.pipeline.components import adapted_in, models_in, names_in
 from loca_vision.pipeline.hot_swap import check_swap, swap, written_by_swap
 
@@ -47,6 +55,8 @@ def load(
                 made[component] = prepared(model, part, found[component], part_of(tensors, key), room, learn=False)
                 if hotswap:
                     check_swap(model, name, made[component][1])
+    if not all(takes_attention_kwargs(model) for model, _, _ in assigned.values()):
+        tell_scale(type(pipe))  # the class is wrapped already, unless nothing is registered
     if hotswap:
         _swap_all(pipe, name, made)
     else:

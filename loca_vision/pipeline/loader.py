@@ -17,6 +17,7 @@ from loca_vision.model.options import choose
 from loca_vision.model.remove import remove
 from loca_vision.model.state import refuse_fused
 from loca_vision.pipeline.activation import activate_adapters
+from loca_vision.pipeline.call_entry import tell_scale
 from loca_vision.pipeline.components import active_in, adapted_in, check_names, fused_in, models_in
 from loca_vision.pipeline.fuse import fuse_components, unfuse, unfuse_components
 from loca_vision.pipeline.load import load
@@ -31,6 +32,10 @@ class LoCALoaderMixin:
     """
 
     components: dict[str, Any]
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        tell_scale(cls, alone=True)
 
     def load_loca_weights(
         self,

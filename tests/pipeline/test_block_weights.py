@@ -245,7 +245,7 @@ WRONG: dict[str, tuple[Weights, str]] = {
     "NaN": (math.nan, "=nan: expected a finite number"),
     "infinity": (-math.inf, "=-inf: expected a finite number"),
     "a complex number": (1j, "expected a finite number"),
-    "a tensor": (torch.tensor(0.5), "expected a finite number"),
+    "a tensor of several": (torch.tensor([0.5, 0.5]), "expected a finite number"),
     "two for one": ([0.5, 0.5], "2 weights for 1 adapters"),
     "none for one": ([], "0 weights for 1 adapters"),
     "an unknown component": ({"transformer": 1.0}, "adapter 'a' is not in 'transformer'; it is in "),

@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from loca_vision.checks import is_finite
 from loca_vision.functional.dct import dct2
 
 BudgetRule = Literal["count", "threshold", "ratio", "energy"]
@@ -44,7 +45,7 @@ class Budget:
     def __post_init__(self) -> None:
         if self.kind not in get_args(BudgetRule):
             raise ValueError(f"kind={self.kind!r}: the choices are {', '.join(get_args(BudgetRule))}")
-        if isinstance(self.amount, bool) or not isinstance(self.amount, (int, float)) or not math.isfinite(self.amount):
+        if not is_finite(self.amount):
             raise ValueError(f"{self.kind}={self.amount!r}: it is a finite number")
         if self.kind == "count" and (self.amount < 1 or self.amount != int(self.amount)):
             raise ValueError(f"count={self.amount!r}: a count is a whole number from 1 up")

@@ -111,7 +111,7 @@ def test_unregister_takes_every_name_away_and_register_brings_it_back() -> None:
     try:
         for _ in range(2):
             loca.unregister()
-            gone = set(there) - set(vars(DiffusionPipeline))
+            gone = set(there) - set(vars(DiffusionPipeline)) - {"__init_subclass__"}  # which comes with the first adapter
             assert gone == set(loader.METHODS) | set(loader.PROPERTIES) >= {*METHODS, *PROPERTIES}
             assert not any(hasattr(StableDiffusionPipeline, name) for name in gone)
             assert not any("loca" in name for name in dir(StableDiffusionPipeline) if "local" not in name)

@@ -1,0 +1,91 @@
+"""The pipeline call that is under way in this thread or task, and its scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, eq=False)
+class PipelineCall:
+    """One call of a pipeline; identities, not objects, so that nothing is kept alive by what remembers a call.
+
+    Args:
+        pipe: the identity of the pipeline.
+        scale: how strongly all its adapters act.
+        mappings: the identities of the keyword arguments for attention that the caller gave.
+    """
+
+    pipe: int
+    scale: float = 1.0
+    mappings: frozenset[int] = frozenset()
+
+
+_CURRENT: ContextVar[PipelineCall | None] = ContextVar("loca_pipeline_call", default=None)
+_UNDER_WAY: set[PipelineCall] = set()  # in all threads
+
+
+def current_call() -> PipelineCall | None:
+    """The innermost call that is under way here."""
+    return _CURRENT.get()
+
+
+def scale_of_the_call() -> float:
+    """Its scale, 1.0 where no pipeline is being called."""
+    call = _CURRENT.get()
+    return 1.0 if call is None else call.scale
+
+
+@contextmanager
+def under_way(call: PipelineCall) -> Iterator[None]:
+    """Inside, this call is the current one."""
+    token = _CURRENT.set(call)
+    _UNDER_WAY.add(call)
+    try:
+        yield
+    finally:
+        _UNDER_WAY.discard(call)
+        _CURRENT.reset(token)
+
+
+def is_from_another_call(mapping: object) -> bool:
+    """Whether keyword arguments were given to the call of another thread, and not to the one under way here.
+
+    diffusers keeps them on the pipeline, where a second thread that calls the same pipeline replaces them.
+    """
+    mine = _CURRENT.get()
+    if mine is None or id(mapping) in mine.mappings:
+        return False
+    return any(id(mapping) in call.mappings for call in tuple(_UNDER_WAY))
+
+
+def other_calls_of(pipe: int) -> Collection[PipelineCall]:
+    """The other calls of the same pipeline that are under way."""
+    return [call for call in tuple(_UNDER_WAY) if call.pipe == pipe and call is not _CURRENT.get()]
+
+
+_LISTENERS: list[Callable[[], None]] = []
+_announced = False
+
+
+def announce_settings() -> None:
+    """A model has call settings, so that the scale of pipeline calls matters from now on: tell those who asked."""
+    global _announced
+    _announced = True
+    for listener in tuple(_LISTENERS):
+        listener()
+
+
+def listen(listener: Callable[[], None]) -> None:
+    """Call it whenever a model gets call settings, and at once where one has any."""
+    if listener not in _LISTENERS:
+        _LISTENERS.append(listener)
+    if _announced:
+        listener()
+
+
+def stop_listening(listener: Callable[[], None]) -> None:
+    if listener in _LISTENERS:
+        _LISTENERS.remove(listener)

@@ -1,0 +1,127 @@
+"""Pipeline classes whose calls tell their scale to every component, text encoders too.
+
+A pipeline passes `cross_attention_kwargs={"scale": s}` on to its UNet or transformer alone, and nothing leads from a text
+encoder to the pipelines it is in: `__call__` and `encode_prompt` are wrapped, and set a context variable that adapted models
+read.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import wraps
+from types import FunctionType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from loca_vision.checks import as_number
+from loca_vision.layers.pipeline_call import PipelineCall, current_call, other_calls_of, under_way
+from loca_vision.model.call_scale import KEYWORDS, scale_in
+from loca_vision.pipeline.components import adapted_in
+
+ENTRIES = ("__call__", "encode_prompt")
+_Entry = Callable[..., Any]
+_WRAPPED: WeakKeyDictionary[_Entry, tuple[_Entry, bool]] = WeakKeyDictionary()  # what each wraps, and if its class defined that
+
+
+def tell_scale(cls: type, *, alone: bool = False) -> None:
+    """Wrap the entries of a pipeline class.
+
+    Args:
+        alone: also those it inherits wrapped, for a class that is to tell its scale whatever becomes of its bases.
+    """
+    for name in ENTRIES:
+        entry = inspect.getattr_static(cls, name, None)
+        own = name in vars(cls)
+        if isinstance(entry, FunctionType) and (entry not in _WRAPPED or (alone and not own)):
+            original = _WRAPPED[entry][0] if entry in _WRAPPED else entry
+            wrapper = _telling(original)
+            _WRAPPED[wrapper] = original, own
+            setattr(cls, name, wrapper)
+
+
+def tell_no_scale(cls: type) -> None:
+    """Undo what `tell_scale` did to this class; what others have put in its place since stays."""
+    for name in ENTRIES:
+        entry = vars(cls).get(name)
+        if isinstance(entry, FunctionType) and entry in _WRAPPED:
+            original, own = _WRAPPED[entry]
+            if own:
+                setattr(cls, name, original)
+            else:
+                delattr(cls, name)
+
+
+def with_subclasses(cls: type) -> Iterator[type]:
+    """The class and all below it."""
+    yield cls
+    below: type
+    for below in type.__subclasses__(cls):
+        yield from with_subclasses(below)
+
+
+def _telling(entry: _Entry) -> _Entry:
+    """`entry`, as a part of a call that has a scale."""
+    signature = inspect.signature(entry)
+
+    @wraps(entry)
+    def telling(self: Any, *inputs: Any, **named: Any) -> Any:
+        named |= {name: _plain(named[name]) for name in KEYWORDS if name in named}
+        try:
+            arguments = signature.bind_partial(self, *inputs, **named).arguments
+        except TypeError:
+            return entry(self, *inputs, **named)  # which says what is wrong with them
+        nested = inspect.getattr_static(type(self), "__call__", None) is not telling  # `super().__call__`, or `encode_prompt`
+        with under_way(_call_of(self, _flat(arguments), nested=nested)):
+            return entry(self, *inputs, **named)
+
+    inner = getattr(entry, "__wrapped__", None)
+    if inner is not None:  # the way round `torch.no_grad` of those who want gradients has a scale too
+        telling.__wrapped__ = _telling(inner)
+    return telling
+
+
+def _call_of(pipe: Any, arguments: Mapping[str, Any], *, nested: bool) -> PipelineCall:
+    """The call that begins with these arguments, or the one it is a part of.
+
+    Raises:
+        ValueError: its scale is no finite number, and the pipeline has adapters.
+    """
+    around = current_call()
+    mappings = [value for value in map(arguments.get, KEYWORDS) if isinstance(value, Mapping)]
+    here = frozenset(map(id, mappings))
+    scale = _scale_given(pipe, mappings, arguments.get("lora_scale"))
+    if nested and around is not None and around.pipe == id(pipe) and (scale is None or _is_mixed_up(around, scale)):
+        return replace(around, mappings=around.mappings | here)
+    return PipelineCall(id(pipe), 1.0 if scale is None else scale, here)
+
+
+def _scale_given(pipe: Any, mappings: list[Mapping[str, Any]], lora_scale: Any) -> float | None:
+    named = [] if lora_scale is None else [{"scale": lora_scale}]
+    try:
+        return next((scale for scale in map(scale_in, [*named, *mappings]) if scale is not None), None)
+    except ValueError:
+        if adapted_in(pipe):
+            raise
+        return None  # diffusers' own matter
+
+
+def _is_mixed_up(call: PipelineCall, scale: float) -> bool:
+    """Whether this scale came from another thread's call of the same pipeline, on which diffusers keeps what it was given."""
+    return scale != call.scale and any(scale == other.scale for other in other_calls_of(call.pipe))
+
+
+def _plain(settings: Any) -> Any:
+    """With the scale as an ordinary number, for compiled code."""
+    if not isinstance(settings, Mapping) or type(settings.get("scale")) in (int, float, type(None)):
+        return settings
+    number = as_number(settings["scale"])
+    return settings if number is None else {**settings, "scale": number}
+
+
+def _flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """With what is in `**kwargs`, and in the state of a modular pipeline."""
+    state = getattr(arguments.get("state"), "values", None)
+    more = arguments.get("kwargs")
+    return {**(state if isinstance(state, Mapping) else {}), **(more if isinstance(more, Mapping) else {}), **arguments}
