@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
@@ -154,15 +154,6 @@ class SeLoRAConfig(AdapterConfig):
         variance = self.r / (3 * _energy(update.down_cells, (self.r, cols), self.basis))
         nn.init.normal_(update.down_coefficients, std=math.sqrt(variance), generator=generator)
         start_magnitude(update, projection)
-
-    def new_updates(self, projections: Sequence[Projection]) -> list[Update]:
-        updates = super().new_updates(projections)
-        shared: dict[str, Tensor] = {}
-        for update in updates:
-            assert isinstance(update, SpectralLowRank)
-            update.up_cells = shared.setdefault(_key(update.shape[0], self.r), update.up_cells)
-            update.down_cells = shared.setdefault(_key(self.r, update.shape[1]), update.down_cells)
-        return updates
 
     def _cells(self, shape: tuple[int, int], count: int) -> Tensor:
         return distinct(count, shape[0] * shape[1], generator_of(self.seed, _key(*shape)))

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-=======
-from collections.abc import Mapping, Sequence
->>>>>>> e4a8904fffcc94edc6a8612eec72414bb4455a3f
 from typing import Any
 
 from torch import nn
 
-<<<<<<< HEAD
+from loca_vision.checks import as_number
 from loca_vision.model.activation import activate, trainable_updates
 from loca_vision.model.atomic import atomic
-=======
-from loca_vision.checks import as_number
-from loca_vision.model.activation import activate
->>>>>>> e4a8904fffcc94edc6a8612eec72414bb4455a3f
 from loca_vision.model.state import AdapterState, Strength, refuse_fused, state_of
 from loca_vision.model.target_checks import check_new_name
 from loca_vision.model.traversal import sites, unwrap

@@ -1,9 +1,13 @@
-"""A `save_pretrained` that writes the base model without adapters."""
+"""`save_pretrained` of a model with adapters: what is learned is in the folder it writes, and the stock class loads it."""
 
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,10 +15,38 @@ from torch import nn
 from loca_vision.layers.targets import canonical
 from loca_vision.model.conv_in import WEIGHT, conv_in_of_the_base
 from loca_vision.model.state import state_of
+from loca_vision.model.traversal import learns
+
+Write = Callable[[Path], None]  # the files of a model's adapters, into a folder
+_ATTRIBUTE = "save_pretrained"
+_prepare: list[Callable[[nn.Module], Write]] = []
 
 
-class SaveBase:
-    """`save_pretrained` of a model with adapters: the file has the keys of the base, and the stock class loads it."""
+def written_by(prepare: Callable[[nn.Module], Write]) -> Callable[[nn.Module], Write]:
+    """A decorator of the function, in the room of file formats above this one, that makes the files of a model's adapters."""
+    _prepare[:] = [prepare]
+    return prepare
+
+
+def keep_adapters_when_saved(model: nn.Module) -> None:
+    """Let the model's `save_pretrained`, if it has one, be `SavePretrained` from now on."""
+    if hasattr(model, _ATTRIBUTE) and _ATTRIBUTE not in model.__dict__:
+        model.__dict__[_ATTRIBUTE] = SavePretrained(model)
+
+
+def save_as_before(model: nn.Module) -> None:
+    """Undo what `keep_adapters_when_saved` did."""
+    if isinstance(model.__dict__.get(_ATTRIBUTE), SavePretrained):
+        del model.__dict__[_ATTRIBUTE]
+
+
+class SavePretrained:
+    """`save_pretrained` of a model with adapters.
+
+    The adapters' files lie beside the model's, so that `load_adapter(model, folder)` completes what `from_pretrained(folder)`
+    gives. The model's file has the keys of the base. Only for a model of transformers whose adapter learns does it have all
+    keys of `state_dict()`, under the names they have there: transformers' Trainer loads its checkpoints from it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)  # which has this as an attribute: no circle that would keep its memory
@@ -24,12 +56,16 @@ class SaveBase:
         return inspect.signature(self._stock())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        hook = self.model._register_state_dict_hook(without_adapters)  # type: ignore[no-untyped-call]
-        try:
-            with conv_in_of_the_base(self.model):
-                return self._stock()(*args, **kwargs)
-        finally:
-            hook.remove()
+        call = inspect.signature(self._stock()).bind(*args, **kwargs)
+        given = call.arguments | call.arguments.get("kwargs", {})
+        write = _prepare[0](self.model)  # which checks every value before anything is written
+        call.arguments |= {"push_to_hub": False} if given.get("push_to_hub") else {}
+        result = self._write_model(call)
+        if given.get("is_main_process", True):
+            write(Path(given["save_directory"]))
+            if given.get("push_to_hub"):
+                return self._push(given)
+        return result
 
     @property
     def model(self) -> nn.Module:
@@ -37,15 +73,44 @@ class SaveBase:
         assert model is not None
         return model
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SaveBase:
-        return SaveBase(memo.get(id(self.model), self.model))  # the copy of the model, which copies its attributes now
+    def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
+        return SavePretrained(memo.get(id(self.model), self.model))  # the copy of the model, which copies its attributes now
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SaveBase, (self.model,)
+        return SavePretrained, (self.model,)
 
     def _stock(self) -> Any:
         cls: Any = type(self.model)
         return cls.save_pretrained.__get__(self.model)
+
+    def _write_model(self, call: inspect.BoundArguments) -> Any:
+        if _is_of_transformers(self.model) and learns(self.model):
+            if "save_original_format" in call.signature.parameters:
+                call.arguments.setdefault("save_original_format", False)  # whose names are not those of `state_dict()`
+            return self._stock()(*call.args, **call.kwargs)
+        with _keys_of_the_base(self.model), conv_in_of_the_base(self.model):
+            return self._stock()(*call.args, **call.kwargs)
+
+    def _push(self, given: dict[str, Any]) -> Any:
+        """Both libraries upload before they return from `save_pretrained`, when the adapters' files are not there yet."""
+        push: Any = self.model.push_to_hub
+        known = inspect.signature(push).parameters.keys() - {"repo_id"}
+        return push(given.get("repo_id", Path(given["save_directory"]).name), **{k: given[k] for k in known & given.keys()})
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    module = sys.modules.get("transformers.modeling_utils")  # not imported: there is no model of it
+    return module is not None and isinstance(model, module.PreTrainedModel)
+
+
+@contextmanager
+def _keys_of_the_base(model: nn.Module) -> Iterator[None]:
+    """Inside, `state_dict()` of the model is without adapters."""
+    hook = model._register_state_dict_hook(without_adapters)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def without_adapters(model: nn.Module, state: dict[str, Any], prefix: str, local: Any) -> None:

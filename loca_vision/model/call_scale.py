@@ -14,7 +14,6 @@ from loca_vision.checks import finite_number
 from loca_vision.layers.call_settings import CallSettings
 from loca_vision.layers.effective_weight import EffectiveWeight
 from loca_vision.layers.pipeline_call import announce_settings, is_from_another_call, scale_of_the_call
-from loca_vision.model.base_checkpoint import SaveBase
 from loca_vision.model.options import choose, settings_of
 
 _CHILD = "loca_call_settings"
@@ -36,8 +35,6 @@ def call_settings(model: nn.Module) -> CallSettings:
         hearing = takes_attention_kwargs(model)
         hook = read_strength if hearing else hear_strength
         model.__dict__[_HOOK] = model.register_forward_pre_hook(hook, with_kwargs=hearing)
-        if hasattr(model, "save_pretrained"):
-            model.__dict__["save_pretrained"] = SaveBase(model)
         announce_settings()
     return found
 
@@ -48,8 +45,6 @@ def forget_call_settings(model: nn.Module) -> None:
     hook = model.__dict__.pop(_HOOK, None)
     if hook is not None:
         hook.remove()
-    if isinstance(model.__dict__.get("save_pretrained"), SaveBase):
-        del model.__dict__["save_pretrained"]
 
 
 def set_low_memory(model: nn.Module, enabled: bool) -> None:

@@ -16,6 +16,7 @@ from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.methods.update import Update
 from loca_vision.model.activation import strengthen
 from loca_vision.model.atomic import atomic
+from loca_vision.model.base_checkpoint import keep_adapters_when_saved
 from loca_vision.model.call_scale import call_settings
 from loca_vision.model.conv_in import fit_conv_in
 from loca_vision.model.heads import classifier, say_what_froze
@@ -108,6 +109,7 @@ def attach(
     brought = {key: value for key, value in adapter.modules_to_save.items() if value is not held_at(model, key)}
     with atomic(model, [stored_at(model, key) for key in brought]):
         record = start_record(model)
+        keep_adapters_when_saved(model)
         adopt(model, record)
         if freeze:
             _freeze(model, record, adapter, learn)

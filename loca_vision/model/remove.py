@@ -10,6 +10,7 @@ from loca_vision.layers.adapted_linear import AdaptedLayer, restore
 from loca_vision.model.activation import activate
 from loca_vision.model.adapters import _known, _record
 from loca_vision.model.atomic import atomic
+from loca_vision.model.base_checkpoint import save_as_before
 from loca_vision.model.call_scale import forget_call_settings
 from loca_vision.model.conv_in import WEIGHT, fit_conv_in
 from loca_vision.model.merge import acting_at, weights, write_weights
@@ -57,6 +58,7 @@ def _take_out(model: nn.Module, record: AdapterState, names: list[str]) -> None:
         restore_first(model, record)
         end_record(model)
         forget_call_settings(model)
+        save_as_before(model)
 
 
 def release(host: AdaptedLayer | AdaptedAttention) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +12,10 @@ from torch.utils.hooks import RemovableHandle
 
 from loca_vision.layers.targets import canonical
 from loca_vision.methods.adapter_config import AdapterConfig
-from loca_vision.model.traversal import all_updates, unwrap
+from loca_vision.model.traversal import all_updates, learns, unwrap
 
 _ATTRIBUTE = "_loca_record"
+_LOG = logging.getLogger(__name__)
 
 
 Strength = float | Mapping[str, float]  # of an adapter: one number, or one for each of its projections
@@ -107,10 +109,18 @@ def start_record(model: nn.Module) -> AdapterState:
 
 
 def _allow_the_base(model: nn.Module, keys: Any) -> None:
-    """A state dict of the base, without a tensor of any adapter, is complete; half an adapter is not."""
+    """A state dict of the base, without a tensor of any adapter, is complete; half an adapter, or another one, is not."""
     own = [key for key in keys.missing_keys if ".loca." in f".{key}"]
+    if not own or any(".loca." in f".{key}" for key in keys.unexpected_keys):
+        return
     if len(own) == sum(len(update.state_dict()) for update in all_updates(model)):
         keys.missing_keys[:] = [key for key in keys.missing_keys if key not in own]
+        if learns(model):
+            _LOG.warning(
+                "the state dict has no tensor of an adapter: the updates in this %s keep the values they have; to have those "
+                "of a file, call remove and load_adapter",
+                type(model).__name__,
+            )
 
 
 def end_record(model: nn.Module) -> None:

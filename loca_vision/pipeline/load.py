@@ -16,20 +16,14 @@ from loca_vision.formats.sources import Opened, Request, opened, with_descriptio
 from loca_vision.layers.targets import Target, find_targets
 from loca_vision.methods.update import Update
 from loca_vision.model.activation import activate
-<<<<<<< HEAD
 from loca_vision.model.atomic import atomic
-=======
 from loca_vision.model.call_scale import takes_attention_kwargs
->>>>>>> e4a8904fffcc94edc6a8612eec72414bb4455a3f
 from loca_vision.model.inject import attach
 from loca_vision.model.options import settings_of
 from loca_vision.model.state import Adapter
 from loca_vision.model.target_checks import check_new_name
-<<<<<<< HEAD
 from loca_vision.offload import stored_at
-=======
 from loca_vision.pipeline.call_entry import tell_scale
->>>>>>> e4a8904fffcc94edc6a8612eec72414bb4455a3f
 from loca_vision.pipeline.components import adapted_in, models_in, names_in
 from loca_vision.pipeline.hot_swap import check_swap, swap, written_by_swap
 

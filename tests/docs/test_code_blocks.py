@@ -51,6 +51,7 @@ SHORT_SCRIPTS = {
     "toy_regression.py": "--seeds 1 --steps 20",
     "scales.py": "--base_steps 2 --steps 2 --n_components 20 --batch_size 4",
     "your_own_update.py": "",
+    "hf_trainer.py": "--images 32 --epochs 2 --n_components 20",
     "benchmarks/tables.py": "",
     "benchmarks/training_step.py": "--model test_vit --batch_size 2 --n_components 50 --rank 4 --rounds 1 --threads 1",
     "image_classification/train.py": "--model test_vit --weights none --image_size 160 --epochs 1 --batch_size 2",

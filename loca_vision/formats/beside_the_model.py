@@ -1,0 +1,41 @@
+"""The adapter files that `save_pretrained` of a model with adapters writes beside the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from torch import nn
+
+from loca_vision.formats.adapter_file import FILE_NAME, check_values
+from loca_vision.formats.save_load import contents, write_adapter
+from loca_vision.model.base_checkpoint import written_by
+from loca_vision.model.state import state_of
+from loca_vision.model.traversal import unwrap
+
+
+@written_by
+def prepare(model: nn.Module) -> Callable[[Path], None]:
+    """Check every adapter that is not fused into the weights, and return what writes their files into a folder.
+
+    The only adapter, or the one named "default", is in the folder itself, others are in folders of their names.
+
+    Raises:
+        ValueError: a value no file may hold.
+    """
+    record = state_of(model)
+    names = [name for name in record.adapters if name not in record.fused.adapters] if record is not None else []
+    files = {name: contents(unwrap(model), name) for name in names}
+    for about, tensors in files.values():
+        check_values(tensors, about)
+
+    def write(folder: Path) -> None:
+        for name, (about, tensors) in files.items():
+            write_adapter(folder / place(name, names), about, tensors)
+
+    return write
+
+
+def place(name: str, names: Collection[str]) -> Path:
+    """Of an adapter's file, in the folder of a model that has adapters of these names."""
+    return Path(FILE_NAME) if name == "default" or len(names) == 1 else Path(name, FILE_NAME)
