@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +34,17 @@ def atomic(model: nn.Module, writes: Iterable[Tensor] = ()) -> Iterator[None]:
     except BaseException:
         before.restore()
         raise
+
+
+@contextmanager
+def atomic_all(
+    models: Iterable[nn.Module], writes: Callable[[nn.Module], Iterable[Tensor]] = lambda model: ()
+) -> Iterator[None]:
+    """`atomic` for several models at once: if one of them fails, all are as they were."""
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(atomic(model, writes(model)))
+        yield
 
 
 class _Before:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from loca_vision.model.activation import activate
 from loca_vision.model.adapters import adapters
-from loca_vision.model.state import Strength, refuse_fused
+from loca_vision.model.state import AdapterState, Strength, refuse_fused
 from loca_vision.pipeline.block_weights import block_strengths
 from loca_vision.pipeline.components import adapted_in, check_names
 
@@ -30,8 +30,23 @@ def activate_adapters(pipe: Any, names: str | Sequence[str], weights: Any) -> No
             for name, weight in zip(names, weights, strict=True)
             if name in record.adapters
         }
-    for component, (model, record) in adapted_in(pipe).items():
-        activate(model, record, strengths[component], enabled=True)
+    activate_all(pipe, lambda component, record: strengths[component], enabled=True)
+
+
+def activate_all(pipe: Any, active: Callable[[str, AdapterState], dict[str, Strength]], *, enabled: bool) -> None:
+    """Change what acts in every component, or, if one fails, in none.
+
+    Args:
+        active: the strengths in a component.
+    """
+    before = [(model, record, record.active, record.enabled) for model, record in adapted_in(pipe).values()]
+    try:
+        for component, (model, record) in adapted_in(pipe).items():
+            activate(model, record, active(component, record), enabled=enabled)
+    except BaseException:
+        for model, record, was_active, was_enabled in before:
+            activate(model, record, was_active, enabled=was_enabled)
+        raise
 
 
 def _check_components(pipe: Any, name: str, weight: Any) -> None:

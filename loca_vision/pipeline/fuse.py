@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from loca_vision.checks import finite_number
 from loca_vision.model.activation import changing_active
-from loca_vision.model.atomic import atomic
+from loca_vision.model.atomic import atomic, atomic_all
 from loca_vision.model.merge import Weight, acting_at, stacked, weights, write_weights
 from loca_vision.model.state import Fused, Strength, state_of
 from loca_vision.pipeline.components import adapted_in, check_names, components_to_change
@@ -37,19 +36,19 @@ def fuse_components(
         wanted[component] = {name: _times(record.active.get(name, 1.0), factor) for name in new}
     if not any(wanted.values()) and not any(record.fused.adapters for _, record in states.values()):
         raise ValueError("no adapter is active, so there is nothing to fuse; call set_loca_adapters first")
-    with ExitStack() as stack:
-        for component, (model, _) in states.items():
-            stack.enter_context(atomic(model, _written(model) if wanted[component] else []))
-        for component, (model, _) in states.items():
-            if wanted[component]:
-                fuse(model, wanted[component], check=check)
+    changing = [(model, wanted[component]) for component, (model, _) in states.items() if wanted[component]]
+    with atomic_all((model for model, _ in changing), written):
+        for model, strengths in changing:
+            fuse(model, strengths, check=check)
 
 
 def unfuse_components(pipe: Any, components: Sequence[str] | None) -> None:
     """As `LoCALoaderMixin.unfuse_loca`."""
     states = components_to_change(pipe, components) if components is not None else adapted_in(pipe)
-    for model, _ in states.values():
-        unfuse(model)
+    changing = [model for model, record in states.values() if record.fused.adapters]
+    with atomic_all(changing, written):
+        for model in changing:
+            unfuse(model)
 
 
 def _times(strength: Strength, factor: float) -> Strength:
@@ -70,7 +69,7 @@ def fuse(model: nn.Module, strengths: Mapping[str, Strength], *, check: bool = F
     record = state_of(model)
     assert record is not None
     before = record.fused.adapters
-    with atomic(model, _written(model)):
+    with atomic(model, written(model)):
         unfuse(model)
         originals = {w.path: w.tensor.detach().to("cpu", copy=True) for w in weights(model) if not w.stack}
         write_weights(model, {**strengths, **before}, check=check)
@@ -79,8 +78,8 @@ def fuse(model: nn.Module, strengths: Mapping[str, Strength], *, check: bool = F
             record.fused = Fused({**strengths, **before}, originals, marks)
 
 
-def _written(model: nn.Module) -> list[Tensor]:
-    """The weights that fusing writes.
+def written(model: nn.Module) -> list[Tensor]:
+    """The weights that fusing and unfusing write.
 
     Raises:
         ValueError: one of them is quantised or cannot be written for another reason.
@@ -98,7 +97,7 @@ def unfuse(model: nn.Module) -> None:
     record = state_of(model)
     if record is None or not record.fused.adapters:
         return
-    with atomic(model, _written(model)):
+    with atomic(model, written(model)):
         with acting_at(model, record.fused.adapters):
             changed = [w.path for w in weights(model) if not w.stack and not _restore(w, record.fused)]
         for weight in weights(model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,7 @@ from loca_vision.formats.sources import Opened, Request, opened, with_descriptio
 from loca_vision.layers.targets import Target, find_targets
 from loca_vision.methods.update import Update
 from loca_vision.model.activation import activate
-from loca_vision.model.atomic import atomic
+from loca_vision.model.atomic import atomic_all
 from loca_vision.model.call_scale import takes_attention_kwargs
 from loca_vision.model.inject import attach
 from loca_vision.model.options import settings_of
@@ -113,9 +113,7 @@ def _name_to_load(pipe: Any, name: str | None, hotswap: bool, components: Collec
 def _swap_all(pipe: Any, name: str, made: Mapping[str, tuple[Adapter, list[tuple[Target, Update]]]]) -> None:
     """In all components, or, if one fails, in none. Where the new adapter has nothing, the old one becomes inactive."""
     there = {component: pair for component, pair in adapted_in(pipe).items() if name in pair[1].adapters}
-    with ExitStack() as stack:
-        for model, _ in there.values():
-            stack.enter_context(atomic(model, written_by_swap(model, name)))
+    with atomic_all((model for model, _ in there.values()), lambda model: written_by_swap(model, name)):
         for component, (model, record) in there.items():
             swap(model, name, *made.get(component, (Adapter(record.adapters[name].config), [])))
 
@@ -124,9 +122,7 @@ def _attach_all(pipe: Any, name: str, made: Mapping[str, tuple[nn.Module, Any, A
     """Into all components, or, if one fails, into none."""
     brought = {model: adapter.modules_to_save for model, adapter, _ in made.values()}
     others = [model for model, _ in adapted_in(pipe).values() if model not in brought]
-    with ExitStack() as stack:
-        for model in (*brought, *others):
-            stack.enter_context(atomic(model, [stored_at(model, key) for key in brought.get(model, ())]))
+    with atomic_all((*brought, *others), lambda model: [stored_at(model, key) for key in brought.get(model, ())]):
         for model, adapter, placed in made.values():
             attach(model, name, adapter, placed, freeze=False)
         for model, record in adapted_in(pipe).values():

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 from loca_vision.formats.sources import Request
-from loca_vision.model.activation import activate
 from loca_vision.model.adapters import adapters
+from loca_vision.model.atomic import atomic_all
 from loca_vision.model.call_scale import set_low_memory
 from loca_vision.model.options import choose
 from loca_vision.model.remove import remove
 from loca_vision.model.state import refuse_fused
-from loca_vision.pipeline.activation import activate_adapters
+from loca_vision.pipeline.activation import activate_adapters, activate_all
 from loca_vision.pipeline.call_entry import tell_scale
 from loca_vision.pipeline.components import active_in, adapted_in, check_names, fused_in, models_in
-from loca_vision.pipeline.fuse import fuse_components, unfuse, unfuse_components
+from loca_vision.pipeline.fuse import fuse_components, unfuse, unfuse_components, written
 from loca_vision.pipeline.load import load
 from loca_vision.pipeline.save import save_pipeline_adapter
 
@@ -104,9 +104,12 @@ class LoCALoaderMixin:
 
     def unload_loca_weights(self) -> None:
         """Take all adapters out, fused ones too: the pipeline is as it was before the first, bit for bit."""
-        for model, _ in adapted_in(self).values():
-            unfuse(model)
-            remove(model)
+        records = dict(adapted_in(self).values())
+        fused = {model: written(model) for model, record in records.items() if record.fused.adapters}
+        with atomic_all(records, lambda model: [*records[model].first.values(), *fused.get(model, ())]):
+            for model in records:
+                unfuse(model)
+                remove(model)
 
     def delete_loca_adapters(self, names: str | Sequence[str]) -> None:
         """Take these adapters out of all components.
@@ -117,9 +120,11 @@ class LoCALoaderMixin:
         names = check_names(self, names)
         for _, record in adapted_in(self).values():
             refuse_fused(record, names)
-        for model, record in adapted_in(self).values():
-            for name in [name for name in names if name in record.adapters]:
-                remove(model, name)
+        records = dict(adapted_in(self).values())
+        with atomic_all(records, lambda model: records[model].first.values()):
+            for model, record in records.items():
+                for name in [name for name in names if name in record.adapters]:
+                    remove(model, name)
 
     def set_loca_adapters(self, names: str | Sequence[str], weights: Any = None) -> None:
         """Let these adapters act, and no others; adapters that were disabled act again. An empty list: the base model.
@@ -152,13 +157,11 @@ class LoCALoaderMixin:
         """
         for _, record in adapted_in(self).values():
             refuse_fused(record, record.fused.adapters)
-        for model, record in adapted_in(self).values():
-            activate(model, record, record.active, enabled=False)
+        activate_all(self, lambda component, record: record.active, enabled=False)
 
     def enable_loca(self) -> None:
         """Let the active adapters act again."""
-        for model, record in adapted_in(self).values():
-            activate(model, record, record.active, enabled=True)
+        activate_all(self, lambda component, record: record.active, enabled=True)
 
     def set_loca_device(self, names: str | Sequence[str], device: torch.device | str | int) -> None:
         """Move the spectra of these adapters; wherever they are, they go on working.
@@ -168,11 +171,16 @@ class LoCALoaderMixin:
             RuntimeError: no such device.
         """
         names, device = check_names(self, names), torch.device(device)
-        for model, record in adapted_in(self).values():
-            for name in names:
-                if name in record.adapters:
-                    for spectrum in adapters(model, name).values():
-                        spectrum.to(device)
+        present = [(model, name) for model, record in adapted_in(self).values() for name in names if name in record.adapters]
+        updates = [update for model, name in present for update in adapters(model, name).values()]
+        before = [(update, next(iter(update.tensors())).device) for update in updates]
+        try:
+            for update in updates:
+                update.to(device)
+        except BaseException:
+            for update, was_on in before:
+                update.to(was_on)
+            raise
 
     def fuse_loca(
         self,

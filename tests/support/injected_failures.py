@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,12 +41,12 @@ def watching(on_call: Callable[[str], None]) -> Iterator[None]:
         sys.settrace(before)
 
 
-def functions_called(act: Callable[[], Any]) -> list[str]:
-    """Every function of the library that runs, in the order of its first call."""
-    seen: dict[str, None] = {}
-    with watching(lambda name: seen.setdefault(name)):
+def functions_called(act: Callable[[], Any]) -> Counter[str]:
+    """Every function of the library that runs, in the order of its first call, and how often."""
+    seen: Counter[str] = Counter()
+    with watching(lambda name: seen.update([name])):
         act()
-    return list(seen)
+    return seen
 
 
 def fail_in(function: str, act: Callable[[], Any], *, call: int = 1) -> bool:
