@@ -1,0 +1,182 @@
+"""Load thousands of damaged adapter files: each must be refused in one sentence, or load to finite numbers.
+
+A file that is refused must leave the model as it was, bit for bit; so must one that loads, once its adapter is removed. Every
+damage follows from a seed, so that a failure can be repeated.
+
+    python examples/hardening/mutate_files.py --count 10000
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import string
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from loca_vision import LoCAConfig, active_adapters, adapters, inject, load_adapter, remove, save_adapter
+from loca_vision.formats.adapter_file import METADATA_KEY
+
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@dataclass
+class Settings:
+    """Load damaged adapter files into a tiny vision transformer."""
+
+    count: int = 10_000
+    """Files to try."""
+    seed: int = 0
+    """Of the first damage; those of the others follow."""
+
+
+@dataclass
+class Mutation:
+    """One seeded change of a sound file."""
+
+    seed: int
+
+    def __call__(self, good: bytes) -> bytes:
+        self.random = random.Random(self.seed)
+        kind = self.random.choice([self.flip, self.cut, self.splice, self.header, self.header, self.value, self.data])
+        return kind(good)
+
+    def flip(self, raw: bytes) -> bytes:
+        """Invert some bits."""
+        changed = bytearray(raw)
+        for _ in range(self.random.choice([1, 1, 2, 8, 64])):
+            changed[self.random.randrange(len(raw))] ^= 1 << self.random.randrange(8)
+        return bytes(changed)
+
+    def cut(self, raw: bytes) -> bytes:
+        """Keep the beginning or the end."""
+        at = self.random.randrange(len(raw))
+        return raw[:at] if self.random.random() < 0.5 else raw[at:]
+
+    def splice(self, raw: bytes) -> bytes:
+        """Copy some piece of the file to another position, over what is there or between."""
+        start, at = self.random.randrange(len(raw)), self.random.randrange(len(raw))
+        piece = raw[start : start + self.random.choice([1, 4, 8, 80, 1000])]
+        return raw[:at] + piece + raw[at + self.random.choice([0, len(piece)]) :]
+
+    def header(self, raw: bytes) -> bytes:
+        """Edit the text of the header, whose length is then right."""
+        text, data = split(raw)
+        edited = text.decode()
+        for _ in range(self.random.choice([1, 1, 2, 5])):
+            at = self.random.randrange(len(edited))
+            new = self.random.choice([*string.printable, "", "0", "-1", "1e9", "NaN", "null", "{}", "[]", "\\u0000", "é", '"'])
+            edited = edited[:at] + new + edited[at + self.random.choice([0, 1, 1, 5]) :]
+        return join(edited.encode(), data)
+
+    def value(self, raw: bytes) -> bytes:
+        """Exchange one value in the metadata, at any depth, for another."""
+        others = [0, -1, 1, 2**31, 10**30, 0.5, "", "q", "../x", True, None, [], {}, [[]], {"": 0}, [48, 48], [1] * 99]
+        text, data = split(raw)
+        header = json.loads(text)
+        metadata = json.loads(header["__metadata__"][METADATA_KEY])
+        inside: Any = metadata
+        while True:
+            key = self.random.choice(list(inside) if isinstance(inside, dict) else list(range(len(inside))))
+            if not isinstance(inside[key], (dict, list)) or not inside[key] or self.random.random() < 0.3:
+                inside[key] = self.random.choice(others)
+                break
+            inside = inside[key]
+        header["__metadata__"][METADATA_KEY] = json.dumps(metadata)
+        return join(json.dumps(header).encode(), data)
+
+    def data(self, raw: bytes) -> bytes:
+        """Put any bytes in the place of some of the tensors."""
+        text, data = split(raw)
+        at = self.random.randrange(len(data))
+        return join(text, data[:at] + self.random.randbytes(self.random.choice([1, 4, 40])) + data[at + 40 :])[: len(raw)]
+
+
+def split(raw: bytes) -> tuple[bytes, bytes]:
+    """The header and the data section of a safetensors file."""
+    length = int.from_bytes(raw[:8], "little")
+    return raw[8 : 8 + length], raw[8 + length :]
+
+
+def join(header: bytes, data: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    sizes: Any = {"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 8, "img_size": 32}
+    model: nn.Module = timm.create_model("vit_tiny_patch16_224", num_classes=3, **sizes).eval()
+    return model
+
+
+def sound_file(folder: Path) -> bytes:
+    """An adapter with random coefficients."""
+    model = tiny()
+    inject(model, LoCAConfig(n_components=20))
+    for update in adapters(model).values():
+        torch.nn.init.normal_(update.coefficients)
+    return save_adapter(model, folder).read_bytes()
+
+
+def facts(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def load_or_refuse(model: nn.Module, file: Path, before: dict[str, Tensor]) -> str:
+    """Load a file and take its adapter out again; "loaded", or the rule by which it was refused.
+
+    Raises:
+        AssertionError: another error than a sentence, numbers that are not finite, or a model that is not as it was.
+    """
+    try:
+        load_adapter(model, file)
+    except ValueError as error:
+        assert str(error).startswith(f"{file}: ") and str(error).isprintable(), error
+        said = str(error)[len(str(file)) + 2 :]
+    else:
+        (name,) = active_adapters(model)
+        updates = [update.delta() for update in adapters(model, name).values()]
+        assert all(update.isfinite().all() for update in updates), "the update is not finite"
+        ordinary = all(t.abs().max() < 1e6 for t in (*updates, *model.parameters()))  # what is finite can overflow further on
+        assert model(IMAGES).isfinite().all() or not ordinary, "the output is not finite"
+        remove(model)
+        said = "loaded"
+    after = facts(model)
+    assert after.keys() == before.keys() and all(torch.equal(after[key], value) for key, value in before.items()), "changed"
+    return re.sub(r"['\"].*?['\"]|[\d.]+|\([^)]*\)", "", said).split(":")[0].strip()[:60]
+
+
+def main() -> int:
+    settings = tyro.cli(Settings, description=__doc__)
+    outcomes: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        good, file, model = sound_file(Path(folder)), Path(folder) / "damaged.safetensors", tiny()
+        before = facts(model)
+        for seed in tqdm(range(settings.seed, settings.seed + settings.count), disable=None):
+            file.write_bytes(Mutation(seed)(good))
+            try:
+                outcomes["loaded" if load_or_refuse(model, file, before) == "loaded" else "refused"] += 1
+            except Exception as error:
+                print(f"Mutation({seed}): {type(error).__name__}: {error}", file=sys.stderr)
+                outcomes["failed"] += 1
+                model = tiny()
+    print(
+        f"{settings.count} damaged files: {outcomes['refused']} refused in a sentence, {outcomes['loaded']} loaded, "
+        f"{outcomes['failed']} failures"
+    )
+    return 1 if outcomes["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
