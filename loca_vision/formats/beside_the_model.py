@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from loca_vision.formats.adapter_file import FILE_NAME, check_values
 from loca_vision.formats.save_load import contents, write_adapter
@@ -15,17 +15,20 @@ from loca_vision.model.traversal import unwrap
 
 
 @written_by
-def prepare(model: nn.Module) -> Callable[[Path], None]:
+def prepare(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> Callable[[Path], None]:
     """Check every adapter that is not fused into the weights, and return what writes their files into a folder.
 
     The only adapter, or the one named "default", is in the folder itself, others are in folders of their names.
+
+    Args:
+        state: a state dict of the model, whose values are written in the place of the model's.
 
     Raises:
         ValueError: a value no file may hold.
     """
     record = state_of(model)
     names = [name for name in record.adapters if name not in record.fused.adapters] if record is not None else []
-    files = {name: contents(unwrap(model), name) for name in names}
+    files = {name: contents(unwrap(model), name, state=state) for name in names}
     for about, tensors in files.values():
         check_values(tensors, about)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from loca_vision.model.adapters import adapters
 from loca_vision.model.conv_in import WEIGHT, check_wider
 from loca_vision.model.heads import classifier, head_of
 from loca_vision.model.inject import attach
+from loca_vision.model.sharding import Values, class_name, one_writer
 from loca_vision.model.state import Adapter, state_of
 from loca_vision.model.target_checks import check_new_name, linear_targets
 from loca_vision.model.traversal import own_tensors, unwrap
@@ -44,7 +46,7 @@ def save_adapter(
     """Write one adapter, with the tensors trained as a whole (a classifier head), as one safetensors file.
 
     Args:
-        model: a model with the adapter.
+        model: a model with the adapter. Processes that share a model sharded by `fully_shard` all call this; the first writes.
         path: a file name that ends in `.safetensors`, or a folder, in which the file is `pytorch_loca_weights.safetensors`.
             Folders are made. A crash leaves the old file or the new one.
         name: of the adapter.
@@ -60,7 +62,9 @@ def save_adapter(
     check_stored(dtype)
     file = _file_to_write(path)
     about, tensors = contents(model, name, dtype)
-    write_adapter(file, about, tensors)
+    with one_writer(unwrap(model)) as writes:
+        if writes:
+            write_adapter(file, about, tensors)
     return file
 
 
@@ -114,14 +118,21 @@ def check_stored(dtype: torch.dtype) -> None:
         raise ValueError(f"dtype={dtype}: coefficients are stored as torch.float32 or torch.float16")
 
 
-def contents(model: nn.Module, name: str, dtype: torch.dtype = torch.float32) -> tuple[Description, dict[str, Tensor]]:
+def contents(
+    model: nn.Module, name: str, dtype: torch.dtype = torch.float32, state: Mapping[str, Tensor] | None = None
+) -> tuple[Description, dict[str, Tensor]]:
     """What the file of an adapter holds, for a model by itself.
+
+    Args:
+        state: a state dict of the model, whose values are taken in the place of the model's. Without one, all processes that
+            share a sharded model call this together.
 
     Raises:
         ValueError: no such adapter, or a value no file may hold.
     """
-    updates = {projection: update for projection, update in adapters(model, name).items() if not update.inactive}
-    whole = _whole_tensors(unwrap(model), name)
+    values = Values(unwrap(model), state)
+    updates = {projection: values.of(update) for projection, update in adapters(model, name).items() if not update.inactive}
+    whole = _whole_tensors(unwrap(model), name, values)
     config = state_of(model).adapters[name].config.for_updates(updates)  # type: ignore[union-attr]
     shapes = {projection: update.shape for projection, update in updates.items()}
     about = Description({"": config}, shapes, tuple(sorted(whole)), name, base_model_name(unwrap(model)), __version__)
@@ -185,18 +196,20 @@ def base_model_name(model: nn.Module) -> str:
     other makers the name of the class."""
     about: Any = getattr(model, "pretrained_cfg", None) or {}
     architecture, tag = about.get("architecture"), about.get("tag")
-    return f"{architecture}.{tag}" if architecture and tag else architecture or type(model).__name__
+    return f"{architecture}.{tag}" if architecture and tag else architecture or class_name(model)
 
 
 # Writing
 
 
-def _whole_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+def _whole_tensors(model: nn.Module, name: str, values: Values) -> dict[str, Tensor]:
     """The adapter's whole tensors as they are now, but for counts of batches."""
     record = state_of(model)
     assert record is not None
     whole = {key: value for key, value in whole_tensors(model, record, name).items() if value.is_floating_point()}
-    return {key: value.detach().cpu().clone().contiguous() for key, value in whole.items()}
+    held = record.adapters[record.supplier].modules_to_save if record.supplier else {}
+    whole = {key: values.at(key if held.get(key) is value else None, value) for key, value in whole.items()}
+    return {key: value.cpu().clone().contiguous() for key, value in whole.items()}
 
 
 def _file_to_write(path: str | os.PathLike[str]) -> Path:

@@ -39,7 +39,10 @@ class AdaptedLayer(Adapted):
 
     @weight.setter
     def weight(self, value: object) -> None:
-        raise RuntimeError("the weight of an adapted layer is W + Delta W, to be read only: remove or merge its adapters first")
+        raise RuntimeError(
+            "the weight of an adapted layer is W + Delta W, to be read only: remove or merge its adapters first (to share the "
+            "model out over processes, use fully_shard in the place of FullyShardedDataParallel)"
+        )
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         plain = is_plain_matrix(base_weight(self))

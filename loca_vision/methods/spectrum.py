@@ -57,6 +57,11 @@ class Spectrum(Update):
 
         NaN, from a training that diverged, counts as 0: the loss tells of it, an index out of range would not.
         """
+        if self.locations.dtype.itemsize < 4:
+            raise RuntimeError(
+                f"locations are in {self.locations.dtype}, which numbers cells wrongly: leave param_dtype out of FSDP's "
+                "MixedPrecisionPolicy, and use autocast"
+            )
         return cells_at(self.locations, self.shape)
 
     def delta(self, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:

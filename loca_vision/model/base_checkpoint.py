@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from loca_vision.layers.targets import canonical
 from loca_vision.model.conv_in import WEIGHT, conv_in_of_the_base
@@ -19,10 +19,11 @@ from loca_vision.model.traversal import learns
 
 Write = Callable[[Path], None]  # the files of a model's adapters, into a folder
 _ATTRIBUTE = "save_pretrained"
-_prepare: list[Callable[[nn.Module], Write]] = []
+Prepare = Callable[[nn.Module, Mapping[str, Tensor] | None], Write]
+_prepare: list[Prepare] = []
 
 
-def written_by(prepare: Callable[[nn.Module], Write]) -> Callable[[nn.Module], Write]:
+def written_by(prepare: Prepare) -> Prepare:
     """A decorator of the function, in the room of file formats above this one, that makes the files of a model's adapters."""
     _prepare[:] = [prepare]
     return prepare
@@ -58,7 +59,7 @@ class SavePretrained:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(self._stock()).bind(*args, **kwargs)
         given = call.arguments | call.arguments.get("kwargs", {})
-        write = _prepare[0](self.model)  # which checks every value before anything is written
+        write = _prepare[0](self.model, given.get("state_dict"))  # which checks every value before anything is written
         call.arguments |= {"push_to_hub": False} if given.get("push_to_hub") else {}
         result = self._write_model(call)
         if given.get("is_main_process", True):

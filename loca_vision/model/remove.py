@@ -14,6 +14,7 @@ from loca_vision.model.base_checkpoint import save_as_before
 from loca_vision.model.call_scale import forget_call_settings
 from loca_vision.model.conv_in import WEIGHT, fit_conv_in
 from loca_vision.model.merge import acting_at, weights, write_weights
+from loca_vision.model.sharding import refuse_sharded
 from loca_vision.model.state import AdapterState, end_record, refuse_fused
 from loca_vision.model.traversal import sites, unwrap
 from loca_vision.model.whole_tensors import adopt, restore_first
@@ -33,6 +34,7 @@ def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) ->
     """
     model = unwrap(model)
     record = _record(model)
+    refuse_sharded(model, "save the adapter, and remove or merge it in a model made as it was")
     names = list(record.adapters) if name is None else [_known(record, name)]
     refuse_fused(record, names)
     if merge and name is not None and name not in record.active:

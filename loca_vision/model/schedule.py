@@ -10,6 +10,7 @@ from torch import nn
 
 from loca_vision.methods.spectrum import Spectrum
 from loca_vision.model.activation import trainable_updates
+from loca_vision.model.sharding import check_sharding
 from loca_vision.model.state import state_of
 from loca_vision.model.traversal import unwrap
 from loca_vision.model.whole_tensors import trained_whole
@@ -38,7 +39,8 @@ class AlternatingSchedule:
         model: a model with adapters. Those that do not act, or are wholly frozen, when the schedule is made are left alone,
             and so is whatever has no locations to learn: a loaded adapter, whose locations are final, and other kinds. Where
             there is nothing but that, the phase is always "coefficients". Under DistributedDataParallel it is the wrapped
-            model, with `find_unused_parameters=True`: wrapped later, it would never share what is frozen at that moment.
+            model, with `find_unused_parameters=True`: wrapped later, it would never share what is frozen at that moment. With
+            FSDP 2 it is the model after `fully_shard`.
         coefficient_steps: B_a, how long the coefficients move, from 0.
         location_steps: B_l, how long the locations do then, from 0.
         learning_steps: B_s, after which the locations are final. 0 for fixed random locations (V1 of Table 5), None for
@@ -113,8 +115,11 @@ class AlternatingSchedule:
 
 def _check_wrapped(model: nn.Module) -> None:
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if several and not isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError("several processes train: wrap the model in DistributedDataParallel before its schedule is made")
+    if not check_sharding(model) and several and not isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "several processes train: wrap the model in DistributedDataParallel, or shard it with fully_shard, before its "
+            "schedule is made"
+        )
 
 
 def _let_move(parameter: nn.Parameter, moves: bool) -> None:
@@ -148,6 +153,7 @@ def parameter_groups(
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise ValueError(f"{field}={value!r}: it is a finite number from 0 up")
     learned = trainable_updates(model)
+    check_sharding(model)
     moving = [p for u in learned for p in u.location_parameters()]
     record = state_of(model)
     head = [] if record is None else trained_whole(unwrap(model), record)

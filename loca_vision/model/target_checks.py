@@ -12,6 +12,7 @@ from loca_vision.checks import PARTS
 from loca_vision.layers.plain_weight import is_plain_matrix
 from loca_vision.layers.targets import Target, find_targets
 from loca_vision.model.heads import classifier
+from loca_vision.model.sharding import refuse_sharded
 from loca_vision.model.state import state_of
 from loca_vision.model.traversal import slots
 
@@ -89,6 +90,7 @@ def check_new_name(model: nn.Module, name: object) -> None:
         raise ValueError(
             "the model is wrapped in DistributedDataParallel, which would not see new parameters: wrap it afterwards"
         )
+    refuse_sharded(model, "inject or load adapters")
     record = state_of(model)
     known = record.adapters if record else {}
     if name in known:
