@@ -1,20 +1,24 @@
 """LoCA for diffusers: importing this module adds the methods of `LoCALoaderMixin` to every pipeline.
 
-From the first adapter in a model on, `__call__` and `encode_prompt` of all pipeline classes are wrapped as well, so that text
-encoders hear the scale of a call. For people who want nothing patched there are functions of the same names that take the
-pipeline first, after `unregister()`.
+From the first adapter in a model on, two kinds of methods of diffusers' classes are wrapped as well: `__call__` and
+`encode_prompt` of pipelines, so that text encoders hear the scale of a call, and what copies a model's weights into another,
+which would lose adapters. For people who want nothing patched there are functions of the same names that take the pipeline
+first, after `unregister()`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 
 from loca_vision.layers.pipeline_call import listen, stop_listening
 from loca_vision.pipeline.attn_processor import LoCAAttnProcessor
-from loca_vision.pipeline.call_entry import tell_no_scale, tell_scale, with_subclasses
+from loca_vision.pipeline.call_entry import ENTRIES, tell_scale
+from loca_vision.pipeline.class_wrapping import unwrap_methods, with_subclasses
+from loca_vision.pipeline.copies_of_weights import CONSTRUCTORS, FREE_NOISE, refuse_adapted_blocks, refuse_adapted_models
 from loca_vision.pipeline.loader import METHODS, PROPERTIES, LoCALoaderMixin
 
 load_loca_weights = LoCALoaderMixin.load_loca_weights
@@ -35,15 +39,22 @@ enable_loca_low_memory = LoCALoaderMixin.enable_loca_low_memory
 __all__ = ["LoCAAttnProcessor", "LoCALoaderMixin", "register", "unregister", *METHODS]
 
 
-_ROOTS: tuple[Any, ...] = (DiffusionPipeline, *([diffusers.ModularPipeline] if hasattr(diffusers, "ModularPipeline") else []))
+_PIPELINES: tuple[Any, ...] = (
+    DiffusionPipeline,
+    *([diffusers.ModularPipeline] if hasattr(diffusers, "ModularPipeline") else []),
+)
+_WRAPPERS: dict[Any, tuple[Callable[[type], None], ...]] = {
+    **dict.fromkeys(_PIPELINES, (tell_scale, refuse_adapted_blocks)),
+    ModelMixin: (refuse_adapted_models,),
+}
 
 
 def register() -> None:
     """Add the methods to `diffusers.DiffusionPipeline` and `ModularPipeline`; a second time nothing happens."""
-    for root in _ROOTS:
+    for root in _PIPELINES:
         for name in (*METHODS, *PROPERTIES):
             setattr(root, name, vars(LoCALoaderMixin)[name])
-    listen(_tell_scales)
+    listen(_wrap_all)
 
 
 def unregister() -> None:
@@ -52,32 +63,38 @@ def unregister() -> None:
     Text encoders then hear the scale of a call in classes that take `LoCALoaderMixin`, and in the class of a pipeline for whose
     text encoder an adapter is loaded afterwards. Elsewhere they act at the weights that were set.
     """
-    stop_listening(_tell_scales)
-    for root in _ROOTS:
+    stop_listening(_wrap_all)
+    for root in _PIPELINES:
         for name in (*METHODS, *PROPERTIES):
             if vars(root).get(name) is vars(LoCALoaderMixin)[name]:
                 delattr(root, name)
-        if vars(root).get("__init_subclass__") is _tell_of_new_class:
+    for root in _WRAPPERS:
+        if vars(root).get("__init_subclass__") is _wrap_new:
             del root.__init_subclass__
         for cls in with_subclasses(root):
             if not issubclass(cls, LoCALoaderMixin):
-                tell_no_scale(cls)
+                unwrap_methods(cls, (*ENTRIES, *FREE_NOISE, *CONSTRUCTORS))
 
 
-def _tell_scales() -> None:
-    """Wrap all pipeline classes: those that are there, and those that will be imported."""
-    for root in _ROOTS:
+def _wrap_all() -> None:
+    """Wrap the classes that are there, and those that will be imported."""
+    for root in _WRAPPERS:
         for cls in with_subclasses(root):
-            tell_scale(cls)
+            _wrap(cls)
         if "__init_subclass__" not in vars(root):
-            root.__init_subclass__ = _tell_of_new_class
+            root.__init_subclass__ = _wrap_new
+
+
+def _wrap(cls: type) -> None:
+    for wrap in next(wrappers for root, wrappers in _WRAPPERS.items() if issubclass(cls, root)):
+        wrap(cls)
 
 
 @classmethod  # type: ignore[misc]
-def _tell_of_new_class(cls: type, **named: Any) -> None:
-    root = next(root for root in _ROOTS if issubclass(cls, root))
+def _wrap_new(cls: type, **named: Any) -> None:
+    root = next(root for root in _WRAPPERS if issubclass(cls, root))
     super(root, cls).__init_subclass__(**named)
-    tell_scale(cls)
+    _wrap(cls)
 
 
 register()

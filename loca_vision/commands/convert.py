@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from loca_vision.formats.adapter_file import FILE_NAME as ADAPTER_NAME
-from loca_vision.formats.conversion.conversion_error import loss_table
+from loca_vision.formats.conversion.conversion_error import LayerFidelity, loss_table
 from loca_vision.formats.conversion.dct_truncation import Budget, BudgetRule
 from loca_vision.formats.conversion.merge_checkpoint import merge
-from loca_vision.formats.conversion.to_adapter import to_loca, to_lora_adapter
-from loca_vision.formats.conversion.to_lora_file import to_lora
+from loca_vision.formats.conversion.to_adapter import to_loca, to_lora_adapter, without_place
+from loca_vision.formats.conversion.to_lora_file import not_read_by_diffusers, to_lora
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas, open_difference, read_source
 from loca_vision.formats.lora_reader import DIFFUSERS_WEIGHTS
 from loca_vision.layers.projection_rows import ProjectionRows, projections_in, projections_of_modules
@@ -197,6 +197,7 @@ def _model(name: str | None) -> tuple[list[ProjectionRows] | None, str | None]:
 def _write(
     output: Path, form: OutputOptions, source: WeightDeltas, places: Sequence[ProjectionRows] | None, base_model: str | None
 ) -> str:
+    dropped: list[LayerFidelity] = []
     if form.to == "loca":
         losses = to_loca(source, form.budget(), output, places=places, base_model=base_model, skip=form.skip)
     elif form.to == "lora":
@@ -212,9 +213,33 @@ def _write(
             overwrite=form.overwrite,
             skip=form.skip,
         )
-    table = loss_table(losses, "components" if form.to == "loca" else "rank")
-    return "\n".join([*_left_out(source), table, f"{output}: written"])
+    if form.skip:
+        source = replace(source, left_out={**source.left_out, **_whole_left_out(source, form)})
+        dropped = without_place(source, places) if form.to in ("loca", "lora") else []
+    table = loss_table([*losses, *dropped], "components" if form.to == "loca" else "rank")
+    lines = [f"left out: {loss.layer}: no projection that LoCA adapts" for loss in dropped]
+    return "\n".join([*_left_out(source), *lines, *_not_read(source, form), table, *_uncounted(source), f"{output}: written"])
 
 
 def _left_out(source: WeightDeltas) -> list[str]:
     return [f"left out: {key}: {why}" for key, why in source.left_out.items()]
+
+
+def _whole_left_out(source: WeightDeltas, form: OutputOptions) -> dict[str, str]:
+    why = f"it was trained whole, for which {form.to} keys have no room"
+    return dict.fromkeys(source.whole, why) if form.to in ("diffusers", "kohya") else {}
+
+
+def _not_read(source: WeightDeltas, form: OutputOptions) -> list[str]:
+    why = "it is in the file, but is not read by load_lora_weights of diffusers, which has no loader for a T5"
+    return [f"warning: {component}: {why}" for component in not_read_by_diffusers(source)] if form.to == "diffusers" else []
+
+
+def _uncounted(source: WeightDeltas) -> list[str]:
+    """What the line for all layers does not count, because the size of its update is not known."""
+    count = len(source.left_out)
+    return (
+        [f"the error of all does not count what else was left out: tensors that are no matrix of an update ({count})"]
+        if count
+        else []
+    )

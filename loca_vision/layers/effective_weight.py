@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -159,6 +160,9 @@ class EffectiveWeight(CompiledDelta):
     def _from_cache(self, base: Tensor | None, updates: Updates, form: tuple[Any, ...], build: Callable[[], Tensor]) -> Tensor:
         """The cached weight, as long as W, spectra, strengths and `form` are those it was built from."""
         learned = list(tensors_of(updates))
+        if learn(updates) and learned[0].device.type != "cpu" and dist.is_available() and dist.is_initialized():
+            with torch.no_grad():
+                return build()  # sharding refills gathered parameters without a trace, and values are compared on the CPU only
         terms = (*form, self.call_settings.scale, *(active.strength for active in updates))
         cached = self._cached  # read once: another thread may drop it meanwhile
         if cached is None or not cached.holds_for(base, learned, terms):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -74,7 +75,7 @@ def _namings(name: str) -> list[Naming]:
     component = name.partition(".")[0]
     if component in _DENOISERS:
         return [DIFFUSERS]
-    if not component.startswith("text_encoder"):
+    if not re.fullmatch(r"text_encoder(_\d+)?", component):
         return []
     return [T5] if ".SelfAttention." in name else [CLIP]
 

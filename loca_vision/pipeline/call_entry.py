@@ -8,60 +8,26 @@ read.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import wraps
-from types import FunctionType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from loca_vision.checks import as_number
 from loca_vision.layers.pipeline_call import PipelineCall, current_call, other_calls_of, under_way
 from loca_vision.model.call_scale import KEYWORDS, scale_in
+from loca_vision.pipeline.class_wrapping import Method, wrap_methods
 from loca_vision.pipeline.components import adapted_in
 
 ENTRIES = ("__call__", "encode_prompt")
-_Entry = Callable[..., Any]
-_WRAPPED: WeakKeyDictionary[_Entry, tuple[_Entry, bool]] = WeakKeyDictionary()  # what each wraps, and if its class defined that
 
 
 def tell_scale(cls: type, *, alone: bool = False) -> None:
-    """Wrap the entries of a pipeline class.
-
-    Args:
-        alone: also those it inherits wrapped, for a class that is to tell its scale whatever becomes of its bases.
-    """
-    for name in ENTRIES:
-        entry = inspect.getattr_static(cls, name, None)
-        own = name in vars(cls)
-        if isinstance(entry, FunctionType) and (entry not in _WRAPPED or (alone and not own)):
-            original = _WRAPPED[entry][0] if entry in _WRAPPED else entry
-            wrapper = _telling(original)
-            _WRAPPED[wrapper] = original, own
-            setattr(cls, name, wrapper)
+    """Wrap the entries of a pipeline class; with `alone`, whatever becomes of its bases."""
+    wrap_methods(cls, ENTRIES, _telling, alone=alone)
 
 
-def tell_no_scale(cls: type) -> None:
-    """Undo what `tell_scale` did to this class; what others have put in its place since stays."""
-    for name in ENTRIES:
-        entry = vars(cls).get(name)
-        if isinstance(entry, FunctionType) and entry in _WRAPPED:
-            original, own = _WRAPPED[entry]
-            if own:
-                setattr(cls, name, original)
-            else:
-                delattr(cls, name)
-
-
-def with_subclasses(cls: type) -> Iterator[type]:
-    """The class and all below it."""
-    yield cls
-    below: type
-    for below in type.__subclasses__(cls):
-        yield from with_subclasses(below)
-
-
-def _telling(entry: _Entry) -> _Entry:
+def _telling(entry: Method) -> Method:
     """`entry`, as a part of a call that has a scale."""
     signature = inspect.signature(entry)
 

@@ -31,6 +31,11 @@ class LayerFidelity:
         return self.error / self.norm if self.norm else 0.0
 
 
+def left_out_entirely(layer: str, shape: tuple[int, int], norm: float) -> LayerFidelity:
+    """A layer of which nothing is kept."""
+    return LayerFidelity(layer, shape, 0, norm, norm)
+
+
 def total_loss(losses: Sequence[LayerFidelity]) -> float:
     """The relative error of all layers together."""
     norm = math.hypot(*(loss.norm for loss in losses))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from loca_vision.checks import PARTS
 from loca_vision.formats.adapter_file import FILE_NAME as ADAPTER_NAME
 from loca_vision.formats.adapter_file import Description, prefix_of
-from loca_vision.formats.conversion.conversion_error import LayerFidelity
+from loca_vision.formats.conversion.conversion_error import LayerFidelity, left_out_entirely
 from loca_vision.formats.conversion.dct_truncation import Budget, largest_components
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas
 from loca_vision.formats.low_rank_pair import LowRankPair, cut
@@ -115,6 +115,16 @@ def to_lora_adapter(
     return [LayerFidelity(module, source.shapes[module], one.pair.rank, one.norm, one.error) for module, one in kept.items()]
 
 
+def without_place(source: WeightDeltas, places: Sequence[ProjectionRows] | None = None) -> list[LayerFidelity]:
+    """The modules of an update that are no projection, which `skip` leaves out, each as a loss of everything."""
+    known = projections_of_modules(source.shapes) if places is None else {place.module for place in places}
+    return [
+        left_out_entirely(module, shape, float(source.matrix(module).double().norm()))
+        for module, shape in source.shapes.items()
+        if module not in known
+    ]
+
+
 def _factors(place: ProjectionRows, pair: LowRankPair | None, rank: int) -> tuple[Tensor, Tensor]:
     """B (p, rank) with the scale in it, and A (rank, q), float32; zeros for a projection without an update."""
     if pair is None:
@@ -179,7 +189,8 @@ def _places(source: WeightDeltas, places: Sequence[ProjectionRows] | None, *, sk
         _check_module(module, shape, by_module.get(module, []), by_module, skip=skip)
     found = [place for module in source.shapes for place in by_module.get(module, [])]
     if not found:
-        raise ValueError("no module of the update is a projection that LoCA adapts")
+        first = next(iter(source.shapes))
+        raise ValueError(f"no module of the update is a projection that LoCA adapts; the first is {first}")
     if places is None:
         return found
     parts = {_part(place) for place in found}

@@ -60,6 +60,11 @@ def to_lora(
     return losses
 
 
+def not_read_by_diffusers(source: WeightDeltas) -> list[str]:
+    """The components that `load_lora_weights` of diffusers passes over without a word: it has no loader for a T5."""
+    return sorted({module.partition(".")[0] for module in source.shapes if ".SelfAttention." in module})
+
+
 def _without_component(
     pairs: Mapping[str, LowRankPair], whole: Mapping[str, Tensor]
 ) -> tuple[dict[str, LowRankPair], dict[str, Tensor]]:

@@ -252,7 +252,7 @@ BROKEN: dict[str, tuple[Breaker, str]] = {
     "head of integers": (tensor("full.head.bias", lambda t: t.int()), "full.head.bias has dtype I32"),
     "head of two classes": (
         tensor("full.head.weight", lambda t: t[:2]),
-        "full.head.weight is (2, 48) in the file and (3, 48) in the model: build it with as many classes",
+        "full.head.weight is (2, 48) in the file and (3, 48) in the model",
     ),
     "head the other way round": (tensor("full.head.weight", lambda t: t.T), "full.head.weight is (48, 3) in the file"),
     "whole tensor of no parameter": (whole("norm.wieght", torch.ones(48)), "no parameter norm.wieght; perhaps norm.weight"),
