@@ -77,12 +77,15 @@ def unregister() -> None:
 
 
 def _wrap_all() -> None:
-    """Wrap the classes that are there, and those that will be imported."""
+    """Wrap the classes that are there, once, and those that will be imported."""
     for root in _WRAPPERS:
+        there = vars(root).get("__init_subclass__")
+        if there is _wrap_new:
+            continue
+        if there is None:  # one of diffusers' own stays
+            root.__init_subclass__ = _wrap_new
         for cls in with_subclasses(root):
             _wrap(cls)
-        if "__init_subclass__" not in vars(root):
-            root.__init_subclass__ = _wrap_new
 
 
 def _wrap(cls: type) -> None:
