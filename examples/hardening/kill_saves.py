@@ -45,7 +45,7 @@ class Settings:
     seed: int = 0
     """Of the moments."""
     longest: float = 0.2
-    """Seconds, the latest moment of a kill."""
+    """Seconds, the latest moment of a kill; three times what a save takes, if that is more."""
 
 
 class Saver:
@@ -149,9 +149,11 @@ def main() -> int:
     for kind, make in SAVERS.items():
         with tempfile.TemporaryDirectory() as folder:
             saver, found = make(Path(folder)), [0, 0]
+            start = time.perf_counter()
             saver.save(0)
+            longest = max(settings.longest, 3 * (time.perf_counter() - start))
             for _ in tqdm(range(settings.kills), desc=kind, disable=None):
-                kill_while_saving(saver, moments.uniform(0, settings.longest))
+                kill_while_saving(saver, moments.uniform(0, longest))
                 state = saver.read()
                 if state is None:
                     failed += 1
