@@ -23,6 +23,7 @@ from loca_vision.formats.adapter_file import (
     read_description,
 )
 from loca_vision.formats.sources import Request, locate, may_be_a_repository
+from loca_vision.functional.transforms import ordinary_tensors
 from loca_vision.layers.targets import Target, readable_weight
 from loca_vision.messages import nearest
 from loca_vision.methods.update import Update
@@ -179,7 +180,7 @@ def prepared(
     Raises:
         ValueError: a whole tensor overflows the model's dtype, or a spectrum has more components than there is room for.
     """
-    with torch.inference_mode(False):  # parameters made in inference mode could never be used outside of it
+    with ordinary_tensors():
         tensors = {key: value.clone() if value.is_inference() else value for key, value in tensors.items()}
         whole = _in_their_dtypes(model, about, tensors)
         made = [about.configs[""].from_tensors(target.name, target.shape, tensors, room) for target in targets]

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from loca_vision.functional.transforms import ordinary_tensors
+
 Method = Literal["auto", "matrix", "fast"]
 
 # From this length on, one FFT with its permutation and twiddles beats the product with an n x n matrix. CPU: measured on
@@ -150,7 +152,7 @@ def _along(values: Tensor, dim: int) -> Tensor:
 @lru_cache(maxsize=64)
 def matrix_for(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     # Outside inference mode, so that a matrix made during inference can serve a later training step.
-    with torch.inference_mode(False), torch.no_grad():
+    with ordinary_tensors():
         step = torch.arange(n, dtype=torch.float64, device="cpu")
         matrix = torch.cos(math.pi / (2 * n) * torch.outer(step, 2 * step + 1)) * math.sqrt(2 / n)
         matrix[0] /= math.sqrt(2)
@@ -160,7 +162,7 @@ def matrix_for(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 @lru_cache(maxsize=64)
 def fft_plan(n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The order of the samples, and the scaled turn exp(-i pi k / 2n) of the lower half of the spectrum."""
-    with torch.inference_mode(False), torch.no_grad():
+    with ordinary_tensors():
         order = torch.cat([torch.arange(0, n, 2, device="cpu"), torch.arange(1, n, 2, device="cpu").flip(0)])
         angle = torch.arange(n // 2 + 1, dtype=torch.float64, device="cpu") * (-math.pi / (2 * n))
         twiddle = torch.polar(torch.full_like(angle, math.sqrt(2 / n)), angle)

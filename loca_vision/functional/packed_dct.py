@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loca_vision.functional.dct import fft_plan, matrix_for
+from loca_vision.functional.transforms import ordinary_tensors
 
 # Numbers that each thread transforms at a time, so that intermediate results stay in a core's own cache.
 _NUMBERS_AT_ONCE = 3 * 2**15
@@ -74,7 +75,7 @@ def empty_spectrum(rows: int, n: int, like: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def basis_pieces(n: int, width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The frequencies of the n unit vectors, (n', m) in the `pieces` of one thread for vectors of length `width`."""
-    with torch.inference_mode(False), torch.no_grad():
+    with ordinary_tensors():
         row, sign = packed_rows(torch.arange(n, device=device), n)
         basis = torch.zeros(rows_for(n), n, dtype=dtype, device=device)
         basis[row] = sign[:, None].to(dtype) * matrix_for(n, device, dtype)
@@ -84,7 +85,7 @@ def basis_pieces(n: int, width: int, device: torch.device, dtype: torch.dtype) -
 @lru_cache(maxsize=64)
 def _inverse_twiddle(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The inverse of `fft_plan`'s rotation; for even n, X[n / 2] is stored once and its factor makes up for the other row."""
-    with torch.inference_mode(False), torch.no_grad():
+    with ordinary_tensors():
         angle = torch.arange(n // 2 + 1, dtype=torch.float64, device="cpu") * (math.pi / (2 * n))
         twiddle = torch.polar(torch.full_like(angle, math.sqrt(n / 2)), angle)
         twiddle[0] = math.sqrt(n)

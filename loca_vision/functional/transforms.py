@@ -52,6 +52,16 @@ def untraced() -> Iterator[None]:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Inside, new tensors record no history and are no inference tensors, whatever mode the caller is in.
+
+    What is made in inference mode could never be trained, nor written to outside of it.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 class _FirstOrder(torch.autograd.Function):
     """A gradient whose own derivative is refused in a sentence."""
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loca_vision.functional.row_linear import add_rows
+from loca_vision.functional.transforms import ordinary_tensors
 from loca_vision.layers.active_updates import ActiveUpdate, deltas_of
 from loca_vision.methods.update import Update
 
@@ -43,7 +44,7 @@ class CompiledDelta(nn.Module):
     def settle(self, base: Tensor) -> None:
         """Make the buffer for a weight like `base` (n, q), unless it is there."""
         if self.delta is None:
-            with torch.inference_mode(False), torch.no_grad():
+            with ordinary_tensors():
                 dtype = base.dtype if base.element_size() > 1 else torch.float32  # 8-bit floats are for storage only
                 self.delta = torch.zeros(base.shape, dtype=dtype, device=base.device)
                 self._settled_for = (base,)

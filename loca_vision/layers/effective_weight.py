@@ -14,7 +14,7 @@ from loca_vision.functional.cosine_linear import spectral_linear, workload_of
 from loca_vision.functional.cost_model import choose
 from loca_vision.functional.low_rank_linear import low_rank_linear
 from loca_vision.functional.row_linear import add_rows, computed_in, row_linear
-from loca_vision.functional.transforms import compiled, functional_only, traced, untraced
+from loca_vision.functional.transforms import compiled, functional_only, ordinary_tensors, traced, untraced
 from loca_vision.layers.active_updates import (
     Updates,
     deltas_of,
@@ -166,7 +166,7 @@ class EffectiveWeight(CompiledDelta):
         terms = (*form, self.call_settings.scale, *(active.strength for active in updates))
         cached = self._cached  # read once: another thread may drop it meanwhile
         if cached is None or not cached.holds_for(base, learned, terms):
-            with torch.inference_mode(False), torch.no_grad():
+            with ordinary_tensors():
                 self._cached = cached = CachedWeight(base, learned, terms, build())
         return cached.weight
 

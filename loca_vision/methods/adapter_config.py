@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loca_vision.checks import check_seed, check_targets
+from loca_vision.functional.transforms import ordinary_tensors
 from loca_vision.methods.update import Update
 from loca_vision.offload import stored_at
 
@@ -121,7 +122,7 @@ class AdapterConfig:
         Raises:
             ValueError: the settings do not fit one of them.
         """
-        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():  # else they could never be trained
+        with torch.device("cpu"), ordinary_tensors():
             updates = [self._build(projection.name, projection.shape) for projection in projections]
             for update, projection in zip(updates, projections, strict=True):
                 self.initialize(update, projection, generator_of(self.seed, projection.name))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loca_vision.checks import counts_by_name
+from loca_vision.functional.transforms import ordinary_tensors
 from loca_vision.methods.adapter_config import AdapterConfig, Projection, TensorSpec, generator_of
 from loca_vision.methods.locations import cell_locations, cells_at
 from loca_vision.methods.spectrum import Spectrum
@@ -62,7 +63,7 @@ class SparseConfig(AdapterConfig):
 
     def _new(self, projection: Projection, count: int) -> Spectrum:
         generator = generator_of(self.seed, projection.name)
-        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():  # else it could never be trained
+        with torch.device("cpu"), ordinary_tensors():
             locations = self.first_locations(projection, count, generator)
             return self.spectrum(projection.shape, self.first_coefficients(count, generator), locations)
 

@@ -11,7 +11,7 @@ from loca_vision.functional.cosine_atoms import AtomSettings, Cells, Cosines
 from loca_vision.functional.cosine_sum import add_cosines, applied_to, cosine_applied, cosine_matrix, cosine_sum
 from loca_vision.functional.snapshot import Snapshot
 from loca_vision.functional.token_spectra import shared_pieces
-from loca_vision.functional.transforms import exported, functional_only
+from loca_vision.functional.transforms import exported, functional_only, ordinary_tensors
 from loca_vision.methods.adapter_config import generator_of
 from loca_vision.methods.locations import by_cell, cells_at, random_locations
 from loca_vision.methods.update import Update
@@ -180,6 +180,6 @@ class Spectrum(Update):
 
 def random_spectrum(shape: tuple[int, int], n_components: int, *, name: str, seed: int, **settings: Any) -> Spectrum:
     """A spectrum of zero coefficients at different cells, drawn on the CPU from (seed, name)."""
-    with torch.device("cpu"), torch.inference_mode(False):  # parameters made in inference mode could never be trained
+    with torch.device("cpu"), ordinary_tensors():
         locations = random_locations(shape, n_components, generator_of(seed, name))
         return Spectrum(shape, torch.zeros(n_components, dtype=torch.float32), locations, **settings)

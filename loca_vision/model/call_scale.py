@@ -11,6 +11,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from loca_vision.checks import finite_number
+from loca_vision.functional.transforms import ordinary_tensors
 from loca_vision.layers.call_settings import CallSettings
 from loca_vision.layers.effective_weight import EffectiveWeight
 from loca_vision.layers.pipeline_call import announce_settings, is_from_another_call, scale_of_the_call
@@ -25,7 +26,7 @@ def call_settings(model: nn.Module) -> CallSettings:
     """Those of this model, which has them from now on."""
     found = model._modules.get(_CHILD)
     if not isinstance(found, CallSettings):
-        with torch.inference_mode(False):
+        with ordinary_tensors():
             found = CallSettings()
         found.low_memory = settings_of(model).low_memory
         model.add_module(_CHILD, found)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loca_vision.functional.transforms import ordinary_tensors
 from loca_vision.model.state import AdapterState, state_of
 from loca_vision.model.whole_tensors import held_at, own_copy, put
 from loca_vision.offload import copied_elsewhere, exchange, stored_at
@@ -156,7 +157,7 @@ def _has_conv_in(model: nn.Module) -> bool:
 
 def _widened(weight: Tensor, channels: int, learns: bool) -> nn.Parameter:
     """Zeros behind the channels it has; in the same memory format."""
-    with torch.inference_mode(False):  # what is made in inference mode could never be used outside of it
+    with ordinary_tensors():
         wide = functional.pad(weight.detach(), (0, 0, 0, 0, 0, channels - weight.shape[1]))
         return nn.Parameter(wide, requires_grad=learns)
 

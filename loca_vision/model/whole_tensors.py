@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loca_vision.functional.transforms import ordinary_tensors
 from loca_vision.model.state import AdapterState
 from loca_vision.model.traversal import modules_of, moved_by_training, own_parameters, own_tensors
 from loca_vision.offload import exchange, split_path, stored_at
@@ -19,7 +20,7 @@ from loca_vision.offload import exchange, split_path, stored_at
 
 def own_copy(tensor: Tensor, like: Tensor) -> Tensor:
     """A copy of the values: a parameter as trainable as `like`, if that is one, else a plain tensor."""
-    with torch.inference_mode(False), torch.no_grad():  # an inference tensor could never be trained
+    with ordinary_tensors():
         values = tensor.detach().clone().to(like.dtype)
         return nn.Parameter(values, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else values
 
