@@ -24,7 +24,9 @@ class Entry:
         licence: what its authors say about using it.
         needs: files and folders that must be under the root.
         get: how to get them, with {root} in it.
-        downloads: whether `read` can.
+        downloads: whether `read` can download.
+        augment: what the trainer does unless told: random crops, flips alone, or nothing.
+        in_memory: whether all images are read at once, so that loading needs no worker processes.
     """
 
     title: str
@@ -34,6 +36,7 @@ class Entry:
     get: str = ""
     downloads: bool = False
     augment: Augment = "crop"
+    in_memory: bool = False
 
 
 def _fetched(kind: str, address: str) -> str:
@@ -80,6 +83,7 @@ SETS = {
         _cifar(datasets.CIFAR10),
         _fetched("CIFAR10", _CIFAR) + _HUB,
         downloads=True,
+        in_memory=True,
     ),
     "dtd": Entry(
         "DTD",
@@ -120,6 +124,7 @@ SETS = {
         _cifar(datasets.CIFAR100),
         _fetched("CIFAR100", _CIFAR) + _HUB,
         downloads=True,
+        in_memory=True,
     ),
     "fashion_mnist": Entry(
         "Fashion-MNIST",
@@ -130,7 +135,8 @@ SETS = {
         + ", or unpack the files of Debian's package dataset-fashion-mnist into {root}/FashionMNIST/raw",
         downloads=True,
         augment="none",
+        in_memory=True,
     ),
-    "digits": Entry("The digits", published.digits, "CC BY 4.0", augment="none"),
+    "digits": Entry("The digits", published.digits, "CC BY 4.0", augment="none", in_memory=True),
     "folder": Entry("The folder", folder, "the user's own"),
 }

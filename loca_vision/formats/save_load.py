@@ -272,7 +272,11 @@ def _match_whole_tensors(model: nn.Module, about: Description, entries: dict[str
         if entry.dtype not in FLOATS:
             raise ValueError(f"full.{name} has dtype {entry.dtype}: it is one of {', '.join(FLOATS)}")
         if name not in parameters:
-            hint = "; load_adapter(..., head=False) leaves the head out" if head_of(name) else nearest(name, parameters)
+            hint = (
+                "; build it with num_classes, or leave the head out with load_adapter(..., head=False)"
+                if head_of(name)
+                else nearest(name, parameters)
+            )
             raise ValueError(f"full.{name}: the model has no parameter {name}{hint}")
         shape = tuple(parameters[name].shape)
         if shape == entry.shape or (name == WEIGHT and check_wider(model, entry.shape, replacing)):

@@ -1,4 +1,4 @@
-"""Sums of atoms by ordinary matrix products, for torch.export, torch.func and ONNX, which cannot see operators of our own.
+"""Sums of atoms by ordinary matrix products, for torch.export and torch.func, which cannot see operators of our own.
 
 They cost O(p q (p + q)) and need no cache. Every operation has derivatives of any order and a batching rule.
 """

@@ -37,7 +37,7 @@ def functional_only() -> bool:
 
 
 def traced() -> bool:
-    """Whether torch.jit.trace, or the ONNX exporter built on it, records this code."""
+    """Whether torch.jit.trace, or `torch.onnx.export(dynamo=False)`, records this code; with `dynamo=True` it is `exported`."""
     return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
 
 

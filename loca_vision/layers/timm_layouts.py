@@ -11,7 +11,8 @@ from torch import nn
 
 from loca_vision.functional.row_linear import Rows
 
-# The layers of timm 1.0 by the names of their children; `*` stands for whatever follows in the model's own names.
+# The names that timm 1.0 gives to separate query, key and value layers, and to the output layer. For a new family add a row
+# here, or a branch in `_attention`.
 _SEPARATE = (("q", "k", "v"), ("wq", "wk", "wv"), ("q_proj", "k_proj", "v_proj"))
 _OUT = ("proj", "out_proj", "o_proj")
 

@@ -25,8 +25,8 @@ class Update(nn.Module):
         shape: (p, q), rows (out_features) and columns (in_features) of the weight.
         scale: a factor of the update.
         needs_weight: whether the update depends on the weight it is added to.
-        exact: the names of those tensors that files hold in float32 even where they hold others in float16.
-        rests: whether it is to be passed over, since the adapter that took another's place has nothing for this weight.
+        float32_only: the names of the tensors that files hold in float32 even if the rest is float16.
+        inactive: True after a hot swap to an adapter that has nothing for this weight; the update is then skipped.
     """
 
     needs_weight = False

@@ -15,6 +15,7 @@ from loca_vision.layers.class_swap import exchange_class
 from loca_vision.layers.compiled_delta import CompiledDelta
 from loca_vision.model.state import AdapterState, state_of
 from loca_vision.model.traversal import modules_of
+from loca_vision.model.whole_tensors import kept_elsewhere
 
 _CONTAINERS = (dict, OrderedDict, list, set)  # these very types: a subclass may be immutable
 
@@ -52,8 +53,10 @@ class _Before:
         self.model = model
         self.modules = [(module, type(module), _Contents(module.__dict__)) for module in modules_of(model)]
         self.flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-        self.values = [(tensor, tensor.detach().clone()) for tensor in writes]
-        self.record = _contents_of(state_of(model))
+        record = state_of(model)
+        elsewhere = [] if record is None else kept_elsewhere(model, record)
+        self.values = [(tensor, tensor.detach().clone()) for tensor in (*writes, *elsewhere)]
+        self.record = _contents_of(record)
 
     @torch.no_grad()
     def restore(self) -> None:

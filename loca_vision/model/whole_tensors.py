@@ -126,6 +126,11 @@ def put(model: nn.Module, key: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def kept_elsewhere(model: nn.Module, record: AdapterState) -> list[Tensor]:
+    """The values of whole tensors that are offloaded or sharded: a switch writes into these."""
+    return [stored_at(model, key) for key in record.base if not _may_be_exchanged(held_at(model, key))]
+
+
 def restore_first(model: nn.Module, record: AdapterState) -> None:
     """Let the model hold the very objects it had before the first adapter, with the values it has now."""
     for key, first in record.first.items():

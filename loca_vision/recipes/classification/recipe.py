@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from loca_vision.checks import check_count, check_share, is_finite, is_whole
-from loca_vision.data.load import EVERYWHERE
+from loca_vision.data.load import EVERYWHERE, NAMES
 from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.methods.loca import LoCAConfig
 from loca_vision.recipes.classification.presets import PRESETS
 from loca_vision.recipes.settings.method_settings import Assignments, MethodSettings, as_assignments, assigned
 from loca_vision.recipes.settings.plugins import Imports
 
-Dataset = Literal[
-    "oxford_pets", "stanford_cars", "cifar10", "dtd", "eurosat", "fgvc_aircraft", "resisc45", "cifar100",
-    "fashion_mnist", "digits", "folder",
-]  # fmt: skip
+if TYPE_CHECKING:
+    Dataset = str
+else:  # the choices of the command line are those of the catalogue
+    Dataset = Literal[NAMES]
 METHODS = MethodSettings(
     flags={name: name for name in ("n_components", "scale", "location_gradient", "r", "alpha", "use_dora", "eta", "basis")},
     adapters=frozenset({"targets", "set", "lr"}),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from loca_vision.data.catalogue import SETS
 from loca_vision.data.images import Augment, Images, ImageSplits, first
 from loca_vision.data.load import load
 from loca_vision.data.mixup import Mixed
@@ -21,8 +22,6 @@ from loca_vision.model.schedule import parameter_groups
 from loca_vision.model.traversal import all_updates
 from loca_vision.recipes.classification.models import ModelSpec, build_model, data_settings, default_weights
 from loca_vision.recipes.classification.recipe import Recipe, adapter_config
-
-IN_MEMORY = {"digits", "fashion_mnist", "cifar10", "cifar100"}
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def _limited(splits: ImageSplits, recipe: Recipe) -> ImageSplits:
 def workers_of(recipe: Recipe) -> int:
     if recipe.workers is not None:
         return recipe.workers
-    return 0 if recipe.dataset in IN_MEMORY else min(8, os.cpu_count() or 1)
+    return 0 if SETS[recipe.dataset].in_memory else min(8, os.cpu_count() or 1)
 
 
 # What is trained
