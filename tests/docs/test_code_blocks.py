@@ -53,6 +53,8 @@ SHORT_SCRIPTS = {
     "your_own_update.py": "",
     "hf_trainer.py": "--images 32 --epochs 2 --n_components 20",
     "benchmarks/tables.py": "",
+    "hardening/mutate_files.py": "--count 5",
+    "hardening/kill_saves.py": "--kills 1 --longest 0.01",
     "benchmarks/training_step.py": "--model test_vit --batch_size 2 --n_components 50 --rank 4 --rounds 1 --threads 1",
     "image_classification/train.py": "--model test_vit --weights none --image_size 160 --epochs 1 --batch_size 2",
     "image_classification/evaluate.py": "",

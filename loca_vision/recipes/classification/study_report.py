@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from loca_vision.recipes.reports.plots import save
+from loca_vision.recipes.reports import plots
 
 _MARKS = "osv^DP*X<>"  # of the methods with an adapter, in their order
 
@@ -105,4 +105,4 @@ def draw_study(path: Path, title: str, points: Sequence[Point]) -> None:
         axes.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
         axes.set_xticks([], minor=True)
     figure.legend(loc="outside right upper")
-    save(figure, path)
+    plots.save(figure, path)
