@@ -128,7 +128,8 @@ def put(model: nn.Module, key: str, tensor: Tensor) -> Tensor:
 
 def kept_elsewhere(model: nn.Module, record: AdapterState) -> list[Tensor]:
     """The values of whole tensors that are offloaded or sharded: a switch writes into these."""
-    return [stored_at(model, key) for key in record.base if not _may_be_exchanged(held_at(model, key))]
+    held = own_tensors(model) if record.base else {}  # of an exchanged head nothing may be left
+    return [stored_at(model, key) for key in record.base if key in held and not _may_be_exchanged(held[key])]
 
 
 def restore_first(model: nn.Module, record: AdapterState) -> None:
