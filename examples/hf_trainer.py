@@ -55,7 +55,7 @@ class Settings:
     root: Path | None = None
     """A folder of images, with a folder for each class; the digits of scikit-learn by default."""
     images: int | None = None
-    """Train on so many images, drawn by the seed; on all by default."""
+    """Train on this many images, drawn by the seed; on all by default."""
     epochs: int = 5
     batch_size: int = 32
     n_components: int = 500

@@ -46,7 +46,7 @@ def steps(reports: Sequence[Mapping[str, Any]]) -> Rows:
 
 
 def _what_is_timed(command: str) -> str:
-    """The command without its folder, and without what only says which methods and which figures are wanted, and how often."""
+    """The command without its folder, and without the options that choose methods, figures and repetitions."""
     script, *options = re.split(r" (?=--)", command.removeprefix("python "))
     beside = ("--only", "--output", "--memory", "--operators", "--rounds", "--threads")
     return " ".join([script.rpartition("/")[2], *(option for option in options if not option.startswith(beside))])

@@ -93,12 +93,12 @@ def filled(text: str, reports: Sequence[Report]) -> str:
     """
     marks = [mark for mark in WRITERS if mark in text]
     if not marks:
-        raise ValueError(f"one of the marks {EVERY} and {STEPS} is wanted")
+        raise ValueError(f"expected one of the marks {EVERY} and {STEPS}, got none")
     for mark in marks:
         before, _, rest = text.partition(mark)
         _, end, after = rest.partition(END)
         if mark in rest or not end or any(other in rest[: len(rest) - len(after)] for other in WRITERS):
-            raise ValueError(f"the mark {mark} is wanted once, and then {END}")
+            raise ValueError(f"expected the mark {mark} once, and then {END}")
         table = WRITERS[mark](reports)
         text = f"{before}{mark}\n\n{table}\n\n{END}{after}" if table else f"{before}{mark}\n{END}{after}"
     return text

@@ -129,7 +129,7 @@ def study_sheet(
     Args:
         folder: of the evaluation, in which the edits lie.
         pairs: photograph and target of each entry of the evaluation.
-        every: only the first of so many pairs is shown, as of those of one photograph.
+        every: show the first of every this many pairs, such as those of one photograph.
     """
     names = ["base", *(column(evaluation, name) for name in methods)]
     shown = list(zip(evaluation["photographs"], pairs, strict=True))[::every]

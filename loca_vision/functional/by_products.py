@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loca_vision.functional.cosine_atoms import AtomSettings, shifted, slope_steps
+from loca_vision.functional.transforms import transformed
 
 
 def cosine_sum_by_products(coefficients: Tensor, locations: Tensor, cells: Tensor, settings: AtomSettings) -> Tensor:
@@ -23,12 +24,12 @@ def cosine_sum_by_products(coefficients: Tensor, locations: Tensor, cells: Tenso
         settings: shape, scale and difference.
     """
     spectrum = _dense(coefficients, cells, settings.shape)
-    if locations.requires_grad or _is_wrapped(locations):
+    if locations.requires_grad or transformed():  # under which a tensor does not say that its derivative is asked for
         moved = (locations - locations.detach()) * coefficients.detach()[:, None]
         for axis, size in enumerate(settings.shape):
             for step, weight in slope_steps(settings.difference):
-                beside = shifted(cells, (step, 0) if axis == 0 else (0, step), settings.shape)
-                spectrum = spectrum + _dense(moved[:, axis] * (weight * (size - 1)), beside, settings.shape)
+                neighbours = shifted(cells, (step, 0) if axis == 0 else (0, step), settings.shape)
+                spectrum = spectrum + _dense(moved[:, axis] * (weight * (size - 1)), neighbours, settings.shape)
     left, right = (_cosines(n, coefficients) for n in settings.shape)
     return settings.scale * (left.T @ spectrum @ right)
 
@@ -38,11 +39,6 @@ def inverse_real_by_products(values: Tensor, cells: Tensor, shape: tuple[int, in
     spectrum = _dense(values, cells, shape)
     (rows, row_sines), (cols, col_sines) = (_turns(n, values) for n in shape)
     return scale * (rows @ spectrum @ cols - row_sines @ spectrum @ col_sines)
-
-
-def _is_wrapped(value: Tensor) -> bool:
-    """Whether torch.func may ask for the derivative, though the tensor itself does not say so."""
-    return bool(torch._C._are_functorch_transforms_active()) or torch.autograd.forward_ad._current_level >= 0
 
 
 def _dense(values: Tensor, cells: Tensor, shape: tuple[int, int]) -> Tensor:

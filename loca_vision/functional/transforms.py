@@ -31,8 +31,11 @@ def functional_only() -> bool:
     That is so under torch.export, whose programs run where this library is not installed, and under torch.func and
     forward-mode differentiation, which transform every operation.
     """
-    if torch.compiler.is_compiling():
-        return exported()
+    return exported() if torch.compiler.is_compiling() else transformed()
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation watches this code."""
     return bool(torch._C._are_functorch_transforms_active()) or torch.autograd.forward_ad._current_level >= 0
 
 

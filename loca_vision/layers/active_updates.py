@@ -43,7 +43,7 @@ def tensors_of(updates: Updates) -> Iterator[Tensor]:
 
 def learn(updates: Updates) -> bool:
     """Whether training can change any of the updates."""
-    return any([value.requires_grad for value in tensors_of(updates)])
+    return any([active.update.learns() for active in updates])
 
 
 def deltas_of(updates: Updates, base: Tensor, call: CallSettings | None, device: torch.device | None = None) -> list[RowDelta]:
@@ -99,7 +99,7 @@ def learned_cosines(updates: Updates, scale: float, device: torch.device) -> lis
     """The updates that learn as sums of cosines; None unless all of them are such sums and lie on the device."""
     learned: list[tuple[ActiveUpdate, Cosines]] = []
     for active in updates:
-        if not learn([active]):
+        if not active.update.learns():
             continue
         cosines = active.update.cosines(scale * active.strength)
         if cosines is None or cosines.coefficients.device != device:

@@ -39,7 +39,7 @@ class CompiledDelta(nn.Module):
 
     def learns(self) -> bool:
         """Whether training may still change any update here: compiled code then builds it in its graph."""
-        return any([value.requires_grad for update in self.all_updates() for value in update.tensors()])
+        return any([update.learns() for update in self.all_updates()])
 
     def settle(self, base: Tensor) -> None:
         """Make the buffer for a weight like `base` (n, q), unless it is there."""

@@ -147,6 +147,9 @@ class Spectrum(Update):
     def location_parameters(self) -> list[nn.Parameter]:
         return [] if self.final else [self.locations]
 
+    def is_trained(self) -> bool:
+        return self.scheduled or self.learns()
+
     def confine(self) -> None:
         """Bring locations an optimiser has carried out of [0, 1] back to the border: every cell stays within reach."""
         self.locations.data.clamp_(0, 1)

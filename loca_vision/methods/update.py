@@ -89,6 +89,14 @@ class Update(nn.Module):
         """All that the update is made from."""
         return (*self.parameters(), *self.buffers())
 
+    def learns(self) -> bool:
+        """Whether training can change anything of it now."""
+        return any([value.requires_grad for value in self.tensors()])
+
+    def is_trained(self) -> bool:
+        """Whether it is there to be trained, whatever a schedule lets move now."""
+        return self.learns()
+
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that training moves at the rate of the adapter."""
         return list(self.parameters())

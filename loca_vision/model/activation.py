@@ -9,7 +9,6 @@ from torch import nn
 
 from loca_vision.layers.effective_weight import EffectiveWeight
 from loca_vision.layers.weight_updates import WeightUpdates
-from loca_vision.methods.spectrum import Spectrum
 from loca_vision.methods.update import Update
 from loca_vision.model.state import AdapterState, Strength
 from loca_vision.model.traversal import all_updates, modules_of, sites, unwrap
@@ -29,11 +28,7 @@ def trainable_updates(model: nn.Module) -> list[Update]:
     Raises:
         ValueError: the model has no trainable adapter.
     """
-
-    def scheduled(update: Update) -> bool:
-        return isinstance(update, Spectrum) and update.scheduled
-
-    found = [u for u in active_updates(model) if scheduled(u) or any(p.requires_grad for p in u.parameters())]
+    found = [u for u in active_updates(model) if u.is_trained()]
     if not found:
         raise ValueError(f"{type(unwrap(model)).__name__} has no trainable adapter; inject one first")
     return found

@@ -131,7 +131,7 @@ def _weight(model: nn.Module, module: str) -> Tensor:
 
 def _explained(site: Site, updates: list[_Acting], tokens: int, weight: Tensor, dtype: torch.dtype | None) -> list[Explained]:
     """The projections of one weight, which share their activations."""
-    learning = [update for *_, update in updates if _learns(update)]
+    learning = [update for *_, update in updates if update.learns()]
     if not learning:
         return [_still(one, site.updates.call_settings.low_memory) for one in updates]
     if all(update.factors() is not None for *_, update in updates):
@@ -146,10 +146,6 @@ def _explained(site: Site, updates: list[_Acting], tokens: int, weight: Tensor, 
         _by_matrix(one, choice_of.get(id(one[2])), tokens, sharing, obstacle or f"no costs are known for {weight.device.type}")
         for one in updates
     ]
-
-
-def _learns(update: Update) -> bool:
-    return any(value.requires_grad for value in update.tensors())
 
 
 def _obstacle(learning: list[Update], weight: Tensor) -> str | None:

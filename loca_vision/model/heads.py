@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -46,18 +46,18 @@ def head_of(name: str) -> str | None:
     return None
 
 
-def say_what_froze(model: nn.Module, before: Mapping[str, bool]) -> None:
-    """Log once which parts of a model have stopped training though somebody may count on them.
+def say_what_freezes(model: nn.Module, kept: Collection[str]) -> None:
+    """Log which parts of a model an adapter is about to freeze though somebody may count on them.
 
-    These are parts named like a head, and whatever was trainable while the user had frozen the rest.
+    These are parts named like a head, and whatever is trainable while the user has frozen the rest.
 
     Args:
-        before: `requires_grad` of the model's own parameters until now.
+        kept: the names of parameters that the adapter trains as a whole.
     """
-    own = own_parameters(model)
-    could_train = [name for name, parameter in own.items() if type(parameter) is nn.Parameter and parameter.is_floating_point()]
-    chosen = not all(before[name] for name in could_train)  # what is quantised is frozen in any case
-    frozen = [name for name, parameter in own.items() if before[name] and not parameter.requires_grad]
+    own, head = own_parameters(model), {id(parameter) for parameter in classifier(model)}
+    could_train = [p for p in own.values() if type(p) is nn.Parameter and p.is_floating_point()]
+    chosen = not all(p.requires_grad for p in could_train)  # what is quantised is frozen in any case
+    frozen = [name for name, p in own.items() if p.requires_grad and name not in kept and id(p) not in head]
     parts = [head_of(name) or (name.rpartition(".")[0] or name if chosen else None) for name in frozen]
     named = list(dict.fromkeys(part for part in parts if part))
     if named:

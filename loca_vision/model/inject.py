@@ -19,7 +19,7 @@ from loca_vision.model.atomic import atomic
 from loca_vision.model.base_checkpoint import keep_adapters_when_saved
 from loca_vision.model.call_scale import call_settings
 from loca_vision.model.conv_in import fit_conv_in
-from loca_vision.model.heads import classifier, say_what_froze
+from loca_vision.model.heads import classifier, say_what_freezes
 from loca_vision.model.state import Adapter, AdapterState, start_record
 from loca_vision.model.target_checks import check_new_name, linear_targets
 from loca_vision.model.traversal import moved_by_training, own_parameters, own_tensors, unwrap
@@ -63,11 +63,9 @@ def inject(
     model = unwrap(model)
     found = linear_targets(model, config.targets)
     whole = _parameters_of(model, modules_to_save, found)
-    before = {key: parameter.requires_grad for key, parameter in own_parameters(model).items()}
     placed = list(zip(found, config.new_updates(found), strict=True))
-    with atomic(model):
-        attach(model, name, Adapter(config, whole), placed)
-        say_what_froze(model, before)
+    say_what_freezes(model, whole)
+    attach(model, name, Adapter(config, whole), placed)
     return tuple(target.name for target in found)
 
 

@@ -13,7 +13,6 @@ from loca_vision.layers.adapted_attention import AdaptedAttention
 from loca_vision.layers.adapted_linear import AdaptedLayer
 from loca_vision.layers.targets import canonical
 from loca_vision.layers.weight_updates import AdapterSlot, WeightUpdates
-from loca_vision.methods.spectrum import Spectrum
 from loca_vision.methods.update import Update
 
 
@@ -73,8 +72,7 @@ def all_updates(model: nn.Module) -> list[Update]:
 
 def learns(model: nn.Module) -> bool:
     """Whether some adapter is there to be trained, whatever a schedule lets move now."""
-    scheduled = (update.scheduled for update in all_updates(model) if isinstance(update, Spectrum))
-    return any(scheduled) or any(p.requires_grad for update in all_updates(model) for p in update.parameters())
+    return any(update.is_trained() for update in all_updates(model))
 
 
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -13,6 +13,7 @@ from loca_vision.checks import finite_number
 from loca_vision.model.activation import changing_active
 from loca_vision.model.atomic import atomic, atomic_all
 from loca_vision.model.merge import Weight, acting_at, stacked, weights, write_weights
+from loca_vision.model.remove import remove
 from loca_vision.model.state import Fused, Strength, state_of
 from loca_vision.pipeline.components import adapted_in, check_names, components_to_change
 
@@ -39,7 +40,7 @@ def fuse_components(
     changing = [(model, wanted[component]) for component, (model, _) in states.items() if wanted[component]]
     with atomic_all((model for model, _ in changing), written):
         for model, strengths in changing:
-            fuse(model, strengths, check=check)
+            _fuse(model, strengths, check=check)
 
 
 def unfuse_components(pipe: Any, components: Sequence[str] | None) -> None:
@@ -48,14 +49,24 @@ def unfuse_components(pipe: Any, components: Sequence[str] | None) -> None:
     changing = [model for model, record in states.values() if record.fused.adapters]
     with atomic_all(changing, written):
         for model in changing:
-            unfuse(model)
+            _unfuse(model)
+
+
+def unload_components(pipe: Any) -> None:
+    """As `LoCALoaderMixin.unload_loca_weights`."""
+    records = dict(adapted_in(pipe).values())
+    fused = {model: written(model) for model, record in records.items() if record.fused.adapters}
+    with atomic_all(records, lambda model: [*records[model].first.values(), *fused.get(model, ())]):
+        for model in records:
+            if model in fused:
+                _unfuse(model)
+            remove(model)
 
 
 def _times(strength: Strength, factor: float) -> Strength:
     return {name: s * factor for name, s in strength.items()} if isinstance(strength, Mapping) else strength * factor
 
 
-@torch.no_grad()
 def fuse(model: nn.Module, strengths: Mapping[str, Strength], *, check: bool = False) -> None:
     """Write W + the updates of these adapters, and of those fused before, into the weights, rounded once.
 
@@ -66,16 +77,22 @@ def fuse(model: nn.Module, strengths: Mapping[str, Strength], *, check: bool = F
     Raises:
         ValueError: a weight is quantised or cannot be written for another reason. The weights stay as they were.
     """
+    with atomic(model, written(model)):
+        _fuse(model, strengths, check=check)
+
+
+@torch.no_grad()
+def _fuse(model: nn.Module, strengths: Mapping[str, Strength], *, check: bool) -> None:
     record = state_of(model)
     assert record is not None
     before = record.fused.adapters
-    with atomic(model, written(model)):
-        unfuse(model)
-        originals = {w.path: w.tensor.detach().to("cpu", copy=True) for w in weights(model) if not w.stack}
-        write_weights(model, {**strengths, **before}, check=check)
-        with changing_active(model, record):
-            marks = {w.path: _checksum(w.tensor) for w in weights(model) if not w.stack}
-            record.fused = Fused({**strengths, **before}, originals, marks)
+    if before:
+        _unfuse(model)
+    originals = {w.path: w.tensor.detach().to("cpu", copy=True) for w in weights(model) if not w.stack}
+    write_weights(model, {**strengths, **before}, check=check)
+    with changing_active(model, record):
+        marks = {w.path: _checksum(w.tensor) for w in weights(model) if not w.stack}
+        record.fused = Fused({**strengths, **before}, originals, marks)
 
 
 def written(model: nn.Module) -> list[Tensor]:
@@ -87,7 +104,6 @@ def written(model: nn.Module) -> list[Tensor]:
     return [weight.tensor for weight in weights(model)]
 
 
-@torch.no_grad()
 def unfuse(model: nn.Module) -> None:
     """Put the weights back as they were before the first fuse; active adapters act as before.
 
@@ -95,16 +111,22 @@ def unfuse(model: nn.Module) -> None:
     exact only up to rounding, and the log says so.
     """
     record = state_of(model)
-    if record is None or not record.fused.adapters:
-        return
-    with atomic(model, written(model)):
-        with acting_at(model, record.fused.adapters):
-            changed = [w.path for w in weights(model) if not w.stack and not _restore(w, record.fused)]
-        for weight in weights(model):
-            if weight.stack:
-                weight.tensor.copy_(stacked(model, weight))
-        with changing_active(model, record):
-            record.fused = Fused()
+    if record is not None and record.fused.adapters:
+        with atomic(model, written(model)):
+            _unfuse(model)
+
+
+@torch.no_grad()
+def _unfuse(model: nn.Module) -> None:
+    record = state_of(model)
+    assert record is not None
+    with acting_at(model, record.fused.adapters):
+        changed = [w.path for w in weights(model) if not w.stack and not _restore(w, record.fused)]
+    for weight in weights(model):
+        if weight.stack:
+            weight.tensor.copy_(stacked(model, weight))
+    with changing_active(model, record):
+        record.fused = Fused()
     if changed:
         _LOG.warning(
             "%d weights had been changed since LoCA was fused; unfused, they keep that change, up to rounding", len(changed)

@@ -19,7 +19,7 @@ from loca_vision.model.state import refuse_fused
 from loca_vision.pipeline.activation import activate_adapters, activate_all
 from loca_vision.pipeline.call_entry import tell_scale
 from loca_vision.pipeline.components import active_in, adapted_in, check_names, fused_in, models_in
-from loca_vision.pipeline.fuse import fuse_components, unfuse, unfuse_components, written
+from loca_vision.pipeline.fuse import fuse_components, unfuse_components, unload_components
 from loca_vision.pipeline.load import load
 from loca_vision.pipeline.save import save_pipeline_adapter
 
@@ -104,12 +104,7 @@ class LoCALoaderMixin:
 
     def unload_loca_weights(self) -> None:
         """Take all adapters out, fused ones too: the pipeline is as it was before the first, bit for bit."""
-        records = dict(adapted_in(self).values())
-        fused = {model: written(model) for model, record in records.items() if record.fused.adapters}
-        with atomic_all(records, lambda model: [*records[model].first.values(), *fused.get(model, ())]):
-            for model in records:
-                unfuse(model)
-                remove(model)
+        unload_components(self)
 
     def delete_loca_adapters(self, names: str | Sequence[str]) -> None:
         """Take these adapters out of all components.

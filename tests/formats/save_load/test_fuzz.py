@@ -13,7 +13,7 @@ def test_damaged_files_are_loaded_or_refused(tmp_path: Path) -> None:
     for seed in range(300):
         file.write_bytes(Mutation(seed)(good))
         try:
-            loaded += load_or_refuse(model, file, before) == "loaded"
+            loaded += load_or_refuse(model, file, before)
         except BaseException as error:
             raise AssertionError(f"Mutation({seed})") from error
     assert loaded > 0, "no mutation left the file sound: nothing but refusals was tried"
@@ -24,4 +24,4 @@ def test_finite_coefficients_whose_transform_overflows_are_refused(tmp_path: Pat
     good, file, model = sound_file(tmp_path), tmp_path / "damaged.safetensors", tiny()
     for seed in (1169, 2107):
         file.write_bytes(Mutation(seed)(good))
-        assert load_or_refuse(model, file, facts(model)) != "loaded"
+        assert not load_or_refuse(model, file, facts(model))

@@ -91,7 +91,7 @@ def test_a_component_that_cannot_be_fused_leaves_the_other(at: int, two: Any, mo
     two.fuse_loca(adapter_names=["b"])
     before = facts(two)
     with monkeypatch.context() as patch:
-        patch.setattr(fusing, "fuse", Failing(fusing.fuse, at))
+        patch.setattr(fusing, "_fuse", Failing(fusing._fuse, at))
         with pytest.raises(RuntimeError, match="no memory left"):
             two.fuse_loca(adapter_names=["a"])
     assert_same(two, before)
