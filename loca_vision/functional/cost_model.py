@@ -9,7 +9,8 @@ projections of one product share the transform of the activations.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
@@ -109,9 +110,25 @@ def reads_whole_spectrum(work: Workload) -> bool:
 
 def choose(workloads: list[Workload], tokens: int, device: torch.device, dtype: torch.dtype) -> list[Decision]:
     """A strategy for each of the updates of one product with activations (n, q): the cheapest for all of them together."""
+    if _forced is not None:
+        return [Decision(_forced)] * len(workloads)
     if device.type not in COSTS or not workloads or not tokens:
         return [Decision("whole")] * len(workloads)
     return list(_choose(tuple(workloads), tokens, dtype, COSTS[device.type], torch.get_num_threads()))
+
+
+@contextmanager
+def using(strategy: Strategy) -> Iterator[None]:
+    """Inside, all updates are computed by this strategy, whatever it costs: for benchmarks and tests."""
+    global _forced
+    before, _forced = _forced, strategy
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+_forced: Strategy | None = None
 
 
 @lru_cache(maxsize=1024)
