@@ -19,7 +19,7 @@ import torch
 
 from loca_vision.functional.packed_dct import pieces
 
-Strategy = Literal["whole", "sampled", "applied"]
+Strategy = Literal["whole", "sampled", "applied", "together"]
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,17 @@ def reads_whole_spectrum(work: Workload) -> bool:
 def choose(workloads: list[Workload], tokens: int, device: torch.device, dtype: torch.dtype) -> list[Decision]:
     """A strategy for each of the updates of one product with activations (n, q): the cheapest for all of them together."""
     if _forced is not None:
-        return [Decision(_forced)] * len(workloads)
+        return [Decision("whole" if _forced == "together" else _forced)] * len(workloads)
     if device.type not in COSTS or not workloads or not tokens:
         return [Decision("whole")] * len(workloads)
     return list(_choose(tuple(workloads), tokens, dtype, COSTS[device.type], torch.get_num_threads()))
+
+
+def builds_together(device: torch.device) -> bool:
+    """Whether updates of one shape are built together on this device."""
+    if _forced is not None:
+        return _forced == "together"
+    return device.type not in ("cpu", "meta") and device.type not in COSTS
 
 
 @contextmanager

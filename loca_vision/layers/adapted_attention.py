@@ -121,9 +121,8 @@ class AdaptedProjection:
         plain = _is_plain(layer) and not args and not kwargs
         if plain and not self._saves_memory():
             weight, bias = layer.weight, layer.bias
-            if self.effective_weight.learns_alone(weight):
-                return self.effective_weight.linear(x, weight, bias)
-            return F.linear(x, self.effective_weight(weight), bias)
+            learned = self.effective_weight.learned_linear(x, weight, bias)
+            return F.linear(x, self.effective_weight(weight), bias) if learned is None else learned
         result = layer(x, *args, **kwargs)
         applied = self.effective_weight.applied(x, result.shape[-1], keep=self._may_keep(layer, x), base=self._base)
         return result + applied.to(result.dtype)
@@ -155,7 +154,7 @@ class AdaptedProjection:
         """Compiled code asks only whether there is anything that could: which of it acts, and how, the buffer tells."""
         if compiled():
             return bool(self.effective_weight.all_updates())
-        return bool(self.effective_weight.active_updates())
+        return self.effective_weight.acts()
 
     @staticmethod
     def _may_keep(layer: Any, x: Tensor) -> bool:

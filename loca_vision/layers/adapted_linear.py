@@ -47,8 +47,9 @@ class AdaptedLayer(Adapted):
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         plain = is_plain_matrix(base_weight(self))
         stock = self.original_class.forward is nn.Linear.forward and len(inputs) == 1 and not named
-        if plain and stock and self.loca.learns_alone(base_weight(self)):
-            return self.loca.linear(inputs[0], base_weight(self), self.bias)
+        learned = self.loca.learned_linear(inputs[0], base_weight(self), self.bias) if plain and stock else None
+        if learned is not None:
+            return learned
         result: Tensor = super().forward(*inputs, **named)
         return result if plain else result + self._term(inputs[0], result.shape[-1]).to(result.dtype)
 

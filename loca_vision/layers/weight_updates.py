@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from loca_vision.functional.row_linear import Rows
 from loca_vision.layers.active_updates import ActiveUpdate
+from loca_vision.layers.built_together import BuiltTogether
 from loca_vision.layers.call_settings import CallSettings, Unscaled
 from loca_vision.layers.effective_weight import EffectiveWeight
 from loca_vision.methods.update import Update
@@ -34,6 +36,7 @@ class WeightUpdates(EffectiveWeight):
         self.updates = nn.ModuleList()
         self.slots: list[AdapterSlot] = []  # one for each update
         self.strengths: dict[str, float] = {}  # of the adapters that act
+        self._together: BuiltTogether | None = None
         self._shared_settings: tuple[CallSettings] = (_DEFAULT,)  # in a tuple, which nn.Module does not take for a child
 
     @property
@@ -44,13 +47,25 @@ class WeightUpdates(EffectiveWeight):
         """Follow the call settings of the model."""
         self._shared_settings = (settings,)
 
+    def build_with(self, together: BuiltTogether) -> None:
+        """Build the updates together with others of the model."""
+        self._together = together
+
+    def together_of(self, active: ActiveUpdate) -> BuiltTogether | None:
+        if self._together is not None:
+            self._together.join(self)
+        return self._together
+
     def entries(self) -> list[tuple[AdapterSlot, Update]]:
         return list(zip(self.slots, self.updates, strict=True))  # type: ignore[arg-type]
 
     def active_updates(self) -> list[ActiveUpdate]:
+        if not self.strengths:
+            return []
+        updates: Any = self.updates._modules.values()  # a ModuleList takes longer, and this is asked at every call
         return [
             ActiveUpdate(slot.projection, slot.rows, update, self.strengths[slot.adapter])
-            for slot, update in self.entries()
+            for slot, update in zip(self.slots, updates, strict=True)
             if slot.adapter in self.strengths and not update.inactive
         ]
 
@@ -60,6 +75,7 @@ class WeightUpdates(EffectiveWeight):
     def add(self, slot: AdapterSlot, update: Update) -> None:
         self.updates.append(update.train(self.training))
         self.slots.append(slot)
+        self._forget_batches()
 
     def rename(self, adapter: str, new: str) -> None:
         self.slots = [replace(slot, adapter=new) if slot.adapter == adapter else slot for slot in self.slots]
@@ -71,6 +87,11 @@ class WeightUpdates(EffectiveWeight):
         self.updates = nn.ModuleList(update for _, update in kept)
         self.strengths.pop(adapter, None)
         self._cached = None
+        self._forget_batches()
+
+    def _forget_batches(self) -> None:
+        if self._together is not None:
+            self._together.forget()
 
 
 class FusedUpdates(EffectiveWeight):
@@ -94,6 +115,10 @@ class FusedUpdates(EffectiveWeight):
             for updates, rows in self.parts
             for active in updates.active_updates()
         ]
+
+    def together_of(self, active: ActiveUpdate) -> BuiltTogether | None:
+        owner = next(updates for updates, _ in self.parts if any(own is active.update for own in updates.updates))
+        return owner.together_of(active)
 
     def all_updates(self) -> list[Update]:
         return [update for updates, _ in self.parts for update in updates.all_updates()]

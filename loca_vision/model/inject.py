@@ -118,6 +118,7 @@ def attach(
             updates = updates_of(target)
             if target.attention is not None:
                 updates.share(call_settings(model))
+            updates.build_with(record.together)
             updates.add(AdapterSlot(name, target.name, target.rows), update.to(device_for(target.layer)))
         record.active, record.enabled = record.active | {name: 1.0}, True
         load_tensors(model, record)

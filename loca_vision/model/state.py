@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from loca_vision.layers.built_together import BuiltTogether
 from loca_vision.layers.targets import canonical
 from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.model.traversal import all_updates, learns, unwrap
@@ -61,6 +62,7 @@ class AdapterState:
         fused: what has been written into the weights.
         frozen: whether an adapter froze the model's own parameters; parameters that learn since then belong to an adapter.
         hook: lets `load_state_dict` accept a state dict of the base alone.
+        together: builds updates of one shape together.
         narrow: the weight of `conv_in` from before an adapter came that takes more channels.
     """
 
@@ -73,6 +75,7 @@ class AdapterState:
     fused: Fused = field(default_factory=Fused)
     frozen: bool = False
     hook: RemovableHandle | None = None
+    together: BuiltTogether = field(default_factory=BuiltTogether)
     narrow: nn.Parameter | None = None
 
     @property

@@ -1,0 +1,94 @@
+"""What batches of spectra are computed from: their cells, their gradients, and constant matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from loca_vision.functional.cosine_atoms import shifted, slope_steps
+from loca_vision.functional.dct import matrix_for
+from loca_vision.functional.split_products import Pattern, is_exact, parts
+from loca_vision.functional.transforms import ordinary_tensors
+
+
+class BatchCells:
+    """The cells of N spectra of one shape, M in all.
+
+    Args:
+        cells: (M, 2) int64, row u in [0, p - 1] and column v in [0, q - 1], one spectrum after the other.
+        counts: the number of components of each spectrum.
+        shape: (p, q).
+    """
+
+    def __init__(self, cells: Tensor, counts: Sequence[int], shape: tuple[int, int]) -> None:
+        self.cells, self.counts, self.shape = cells, list(counts), shape
+        self._flat: Tensor | None = None
+        self._in_parts: dict[Pattern, Tensor] = {}
+
+    @property
+    def flat(self) -> Tensor:
+        """(M,) positions of the cells in (N, p, q)."""
+        if self._flat is None:
+            self._flat = self.flat_of(self.cells)
+        return self._flat
+
+    def flat_of(self, cells: Tensor) -> Tensor:
+        """(..., M) positions in (N, p, q) of cells (..., M, 2)."""
+        starts = _starts(tuple(self.counts), math.prod(self.shape), cells.device)
+        return torch.add(starts + cells[..., 1], cells[..., 0], alpha=self.shape[1])
+
+    def in_parts(self, pattern: Pattern) -> Tensor:
+        """(N, K B) rows of the cells, for as many components of each, in a table of parts that stand below each other."""
+        if pattern not in self._in_parts:
+            shifts = _shifts(pattern, self.shape[0], self.cells.device)
+            self._in_parts[pattern] = (self.cells[:, 0].view(len(self.counts), 1, -1) + shifts).flatten(1)
+        return self._in_parts[pattern]
+
+
+@lru_cache(maxsize=64)
+def _starts(counts: tuple[int, ...], size: int, device: torch.device) -> Tensor:
+    """(M,) where the spectrum of each component starts in the batch."""
+    with ordinary_tensors():
+        starts = torch.arange(len(counts), device="cpu") * size
+        return starts.repeat_interleave(torch.tensor(counts, device="cpu")).to(device)
+
+
+@lru_cache(maxsize=64)
+def _shifts(pattern: Pattern, length: int, device: torch.device) -> Tensor:
+    with ordinary_tensors():
+        return (torch.tensor(pattern, device="cpu") * length)[:, None].to(device)
+
+
+def stacked(grads: Sequence[Tensor], pattern: Pattern | None, like: Tensor) -> Tensor:
+    """(N, p, q) of gradients (p, q), in the dtype of `like`; or their `parts`, (N, K p, q)."""
+    if pattern is None:
+        return torch.stack(list(grads)).to(like.dtype)
+    if is_exact(grads[0]):
+        return torch.stack([grad for grad in grads for _ in pattern]).view(len(grads), -1, grads[0].shape[1])
+    return parts(torch.stack(list(grads)).float(), pattern, 1)
+
+
+def table(n: int, difference: str | None, like: Tensor) -> Tensor:
+    """(n, n): the DCT matrix; or the slope at each of its rows, estimated from neighbouring rows."""
+    return matrix_for(n, like.device, like.dtype) if difference is None else _slopes(n, difference, like.device, like.dtype)
+
+
+@lru_cache(maxsize=64)
+def _slopes(n: int, difference: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with ordinary_tensors():
+        wide, own = matrix_for(n, torch.device("cpu"), torch.float64), torch.arange(n, device="cpu")
+        cells = torch.stack([own, torch.zeros_like(own)], 1)
+        (one, first), (two, second) = slope_steps(difference)
+        after, before = (wide[shifted(cells, (step, 0), (n, 1))[:, 0]] for step in (one, two))
+        return (first * after + second * before).to(device=device, dtype=dtype)
+
+
+@lru_cache(maxsize=64)
+def parts_of_table(n: int, difference: str | None, pattern: Pattern, dim: int, device: torch.device) -> Tensor:
+    """The `parts` of a float32 `table`."""
+    with ordinary_tensors():
+        return parts(table(n, difference, torch.empty(0, dtype=torch.float32, device=device)), pattern, dim)

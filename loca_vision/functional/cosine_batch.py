@@ -1,0 +1,81 @@
+"""Sums of cosines of one shape, built together and differentiated together by a few large products.
+
+One sum alone takes some twenty small operations, and an accelerator spends longer on starting each than on carrying it out.
+Of two forms the one with fewer multiplications is used: over the components, or over the frequencies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loca_vision.functional import batch_by_components, batch_by_frequencies
+from loca_vision.functional.batch_tables import BatchCells
+from loca_vision.functional.transforms import ordinary_tensors
+
+
+@dataclass(frozen=True)
+class CosineBatch:
+    """N sums of cosines of one shape (p, q), M components in all.
+
+    Attributes:
+        coefficients: (M,) float32 or float64, of one sum after the other.
+        layout: their cells.
+        scale: alpha, the same of all.
+        difference: how the slope along an axis is estimated, as in `AtomSettings`.
+        split: whether float32 products are sums of products of bfloat16 parts.
+    """
+
+    coefficients: Tensor
+    layout: BatchCells
+    scale: float
+    difference: str
+    split: bool = False
+
+    def matrices(self) -> Tensor:
+        """The sums, (N, p, q)."""
+        values = self.coefficients if self.scale == 1 else self.coefficients * self.scale
+        made: Tensor = self._form.matrices(values, self.layout, self.split)
+        return made
+
+    def gradients(self, grads: Sequence[Tensor], learned: bool, moving: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of coefficients (M,) and locations (M, 2).
+
+        Args:
+            grads: those of the N matrices, (p, q) each, in any floating-point dtype.
+            learned, moving: which of the two are wanted.
+        """
+        form, like = self._form, self.coefficients
+        z, *slopes = form.rows(grads, self.layout, self.difference if moving else None, like, self.split)
+        coefficients = (z if self.scale == 1 else z * self.scale) if learned else None
+        if not moving:
+            return coefficients, None
+        return coefficients, torch.stack(slopes, 1) * _lengths(self.layout.shape, self.scale, like) * like[:, None]
+
+    def part(self, members: Sequence[int]) -> CosineBatch:
+        """The batch of some of the sums."""
+        layout = self.layout
+        cells, coefficients = torch.split(layout.cells, layout.counts), torch.split(self.coefficients, layout.counts)
+        chosen = BatchCells(torch.cat([cells[i] for i in members]), [layout.counts[i] for i in members], layout.shape)
+        return replace(self, coefficients=torch.cat([coefficients[i] for i in members]), layout=chosen)
+
+    @property
+    def _form(self) -> Any:
+        counts = set(self.layout.counts)
+        return batch_by_components if len(counts) == 1 and max(counts) < sum(self.layout.shape) else batch_by_frequencies
+
+
+def _lengths(shape: tuple[int, int], scale: float, like: Tensor) -> Tensor:
+    """(2,): what one cell is in the units of a location, times the scale."""
+    return _lengths_on(shape, scale, like.device, like.dtype)
+
+
+@lru_cache(maxsize=64)
+def _lengths_on(shape: tuple[int, int], scale: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with ordinary_tensors():
+        return torch.tensor([scale * (size - 1) for size in shape], dtype=dtype, device="cpu").to(device)
