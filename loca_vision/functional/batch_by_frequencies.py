@@ -12,8 +12,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from loca_vision.functional.batch_tables import BatchCells, parts_of_table, stacked, table
+from loca_vision.functional.batch_tables import BatchCells, parts_of_table, stacked
 from loca_vision.functional.cosine_atoms import slope_steps
+from loca_vision.functional.dct import dct2, idct2
 from loca_vision.functional.split_products import HALVES, LEFT, RIGHT, TWICE, is_exact, parts, product
 from loca_vision.functional.transforms import ordinary_tensors
 
@@ -23,7 +24,7 @@ def matrices(values: Tensor, layout: BatchCells, split: bool) -> Tensor:
     (p, q), count = layout.shape, len(layout.counts)
     spectra = values.new_zeros(count * p * q).index_add_(0, layout.flat, values).view(-1, q)
     if not split:
-        return table(p, None, values).T @ (spectra @ table(q, None, values)).view(count, p, q)
+        return idct2(spectra.view(count, p, q))
     half = product(parts(spectra, LEFT, 1), parts_of_table(q, None, RIGHT, 0, values.device)).view(count, p, q)
     left = parts_of_table(p, None, LEFT, 0, values.device)  # below each other, to be read as columns
     return product(left.mT.expand(count, p, len(left)), parts(half, RIGHT, 1))
@@ -40,10 +41,10 @@ def rows(grads: Sequence[Tensor], layout: BatchCells, difference: str | None, li
 
 
 def _spectra(grads: Sequence[Tensor], layout: BatchCells, like: Tensor, split: bool) -> Tensor:
-    """(N p, q)."""
+    """Z of each gradient, all in all N p q numbers."""
     (p, q), count = layout.shape, len(layout.counts)
     if not split:
-        return (table(p, None, like) @ stacked(grads, None, like)).view(-1, q) @ table(q, None, like).T
+        return dct2(stacked(grads, None, like))
     exact = is_exact(grads[0])
     left = parts_of_table(p, None, HALVES if exact else LEFT, 1, like.device)
     half = product(left.expand(count, *left.shape), stacked(grads, TWICE if exact else RIGHT, like))

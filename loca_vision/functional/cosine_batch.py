@@ -16,6 +16,8 @@ from torch import Tensor
 
 from loca_vision.functional import batch_by_components, batch_by_frequencies
 from loca_vision.functional.batch_tables import BatchCells
+from loca_vision.functional.cosine_atoms import AtomSettings
+from loca_vision.functional.split_products import is_preferred
 from loca_vision.functional.transforms import ordinary_tensors
 
 
@@ -68,6 +70,15 @@ class CosineBatch:
     def _form(self) -> Any:
         counts = set(self.layout.counts)
         return batch_by_components if len(counts) == 1 and max(counts) < sum(self.layout.shape) else batch_by_frequencies
+
+
+def batch_of(
+    coefficients: Tensor, cells: Tensor, counts: Sequence[int], settings: AtomSettings, dtype: torch.dtype
+) -> CosineBatch:
+    """The sums of coefficients (M,) at cells (M, 2), as many of each sum as `counts` says, for activations of this dtype."""
+    split = coefficients.dtype == torch.float32 and is_preferred(coefficients.device, dtype)
+    layout = BatchCells(cells, counts, settings.shape)
+    return CosineBatch(coefficients, layout, settings.scale, settings.difference, split)
 
 
 def _lengths(shape: tuple[int, int], scale: float, like: Tensor) -> Tensor:

@@ -19,11 +19,11 @@ from loca_vision.functional.cosine_atoms import (
     coefficient_gradient,
     location_gradient,
     offsets,
-    row_major,
     shifted,
 )
+from loca_vision.functional.cosine_batch import CosineBatch, batch_of
 from loca_vision.functional.cost_model import Workload, reads_whole_spectrum
-from loca_vision.functional.dct import dct2, idct, matrix_for
+from loca_vision.functional.dct import dct2
 from loca_vision.functional.packed_dct import basis_pieces
 from loca_vision.functional.sparse_products import Sums, read_at, spectrum_of, transposed_of
 from loca_vision.functional.token_spectra import Pieces, add_applied, in_pieces
@@ -68,8 +68,7 @@ def cosine_matrix(coefficients: Tensor, layout: Cells, scale: float) -> Tensor:
             result = coefficients.new_zeros(layout.shape)
             add_cosines(result, coefficients, layout, scale)
             return result
-        spectrum = _sparse(layout, coefficients * scale)  # matrix products are what accelerators do best
-        return idct(spectrum @ matrix_for(layout.shape[1], coefficients.device, coefficients.dtype), 0)
+        return _alone(coefficients, layout.cells, AtomSettings(layout.shape, scale, "central")).matrices()[0]
 
 
 def add_cosines(weight: Tensor, coefficients: Tensor, layout: Cells, scale: float) -> None:
@@ -87,6 +86,10 @@ def _cosine_sum_backward(
     """Gradients of coefficients (B,) and, if `moving`, locations (B, 2), otherwise an empty tensor: from one Z = C G D^T."""
     with torch.autocast(grad.device.type, enabled=False):
         settings = AtomSettings((grad.shape[0], grad.shape[1]), scale, difference)
+        if grad.device.type != "cpu":
+            own, slopes = _alone(coefficients, cells, settings).gradients([grad], True, moving)
+            nothing = grad.new_empty(0)
+            return nothing if own is None else own, nothing if slopes is None else slopes
         z = spectrum_at(grad, Cells(cells, settings.shape), offsets(difference, True, moving))
         slopes = location_gradient(z, coefficients, settings) if moving else grad.new_empty(0)
         return coefficient_gradient(z, settings), slopes
@@ -187,10 +190,9 @@ def spectrum_at(grad: Tensor, layout: Cells, offsets: list[Offset]) -> dict[Offs
     return {offset: values.values() for offset, values in sums.items()}
 
 
-def _sparse(layout: Cells, values: Tensor) -> Tensor:
-    """CSR matrix of values (B,) at their cells; equal cells stay separate entries, which a product adds up."""
-    order, starts, cols = layout.once(row_major)
-    return torch.sparse_csr_tensor(starts, cols, values[order], layout.shape, check_invariants=False)
+def _alone(coefficients: Tensor, cells: Tensor, settings: AtomSettings) -> CosineBatch:
+    """The way of accelerators, which large products suit best."""
+    return batch_of(coefficients, cells, [len(cells)], settings, coefficients.dtype)
 
 
 with warnings.catch_warnings():  # torch warns once that sparse CSR is in beta: let it do so here, unheard

@@ -115,14 +115,16 @@ class AdaptedProjection:
         layer = self._layer()
         if compiled():
             self._prepare()
-        if not self._acts():
-            result: Tensor = layer(x, *args, **kwargs)
-            return result
         plain = _is_plain(layer) and not args and not kwargs
-        if plain and not self._saves_memory():
+        if plain and not compiled() and not self._saves_memory():
             weight, bias = layer.weight, layer.bias
             learned = self.effective_weight.learned_linear(x, weight, bias)
             return F.linear(x, self.effective_weight(weight), bias) if learned is None else learned
+        if not self._acts():
+            result: Tensor = layer(x, *args, **kwargs)
+            return result
+        if plain and not self._saves_memory():
+            return F.linear(x, self.effective_weight(layer.weight), layer.bias)
         result = layer(x, *args, **kwargs)
         applied = self.effective_weight.applied(x, result.shape[-1], keep=self._may_keep(layer, x), base=self._base)
         return result + applied.to(result.dtype)

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from loca_vision.functional.batch_tables import BatchCells
-from loca_vision.functional.cosine_batch import CosineBatch
-from loca_vision.functional.split_products import is_preferred
+from loca_vision.functional.cosine_atoms import AtomSettings
+from loca_vision.functional.cosine_batch import CosineBatch, batch_of
 from loca_vision.functional.transforms import once_differentiable
 from loca_vision.methods.locations import cells_at
 from loca_vision.methods.spectrum import Spectrum
@@ -166,9 +165,8 @@ def _built(updates: Sequence[Spectrum], factor: float, dtype: torch.dtype, spent
     with torch.no_grad(), torch.autocast(first.coefficients.device.type, enabled=False):
         coefficients = torch.cat([own.coefficients for own in updates])
         cells = cells_at(torch.cat([own.locations for own in updates]), first.shape)
-        layout = BatchCells(cells, [len(own.coefficients) for own in updates], first.shape)
-        split = first.coefficients.dtype == torch.float32 and is_preferred(coefficients.device, dtype)
-        batch = CosineBatch(coefficients, layout, first.scale * factor, first.difference, split)
+        settings = AtomSettings(first.shape, first.scale * factor, first.difference)
+        batch = batch_of(coefficients, cells, [len(own.coefficients) for own in updates], settings, dtype)
         matrices = batch.matrices().unbind(0)
     numbers = [own.coefficients for own in updates] + [own.locations for own in updates]
     tickets = _Tickets.apply(batch, dtype, spent, torch._C._current_graph_task_id() >= 0, *numbers)

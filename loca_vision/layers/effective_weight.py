@@ -26,7 +26,7 @@ from loca_vision.layers.active_updates import (
     tensors_of,
 )
 from loca_vision.layers.applied_updates import learned_term, matrix_of, term_without_matrix
-from loca_vision.layers.built_together import Built, BuiltTogether
+from loca_vision.layers.built_together import Built, BuiltTogether, read
 from loca_vision.layers.call_settings import CallSettings
 from loca_vision.layers.compiled_delta import CompiledDelta
 from loca_vision.layers.weight_cache import CachedWeight
@@ -69,6 +69,10 @@ class EffectiveWeight(CompiledDelta):
             return self._for_trace(base, updates)
         if torch.is_grad_enabled() and (base.requires_grad or learn(updates)):
             self.drop()
+            if builds_together(base.device) and not base.requires_grad:
+                together = self._built_together(updates, base, base.dtype)
+                if together is not None:
+                    return read(*together)
             return add_rows(base, deltas_of(updates, base, self.call_settings))
         return self._from_cache(base, updates, (), lambda: sum_with(updates, base, self.call_settings))
 

@@ -147,6 +147,10 @@ class Spectrum(Update):
     def location_parameters(self) -> list[nn.Parameter]:
         return [] if self.final else [self.locations]
 
+    def learns(self) -> bool:
+        own = self._parameters  # which is asked of every projection at every step
+        return own["coefficients"].requires_grad or own["locations"].requires_grad  # type: ignore[union-attr]
+
     def is_trained(self) -> bool:
         return self.scheduled or self.learns()
 
