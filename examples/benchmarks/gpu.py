@@ -1,9 +1,9 @@
 """What the library costs on one GPU, within a given time: tests, training steps, inference, constants, compiled steps, a study.
 
 Parts run in the order given, the most important first. What was found is written after each into the output folder, as
-`gpu.json`, pictures and a README.md, so that a run that is killed loses only the part under way. A part that fails is noted, and
-the next one runs; so is what there was no time for, or no package. Without a GPU, or with `--dry_run`, everything is tiny and
-its figures mean nothing.
+`gpu.json`, pictures and a README.md, so that a run that is killed loses only the part under way. A part that fails is noted,
+and the next one runs; noted too is what there was no time for, or no package. Without a GPU, or with `--dry_run`, everything is
+tiny and its figures mean nothing.
 
     python examples/benchmarks/gpu.py --minutes 9 --output results/gpu
     python examples/benchmarks/gpu.py --minutes 4 --parts steps --workloads vit-bf16-128 sd15-bf16-8

@@ -32,7 +32,7 @@ class Forced(Step):
 
 
 def eager(job: Job) -> dict[str, Made]:
-    """By name, the most telling first. LoCA alone chooses its way by the model of costs; with a way in its name it is forced."""
+    """By name, the most telling first. LoCA chooses its way by the model of costs, unless a way in its name is forced."""
     known = methods(job)
     found: dict[str, Made] = {}
     for name in (FLOOR, LOCA, peft_lora(job), LOCATIONS):

@@ -35,7 +35,7 @@ def described() -> dict[str, Any]:
         "multiprocessors": card.multi_processor_count,
         "capability": f"{card.major}.{card.minor}",
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "float32 products": torch.get_float32_matmul_precision(),
         "convolutions in TF32": torch.backends.cudnn.allow_tf32,
         "nvidia-smi": clocks(),

@@ -26,7 +26,7 @@ OTHER = "other"  # the name of the second adapter
 
 def part(session: Session, found: Found, names: Sequence[str]) -> None:
     """The named jobs that are called without training too."""
-    for name in [known for known in INFERENCE if known in names]:
+    for name in [known for known in INFERENCE if known in names][: 2 if session.dry else None]:
         one = job(name, dry=session.dry)
         session.attempt(found, name, SECONDS, lambda own, one=one: _measured(session, own, one))  # type: ignore[misc]
         tidy()

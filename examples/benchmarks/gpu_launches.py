@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from steps import Step, operators
@@ -33,8 +33,8 @@ def launches(step: Step) -> dict[str, Any]:
 
 def _ran(watched: profile) -> list[tuple[str, float]]:
     """Names and microseconds of what ran on the GPU, as it was recorded: torch's own list takes long to put in order."""
-    results = watched.profiler.kineto_results  # type: ignore[union-attr]
-    events = [event for event in results.events() if event.device_type() == DeviceType.CUDA]
+    recorded: Any = watched.profiler
+    events = [event for event in recorded.kineto_results.events() if event.device_type() != DeviceType.CPU]
     return [(event.name(), event.duration_ns() / 1e3) for event in events if not event.is_user_annotation()]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,26 @@ from loca_vision.recipes.reports.plots import save
 from rounds import ratio
 
 Run = Mapping[str, Any]
-HUES = ("#1f6fb4", "#7fb2dd", "#d1542c", "#f0a78f", "#3a923a", "#94cf94", "#7a4fa3", "#b9a2d3", "#8c6d31", "#7f7f7f")
+ACROSS = 4  # workloads in a row
+COLOURS = {
+    "LoCA, coefficients": "#1f6fb4",
+    "LoCA, coefficients, whole": "#6aa5d8",
+    "LoCA, coefficients, together": "#b3d1ec",
+    "LoCA, locations": "#d1542c",
+    "LoCA, locations, whole": "#e8906f",
+    "LoCA, locations, together": "#f6c9b7",
+    "LoRA": "#3a923a",
+    "LoRA, peft": "#94cf94",
+    "FourierFT": "#7a4fa3",
+    "FourierFT, peft": "#b9a2d3",
+}
 
 
 def drawn(folder: Path, found: Run) -> dict[str, str | None]:
     """The pictures for which there are figures; by name None, or why there is none."""
-    steps = {name: own for name, own in found["parts"].get("steps", {}).items() if isinstance(own, Mapping) and "methods" in own}
+    steps = {
+        name: own for name, own in found["parts"].get("steps", {}).items() if isinstance(own, Mapping) and "methods" in own
+    }
     pictures: dict[str, tuple[str, Callable[[Run, Run], float | None]]] = {
         "steps": ("time of a training step, of the frozen model's", _time),
         "launches": ("kernel launches of a training step, of the frozen model's", _launches),
@@ -42,8 +58,7 @@ def _relative(methods: Run, value: Callable[[Run, Run], float | None]) -> dict[s
 
 def _family(name: str) -> str:
     """Without the numbers that differ from model to model."""
-    words = [word for word in name.split(" ") if not word.startswith(("r=", "n="))]
-    return f"{' '.join(words)}, peft" if name.endswith(", peft") and not words[-1] == "peft" else " ".join(words)
+    return re.sub(r" [rn]=\d+", "", name)
 
 
 def _time(row: Run, floor: Run) -> float | None:
@@ -58,19 +73,27 @@ def _launches(row: Run, floor: Run) -> float | None:
 
 def draw(path: Path, label: str, bars: Mapping[str, Mapping[str, float]]) -> None:
     """A group of bars for each workload, a colour for each method."""
-    names = list(dict.fromkeys(name for own in bars.values() for name in own))
-    figure = Figure(figsize=(1.5 + 2.1 * max(2, len(bars)), 5.2), layout="constrained")
-    axes = figure.subplots()
-    width = 0.86 / len(names)
+    present = {name for own in bars.values() for name in own}
+    names = sorted(present, key=lambda name: (list(COLOURS).index(name) if name in COLOURS else len(COLOURS), name))
+    down = math.ceil(len(bars) / ACROSS)
+    figure = Figure(figsize=(11, 1.2 + 3.1 * down), layout="constrained")
+    for row, axes in enumerate(figure.subplots(down, squeeze=False, sharey=True)[:, 0]):
+        shown = dict(list(bars.items())[row * ACROSS : (row + 1) * ACROSS])
+        _groups(axes, names, shown)
+    figure.suptitle(label)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    save(figure, path)
+
+
+def _groups(axes: Any, names: Sequence[str], bars: Mapping[str, Mapping[str, float]]) -> None:
+    width = 0.9 / len(names)
     for number, name in enumerate(names):
-        places = [place for place, own in enumerate(bars.values()) if name in own]
+        places = [place + (number - (len(names) - 1) / 2) * width for place, own in enumerate(bars.values()) if name in own]
         heights = [own[name] for own in bars.values() if name in own]
-        middles = [place + (number - (len(names) - 1) / 2) * width for place in places]
-        drawn = axes.bar(middles, heights, width, color=HUES[number % len(HUES)], label=name)
+        drawn = axes.bar(places, heights, width, color=COLOURS.get(name, "#7f7f7f"), label=name)
         axes.bar_label(drawn, [f"{height:.2f}" for height in heights], rotation=90, fontsize=6.5, padding=2)
     axes.axhline(1, color="#333333", linewidth=0.8)
-    axes.set_xticks(range(len(bars)), [title(name).replace(", ", "\n", 1) for name in bars], fontsize=8)
-    axes.set(title=label)
-    axes.margins(y=0.12)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    save(figure, path)
+    axes.set_xticks(range(len(bars)), map(title, bars), fontsize=8)
+    axes.set_xlim(-0.5, ACROSS - 0.5)
+    axes.margins(y=0.15)

@@ -1,4 +1,4 @@
-"""A run under a time limit: pieces of work are begun while time is left, what they find is written at once, and none ends the run."""
+"""A run under a time limit: work is begun while time is left, what it finds is written at once, and no failure ends the run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Session:
     def attempt(self, place: Found, name: str, seconds: float, work: Callable[[Found], None]) -> bool:
         """Let some work fill `place[name]`, if its estimated seconds are left; whether it came to its end.
 
-        Why it did not is written beside what it had found: no time, a missing package, or an error with the end of its traceback.
+        Why it did not is written beside what it had found: no time, a missing package, or an error and its last lines.
         """
         found: Found = place.setdefault(name, {})
         self._names.append(name)
@@ -74,6 +74,8 @@ class Session:
             message = " ".join(f"{type(error).__name__}: {error}".split())
             found[ERROR] = message[:500]
             found["traceback"] = "".join(traceback.format_exception(error)).splitlines()[-LAST_LINES:]
+        if failure(found) is not None:
+            tidy()  # of what it had on the GPU
         return failure(found) is None
 
     def _tell(self, found: Found) -> None:

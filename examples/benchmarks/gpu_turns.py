@@ -42,7 +42,7 @@ def turn(step: Step, count: int) -> tuple[float, float]:
 def _mark() -> Any:
     if device_here().type == "cpu":
         return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
 

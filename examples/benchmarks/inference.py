@@ -54,7 +54,7 @@ def call(work: Workload, model: nn.Module) -> float:
     return float(work.loss(model))
 
 
-def saved(work: Workload, model: nn.Module, folder: Path) -> Callable[[], nn.Module]:
+def saved(work: Workload, model: Any, folder: Path) -> Callable[[], nn.Module]:
     """Write a model's adapter into a folder; what loads it into a fresh model."""
     fresh: nn.Module = work.model().eval()
     if is_of_peft(model):

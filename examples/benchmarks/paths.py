@@ -213,7 +213,9 @@ def of_device(costs: Costs, device: torch.device) -> Costs:
 
 
 def _product_seconds(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:
-    grads, x = (torch.randn(6304 if device.type == "cuda" else 256, 768, device=device, dtype=dtype) for _ in range(2))
+    grads, x = (
+        torch.randn(*((32768, 2048) if device.type == "cuda" else (256, 768)), device=device, dtype=dtype) for _ in range(2)
+    )
     return min(in_turns({"product": lambda: grads.T @ x}, repeats, bar=False)["product"])
 
 
