@@ -68,7 +68,9 @@ def measured(session: Session, found: Found, one: Job, made: Mapping[str, Made],
     base, steps = _allocated(work), dict[str, Step]()
     for name, make in made.items():
         started = time.monotonic()
-        begun = session.attempt(rows, name, seconds, lambda row, m=make, n=name: steps.update({n: _first(m, work, base, row)}))  # type: ignore[misc]
+        begun = session.attempt(
+            rows, name, seconds, lambda row, m=make, n=name: steps.update({n: _first(session, m, work, base, row)})
+        )  # type: ignore[misc]
         taken = time.monotonic() - started
         if begun:  # what adapters add to the floor is not known yet
             seconds = 2 * taken if name == FLOOR else max(seconds, 1.2 * taken)
@@ -84,7 +86,7 @@ def _going(session: Session, end: float) -> Callable[[], bool]:
     return lambda: session.budget.left > max(end, 0.0)
 
 
-def _first(make: Made, work: Workload, base: int, row: Found) -> Step:
+def _first(session: Session, make: Made, work: Workload, base: int, row: Found) -> Step:
     """A contender that has been made and warmed up, and what one of its steps takes beside time."""
     others = _allocated(work) - base  # which the contenders before it hold
     step = make(work)
@@ -97,7 +99,8 @@ def _first(make: Made, work: Workload, base: int, row: Found) -> Step:
         torch.cuda.synchronize()
         row["peak MB"] = (torch.cuda.max_memory_allocated() - others) / 1e6
     if device_here().type == "cuda" or work.head:  # counting the operators of a UNet takes long, and they mean nothing here
-        row["launches"] = launches(step)
+        row["launches"] = launched = {}
+        session.guarded(launched, lambda: launched.update(launches(step)))
     return step
 
 

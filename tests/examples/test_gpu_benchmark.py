@@ -37,23 +37,27 @@ def session():
     return Session(Budget(100), lambda: None, True, 2)
 
 
-def test_a_dry_run_measures_everything_there_is_on_a_gpu(tmp_path, capsys):
-    found = dry(tmp_path, "--parts", "steps", "costs", "study", "--workloads", "vit-bf16-32")
+def test_a_dry_run_measures_everything_there_is_on_a_gpu(tmp_path, capsys, monkeypatch):
+    some = ("floor", LOCA, f"{LOCA}, whole", LORA, "FourierFT n=100")
+    made = gpu_contenders.eager(JOB)
+    assert set(some) < set(made)
+    monkeypatch.setattr(gpu_steps, "eager", lambda job: {name: made[name] for name in some})
+    found = dry(tmp_path, "--parts", "steps", "costs", "study", "--workloads", "vit-fp32-32")
     said = capsys.readouterr().out
     assert found["dry_run"] and said.startswith("Dry run on the CPU: figures mean nothing.")
-    methods = found["parts"]["steps"]["vit-bf16-32"]["methods"]
-    assert list(methods) == list(gpu_contenders.eager(JOB))
+    methods = found["parts"]["steps"]["vit-fp32-32"]["methods"]
+    assert list(methods) == list(some)
     for row in methods.values():
         assert row["seconds"][0] >= row["forward and backward"][0] > 0
         assert row["launches"]["operators"] > 0
-    assert found["parts"]["steps"]["vit-bf16-32"]["check"]["losses"]["merged"] > 0
+    assert found["parts"]["steps"]["vit-fp32-32"]["check"]["losses"]["merged"] > 0
     assert found["parts"]["costs"]["line"].startswith('COSTS["cpu"] = Costs(product=')
     assert "give --study_data" in found["parts"]["study"]["left out"]
     page = (tmp_path / "README.md").read_text()
     assert "| LoCA, coefficients |" in page and "![steps](steps.png)" in page and "Dry run on the CPU" in page
     assert found["pages"] == {"steps": None, "launches": None}
     assert str(tmp_path) not in json.dumps(found)
-    assert "Training step, ViT-B/16, bf16, batch 32" in said
+    assert "Training step, ViT-B/16, fp32, batch 32" in said
 
 
 def test_what_was_found_is_written_after_each_part_and_a_failure_ends_nothing(tmp_path, monkeypatch, capsys):
@@ -92,7 +96,7 @@ def test_contenders_for_whom_there_is_no_time_are_listed(session):
     session.budget = Budget(10, lambda: now[0])
 
     def late(work):
-        now[0] = 9.9
+        now[0] = 11.0
         return steps.Step(work.model(), work)
 
     found = {}
@@ -136,11 +140,15 @@ def test_inference_and_verbs(session):
     assert header[:3] == ["method", "call, ms", "of the base's"] and base[2] == "1.000"
 
 
-def test_compiled_steps(session):
+def test_compiled_steps(session, monkeypatch):
+    made = gpu_contenders.compiled(JOB, backend="eager")
+    assert list(made) == ["floor", LOCA, LORA]
+    monkeypatch.setattr(gpu_steps, "COMPILED", ("vit-fp32-32",))
+    monkeypatch.setattr(gpu_steps, "compiled", lambda job, backend: {"floor": made["floor"]})
     found = {}
-    gpu_steps.compiled_part(session, found, ["vit-bf16-32"])
+    gpu_steps.compiled_part(session, found, ["vit-fp32-32"])
     assert not list(failures(found))
-    assert list(found["vit-bf16-32"]["methods"]) == ["floor", LOCA, LORA]
+    assert found["vit-fp32-32"]["methods"]["floor"]["seconds"]
 
 
 def test_a_forced_way_is_used(monkeypatch):
@@ -195,7 +203,7 @@ def test_outcomes_of_tests_with_and_without_workers():
 
 
 def test_tests_that_take_too_long_are_killed():
-    status, output = gpu_tests.limited([sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"], 2)
+    status, output = gpu_tests.limited([sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"], 1)
     assert status is None and output == "begun\n"
 
 
