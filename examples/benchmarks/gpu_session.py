@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -73,7 +74,7 @@ class Session:
         except Exception as error:
             message = " ".join(f"{type(error).__name__}: {error}".split())
             found[ERROR] = message[:500]
-            found["traceback"] = "".join(traceback.format_exception(error)).splitlines()[-LAST_LINES:]
+            found["traceback"] = _last_lines(error)
         if failure(found) is not None:
             tidy()  # of what it had on the GPU
         return failure(found) is None
@@ -82,6 +83,12 @@ class Session:
         why = failure(found)
         if why is not None:
             print(f"{', '.join(self._names)}: {why[:200]}", flush=True)
+
+
+def _last_lines(error: Exception) -> list[str]:
+    """Of its traceback; whose folders the files lie in is nobody's business."""
+    lines = "".join(traceback.format_exception(error)).splitlines()[-LAST_LINES:]
+    return [re.sub(r'File ".*?([^/\\"]+[/\\][^/\\"]+)"', r'File "\1"', line) for line in lines]
 
 
 def failure(found: Found) -> str | None:

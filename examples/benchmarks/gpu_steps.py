@@ -64,22 +64,29 @@ def measured(session: Session, found: Found, one: Job, made: Mapping[str, Made],
     """Make each contender while there is time for it, then let all of them take turns; `found` gets a row for each."""
     rows: Found = found.setdefault("methods", {})
     found["settings"] = {"workload": one.workload, "batch_size": one.batch_size, "autocast": one.autocast, "rank": one.rank}
-    work = workload(one)
-    base, steps = _allocated(work), dict[str, Step]()
-    for name, make in made.items():
-        started = time.monotonic()
-        begun = session.attempt(
-            rows, name, seconds, lambda row, m=make, n=name: steps.update({n: _first(session, m, work, base, row)})
-        )  # type: ignore[misc]
-        taken = time.monotonic() - started
-        if begun:  # what adapters add to the floor is not known yet
-            seconds = 2 * taken if name == FLOOR else max(seconds, 1.2 * taken)
-        session.write()
+    steps = _made(session, rows, workload(one), made, seconds)
     found["steps a turn"] = count = steps_of_a_turn(min((rows[name]["warm"] for name in steps), default=1.0))
     end = session.budget.left - (2.0 if session.dry else SECONDS_OF_ROUNDS)
     rounds = in_rounds(steps, session.rounds, count, _going(session, end), lambda name, turn: session.guarded(rows[name], turn))
     for name, own in rounds.items():
         rows[name] |= own
+
+
+def _made(session: Session, rows: Found, work: Workload, made: Mapping[str, Made], seconds: float) -> dict[str, Step]:
+    """Those contenders for which there is time, the first of them the floor; `seconds` is what one is expected to take."""
+    base, steps = _allocated(work), dict[str, Step]()
+    for name, make in made.items():
+
+        def first(row: Found, name: str = name, make: Made = make) -> None:
+            steps[name] = _first(session, make, work, base, row)
+
+        started = time.monotonic()
+        begun = session.attempt(rows, name, seconds, first)
+        taken = time.monotonic() - started
+        if begun:  # what adapters add to the floor is not known yet
+            seconds = 2 * taken if name == FLOOR else max(seconds, 1.2 * taken)
+        session.write()
+    return steps
 
 
 def _going(session: Session, end: float) -> Callable[[], bool]:
@@ -99,7 +106,7 @@ def _first(session: Session, make: Made, work: Workload, base: int, row: Found) 
         torch.cuda.synchronize()
         row["peak MB"] = (torch.cuda.max_memory_allocated() - others) / 1e6
     if device_here().type == "cuda" or work.head:  # counting the operators of a UNet takes long, and they mean nothing here
-        row["launches"] = launched = {}
+        launched: Found = row.setdefault("launches", {})
         session.guarded(launched, lambda: launched.update(launches(step)))
     return step
 

@@ -77,6 +77,8 @@ def test_what_was_found_is_written_after_each_part_and_a_failure_ends_nothing(tm
     assert found["parts"]["steps"]["kept"] == 1
     assert found["parts"]["steps"]["error"] == "RuntimeError: something broke"
     assert found["parts"]["steps"]["traceback"][-1] == "broke"
+    assert any('File "examples/test_gpu_benchmark.py", line' in line for line in found["parts"]["steps"]["traceback"])
+    assert str(Path(__file__).parents[2]) not in json.dumps(found)
     assert "error" not in found["parts"]["costs"]
     said = capsys.readouterr().out
     assert "\nsteps: failed: RuntimeError: something broke\n" in said and "Not done:\n" in said
