@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,15 +91,24 @@ def benchmark(settings: Settings) -> None:
     session = Session(Budget(60 * minutes - TO_END), save, dry, 1 if dry else settings.rounds)
     print(gpu_report.heading(found), flush=True)
     for name in settings.parts:
-        session.attempt(found["parts"], name, LEAST[name], lambda own, name=name: PARTS[name](session, own, settings))  # type: ignore[misc]
+        session.attempt(found["parts"], name, LEAST[name], partial(_part, name, session, settings))
         found["device"] |= {"clocks after": clocks()} if torch.cuda.is_available() else {}
         found["seconds left"] = round(session.budget.left + TO_END, 1)
         tidy()
-        save()
-        found["pages"] = gpu_report.written(settings.output, found)
+        save()  # whatever becomes of the pages
+        found["pages"] = {}
+        session.guarded(found["pages"], partial(_pages, found, settings.output))
         save()
         print(f"{name}: done, {session.budget.left:.0f} s left", flush=True)
     print(gpu_report.screen(found))
+
+
+def _part(name: Part, session: Session, settings: Settings, found: Found) -> None:
+    PARTS[name](session, found, settings)
+
+
+def _pages(found: Found, folder: Path) -> None:
+    found["pages"] |= gpu_report.written(folder, found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

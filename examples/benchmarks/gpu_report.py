@@ -136,7 +136,7 @@ def _notes(found: Run) -> Iterator[str]:
 def page(found: Run) -> str:
     """As Markdown."""
     blocks = ["# On a GPU", heading(found).replace("\n", "\n\n"), f"```bash\n{found['command']}\n```"]
-    blocks += [f"![{name}]({shlex.quote(name)}.png)" for name, why in found.get("pages", {}).items() if why is None]
+    blocks += [f"![{name}]({shlex.quote(name)}.png)" for name, why in found.get("pages", {}).items() if not why]
     blocks += [f"## {name}\n\n{grid(rows)}" for name, rows in tables(found) if rows]
     notes = list(_notes(found))
     blocks += ["## Beside the tables\n\n" + "\n".join(f"* {line}" for line in notes)] * bool(notes)
