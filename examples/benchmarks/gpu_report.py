@@ -114,7 +114,7 @@ def screen(found: Run) -> str:
     """All of it for a terminal."""
     blocks = [heading(found)]
     for name, rows in tables(found):
-        if rows:
+        if len(rows) > 1:
             width = max(len(row[0]) for row in rows)
             blocks.append(f"{name}\n" + aligned([[row[0].ljust(width), *row[1:]] for row in rows], str.rjust))
     blocks += ["\n".join(_notes(found))] + ["Not done:\n" + "\n".join(not_done(found))] * bool(not_done(found))
@@ -137,7 +137,7 @@ def page(found: Run) -> str:
     """As Markdown."""
     blocks = ["# On a GPU", heading(found).replace("\n", "\n\n"), f"```bash\n{found['command']}\n```"]
     blocks += [f"![{name}]({shlex.quote(name)}.png)" for name, why in found.get("pages", {}).items() if not why]
-    blocks += [f"## {name}\n\n{grid(rows)}" for name, rows in tables(found) if rows]
+    blocks += [f"## {name}\n\n{grid(rows)}" for name, rows in tables(found) if len(rows) > 1]
     notes = list(_notes(found))
     blocks += ["## Beside the tables\n\n" + "\n".join(f"* {line}" for line in notes)] * bool(notes)
     left = not_done(found)
