@@ -1,7 +1,7 @@
 """The methods that are compared: every kind of this library, peft's LoRA and FourierFT, and the floor.
 
 The floor is what no adapter of inner layers can save: forward and backward through the frozen model, with a gradient at its
-input and at its head. peft adapts a fused qkv as one matrix; this library its projections.
+input and at its head. peft adapts a fused qkv as one matrix; this library its projections. It is imported when its turn comes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import peft
 import torch
 from torch import nn
 
@@ -41,9 +40,9 @@ def methods(job: Job, only: tuple[str, ...] = ()) -> dict[str, Method]:
         f"LoRA r={rank}": partial(_of_kind, kind=LoRAConfig, r=rank, alpha=rank),
         f"DoRA r={rank}": partial(_of_kind, kind=LoRAConfig, r=rank, alpha=rank, use_dora=True),
         f"SeLoRA r={rank}": partial(_of_kind, kind=SeLoRAConfig, r=rank, alpha=rank),
-        peft_lora(job): partial(_of_peft, kind=peft.LoraConfig, r=rank, lora_alpha=rank),
+        peft_lora(job): partial(_of_peft, kind="LoraConfig", r=rank, lora_alpha=rank),
         f"FourierFT n={count}, peft": partial(
-            _of_peft, kind=peft.FourierFTConfig, n_frequency=count, scaling=300.0, init_weights=True
+            _of_peft, kind="FourierFTConfig", n_frequency=count, scaling=300.0, init_weights=True
         ),
     }
     for name in only:
@@ -80,16 +79,24 @@ def _of_kind(workload: Workload, kind: Callable[..., AdapterConfig], **settings:
     return model
 
 
-def _of_peft(workload: Workload, kind: Callable[..., Any], **settings: Any) -> nn.Module:
+def _of_peft(workload: Workload, kind: str, **settings: Any) -> nn.Module:
+    import peft
+
     head = [workload.head] if workload.head else None
-    config = kind(target_modules=list(workload.layers), modules_to_save=head, **settings)
+    config = getattr(peft, kind)(target_modules=list(workload.layers), modules_to_save=head, **settings)
     adapted: nn.Module = peft.get_peft_model(workload.model(), config)
     return adapted
 
 
+def is_of_peft(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config")
+
+
 def projections(model: nn.Module) -> int:
     """How many weights an adapted model has updates for; 0 of the floor."""
-    if isinstance(model, peft.PeftModel):
+    if is_of_peft(model):
+        import peft
+
         return sum(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in model.modules())
     try:
         return len(adapters(model))

@@ -10,6 +10,7 @@ With one thread the seconds are the processor's own, so that other work on the m
 
     python examples/benchmarks/paths.py --output paths.json
     python examples/benchmarks/paths.py --sizes 768x768 1280x320 --tokens 256 --components 1000
+    python examples/benchmarks/paths.py --device cuda --tokens 6304 25216 --components 1000 3000
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from scipy.optimize import nnls
@@ -33,6 +35,7 @@ from loca_vision.functional.packed_dct import add_samples
 from loca_vision.functional.row_linear import add_rows
 from loca_vision.functional.sparse_products import spectrum_of, transposed_of
 from loca_vision.functional.token_spectra import add_applied, in_pieces, spectra_at, split_like
+from loca_vision.messages import one_line
 from rounds import check_positive, in_turns, report, run, write
 
 SCRIPT = "paths.py"
@@ -57,6 +60,8 @@ class Settings:
     """Turns of each way, after one that does not count."""
     threads: int = 1
     """Of torch."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the ways are timed. A way that fails on a GPU is told, and the others are fitted."""
     seed: int = 0
     """Of the cells and the numbers."""
     output: Path | None = None
@@ -66,6 +71,8 @@ class Settings:
         check_positive(self, "tokens", "components", "projections", "repeats", "threads")
         for size in self.sizes:
             _shape(size)
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device='cuda': expected a GPU that torch can use, got none")
 
 
 @dataclass(frozen=True)
@@ -90,11 +97,12 @@ class Timed:
     case: Case
     seconds: dict[Strategy, float]
     picked: Strategy
+    failed: dict[Strategy, str] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
-        """Seconds of the pick over those of the best."""
-        return self.seconds[self.picked] / min(self.seconds.values())
+        """Seconds of the pick over those of the best; infinite if the pick failed."""
+        return self.seconds.get(self.picked, math.inf) / min(self.seconds.values(), default=1.0)
 
 
 def _shape(size: str) -> tuple[int, int]:
@@ -111,7 +119,13 @@ def cases(settings: Settings) -> Iterator[Case]:
             yield case
 
 
-def ways(case: Case) -> dict[Strategy, Callable[[], object]]:
+def ways(case: Case, device: torch.device) -> dict[Strategy, Callable[[], object]]:
+    """What each way computes for a case, on tensors of the device."""
+    with device:
+        return _ways(case)
+
+
+def _ways(case: Case) -> dict[Strategy, Callable[[], object]]:
     (rows, cols), places = case.shape, offsets("central", *PHASES[case.phase])
     count, moving = case.projections, case.phase == "locations"
     x, grads = torch.randn(case.tokens, cols), list(torch.randn(case.tokens, count, rows).unbind(1))
@@ -137,7 +151,7 @@ def ways(case: Case) -> dict[Strategy, Callable[[], object]]:
         spectra_at(in_pieces(x), grads, current, [places] * count, [None] * count)
 
     def applied() -> None:
-        current, pieces, outputs = layouts(), in_pieces(x), torch.zeros(case.tokens, rows)
+        current, pieces, outputs = layouts(), in_pieces(x), x.new_zeros(case.tokens, rows)
         for layout in current:
             add_applied(outputs, spectrum_of(layout, coefficients), pieces)
         backs = [transposed_of(layout, coefficients) for layout in current]
@@ -152,14 +166,31 @@ def _cells(case: Case) -> Tensor:
     return torch.stack([torch.randint(size, (case.components,)) for size in case.shape], 1)
 
 
-@torch.no_grad()
 def measure(settings: Settings) -> list[Timed]:
     torch.manual_seed(settings.seed)
-    found = []
-    for case in tqdm(list(cases(settings)), unit="case", disable=None):
-        picked = choose(case.asked, case.tokens, torch.device("cpu"), torch.float32)[0].strategy
-        seconds = {way: min(own) for way, own in in_turns(ways(case), settings.repeats, bar=False).items()}
-        found.append(Timed(case, seconds, picked))
+    return [timed(case, settings) for case in tqdm(list(cases(settings)), unit="case", disable=None)]
+
+
+@torch.no_grad()
+def timed(case: Case, settings: Settings) -> Timed:
+    device, failed = torch.device(settings.device), dict[Strategy, str]()
+    picked = choose(case.asked, case.tokens, device, torch.float32)[0].strategy
+    calls = ways(case, device)
+    if settings.device != "cpu":  # where not all that a way calls may exist
+        failed = _failing(calls)
+    calls = {way: call for way, call in calls.items() if way not in failed}
+    seconds = {way: min(own) for way, own in in_turns(calls, settings.repeats, bar=False).items()}
+    return Timed(case, seconds, picked, failed)
+
+
+def _failing(calls: dict[Strategy, Callable[[], object]]) -> dict[Strategy, str]:
+    """Why, by way, those fail that do."""
+    found: dict[Strategy, str] = {}
+    for way, call in calls.items():
+        try:
+            call()
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            found[way] = one_line(f"{type(error).__name__}: {error}", 300)
     return found
 
 
@@ -175,15 +206,34 @@ def fitted(timed: list[Timed]) -> Costs:
     return replace(COSTS["cpu"], **found)
 
 
+def of_device(costs: Costs, device: torch.device) -> Costs:
+    """Fitted costs, with products of half precision as many times as fast as this device's are."""
+    speedup = _product_seconds(torch.float32, device) / _product_seconds(torch.bfloat16, device)
+    return replace(costs, half_product=float(f"{costs.product / speedup:.2g}"))
+
+
+def _product_seconds(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:
+    grads, x = (
+        torch.randn(*((32768, 2048) if device.type == "cuda" else (256, 768)), device=device, dtype=dtype) for _ in range(2)
+    )
+    return min(in_turns({"product": lambda: grads.T @ x}, repeats, bar=False)["product"])
+
+
 def modelled(case: Case, way: Strategy, costs: Costs) -> float:
     """Seconds by the model, which is linear in its costs."""
     own, shared = seconds_of(case.asked, case.tokens, torch.float32, costs)
     return sum(own[way]) + {"whole": 0, "sampled": 1, "applied": 2}[way] * shared
 
 
+def errors(timed: list[Timed], costs: Costs) -> list[float]:
+    """Of the model, relative to the seconds of each way in each case."""
+    pairs = ((modelled(one.case, way, costs), taken) for one in timed for way, taken in one.seconds.items())
+    return [abs(said / taken - 1) for said, taken in pairs]
+
+
 def _solved(terms: list[list[float]], seconds: list[float]) -> list[float]:
     relative = torch.tensor(terms, dtype=torch.float64) / torch.tensor(seconds, dtype=torch.float64)[:, None]
-    scale = relative.norm(dim=0)
+    scale = relative.norm(dim=0).clamp(min=1e-300)  # of a cost that no case has
     found, _ = nnls((relative / scale).numpy(), torch.ones(len(seconds), dtype=torch.float64).numpy())
     return [float(f"{value:.2g}") for value in (torch.from_numpy(found) / scale).tolist()]
 
@@ -191,22 +241,36 @@ def _solved(terms: list[list[float]], seconds: list[float]) -> list[float]:
 def line(one: Timed) -> str:
     (rows, cols), case = one.case.shape, one.case
     name = f"{rows} x {cols}, {case.tokens} tokens, B {case.components}, {case.projections} at once, {case.phase}"
-    seconds = "".join(f"{1e3 * one.seconds[way]:10.2f}" for way in WAYS)
+    seconds = "".join(f"{1e3 * one.seconds[way]:10.2f}" if way in one.seconds else f"{'failed':>10}" for way in WAYS)
     return f"{name:62}{seconds}  {one.picked:8}{one.loss:6.2f}"
+
+
+def as_json(one: Timed) -> dict[str, Any]:
+    found = asdict(one) | {"loss": one.loss if one.picked in one.seconds else None}
+    return found if one.failed else {name: value for name, value in found.items() if name != "failed"}
+
+
+def to_paste(costs: Costs, device: str) -> str:
+    """The line for `loca_vision.functional.cost_model`."""
+    return f'COSTS["{device}"] = {costs}'
 
 
 def benchmark(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
     timed = measure(settings)
     costs = fitted(timed)
-    results = [asdict(one) | {"loss": one.loss} for one in timed]
+    if settings.device != "cpu":
+        costs = of_device(costs, torch.device(settings.device))
+    results = [as_json(one) for one in timed]
     write(settings.output, report(SCRIPT, settings, costs=asdict(costs), cases=results))
     print(f"{'milliseconds':62}" + "".join(f"{way:>10}" for way in WAYS) + f"  {'picked':8}{'loss':>6}")
     print("\n".join(line(one) for one in timed))
     slow = [one for one in timed if one.loss > 1.1]
     print(f"\n{len(timed)} cases, {len(slow)} of them picked more than 10 % slower than the best; the worst:")
     print("\n".join(line(one) for one in sorted(timed, key=lambda one: -one.loss)[:5]))
-    print(f"\nCosts that fit here:\n{costs}")
+    for way, why in {way: why for one in timed for way, why in one.failed.items()}.items():
+        print(f"\n{way} failed: {why}")
+    print(f"\nCosts that fit here:\n{costs if settings.device == 'cpu' else to_paste(costs, settings.device)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

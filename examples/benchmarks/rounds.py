@@ -12,7 +12,7 @@ import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -90,7 +90,14 @@ def report(script: str, settings: Any, given: Any = None, **found: Any) -> dict[
 
 def machine() -> dict[str, Any]:
     """Versions, processor, and how many of its threads were used."""
-    return {**environment(), "peft": version("peft"), "processor": _processor()}
+    return {**environment(), "peft": _version("peft"), "processor": _processor()}
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

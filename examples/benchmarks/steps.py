@@ -34,6 +34,9 @@ class Step:
 
     def __call__(self) -> None:
         self.gradients()
+        self.update()
+
+    def update(self) -> None:
         if self.optimizer is not None:
             self.optimizer.step()
 

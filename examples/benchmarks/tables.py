@@ -43,7 +43,7 @@ def every_table(reports: Sequence[Report]) -> str:
 def all_steps(reports: Sequence[Report]) -> str:
     """A table with a row for each training step that was measured; empty where none was."""
     found = [report for report in reports if report["benchmark"] == "training_step"]
-    return _grid(steps(found)) if found else ""
+    return grid(steps(found)) if found else ""
 
 
 WRITERS: dict[str, Callable[[Sequence[Report]], str]] = {EVERY: every_table, STEPS: all_steps}
@@ -51,10 +51,10 @@ WRITERS: dict[str, Callable[[Sequence[Report]], str]] = {EVERY: every_table, STE
 
 def markdown(report: Report) -> str:
     """One table under a line that says how and on what it was made."""
-    return f"{about(report)}\n\n{_grid(rows(report))}"
+    return f"{about(report)}\n\n{grid(rows(report))}"
 
 
-def _grid(found: Rows) -> str:
+def grid(found: Rows) -> str:
     header, *others = found
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *others])
 

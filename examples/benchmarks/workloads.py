@@ -1,6 +1,7 @@
-"""What is trained in the benchmarks: a ViT that classifies, and the UNet of Stable Diffusion 1.5 that predicts noise.
+"""What is trained in the benchmarks: a ViT that classifies, and UNets that predict noise, of Stable Diffusion 1.5 and of SDXL.
 
-Weights are random, which costs the same. A model is made once; all methods share its tensors, since the UNet's are 3.4 GB.
+Weights are random, which costs the same, and made where they stay. A model is made once; all methods share its tensors, since
+those of Stable Diffusion 1.5 are 3.4 GB. timm and diffusers are imported by what needs them.
 """
 
 from __future__ import annotations
@@ -10,9 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
-import timm
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +21,7 @@ WIDTHS = (320, 640, 1280, 1280)
 USUAL: dict[str, dict[str, Any]] = {
     "vit": {"batch_size": 8, "n_components": 3000},
     "unet": {"batch_size": 2, "n_components": 1000},
+    "sdxl": {"batch_size": 1, "n_components": 1000},
 }
 
 
@@ -29,16 +29,16 @@ USUAL: dict[str, dict[str, Any]] = {
 class Job:
     """What is trained."""
 
-    workload: Literal["vit", "unet"] = "vit"
-    """A ViT, query and value adapted; or the UNet of Stable Diffusion 1.5, query, key, value and output."""
+    workload: Literal["vit", "unet", "sdxl"] = "vit"
+    """A ViT, query and value adapted; or the UNet of Stable Diffusion 1.5 or of SDXL, query, key, value and output."""
     model: str = "vit_base_patch16_224"
     """A timm model with fused qkv layers, for `vit`."""
     widths: tuple[int, int, int, int] = WIDTHS
-    """Of the UNet's blocks; multiples of 32."""
+    """Of the UNet's blocks; multiples of 32. The UNet of SDXL has the first three."""
     size: int = 32
     """Height and width of the UNet's latents; 64 is a picture of 512 pixels."""
     batch_size: int | None = None
-    """Images or latents a step; by default 8 of a ViT and 2 of the UNet."""
+    """Images or latents a step; by default 8 of a ViT, 2 of the UNet and 1 of SDXL's."""
     n_components: int | None = None
     """Of LoCA, sDCTFT and FourierFT for each projection, and of peft's FourierFT for each layer; by default 3000 and 1000."""
     rank: int = 16
@@ -111,12 +111,18 @@ def _tensors_in(note: Any) -> Iterator[Tensor]:
 def workload(job: Job) -> Workload:
     """Of a settled job, on the GPU where there is one; the same numbers at every call."""
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return (_vit if job.workload == "vit" else _unet)(job, device)
+    return {"vit": _vit, "unet": _unet, "sdxl": _sdxl}[job.workload](job, device_here())
+
+
+def device_here() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _vit(job: Job, device: torch.device) -> Workload:
-    base: Any = timm.create_model(job.model, num_classes=10).to(device).requires_grad_(False).train()
+    import timm
+
+    with device:
+        base: Any = timm.create_model(job.model, num_classes=10).requires_grad_(False).train()
     channels, height, width = base.pretrained_cfg["input_size"]
     images = torch.randn(job.batch_size or 1, channels, height, width, device=device, requires_grad=True)
     labels = torch.arange(len(images), device=device) % 10
@@ -129,21 +135,54 @@ def _vit(job: Job, device: torch.device) -> Workload:
 
 
 def _unet(job: Job, device: torch.device) -> Workload:
-    base = unet(job.widths).to(device).train()
-    shape = (job.batch_size or 1, 4, job.size, job.size)
+    with device:
+        base = unet(job.widths).train()
+    return _denoising(job, device, base)
+
+
+def _sdxl(job: Job, device: torch.device) -> Workload:
+    with device:
+        base = sdxl_unet(job.widths[:3]).train()
+        more = {"text_embeds": torch.randn(job.batch_size or 1, 1280), "time_ids": torch.zeros(job.batch_size or 1, 6)}
+    return _denoising(job, device, base, added_cond_kwargs=more)
+
+
+def _denoising(job: Job, device: torch.device, base: Any, **more: Any) -> Workload:
+    shape, width = (job.batch_size or 1, 4, job.size, job.size), base.config.cross_attention_dim
     latents, noise = torch.randn(shape, device=device, requires_grad=True), torch.randn(shape, device=device)
-    times, text = torch.full(shape[:1], 500, device=device), torch.randn(*shape[:1], 77, 768, device=device)
+    times, text = torch.full(shape[:1], 500, device=device), torch.randn(*shape[:1], 77, width, device=device)
 
     def loss(model: nn.Module) -> Tensor:
         with precision(job, device):
-            return F.mse_loss(model(latents, times, text).sample, noise)
+            return F.mse_loss(model(latents, times, text, **more).sample, noise)
 
     return Workload(base, latents, loss, None, ("q", "k", "v", "out"), ("to_q", "to_k", "to_v", "to_out.0"))
 
 
 def unet(widths: tuple[int, int, int, int] = WIDTHS) -> Any:
     """The UNet of Stable Diffusion 1.5 (860 million weights), or a narrower one, frozen."""
+    from diffusers import UNet2DConditionModel
+
     return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, block_out_channels=widths).requires_grad_(False)
+
+
+def sdxl_unet(widths: tuple[int, ...] = WIDTHS[:3]) -> Any:
+    """The UNet of SDXL (2.6 billion weights), or a narrower one that is shallower too, frozen."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=widths,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10) if widths == WIDTHS[:3] else 1,
+        attention_head_dim=tuple(max(1, width // 64) for width in widths),  # which are numbers of heads, in spite of the name
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=1280 + 6 * 256,
+    ).requires_grad_(False)
 
 
 def precision(job: Job, device: torch.device) -> torch.autocast:

@@ -53,6 +53,7 @@ SHORT_SCRIPTS = {
     "your_own_update.py": "",
     "hf_trainer.py": "--images 32 --epochs 2 --n_components 20",
     "benchmarks/tables.py": "",
+    "benchmarks/gpu.py": "--dry_run --threads 1 --parts costs",
     "hardening/mutate_files.py": "--count 5",
     "hardening/kill_saves.py": "--kills 1 --longest 0.01",
     "benchmarks/training_step.py": "--model test_vit --batch_size 2 --n_components 50 --rank 4 --rounds 1 --threads 1",

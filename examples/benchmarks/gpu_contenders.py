@@ -1,0 +1,64 @@
+"""Who trains in a run on a GPU: the floor, LoCA each way, LoRA and FourierFT of this library and of peft; some compiled too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from contenders import FLOOR, LOCA, LOCATIONS, Method, methods, peft_lora
+from loca_vision.functional import cost_model
+from loca_vision.functional.cost_model import Strategy
+from steps import Step
+from workloads import Job, Workload
+
+WAYS: tuple[Strategy, ...] = tuple(way for way in get_args(Strategy) if way in ("whole", "together"))
+Made = Callable[[Workload], Step]
+
+
+class Forced(Step):
+    """A step in which every update is computed by one strategy."""
+
+    def __init__(self, model: nn.Module, work: Workload, way: Strategy) -> None:
+        super().__init__(model, work)
+        self.way = way
+
+    def gradients(self) -> Tensor:
+        with cost_model.using(self.way):
+            return super().gradients()
+
+
+def eager(job: Job) -> dict[str, Made]:
+    """By name, the most telling first. LoCA chooses its way by the model of costs, unless a way in its name is forced."""
+    known = methods(job)
+    found: dict[str, Made] = {}
+    for name in (FLOOR, LOCA, peft_lora(job), LOCATIONS):
+        found[name] = partial(_plain, adapt=known[name])
+    for way in WAYS:
+        found |= {f"{name}, {way}": partial(_forced, adapt=known[name], way=way) for name in (LOCA, LOCATIONS)}
+    fourier = f"FourierFT n={job.n_components}"
+    return found | {name: partial(_plain, adapt=known[name]) for name in (f"LoRA r={job.rank}", fourier, f"{fourier}, peft")}
+
+
+def compiled(job: Job, *, backend: str) -> dict[str, Made]:
+    """By torch.compile, its first step included in making them."""
+    known = methods(job)
+    return {name: partial(_compiled, adapt=known[name], backend=backend) for name in (FLOOR, LOCA, peft_lora(job))}
+
+
+def _plain(work: Workload, adapt: Method) -> Step:
+    return Step(adapt(work), work)
+
+
+def _forced(work: Workload, adapt: Method, way: Strategy) -> Step:
+    return Forced(adapt(work), work, way)
+
+
+def _compiled(work: Workload, adapt: Method, backend: str) -> Step:
+    model = adapt(work)
+    step = Step(model, work)
+    step.model = torch.compile(model, backend=backend)  # type: ignore[assignment]
+    return step

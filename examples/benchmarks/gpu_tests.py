@@ -1,0 +1,69 @@
+"""The tests that are marked `device`, on the GPU, in a process of their own that is killed when its time is up."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from gpu_session import ERROR, LEFT_OUT, Found, Session
+from workloads import device_here
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = ("-vv", "--tb=short", "--continue-on-collection-errors")  # a line for each test, also of those before a kill
+CLOSING = 25
+USAGE, NONE_FOUND = 4, 5  # exit statuses of pytest: the mark is unknown, among others, and no test has it
+_OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b (tests/\S+)|(tests/\S+) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
+
+
+def part(session: Session, found: Found, seconds: float) -> None:
+    """Outcomes and names of failed tests, also of those that ended before the limit."""
+    command = [sys.executable, "-m", "pytest", "-m", "device", "-n", "4", *OPTIONS]
+    if session.dry:
+        command[6:] = ["0", *OPTIONS, "tests/test_structure.py"]
+    status, output = limited(command, min(seconds, session.budget.left))
+    outcomes = outcomes_in(output)
+    found |= {
+        "command": " ".join(["python", *command[1:]]),
+        "status": status,
+        "outcomes": dict(Counter(outcomes.values())),
+        "failed": sorted(name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")),
+        "closing lines": output.splitlines()[-CLOSING:],
+    }
+    if status == NONE_FOUND or (status == USAGE and "Unknown marker" in output):
+        found[LEFT_OUT] = "no test is marked device"
+    elif status is None:
+        found[ERROR] = f"killed after {seconds:.0f} s"
+    elif status:
+        found[ERROR] = f"pytest ended with status {status}; {len(found['failed'])} tests failed"
+
+
+def limited(command: list[str], seconds: float) -> tuple[int | None, str]:
+    """A command's exit status, None if it was killed at the limit, and what it printed."""
+    environment = os.environ | {"LOCA_TEST_DEVICE": device_here().type, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        status: int | None
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # its workers too
+                process.wait()
+        output.seek(0)
+        return status, output.read()
+
+
+def outcomes_in(output: str) -> dict[str, str]:
+    """By test, in what `pytest -vv` printed, with or without workers."""
+    pairs = ((match[2] or match[3], match[1] or match[4]) for match in _OUTCOME.finditer(output))
+    return {name: outcome for name, outcome in pairs if name and outcome}
