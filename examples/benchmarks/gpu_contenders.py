@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from loca_vision.functional.cost_model import Strategy
 from steps import Step
 from workloads import Job, Workload
 
-WAYS: tuple[Strategy, ...] = tuple(way for way in get_args(Strategy) if way in ("whole", "together"))
+WAYS: tuple[Strategy, ...] = ("whole",)  # beside the one that is chosen
 Made = Callable[[Workload], Step]
 
 

@@ -114,7 +114,8 @@ def choose(workloads: list[Workload], tokens: int, device: torch.device, dtype: 
         return [Decision("whole" if _forced == "together" else _forced)] * len(workloads)
     if device.type not in COSTS or not workloads or not tokens:
         return [Decision("whole")] * len(workloads)
-    return list(_choose(tuple(workloads), tokens, dtype, COSTS[device.type], torch.get_num_threads()))
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    return list(_choose(tuple(workloads), tokens, dtype, COSTS[device.type], threads))
 
 
 def builds_together(device: torch.device) -> bool:

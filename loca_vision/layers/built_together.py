@@ -18,7 +18,7 @@ from loca_vision.functional.cosine_atoms import AtomSettings
 from loca_vision.functional.cosine_batch import CosineBatch, batch_of
 from loca_vision.functional.transforms import once_differentiable
 from loca_vision.methods.locations import cells_at
-from loca_vision.methods.spectrum import Spectrum
+from loca_vision.methods.spectrum import Spectrum, confine
 from loca_vision.methods.update import Update
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def _built(updates: Sequence[Spectrum], factor: float, dtype: torch.dtype, spent
     first = updates[0]
     moving = first.locations.requires_grad
     if moving:
-        _confine(updates)
+        confine(updates)
     with torch.no_grad(), torch.autocast(first.coefficients.device.type, enabled=False):
         coefficients = torch.cat([own.coefficients for own in updates])
         cells = cells_at(torch.cat([own.locations for own in updates]), first.shape)
@@ -171,13 +171,6 @@ def _built(updates: Sequence[Spectrum], factor: float, dtype: torch.dtype, spent
     numbers = [own.coefficients for own in updates] + [own.locations for own in updates]
     tickets = _Tickets.apply(batch, dtype, spent, torch._C._current_graph_task_id() >= 0, *numbers)
     return list(map(Built, matrices, tickets))
-
-
-def _confine(updates: Sequence[Spectrum]) -> None:
-    """What `Spectrum.confine` does, of all at once."""
-    values = [own.locations.data for own in updates]
-    torch._foreach_clamp_min_(values, 0.0)
-    torch._foreach_clamp_max_(values, 1.0)
 
 
 class _Tickets(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -155,7 +156,7 @@ class Spectrum(Update):
         return self.scheduled or self.learns()
 
     def confine(self) -> None:
-        """Bring locations an optimiser has carried out of [0, 1] back to the border: every cell stays within reach."""
+        """As `confine`, of this one."""
         self.locations.data.clamp_(0, 1)
 
     def _confine_what_moves(self) -> None:
@@ -183,6 +184,13 @@ class Spectrum(Update):
         coefficients[: other.count] = other.coefficients[: other.count].to(coefficients.device)
         locations[: other.count] = other.locations[: other.count].to(locations.device)
         self.count, self.scale, self.difference, self.final = other.count, other.scale, other.difference, other.final
+
+
+def confine(spectra: Sequence[Spectrum]) -> None:
+    """Bring locations an optimiser has carried out of [0, 1] back to the border: every cell stays within reach."""
+    values = [spectrum.locations.data for spectrum in spectra]
+    torch._foreach_clamp_min_(values, 0.0)  # all by one launch each on an accelerator
+    torch._foreach_clamp_max_(values, 1.0)
 
 
 def random_spectrum(shape: tuple[int, int], n_components: int, *, name: str, seed: int, **settings: Any) -> Spectrum:

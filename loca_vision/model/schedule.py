@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import nn
 
-from loca_vision.methods.spectrum import Spectrum
+from loca_vision.methods.spectrum import Spectrum, confine
 from loca_vision.model.activation import trainable_updates
 from loca_vision.model.sharding import check_sharding
 from loca_vision.model.state import state_of
@@ -84,8 +84,7 @@ class AlternatingSchedule:
     def step(self) -> None:
         """To be called once after each optimiser step."""
         if self.phase != "coefficients":
-            for spectrum in self._spectra:
-                spectrum.confine()
+            confine(self._spectra)
         self._step += 1
         self._apply()
 
