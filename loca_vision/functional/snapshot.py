@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 
 class Snapshot:
@@ -44,3 +46,15 @@ def _mark(tensor: Tensor | None) -> tuple[Any, ...]:
         return ()
     version = 0 if tensor.is_inference() else tensor._version
     return version, tensor.data_ptr(), tensor.dtype, tensor.device
+
+
+def _note_fused_steps(optimizer: Optimizer, *inputs: Any) -> None:
+    """Fused kernels of torch's optimisers write parameters without a new version, unlike its other ones."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    increment_version(parameter)
+
+
+register_optimizer_step_post_hook(_note_fused_steps)
