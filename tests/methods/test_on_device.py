@@ -78,16 +78,17 @@ def test_copies_files_and_moves_keep_it(kind: str, subject: Subject, accelerator
     load_adapter(fresh, save_adapter(model, tmp_path))
     assert_near(subject.output(fresh), answer)
     twin = copy.deepcopy(model)
-    assert torch.equal(subject.output(twin), answer)
+    assert_near(subject.output(twin), answer)
     stir(twin, seed=9)
-    assert torch.equal(subject.output(model), answer) and not torch.equal(subject.output(twin), answer)
+    assert torch.equal(subject.output(model), answer)
+    assert float((subject.output(twin) - answer).abs().max()) > 1e-3
     with pretended(False):
         model.to("cpu")
         assert_near(subject.output(model), answer)
         save_adapter(model, tmp_path / "cpu")
     files = [next(folder.glob("*.safetensors")).read_bytes() for folder in (tmp_path, tmp_path / "cpu")]
     assert files[0] == files[1]
-    assert torch.equal(subject.output(model.to(accelerator)), answer)
+    assert_near(subject.output(model.to(accelerator)), answer)
     assert_near(subject.answer(model), answer)
 
 

@@ -46,9 +46,7 @@ class Subject:
 
     def answer(self, model: nn.Module, **more: Any) -> Tensor:
         """The output, where the model is."""
-        device = next(model.parameters()).device
-        given = {key: v.to(device) if isinstance(v, Tensor) else v for key, v in _once(self.inputs).items()}
-        answer = model(**given, **more)
+        answer = model(**_given(self.inputs, next(model.parameters()).device), **more)
         return answer if isinstance(answer, Tensor) else answer[0]
 
     @torch.no_grad()
@@ -70,8 +68,9 @@ class Subject:
 
 
 @cache
-def _once(inputs: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    return inputs()
+def _given(inputs: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """Inputs on a device, where they stay, so that no step waits for them."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs().items()}
 
 
 def _unet() -> nn.Module:
