@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
-from loca_vision.functional.row_linear import Rows
+from loca_vision.functional.row_linear import Rows, rows_on
 from loca_vision.layers.active_updates import ActiveUpdate
 from loca_vision.layers.call_settings import CallSettings, Unscaled
 from loca_vision.layers.effective_weight import EffectiveWeight
@@ -49,7 +49,7 @@ class WeightUpdates(EffectiveWeight):
 
     def active_updates(self) -> list[ActiveUpdate]:
         return [
-            ActiveUpdate(slot.projection, slot.rows, update, self.strengths[slot.adapter])
+            ActiveUpdate(slot.projection, _where(slot, update), update, self.strengths[slot.adapter])
             for slot, update in self.entries()
             if slot.adapter in self.strengths and not update.inactive
         ]
@@ -71,6 +71,12 @@ class WeightUpdates(EffectiveWeight):
         self.updates = nn.ModuleList(update for _, update in kept)
         self.strengths.pop(adapter, None)
         self._cached = None
+
+
+def _where(slot: AdapterSlot, update: Update) -> Rows:
+    """The rows of the slot; an index, on the device of the update."""
+    held = next(iter(update.tensors()), None) if isinstance(slot.rows, Tensor) else None
+    return slot.rows if held is None else rows_on(slot.rows, held.device)
 
 
 class FusedUpdates(EffectiveWeight):
