@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from loca_vision import adapters, disable_adapter, explain, inject, load_adapter, remove, save_adapter, set_adapters
+from loca_vision.functional import cost_model
 from loca_vision.model.call_scale import set_low_memory
 from support.accelerator import pretended
 from support.formulas import KINDS, stir, written
-from support.subjects import SUBJECTS, Subject, losses, optimiser, same_keys
+from support.subjects import INTERLEAVED, SUBJECTS, Subject, losses, optimiser, same_keys
 from support.tolerance import GRADIENTS, RELATIVE, STEPS, assert_all_near, assert_near
 
 every_kind = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "selora dora"])
@@ -126,6 +127,18 @@ def test_gradients_are_those_of_the_cpu(kind: str, subject: Subject, accelerator
             assert parameter.grad.dtype == torch.float32
             error = float((parameter.grad.cpu() - wanted[name]).norm())
             assert error <= 5 * RELATIVE[torch.bfloat16] * float(wanted[name].norm()) + 1e-4, name
+
+
+@pytest.mark.parametrize("strategy", ("whole", "sampled", "applied"))
+@pytest.mark.parametrize("rows", ("range", "interleaved"))
+def test_every_strategy_has_the_same_gradients(rows: str, strategy: cost_model.Strategy, accelerator: torch.device) -> None:
+    """Whichever the device prefers, and whichever rows of a fused weight."""
+    subject = INTERLEAVED if rows == "interleaved" else SUBJECTS["vit"]
+    with pretended(False), cost_model.using("whole"):
+        wanted = subject.gradients(subject.adapted("loca"))
+    model = subject.adapted("loca", accelerator)
+    with cost_model.using(strategy):
+        assert_all_near(*same_keys((subject.gradients(model), wanted)), GRADIENTS)
 
 
 OPTIMISERS = {"one by one": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}

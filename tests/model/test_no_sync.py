@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from functools import partial
 
@@ -12,9 +13,10 @@ from torch import nn
 import loca_vision.functional.cosine_sum as module
 from loca_vision import AlternatingSchedule
 from loca_vision.functional.cosine_sum import cosine_sum
-from support.formulas import KINDS
+from support.formulas import KINDS, stir
 from support.no_sync import HostWaits, no_sync
-from support.subjects import SUBJECTS, Subject, optimiser, phases
+from support.subjects import INTERLEAVED, SUBJECTS, Subject, optimiser, phases, same_keys
+from support.tolerance import GRADIENTS, assert_all_near
 
 CPU = torch.device("cpu")
 
@@ -73,11 +75,14 @@ def test_the_emulation_looks_into_operators_and_backward_passes(monkeypatch: pyt
         cosine_sum(*arguments).sum().backward()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "selora dora"])
-@pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
-def test_no_step_of_training_waits(subject: Subject, kind: str, accelerator: torch.device) -> None:
+STEPS = [(name, kind) for name in SUBJECTS for kind in KINDS if kind != "selora dora"]
+STEPS += [("interleaved", kind) for kind in ("loca", "fourierft", "lora")]
+
+
+@pytest.mark.parametrize(("name", "kind"), STEPS)
+def test_no_step_of_training_waits(name: str, kind: str, accelerator: torch.device) -> None:
     """In each phase of a schedule, with and without autocast; the first steps make what is kept."""
-    makes = [{"fused": True}]
+    subject, makes = (SUBJECTS | {"interleaved": INTERLEAVED})[name], [{"fused": True}]
     if accelerator.type != "cpu":
         makes += [
             {"foreach": True}
@@ -103,3 +108,30 @@ def _step(
     adam.step()
     schedule.step()
     adam.zero_grad()
+
+
+@pytest.mark.parametrize("moving", ("coefficients", "locations"))
+def test_a_step_can_be_captured(moving: str, accelerator: torch.device) -> None:
+    """Forward and backward pass as one CUDA graph, which reads what is learned wherever an optimiser has left it."""
+    if accelerator.type != "cuda":
+        pytest.skip("CUDA graphs need CUDA: LOCA_TEST_DEVICE=cuda")
+    subject = SUBJECTS["vit"]
+    model = subject.adapted("loca", accelerator).train()
+    AlternatingSchedule(model, coefficient_steps=int(moving == "coefficients"), location_steps=1)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            subject.gradients(model)
+    torch.cuda.current_stream().wait_stream(side)
+    model.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        subject.loss(model).backward()
+    for seed in (4, 5):
+        with torch.no_grad():
+            stir(model, seed=seed)
+        graph.replay()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        wanted = subject.gradients(copy.deepcopy(model))
+        assert_all_near(*same_keys((found, wanted)), GRADIENTS)

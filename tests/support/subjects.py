@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -84,17 +84,26 @@ def _frozen_unet() -> nn.Module:
     return pipelines.unet(**sizes, mid_block_type=None).requires_grad_(False)
 
 
+def of_timm(family: str, targets: tuple[str, ...] = ("q", "v", "out", "fc1")) -> Subject:
+    """A tiny model of a family of timm."""
+    return Subject(partial(tiny, family), targets, partial(_images, family), lambda model: model.set_grad_checkpointing(True))
+
+
+def _images(family: str) -> dict[str, Any]:
+    return {"x": batch(family)}
+
+
 SUBJECTS = {
-    "vit": Subject(
-        lambda: tiny("vit"), ("q", "v", "out", "fc1"), lambda: {"x": batch("vit")}, lambda m: m.set_grad_checkpointing(True)
-    ),
+    "vit": of_timm("vit"),
     "unet": Subject(
         _unet,
         ("q", "v", "out"),
         lambda: pipelines.inputs_of(_frozen_unet()) | {"return_dict": False},
-        lambda m: m.enable_gradient_checkpointing(),
+        lambda model: model.enable_gradient_checkpointing(),
     ),
 }
+INTERLEAVED = of_timm("maxvit", ("q", "v", "out"))
+"""Of whose fused weights a projection is no range of rows, but an index."""
 
 
 def optimiser(model: nn.Module, **settings: Any) -> torch.optim.AdamW:
