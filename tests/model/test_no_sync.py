@@ -76,7 +76,7 @@ def test_the_emulation_looks_into_operators_and_backward_passes(monkeypatch: pyt
 
 
 STEPS = [(name, kind) for name in SUBJECTS for kind in KINDS if kind != "selora dora"]
-STEPS += [("interleaved", kind) for kind in ("loca", "fourierft", "lora")]
+STEPS += [("interleaved", kind) for kind in ("loca", "lora")]
 
 
 @pytest.mark.parametrize(("name", "kind"), STEPS)
