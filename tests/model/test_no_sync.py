@@ -110,6 +110,7 @@ def _step(
     adam.zero_grad()
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch's, about the streams of gradients
 @pytest.mark.parametrize("moving", ("coefficients", "locations"))
 def test_a_step_can_be_captured(moving: str, accelerator: torch.device) -> None:
     """Forward and backward pass as one CUDA graph, which reads what is learned wherever an optimiser has left it."""

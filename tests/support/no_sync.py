@@ -6,6 +6,7 @@ has to know, and copies to the host or from a list, are refused by name. Operato
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -36,11 +37,11 @@ def no_sync(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.synchronize(device)
-        torch.cuda.set_sync_debug_mode("error")
+        _refuse("error")
         try:
             yield
         finally:
-            torch.cuda.set_sync_debug_mode(before)
+            _refuse(before)
     elif device.type == "cpu":
         with ExitStack() as modes:
             modes.enter_context(_Functions())
@@ -48,6 +49,13 @@ def no_sync(device: torch.device) -> Iterator[None]:
             yield
     else:
         yield  # nobody tells
+
+
+def _refuse(mode: str | int) -> None:
+    """Set torch's own mode, which warns that it does not know of all that waits."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 class _Operations(TorchDispatchMode):

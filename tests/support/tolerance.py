@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 RELATIVE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 3e-2}
-GRADIENTS = 20.0  # how much further gradients of whole models may be off than their outputs, through the layers there and back
+GRADIENTS = 10.0  # how much further gradients of whole models may be off than their outputs, through the layers there and back
 STEPS = 50.0  # and what follows from them after a few steps of an optimiser, which divides by their size
 
 
