@@ -15,7 +15,7 @@ from loca_vision import AlternatingSchedule
 from loca_vision.functional.cosine_sum import cosine_sum
 from support.formulas import KINDS, stir
 from support.no_sync import HostWaits, no_sync
-from support.subjects import INTERLEAVED, SUBJECTS, Subject, optimiser, phases, same_keys
+from support.subjects import INTERLEAVED, SUBJECTS, Subject, optimiser, same_keys
 from support.tolerance import GRADIENTS, assert_all_near
 
 CPU = torch.device("cpu")
@@ -89,13 +89,11 @@ def test_no_step_of_training_waits(name: str, kind: str, accelerator: torch.devi
         ]  # it asks for the number of steps, which torch keeps on the CPU: here it would look like a wait
     for settings in makes:
         model = subject.adapted(kind, accelerator).train()
-        schedule, adam = phases(model), optimiser(model, **settings)
+        schedule, adam = AlternatingSchedule(model, coefficient_steps=1, location_steps=1), optimiser(model, **settings)
         for watched in (nullcontext, partial(no_sync, accelerator)):
-            for enabled in (False, True):
-                schedule.load_state_dict(schedule.state_dict() | {"step": 0})
-                for _ in range(3):
-                    with watched():
-                        _step(subject, model, adam, schedule, enabled)
+            for autocast in (False, False, True, True):
+                with watched():
+                    _step(subject, model, adam, schedule, autocast)
         assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
