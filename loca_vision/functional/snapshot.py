@@ -48,13 +48,14 @@ def _mark(tensor: Tensor | None) -> tuple[Any, ...]:
     return version, tensor.data_ptr(), tensor.dtype, tensor.device
 
 
-def _note_fused_steps(optimizer: Optimizer, *inputs: Any) -> None:
-    """Fused kernels of torch's optimisers write parameters without a new version, unlike its other ones."""
+def _note_step(optimizer: Optimizer, *inputs: Any) -> None:
+    """Kernels such as those of torch's fused optimisers, or of other libraries', write parameters without a new version."""
+    versions = type(optimizer).__module__.startswith("torch.optim.")
     for group in optimizer.param_groups:
-        if group.get("fused"):
+        if group.get("fused") or not versions:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     increment_version(parameter)
 
 
-register_optimizer_step_post_hook(_note_fused_steps)
+register_optimizer_step_post_hook(_note_step)
