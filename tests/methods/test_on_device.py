@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from loca_vision import adapters, disable_adapter, explain, inject, load_adapter, remove, save_adapter, set_adapters
+from loca_vision import (
+    adapters,
+    disable_adapter,
+    explain,
+    inject,
+    load_adapter,
+    parameter_groups,
+    remove,
+    save_adapter,
+    set_adapters,
+)
 from loca_vision.functional import cost_model
 from loca_vision.model.call_scale import set_low_memory
 from support.accelerator import pretended
@@ -141,7 +152,22 @@ def test_every_strategy_has_the_same_gradients(rows: str, strategy: cost_model.S
         assert_all_near(*same_keys((subject.gradients(model), wanted)), GRADIENTS)
 
 
-OPTIMISERS = {"one by one": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+class Elsewhere(torch.optim.Optimizer):
+    """An optimiser of another library, whose kernels write where a parameter is, and tell nobody."""
+
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.sub_(group["lr"] * parameter.grad.sign())
+
+
+OPTIMISERS = {
+    "one by one": partial(optimiser, foreach=False),
+    "foreach": partial(optimiser, foreach=True),
+    "fused": partial(optimiser, fused=True),
+    "another library's": lambda model: Elsewhere(parameter_groups(model, lr=1e-2), {}),
+}
 
 
 @every_kind
@@ -161,8 +187,8 @@ def test_what_is_kept_for_inference_follows_every_change(kind: str, accelerator:
     with torch.no_grad():
         update.trainable()[0].view(-1)[3:6] += 1.0
     follows()
-    for settings in OPTIMISERS.values():
-        adam = optimiser(model, **settings)
+    for make in OPTIMISERS.values():
+        adam = make(model)
         subject.loss(model).backward()
         subject.output(model)
         adam.step()

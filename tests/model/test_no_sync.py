@@ -83,10 +83,8 @@ STEPS += [("interleaved", kind) for kind in ("loca", "lora")]
 def test_no_step_of_training_waits(name: str, kind: str, accelerator: torch.device) -> None:
     """In each phase of a schedule, with and without autocast; the first steps make what is kept."""
     subject, makes = (SUBJECTS | {"interleaved": INTERLEAVED})[name], [{"fused": True}]
-    if accelerator.type != "cpu":
-        makes += [
-            {"foreach": True}
-        ]  # it asks for the number of steps, which torch keeps on the CPU: here it would look like a wait
+    if accelerator.type != "cpu":  # it reads the number of steps, which is on the CPU everywhere: emulated, that seems a wait
+        makes.append({"foreach": True})
     for settings in makes:
         model = subject.adapted(kind, accelerator).train()
         schedule, adam = AlternatingSchedule(model, coefficient_steps=1, location_steps=1), optimiser(model, **settings)
