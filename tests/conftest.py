@@ -14,22 +14,52 @@ import torch
 from torch import Tensor, nn
 
 from loca_vision.methods import registry
+from support.accelerator import pretended
 from support.timm_models import tiny
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start; accelerate remarks on it where it is not set
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # products of float32 with all its digits, as tolerances expect
 torch.set_num_threads(1)  # the models are so small that a second thread costs more than it brings
 registry.entry_points = cache(registry.entry_points)  # what is installed stays the same, and a run asks fifteen times
 
 TESTS = Path(__file__).parent
 LONG = ("recipes", "docs", "examples", "layers", "pipeline", "commands")
 
+DEVICE = os.environ.get("LOCA_TEST_DEVICE", "cpu")
+"""Where tests with the fixture `device` compute: "cuda", say, with `-m device` for these tests alone."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse a device that is not there at once, rather than in every test."""
+    try:
+        torch.ones(1, device=DEVICE).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise pytest.UsageError(f"LOCA_TEST_DEVICE={DEVICE!r}: tests cannot compute there: {reason}") from None
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Folders whose files take long come first, so that no worker is left with one of them when the others are done."""
     order = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.relative_to(TESTS).parts[0], len(order)))
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("device")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the test computes: the CPU, or what LOCA_TEST_DEVICE names."""
+    return torch.device(DEVICE)
+
+
+@pytest.fixture
+def accelerator(device: torch.device) -> Iterator[torch.device]:
+    """The same; on the CPU the library takes the branches of an accelerator meanwhile."""
+    with pretended(device.type == "cpu"):
+        yield device
 
 
 def pytest_collection_finish() -> None:

@@ -8,11 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from loca_vision.functional.transforms import functional_only, once_differentiable
+from loca_vision.functional.transforms import functional_only, once_differentiable, ordinary_tensors
 
 Rows = slice | Tensor | None  # a range, an index (p,) int64, or all rows
 RowDelta = tuple[Rows, Tensor]  # the rows, and what is added to them: (p, q)
+
+
+def rows_on(rows: Rows, device: torch.device) -> Rows:
+    """The rows of weights on a device. An index is copied there once: a copy at every step would make the host wait for it."""
+    if not isinstance(rows, Tensor) or device.type in (rows.device.type, "meta") or torch.compiler.is_compiling():
+        return rows
+    known = _copied.setdefault(rows, {})
+    if device not in known:
+        with ordinary_tensors():
+            known[device] = rows.to(device)
+    found: Tensor = known[device]
+    return found
+
+
+_copied: Any = WeakTensorKeyDictionary()
 
 
 def add_rows(base: Tensor, updates: list[RowDelta]) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 
 class Snapshot:
@@ -43,4 +44,23 @@ def _mark(tensor: Tensor | None) -> tuple[Any, ...]:
     if tensor is None:
         return ()
     version = 0 if tensor.is_inference() else tensor._version
-    return version, tensor.data_ptr(), tensor.dtype, tensor.device
+    return version, steps_unseen() if tensor.requires_grad else 0, tensor.data_ptr(), tensor.dtype, tensor.device
+
+
+def steps_unseen() -> int:
+    """How many steps optimisers have taken whose kernels write parameters without a new version."""
+    return _unseen
+
+
+_unseen = 0
+
+
+def _note_step(optimizer: Optimizer, *inputs: Any) -> None:
+    """torch's fused optimisers write so, and those of other libraries may."""
+    global _unseen
+    foreign = not type(optimizer).__module__.startswith("torch.optim.")
+    if foreign or any(group.get("fused") for group in optimizer.param_groups):
+        _unseen += 1
+
+
+register_optimizer_step_post_hook(_note_step)

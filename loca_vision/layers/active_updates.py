@@ -29,7 +29,8 @@ class ActiveUpdate:
         """The rows of W that the update depends on; None for an update that depends on none."""
         if weight is None or not self.update.needs_weight:
             return None
-        return (weight if self.rows is None else weight[self.rows]).to(device)
+        rows = self.rows.to(weight.device) if isinstance(self.rows, Tensor) else self.rows  # which may be offloaded
+        return (weight if rows is None else weight[rows]).to(device)
 
 
 Updates = Sequence[ActiveUpdate]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from loca_vision.functional.cosine_atoms import AtomSettings
 from loca_vision.functional.cosine_batch import CosineBatch, batch_of
+from loca_vision.functional.snapshot import steps_unseen
 from loca_vision.functional.transforms import once_differentiable
 from loca_vision.methods.locations import cells_at
 from loca_vision.methods.spectrum import Spectrum, confine
@@ -154,7 +155,7 @@ def _circumstances(update: Spectrum, factor: float, dtype: torch.dtype) -> tuple
     """What must be the same when an update is asked for as when it was built; the last is the backward pass, if one runs."""
     numbers = update.coefficients, update.locations
     learns = [(number._version, number.data_ptr(), number.requires_grad) for number in numbers]
-    return (*learns, factor, dtype, update.scale, torch._C._current_graph_task_id())
+    return (*learns, steps_unseen(), factor, dtype, update.scale, torch._C._current_graph_task_id())
 
 
 def _built(updates: Sequence[Spectrum], factor: float, dtype: torch.dtype, spent: list[bool]) -> list[Built]:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from loca_vision.functional.row_linear import Rows
+from loca_vision.functional.row_linear import Rows, rows_on
 from loca_vision.layers.active_updates import ActiveUpdate
 from loca_vision.layers.built_together import BuiltTogether
 from loca_vision.layers.call_settings import CallSettings, Unscaled
@@ -64,7 +64,7 @@ class WeightUpdates(EffectiveWeight):
             return []
         updates: Any = self.updates._modules.values()  # a ModuleList takes longer, and this is asked at every call
         return [
-            ActiveUpdate(slot.projection, slot.rows, update, self.strengths[slot.adapter])
+            ActiveUpdate(slot.projection, _where(slot, update), update, self.strengths[slot.adapter])
             for slot, update in zip(self.slots, updates, strict=True)
             if slot.adapter in self.strengths and not update.inactive
         ]
@@ -92,6 +92,12 @@ class WeightUpdates(EffectiveWeight):
     def _forget_batches(self) -> None:
         if self._together is not None:
             self._together.forget()
+
+
+def _where(slot: AdapterSlot, update: Update) -> Rows:
+    """The rows of the slot; an index, on the device of the update."""
+    held = next(iter(update.tensors()), None) if isinstance(slot.rows, Tensor) else None
+    return slot.rows if held is None else rows_on(slot.rows, held.device)
 
 
 class FusedUpdates(EffectiveWeight):

@@ -28,14 +28,14 @@ def path(request, monkeypatch):
     return request.param
 
 
-def make(rows, cols, count, difference="central", dtype=torch.float64, scale=0.7):
+def make(rows, cols, count, difference="central", dtype=torch.float64, scale=0.7, device="cpu"):
     """A sum of cosines at random cells, two of them at one, with both halves learning."""
     flat = torch.randperm(rows * cols)[:count]
     if count > 2:
         flat[1] = flat[2]
     cells = torch.stack([flat // cols, flat % cols], 1)
-    locations = (cells / torch.tensor([max(rows - 1, 1), max(cols - 1, 1)])).to(dtype).requires_grad_()
-    coefficients = torch.randn(count, dtype=dtype).requires_grad_()
+    locations = (cells / torch.tensor([max(rows - 1, 1), max(cols - 1, 1)])).to(device, dtype).requires_grad_()
+    coefficients, cells = torch.randn(count, dtype=dtype).to(device).requires_grad_(), cells.to(device)
     return Cosines(coefficients, locations, Cells(cells, (rows, cols)), AtomSettings((rows, cols), scale, difference))
 
 
@@ -70,11 +70,11 @@ def from_spectrum(z, one):
 
 @pytest.mark.parametrize("difference", SLOPES)
 @pytest.mark.parametrize(("tokens", "rows", "cols", "count"), SIZES)
-def test_gradients_are_those_of_the_dense_form(path, tokens, rows, cols, count, difference):
-    one = make(rows, cols, count, difference)
-    x, direction = (torch.randn(tokens, n, dtype=torch.float64) for n in (cols, rows))
-    c, d = (dct_matrix(n, dtype=torch.float64) for n in (rows, cols))
-    y = computed(x, torch.randn(rows, cols).double(), None, [(None, one)], path)
+def test_gradients_are_those_of_the_dense_form(path, tokens, rows, cols, count, difference, device):
+    one = make(rows, cols, count, difference, device=device)
+    x, direction = (torch.randn(tokens, n, dtype=torch.float64).to(device) for n in (cols, rows))
+    c, d = (dct_matrix(n, dtype=torch.float64, device=device) for n in (rows, cols))
+    y = computed(x, torch.randn(rows, cols).to(device, torch.float64), None, [(None, one)], path)
     found = torch.autograd.grad(y, numbers([(None, one)]), direction)
     for mine, dense in zip(found, from_spectrum(c @ direction.T @ x @ d.T, one), strict=True):
         torch.testing.assert_close(mine, dense, rtol=1e-10, atol=1e-10)
@@ -103,10 +103,10 @@ ROWS = {
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("lead", [(), (3,), (2, 30)])
-def test_rows_and_the_gradients_of_input_and_bias(path, rows, lead):
-    updates = [(r, make(12 if r is None else 4, 5, 6)) for r in rows]
-    base, bias = torch.randn(12, 5).double(), torch.randn(12).double().requires_grad_()
-    x = torch.randn(*lead, 5).double().requires_grad_()
+def test_rows_and_the_gradients_of_input_and_bias(path, rows, lead, device):
+    updates = [(r, make(12 if r is None else 4, 5, 6, device=device)) for r in rows]
+    base, bias, x = (torch.randn(size, dtype=torch.float64).to(device) for size in ((12, 5), (12,), (*lead, 5)))
+    bias.requires_grad_(), x.requires_grad_()
     weight = base.clone()
     for r, one in updates:
         weight[slice(None) if r is None else r] += delta(one)
@@ -121,7 +121,7 @@ def test_rows_and_the_gradients_of_input_and_bias(path, rows, lead):
     torch.testing.assert_close((x_grad, bias_grad), (x_dense, bias_dense))
     for i, (r, one) in enumerate(updates):
         part = weight_grad[slice(None) if r is None else r]
-        c, d = (dct_matrix(n, dtype=torch.float64) for n in part.shape)
+        c, d = (dct_matrix(n, dtype=torch.float64, device=device) for n in part.shape)
         for got, dense_grad in zip(found[2 * i : 2 * i + 2], from_spectrum(c @ part @ d.T, one), strict=True):
             torch.testing.assert_close(got, dense_grad, rtol=1e-10, atol=1e-10)
 
@@ -141,29 +141,28 @@ def test_gradients_of_parts_of_a_batch_add_up_and_checkpoints_change_nothing(pat
         assert torch.equal(kept, whole)
 
 
-def test_under_autocast_the_product_is_in_its_dtype_and_gradients_are_not(path):
-    one = make(16, 12, 20, dtype=torch.float32)
-    x, base = torch.randn(64, 12), torch.randn(16, 12)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_under_autocast_the_product_is_in_its_dtype_and_gradients_are_not(path, device):
+    one = make(16, 12, 20, dtype=torch.float32, device=device)
+    x, base = torch.randn(64, 12).to(device), torch.randn(16, 12).to(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         y = computed(x, base, None, [(None, one)], path)
     assert y.dtype == torch.bfloat16
     direction = torch.randn_like(y)
     found = torch.autograd.grad(y, numbers([(None, one)]), direction)
-    z = dct_matrix(16) @ (direction.float().T @ x.bfloat16().float()) @ dct_matrix(12).T
+    c, d = (dct_matrix(n, device=device) for n in (16, 12))
+    z = c @ (direction.float().T @ x.bfloat16().float()) @ d.T
     for mine, dense in zip(found, from_spectrum(z, one), strict=True):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine, dense, rtol=0.02, atol=0.02 * dense.abs().max().item())
 
 
 @pytest.mark.parametrize("size", [(200, 96, 96, 300), (400, 64, 200, 12800)])
-def test_in_float32_both_ways_are_as_exact(size, path):
+def test_in_float32_both_ways_are_as_exact(size, path, device):
     tokens, rows, cols, count = size
-    one = make(rows, cols, count, dtype=torch.float32)
-    x, direction = torch.randn(tokens, cols), torch.randn(tokens, rows)
-    found = torch.autograd.grad(
-        computed(x, torch.randn(rows, cols), None, [(None, one)], path), numbers([(None, one)]), direction
-    )
-    c, d = (dct_matrix(n, dtype=torch.float64) for n in (rows, cols))
+    one = make(rows, cols, count, dtype=torch.float32, device=device)
+    x, direction, base = (torch.randn(size).to(device) for size in ((tokens, cols), (tokens, rows), (rows, cols)))
+    found = torch.autograd.grad(computed(x, base, None, [(None, one)], path), numbers([(None, one)]), direction)
+    c, d = (dct_matrix(n, dtype=torch.float64, device=device) for n in (rows, cols))
     for mine, dense in zip(found, from_spectrum(c @ direction.double().T @ x.double() @ d.T, one), strict=True):
         assert (mine - dense).norm() <= 2e-6 * dense.norm()
 

@@ -15,7 +15,7 @@ SHAPES += [(1030, 200, 50)]  # the last three by fast transforms, of several pie
 SCALE = 0.7
 
 
-def make(rows, cols, count, *, collide=True):
+def make(rows, cols, count, device="cpu", *, collide=True):
     """Coefficients, locations at cell centres, and their cells; with borders, and two components at one cell."""
     flat = torch.randint(rows * cols, (count,))
     flat[0], flat[-1] = 0, rows * cols - 1
@@ -23,19 +23,19 @@ def make(rows, cols, count, *, collide=True):
         flat[1] = flat[2]
     cells = torch.stack([flat // cols, flat % cols], 1)
     locations = cells.double() / torch.tensor([max(rows - 1, 1), max(cols - 1, 1)])
-    return torch.randn(count, dtype=torch.float64), locations, cells
+    return torch.randn(count, dtype=torch.float64).to(device), locations.to(device), cells.to(device)
 
 
 def dense(coefficients, cells, shape):
     """The same update through a dense spectrum and two matrix products."""
     spectrum = coefficients.new_zeros(shape).index_put(tuple(cells.T), coefficients, accumulate=True)
-    rows, cols = (dct_matrix(n, dtype=coefficients.dtype) for n in shape)
+    rows, cols = (dct_matrix(n, dtype=coefficients.dtype, device=coefficients.device) for n in shape)
     return SCALE * rows.T @ spectrum @ cols
 
 
-def test_update_is_the_sum_of_cosines():
+def test_update_is_the_sum_of_cosines(device):
     rows, cols = 5, 4
-    coefficients, locations, cells = make(rows, cols, 6)
+    coefficients, locations, cells = make(rows, cols, 6, device)
     update = cosine_sum(coefficients, locations, cells, (rows, cols), SCALE, "central")
     for i in range(rows):
         for j in range(cols):
@@ -49,22 +49,22 @@ def test_update_is_the_sum_of_cosines():
 
 @pytest.mark.parametrize(("rows", "cols", "count"), SHAPES)
 @pytest.mark.parametrize("sample_cost", (0, 10**9), ids=("sampled", "whole spectrum"))
-def test_update_and_coefficient_gradient_are_those_of_the_dense_form(rows, cols, count, sample_cost, monkeypatch):
+def test_update_and_coefficient_gradient_are_those_of_the_dense_form(rows, cols, count, sample_cost, monkeypatch, device):
     monkeypatch.setattr(paths, "_SAMPLE_COST", sample_cost)
-    coefficients, locations, cells = make(rows, cols, count)
+    coefficients, locations, cells = make(rows, cols, count, device)
     coefficients.requires_grad_()
     update = cosine_sum(coefficients, locations, cells, (rows, cols), SCALE, "central")
     reference = dense(coefficients, cells, (rows, cols))
     torch.testing.assert_close(update, reference, rtol=0, atol=1e-12)
-    weight = torch.randn(rows, cols, dtype=torch.float64)
+    weight = torch.randn(rows, cols, dtype=torch.float64, device=device)
     (mine,) = torch.autograd.grad((update * weight).sum(), coefficients)
     (theirs,) = torch.autograd.grad((reference * weight).sum(), coefficients)
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("rows", "cols", "count"), SHAPES[:6])
-def test_coefficient_gradcheck(rows, cols, count):
-    coefficients, locations, cells = make(rows, cols, count)
+def test_coefficient_gradcheck(rows, cols, count, device):
+    coefficients, locations, cells = make(rows, cols, count, device)
     torch.autograd.gradcheck(
         lambda a: cosine_sum(a, locations, cells, (rows, cols), SCALE, "central"), coefficients.requires_grad_()
     )
@@ -75,10 +75,10 @@ OFFSETS = {"central": ((1, 0.5), (-1, -0.5)), "forward": ((1, 1.0), (0, -1.0)), 
 
 @pytest.mark.parametrize("difference", OFFSETS)
 @pytest.mark.parametrize(("rows", "cols", "count"), SHAPES[:7])
-def test_location_gradient_is_the_brute_force_difference(rows, cols, count, difference):
+def test_location_gradient_is_the_brute_force_difference(rows, cols, count, difference, device):
     """Move one component by one cell at a time in the loss <G, Delta W>; a step over the border stays at the border."""
-    coefficients, locations, cells = make(rows, cols, count)
-    weight = torch.randn(rows, cols, dtype=torch.float64)
+    coefficients, locations, cells = make(rows, cols, count, device)
+    weight = torch.randn(rows, cols, dtype=torch.float64, device=device)
     locations.requires_grad_()
     (cosine_sum(coefficients, locations, cells, (rows, cols), SCALE, difference) * weight).sum().backward()
 
@@ -120,10 +120,10 @@ def test_a_half_without_need_of_a_gradient_gets_none():
     assert locations.grad is not None
 
 
-def test_autocast_does_not_round_the_update():
-    coefficients, locations, cells = make(40, 40, 9)
+def test_autocast_does_not_round_the_update(device):
+    coefficients, locations, cells = make(40, 40, 9, device)
     arguments = (coefficients.float(), locations.float(), cells, (40, 40), 1.0, "central")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         update = cosine_sum(*arguments)
     assert torch.equal(update, cosine_sum(*arguments))
 

@@ -13,41 +13,41 @@ TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
 def scipy_dct2(x: torch.Tensor) -> np.ndarray:
-    return scipy.fft.dctn(x.double().numpy(), type=2, norm="ortho", axes=(-2, -1))
+    return scipy.fft.dctn(x.double().cpu().numpy(), type=2, norm="ortho", axes=(-2, -1))
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rows", LENGTHS)
 @pytest.mark.parametrize("cols", (1, 2, 7, 12))
-def test_dct2_is_scipys(rows, cols, dtype, method):
-    x = torch.randn(rows, cols, dtype=dtype)
+def test_dct2_is_scipys(rows, cols, dtype, method, device):
+    x = torch.randn(rows, cols, dtype=dtype).to(device)
     spectrum = dct2(x, method=method)
     assert spectrum.dtype == dtype
     scale = max(1.0, x.norm().item())
-    assert np.abs(spectrum.double().numpy() - scipy_dct2(x)).max() <= TOLERANCE[dtype] * scale
+    assert np.abs(spectrum.double().cpu().numpy() - scipy_dct2(x)).max() <= TOLERANCE[dtype] * scale
     assert (idct2(spectrum, method=method) - x).abs().max() <= TOLERANCE[dtype] * scale
 
 
 @pytest.mark.parametrize("shape", [(768, 768), (1280, 320), (3072, 768)])
-def test_large_float32_transforms_are_scipys(shape):
-    x = torch.randn(shape) / shape[1] ** 0.5
-    assert np.abs(dct2(x).numpy() - scipy_dct2(x)).max() < 1e-6
+def test_large_float32_transforms_are_scipys(shape, device):
+    x = (torch.randn(shape) / shape[1] ** 0.5).to(device)
+    assert np.abs(dct2(x).cpu().numpy() - scipy_dct2(x)).max() < 1e-6
 
 
 @pytest.mark.parametrize("n", (512, 531, 1030))
 @pytest.mark.parametrize("count", (0, 1, 63, 64, 65, 129, 193, 400))
 @pytest.mark.parametrize("dim", (0, 1))
-def test_pieces_are_the_whole(n, count, dim):
-    x = torch.randn(*((n, count) if dim == 0 else (count, n)), dtype=torch.float64)
+def test_pieces_are_the_whole(n, count, dim, device):
+    x = torch.randn(*((n, count) if dim == 0 else (count, n)), dtype=torch.float64).to(device)
     for transform in (dct, idct):
-        torch.testing.assert_close(transform(x, dim), transform(x, dim, method="matrix"), rtol=0, atol=1e-12)
+        torch.testing.assert_close(transform(x, dim, method="fast"), transform(x, dim, method="matrix"), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("n", (*LENGTHS, 1030))
-def test_any_axis_and_any_leading_axes(n, method):
-    x = torch.randn(2, n, 3, 4, dtype=torch.float64)
+def test_any_axis_and_any_leading_axes(n, method, device):
+    x = torch.randn(2, n, 3, 4, dtype=torch.float64).to(device)
     along = torch.stack([dct(x[:, :, i, :], 1, method=method) for i in range(3)], 2)
     torch.testing.assert_close(dct(x, 1, method=method), along, rtol=0, atol=1e-12)
     torch.testing.assert_close(idct(dct(x, -3, method=method), 1, method=method), x, rtol=0, atol=1e-12)
@@ -68,15 +68,15 @@ def test_matrix_belongs_to_the_caller():
 
 
 @pytest.mark.parametrize("method", ("matrix", "fast"))
-def test_transforms_are_differentiable(method):
-    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+def test_transforms_are_differentiable(method, device):
+    x = torch.randn(5, 6, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: dct2(x, method=method), x)
     assert torch.autograd.gradcheck(lambda x: idct2(x, method=method), x)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_half_precision_is_rounded_once(dtype):
-    x = torch.randn(20, 30).to(dtype)
+def test_half_precision_is_rounded_once(dtype, device):
+    x = torch.randn(20, 30).to(device, dtype)
     assert torch.equal(dct2(x, method="matrix"), dct(dct(x.float(), -1).to(dtype), -2))
     assert dct2(x).dtype == dtype
 

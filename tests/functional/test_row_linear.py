@@ -15,11 +15,11 @@ ROWS = {
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
-def test_values_and_gradients_are_those_of_the_whole_weight(rows, lead):
-    base, bias = torch.randn(12, 5).double(), torch.randn(12).double().requires_grad_()
+def test_values_and_gradients_are_those_of_the_whole_weight(rows, lead, device):
+    base, bias, x = (torch.randn(size, dtype=torch.float64).to(device) for size in ((12, 5), (12,), (*lead, 5)))
+    bias.requires_grad_(), x.requires_grad_()
     deltas = [torch.randn_like(base if r is None else base[r]).requires_grad_() for r in rows]
     updates = list(zip(rows, deltas, strict=True))
-    x = torch.randn(*lead, 5).double().requires_grad_()
     inputs = (x, bias, *deltas)
     with torch.no_grad():
         weight = add_rows(base, updates)
@@ -32,10 +32,10 @@ def test_values_and_gradients_are_those_of_the_whole_weight(rows, lead):
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
-def test_with_and_without_gradients_rows_add_up_to_the_same_bits(rows, dtype):
-    base = torch.randn(12, 5).to(dtype)
+def test_with_and_without_gradients_rows_add_up_to_the_same_bits(rows, dtype, device):
+    base = torch.randn(12, 5).to(device, dtype)
     before = base.clone()
-    updates = [(r, torch.randn(base.shape if r is None else base[r].shape)) for r in rows]
+    updates = [(r, torch.randn(base.shape if r is None else base[r].shape).to(device)) for r in rows]
     whole = add_rows(base, updates)
     with torch.no_grad():
         assert torch.equal(add_rows(base, updates), whole)
@@ -52,11 +52,11 @@ def test_what_wants_no_gradient_costs_none():
     assert delta.grad is not None and x.grad is None and frozen.grad is None
 
 
-def test_under_autocast_the_product_is_in_its_dtype_and_the_gradient_is_not():
-    x, delta = torch.randn(7, 5, requires_grad=True), torch.randn(12, 5, requires_grad=True)
-    weight = torch.randn(12, 5)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = row_linear(x, weight, torch.zeros(12), [(None, delta)])
-        assert torch.equal(y, F.linear(x, weight, torch.zeros(12)))
+def test_under_autocast_the_product_is_in_its_dtype_and_the_gradient_is_not(device):
+    x, delta, weight = (torch.randn(rows, 5).to(device) for rows in (7, 12, 12))
+    x.requires_grad_(), delta.requires_grad_()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        y = row_linear(x, weight, torch.zeros(12, device=device), [(None, delta)])
+        assert torch.equal(y, F.linear(x, weight, torch.zeros(12, device=device)))
     y.sum().backward()
     assert y.dtype == torch.bfloat16 and delta.grad.dtype == x.grad.dtype == torch.float32

@@ -91,7 +91,7 @@ def stir(model: nn.Module, name: str = "default", seed: int = 3) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for update in adapters(model, name).values():
         for key, value in update.named_parameters():
-            noise = torch.randn(value.shape, generator=generator)
+            noise = torch.randn(value.shape, generator=generator).to(value.device)
             if key == "magnitude":
                 value.mul_(1 + 0.2 * noise)
             elif key != "locations":
@@ -102,8 +102,8 @@ def stir(model: nn.Module, name: str = "default", seed: int = 3) -> nn.Module:
 
 
 def numbers(update: nn.Module) -> dict[str, Tensor]:
-    """All numbers that define one update, by name."""
-    return {key: value.detach().clone() for key, value in update.state_dict().items()}
+    """All numbers that define one update, by name, on the CPU."""
+    return {key: value.detach().cpu().clone() for key, value in update.state_dict().items()}
 
 
 @torch.no_grad()

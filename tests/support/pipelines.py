@@ -234,4 +234,4 @@ def picture(pipe: Any, prompt: str = "a cat", **more: Any) -> torch.Tensor:
         given["image"] = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(6))
     else:
         given |= {"height": 16, "width": 16}
-    return torch.as_tensor(pipe(prompt, **given | more).images)
+    return torch.as_tensor(pipe(prompt, **given | more).images).cpu()
