@@ -15,8 +15,8 @@ import torch
 from steps import Step
 from workloads import device_here
 
-LEAST_TURN = 0.1  # seconds, so that the start of a turn weighs little
-MOST_STEPS = 5
+LEAST_TURN = 0.4  # seconds, so that the start of a turn, for which a GPU waits, weighs little
+MOST_STEPS = 10
 PARTS = ("seconds", "forward and backward")
 
 

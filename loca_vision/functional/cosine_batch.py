@@ -72,12 +72,9 @@ class CosineBatch:
         return batch_by_components if len(counts) == 1 and max(counts) < sum(self.layout.shape) else batch_by_frequencies
 
 
-def batch_of(
-    coefficients: Tensor, cells: Tensor, counts: Sequence[int], settings: AtomSettings, dtype: torch.dtype
-) -> CosineBatch:
-    """The sums of coefficients (M,) at cells (M, 2), as many of each sum as `counts` says, for activations of this dtype."""
+def batch_of(coefficients: Tensor, layout: BatchCells, settings: AtomSettings, dtype: torch.dtype) -> CosineBatch:
+    """The sums of coefficients (M,) at the cells of the layout, for activations of this dtype."""
     split = coefficients.dtype == torch.float32 and is_preferred(coefficients.device, dtype)
-    layout = BatchCells(cells, counts, settings.shape)
     return CosineBatch(coefficients, layout, settings.scale, settings.difference, split)
 
 

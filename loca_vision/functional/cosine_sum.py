@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from loca_vision.functional.batch_tables import BatchCells
 from loca_vision.functional.by_products import cosine_sum_by_products
 from loca_vision.functional.cosine_atoms import (
     AtomSettings,
@@ -192,7 +193,7 @@ def spectrum_at(grad: Tensor, layout: Cells, offsets: list[Offset]) -> dict[Offs
 
 def _alone(coefficients: Tensor, cells: Tensor, settings: AtomSettings) -> CosineBatch:
     """The way of accelerators, which large products suit best."""
-    return batch_of(coefficients, cells, [len(cells)], settings, coefficients.dtype)
+    return batch_of(coefficients, BatchCells(cells, [len(cells)], settings.shape), settings, coefficients.dtype)
 
 
 with warnings.catch_warnings():  # torch warns once that sparse CSR is in beta: let it do so here, unheard

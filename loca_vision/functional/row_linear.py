@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,25 +59,6 @@ def add_in_place(weight: Tensor, updates: list[RowDelta]) -> Tensor:
         else:
             weight[rows or slice(None)] += delta
     return weight
-
-
-def sum_rows(base: Tensor, updates: list[RowDelta], dtype: torch.dtype) -> Tensor:
-    """`add_rows` without gradients in `dtype`, one addition for each update, which rounds as it adds."""
-    ranges = [(rows or slice(0, len(base)), delta) for rows, delta in updates if not isinstance(rows, Tensor)]
-    ranges.sort(key=lambda one: one[0].start)
-    overlap = any(first[0].stop > second[0].start for first, second in pairwise(ranges))
-    if overlap or len(ranges) < len(updates) or (base.dtype.itemsize < 4 and base.dtype != dtype):
-        wide = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
-        return add_in_place(wide, updates).to(base.dtype).to(dtype)
-    result, end = torch.empty_like(base, dtype=dtype), 0
-    for rows, delta in ranges:
-        if rows.start > end:
-            result[end : rows.start] = base[end : rows.start]
-        torch.add(base[rows], delta, out=result[rows])
-        end = rows.stop
-    if end < len(base):
-        result[end:] = base[end:]
-    return result
 
 
 def computed_in(x: Tensor) -> torch.dtype:

@@ -1,223 +1,216 @@
-"""Updates of one shape that learn, built together at the first use of one of them in a forward pass.
+"""Which effective weights are built together, and when: those of one shape, at the first use of one of them in a pass.
 
-An accelerator spends longer on starting the operations of one update than on carrying them out. Each update is handed out
-once: to ask for it again is to begin another pass, for which all are built anew. What autograd sees of an update is a tensor
-that takes no memory, and through which the gradient of the matrix reaches the coefficients and locations.
+An accelerator spends longer on starting the operations of one update than on carrying them out. Each weight is handed out
+once: to ask for it again is to begin another pass, for which all are built anew.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from loca_vision.functional.batch_tables import BatchCells
 from loca_vision.functional.cosine_atoms import AtomSettings
-from loca_vision.functional.cosine_batch import CosineBatch, batch_of
+from loca_vision.functional.cosine_batch import batch_of
 from loca_vision.functional.snapshot import steps_unseen
-from loca_vision.functional.transforms import once_differentiable
+from loca_vision.layers.active_updates import ActiveUpdate
+from loca_vision.layers.batched_weights import Built, Part, built, layout_of
+from loca_vision.layers.plain_weight import is_plain_matrix
 from loca_vision.methods.locations import cells_at
 from loca_vision.methods.spectrum import Spectrum, confine
-from loca_vision.methods.update import Update
 
 if TYPE_CHECKING:
-    from loca_vision.layers.weight_updates import AdapterSlot, WeightUpdates
+    from loca_vision.layers.effective_weight import EffectiveWeight
 
-# Bytes of the float32 matrices that are built at once. All gradients of a batch are alive together in the backward pass.
+# Bytes of the weights, in float32, that are built at once. All gradients of a batch are alive together in the backward pass.
 LARGEST_BATCH = 2**28
 
 
-class Built(NamedTuple):
-    """One update of a pass.
+@dataclass(frozen=True)
+class _Member:
+    """A weight that takes part, with the updates that act on it."""
 
-    Attributes:
-        matrix: its values (p, q), without a gradient.
-        ticket: (p, q) without values, whose gradient is that of the matrix.
-    """
+    weight: weakref.ref[EffectiveWeight]
+    base: weakref.ref[Tensor]
+    updates: tuple[ActiveUpdate, ...]
 
-    matrix: Tensor
-    ticket: Tensor
+    def spectra(self) -> list[Spectrum]:
+        return [active.update for active in self.updates]  # type: ignore[misc]
 
+    def kind(self, base: Tensor) -> tuple[Any, ...]:
+        """What the members of a batch have in common."""
+        return base.shape, base.dtype, base.device, *[(*_kind(one.update), _range(one), one.strength) for one in self.updates]
 
-class _Site(NamedTuple):
-    updates: weakref.ref[WeightUpdates]
-    slot: AdapterSlot
-    update: Spectrum
+    def state(self, base: Tensor, scale: float, dtype: torch.dtype) -> tuple[Any, ...]:
+        """What is the same when a weight is asked for as when it was built; the last is the backward pass, if one runs."""
+        numbers = [number for own in self.spectra() for number in (own.coefficients, own.locations)]
+        marks = [(number._version, number.data_ptr(), number.requires_grad) for number in (base, *numbers)]
+        return (*marks, steps_unseen(), scale, dtype, torch._C._current_graph_task_id())
 
 
 class _Batch:
-    """Updates that have been built, and which of them have not been asked for yet."""
+    """Weights that have been built, and which of them have not been asked for yet."""
 
-    def __init__(self, left: dict[int, tuple[tuple[Any, ...], Built]], spent: list[bool]) -> None:
-        self.circumstances = {key: circumstances for key, (circumstances, _) in left.items()}
-        self.left = {key: built for key, (_, built) in left.items()}
-        self.spent = spent  # shared with the graph, which is not to be held from here: a backward pass has gone through it
-
-    def is_of(self, update: Spectrum, circumstances: tuple[Any, ...]) -> bool:
-        """Whether the update is still what was built."""
-        return not self.spent[0] and self.circumstances.get(id(update)) == circumstances
+    def __init__(self) -> None:
+        self.left: dict[int, Built] = {}
+        self.states: dict[int, tuple[Any, ...]] = {}
+        self.spent = [False]  # shared with the graph, which is not to be held from here: gradients have gone through it
 
 
 class BuiltTogether:
-    """The updates of one model that may be built together: those of the weights that have asked for theirs."""
+    """The weights of one model that are built together: those that have asked for theirs."""
 
     def __init__(self) -> None:
-        self._members: dict[int, weakref.ref[WeightUpdates]] = {}
-        self._peers_of: dict[int, list[_Site]] | None = None  # by the identity of an update
+        self._members: dict[int, _Member] = {}  # by the identity of the weight; without updates, one that cannot take part
+        self._near: dict[int, list[_Member]] = {}  # likewise, those that may be built with it
         self._batches: dict[int, _Batch] = {}  # likewise, the one that it was built in last
-
-    def join(self, updates: WeightUpdates) -> None:
-        """Let the updates of one more weight take part."""
-        known = self._members.get(id(updates))
-        if known is None or known() is not updates:
-            self._members[id(updates)] = weakref.ref(updates)
-            self.forget()
+        self._layouts: dict[tuple[int, ...], tuple[list[Any], BatchCells]] = {}
 
     def forget(self) -> None:
         """Updates came, went or act in another way."""
-        self._peers_of = None
-        self._batches.clear()
+        self.__init__()  # type: ignore[misc]
 
-    def take(self, update: Update, factor: float, dtype: torch.dtype) -> Built | None:
-        """The update times `factor`, for activations of this dtype; None if it is none that is built with others."""
-        if not isinstance(update, Spectrum) or not _is_ordinary(update):
+    def take(self, weight: EffectiveWeight, base: Tensor, dtype: torch.dtype) -> Built | None:
+        """The effective weight for activations of this dtype; None if it is none that is built with others."""
+        member = self._member(weight, base)
+        if member is None or not _learns_here(member, base):
             return None
-        now, batch = _circumstances(update, factor, dtype), self._batches.get(id(update))
-        if batch is not None and batch.is_of(update, now):
-            built = batch.left.pop(id(update), None)
-            if built is not None:
-                return built
+        scale = weight.call_settings.scale
+        state, batch = member.state(base, scale, dtype), self._batches.get(id(weight))
+        if batch is not None and not batch.spent[0] and batch.states.get(id(weight)) == state:
+            found = batch.left.pop(id(weight), None)
+            if found is not None:
+                return found
             if batch.left:  # a layer that runs more than once in a pass
-                return _built([update], factor, dtype, [False])[0]
-        return self._build(update, factor, dtype)
+                return self._built([member], [base], scale, dtype, [False])[0]
+        return self._with_others(member, base, scale, dtype)
 
-    def _build(self, update: Spectrum, factor: float, dtype: torch.dtype) -> Built:
-        updates, spent = self._batch(update, factor), [False]
-        made = _built(updates, factor, dtype, spent)
-        left = {id(own): (_circumstances(own, factor, dtype), one) for own, one in zip(updates, made, strict=True)}
-        batch = _Batch(left, spent)
-        self._batches |= dict.fromkeys(left, batch)
-        return batch.left.pop(id(update))
+    def _member(self, weight: EffectiveWeight, base: Tensor) -> _Member | None:
+        known = self._members.get(id(weight))
+        if known is not None and known.weight() is weight and known.base() is base:
+            return known if known.updates else None
+        updates = tuple(weight.active_updates())
+        able = all(type(one.update).delta is Spectrum.delta and not isinstance(one.rows, Tensor) for one in updates)
+        chosen = updates if able and is_plain_matrix(base) else ()
+        self._members[id(weight)] = known = _Member(weakref.ref(weight), weakref.ref(base), chosen)
+        self._near.clear()
+        return known if chosen else None
 
-    def _batch(self, update: Spectrum, factor: float) -> list[Spectrum]:
-        """The update and those near it that act like it."""
-        if self._peers_of is None:
-            self._peers_of = self._peers()
-        kind, found = _kind(update), []
-        for site in self._peers_of.get(id(update), ()):
-            updates = site.updates()
-            strength = None if updates is None else updates.strengths.get(site.slot.adapter)
-            if updates is None or strength is None or updates.call_settings.scale * strength != factor:
+    def _with_others(self, member: _Member, base: Tensor, scale: float, dtype: torch.dtype) -> Built:
+        members, bases = self._alike(member, base)
+        batch = _Batch()
+        for own, its_base, one in zip(members, bases, self._built(members, bases, scale, dtype, batch.spent), strict=True):
+            key = id(own.weight())
+            batch.left[key], batch.states[key] = one, own.state(its_base, scale, dtype)
+            self._batches[key] = batch
+        return batch.left.pop(id(member.weight()))
+
+    def _alike(self, member: _Member, base: Tensor) -> tuple[list[_Member], list[Tensor]]:
+        """The member and those near it that act and learn like it, with their bases."""
+        if not self._near:
+            self._near = self._portions()
+        kind, members, bases = member.kind(base), [member], [base]
+        for other in self._near.get(id(member.weight()), ()):
+            its_base = other.base()
+            if other is member or its_base is None or other.weight() is None or not is_plain_matrix(its_base):
                 continue
-            if site.update is not update and not site.update.inactive and _is_ordinary(site.update):
-                found += [site.update] * (_kind(site.update) == kind)
-        return [update, *found]
+            if _learns_here(other, its_base) and other.kind(its_base) == kind:
+                members.append(other)
+                bases.append(its_base)
+        return members, bases
 
-    def _peers(self) -> dict[int, list[_Site]]:
-        """The updates of one shape, in portions that may be built at once."""
-        by_shape: dict[tuple[int, int], list[_Site]] = {}
+    def _portions(self) -> dict[int, list[_Member]]:
+        """The members whose weights have one shape, in portions that may be built at once."""
+        by_shape: dict[torch.Size, list[_Member]] = {}
         for member in self._members.values():
-            updates = member()
-            for slot, update in () if updates is None else updates.entries():
-                if isinstance(update, Spectrum):
-                    by_shape.setdefault(update.shape, []).append(_Site(member, slot, update))
-        found: dict[int, list[_Site]] = {}
-        for (rows, cols), sites in by_shape.items():
-            many = max(1, LARGEST_BATCH // (4 * rows * cols))
-            for start in range(0, len(sites), many):
-                portion = sites[start : start + many]
-                found |= {id(site.update): portion for site in portion}
+            base = member.base()
+            if base is not None and member.updates:
+                by_shape.setdefault(base.shape, []).append(member)
+        found: dict[int, list[_Member]] = {}
+        for shape, members in by_shape.items():
+            many = max(1, LARGEST_BATCH // max(1, 4 * shape.numel()))
+            portions = [members[start : start + many] for start in range(0, len(members), many)]
+            found |= {id(member.weight()): portion for portion in portions for member in portion}
         return found
 
+    def _built(
+        self, members: Sequence[_Member], bases: Sequence[Tensor], scale: float, dtype: torch.dtype, spent: list[bool]
+    ) -> list[Built]:
+        return built([self._part(members, which, scale, dtype) for which in _parts(members[0])], bases, dtype, spent)
+
+    def _part(self, members: Sequence[_Member], which: Sequence[int], scale: float, dtype: torch.dtype) -> Part:
+        """The sums of these updates of every member."""
+        chosen = [(index, member.updates[i]) for index, member in enumerate(members) for i in which]
+        spectra = [(index, active.update) for index, active in chosen]
+        own: list[Spectrum] = [update for _, update in spectra]  # type: ignore[misc]
+        settings = AtomSettings(own[0].shape, own[0].scale * (scale * chosen[0][1].strength), own[0].difference)
+        layout = self._layout(own)
+        with torch.no_grad():
+            coefficients = torch.cat([spectrum.coefficients for spectrum in own])
+        batch = batch_of(coefficients, layout, settings, dtype)
+        return Part(batch, tuple(spectra), tuple(active.rows for _, active in chosen))  # type: ignore[arg-type]
+
+    def _layout(self, spectra: Sequence[Spectrum]) -> BatchCells:
+        """Kept as long as no location moves."""
+        key, moving = tuple(map(id, spectra)), spectra[0].locations.requires_grad
+        marks = [(own.locations._version, own.locations.data_ptr()) for own in spectra]
+        kept = self._layouts.pop(key, None)
+        if moving:
+            confine(spectra)
+        if kept is not None and not moving and kept[0] == marks:
+            layout = kept[1]
+        else:
+            with torch.no_grad():
+                layout = layout_of(spectra, cells_at(torch.cat([own.locations for own in spectra]), spectra[0].shape))
+        if not moving:
+            self._layouts[key] = marks, layout
+        return layout
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return BuiltTogether, ()  # a copy, or what comes from a pickle, learns of its own updates
+        return BuiltTogether, ()  # a copy, or what comes from a pickle, learns of its own weights
 
 
-def _is_ordinary(update: Spectrum) -> bool:
-    """Whether it learns as a sum of cosines whose numbers are all here: not sharded, replicated or another kind's."""
-    numbers = update.coefficients, update.locations
-    return (
-        type(update).delta is Spectrum.delta
-        and all([type(number) is nn.Parameter and number.device == numbers[0].device for number in numbers])
-        and (numbers[0].requires_grad or numbers[1].requires_grad)
-    )
+def _learns_here(member: _Member, base: Tensor) -> bool:
+    """Whether something learns, and all numbers are where the base is: not sharded, replicated or offloaded."""
+    learns = False
+    for spectrum in member.spectra():
+        for number in spectrum._parameters.values():
+            if type(number) is not nn.Parameter or number.device != base.device or spectrum.inactive:
+                return False
+            learns |= number.requires_grad
+    return learns
 
 
-def _kind(update: Spectrum) -> tuple[Any, ...]:
-    """What updates of one batch have in common."""
-    numbers, scale = (update.coefficients, update.locations), (update.scale, update.difference)
-    return (*[(x.dtype, x.device, x.requires_grad) for x in numbers], *scale)
+def _kind(update: Any) -> tuple[Any, ...]:
+    learns = [(number.dtype, number.requires_grad) for number in (update.coefficients, update.locations)]
+    return update.shape, update.scale, update.difference, *learns
 
 
-def _circumstances(update: Spectrum, factor: float, dtype: torch.dtype) -> tuple[Any, ...]:
-    """What must be the same when an update is asked for as when it was built; the last is the backward pass, if one runs."""
-    numbers = update.coefficients, update.locations
-    learns = [(number._version, number.data_ptr(), number.requires_grad) for number in numbers]
-    return (*learns, steps_unseen(), factor, dtype, update.scale, torch._C._current_graph_task_id())
+def _range(active: ActiveUpdate) -> tuple[int, int] | None:
+    rows = active.rows
+    assert not isinstance(rows, Tensor)
+    return None if rows is None else (rows.start, rows.stop)
 
 
-def _built(updates: Sequence[Spectrum], factor: float, dtype: torch.dtype, spent: list[bool]) -> list[Built]:
-    first = updates[0]
-    moving = first.locations.requires_grad
-    if moving:
-        confine(updates)
-    with torch.no_grad(), torch.autocast(first.coefficients.device.type, enabled=False):
-        coefficients = torch.cat([own.coefficients for own in updates])
-        cells = cells_at(torch.cat([own.locations for own in updates]), first.shape)
-        settings = AtomSettings(first.shape, first.scale * factor, first.difference)
-        batch = batch_of(coefficients, cells, [len(own.coefficients) for own in updates], settings, dtype)
-        matrices = batch.matrices().unbind(0)
-    numbers = [own.coefficients for own in updates] + [own.locations for own in updates]
-    tickets = _Tickets.apply(batch, dtype, spent, torch._C._current_graph_task_id() >= 0, *numbers)
-    return list(map(Built, matrices, tickets))
+def _parts(member: _Member) -> list[list[int]]:
+    """The indices of its updates, in groups that are alike and have no row in common."""
+    groups: list[list[int]] = []
+    for i, one in enumerate(member.updates):
+        for group in groups:
+            others = [member.updates[j] for j in group]
+            alike = (*_kind(one.update), one.strength) == (*_kind(others[0].update), others[0].strength)
+            if alike and not any(_overlap(_range(one), _range(other)) for other in others):
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return groups
 
 
-class _Tickets(torch.autograd.Function):
-    """Nothing is saved by autograd's own means: hooks of checkpointing count what a block saves, and others share this."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, batch: CosineBatch, dtype: torch.dtype, spent: list[bool], running: bool, *numbers: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.batch, ctx.spent, ctx.running = batch, spent, running
-        ctx.set_materialize_grads(False)
-        count, shape = len(batch.layout.counts), batch.layout.shape
-        return batch.coefficients.new_empty((), dtype=dtype).expand(count, *shape).unbind(0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        batch, counts = ctx.batch, ctx.batch.layout.counts
-        ctx.spent[0] |= not ctx.running  # built while a backward pass runs, for blocks that it runs again one by one
-        learned, moving = ctx.needs_input_grad[4], ctx.needs_input_grad[4 + len(counts)]
-        given = [i for i, grad in enumerate(grads) if grad is not None]
-        of_numbers: list[Tensor | None] = [None] * (2 * len(counts))
-        with torch.autocast(batch.coefficients.device.type, enabled=False):
-            part = batch if len(given) == len(counts) else batch.part(given)
-            found = part.gradients([grads[i] for i in given], learned, moving) if given else ()
-        for half, whole in enumerate(found):
-            for i, own in zip(given, () if whole is None else torch.split(whole, part.layout.counts), strict=whole is not None):
-                of_numbers[half * len(counts) + i] = own
-        return (None, None, None, None, *of_numbers)
-
-
-class _Read(torch.autograd.Function):
-    """A weight that contains matrices of updates, as a function of their tickets."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, rows: Sequence[Any], *tickets: Tensor) -> Tensor:
-        ctx.rows = rows
-        return weight.view_as(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *[grad if rows is None else grad[rows] for rows in ctx.rows]
-
-
-def read(weight: Tensor, rows: Sequence[Any], tickets: Sequence[Tensor]) -> Tensor:
-    """`weight` (n, q), with the gradients of these rows going to the tickets."""
-    result: Tensor = _Read.apply(weight, rows, *tickets)
-    return result
+def _overlap(one: tuple[int, int] | None, other: tuple[int, int] | None) -> bool:
+    return one is None or other is None or (one[0] < other[1] and other[0] < one[1])

@@ -13,10 +13,9 @@ from torch.nn import functional as F
 from loca_vision.functional.cosine_linear import spectral_linear, workload_of
 from loca_vision.functional.cost_model import builds_together, choose
 from loca_vision.functional.low_rank_linear import low_rank_linear
-from loca_vision.functional.row_linear import Rows, add_rows, computed_in, row_linear, sum_rows
+from loca_vision.functional.row_linear import add_rows, computed_in, row_linear
 from loca_vision.functional.transforms import compiled, functional_only, ordinary_tensors, traced, untraced
 from loca_vision.layers.active_updates import (
-    ActiveUpdate,
     Updates,
     deltas_of,
     learn,
@@ -26,7 +25,8 @@ from loca_vision.layers.active_updates import (
     tensors_of,
 )
 from loca_vision.layers.applied_updates import learned_term, matrix_of, term_without_matrix
-from loca_vision.layers.built_together import Built, BuiltTogether, read
+from loca_vision.layers.batched_weights import Built, read
+from loca_vision.layers.built_together import BuiltTogether
 from loca_vision.layers.call_settings import CallSettings
 from loca_vision.layers.compiled_delta import CompiledDelta
 from loca_vision.layers.weight_cache import CachedWeight
@@ -52,9 +52,13 @@ class EffectiveWeight(CompiledDelta):
         """The settings of the call, which all updates of a model share."""
         raise NotImplementedError
 
-    def together_of(self, active: ActiveUpdate) -> BuiltTogether | None:
-        """With which others the update is built, if with any."""
+    @property
+    def together(self) -> BuiltTogether | None:
+        """With what the weight is built together, if with anything."""
         raise NotImplementedError
+
+    def _together_on(self, device: torch.device) -> BuiltTogether | None:
+        return self.together if builds_together(device) else None
 
     def forward(self, base: Tensor) -> Tensor:
         """W + the active updates, (n, q) in W's dtype: built anew where gradients are recorded, else cached."""
@@ -69,10 +73,10 @@ class EffectiveWeight(CompiledDelta):
             return self._for_trace(base, updates)
         if torch.is_grad_enabled() and (base.requires_grad or learn(updates)):
             self.drop()
-            if builds_together(base.device) and not base.requires_grad:
-                together = self._built_together(updates, base, base.dtype)
-                if together is not None:
-                    return read(*together)
+            together = None if base.requires_grad else self._together_on(base.device)
+            built = None if together is None else together.take(self, base, base.dtype)
+            if built is not None:
+                return read(built)
             return add_rows(base, deltas_of(updates, base, self.call_settings))
         return self._from_cache(base, updates, (), lambda: sum_with(updates, base, self.call_settings))
 
@@ -93,16 +97,19 @@ class EffectiveWeight(CompiledDelta):
         """
         if not torch.is_grad_enabled() or base.requires_grad or torch.compiler.is_compiling():
             return None
+        if functional_only() or traced():
+            return None
+        together = self._together_on(base.device)
+        built = None if together is None else together.take(self, base, computed_in(x))
+        if built is not None:
+            self.drop()
+            weight, rows, tickets = built
+            return row_linear(x, weight, bias, list(zip(rows, tickets, strict=True))) if rows else F.linear(x, weight, bias)
         updates = self.active_updates()
-        if not learn(updates) or functional_only() or traced():
+        if not learn(updates):
             return None
         self.drop()
         call = self.call_settings
-        if builds_together(base.device):
-            together = self._built_together(updates, base, computed_in(x))
-            if together is not None:
-                weight, rows, tickets = together
-                return row_linear(x, weight, bias, list(zip(rows, tickets, strict=True)))
         matrices, pairs = split_low_rank(updates, call)
         if not matrices:
             return low_rank_linear(x, base, bias, pairs)
@@ -147,25 +154,6 @@ class EffectiveWeight(CompiledDelta):
             return term_without_matrix(x, rows, updates, weight, call)
         form = (computed_in(x), x.device)
         return F.linear(x, self._from_cache(weight, updates, form, lambda: matrix_of(x, rows, updates, weight, call)))
-
-    def _built_together(
-        self, updates: Updates, base: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, list[Rows], list[Tensor]] | None:
-        """W + the updates in `dtype`, and rows and tickets of those that learn; None if one learns that is built alone."""
-        call, learning = self.call_settings, [active for active in updates if active.update.learns()]
-        rest = updates if len(learning) < len(updates) else ()
-        taken: list[tuple[ActiveUpdate, Built]] = []
-        for active in learning:
-            together = self.together_of(active)
-            built = None if together is None else together.take(active.update, call.scale * active.strength, dtype)
-            if built is None or built.matrix.device != base.device:
-                return None
-            taken.append((active, built))
-        with torch.no_grad():
-            others = [active for active in rest if not active.update.learns()]
-            weight = sum_with(others, base, call) if others else base
-            weight = sum_rows(weight, [(active.rows, built.matrix) for active, built in taken], dtype)
-        return weight, [active.rows for active, _ in taken], [built.ticket for _, built in taken]
 
     def _in_graph(self, base: Tensor) -> Tensor:
         if self.delta is not None:

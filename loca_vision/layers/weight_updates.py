@@ -51,10 +51,13 @@ class WeightUpdates(EffectiveWeight):
         """Build the updates together with others of the model."""
         self._together = together
 
-    def together_of(self, active: ActiveUpdate) -> BuiltTogether | None:
-        if self._together is not None:
-            self._together.join(self)
+    @property
+    def together(self) -> BuiltTogether | None:
         return self._together
+
+    def refresh(self) -> None:
+        self._forget_batches()
+        super().refresh()
 
     def entries(self) -> list[tuple[AdapterSlot, Update]]:
         return list(zip(self.slots, self.updates, strict=True))  # type: ignore[arg-type]
@@ -122,9 +125,9 @@ class FusedUpdates(EffectiveWeight):
             for active in updates.active_updates()
         ]
 
-    def together_of(self, active: ActiveUpdate) -> BuiltTogether | None:
-        owner = next(updates for updates, _ in self.parts if any(own is active.update for own in updates.updates))
-        return owner.together_of(active)
+    @property
+    def together(self) -> BuiltTogether | None:
+        return self.parts[0][0].together
 
     def all_updates(self) -> list[Update]:
         return [update for updates, _ in self.parts for update in updates.all_updates()]
