@@ -74,9 +74,9 @@ class EffectiveWeight(CompiledDelta):
         if torch.is_grad_enabled() and (base.requires_grad or learn(updates)):
             self.drop()
             together = None if base.requires_grad else self._together_on(base.device)
-            built = None if together is None else together.take(self, base, base.dtype)
-            if built is not None:
-                return read(built)
+            taken = None if together is None else together.take(self, base, base.dtype)
+            if taken is not None:
+                return read(taken)
             return add_rows(base, deltas_of(updates, base, self.call_settings))
         return self._from_cache(base, updates, (), lambda: sum_with(updates, base, self.call_settings))
 
@@ -100,10 +100,10 @@ class EffectiveWeight(CompiledDelta):
         if functional_only() or traced():
             return None
         together = self._together_on(base.device)
-        built = None if together is None else together.take(self, base, computed_in(x))
-        if built is not None:
+        taken = None if together is None else together.take(self, base, computed_in(x))
+        if taken is not None:
             self.drop()
-            weight, rows, tickets = built
+            weight, rows, tickets = taken
             return row_linear(x, weight, bias, list(zip(rows, tickets, strict=True))) if rows else F.linear(x, weight, bias)
         updates = self.active_updates()
         if not learn(updates):
