@@ -24,7 +24,7 @@ _OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b (tests/\S+)|(tes
 
 def part(session: Session, found: Found, seconds: float) -> None:
     """Outcomes and names of failed tests, also of those that ended before the limit."""
-    command = [sys.executable, "-m", "pytest", "-m", "device", "-n", "4", *OPTIONS]
+    command = [sys.executable, "-m", "pytest", "-m", "device", "-n", "8", *OPTIONS]
     if session.dry:
         command[6:] = ["0", *OPTIONS, "tests/test_structure.py"]
     status, output = limited(command, min(seconds, session.budget.left))

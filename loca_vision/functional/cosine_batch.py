@@ -68,8 +68,11 @@ class CosineBatch:
 
     @property
     def _form(self) -> Any:
+        """The cheaper one: on an H200, 36 matrices 1280 x 1280 of 1000 components take 2.5 ms there and back by components and
+        3.9 by frequencies; 30 matrices 640 x 640 of as many 1.0 and 0.8."""
         counts = set(self.layout.counts)
-        return batch_by_components if len(counts) == 1 and max(counts) < sum(self.layout.shape) else batch_by_frequencies
+        few = len(counts) == 1 and 2 * max(counts) < sum(self.layout.shape)
+        return batch_by_components if few else batch_by_frequencies
 
 
 def batch_of(coefficients: Tensor, layout: BatchCells, settings: AtomSettings, dtype: torch.dtype) -> CosineBatch:
