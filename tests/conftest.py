@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -52,6 +53,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the test computes: the CPU, or what LOCA_TEST_DEVICE names."""
+    if DEVICE != "cpu":
+        with warnings.catch_warnings():  # the first product in a thread of autograd's warns that CUDA has not begun there
+            warnings.simplefilter("ignore")
+            x = torch.ones(2, 2, device=DEVICE, requires_grad=True)
+            (x @ x).sum().backward()
     return torch.device(DEVICE)
 
 

@@ -15,8 +15,8 @@ from gpu_session import ERROR, LEFT_OUT, Found, Session
 from workloads import device_here
 
 ROOT = Path(__file__).resolve().parents[2]
-# A line for each test, also of those before a kill; the plugin pytest-benchmark warns of workers, and warnings are errors.
-OPTIONS = ("-p", "no:benchmark", "-vv", "--tb=short", "--continue-on-collection-errors")
+# A line for each test, also of those before a kill. Other packages warn of pytest's workers and of what they will drop.
+OPTIONS = ("-p", "no:benchmark", "-W", "ignore::DeprecationWarning", "-vv", "--tb=short", "--continue-on-collection-errors")
 CLOSING = 25
 USAGE, NONE_FOUND = 4, 5  # exit statuses of pytest: the mark is unknown, among others, and no test has it
 _OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b (tests/\S+)|(tests/\S+) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")

@@ -122,7 +122,7 @@ def builds_together(device: torch.device) -> bool:
     """Whether updates of one shape are built together on this device."""
     if _forced is not None:
         return _forced == "together"
-    return device.type not in ("cpu", "meta") and device.type not in COSTS
+    return device.type != "cpu" and device.type != "meta" and device.type not in COSTS
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def _by_pieces(x: Tensor, dim: int, inverse: bool) -> Tensor:
     form = _by_inverse_fft if inverse else _by_fft
     result = torch.empty_like(flat, memory_format=torch.contiguous_format)
     count = flat.shape[int(down)]
-    for start, end in _pieces(count, n) if x.device.type == "cpu" else [(0, count)]:
+    for start, end in _pieces(count, n) if x.device.type == "cpu" else [(0, count)] * bool(count):
         part, out = (whole.narrow(int(down), start, end - start) for whole in (flat, result))
         form(part, out, int(not down))
     return result if down else result.view(x.movedim(dim, -1).shape).movedim(-1, dim)

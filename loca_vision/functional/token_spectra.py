@@ -70,7 +70,7 @@ def in_pieces(x: Tensor, threads: int | None = None) -> Pieces:
     """The frequencies of x (n, q), in float32 at least, in pieces sized for `threads` threads (default: all)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     cpu = x.device.type == "cpu"  # elsewhere no cache decides
-    parts = pieces(len(x), x.shape[1], threads or torch.get_num_threads()) if cpu else [(0, len(x))]
+    parts = pieces(len(x), x.shape[1], threads or torch.get_num_threads()) if cpu else [(0, len(x))] * bool(len(x))
     return tuple(frequencies(x[start:end].to(wide)) for start, end in parts)
 
 

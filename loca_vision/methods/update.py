@@ -80,7 +80,7 @@ class Update(nn.Module):
         """
         run = getattr(self, operation)
         device = next((value.device.type for value in self.tensors()), "cpu")
-        if operation == "apply_to" or not torch.amp.is_autocast_available(device):  # there is none on the meta device
+        if operation == "apply_to" or not _has_autocast(device):
             return run(*inputs)  # type: ignore[no-any-return]
         with torch.autocast(device, enabled=False):
             return run(*inputs)  # type: ignore[no-any-return]
@@ -137,3 +137,8 @@ class Update(nn.Module):
 def _is_setting(name: str) -> bool:
     """Whether an attribute of an update says what it is: not how it is kept, hooked or trained."""
     return not name.startswith("_") and name not in ("forward", "training")
+
+
+def _has_autocast(device: str) -> bool:
+    """There is none on the meta device. Compiled code, which cannot ask in torch before 2.14, runs elsewhere."""
+    return device != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device))
