@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class _AddLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, x: Tensor, rows: tuple[Rows, ...], count: int, *factors: Tensor) -> Tensor:
-        features, down = x.reshape(-1, x.shape[-1]).to(result.dtype), torch.cat(factors[count:])
+        features, down = x.reshape(-1, x.shape[-1]).to(result.dtype), _joined(factors[count:], 0)
         inner = torch.split(features @ down.T, [up.shape[1] for up in factors[:count]], 1)
         flat = result.view(-1, result.shape[-1])
         for where, up, part in zip(rows, factors[:count], inner, strict=True):
@@ -66,9 +67,14 @@ class _AddLowRank(torch.autograd.Function):
         inner, ups = rest[: len(ctx.rows)], rest[len(ctx.rows) :]
         flat = grad.reshape(-1, grad.shape[-1])
         parts = [flat if where is None else flat[:, where] for where in ctx.rows]
-        grad_inner = torch.cat([part @ up for part, up in zip(parts, ups, strict=True)], 1)
+        grad_inner = _joined([part @ up for part, up in zip(parts, ups, strict=True)], 1)
         grad_ups = [part.T @ hidden for part, hidden in zip(parts, inner, strict=True)]
         grad_downs = torch.split(grad_inner.T @ features, [up.shape[1] for up in ups])
         shape, dtype = ctx.input_form
         grad_x = (grad_inner @ down).view(shape).to(dtype) if ctx.needs_input_grad[1] else None
         return grad, grad_x, None, None, *grad_ups, *grad_downs
+
+
+def _joined(matrices: Sequence[Tensor], dim: int) -> Tensor:
+    """One alone, as in a layer that is not fused, is not copied."""
+    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices), dim)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from loca_vision.checks import check_choice, check_components, check_factor
+from loca_vision.functional.cosine_atoms import Cells
 from loca_vision.functional.fourier import inverse_real
+from loca_vision.functional.transforms import functional_only
 from loca_vision.methods.adapter_config import Projection
 from loca_vision.methods.locations import by_cell, random_locations
 from loca_vision.methods.registry import kind
@@ -29,7 +31,9 @@ class FourierSpectrum(Spectrum):
 
     def delta(self, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         """`strength` times the update, (p, q) float32, differentiable in the coefficients."""
-        return inverse_real(self.coefficients * (self.scale * strength), self.cells, self.shape)
+        kept = not (torch.compiler.is_compiling() or functional_only())  # traced code works out its own
+        layout = self.layout if kept else Cells(self.cells, self.shape)
+        return inverse_real(self.coefficients * (self.scale * strength), layout)
 
     def cosines(self, strength: float = 1.0) -> None:
         """None: Fourier atoms have no cosine fast path."""

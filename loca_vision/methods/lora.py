@@ -41,8 +41,8 @@ class LowRank(Update):
     def factors(self, strength: float = 1.0) -> tuple[Tensor, Tensor] | None:
         if self.magnitude is not None:
             return None
-        up, down = self.pair()
-        return up * (self.scale * strength), down
+        (up, down), factor = self.pair(), self.scale * strength
+        return up if factor == 1 else up * factor, down
 
     def delta(self, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         if self.magnitude is None:

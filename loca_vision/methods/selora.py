@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loca_vision.checks import check_choice, check_count, check_factor, check_flag, check_share
+from loca_vision.functional.cosine_atoms import Cells
 from loca_vision.functional.fourier import inverse_real
 from loca_vision.functional.haar import inverse_haar2
 from loca_vision.methods.adapter_config import AdapterConfig, Projection, TensorSpec, generator_of
@@ -56,7 +57,7 @@ class SpectralLowRank(LowRank):
 def _inverse(values: Tensor, cells: Tensor, shape: tuple[int, int], basis: str) -> Tensor:
     rows, cols = shape
     if basis == "fft":
-        return inverse_real(values, torch.stack([cells // cols, cells % cols], 1), shape, norm="ortho")
+        return inverse_real(values, Cells(torch.stack([cells // cols, cells % cols], 1), shape), norm="ortho")
     return inverse_haar2(values.new_zeros(rows * cols).index_add(0, cells, values).view(shape))
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from loca_vision.functional.by_products import cosine_sum_by_products, inverse_real_by_products
-from loca_vision.functional.cosine_atoms import AtomSettings
+from loca_vision.functional.cosine_atoms import AtomSettings, Cells
 from loca_vision.functional.cosine_sum import cosine_sum
 from loca_vision.functional.fourier import inverse_real
 
@@ -48,5 +48,5 @@ def test_float32_is_as_exact_as_the_operator() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_of_an_inverse_fourier_transform(shape: tuple[int, int]) -> None:
     coefficients, _, cells = numbers(shape, torch.float64)
-    expected = inverse_real(coefficients, cells, shape)
+    expected = inverse_real(coefficients, Cells(cells, shape))
     torch.testing.assert_close(inverse_real_by_products(coefficients, cells, shape, 1 / expected.numel()), expected)

@@ -142,7 +142,7 @@ def test_an_inverse_fourier_transform(shape: tuple[int, int], dtype: torch.dtype
     flat, total = (cells[:, 0] * shape[1] + cells[:, 1]).cpu(), shape[0] * shape[1]
     values = coefficients.cpu().double().requires_grad_()
     wanted = fourier_inverse(spread(values, flat, shape)) * (1 if norm == "backward" else total**0.5)
-    result = inverse_real(coefficients.requires_grad_(), cells, shape, norm)
+    result = inverse_real(coefficients.requires_grad_(), Cells(cells, shape), norm)
     assert_near(result, wanted)
     direction = torch.randn_like(wanted)
     (found,) = torch.autograd.grad(result, coefficients, direction.to(accelerator, dtype))

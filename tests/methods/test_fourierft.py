@@ -7,6 +7,7 @@ from peft import get_peft_model
 from torch import nn
 
 from loca_vision import FourierFTConfig, adapters, inject
+from loca_vision.functional.cosine_atoms import Cells
 from loca_vision.functional.fourier import inverse_real
 from loca_vision.methods.fourierft import FourierSpectrum
 from loca_vision.methods.locations import cell_locations
@@ -26,7 +27,7 @@ def test_every_cell_gives_the_real_part_of_the_inverse_transform(shape):
     flat = torch.cat([torch.arange(shape[0] * shape[1]), torch.tensor([0])])
     values = torch.randn(len(flat), dtype=torch.float64)
     cells = torch.stack([flat // shape[1], flat % shape[1]], 1)
-    torch.testing.assert_close(inverse_real(values, cells, shape), fourier_inverse(spread(values, flat, shape)))
+    torch.testing.assert_close(inverse_real(values, Cells(cells, shape)), fourier_inverse(spread(values, flat, shape)))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 6), (5, 3), (4, 5)])
@@ -44,7 +45,7 @@ def test_gradients(shape):
     flat = torch.randperm(shape[0] * shape[1])[:7]
     cells = torch.stack([flat // shape[1], flat % shape[1]], 1)
     values = torch.randn(len(flat), dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda values: inverse_real(values, cells, shape, norm="ortho"), values)
+    assert torch.autograd.gradcheck(lambda values: inverse_real(values, Cells(cells, shape), norm="ortho"), values)
 
 
 @pytest.mark.parametrize("shape", [(1, 6), (6, 6), (5, 5), (12, 7), (7, 12), (48, 144)])
