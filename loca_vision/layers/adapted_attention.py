@@ -117,7 +117,7 @@ class AdaptedProjection:
             self._prepare()
         plain = _is_plain(layer) and not args and not kwargs
         if plain and not compiled() and not self._saves_memory():
-            weight, bias = layer.weight, layer.bias
+            weight, bias = layer._parameters["weight"], layer.bias
             learned = self.effective_weight.learned_linear(x, weight, bias)
             return F.linear(x, self.effective_weight(weight), bias) if learned is None else learned
         if not self._acts():

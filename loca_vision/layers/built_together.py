@@ -48,8 +48,8 @@ class _Member:
 
     def state(self, base: Tensor, scale: float, dtype: torch.dtype) -> tuple[Any, ...]:
         """What is the same when a weight is asked for as when it was built; the last is the backward pass, if one runs."""
-        numbers = [number for own in self.spectra() for number in (own.coefficients, own.locations)]
-        marks = [(number._version, number.data_ptr(), number.requires_grad) for number in (base, *numbers)]
+        numbers = [number for one in self.updates for number in one.update._parameters.values()]
+        marks = [(number._version, number.data_ptr(), number.requires_grad) for number in (base, *numbers)]  # type: ignore[union-attr]
         return (*marks, steps_unseen(), scale, dtype, torch._C._current_graph_task_id())
 
 
@@ -78,7 +78,7 @@ class BuiltTogether:
     def take(self, weight: EffectiveWeight, base: Tensor, dtype: torch.dtype) -> Built | None:
         """The effective weight for activations of this dtype; None if it is none that is built with others."""
         member = self._member(weight, base)
-        if member is None or not _learns_here(member, base):
+        if member is None:
             return None
         scale = weight.call_settings.scale
         state, batch = member.state(base, scale, dtype), self._batches.get(id(weight))
@@ -88,7 +88,7 @@ class BuiltTogether:
                 return found
             if batch.left:  # a layer that runs more than once in a pass
                 return self._built([member], [base], scale, dtype, [False])[0]
-        return self._with_others(member, base, scale, dtype)
+        return self._with_others(member, base, scale, dtype) if _learns_here(member, base) else None
 
     def _member(self, weight: EffectiveWeight, base: Tensor) -> _Member | None:
         known = self._members.get(id(weight))
