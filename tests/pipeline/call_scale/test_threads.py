@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from loca_vision.layers.call_settings import CallSettings
 from support.loader import BOTH, TEXT, UNET
-from support.pipelines import picture, stable_diffusion
+from support.pipelines import picture, quiet, scheduler, stable_diffusion, tokenizer
 from support.reference_weights import Made, adapter, assert_far, assert_near, expected
 
 SCALES = (0.5, 0.25)
@@ -80,9 +81,31 @@ def _layers(encoder: Any) -> list[Any]:
     return [module for module in encoder.modules() if type(module).__name__ == "CLIPEncoderLayer"]
 
 
+def for_threads(pipe: Any) -> Any:
+    """The pipeline, with a tokenizer that one thread uses at a time.
+
+    transformers sets padding and truncation on a tokenizer before it reads the text: a second thread between the two gives the
+    first tokens padded otherwise.
+    """
+    lock, encode = threading.Lock(), type(pipe.tokenizer)._encode_plus
+
+    def one_at_a_time(self: Any, *inputs: Any, **named: Any) -> Any:
+        with lock:
+            return encode(self, *inputs, **named)
+
+    pipe.tokenizer._encode_plus = MethodType(one_at_a_time, pipe.tokenizer)
+    return pipe
+
+
+def with_the_models_of(pipe: Any) -> Any:
+    """Another pipeline with the same models; what a call writes to, the tokenizer and the scheduler, is its own."""
+    own = {"tokenizer": tokenizer(), "scheduler": scheduler()}
+    return quiet(type(pipe)(**pipe.components | own, requires_safety_checker=False))
+
+
 @pytest.mark.parametrize("scales", [SCALES, (None, 0.5), (0.5, None), (0.0, 1.0)], ids=str)
 def test_two_calls_of_one_pipeline(made: Made, scales: tuple[Any, ...]) -> None:
-    pipe = stable_diffusion()
+    pipe = for_threads(stable_diffusion())
     pipe.load_loca_weights(made.state())
     wanted = [expected((made, 1.0 if scale is None else scale)) for scale in scales]
     assert_far(*wanted)
@@ -94,14 +117,31 @@ def test_two_calls_of_one_pipeline(made: Made, scales: tuple[Any, ...]) -> None:
 def test_two_pipelines_that_share_their_models(made: Made) -> None:
     one = stable_diffusion()
     one.load_loca_weights(made.state())
-    other = type(one)(**one.components, requires_safety_checker=False)
-    other.set_progress_bar_config(disable=True)
+    other = with_the_models_of(one)
     for found, scale in zip(drawings([one, other], blocks), SCALES, strict=True):
         assert_near(found, expected((made, scale)))
 
 
+def test_a_prompt_read_while_the_other_pipeline_reads_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = adapter(stable_diffusion(), TEXT, seed=4, size=0.5)
+    one = stable_diffusion()
+    one.load_loca_weights(made.state())
+    other = with_the_models_of(one)
+    prepare = one.tokenizer.set_truncation_and_padding
+
+    def prepare_and_be_interrupted(**settings: Any) -> None:
+        prepare(**settings)
+        if settings["padding_strategy"] == "max_length":
+            interruptions.append(other.tokenizer("a cat", padding="longest"))
+
+    interruptions: list[Any] = []
+    monkeypatch.setattr(one.tokenizer, "set_truncation_and_padding", prepare_and_be_interrupted)
+    assert_near(picture(one), expected((made, 1.0)))
+    assert interruptions
+
+
 def test_low_memory(made: Made) -> None:
-    pipe = stable_diffusion()
+    pipe = for_threads(stable_diffusion())
     pipe.load_loca_weights(made.state())
     pipe.enable_loca_low_memory()
     for found, scale in zip(drawings([pipe, pipe], blocks), SCALES, strict=True):
