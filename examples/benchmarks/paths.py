@@ -28,7 +28,9 @@ from scipy.optimize import nnls
 from torch import Tensor
 from tqdm import tqdm
 
+from loca_vision.functional.batch_tables import BatchCells
 from loca_vision.functional.cosine_atoms import Cells, offsets
+from loca_vision.functional.cosine_batch import CosineBatch
 from loca_vision.functional.cosine_sum import cosine_matrix, spectrum_at
 from loca_vision.functional.cost_model import COSTS, Costs, Strategy, Workload, choose, seconds_of
 from loca_vision.functional.packed_dct import add_samples
@@ -40,6 +42,8 @@ from rounds import check_positive, in_turns, report, run, write
 
 SCRIPT = "paths.py"
 WAYS: tuple[Strategy, ...] = ("whole", "sampled", "applied")
+TOGETHER: Strategy = "together"
+PEERS = 12  # on a GPU, as many weights of one shape at once; their seconds are shared out
 NOTHING = Costs(product=0, half_product=0, transform=0, spread=0, dot=0, cell=0, piece=0, add=0)
 PHASES = {"coefficients": (True, False), "locations": (False, True)}
 
@@ -159,7 +163,16 @@ def _ways(case: Case) -> dict[Strategy, Callable[[], object]]:
         for tokens, piece in zip(split_like(torch.zeros_like(x), pieces), onward, strict=True):
             add_samples(tokens, piece)
 
-    return {"whole": whole, "sampled": sampled, "applied": applied}
+    def together() -> None:
+        every = [grad for grad in grads for _ in range(PEERS)]
+        cells = torch.cat([known[0].cells] * len(every))
+        layout = BatchCells(cells, [case.components] * len(every), case.shape)
+        batch = CosineBatch(coefficients.repeat(len(every)), layout, 1.0, "central")
+        torch._foreach_add_(list(batch.matrices().unbind(0)), [weights[0]] * len(every))
+        batch.gradients([grad.T @ x for grad in every], not moving, moving)
+
+    found: dict[Strategy, Callable[[], object]] = {"whole": whole, "sampled": sampled, "applied": applied}
+    return found if x.device.type == "cpu" else found | {TOGETHER: together}
 
 
 def _cells(case: Case) -> Tensor:
@@ -180,6 +193,8 @@ def timed(case: Case, settings: Settings) -> Timed:
         failed = _failing(calls)
     calls = {way: call for way, call in calls.items() if way not in failed}
     seconds = {way: min(own) for way, own in in_turns(calls, settings.repeats, bar=False).items()}
+    if TOGETHER in seconds:
+        seconds[TOGETHER] /= PEERS
     return Timed(case, seconds, picked, failed)
 
 
@@ -197,6 +212,8 @@ def _failing(calls: dict[Strategy, Callable[[], object]]) -> dict[Strategy, str]
 def fitted(timed: list[Timed]) -> Costs:
     """The costs with the least squared relative error, none below zero. Products of half precision are not among the cases."""
     fields = [name for name in vars(COSTS["cpu"]) if name not in ("half_product", "serial")]
+    if not any(TOGETHER in one.seconds for one in timed):
+        fields.remove("launch")
     terms, seconds = [], []
     for one in timed:
         for way, taken in one.seconds.items():
@@ -222,7 +239,7 @@ def _product_seconds(dtype: torch.dtype, device: torch.device, repeats: int = 5)
 def modelled(case: Case, way: Strategy, costs: Costs) -> float:
     """Seconds by the model, which is linear in its costs."""
     own, shared = seconds_of(case.asked, case.tokens, torch.float32, costs)
-    return sum(own[way]) + {"whole": 0, "sampled": 1, "applied": 2}[way] * shared
+    return sum(own[way]) + {"whole": 0, "sampled": 1, "applied": 2, "together": 0}[way] * shared
 
 
 def errors(timed: list[Timed], costs: Costs) -> list[float]:
@@ -241,7 +258,11 @@ def _solved(terms: list[list[float]], seconds: list[float]) -> list[float]:
 def line(one: Timed) -> str:
     (rows, cols), case = one.case.shape, one.case
     name = f"{rows} x {cols}, {case.tokens} tokens, B {case.components}, {case.projections} at once, {case.phase}"
-    seconds = "".join(f"{1e3 * one.seconds[way]:10.2f}" if way in one.seconds else f"{'failed':>10}" for way in WAYS)
+    seconds = "".join(
+        f"{1e3 * one.seconds[way]:10.2f}" if way in one.seconds else f"{'failed':>10}"
+        for way in (*WAYS, TOGETHER)
+        if way in WAYS or way in one.seconds
+    )
     return f"{name:62}{seconds}  {one.picked:8}{one.loss:6.2f}"
 
 

@@ -1,9 +1,10 @@
-"""The cheapest of three strategies to compute a cosine update and its gradient in training, predicted from sizes alone.
+"""The cheapest of four strategies to compute a cosine update and its gradient in training, predicted from sizes alone.
 
 *Whole*: build W + Delta W and the gradient dY^T X, transform the gradient and read it at the cells. *Sampled*: build
 W + Delta W; transform activations and output gradients token by token, so that a cell's gradient is a dot product over the
 tokens. *Applied*: build no matrix; multiply the transformed activations by the sparse spectrum and transform back. All
-projections of one product share the transform of the activations.
+projections of one product share the transform of the activations. *Together*: as whole, for all updates of one shape at once,
+by matrix products; it is for accelerators, which spend longer on starting small operations than on carrying them out.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Costs:
         cell: sorting one cell, while locations move.
         piece: the overhead of one piece of tokens, or of one sorting of cells.
         add: the overhead of one number of W + Delta W.
+        launch: starting one operation, however small; 0 on the CPU, where updates are never built together.
         serial: the fraction of `transform` and `add` that more threads do not speed up.
     """
 
@@ -46,6 +48,7 @@ class Costs:
     cell: float
     piece: float
     add: float
+    launch: float = 0.0
     serial: float = 0.35
 
     def of_threads(self, threads: int) -> Costs:
@@ -55,8 +58,8 @@ class Costs:
         return replace(self, **even, **{name: getattr(self, name) * shared for name in ("transform", "add")})
 
 
-# By device type. `examples/benchmarks/paths.py` measures them, and prints a line to put here or to assign. Devices without an
-# entry use "whole": matrix products are what accelerators do best.
+# By device type. `examples/benchmarks/paths.py` measures them, and prints a line to put here or to assign. Accelerators without
+# an entry use "together": large matrix products are what they do best.
 COSTS: dict[str, Costs] = {
     "cpu": Costs(
         product=1.3e-11,
@@ -111,15 +114,19 @@ def reads_whole_spectrum(work: Workload) -> bool:
 def choose(workloads: list[Workload], tokens: int, device: torch.device, dtype: torch.dtype) -> list[Decision]:
     """A strategy for each of the updates of one product with activations (n, q): the cheapest for all of them together."""
     if _forced is not None:
-        return [Decision("whole" if _forced == "together" else _forced)] * len(workloads)
+        return [Decision(_forced)] * len(workloads)
     if device.type not in COSTS or not workloads or not tokens:
         return [Decision("whole")] * len(workloads)
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     return list(_choose(tuple(workloads), tokens, dtype, COSTS[device.type], threads))
 
 
+# Operations that are started for one update, forward and backward, beyond those of the frozen layer.
+_LAUNCHES: dict[Strategy, int] = {"whole": 25, "sampled": 40, "applied": 40, "together": 4}
+
+
 def builds_together(device: torch.device) -> bool:
-    """Whether updates of one shape are built together on this device."""
+    """Whether updates of one shape are built together on this device, whatever their sizes."""
     if _forced is not None:
         return _forced == "together"
     return device.type != "cpu" and device.type != "meta" and device.type not in COSTS
@@ -147,12 +154,16 @@ def _choose(
     gains = [max(slow - fast, 0.0) for slow, fast in zip(own["whole"], own["sampled"], strict=True)]
     worth = sum(gains) > shared
     strategies: list[Strategy] = ["sampled" if worth and gain else "whole" for gain in gains]
-    if sum(own["applied"]) + 2 * shared < sum(own["whole"]) - max(sum(gains) - shared, 0.0):
-        strategies = ["applied"] * len(workloads)
+    least = sum(own["whole"]) - max(sum(gains) - shared, 0.0)
+    if sum(own["applied"]) + 2 * shared < least:
+        strategies, least = ["applied"] * len(workloads), sum(own["applied"]) + 2 * shared
+    if costs.launch and sum(own["together"]) < least:
+        strategies = ["together"] * len(workloads)
     shares: dict[Strategy, float] = {
         "whole": 0.0,
         "sampled": shared / max(1, sum(gain > 0 for gain in gains)),
         "applied": 2 * shared / len(workloads),
+        "together": 0.0,
     }
     return tuple(
         Decision(strategy, {name: own[name][i] + share for name, share in shares.items()})
@@ -172,7 +183,10 @@ def seconds_of(
         "whole": [first + _whole(one, tokens, dtype, costs) for first, one in zip(built, workloads, strict=True)],
         "sampled": [first + _sampled(one, tokens, costs) for first, one in zip(built, workloads, strict=True)],
         "applied": [_applied(one, tokens, costs) for one in workloads],
+        "together": [_together(one, tokens, dtype, costs) for one in workloads],
     }
+    for strategy, seconds in own.items():
+        own[strategy] = [one + _LAUNCHES[strategy] * costs.launch for one in seconds]
     return own, _transformed(workloads[0].shape[1], tokens, costs)
 
 
@@ -203,6 +217,15 @@ def _applied(one: Workload, tokens: int, costs: Costs) -> float:
     """Without the transforms of the activations and back to their gradient, which are shared."""
     products = 2 * one.cells * tokens * costs.spread
     return 2 * _transformed(one.shape[0], tokens, costs) + products + _arranged(one, 2, costs) + _dots(one, tokens, costs)
+
+
+def _together(one: Workload, tokens: int, dtype: torch.dtype, costs: Costs) -> float:
+    """By products over the components or the frequencies; in half precision each is three of bfloat16 parts."""
+    (rows, cols), half = one.shape, dtype.itemsize < 4
+    over = one.cells if 2 * one.cells < rows + cols else rows + cols
+    ways = 2 if one.offsets else 1
+    made = ways * over * (3 * costs.half_product if half else costs.product) + costs.add
+    return rows * cols * (made + (tokens * (costs.half_product if half else costs.product) if one.offsets else 0.0))
 
 
 def _dots(one: Workload, tokens: int, costs: Costs) -> float:

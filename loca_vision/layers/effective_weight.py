@@ -57,9 +57,6 @@ class EffectiveWeight(CompiledDelta):
         """With what the weight is built together, if with anything."""
         raise NotImplementedError
 
-    def _together_on(self, device: torch.device) -> BuiltTogether | None:
-        return self.together if builds_together(device) else None
-
     def forward(self, base: Tensor) -> Tensor:
         """W + the active updates, (n, q) in W's dtype: built anew where gradients are recorded, else cached."""
         if compiled():
@@ -73,7 +70,7 @@ class EffectiveWeight(CompiledDelta):
             return self._for_trace(base, updates)
         if torch.is_grad_enabled() and (base.requires_grad or learn(updates)):
             self.drop()
-            together = None if base.requires_grad else self._together_on(base.device)
+            together = self.together if builds_together(base.device) and not base.requires_grad else None
             taken = None if together is None else together.take(self, base, base.dtype)
             if taken is not None:
                 return read(taken)
@@ -99,12 +96,9 @@ class EffectiveWeight(CompiledDelta):
             return None
         if functional_only() or traced():
             return None
-        together = self._together_on(base.device)
-        taken = None if together is None else together.take(self, base, computed_in(x))
-        if taken is not None:
-            self.drop()
-            weight, rows, tickets = taken
-            return row_linear(x, weight, bias, list(zip(rows, tickets, strict=True))) if rows else F.linear(x, weight, bias)
+        result = self._linear_together(x, base, bias) if builds_together(base.device) else None
+        if result is not None:
+            return result
         updates = self.active_updates()
         if not learn(updates):
             return None
@@ -121,11 +115,25 @@ class EffectiveWeight(CompiledDelta):
             return row_linear(x, weight, bias, deltas)
         workloads = [workload_of(cosines) for _, cosines in learned]
         strategies = [decision.strategy for decision in choose(workloads, x.shape[:-1].numel(), x.device, computed_in(x))]
+        if "together" in strategies:  # then all of them
+            result = self._linear_together(x, base, bias)
+            if result is not None:
+                return result
+            strategies = ["whole"] * len(strategies)
         applied = {id(active) for (active, _), way in zip(learned, strategies, strict=True) if way == "applied"}
         built = [active for active in updates if id(active) not in applied]
         with torch.no_grad():
             weight = sum_with(built, base, call) if built else base
         return spectral_linear(x, weight, bias, [(active.rows, cosines) for active, cosines in learned], strategies)
+
+    def _linear_together(self, x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The same with a weight that is built with others; None if it cannot be."""
+        taken = None if self.together is None else self.together.take(self, base, computed_in(x))
+        if taken is None:
+            return None
+        self.drop()
+        weight, rows, tickets = taken
+        return row_linear(x, weight, bias, list(zip(rows, tickets, strict=True))) if rows else F.linear(x, weight, bias)
 
     def applied(self, x: Tensor, rows: int, *, keep: bool, base: Callable[[], Tensor]) -> Tensor:
         """x times the sum of the active updates, (..., q) to (..., rows), for a weight that cannot be read or written.

@@ -89,7 +89,26 @@ def test_threads_share_the_products_and_some_of_the_transforms():
 
 
 def test_costs_that_ship_are_positive():
-    assert all(value > 0 for known in COSTS.values() for value in dataclasses.astuple(known))
+    assert all(value > 0 for known in COSTS.values() for name, value in vars(known).items() if name != "launch")
+    assert COSTS["cpu"].launch == 0  # so that nothing is built together there
+
+
+def test_updates_are_built_together_where_starting_operations_is_what_costs(monkeypatch):
+    asked = [Workload((96, 96), 50, 1)] * 2
+    assert decides(monkeypatch, asked, costs(launch=1)) == ["together"] * 2
+    assert decides(monkeypatch, asked, costs(launch=1, product=1)) == ["sampled"] * 2
+    assert decides(monkeypatch, asked, costs(product=1e-9, transform=1, spread=1)) == ["whole"] * 2  # where that costs nothing
+    half = decides(monkeypatch, asked, costs(launch=1, half_product=1, product=1e-9), dtype=torch.bfloat16)
+    assert half == ["sampled"] * 2
+
+
+def test_accelerators_without_costs_build_together():
+    assert [paths.builds_together(torch.device(name)) for name in ("cpu", "meta", "cuda", "mps")] == [False, False, True, True]
+    with paths.using("together"):
+        assert paths.builds_together(CPU)
+        assert choose([Workload((9, 9), 5, 1)], 10, CPU, FLOAT)[0].strategy == "together"
+    with paths.using("whole"):
+        assert not paths.builds_together(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("width", (1, 31, 768, 4096, 10**6))

@@ -8,3 +8,4 @@ FORCED = {
     "sampled": {"cpu": Costs(**vars(FREE) | {"product": 1, "half_product": 1})},
     "applied": {"cpu": Costs(**vars(FREE) | {"add": 1})},
 }
+TOGETHER = {"cpu": Costs(**vars(FREE) | {"launch": 1})}
