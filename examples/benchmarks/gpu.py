@@ -58,7 +58,7 @@ class Settings:
     """Model, precision and batch of the parts steps, inference and compiled."""
     rounds: int = 10
     """Turns of each contender, if time allows."""
-    test_seconds: int = 90
+    test_seconds: int = 120
     """After which the tests are killed."""
     study_data: Path | None = None
     """Fashion-MNIST in torchvision's layout, for the part study."""

@@ -19,9 +19,10 @@ Method = Literal["auto", "matrix", "fast"]
 
 # From this length on, one FFT with its permutation and twiddles beats the product with an n x n matrix, in float32. CPU: two
 # cores, 512 x 512: 0.4 to 0.8 ms against 0.9; 1280 x 1280: 2.4 to 4.4 ms against 12. Elsewhere: an H200, 24 matrices at once,
-# 512 x 512: 0.19 to 0.30 ms against 0.20; 640 x 640: 0.21 to 0.34 against 0.36; 1280 x 1280: 0.7 to 1.2 against 2.1.
+# 512 x 512: 0.19 to 0.30 ms against 0.20; 640 x 640: 0.21 to 0.34 against 0.36; 1280 x 1280: 0.7 to 1.2 against 2.1. A few
+# vectors alone do not pay for the operations that such a transform starts.
 _FAST_FROM = {"cpu": 512}
-_FAST_FROM_ELSEWHERE = 640
+_FAST_FROM_ELSEWHERE, _MANY_ELSEWHERE = 640, 2**13
 # Numbers that a fast transform works on at a time: few enough for a core's own cache, where its passes cost a third. Columns
 # come in multiples of what FFT libraries take together, so that the pieces round as the whole does.
 _NUMBERS_AT_ONCE, _COLUMNS = 2**17, 64
@@ -77,16 +78,18 @@ def _transform(x: Tensor, dim: int, method: Method, *, inverse: bool) -> Tensor:
     if n == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}: the transformed axis {dim} is empty")
     if method == "auto":
-        method = "fast" if _is_fast(n, x.device) else "matrix"
+        method = "fast" if _is_fast(n, x.numel() // n, x.device) else "matrix"
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if method == "matrix":
         return _bymatrix_for(wide, dim, inverse).to(x.dtype)
     return _by_pieces(wide, dim, inverse).to(x.dtype)
 
 
-def _is_fast(n: int, device: torch.device) -> bool:
-    """Whether "auto" means an FFT for this length."""
-    return n >= _FAST_FROM.get(device.type, _FAST_FROM_ELSEWHERE)
+def _is_fast(n: int, vectors: int, device: torch.device) -> bool:
+    """Whether "auto" means an FFT for so many vectors of this length."""
+    if device.type in _FAST_FROM:
+        return n >= _FAST_FROM[device.type]
+    return n >= _FAST_FROM_ELSEWHERE and vectors >= min(_MANY_ELSEWHERE, 2**23 // n)
 
 
 def _pieces(count: int, n: int) -> list[tuple[int, int]]:

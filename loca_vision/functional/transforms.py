@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_is_exporting = getattr(torch.compiler, "is_exporting", None)  # from torch 2.7 on
+# From torch 2.7 on. The flag, not the function that tells it: torch.compile before 2.14 takes the answer of that for True.
+_HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 
 
 def exported() -> bool:
     """Whether torch.export traces this code: what it finds in the model must be there unchanged afterwards."""
-    if _is_exporting is not None:
-        return bool(_is_exporting())
+    if _HAS_FLAG:
+        return torch.compiler._is_exporting_flag
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 

@@ -155,7 +155,7 @@ class AdaptedProjection:
     def _acts(self) -> bool:
         """Compiled code asks only whether there is anything that could: which of it acts, and how, the buffer tells."""
         if compiled():
-            return bool(self.effective_weight.all_updates())
+            return len(self.effective_weight.all_updates()) > 0  # bool of a list is unknown to compilers of torch before 2.14
         return self.effective_weight.acts()
 
     @staticmethod

@@ -84,7 +84,7 @@ class EffectiveWeight(CompiledDelta):
 
     def acts(self) -> bool:
         """Whether any update acts on the weight now."""
-        return bool(self.active_updates())
+        return len(self.active_updates()) > 0
 
     def learned_linear(self, x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor | None:
         """x (W + the active updates)^T + bias, with gradients for adapted rows only; None unless updates learn and W does not.

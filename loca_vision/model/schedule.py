@@ -108,8 +108,11 @@ class AlternatingSchedule:
 
     def _apply(self) -> None:
         for spectrum in self._spectra:
+            moved = [number.requires_grad for number in spectrum.parameters()]
             _let_move(spectrum.coefficients, self.phase != "locations")
             _let_move(spectrum.locations, self.phase != "coefficients")
+            if moved != [number.requires_grad for number in spectrum.parameters()]:
+                _touch(spectrum)
 
 
 def _check_wrapped(model: nn.Module) -> None:
@@ -125,6 +128,13 @@ def _let_move(parameter: nn.Parameter, moves: bool) -> None:
     parameter.requires_grad_(moves)
     if not moves:
         parameter.grad = None  # an optimiser passes over a parameter without a gradient, momentum, decay and all
+
+
+def _touch(spectrum: Spectrum) -> None:
+    """Write to the dict of its parameters: compiled code of some versions, torch 2.11 for one, looks at them again only then."""
+    held = dict(spectrum._parameters)
+    spectrum._parameters.clear()
+    spectrum._parameters.update(held)
 
 
 def parameter_groups(
