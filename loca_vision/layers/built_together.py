@@ -80,7 +80,7 @@ class BuiltTogether:
     def take(self, weight: EffectiveWeight, base: Tensor, dtype: torch.dtype) -> Built | None:
         """The effective weight for activations of this dtype; None if it is none that is built with others."""
         member = self._member(weight, base)
-        if member is None or not _learns_here(member, base):
+        if member is None or not _learn_here(member.updates, base):
             return None
         scale = weight.call_settings.scale
         state, batch = member.state(base, scale, dtype), self._batches.get(id(weight))
@@ -97,8 +97,7 @@ class BuiltTogether:
         if known is not None and known.weight() is weight and known.base() is base:
             return known if known.updates else None
         updates = tuple(weight.active_updates())
-        able = all(type(one.update).delta is Spectrum.delta and not isinstance(one.rows, Tensor) for one in updates)
-        chosen = updates if able and is_plain_matrix(base) else ()
+        chosen = updates if _fit(updates, base) else ()
         self._members[id(weight)] = known = _Member(weakref.ref(weight), weakref.ref(base), chosen)
         self._near = {}
         return known if chosen else None
@@ -123,7 +122,7 @@ class BuiltTogether:
             its_base = other.base()
             if other is member or its_base is None or other.weight() is None or not is_plain_matrix(its_base):
                 continue
-            if _learns_here(other, its_base) and other.kind(its_base) == kind:
+            if _learn_here(other.updates, its_base) and other.kind(its_base) == kind:
                 members.append(other)
                 bases.append(its_base)
         return members, bases
@@ -175,14 +174,25 @@ class BuiltTogether:
         return BuiltTogether, ()  # a copy, or what comes from a pickle, learns of its own weights
 
 
-def _learns_here(member: _Member, base: Tensor) -> bool:
+def can_be_built(updates: Sequence[ActiveUpdate], base: Tensor) -> bool:
+    """Whether the weight W + these updates can be built together with others, as things are now."""
+    return not base.requires_grad and _fit(updates, base) and _learn_here(updates, base)
+
+
+def _fit(updates: Sequence[ActiveUpdate], base: Tensor) -> bool:
+    """Whether they are sums of cosines, of all rows of an ordinary matrix or of ranges of them."""
+    able = all(type(one.update).delta is Spectrum.delta and not isinstance(one.rows, Tensor) for one in updates)
+    return able and is_plain_matrix(base)
+
+
+def _learn_here(updates: Sequence[ActiveUpdate], base: Tensor) -> bool:
     """Whether something learns, and all numbers are where the base is, not sharded, replicated or offloaded, and precise."""
     learns = False
-    for spectrum in member.spectra():
-        for number in spectrum._parameters.values():
+    for active in updates:
+        for number in active.update._parameters.values():
             if type(number) is not nn.Parameter or number.device != base.device:
                 return False
-            if number.dtype.itemsize < 4 or spectrum.inactive:
+            if number.dtype.itemsize < 4 or active.update.inactive:
                 return False
             learns |= number.requires_grad
     return learns

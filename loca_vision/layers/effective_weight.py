@@ -26,7 +26,7 @@ from loca_vision.layers.active_updates import (
 )
 from loca_vision.layers.applied_updates import learned_term, matrix_of, term_without_matrix
 from loca_vision.layers.batched_weights import read
-from loca_vision.layers.built_together import BuiltTogether
+from loca_vision.layers.built_together import BuiltTogether, can_be_built
 from loca_vision.layers.call_settings import CallSettings
 from loca_vision.layers.compiled_delta import CompiledDelta
 from loca_vision.layers.weight_cache import CachedWeight
@@ -61,6 +61,10 @@ class EffectiveWeight(CompiledDelta):
 
     def _together_on(self, device: torch.device) -> BuiltTogether | None:
         return self.together if builds_together(device) else None
+
+    def is_built_together(self, base: Tensor) -> bool:
+        """Whether training builds W + the active updates together with other weights."""
+        return self._together_on(base.device) is not None and can_be_built(self.active_updates(), base)
 
     def forward(self, base: Tensor) -> Tensor:
         """W + the active updates, (n, q) in W's dtype: built anew where gradients are recorded, else cached."""
