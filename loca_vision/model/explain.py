@@ -39,9 +39,9 @@ class Explained:
         shape: (p, q).
         count: B of a sparse spectrum, r of factors; None for another kind.
         learns: "coefficients", "locations", both with "and" between them, "factors", "numbers" of another kind, or "nothing".
-        path: "applied" where no matrix is built; "sampled" or "whole" where one is, by how its gradient is found; "together" where
-            all matrices of one shape are built at once, and their gradients found at once; "factors" for two thin products instead
-            of a matrix; "kept" for a matrix that is built once, where nothing learns.
+        path: "applied" where no matrix is built; "sampled" or "whole" where one is, by how its gradient is found; "together"
+            where all matrices of one shape are built at once, and their gradients found at once; "factors" for two thin
+            products instead of a matrix; "kept" for a matrix that is built once, where nothing learns.
         why: in words.
         forward, backward: the work added to the frozen layer for that many tokens.
     """
