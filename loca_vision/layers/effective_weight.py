@@ -44,8 +44,6 @@ class EffectiveWeight(CompiledDelta):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EffectiveWeight:
         self._cached = None  # it is on the old device, in the old precision
-        if self.together is not None:
-            self.together.forget()
         result: EffectiveWeight = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return result
 
