@@ -43,8 +43,12 @@ def _at_hand(compared: Sequence[Tensor]) -> list[Tensor]:
 def _mark(tensor: Tensor | None) -> tuple[Any, ...]:
     if tensor is None:
         return ()
-    version = 0 if tensor.is_inference() else tensor._version
-    return version, steps_unseen() if tensor.requires_grad else 0, tensor.data_ptr(), tensor.dtype, tensor.device
+    return version_of(tensor), steps_unseen() if tensor.requires_grad else 0, tensor.data_ptr(), tensor.dtype, tensor.device
+
+
+def version_of(tensor: Tensor) -> int:
+    """Changes whenever something is written to the tensor; a tensor of inference mode counts no versions."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def steps_unseen() -> int:

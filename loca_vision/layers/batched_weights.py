@@ -13,6 +13,7 @@ from loca_vision.functional.batch_tables import BatchCells
 from loca_vision.functional.cosine_batch import CosineBatch
 from loca_vision.functional.row_linear import Rows
 from loca_vision.functional.transforms import once_differentiable
+from loca_vision.methods.locations import cells_at
 from loca_vision.methods.spectrum import Spectrum
 
 
@@ -151,8 +152,10 @@ def _of_part(part: Part, grads: Sequence[Tensor | None], learned: bool, moving: 
     return found
 
 
-def layout_of(spectra: Sequence[Spectrum], cells: Tensor) -> BatchCells:
-    """The layout of their cells (M, 2)."""
+@torch.no_grad()
+def layout_of(spectra: Sequence[Spectrum]) -> BatchCells:
+    """The layout of their cells."""
+    cells = cells_at(torch.cat([spectrum.locations for spectrum in spectra]), spectra[0].shape)
     return BatchCells(cells, [len(spectrum.coefficients) for spectrum in spectra], spectra[0].shape)
 
 

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from loca_vision.functional.batch_tables import BatchCells
 from loca_vision.functional.cosine_atoms import AtomSettings
 from loca_vision.functional.cosine_batch import batch_of
-from loca_vision.functional.snapshot import steps_unseen
+from loca_vision.functional.snapshot import Snapshot, steps_unseen, version_of
 from loca_vision.layers.active_updates import ActiveUpdate
 from loca_vision.layers.batched_weights import Built, Part, built, layout_of
 from loca_vision.layers.plain_weight import is_plain_matrix
-from loca_vision.methods.locations import cells_at
 from loca_vision.methods.spectrum import Spectrum, confine
 
 if TYPE_CHECKING:
@@ -48,8 +47,8 @@ class _Member:
 
     def state(self, base: Tensor, scale: float, dtype: torch.dtype) -> tuple[Any, ...]:
         """What is the same when a weight is asked for as when it was built; the last is the backward pass, if one runs."""
-        numbers = [number for one in self.updates for number in one.update._parameters.values()]
-        marks = [(number._version, number.data_ptr(), number.requires_grad) for number in (base, *numbers)]  # type: ignore[union-attr]
+        numbers: list[Any] = [number for one in self.updates for number in one.update._parameters.values()]
+        marks = [(version_of(number), number.data_ptr(), number.requires_grad) for number in (base, *numbers)]
         return (*marks, steps_unseen(), scale, dtype, torch._C._current_graph_task_id())
 
 
@@ -63,13 +62,16 @@ class _Batch:
 
 
 class BuiltTogether:
-    """The weights of one model that are built together: those that have asked for theirs."""
+    """The weights of one model that are built together: those that have asked for theirs.
+
+    Several threads may call the model: what another one may change meanwhile is read once, and copied before it is iterated.
+    """
 
     def __init__(self) -> None:
         self._members: dict[int, _Member] = {}  # by the identity of the weight; without updates, one that cannot take part
         self._near: dict[int, list[_Member]] = {}  # likewise, those that may be built with it
         self._batches: dict[int, _Batch] = {}  # likewise, the one that it was built in last
-        self._layouts: dict[tuple[int, ...], tuple[list[Any], BatchCells]] = {}
+        self._layouts: dict[tuple[int, ...], tuple[Snapshot, BatchCells]] = {}
 
     def forget(self) -> None:
         """Updates came, went or act in another way."""
@@ -88,38 +90,39 @@ class BuiltTogether:
                 return found
             if batch.left:  # a layer that runs more than once in a pass
                 return self._built([member], [base], scale, dtype, [False])[0]
-        return self._with_others(member, base, scale, dtype) if _learns_here(member, base) else None
+        return self._with_others(member, base, scale, dtype) if _learn_here(member.updates, base) else None
 
     def _member(self, weight: EffectiveWeight, base: Tensor) -> _Member | None:
         known = self._members.get(id(weight))
         if known is not None and known.weight() is weight and known.base() is base:
             return known if known.updates else None
         updates = tuple(weight.active_updates())
-        able = all(type(one.update).delta is Spectrum.delta and not isinstance(one.rows, Tensor) for one in updates)
-        chosen = updates if able and is_plain_matrix(base) else ()
+        chosen = updates if _fit(updates, base) else ()
         self._members[id(weight)] = known = _Member(weakref.ref(weight), weakref.ref(base), chosen)
-        self._near.clear()
+        self._near = {}
         return known if chosen else None
 
     def _with_others(self, member: _Member, base: Tensor, scale: float, dtype: torch.dtype) -> Built:
         members, bases = self._alike(member, base)
         batch = _Batch()
-        for own, its_base, one in zip(members, bases, self._built(members, bases, scale, dtype, batch.spent), strict=True):
-            key = id(own.weight())
-            batch.left[key], batch.states[key] = one, own.state(its_base, scale, dtype)
-            self._batches[key] = batch
-        return batch.left.pop(id(member.weight()))
+        mine, *left = self._built(members, bases, scale, dtype, batch.spent)
+        batch.left = {id(other.weight()): one for other, one in zip(members[1:], left, strict=True)}
+        pairs = zip(members, bases, strict=True)
+        batch.states = {id(own.weight()): own.state(its_base, scale, dtype) for own, its_base in pairs}
+        self._batches |= dict.fromkeys(batch.states, batch)
+        return mine
 
     def _alike(self, member: _Member, base: Tensor) -> tuple[list[_Member], list[Tensor]]:
         """The member and those near it that act and learn like it, with their bases."""
-        if not self._near:
-            self._near = self._portions()
+        near = self._near
+        if id(member.weight()) not in near:
+            self._near = near = self._portions()
         kind, members, bases = member.kind(base), [member], [base]
-        for other in self._near.get(id(member.weight()), ()):
+        for other in near.get(id(member.weight()), ()):
             its_base = other.base()
             if other is member or its_base is None or other.weight() is None or not is_plain_matrix(its_base):
                 continue
-            if _learns_here(other, its_base) and other.kind(its_base) == kind:
+            if _learn_here(other.updates, its_base) and other.kind(its_base) == kind:
                 members.append(other)
                 bases.append(its_base)
         return members, bases
@@ -127,7 +130,7 @@ class BuiltTogether:
     def _portions(self) -> dict[int, list[_Member]]:
         """The members whose weights have one shape, in portions that may be built at once."""
         by_shape: dict[torch.Size, list[_Member]] = {}
-        for member in self._members.values():
+        for member in tuple(self._members.values()):
             base = member.base()
             if base is not None and member.updates:
                 by_shape.setdefault(base.shape, []).append(member)
@@ -157,30 +160,39 @@ class BuiltTogether:
 
     def _layout(self, spectra: Sequence[Spectrum]) -> BatchCells:
         """Kept as long as no location moves."""
-        key, moving = tuple(map(id, spectra)), spectra[0].locations.requires_grad
-        marks = [(own.locations._version, own.locations.data_ptr()) for own in spectra]
-        kept = self._layouts.pop(key, None)
-        if moving:
+        key, locations = tuple(map(id, spectra)), [own.locations for own in spectra]
+        if locations[0].requires_grad:
+            self._layouts = {ids: kept for ids, kept in tuple(self._layouts.items()) if not {*ids} & {*key}}
             confine(spectra)
-        if kept is not None and not moving and kept[0] == marks:
-            layout = kept[1]
-        else:
-            with torch.no_grad():
-                layout = layout_of(spectra, cells_at(torch.cat([own.locations for own in spectra]), spectra[0].shape))
-        if not moving:
-            self._layouts[key] = marks, layout
-        return layout
+            return layout_of(spectra)
+        kept = self._layouts.get(key)
+        if kept is None or not kept[0].holds_for(locations, locations):
+            self._layouts[key] = kept = Snapshot(locations, locations), layout_of(spectra)
+        return kept[1]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BuiltTogether, ()  # a copy, or what comes from a pickle, learns of its own weights
 
 
-def _learns_here(member: _Member, base: Tensor) -> bool:
-    """Whether something learns, and all numbers are where the base is: not sharded, replicated or offloaded."""
+def can_be_built(updates: Sequence[ActiveUpdate], base: Tensor) -> bool:
+    """Whether the weight W + these updates can be built together with others, as things are now."""
+    return not base.requires_grad and _fit(updates, base) and _learn_here(updates, base)
+
+
+def _fit(updates: Sequence[ActiveUpdate], base: Tensor) -> bool:
+    """Whether they are sums of cosines, of all rows of an ordinary matrix or of ranges of them."""
+    able = all(type(one.update).delta is Spectrum.delta and not isinstance(one.rows, Tensor) for one in updates)
+    return able and is_plain_matrix(base)
+
+
+def _learn_here(updates: Sequence[ActiveUpdate], base: Tensor) -> bool:
+    """Whether something learns, and all numbers are where the base is, not sharded, replicated or offloaded, and precise."""
     learns = False
-    for spectrum in member.spectra():
-        for number in spectrum._parameters.values():
-            if type(number) is not nn.Parameter or number.device != base.device or spectrum.inactive:
+    for active in updates:
+        for number in active.update._parameters.values():
+            if type(number) is not nn.Parameter or number.device != base.device:
+                return False
+            if number.dtype.itemsize < 4 or active.update.inactive:
                 return False
             learns |= number.requires_grad
     return learns
@@ -188,7 +200,16 @@ def _learns_here(member: _Member, base: Tensor) -> bool:
 
 def _kind(update: Any) -> tuple[Any, ...]:
     learns = [(number.dtype, number.requires_grad) for number in (update.coefficients, update.locations)]
-    return update.shape, update.scale, update.difference, *learns
+    return update.shape, update.scale, update.difference, *learns, *_owners(update)
+
+
+def _owners(update: Spectrum) -> tuple[int, ...]:
+    """Which part of a model in FSDP 2 has the numbers, told by the hook that it sets; none elsewhere.
+
+    FSDP 2 reduces the gradients of a part as soon as the backward pass has left it, and overlooks later ones: those of one
+    part may not wait for those of another.
+    """
+    return tuple(map(id, update._state_dict_pre_hooks.values()))
 
 
 def _range(active: ActiveUpdate) -> tuple[int, int] | None:

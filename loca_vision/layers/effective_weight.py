@@ -26,7 +26,7 @@ from loca_vision.layers.active_updates import (
 )
 from loca_vision.layers.applied_updates import learned_term, matrix_of, term_without_matrix
 from loca_vision.layers.batched_weights import read
-from loca_vision.layers.built_together import BuiltTogether
+from loca_vision.layers.built_together import BuiltTogether, can_be_built
 from loca_vision.layers.call_settings import CallSettings
 from loca_vision.layers.compiled_delta import CompiledDelta
 from loca_vision.layers.weight_cache import CachedWeight
@@ -56,6 +56,11 @@ class EffectiveWeight(CompiledDelta):
     def together(self) -> BuiltTogether | None:
         """With what the weight is built together, if with anything."""
         raise NotImplementedError
+
+    def is_built_together(self, base: Tensor) -> bool:
+        """Whether training builds W + the active updates together with other weights."""
+        chosen = builds_together(base.device) and self.together is not None
+        return chosen and can_be_built(self.active_updates(), base)
 
     def forward(self, base: Tensor) -> Tensor:
         """W + the active updates, (n, q) in W's dtype: built anew where gradients are recorded, else cached."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,6 +91,11 @@ class WeightUpdates(EffectiveWeight):
         self.strengths.pop(adapter, None)
         self._cached = None
         self._forget_batches()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightUpdates:
+        self._forget_batches()  # memory that is left may hold other numbers soon, under the same address and version
+        super()._apply(fn, recurse)
+        return self
 
     def _forget_batches(self) -> None:
         if self._together is not None:

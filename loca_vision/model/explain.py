@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,9 @@ class Explained:
         shape: (p, q).
         count: B of a sparse spectrum, r of factors; None for another kind.
         learns: "coefficients", "locations", both with "and" between them, "factors", "numbers" of another kind, or "nothing".
-        path: "applied" where no matrix is built; "sampled" or "whole" where one is, by how its gradient is found; "factors" for
-            two thin products instead of a matrix; "kept" for a matrix that is built once, where nothing learns.
+        path: "applied" where no matrix is built; "sampled" or "whole" where one is, by how its gradient is found; "together"
+            where all matrices of one shape are built at once, and their gradients found at once; "factors" for two thin
+            products instead of a matrix; "kept" for a matrix that is built once, where nothing learns.
         why: in words.
         forward, backward: the work added to the frozen layer for that many tokens.
     """
@@ -136,6 +137,8 @@ def _explained(site: Site, updates: list[_Acting], tokens: int, weight: Tensor, 
         return [_still(one, site.updates.call_settings.low_memory) for one in updates]
     if all(update.factors() is not None for *_, update in updates):
         return [_by_factors(one, tokens) for one in updates]
+    if site.updates.is_built_together(weight):
+        return [_together(one, tokens) for one in updates]
     obstacle = _obstacle(learning, weight)
     choices = [Decision("whole")] * len(learning)
     if obstacle is None:
@@ -167,6 +170,12 @@ def _by_factors(one: _Acting, tokens: int) -> Explained:
     rank = _count(one[2]) or 0
     works = [of_factors(one[2].shape, rank, tokens, passes) for passes in (1, 2)]
     return _row(one, "factors", "factors", "two thin products instead of a matrix", *works)
+
+
+def _together(one: _Acting, tokens: int) -> Explained:
+    """Shared launches make no fewer operations: the work is that of the whole way."""
+    alone = _by_matrix(one, Decision("whole") if one[2].learns() else None, tokens, 0, "")
+    return replace(alone, path="together", why="all weights of this shape are built at once, by a few large products")
 
 
 def _by_matrix(one: _Acting, choice: Decision | None, tokens: int, sharing: int, otherwise: str) -> Explained:

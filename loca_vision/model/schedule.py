@@ -131,7 +131,7 @@ def _let_move(parameter: nn.Parameter, moves: bool) -> None:
 
 
 def _touch(spectrum: Spectrum) -> None:
-    """Write to the dict of its parameters: compiled code of some versions, torch 2.11 for one, looks at them again only then."""
+    """Write to the dict of its parameters: compiled code of some versions, such as torch 2.11, looks at them only then."""
     held = dict(spectrum._parameters)
     spectrum._parameters.clear()
     spectrum._parameters.update(held)

@@ -7,7 +7,7 @@ import torch
 
 import loca_vision.functional.cosine_linear as spectral_rows
 import loca_vision.functional.cost_model as paths
-from loca_vision import FourierFTConfig, LoCAConfig, LoRAConfig, adapters, explain, inject
+from loca_vision import FourierFTConfig, LoCAConfig, LoRAConfig, adapters, explain, inject, set_adapters
 from loca_vision.functional.cosine_atoms import offsets
 from loca_vision.functional.cost_model import Workload
 from loca_vision.functional.flop_counts import of_applying, of_factors, of_sampled_gradient, of_whole_gradient
@@ -66,6 +66,23 @@ def test_phases_and_work(adapted, halves, said, places, monkeypatch):
     assert applied.path == "applied"
     assert applied.forward == of_applying(Workload((48, 48), 40, places), 100, 2)
     assert applied.backward == sampled.backward + applied.forward
+
+
+def test_what_is_built_together(adapted, monkeypatch):
+    monkeypatch.setattr(paths, "COSTS", {})
+    whole = explain(adapted, 100)
+    with paths.using("together"):
+        together = explain(adapted, 100)
+        assert {row.path for row in together} == {"together"} and all("at once" in row.why for row in together)
+        assert [replace(row, path="whole", why=whole.rows[0].why) for row in together] == list(whole)
+        inject(adapted, LoRAConfig(r=2, targets=("fc1",)), "other")
+        set_adapters(adapted, ["default", "other"])
+        mixed = {row.projection.rpartition(".")[2]: row.path for row in explain(adapted)}
+        assert mixed == {"q": "together", "v": "together", "fc1": "whole"}
+        learn(adapted, False, False)
+        assert {row.path for row in explain(adapted)} == {"kept", "whole"}
+        adapted.requires_grad_(True)
+        assert "together" not in {row.path for row in explain(adapted)}
 
 
 def test_what_learns_nothing_is_kept_and_costs_nothing(adapted):
