@@ -21,6 +21,7 @@ from loca_vision import (
     remove,
     save_adapter,
 )
+from loca_vision.functional.cost_model import using
 from loca_vision.model.traversal import all_updates
 from support import transformers_models as hf
 from support.forks import fork, joined
@@ -140,6 +141,36 @@ def test_two_processes_train_the_adapter_of_one(method, blocks, tmp_path):
 
     together(tmp_path, work)
     assert_same(tmp_path, method)
+
+
+def test_parts_of_what_is_built_together(tmp_path):
+    """Also of parts that stay whole between passes: each is done with its gradients before another has any."""
+
+    def gradients(rank, kept, synchronised):
+        model = adapted("loca")
+        parts = [fully_shard(block, reshard_after_forward="forward" not in kept) for block in model.blocks]
+        parts.append(fully_shard(model))
+        model.set_reshard_after_backward("backward" not in kept)
+        for step in range(3):
+            model.set_requires_gradient_sync(step >= 3 - synchronised)
+            (model(IMAGES[rank::2]).square().mean() + model(IMAGES[rank::4]).mean()).backward()
+        for part in parts:
+            part.reshard()
+        return [parameter.grad.full_tensor() for parameter in model.parameters() if parameter.requires_grad]
+
+    def work(rank):
+        for setting in (("", 3), ("forward", 3), ("backward", 3), ("forward and backward", 1)):
+            with using("whole"):
+                wanted = gradients(rank, *setting)
+            with using("together"):
+                found = gradients(rank, *setting)
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        half = adapted("loca")
+        fully_shard(half, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        with using("together"), pytest.raises(RuntimeError, match=r"locations are in torch\.bfloat16.* use autocast"):
+            half(IMAGES)
+
+    together(tmp_path, work)
 
 
 @pytest.mark.parametrize("method", ["loca", "lora"])
