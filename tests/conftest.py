@@ -71,6 +71,7 @@ def accelerator(device: torch.device) -> Iterator[torch.device]:
 def pytest_collection_finish() -> None:
     """Full garbage collections, which trainers ask for, leave out the half million objects of imported libraries."""
     gc.freeze()
+    gc.set_threshold(20_000)  # a model is some thousand objects, and looking for garbage took a tenth of the time
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -81,7 +80,7 @@ class _Contents:
 
     def __init__(self, attributes: dict[str, Any]) -> None:
         self.attributes, self.items = attributes, dict(attributes)
-        self.inner = [(value, copy.copy(value)) for value in attributes.values() if type(value) in _CONTAINERS]
+        self.inner = [(value, value.copy()) for value in attributes.values() if type(value) in _CONTAINERS]
 
     def restore(self) -> None:
         _refill(self.attributes, self.items)

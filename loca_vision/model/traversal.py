@@ -77,7 +77,7 @@ def learns(model: nn.Module) -> bool:
 
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The model's parameters without those of its adapters, by canonical name."""
-    inside = {id(p) for update in all_updates(model) for p in update.parameters()}
+    inside = {id(p) for update in all_updates(model) for part in modules_of(update) for p in part._parameters.values()}
     return {canonical(name): p for name, p in model.named_parameters() if id(p) not in inside}
 
 

@@ -58,8 +58,9 @@ def test_any_axis_and_any_leading_axes(n, method, device):
     ("n", "dtype", "bound"), [(768, torch.float32, 2e-7), (4096, torch.float32, 2e-7), (97, torch.float64, 1e-14)]
 )
 def test_matrix_is_orthonormal(n, dtype, bound):
-    matrix = dct_matrix(n, dtype=dtype).double()
-    assert (matrix @ matrix.T - torch.eye(n, dtype=torch.float64)).abs().max() < bound
+    """Of the largest, every fifteenth row with every row."""
+    matrix, rows = dct_matrix(n, dtype=dtype).double(), torch.arange(0, n, 15 if n > 1000 else 1)
+    assert (matrix[rows] @ matrix.T - torch.eye(n, dtype=torch.float64)[rows]).abs().max() < bound
 
 
 def test_matrix_belongs_to_the_caller():

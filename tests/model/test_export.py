@@ -25,7 +25,7 @@ from loca_vision import (
     set_adapters,
 )
 from support.adapter_files import IMAGES, tiny
-from support.pipelines import inputs_of, output_of, unet
+from support.pipelines import inputs_of, output_of, small_unet
 
 METHODS = {
     "LoCA": LoCAConfig(n_components=40, targets=("q", "v", "out", "fc1")),
@@ -40,7 +40,7 @@ GRADIENTS = pytest.mark.parametrize("gradients", [True, False], ids=["with gradi
 
 
 def adapted(method: str) -> nn.Module:
-    return with_values(tiny(), METHODS[method])
+    return with_values(tiny(depth=1), METHODS[method])
 
 
 def with_values(model: nn.Module, config: AdapterConfig) -> nn.Module:
@@ -130,7 +130,7 @@ def test_onnx(method: str, dynamo: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale", [None, 0.5])
 def test_a_unet_with_the_scale_of_the_call(scale: float | None) -> None:
-    model = with_values(unet(), LoCAConfig(n_components=40))
+    model = with_values(small_unet(), LoCAConfig(n_components=40))
     given = {} if scale is None else {"cross_attention_kwargs": {"scale": scale}}
     inputs = inputs_of(model) | given | {"return_dict": False}
     with torch.no_grad():

@@ -75,6 +75,7 @@ class Verbs(RuleBasedStateMachine):
         super().__init__()
         torch.manual_seed(0)
         self.model, self.base = tiny(), tiny()  # the oracle's base moves when something is merged into it
+        self.plain: Any = tiny()  # which the oracle writes weights into
         self.known: dict[str, Known] = {}
         self.active: dict[str, float] = {}
         self.fused: dict[str, float] = {}
@@ -83,7 +84,9 @@ class Verbs(RuleBasedStateMachine):
 
     @torch.no_grad()
     def expected(self, acting: dict[str, float]) -> Tensor:
-        plain: Any = copy.deepcopy(self.base)
+        plain = self.plain
+        for parameter, value in zip(plain.parameters(), self.base.parameters(), strict=True):
+            parameter.copy_(value)
         for name, strength in acting.items():
             for projection, delta in self.known[name].deltas.items():
                 add(plain, projection, strength * delta)

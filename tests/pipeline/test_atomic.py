@@ -11,7 +11,7 @@ import torch
 
 import loca_vision.diffusers  # noqa: F401, which gives pipelines their methods
 from support.injected_failures import assert_same, everything, fail_in, functions_called
-from support.pipelines import stable_diffusion
+from support.pipelines import small_unet, stable_diffusion
 from support.reference_weights import Made, adapter
 
 ROOMS = ("pipeline/", "model/", "layers/class_swap", "layers/weight_updates")
@@ -30,15 +30,21 @@ VERBS: dict[str, Callable[[Any, dict[str, Made]], Any]] = {
 }
 
 
+def small() -> Any:
+    pipe = stable_diffusion()
+    pipe.unet = small_unet()
+    return pipe
+
+
 @pytest.fixture(scope="module")
 def made() -> dict[str, Made]:
-    parts = {"unet": ("q",), "text_encoder": ("out",)}  # few layers: every verb runs a hundred times
+    parts = {"unet": ("q",), "text_encoder": ("out",)}  # few layers: every verb runs some fifty times
     wholes = {"a": ["unet.conv_in.bias"], "b": [], "new": ["unet.conv_in.bias"]}
-    return {name: adapter(stable_diffusion(), parts, seed=i, whole=whole) for i, (name, whole) in enumerate(wholes.items())}
+    return {name: adapter(small(), parts, seed=i, whole=whole) for i, (name, whole) in enumerate(wholes.items())}
 
 
 def loaded(verb: str, made: dict[str, Made]) -> Any:
-    pipe = stable_diffusion()
+    pipe = small()
     pipe.load_loca_weights(made["b"].state(), "b")
     pipe.load_loca_weights(made["a"].state(), "a")
     pipe.set_loca_adapters(["a", "b"], [1.0, 0.5])

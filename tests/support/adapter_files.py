@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import safetensors.torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from loca_vision import LoCAConfig, active_adapters, adapters, inject
 from loca_vision.formats.adapter_file import METADATA_KEY
 from loca_vision.model.traversal import own_parameters
+from support.copies import fresh
 
 CONFIG = LoCAConfig(n_components=20, scale=2.0)
 
@@ -30,12 +32,20 @@ IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 NAME = "adapter.safetensors"
 
 
-def tiny(classes: int = 3, seed: int = 0) -> nn.Module:
+def tiny(classes: int = 3, seed: int = 0, depth: int = 2) -> nn.Module:
     """A tiny model whose weights depend only on the arguments, like those of a pretrained model, except for the head."""
+    made, state = _made(classes, seed, depth)
+    torch.default_generator.set_state(state)
+    return fresh(made)
+
+
+@cache
+def _made(classes: int, seed: int, depth: int) -> tuple[nn.Module, Tensor]:
+    """The model, and how making it leaves the generator."""
     torch.manual_seed(seed)
-    sizes = {"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 8, "img_size": 32}
+    sizes = {"embed_dim": 48, "depth": depth, "num_heads": 3, "patch_size": 8, "img_size": 32}
     model: nn.Module = timm.create_model("vit_tiny_patch16_224", num_classes=classes, **sizes).eval()
-    return model
+    return model, torch.default_generator.get_state()
 
 
 @torch.no_grad()

@@ -6,8 +6,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -24,14 +25,21 @@ class Injected(RuntimeError):
     """Raised as if by the library."""
 
 
+@cache
+def _name_of(code: CodeType) -> str | None:
+    """File and line of a function of the library; every function that Python calls asks, most of them of other libraries."""
+    if not code.co_filename.startswith(LIBRARY) or code.co_name.startswith("<"):
+        return None
+    return f"{code.co_filename[len(LIBRARY) + 1 :]}:{code.co_firstlineno}:{code.co_name}"
+
+
 @contextmanager
 def watching(on_call: Callable[[str], None]) -> Iterator[None]:
     """Inside, `on_call` hears of every call of a function of the library, by file and line; what it raises is raised there."""
 
-    def trace(frame: FrameType, event: str, argument: Any) -> None:
-        code = frame.f_code
-        if event == "call" and code.co_filename.startswith(LIBRARY) and not code.co_name.startswith("<"):
-            on_call(f"{code.co_filename[len(LIBRARY) + 1 :]}:{code.co_firstlineno}:{code.co_name}")
+    def trace(frame: FrameType, event: str, argument: Any, name_of: Callable[[CodeType], str | None] = _name_of) -> None:
+        if (name := name_of(frame.f_code)) is not None:
+            on_call(name)
 
     before = sys.gettrace()
     sys.settrace(trace)

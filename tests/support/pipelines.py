@@ -23,6 +23,8 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from support.copies import fresh
+
 WORDS = ("a", "cat", "dog", "cartoon", "of", "make", "it", "red")
 
 
@@ -49,6 +51,14 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def text_encoder(seed: int = 1, *, projection: bool = False, hidden: int = 24) -> nn.Module:
+    made, state = _text_encoder(seed, projection, hidden)
+    torch.default_generator.set_state(state)
+    return fresh(made)
+
+
+@cache
+def _text_encoder(seed: int, projection: bool, hidden: int) -> tuple[nn.Module, torch.Tensor]:
+    """The model, and how making it leaves the generator."""
     words = tokenizer()
     torch.default_generator.manual_seed(seed)
     config = CLIPTextConfig(
@@ -63,7 +73,8 @@ def text_encoder(seed: int = 1, *, projection: bool = False, hidden: int = 24) -
         eos_token_id=words.eos_token_id,
         pad_token_id=words.pad_token_id,
     )
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+    model = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+    return model, torch.default_generator.get_state()
 
 
 def unet(seed: int = 0, *, channels: int = 4, **settings: Any) -> UNet2DConditionModel:
@@ -82,6 +93,12 @@ def unet(seed: int = 0, *, channels: int = 4, **settings: Any) -> UNet2DConditio
         "norm_num_groups": 8,
     }
     return UNet2DConditionModel(**config | settings).eval()
+
+
+def small_unet(seed: int = 0) -> UNet2DConditionModel:
+    """One resolution instead of two, 16 projections: for what exports, compiles or tries something a hundred times."""
+    one = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (16,)}
+    return unet(seed, **one)
 
 
 def xl_unet(seed: int = 0) -> UNet2DConditionModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import math
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from loca_vision import adapters
+from support.copies import fresh
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ FAMILIES: dict[str, Family] = {
 
 def tiny(family: str) -> nn.Module:
     """A tiny model of the family in evaluation mode, 3 classes, random weights: a fresh copy, the same at every call."""
-    return copy.deepcopy(_made(family))
+    return fresh(_made(family))
 
 
 @cache

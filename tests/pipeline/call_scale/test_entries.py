@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import gc
 import inspect
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
 import loca_vision.diffusers as loca
+from loca_vision.layers import pipeline_call
 from loca_vision.layers.pipeline_call import scale_of_the_call
 from support.loader import TEXT
 from support.pipelines import picture, stable_diffusion
@@ -169,22 +169,16 @@ def test_a_scale_of_a_pipeline_without_adapters_is_diffusers_matter(text: Made) 
     assert torch.equal(picture(plain, cross_attention_kwargs={"scale": None}), picture(stable_diffusion()))
 
 
-_UNPICKLED = """
-import sys, torch
-import loca_vision.diffusers
-from diffusers import StableDiffusionPipeline
-assert not hasattr(StableDiffusionPipeline.encode_prompt, "__wrapped__")
-model = torch.load(sys.argv[1], weights_only=False)
-assert hasattr(StableDiffusionPipeline.encode_prompt, "__wrapped__")
-"""
-
-
-def test_classes_are_wrapped_when_an_adapted_model_arrives(text: Made, tmp_path: Any) -> None:
+def test_classes_are_wrapped_when_an_adapted_model_arrives(text: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = stable_diffusion()
     pipe.load_loca_weights(text.state())
     torch.save(pipe.text_encoder, tmp_path / "model")
-    done = subprocess.run([sys.executable, "-c", _UNPICKLED, tmp_path / "model"], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    loca.unregister()
+    monkeypatch.setattr(pipeline_call, "_announced", False)  # as in a process that has not seen an adapted model yet
+    loca.register()
+    assert not hasattr(StableDiffusionPipeline.encode_prompt, "__wrapped__")
+    torch.load(tmp_path / "model", weights_only=False)
+    assert hasattr(StableDiffusionPipeline.encode_prompt, "__wrapped__")
 
 
 def test_a_call_keeps_no_pipeline_alive(text: Made) -> None:

@@ -1,6 +1,7 @@
 """train.py and evaluate.py as a user runs them: every image set and method, output files, mistakes, resumption."""
 
 import json
+import os
 import random
 import re
 import signal
@@ -18,7 +19,7 @@ from loca_vision.data.load import NAMES
 from loca_vision.storage.safetensors_file import open_safetensors
 from support.forks import fork, joined
 from support.image_folders import WRITERS, accept_any_md5, write_folder
-from support.scripts import DIGITS, EXAMPLES, LOCA, MODEL, killed, main, together, trained, weights, write_weights
+from support.scripts import DIGITS, LOCA, MODEL, killed, main, together, trained, weights, write_weights
 
 METHODS = {
     "loca": LOCA,
@@ -174,23 +175,21 @@ def test_what_resume_refuses(runs, tmp_path, capsys):
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for another process there")
+@forks
 def test_an_interruption_of_the_command(tmp_path):
-    """A process of its own, from the command line."""
-    out = tmp_path / "out"
-    command = [sys.executable, str(EXAMPLES / "train.py"), *DIGITS, "--epochs", "100000", "--output_dir", str(out)]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    started = time.monotonic()
+    """As ctrl-C does it; the demo is interrupted as a process of its own, in tests/commands/."""
+    out, log = tmp_path / "out", tmp_path / "log.txt"
+
+    def command():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        return main("train", *DIGITS, "--epochs", 100000, "--output_dir", out)
+
+    child, started = fork(command, log), time.monotonic()
     while not list(out.glob("checkpoint-*")) and time.monotonic() < started + 60:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
+        time.sleep(0.02)
+    os.kill(child, signal.SIGINT)
+    assert joined(child) == 130
+    said = log.read_text()
     assert said.splitlines()[-1] == "train.py: interrupted; every file that is there is whole"
     assert "Traceback" not in said
 
