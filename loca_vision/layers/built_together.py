@@ -70,6 +70,7 @@ class BuiltTogether:
     def __init__(self) -> None:
         self._members: dict[int, _Member] = {}  # by the identity of the weight; without updates, one that cannot take part
         self._near: dict[int, list[_Member]] = {}  # likewise, those that may be built with it
+        self._dtypes: dict[int, torch.dtype] = {}  # likewise, of the activations that it was asked for last
         self._batches: dict[int, _Batch] = {}  # likewise, the one that it was built in last
         self._layouts: dict[tuple[int, ...], tuple[Snapshot, BatchCells]] = {}
 
@@ -82,6 +83,7 @@ class BuiltTogether:
         member = self._member(weight, base)
         if member is None:
             return None
+        self._dtypes[id(weight)] = dtype
         scale = weight.call_settings.scale
         state, batch = member.state(base, scale, dtype), self._batches.get(id(weight))
         if batch is not None and not batch.spent[0] and batch.states.get(id(weight)) == state:
@@ -103,7 +105,7 @@ class BuiltTogether:
         return known if chosen else None
 
     def _with_others(self, member: _Member, base: Tensor, scale: float, dtype: torch.dtype) -> Built:
-        members, bases = self._alike(member, base)
+        members, bases = self._alike(member, base, dtype)
         batch = _Batch()
         mine, *left = self._built(members, bases, scale, dtype, batch.spent)
         batch.left = {id(other.weight()): one for other, one in zip(members[1:], left, strict=True)}
@@ -112,8 +114,8 @@ class BuiltTogether:
         self._batches |= dict.fromkeys(batch.states, batch)
         return mine
 
-    def _alike(self, member: _Member, base: Tensor) -> tuple[list[_Member], list[Tensor]]:
-        """The member and those near it that act and learn like it, with their bases."""
+    def _alike(self, member: _Member, base: Tensor, dtype: torch.dtype) -> tuple[list[_Member], list[Tensor]]:
+        """The member and those near it that act, learn and are asked for like it, with their bases."""
         near = self._near
         if id(member.weight()) not in near:
             self._near = near = self._portions()
@@ -121,6 +123,8 @@ class BuiltTogether:
         for other in near.get(id(member.weight()), ()):
             its_base = other.base()
             if other is member or its_base is None or other.weight() is None or not is_plain_matrix(its_base):
+                continue
+            if self._dtypes.get(id(other.weight())) is not dtype:
                 continue
             if _learn_here(other.updates, its_base) and other.kind(its_base) == kind:
                 members.append(other)
