@@ -26,7 +26,7 @@ torch.set_num_threads(1)  # the models are so small that a second thread costs m
 registry.entry_points = cache(registry.entry_points)  # what is installed stays the same, and a run asks fifteen times
 
 TESTS = Path(__file__).parent
-LONG = ("recipes", "docs", "examples", "layers", "pipeline", "commands")
+LONG = ("recipes", "docs", "examples", "layers", "pipeline", "model", "commands", "methods")
 
 DEVICE = os.environ.get("LOCA_TEST_DEVICE", "cpu")
 """Where tests with the fixture `device` compute: "cuda", say, with `-m device` for these tests alone."""

@@ -185,7 +185,7 @@ def _model(name: str | None) -> tuple[list[ProjectionRows] | None, str | None]:
         return None, None
     import timm
 
-    from loca_vision.formats.save_load import base_model_name
+    from loca_vision.formats.match_model import base_model_name
     from loca_vision.recipes.classification.models import check_model_name
 
     check_model_name(name)

@@ -7,14 +7,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loca_vision.formats.adapter_file import (
     FILE_NAME,
-    FLOATS,
     METADATA_KEY,
     Description,
     as_json,
@@ -22,22 +20,20 @@ from loca_vision.formats.adapter_file import (
     part_of,
     read_description,
 )
+from loca_vision.formats.match_model import base_model_name, is_of_head, match, may_be_the_same
 from loca_vision.formats.sources import Request, locate, may_be_a_repository
 from loca_vision.functional.transforms import ordinary_tensors
 from loca_vision.layers.targets import Target, readable_weight
-from loca_vision.messages import nearest
 from loca_vision.methods.update import Update
 from loca_vision.model.adapters import adapters
-from loca_vision.model.conv_in import WEIGHT, check_wider
-from loca_vision.model.heads import classifier, head_of
 from loca_vision.model.inject import attach
-from loca_vision.model.sharding import Values, class_name, one_writer
+from loca_vision.model.sharding import Values, one_writer
 from loca_vision.model.state import Adapter, state_of
-from loca_vision.model.target_checks import check_new_name, linear_targets
+from loca_vision.model.target_checks import check_new_name
 from loca_vision.model.traversal import own_tensors, unwrap
 from loca_vision.model.whole_tensors import whole_tensors
 from loca_vision.offload import device_for
-from loca_vision.storage.safetensors_file import PICKLES, Entry, open_safetensors, pickle_hint, write_safetensors
+from loca_vision.storage.safetensors_file import PICKLES, open_safetensors, pickle_hint, write_safetensors
 from loca_vision.version import __version__
 
 
@@ -100,11 +96,11 @@ def load_adapter(
         name = about.name if name is None else name
         model = unwrap(model)
         check_new_name(model, name)
-        if not component and not _may_be_the_same(base_model_name(model), about.base_model):
+        if not component and not may_be_the_same(base_model_name(model), about.base_model):
             raise ValueError(f"it was trained on {about.base_model}; this model is {base_model_name(model)}")
         part = about.of(component)
         if not head:
-            part = replace(part, whole=tuple(name for name in part.whole if not _is_of_head(model, name)))
+            part = replace(part, whole=tuple(name for name in part.whole if not is_of_head(model, name)))
         targets = match(model, part, part_of(opened.entries, component))
         tensors = opened.tensors()  # no larger than the model, but for a wider conv_in, as is known by now
         check_values(tensors, about)
@@ -146,22 +142,6 @@ def write_adapter(file: Path, about: Description, tensors: dict[str, Tensor]) ->
     write_safetensors(file, tensors, {METADATA_KEY: json.dumps(as_json(about))})  # of several keys the order is random
 
 
-def match(model: nn.Module, about: Description, entries: dict[str, Entry], *, replacing: str | None = None) -> list[Target]:
-    """The targets in the model that a described adapter is for: the very same projections and whole tensors, of one shape.
-
-    A `conv_in` of more channels than the model's is one that `attach` and `swap` make room for.
-
-    Args:
-        replacing: the adapter that is to leave for this one.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    targets = _match_projections(model, about)
-    _match_whole_tensors(model, about, entries, replacing)
-    return targets
-
-
 def prepared(
     model: nn.Module,
     about: Description,
@@ -192,17 +172,6 @@ def prepared(
     return Adapter(about.configs[""], whole), placed
 
 
-def base_model_name(model: nn.Module) -> str:
-    """timm's name, with the tag of its weights where they have one: `vit_small_patch16_224.augreg_in21k`. For models of
-    other makers the name of the class."""
-    about: Any = getattr(model, "pretrained_cfg", None) or {}
-    architecture, tag = about.get("architecture"), about.get("tag")
-    return f"{architecture}.{tag}" if architecture and tag else architecture or class_name(model)
-
-
-# Writing
-
-
 def _whole_tensors(model: nn.Module, name: str, values: Values) -> dict[str, Tensor]:
     """The adapter's whole tensors as they are now, but for counts of batches."""
     record = state_of(model)
@@ -218,9 +187,6 @@ def _file_to_write(path: str | os.PathLike[str]) -> Path:
     if file.suffix in PICKLES and not file.is_dir():
         raise ValueError(f"path={str(path)!r}: an adapter is a file that ends in .safetensors, or a folder for one")
     return file if file.suffix == ".safetensors" and not file.is_dir() else file / FILE_NAME
-
-
-# Reading
 
 
 def _only_component(about: Description) -> str:
@@ -242,65 +208,6 @@ def file_to_read(path: str | os.PathLike[str]) -> Path:
     if (file / FILE_NAME).exists():
         return file / FILE_NAME
     raise FileNotFoundError(f"{file}: there is no {FILE_NAME} in that folder{pickle_hint(p.name for p in file.iterdir())}")
-
-
-def _match_projections(model: nn.Module, about: Description) -> list[Target]:
-    """The model's targets, which must be those of the file, in name and shape."""
-    targets = linear_targets(model, about.configs[""].targets)
-    found = {target.name: target for target in targets}
-    for projection, shape in about.shapes.items():
-        if projection not in found:
-            raise ValueError(f"the model has no projection {projection}{nearest(projection, found)}")
-        if found[projection].shape != shape:
-            raise ValueError(f"{projection} is {shape} in the file and {found[projection].shape} in the model")
-    for projection in found:
-        if projection not in about.shapes:
-            raise ValueError(f"the model's projection {projection} has no update in the file")
-    return targets
-
-
-def _may_be_the_same(mine: str, theirs: str) -> bool:
-    """One architecture, and, where both are known, the same tag of the weights."""
-    (architecture, _, tag), (other, _, other_tag) = mine.partition("."), theirs.partition(".")
-    return architecture == other and (not tag or not other_tag or tag == other_tag)
-
-
-def _match_whole_tensors(model: nn.Module, about: Description, entries: dict[str, Entry], replacing: str | None) -> None:
-    parameters = own_tensors(model)
-    for name in about.whole:
-        entry = entries[f"full.{name}"]
-        if entry.dtype not in FLOATS:
-            raise ValueError(f"full.{name} has dtype {entry.dtype}: it is one of {', '.join(FLOATS)}")
-        if name not in parameters:
-            hint = (
-                "; build it with num_classes, or leave the head out with load_adapter(..., head=False)"
-                if head_of(name)
-                else nearest(name, parameters)
-            )
-            raise ValueError(f"full.{name}: the model has no parameter {name}{hint}")
-        shape = tuple(parameters[name].shape)
-        if shape == entry.shape or (name == WEIGHT and check_wider(model, entry.shape, replacing)):
-            continue
-        if not _is_other_head(model, about, entries, name):
-            raise ValueError(f"full.{name} is {entry.shape} in the file and {shape} in the model")
-
-
-def _is_of_head(model: nn.Module, name: str) -> bool:
-    """Whether a whole tensor belongs to a classifier head: of the model, or, if the model has none, by its name."""
-    own = own_tensors(model).get(name)
-    return head_of(name) is not None if own is None else any(own is parameter for parameter in classifier(model))
-
-
-def _is_other_head(model: nn.Module, about: Description, entries: dict[str, Entry], name: str) -> bool:
-    """Whether a tensor is that of a linear head for another number of classes, and the file has the whole head."""
-    own, path = own_tensors(model), name.rpartition(".")[0]
-    if not any(own[name] is parameter for parameter in classifier(model)) or not isinstance(
-        model.get_submodule(path), nn.Linear
-    ):
-        return False
-    parts = [key for key in own if key.rpartition(".")[0] == path]
-    rows = {entries[f"full.{key}"].shape[:1] for key in parts if key in about.whole}
-    return set(parts) <= set(about.whole) and len(rows) == 1 and entries[f"full.{name}"].shape[1:] == tuple(own[name].shape[1:])
 
 
 def _in_their_dtypes(model: nn.Module, about: Description, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

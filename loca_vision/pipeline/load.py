@@ -11,7 +11,8 @@ from torch import nn
 
 from loca_vision.checks import PARTS
 from loca_vision.formats.adapter_file import Description, check_values, part_of, read_description
-from loca_vision.formats.save_load import base_model_name, match, prepared
+from loca_vision.formats.match_model import base_model_name, match
+from loca_vision.formats.save_load import prepared
 from loca_vision.formats.sources import Opened, Request, opened, with_description
 from loca_vision.layers.targets import Target, find_targets
 from loca_vision.methods.update import Update

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from loca_vision.formats.adapter_file import joined, with_prefix
-from loca_vision.formats.save_load import base_model_name, check_stored, contents, write_adapter
+from loca_vision.formats.match_model import base_model_name
+from loca_vision.formats.save_load import check_stored, contents, write_adapter
 from loca_vision.formats.sources import safe_name
 from loca_vision.pipeline.components import active_in, adapted_in, check_names
 

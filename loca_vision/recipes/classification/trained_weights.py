@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from loca_vision.formats.save_load import base_model_name, save_adapter
+from loca_vision.formats.match_model import base_model_name
+from loca_vision.formats.save_load import save_adapter
 from loca_vision.storage.safetensors_file import OpenFile, open_safetensors, write_safetensors
 from loca_vision.storage.strict_json import strict_json
 

@@ -13,7 +13,7 @@ from torch import nn
 from loca_vision import adapters, load_adapter, save_adapter
 from loca_vision.formats import save_load as checkpoint
 from loca_vision.formats.adapter_file import FILE_NAME
-from loca_vision.formats.save_load import base_model_name
+from loca_vision.formats.match_model import base_model_name
 from support.adapter_files import NAME, C, L, Q, assert_same, facts, tiny, trained
 
 

@@ -1,0 +1,100 @@
+"""Whether an adapter file is for a model: the same architecture, the very same projections and whole tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from loca_vision.formats.adapter_file import FLOATS, Description
+from loca_vision.layers.targets import Target
+from loca_vision.messages import nearest
+from loca_vision.model.conv_in import WEIGHT, check_wider
+from loca_vision.model.heads import classifier, head_of
+from loca_vision.model.sharding import class_name
+from loca_vision.model.target_checks import linear_targets
+from loca_vision.model.traversal import own_tensors
+from loca_vision.storage.safetensors_file import Entry
+
+
+def match(model: nn.Module, about: Description, entries: dict[str, Entry], *, replacing: str | None = None) -> list[Target]:
+    """The targets in the model that a described adapter is for: the very same projections and whole tensors, of one shape.
+
+    A `conv_in` of more channels than the model's is one that `attach` and `swap` make room for.
+
+    Args:
+        replacing: the adapter that is to leave for this one.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    targets = _match_projections(model, about)
+    _match_whole_tensors(model, about, entries, replacing)
+    return targets
+
+
+def base_model_name(model: nn.Module) -> str:
+    """timm's name, with the tag of its weights where they have one: `vit_small_patch16_224.augreg_in21k`. For models of
+    other makers the name of the class."""
+    about: Any = getattr(model, "pretrained_cfg", None) or {}
+    architecture, tag = about.get("architecture"), about.get("tag")
+    return f"{architecture}.{tag}" if architecture and tag else architecture or class_name(model)
+
+
+def may_be_the_same(mine: str, theirs: str) -> bool:
+    """One architecture, and, where both are known, the same tag of the weights."""
+    (architecture, _, tag), (other, _, other_tag) = mine.partition("."), theirs.partition(".")
+    return architecture == other and (not tag or not other_tag or tag == other_tag)
+
+
+def is_of_head(model: nn.Module, name: str) -> bool:
+    """Whether a whole tensor belongs to a classifier head: of the model, or, if the model has none, by its name."""
+    own = own_tensors(model).get(name)
+    return head_of(name) is not None if own is None else any(own is parameter for parameter in classifier(model))
+
+
+def _match_projections(model: nn.Module, about: Description) -> list[Target]:
+    """The model's targets, which must be those of the file, in name and shape."""
+    targets = linear_targets(model, about.configs[""].targets)
+    found = {target.name: target for target in targets}
+    for projection, shape in about.shapes.items():
+        if projection not in found:
+            raise ValueError(f"the model has no projection {projection}{nearest(projection, found)}")
+        if found[projection].shape != shape:
+            raise ValueError(f"{projection} is {shape} in the file and {found[projection].shape} in the model")
+    for projection in found:
+        if projection not in about.shapes:
+            raise ValueError(f"the model's projection {projection} has no update in the file")
+    return targets
+
+
+def _match_whole_tensors(model: nn.Module, about: Description, entries: dict[str, Entry], replacing: str | None) -> None:
+    parameters = own_tensors(model)
+    for name in about.whole:
+        entry = entries[f"full.{name}"]
+        if entry.dtype not in FLOATS:
+            raise ValueError(f"full.{name} has dtype {entry.dtype}: it is one of {', '.join(FLOATS)}")
+        if name not in parameters:
+            hint = (
+                "; build it with num_classes, or leave the head out with load_adapter(..., head=False)"
+                if head_of(name)
+                else nearest(name, parameters)
+            )
+            raise ValueError(f"full.{name}: the model has no parameter {name}{hint}")
+        shape = tuple(parameters[name].shape)
+        if shape == entry.shape or (name == WEIGHT and check_wider(model, entry.shape, replacing)):
+            continue
+        if not _is_other_head(model, about, entries, name):
+            raise ValueError(f"full.{name} is {entry.shape} in the file and {shape} in the model")
+
+
+def _is_other_head(model: nn.Module, about: Description, entries: dict[str, Entry], name: str) -> bool:
+    """Whether a tensor is that of a linear head for another number of classes, and the file has the whole head."""
+    own, path = own_tensors(model), name.rpartition(".")[0]
+    if not any(own[name] is parameter for parameter in classifier(model)) or not isinstance(
+        model.get_submodule(path), nn.Linear
+    ):
+        return False
+    parts = [key for key in own if key.rpartition(".")[0] == path]
+    rows = {entries[f"full.{key}"].shape[:1] for key in parts if key in about.whole}
+    return set(parts) <= set(about.whole) and len(rows) == 1 and entries[f"full.{name}"].shape[1:] == tuple(own[name].shape[1:])
