@@ -26,11 +26,7 @@ from loca_vision.layers.active_updates import (
 )
 from loca_vision.layers.applied_updates import learned_term, matrix_of, term_without_matrix
 from loca_vision.layers.batched_weights import read
-<<<<<<< HEAD
 from loca_vision.layers.built_together import BuiltTogether, can_be_built
-=======
-from loca_vision.layers.built_together import BuiltTogether
->>>>>>> 64062a3d1b207d9238c99a3f9e83285df4e78e04
 from loca_vision.layers.call_settings import CallSettings
 from loca_vision.layers.compiled_delta import CompiledDelta
 from loca_vision.layers.weight_cache import CachedWeight
