@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from loca_vision import adapters, load_adapter, save_adapter
-from loca_vision.formats import save_load as checkpoint
 from loca_vision.formats.adapter_file import FILE_NAME
-from loca_vision.formats.match_model import base_model_name
+from loca_vision.formats.match_model import base_model_name, may_be_the_same
 from support.adapter_files import NAME, C, L, Q, assert_same, facts, tiny, trained
 
 
@@ -103,4 +102,4 @@ def test_the_name_of_the_base_model(about_it: dict[str, str] | None, name: str) 
     ],
 )
 def test_which_bases_are_told_apart(mine: str, theirs: str, same: bool) -> None:
-    assert checkpoint._may_be_the_same(mine, theirs) is same
+    assert may_be_the_same(mine, theirs) is same
