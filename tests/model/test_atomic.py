@@ -47,7 +47,7 @@ VERBS: dict[str, Callable[[nn.Module, Path], Any]] = {
 
 
 def two_adapters(verb: str) -> nn.Module:
-    model = trained(name="a")
+    model = trained(name="a", depth=1)
     inject(model, LoCAConfig(n_components=5, targets=("q", "out", "fc1")), "b")
     train(model, "b", seed=2)
     if verb == "unfuse":
@@ -58,8 +58,8 @@ def two_adapters(verb: str) -> nn.Module:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_what_fails_half_way_leaves_the_model_as_it_was(verb: str, tmp_path: Path) -> None:
-    save_adapter(trained(name="c", seed=3), tmp_path, "c")
-    save_adapter(trained(name="d", seed=4, classes=5), tmp_path / "five", "d")
+    save_adapter(trained(name="c", seed=3, depth=1), tmp_path, "c")
+    save_adapter(trained(name="d", seed=4, classes=5, depth=1), tmp_path / "five", "d")
     model = two_adapters(verb)
     before = everything(model, lambda: model(IMAGES))
     act = VERBS[verb]
@@ -73,10 +73,10 @@ def test_what_fails_half_way_leaves_the_model_as_it_was(verb: str, tmp_path: Pat
 
 @pytest.mark.parametrize("verb", ["inject", "load_adapter"])
 def test_the_first_adapter_fails_half_way(verb: str, tmp_path: Path) -> None:
-    save_adapter(trained(name="c", seed=3), tmp_path, "c")
-    model = tiny()
+    save_adapter(trained(name="c", seed=3, depth=1), tmp_path, "c")
+    model = tiny(depth=1)
     before = everything(model, lambda: model(IMAGES))
-    other = tiny()
+    other = tiny(depth=1)
     for step in functions_called(lambda: VERBS[verb](other, tmp_path)):
         assert fail_in(step, lambda: VERBS[verb](model, tmp_path)), step
         assert_same(everything(model, lambda: model(IMAGES)), before, step)

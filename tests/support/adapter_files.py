@@ -60,8 +60,8 @@ def train(model: nn.Module, name: str = "default", seed: int = 1) -> None:
             parameter.normal_()
 
 
-def trained(config: LoCAConfig = CONFIG, classes: int = 3, name: str = "default", seed: int = 1) -> nn.Module:
-    model = tiny(classes)
+def trained(config: LoCAConfig = CONFIG, classes: int = 3, name: str = "default", seed: int = 1, depth: int = 2) -> nn.Module:
+    model = tiny(classes, depth=depth)
     inject(model, config, name)
     train(model, name, seed)
     return model
