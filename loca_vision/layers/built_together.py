@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from loca_vision.functional.batch_tables import BatchCells
 from loca_vision.functional.cosine_atoms import AtomSettings
 from loca_vision.functional.cosine_batch import batch_of
-from loca_vision.functional.snapshot import Snapshot, steps_unseen, version_of
+from loca_vision.functional.snapshot import Snapshot, last_unseen_step, version_of
 from loca_vision.layers.active_updates import ActiveUpdate
 from loca_vision.layers.batched_weights import Built, Part, built, layout_of
 from loca_vision.layers.plain_weight import is_plain_matrix
@@ -49,7 +49,7 @@ class _Member:
         """What is the same when a weight is asked for as when it was built; the last is the backward pass, if one runs."""
         numbers: list[Any] = [number for one in self.updates for number in one.update._parameters.values()]
         marks = [(version_of(number), number.data_ptr(), number.requires_grad) for number in (base, *numbers)]
-        return (*marks, steps_unseen(), scale, dtype, torch._C._current_graph_task_id())
+        return (*marks, last_unseen_step(), scale, dtype, torch._C._current_graph_task_id())
 
 
 class _Batch:
