@@ -399,6 +399,16 @@ def test_layers_asked_for_in_two_precisions_are_two_batches(monkeypatch: pytest.
     assert sizes == [1] * 6  # and not all weights anew for each
 
 
+def test_gradients_arrive_in_the_dtype_of_the_products() -> None:
+    """Otherwise autograd would convert each of them, and bfloat16 ones would no longer count as exact."""
+    model = adapted(LoCAConfig(n_components=40, targets=("q", "v")))
+    weight, layer = next((module.loca, module) for module in model.modules() if hasattr(module, "loca"))
+    with using("together"):
+        built = weight.together.take(weight, layer.weight, torch.bfloat16)
+    assert len(built.tickets) == 2
+    assert {ticket.dtype for ticket in built.tickets} == {built.weight.dtype} == {torch.bfloat16}
+
+
 def test_threads_on_one_model() -> None:
     def scenario(model: nn.Module, x: Tensor) -> Answer:
         found: dict[int, Any] = {}
