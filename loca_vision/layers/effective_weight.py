@@ -57,10 +57,9 @@ class EffectiveWeight(CompiledDelta):
         """With what the weight is built together, if with anything."""
         raise NotImplementedError
 
-    def is_built_together(self, base: Tensor) -> bool:
-        """Whether training builds W + the active updates together with other weights."""
-        chosen = builds_together(base.device) and self.together is not None
-        return chosen and can_be_built(self.active_updates(), base)
+    def can_be_built_together(self, base: Tensor) -> bool:
+        """Whether training can build W + the active updates together with other weights."""
+        return self.together is not None and can_be_built(self.active_updates(), base)
 
     def forward(self, base: Tensor) -> Tensor:
         """W + the active updates, (n, q) in W's dtype: built anew where gradients are recorded, else cached."""
