@@ -83,6 +83,7 @@ class BuiltTogether:
         member = self._member(weight, base)
         if member is None:
             return None
+        expected = self._dtypes.get(id(weight)) is dtype
         self._dtypes[id(weight)] = dtype
         scale = weight.call_settings.scale
         state, batch = member.state(base, scale, dtype), self._batches.get(id(weight))
@@ -91,8 +92,15 @@ class BuiltTogether:
             if found is not None:
                 return found
             if batch.left:  # a layer that runs more than once in a pass
-                return self._built([member], [base], scale, dtype, [False])[0]
-        return self._with_others(member, base, scale, dtype) if _learn_here(member.updates, base) else None
+                return self._alone(member, base, scale, dtype)
+        if not _learn_here(member.updates, base):
+            return None
+        if not expected:  # others of this pass have theirs already, and would all be built once more
+            return self._alone(member, base, scale, dtype)
+        return self._with_others(member, base, scale, dtype)
+
+    def _alone(self, member: _Member, base: Tensor, scale: float, dtype: torch.dtype) -> Built:
+        return self._built([member], [base], scale, dtype, [False])[0]
 
     def _member(self, weight: EffectiveWeight, base: Tensor) -> _Member | None:
         known = self._members.get(id(weight))
