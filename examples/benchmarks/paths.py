@@ -65,7 +65,7 @@ class Settings:
     threads: int = 1
     """Of torch."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where the ways are timed. A way that fails on a GPU is told, and the others are fitted."""
+    """Where the ways are timed. A way that fails on a GPU is reported, and the others are fitted."""
     seed: int = 0
     """Of the cells and the numbers."""
     output: Path | None = None
@@ -230,9 +230,8 @@ def of_device(costs: Costs, device: torch.device) -> Costs:
 
 
 def _product_seconds(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:
-    grads, x = (
-        torch.randn(*((32768, 2048) if device.type == "cuda" else (256, 768)), device=device, dtype=dtype) for _ in range(2)
-    )
+    shape = (32768, 2048) if device.type == "cuda" else (256, 768)
+    grads, x = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
     return min(in_turns({"product": lambda: grads.T @ x}, repeats, bar=False)["product"])
 
 
@@ -255,14 +254,15 @@ def _solved(terms: list[list[float]], seconds: list[float]) -> list[float]:
     return [float(f"{value:.2g}") for value in (torch.from_numpy(found) / scale).tolist()]
 
 
-def line(one: Timed) -> str:
+def shown(settings: Settings) -> list[Strategy]:
+    """The ways that are timed on this device, a column for each."""
+    return [*WAYS] if settings.device == "cpu" else [*WAYS, TOGETHER]
+
+
+def line(one: Timed, columns: list[Strategy]) -> str:
     (rows, cols), case = one.case.shape, one.case
     name = f"{rows} x {cols}, {case.tokens} tokens, B {case.components}, {case.projections} at once, {case.phase}"
-    seconds = "".join(
-        f"{1e3 * one.seconds[way]:10.2f}" if way in one.seconds else f"{'failed':>10}"
-        for way in (*WAYS, TOGETHER)
-        if way in WAYS or way in one.seconds
-    )
+    seconds = "".join(f"{1e3 * one.seconds[way]:10.2f}" if way in one.seconds else f"{'failed':>10}" for way in columns)
     return f"{name:62}{seconds}  {one.picked:8}{one.loss:6.2f}"
 
 
@@ -284,11 +284,12 @@ def benchmark(settings: Settings) -> None:
         costs = of_device(costs, torch.device(settings.device))
     results = [as_json(one) for one in timed]
     write(settings.output, report(SCRIPT, settings, costs=asdict(costs), cases=results))
-    print(f"{'milliseconds':62}" + "".join(f"{way:>10}" for way in WAYS) + f"  {'picked':8}{'loss':>6}")
-    print("\n".join(line(one) for one in timed))
+    columns = shown(settings)
+    print(f"{'milliseconds':62}" + "".join(f"{way:>10}" for way in columns) + f"  {'picked':8}{'loss':>6}")
+    print("\n".join(line(one, columns) for one in timed))
     slow = [one for one in timed if one.loss > 1.1]
     print(f"\n{len(timed)} cases, {len(slow)} of them picked more than 10 % slower than the best; the worst:")
-    print("\n".join(line(one) for one in sorted(timed, key=lambda one: -one.loss)[:5]))
+    print("\n".join(line(one, columns) for one in sorted(timed, key=lambda one: -one.loss)[:5]))
     for way, why in {way: why for one in timed for way, why in one.failed.items()}.items():
         print(f"\n{way} failed: {why}")
     print(f"\nCosts that fit here:\n{costs if settings.device == 'cpu' else to_paste(costs, settings.device)}")

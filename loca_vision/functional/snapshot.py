@@ -43,7 +43,8 @@ def _at_hand(compared: Sequence[Tensor]) -> list[Tensor]:
 def _mark(tensor: Tensor | None) -> tuple[Any, ...]:
     if tensor is None:
         return ()
-    return version_of(tensor), steps_unseen() if tensor.requires_grad else 0, tensor.data_ptr(), tensor.dtype, tensor.device
+    step = last_unseen_step() if tensor.requires_grad else None
+    return version_of(tensor), step, tensor.data_ptr(), tensor.dtype, tensor.device
 
 
 def version_of(tensor: Tensor) -> int:
@@ -51,20 +52,27 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def steps_unseen() -> int:
-    """How many steps optimisers have taken whose kernels write parameters without a new version."""
-    return _unseen
+class _Step:
+    """A step of an optimiser.
+
+    An object instead of a number: a compiled optimiser that counts is compiled anew at every step by torch 2.11.
+    """
 
 
-_unseen = 0
+def last_unseen_step() -> _Step:
+    """The last step of any optimiser whose kernels write parameters without a new version."""
+    return _last_unseen
+
+
+_last_unseen = _Step()
 
 
 def _note_step(optimizer: Optimizer, *inputs: Any) -> None:
     """torch's fused optimisers write so, and those of other libraries may."""
-    global _unseen
+    global _last_unseen
     foreign = not type(optimizer).__module__.startswith("torch.optim.")
     if foreign or any(group.get("fused") for group in optimizer.param_groups):
-        _unseen += 1
+        _last_unseen = _Step()
 
 
 register_optimizer_step_post_hook(_note_step)

@@ -50,12 +50,19 @@ def is_preferred(device: torch.device, dtype: torch.dtype) -> bool:
     They are where activations are rounded more coarsely anyway, and where `torch.set_float32_matmul_precision` allows less than
     the highest precision: otherwise TF32 would be taken then, whose error is 4e-4.
     """
-    return _is_possible(device) and (dtype.itemsize < 4 or torch.get_float32_matmul_precision() != "highest")
+    return _is_possible(device) and (dtype.itemsize < 4 or _allows_tf32())
+
+
+def _allows_tf32() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # torch 2.9 and later refuse to tell once `torch.backends.*.fp32_precision` has been set
+        return str(torch.backends.cuda.matmul.fp32_precision) == "tf32"
 
 
 @lru_cache(maxsize=8)
 def _is_possible(device: torch.device) -> bool:
-    """Products of bfloat16 numbers with a float32 result came late to torch, and to CUDA only."""
+    """Products of bfloat16 numbers with a float32 result came with torch 2.8, for CUDA only."""
     if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     return all(hasattr(operator, "dtype") for operator in (torch.ops.aten.bmm, torch.ops.aten.mm))

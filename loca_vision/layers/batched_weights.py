@@ -64,7 +64,7 @@ def built(parts: Sequence[Part], bases: Sequence[Tensor], dtype: torch.dtype, sp
     with torch.no_grad(), torch.autocast(bases[0].device.type, enabled=False):
         weights = _sums(parts, bases).to(bases[0].dtype).to(dtype)
     learning = [part for part in parts if any(part.learns)]
-    plan = _Plan(tuple(learning), spent, torch._C._current_graph_task_id() < 0)
+    plan = _Plan(tuple(learning), spent, torch._C._current_graph_task_id() < 0, dtype)
     numbers = [number for part in learning for number in part.numbers()]
     if len(learning) == 1 and len(learning[0].spectra) == len(bases) and learning[0].rows[0] is None:
         return [Built(weight) for weight in _Gradients.apply(plan, weights, *numbers)]
@@ -100,6 +100,7 @@ class _Plan:
     parts: tuple[Part, ...]
     spent: list[bool]
     first_pass: bool  # not one of blocks that a backward pass runs again, each with gradients of its own
+    dtype: torch.dtype  # of the weights: tickets of another one would have their gradients converted one by one
 
 
 class _Gradients(torch.autograd.Function):
@@ -116,7 +117,7 @@ class _Gradients(torch.autograd.Function):
             return weights.detach().unbind(0)
         made: list[Tensor] = []
         for part in plan.parts:
-            nothing = part.batch.coefficients.new_empty(())
+            nothing = part.batch.coefficients.new_empty((), dtype=plan.dtype)
             made += nothing.expand(len(part.spectra), *part.batch.layout.shape).unbind(0)
         return tuple(made)
 

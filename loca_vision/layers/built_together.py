@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from loca_vision.functional.batch_tables import BatchCells
 from loca_vision.functional.cosine_atoms import AtomSettings
 from loca_vision.functional.cosine_batch import batch_of
-from loca_vision.functional.snapshot import Snapshot, steps_unseen, version_of
+from loca_vision.functional.snapshot import Snapshot, last_unseen_step, version_of
 from loca_vision.layers.active_updates import ActiveUpdate
 from loca_vision.layers.batched_weights import Built, Part, built, layout_of
 from loca_vision.layers.plain_weight import is_plain_matrix
@@ -49,7 +49,7 @@ class _Member:
         """What is the same when a weight is asked for as when it was built; the last is the backward pass, if one runs."""
         numbers: list[Any] = [number for one in self.updates for number in one.update._parameters.values()]
         marks = [(version_of(number), number.data_ptr(), number.requires_grad) for number in (base, *numbers)]
-        return (*marks, steps_unseen(), scale, dtype, torch._C._current_graph_task_id())
+        return (*marks, last_unseen_step(), scale, dtype, torch._C._current_graph_task_id())
 
 
 class _Batch:
@@ -83,6 +83,7 @@ class BuiltTogether:
         member = self._member(weight, base)
         if member is None:
             return None
+        expected = self._dtypes.get(id(weight)) is dtype
         self._dtypes[id(weight)] = dtype
         scale = weight.call_settings.scale
         state, batch = member.state(base, scale, dtype), self._batches.get(id(weight))
@@ -91,8 +92,15 @@ class BuiltTogether:
             if found is not None:
                 return found
             if batch.left:  # a layer that runs more than once in a pass
-                return self._built([member], [base], scale, dtype, [False])[0]
-        return self._with_others(member, base, scale, dtype) if _learn_here(member.updates, base) else None
+                return self._alone(member, base, scale, dtype)
+        if not _learn_here(member.updates, base):
+            return None
+        if not expected:  # others of this pass have theirs already, and would all be built once more
+            return self._alone(member, base, scale, dtype)
+        return self._with_others(member, base, scale, dtype)
+
+    def _alone(self, member: _Member, base: Tensor, scale: float, dtype: torch.dtype) -> Built:
+        return self._built([member], [base], scale, dtype, [False])[0]
 
     def _member(self, weight: EffectiveWeight, base: Tensor) -> _Member | None:
         known = self._members.get(id(weight))

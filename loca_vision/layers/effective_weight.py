@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from loca_vision.functional.cosine_atoms import Cosines
 from loca_vision.functional.cosine_linear import spectral_linear, workload_of
 from loca_vision.functional.cost_model import builds_together, choose
 from loca_vision.functional.low_rank_linear import low_rank_linear
 from loca_vision.functional.row_linear import add_rows, computed_in, row_linear
 from loca_vision.functional.transforms import compiled, functional_only, ordinary_tensors, traced, untraced
 from loca_vision.layers.active_updates import (
+    ActiveUpdate,
     Updates,
     deltas_of,
     learn,
@@ -57,10 +59,9 @@ class EffectiveWeight(CompiledDelta):
         """With what the weight is built together, if with anything."""
         raise NotImplementedError
 
-    def is_built_together(self, base: Tensor) -> bool:
-        """Whether training builds W + the active updates together with other weights."""
-        chosen = builds_together(base.device) and self.together is not None
-        return chosen and can_be_built(self.active_updates(), base)
+    def can_be_built_together(self, base: Tensor) -> bool:
+        """Whether training can build W + the active updates together with other weights."""
+        return self.together is not None and can_be_built(self.active_updates(), base)
 
     def forward(self, base: Tensor) -> Tensor:
         """W + the active updates, (n, q) in W's dtype: built anew where gradients are recorded, else cached."""
@@ -113,11 +114,17 @@ class EffectiveWeight(CompiledDelta):
         if not matrices:
             return low_rank_linear(x, base, bias, pairs)
         learned = learned_cosines(updates, call.scale, base.device)
-        if learned is None:
-            deltas = deltas_of(updates, base, call)
-            with torch.no_grad():
-                weight = add_rows(base, deltas)
-            return row_linear(x, weight, bias, deltas)
+        if learned is not None:
+            return self._linear_by_costs(x, base, bias, updates, learned)
+        deltas = deltas_of(updates, base, call)
+        with torch.no_grad():
+            weight = add_rows(base, deltas)
+        return row_linear(x, weight, bias, deltas)
+
+    def _linear_by_costs(
+        self, x: Tensor, base: Tensor, bias: Tensor | None, updates: Updates, learned: Sequence[tuple[ActiveUpdate, Cosines]]
+    ) -> Tensor:
+        """The same with each sum of cosines that learns computed the way that the model of costs finds cheapest."""
         workloads = [workload_of(cosines) for _, cosines in learned]
         strategies = [decision.strategy for decision in choose(workloads, x.shape[:-1].numel(), x.device, computed_in(x))]
         if "together" in strategies:  # then all of them
@@ -128,7 +135,7 @@ class EffectiveWeight(CompiledDelta):
         applied = {id(active) for (active, _), way in zip(learned, strategies, strict=True) if way == "applied"}
         built = [active for active in updates if id(active) not in applied]
         with torch.no_grad():
-            weight = sum_with(built, base, call) if built else base
+            weight = sum_with(built, base, self.call_settings) if built else base
         return spectral_linear(x, weight, bias, [(active.rows, cosines) for active, cosines in learned], strategies)
 
     def _linear_together(self, x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor | None:

@@ -156,7 +156,7 @@ class Spectrum(Update):
         return self.scheduled or self.learns()
 
     def confine(self) -> None:
-        """As `confine`, of this one."""
+        """Bring this one's locations back to the border, as the function `confine` does for many at once."""
         self.locations.data.clamp_(0, 1)
 
     def _confine_what_moves(self) -> None:

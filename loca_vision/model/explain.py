@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from loca_vision.checks import counts_by_name, is_whole
 from loca_vision.functional.cosine_linear import workload_of
-from loca_vision.functional.cost_model import Decision, Workload, choose
+from loca_vision.functional.cost_model import Decision, Workload, builds_together, choose
 from loca_vision.functional.flop_counts import (
     NOTHING,
     Work,
@@ -137,12 +137,17 @@ def _explained(site: Site, updates: list[_Acting], tokens: int, weight: Tensor, 
         return [_still(one, site.updates.call_settings.low_memory) for one in updates]
     if all(update.factors() is not None for *_, update in updates):
         return [_by_factors(one, tokens) for one in updates]
-    if site.updates.is_built_together(weight):
+    able = site.updates.can_be_built_together(weight)
+    if able and builds_together(weight.device):
         return [_together(one, tokens) for one in updates]
     obstacle = _obstacle(learning, weight)
     choices = [Decision("whole")] * len(learning)
     if obstacle is None:
         choices = choose([_asked(update) for update in learning], tokens, weight.device, dtype or weight.dtype)
+    if any(choice.strategy == "together" for choice in choices):
+        if able:
+            return [_together(one, tokens, _comparison(choices[0])) for one in updates]
+        choices = [replace(choice, strategy="whole") for choice in choices]
     choice_of = {id(update): choice for update, choice in zip(learning, choices, strict=True)}
     sharing = sum(choice.strategy != "whole" for choice in choices)
     return [
@@ -172,10 +177,11 @@ def _by_factors(one: _Acting, tokens: int) -> Explained:
     return _row(one, "factors", "factors", "two thin products instead of a matrix", *works)
 
 
-def _together(one: _Acting, tokens: int) -> Explained:
+def _together(one: _Acting, tokens: int, why: str = "") -> Explained:
     """Shared launches make no fewer operations: the work is that of the whole way."""
+    why = why or "all weights of this shape are built at once, by a few large products"
     alone = _by_matrix(one, Decision("whole") if one[2].learns() else None, tokens, 0, "")
-    return replace(alone, path="together", why="all weights of this shape are built at once, by a few large products")
+    return replace(alone, path="together", why=why)
 
 
 def _by_matrix(one: _Acting, choice: Decision | None, tokens: int, sharing: int, otherwise: str) -> Explained:

@@ -288,7 +288,7 @@ def test_costs_fit_without_a_way_that_fails():
     less = paths.Timed(
         case, {way: taken for way, taken in one.seconds.items() if way != "applied"}, "applied", {"applied": "no"}
     )
-    assert less.loss == float("inf") and "failed" in paths.line(less)
+    assert less.loss == float("inf") and "failed" in paths.line(less, [*paths.WAYS, paths.TOGETHER])
     assert paths.as_json(less)["loss"] is None and paths.as_json(less)["failed"] == {"applied": "no"}
     assert "failed" not in paths.as_json(one)
     assert paths.fitted([less]).product >= 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loca_vision.functional import batch_by_components, batch_by_frequencies
+from loca_vision.functional import batch_by_components, batch_by_frequencies, split_products
 from loca_vision.functional.batch_tables import BatchCells
 from loca_vision.functional.cosine_batch import CosineBatch
 from loca_vision.functional.split_products import HALVES, LEFT, RIGHT, TWICE, is_preferred, parts, product
@@ -165,3 +165,21 @@ def test_a_product_of_parts(left, right, exact, stacked, device) -> None:
 
 def test_the_cpu_has_no_use_for_parts() -> None:
     assert not is_preferred(torch.device("cpu"), torch.bfloat16)
+
+
+def test_parts_stand_in_for_tf32_however_it_was_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses to name its precision once its newer settings have been used."""
+    monkeypatch.setattr(split_products, "_is_possible", lambda device: True)
+    device, settings = torch.device("cuda"), torch.backends.cuda.matmul
+    assert not is_preferred(device, torch.float32)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert is_preferred(device, torch.float32)
+    monkeypatch.undo()
+    monkeypatch.setattr(split_products, "_is_possible", lambda device: True)
+    if hasattr(settings, "fp32_precision"):
+        before, settings.fp32_precision = settings.fp32_precision, "tf32"
+        try:
+            assert is_preferred(device, torch.float32)
+        finally:
+            settings.fp32_precision = before
+    assert not is_preferred(device, torch.float32)

@@ -399,6 +399,32 @@ def test_layers_asked_for_in_two_precisions_are_two_batches(monkeypatch: pytest.
     assert sizes == [1] * 6  # and not all weights anew for each
 
 
+def test_nothing_is_built_twice_in_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the first one, in which the layers turn up one by one, nor in the first one of another precision."""
+    sizes, build = [], built_together.built
+    monkeypatch.setattr(
+        built_together, "built", lambda parts, bases, *more: sizes.append(len(bases)) or build(parts, bases, *more)
+    )
+    model, x = adapted(LoCAConfig(n_components=40, targets=("q", "v"))), batch("vit")
+    layers = len(model.blocks)
+    with using("together"):
+        for enabled in (False, False, False, True, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss(model, x).backward()
+    assert layers > 1
+    assert sizes == [1] * layers + [layers] * 2 + [1] * layers + [layers]
+
+
+def test_gradients_arrive_in_the_dtype_of_the_products() -> None:
+    """Otherwise autograd would convert each of them, and bfloat16 ones would no longer count as exact."""
+    model = adapted(LoCAConfig(n_components=40, targets=("q", "v")))
+    weight, layer = next((module.loca, module) for module in model.modules() if hasattr(module, "loca"))
+    with using("together"):
+        built = weight.together.take(weight, layer.weight, torch.bfloat16)
+    assert len(built.tickets) == 2
+    assert {ticket.dtype for ticket in built.tickets} == {built.weight.dtype} == {torch.bfloat16}
+
+
 def test_threads_on_one_model() -> None:
     def scenario(model: nn.Module, x: Tensor) -> Answer:
         found: dict[int, Any] = {}

@@ -11,7 +11,8 @@ from loca_vision import FourierFTConfig, LoCAConfig, LoRAConfig, adapters, expla
 from loca_vision.functional.cosine_atoms import offsets
 from loca_vision.functional.cost_model import Workload
 from loca_vision.functional.flop_counts import of_applying, of_factors, of_sampled_gradient, of_whole_gradient
-from support.strategies import FORCED, FREE
+from support.strategies import FORCED, FREE, TOGETHER
+from support.timm_models import tiny
 
 SAMPLED = FORCED["sampled"]
 
@@ -83,6 +84,19 @@ def test_what_is_built_together(adapted, monkeypatch):
         assert {row.path for row in explain(adapted)} == {"kept", "whole"}
         adapted.requires_grad_(True)
         assert "together" not in {row.path for row in explain(adapted)}
+
+
+def test_costs_that_choose_to_build_together(monkeypatch):
+    """The work is that of the whole way; where the rows are interleaved, the whole way is taken."""
+    for family, path in (("vit", "together"), ("maxvit", "whole")):
+        model = tiny(family)
+        inject(model, LoCAConfig(n_components=40, targets=("q", "v")))
+        monkeypatch.setattr(paths, "COSTS", {})
+        whole = explain(model, 100)
+        monkeypatch.setattr(paths, "COSTS", TOGETHER)
+        chosen = explain(model, 100)
+        assert {row.path for row in chosen} == {path} and all("by the model" in row.why for row in chosen)
+        assert [(row.forward, row.backward) for row in chosen] == [(row.forward, row.backward) for row in whole]
 
 
 def test_what_learns_nothing_is_kept_and_costs_nothing(adapted):
