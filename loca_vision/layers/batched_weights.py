@@ -82,7 +82,10 @@ def _sums(parts: Sequence[Part], bases: Sequence[Tensor]) -> Tensor:
     first, rest = parts[0], parts[1:]
     if first.rows[0] is None and first.batch.coefficients.dtype == wide:
         result = first.batch.matrices()
-        torch._foreach_add_(list(result.unbind(0)), [bases[index] for index, _ in first.spectra])
+        if bases[0].dtype == wide:
+            torch._foreach_add_(list(result.unbind(0)), list(bases))
+        else:  # of two dtypes it would be one launch each
+            result.add_(torch.stack(list(bases)))
     else:
         result, rest = bases[0].new_empty(len(bases), *bases[0].shape, dtype=wide), parts
         torch._foreach_copy_(list(result.unbind(0)), list(bases))

@@ -149,8 +149,8 @@ class Spectrum(Update):
         return [] if self.final else [self.locations]
 
     def learns(self) -> bool:
-        own = self._parameters  # which is asked of every projection at every step
-        return own["coefficients"].requires_grad or own["locations"].requires_grad  # type: ignore[union-attr]
+        own = self._parameters.values()  # which is asked of every projection at every step
+        return any([number.requires_grad for number in own]) if own else super().learns()  # type: ignore[union-attr]
 
     def is_trained(self) -> bool:
         return self.scheduled or self.learns()
