@@ -96,16 +96,21 @@ def _going(session: Session, end: float) -> Callable[[], bool]:
 def _first(session: Session, make: Made, work: Workload, base: int, row: Found) -> Step:
     """A contender that has been made and warmed up, and what one of its steps takes beside time."""
     others = _allocated(work) - base  # which the contenders before it hold
+    on_gpu = device_here().type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     step = make(work)
     row["first step"] = seconds_of(step)
+    if on_gpu:  # what was never asked for before is built otherwise than later
+        row["peak MB of the first step"] = (torch.cuda.max_memory_allocated() - others) / 1e6
     row["warm"] = seconds_of(step)
     row["trained"] = sum(tensor.numel() for tensor in step.trained)
-    if device_here().type == "cuda":
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         step()
         torch.cuda.synchronize()
         row["peak MB"] = (torch.cuda.max_memory_allocated() - others) / 1e6
-    if device_here().type == "cuda" or work.head:  # counting the operators of a UNet takes long, and they mean nothing here
+    if on_gpu or work.head:  # counting the operators of a UNet takes long, and they mean nothing here
         launched: Found = row.setdefault("launches", {})
         session.guarded(launched, lambda: launched.update(launches(step)))
     return step

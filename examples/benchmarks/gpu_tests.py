@@ -17,7 +17,7 @@ from workloads import device_here
 ROOT = Path(__file__).resolve().parents[2]
 # A line for each test, also of those before a kill. Other packages warn of pytest's workers and of what they will drop.
 OPTIONS = ("-p", "no:benchmark", "-W", "ignore::DeprecationWarning", "-vv", "--tb=short", "--continue-on-collection-errors")
-CLOSING = 25
+CLOSING, ERRORS = 25, 80  # lines
 USAGE, NONE_FOUND = 4, 5  # exit statuses of pytest: the mark is unknown, among others, and no test has it
 _OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b (tests/\S+)|(tests/\S+) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
 
@@ -34,6 +34,7 @@ def part(session: Session, found: Found, seconds: float) -> None:
         "status": status,
         "outcomes": dict(Counter(outcomes.values())),
         "failed": sorted(name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")),
+        "errors": [line for line in output.splitlines() if line.startswith("E  ")][:ERRORS],
         "closing lines": output.splitlines()[-CLOSING:],
     }
     if status == NONE_FOUND or (status == USAGE and "Unknown marker" in output):
