@@ -78,6 +78,11 @@ class BuiltTogether:
         """Updates came, went or act in another way."""
         self.__init__()  # type: ignore[misc]
 
+    def release(self) -> None:
+        """Let go of what gradients have gone through, and of what layers that a pass skipped never asked for with it."""
+        if self._batches:
+            self._batches = {key: batch for key, batch in tuple(self._batches.items()) if not batch.spent[0]}
+
     def take(self, weight: EffectiveWeight, base: Tensor, dtype: torch.dtype) -> Built | None:
         """The effective weight for activations of this dtype; None if it is none that is built with others."""
         member = self._member(weight, base)

@@ -202,6 +202,8 @@ class EffectiveWeight(CompiledDelta):
 
     def _from_cache(self, base: Tensor | None, updates: Updates, form: tuple[Any, ...], build: Callable[[], Tensor]) -> Tensor:
         """The cached weight, as long as W, spectra, strengths and `form` are those it was built from."""
+        if self.together is not None:
+            self.together.release()
         learned = list(tensors_of(updates))
         if learn(updates) and learned[0].device.type != "cpu" and dist.is_available() and dist.is_initialized():
             with torch.no_grad():
