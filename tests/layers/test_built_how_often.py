@@ -1,4 +1,4 @@
-"""What no gradient shows of weights that are built together: how often, in which precision, by which thread, and for how long."""
+"""What no gradient shows of weights that are built together: how often, how precisely, by which thread and for how long."""
 
 from __future__ import annotations
 
