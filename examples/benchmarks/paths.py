@@ -130,49 +130,59 @@ def ways(case: Case, device: torch.device) -> dict[Strategy, Callable[[], object
 
 
 def _ways(case: Case) -> dict[Strategy, Callable[[], object]]:
-    (rows, cols), places = case.shape, offsets("central", *PHASES[case.phase])
-    count, moving = case.projections, case.phase == "locations"
-    x, grads = torch.randn(case.tokens, cols), list(torch.randn(case.tokens, count, rows).unbind(1))
-    weights, coefficients = list(torch.randn(count, rows, cols).unbind(0)), torch.randn(case.components)
-    known = [Cells(_cells(case), case.shape) for _ in grads]
+    work = _Prepared(case)
+    found: dict[Strategy, Callable[[], object]] = {"whole": work.whole, "sampled": work.sampled, "applied": work.applied}
+    return found if work.x.device.type == "cpu" else found | {TOGETHER: work.together}
 
-    def layouts() -> list[Cells]:  # of which nothing is known yet after a step of locations
-        return [Cells(one.cells, one.shape) for one in known] if moving else known
 
-    def built(current: list[Cells]) -> None:
-        for weight, layout in zip(weights, current, strict=True):
-            add_rows(weight, [(None, cosine_matrix(coefficients, layout, 1.0))])
+class _Prepared:
+    """The tensors of a case, and what each way makes of them."""
 
-    def whole() -> None:
-        current = layouts()
-        built(current)
-        for grad, layout in zip(grads, current, strict=True):
-            spectrum_at(grad.T @ x, layout, places)
+    def __init__(self, case: Case) -> None:
+        (rows, cols), count = case.shape, case.projections
+        self.case, self.moving = case, case.phase == "locations"
+        self.x, self.grads = torch.randn(case.tokens, cols), list(torch.randn(case.tokens, count, rows).unbind(1))
+        self.weights, self.coefficients = list(torch.randn(count, rows, cols).unbind(0)), torch.randn(case.components)
+        self.known = [Cells(_cells(case), case.shape) for _ in self.grads]
+        self.offsets = offsets("central", *PHASES[case.phase])
 
-    def sampled() -> None:
-        current = layouts()
-        built(current)
-        spectra_at(in_pieces(x), grads, current, [places] * count, [None] * count)
+    def layouts(self) -> list[Cells]:
+        """Of which nothing is known yet after a step of locations."""
+        return [Cells(one.cells, one.shape) for one in self.known] if self.moving else self.known
 
-    def applied() -> None:
-        current, pieces, outputs = layouts(), in_pieces(x), x.new_zeros(case.tokens, rows)
-        for layout in current:
-            add_applied(outputs, spectrum_of(layout, coefficients), pieces)
-        backs = [transposed_of(layout, coefficients) for layout in current]
-        onward = spectra_at(pieces, grads, current, [places] * count, backs)[1]
-        for tokens, piece in zip(split_like(torch.zeros_like(x), pieces), onward, strict=True):
+    def built(self, layouts: list[Cells]) -> None:
+        for weight, layout in zip(self.weights, layouts, strict=True):
+            add_rows(weight, [(None, cosine_matrix(self.coefficients, layout, 1.0))])
+
+    def whole(self) -> None:
+        layouts = self.layouts()
+        self.built(layouts)
+        for grad, layout in zip(self.grads, layouts, strict=True):
+            spectrum_at(grad.T @ self.x, layout, self.offsets)
+
+    def sampled(self) -> None:
+        layouts = self.layouts()
+        self.built(layouts)
+        count = len(layouts)
+        spectra_at(in_pieces(self.x), self.grads, layouts, [self.offsets] * count, [None] * count)
+
+    def applied(self) -> None:
+        layouts, pieces = self.layouts(), in_pieces(self.x)
+        outputs = self.x.new_zeros(self.case.tokens, self.case.shape[0])
+        for layout in layouts:
+            add_applied(outputs, spectrum_of(layout, self.coefficients), pieces)
+        backs = [transposed_of(layout, self.coefficients) for layout in layouts]
+        onward = spectra_at(pieces, self.grads, layouts, [self.offsets] * len(layouts), backs)[1]
+        for tokens, piece in zip(split_like(torch.zeros_like(self.x), pieces), onward, strict=True):
             add_samples(tokens, piece)
 
-    def together() -> None:
-        every = [grad for grad in grads for _ in range(PEERS)]
-        cells = torch.cat([known[0].cells] * len(every))
-        layout = BatchCells(cells, [case.components] * len(every), case.shape)
-        batch = CosineBatch(coefficients.repeat(len(every)), layout, 1.0, "central")
-        torch._foreach_add_(list(batch.matrices().unbind(0)), [weights[0]] * len(every))
-        batch.gradients([grad.T @ x for grad in every], not moving, moving)
-
-    found: dict[Strategy, Callable[[], object]] = {"whole": whole, "sampled": sampled, "applied": applied}
-    return found if x.device.type == "cpu" else found | {TOGETHER: together}
+    def together(self) -> None:
+        every = [grad for grad in self.grads for _ in range(PEERS)]
+        cells = torch.cat([self.known[0].cells] * len(every))
+        layout = BatchCells(cells, [self.case.components] * len(every), self.case.shape)
+        batch = CosineBatch(self.coefficients.repeat(len(every)), layout, 1.0, "central")
+        torch._foreach_add_(list(batch.matrices().unbind(0)), [self.weights[0]] * len(every))
+        batch.gradients([grad.T @ self.x for grad in every], not self.moving, self.moving)
 
 
 def _cells(case: Case) -> Tensor:

@@ -21,7 +21,7 @@ def matrices(values: Tensor, layout: BatchCells, split: bool) -> Tensor:
     right = (table(q, None, values)[cols] * values[:, None]).view(count, -1, q)
     if not split:
         return table(p, None, values)[rows].view(count, -1, p).mT @ right
-    left = parts_of_table(p, None, HALVES, 0, values.device)[layout.in_parts(LEFT)]
+    left = parts_of_table(p, None, HALVES, 0, values.device)[layout.rows_in_parts]
     return product(left.mT, parts(right, RIGHT, 1))
 
 

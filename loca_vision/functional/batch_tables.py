@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from loca_vision.functional.cosine_atoms import shifted, slope_steps
 from loca_vision.functional.dct import matrix_for
-from loca_vision.functional.split_products import Pattern, is_exact, parts
+from loca_vision.functional.split_products import LEFT, Pattern, is_exact, parts
 from loca_vision.functional.transforms import ordinary_tensors
 
 
@@ -26,27 +26,23 @@ class BatchCells:
 
     def __init__(self, cells: Tensor, counts: Sequence[int], shape: tuple[int, int]) -> None:
         self.cells, self.counts, self.shape = cells, list(counts), shape
-        self._flat: Tensor | None = None
-        self._in_parts: dict[Pattern, Tensor] = {}
 
-    @property
+    @cached_property
     def flat(self) -> Tensor:
         """(M,) positions of the cells in (N, p, q)."""
-        if self._flat is None:
-            self._flat = self.flat_of(self.cells)
-        return self._flat
+        return self.flat_of(self.cells)
 
     def flat_of(self, cells: Tensor) -> Tensor:
         """(..., M) positions in (N, p, q) of cells (..., M, 2)."""
         starts = _starts(tuple(self.counts), math.prod(self.shape), cells.device)
         return torch.add(starts + cells[..., 1], cells[..., 0], alpha=self.shape[1])
 
-    def in_parts(self, pattern: Pattern) -> Tensor:
-        """(N, K B) rows of the cells, for as many components of each, in a table of parts that stand below each other."""
-        if pattern not in self._in_parts:
-            shifts = _shifts(pattern, self.shape[0], self.cells.device)
-            self._in_parts[pattern] = (self.cells[:, 0].view(len(self.counts), 1, -1) + shifts).flatten(1)
-        return self._in_parts[pattern]
+    @cached_property
+    def rows_in_parts(self) -> Tensor:
+        """(N, 3 B) rows of the cells, for as many components of each, in a table of `HALVES` below each other, as `LEFT` has
+        them."""
+        shifts = _shifts(LEFT, self.shape[0], self.cells.device)
+        return (self.cells[:, 0].view(len(self.counts), 1, -1) + shifts).flatten(1)
 
 
 @lru_cache(maxsize=64)

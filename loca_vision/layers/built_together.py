@@ -9,10 +9,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loca_vision.functional.batch_tables import BatchCells
 from loca_vision.functional.cosine_atoms import AtomSettings
@@ -21,6 +21,7 @@ from loca_vision.functional.snapshot import Snapshot, last_unseen_step, version_
 from loca_vision.layers.active_updates import ActiveUpdate
 from loca_vision.layers.batched_weights import Built, Part, built, layout_of
 from loca_vision.layers.plain_weight import is_plain_matrix
+from loca_vision.layers.update_groups import fit, groups_of, kind_of, learn_here, range_of
 from loca_vision.methods.spectrum import Spectrum, confine
 
 if TYPE_CHECKING:
@@ -38,12 +39,9 @@ class _Member:
     base: weakref.ref[Tensor]
     updates: tuple[ActiveUpdate, ...]
 
-    def spectra(self) -> list[Spectrum]:
-        return [active.update for active in self.updates]  # type: ignore[misc]
-
     def kind(self, base: Tensor) -> tuple[Any, ...]:
         """What the members of a batch have in common."""
-        return base.shape, base.dtype, base.device, *[(*_kind(one.update), _range(one), one.strength) for one in self.updates]
+        return base.shape, base.dtype, base.device, *[(*kind_of(one), range_of(one)) for one in self.updates]
 
     def state(self, base: Tensor, scale: float, dtype: torch.dtype) -> tuple[Any, ...]:
         """What is the same when a weight is asked for as when it was built; the last is the backward pass, if one runs."""
@@ -68,15 +66,15 @@ class BuiltTogether:
     """
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Updates came, went or act in another way."""
         self._members: dict[int, _Member] = {}  # by the identity of the weight; without updates, one that cannot take part
         self._near: dict[int, list[_Member]] = {}  # likewise, those that may be built with it
         self._dtypes: dict[int, torch.dtype] = {}  # likewise, of the activations that it was asked for last
         self._batches: dict[int, _Batch] = {}  # likewise, the one that it was built in last
         self._layouts: dict[tuple[int, ...], tuple[Snapshot, BatchCells]] = {}
-
-    def forget(self) -> None:
-        """Updates came, went or act in another way."""
-        self.__init__()  # type: ignore[misc]
 
     def release(self) -> None:
         """Let go of what gradients have gone through, and of what layers that a pass skipped never asked for with it."""
@@ -98,7 +96,7 @@ class BuiltTogether:
                 return found
             if batch.left:  # a layer that runs more than once in a pass
                 return self._alone(member, base, scale, dtype)
-        if not _learn_here(member.updates, base):
+        if not learn_here(member.updates, base):
             return None
         if not expected:  # others of this pass have theirs already, and would all be built once more
             return self._alone(member, base, scale, dtype)
@@ -112,7 +110,7 @@ class BuiltTogether:
         if known is not None and known.weight() is weight and known.base() is base:
             return known if known.updates else None
         updates = tuple(weight.active_updates())
-        chosen = updates if _fit(updates, base) else ()
+        chosen = updates if fit(updates, base) else ()
         self._members[id(weight)] = known = _Member(weakref.ref(weight), weakref.ref(base), chosen)
         self._near = {}
         return known if chosen else None
@@ -139,7 +137,7 @@ class BuiltTogether:
                 continue
             if self._dtypes.get(id(other.weight())) is not dtype:
                 continue
-            if _learn_here(other.updates, its_base) and other.kind(its_base) == kind:
+            if learn_here(other.updates, its_base) and other.kind(its_base) == kind:
                 members.append(other)
                 bases.append(its_base)
         return members, bases
@@ -161,19 +159,19 @@ class BuiltTogether:
     def _built(
         self, members: Sequence[_Member], bases: Sequence[Tensor], scale: float, dtype: torch.dtype, spent: list[bool]
     ) -> list[Built]:
-        return built([self._part(members, which, scale, dtype) for which in _parts(members[0])], bases, dtype, spent)
+        return built([self._part(members, which, scale, dtype) for which in groups_of(members[0].updates)], bases, dtype, spent)
 
     def _part(self, members: Sequence[_Member], which: Sequence[int], scale: float, dtype: torch.dtype) -> Part:
         """The sums of these updates of every member."""
         chosen = [(index, member.updates[i]) for index, member in enumerate(members) for i in which]
-        spectra = [(index, active.update) for index, active in chosen]
-        own: list[Spectrum] = [update for _, update in spectra]  # type: ignore[misc]
+        own = [cast(Spectrum, active.update) for _, active in chosen]
         settings = AtomSettings(own[0].shape, own[0].scale * (scale * chosen[0][1].strength), own[0].difference)
         layout = self._layout(own)
         with torch.no_grad():
             coefficients = torch.cat([spectrum.coefficients for spectrum in own])
         batch = batch_of(coefficients, layout, settings, dtype)
-        return Part(batch, tuple(spectra), tuple(active.rows for _, active in chosen))  # type: ignore[arg-type]
+        spectra = zip([index for index, _ in chosen], own, strict=True)
+        return Part(batch, tuple(spectra), tuple(active.rows for _, active in chosen))
 
     def _layout(self, spectra: Sequence[Spectrum]) -> BatchCells:
         """Kept as long as no location moves."""
@@ -189,66 +187,3 @@ class BuiltTogether:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BuiltTogether, ()  # a copy, or what comes from a pickle, learns of its own weights
-
-
-def can_be_built(updates: Sequence[ActiveUpdate], base: Tensor) -> bool:
-    """Whether the weight W + these updates can be built together with others, as things are now."""
-    return not base.requires_grad and _fit(updates, base) and _learn_here(updates, base)
-
-
-def _fit(updates: Sequence[ActiveUpdate], base: Tensor) -> bool:
-    """Whether they are sums of cosines, of all rows of an ordinary matrix or of ranges of them."""
-    able = all(type(one.update).delta is Spectrum.delta and not isinstance(one.rows, Tensor) for one in updates)
-    return able and is_plain_matrix(base)
-
-
-def _learn_here(updates: Sequence[ActiveUpdate], base: Tensor) -> bool:
-    """Whether something learns, and all numbers are where the base is, not sharded, replicated or offloaded, and precise."""
-    learns = False
-    for active in updates:
-        for number in active.update._parameters.values():
-            if type(number) is not nn.Parameter or number.device != base.device:
-                return False
-            if number.dtype.itemsize < 4 or active.update.inactive:
-                return False
-            learns |= number.requires_grad
-    return learns
-
-
-def _kind(update: Any) -> tuple[Any, ...]:
-    learns = [(number.dtype, number.requires_grad) for number in (update.coefficients, update.locations)]
-    return update.shape, update.scale, update.difference, *learns, *_owners(update)
-
-
-def _owners(update: Spectrum) -> tuple[int, ...]:
-    """Which part of a model in FSDP 2 has the numbers, told by the hook that it sets; none elsewhere.
-
-    FSDP 2 reduces the gradients of a part as soon as the backward pass has left it, and overlooks later ones: those of one
-    part may not wait for those of another.
-    """
-    return tuple(map(id, update._state_dict_pre_hooks.values()))
-
-
-def _range(active: ActiveUpdate) -> tuple[int, int] | None:
-    rows = active.rows
-    assert not isinstance(rows, Tensor)
-    return None if rows is None else (rows.start, rows.stop)
-
-
-def _parts(member: _Member) -> list[list[int]]:
-    """The indices of its updates, in groups that are alike and have no row in common."""
-    groups: list[list[int]] = []
-    for i, one in enumerate(member.updates):
-        for group in groups:
-            others = [member.updates[j] for j in group]
-            alike = (*_kind(one.update), one.strength) == (*_kind(others[0].update), others[0].strength)
-            if alike and not any(_overlap(_range(one), _range(other)) for other in others):
-                group.append(i)
-                break
-        else:
-            groups.append([i])
-    return groups
-
-
-def _overlap(one: tuple[int, int] | None, other: tuple[int, int] | None) -> bool:
-    return one is None or other is None or (one[0] < other[1] and other[0] < one[1])

@@ -28,9 +28,10 @@ from loca_vision.layers.active_updates import (
 )
 from loca_vision.layers.applied_updates import learned_term, matrix_of, term_without_matrix
 from loca_vision.layers.batched_weights import read
-from loca_vision.layers.built_together import BuiltTogether, can_be_built
+from loca_vision.layers.built_together import BuiltTogether
 from loca_vision.layers.call_settings import CallSettings
 from loca_vision.layers.compiled_delta import CompiledDelta
+from loca_vision.layers.update_groups import can_be_built
 from loca_vision.layers.weight_cache import CachedWeight
 
 

@@ -6,7 +6,6 @@ import gc
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -33,11 +32,7 @@ from support.two_ways import (
     step,
 )
 
-
-@pytest.fixture(autouse=True)
-def _whole_by_default() -> Iterator[None]:
-    with using("whole"):
-        yield
+pytestmark = pytest.mark.usefixtures("one_by_one")
 
 
 def test_evaluation_lets_go_of_what_a_pass_left() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -43,11 +43,7 @@ from support.two_ways import (
     step,
 )
 
-
-@pytest.fixture(autouse=True)
-def _whole_by_default() -> Iterator[None]:
-    with using("whole"):
-        yield
+pytestmark = pytest.mark.usefixtures("one_by_one")
 
 
 @pytest.fixture

@@ -1,0 +1,78 @@
+"""Which updates of a weight can be built together with others, and which of them make one group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from loca_vision.layers.active_updates import ActiveUpdate
+from loca_vision.layers.plain_weight import is_plain_matrix
+from loca_vision.methods.spectrum import Spectrum
+
+
+def can_be_built(updates: Sequence[ActiveUpdate], base: Tensor) -> bool:
+    """Whether the weight W + these updates can be built together with others, as things are now."""
+    return not base.requires_grad and fit(updates, base) and learn_here(updates, base)
+
+
+def fit(updates: Sequence[ActiveUpdate], base: Tensor) -> bool:
+    """Whether they are sums of cosines, of all rows of an ordinary matrix or of ranges of them."""
+    able = all(type(one.update).delta is Spectrum.delta and not isinstance(one.rows, Tensor) for one in updates)
+    return able and is_plain_matrix(base)
+
+
+def learn_here(updates: Sequence[ActiveUpdate], base: Tensor) -> bool:
+    """Whether something learns, and all numbers are where the base is, not sharded, replicated or offloaded, and precise."""
+    learns = False
+    for active in updates:
+        for number in active.update._parameters.values():
+            if type(number) is not nn.Parameter or number.device != base.device:
+                return False
+            if number.dtype.itemsize < 4 or active.update.inactive:
+                return False
+            learns |= number.requires_grad
+    return learns
+
+
+def kind_of(active: ActiveUpdate) -> tuple[Any, ...]:
+    """What updates that are built together have in common, but for their rows."""
+    update: Any = active.update
+    learns = [(number.dtype, number.requires_grad) for number in (update.coefficients, update.locations)]
+    return update.shape, update.scale, update.difference, active.strength, *learns, *_owners(update)
+
+
+def _owners(update: Spectrum) -> tuple[int, ...]:
+    """Which part of a model in FSDP 2 has the numbers, told by the hook that it sets; none elsewhere.
+
+    FSDP 2 reduces the gradients of a part as soon as the backward pass has left it, and overlooks later ones: those of one
+    part may not wait for those of another.
+    """
+    return tuple(map(id, update._state_dict_pre_hooks.values()))
+
+
+def range_of(active: ActiveUpdate) -> tuple[int, int] | None:
+    rows = active.rows
+    assert not isinstance(rows, Tensor)
+    return None if rows is None else (rows.start, rows.stop)
+
+
+def groups_of(updates: Sequence[ActiveUpdate]) -> list[list[int]]:
+    """The indices of updates of one weight, in groups that are alike and have no row in common."""
+    groups: list[list[int]] = []
+    for i, one in enumerate(updates):
+        group = next((group for group in groups if _joins(one, [updates[j] for j in group])), None)
+        if group is None:
+            groups.append([i])
+        else:
+            group.append(i)
+    return groups
+
+
+def _joins(one: ActiveUpdate, others: Sequence[ActiveUpdate]) -> bool:
+    return kind_of(one) == kind_of(others[0]) and not any(_overlap(range_of(one), range_of(other)) for other in others)
+
+
+def _overlap(one: tuple[int, int] | None, other: tuple[int, int] | None) -> bool:
+    return one is None or other is None or (one[0] < other[1] and other[0] < one[1])
