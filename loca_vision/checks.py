@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-PARTS = ("q", "k", "v", "out", "fc1", "fc2")
+PARTS = ("q", "k", "v", "out", "fc1", "fc2", "proj_in", "proj_out", "linear")
+_MOST_PATTERNS = 1000
 
 
 def check_targets(targets: object) -> None:
-    """Raise unless these are different parts of attention layers and MLPs."""
+    """Raise unless these are different parts of a model."""
     if isinstance(targets, str) or not isinstance(targets, (tuple, list)):
         raise ValueError(f"targets={targets!r}: expected a tuple of parts, such as ('q', 'v')")
     if not targets:
@@ -24,6 +25,25 @@ def check_targets(targets: object) -> None:
             raise ValueError(f"targets={tuple(targets)!r}: {part!r} is not one of {', '.join(PARTS)}")
     if len(set(targets)) < len(targets):
         raise ValueError(f"targets={tuple(targets)!r}: a part is named twice")
+
+
+def check_layers(layers: object) -> tuple[str, ...] | None:
+    """The patterns as a tuple; None for every layer.
+
+    Raises:
+        ValueError: it is neither None, a pattern nor a list of different patterns.
+    """
+    if layers is None:
+        return None
+    patterns = (layers,) if isinstance(layers, str) else layers
+    if not isinstance(patterns, (tuple, list)) or not patterns or len(patterns) > _MOST_PATTERNS:
+        raise ValueError(f"layers={layers!r}: expected a name pattern such as '*attn2*', or a list of them")
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern.removeprefix("!") or len(pattern) > 500:
+            raise ValueError(f"layers: expected a name pattern such as '*attn2*', or '!mid_block' to exclude, got {pattern!r}")
+    if len(set(patterns)) < len(patterns):
+        raise ValueError(f"layers={layers!r}: a pattern comes twice")
+    return tuple(patterns)
 
 
 def check_factor(field: str, value: object, meaning: str) -> None:

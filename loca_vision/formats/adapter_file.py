@@ -36,6 +36,7 @@ class Description:
         shapes: (p, q) of each projection; of a pipeline's, the names begin with the component: `unet.mid_block...`.
         whole: names of the parameters trained as a whole, with the component in front likewise.
         name, base_model, library_version: of the adapter, of what it was trained on, and of what wrote it.
+        convolutions: the projections that are 1 x 1 convolutions, whose shape in the header is [p, q, 1, 1].
     """
 
     configs: dict[str, AdapterConfig]
@@ -44,6 +45,7 @@ class Description:
     name: str
     base_model: str
     library_version: str
+    convolutions: frozenset[str] = frozenset()
 
     @property
     def method(self) -> str:
@@ -67,7 +69,8 @@ class Description:
         prefix = prefix_of(component)
         shapes = {name[len(prefix) :]: shape for name, shape in self.shapes.items() if name.startswith(prefix)}
         whole = tuple(name[len(prefix) :] for name in self.whole if name.startswith(prefix))
-        return replace(self, configs={"": self.configs[component]}, shapes=shapes, whole=whole)
+        convolutions = frozenset(name[len(prefix) :] for name in self.convolutions if name.startswith(prefix))
+        return replace(self, configs={"": self.configs[component]}, shapes=shapes, whole=whole, convolutions=convolutions)
 
 
 def joined(parts: Mapping[str, Description], base_model: str) -> Description:
@@ -87,6 +90,7 @@ def joined(parts: Mapping[str, Description], base_model: str) -> Description:
         configs={component: part.configs[""] for component, part in parts.items()},
         shapes={prefix_of(c) + name: shape for c, part in parts.items() for name, shape in part.shapes.items()},
         whole=tuple(prefix_of(c) + name for c, part in parts.items() for name in part.whole),
+        convolutions=frozenset(prefix_of(c) + name for c, part in parts.items() for name in part.convolutions),
         base_model=base_model,
     )
 
@@ -150,7 +154,8 @@ def with_prefix(tensors: Mapping[str, Tensor], component: str) -> dict[str, Tens
 def as_json(about: Description) -> dict[str, Any]:
     """The metadata, from which `read_description` makes an equal description."""
     configs = {component: config.as_json() for component, config in about.configs.items()}
-    others = {key: value for key, value in vars(about).items() if key != "configs"}
+    shapes = {name: [*shape, 1, 1] if name in about.convolutions else shape for name, shape in about.shapes.items()}
+    others = {key: value for key, value in vars(about).items() if key not in ("configs", "convolutions")} | {"shapes": shapes}
     return {"format_version": FORMAT_VERSION, "method": about.method, "config": configs.get("", configs)} | others
 
 
@@ -177,21 +182,26 @@ def read_description(metadata: dict[str, str], entries: dict[str, Entry]) -> Des
     for field in ("name", "base_model", "library_version"):
         if not isinstance(said[field], str):
             raise ValueError(f"{field}={said[field]!r}: it is a text")
-    shapes, whole = _shapes(said["shapes"]), _whole(said["whole"])
+    (shapes, convolutions), whole = _shapes(said["shapes"]), _whole(said["whole"])
     configs = _configs(KINDS[said["method"]], said["config"], shapes, whole)
-    about = Description(configs, shapes, whole, said["name"], said["base_model"], said["library_version"])
+    about = Description(configs, shapes, whole, said["name"], said["base_model"], said["library_version"], convolutions)
     _check_tensors(entries, about)
     return about
 
 
-def _shapes(fields: Any) -> dict[str, tuple[int, int]]:
+def _shapes(fields: Any) -> tuple[dict[str, tuple[int, int]], frozenset[str]]:
+    """(p, q) of each projection, and which of them are 1 x 1 convolutions."""
     if not isinstance(fields, dict) or not fields:
         raise ValueError("shapes: it names no projection")
     for projection, shape in fields.items():
-        whole = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
-        if not whole or math.prod(shape) > 2**31:
-            raise ValueError(f"shapes[{projection!r}]={shape!r}: two whole numbers from 1 up, with at most 2**31 cells")
-    return {projection: tuple(shape) for projection, shape in fields.items()}
+        sizes = isinstance(shape, list) and (len(shape) == 2 or shape[2:] == [1, 1])
+        if not sizes or not all(type(n) is int and n > 0 for n in shape) or math.prod(shape) > 2**31:
+            raise ValueError(
+                f"shapes[{projection!r}]={shape!r}: two whole numbers from 1 up, with at most 2**31 cells; "
+                "for a convolution [p, q, 1, 1]"
+            )
+    convolutions = frozenset(projection for projection, shape in fields.items() if len(shape) == 4)
+    return {projection: (shape[0], shape[1]) for projection, shape in fields.items()}, convolutions
 
 
 def _configs(
@@ -214,7 +224,7 @@ def _configs(
 
 def _config(kind: type[AdapterConfig], said: Any, projections: list[str]) -> AdapterConfig:
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    if not isinstance(said, dict) or set(said) != set(known):
+    if not isinstance(said, dict) or not {*known} - {"layers"} <= {*said} <= {*known}:  # `as_json` says why not `layers`
         raise ValueError(f"config: its fields are {', '.join(known)}, all of them and no others")
     config = kind(**said)
     config.check_names(projections)

@@ -1,4 +1,4 @@
-"""Whether an adapter file is for a model: the same architecture, the very same projections and whole tensors."""
+"""Whether an adapter file is for a model: the model has every projection and whole tensor of the file, in the same shape."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 from torch import nn
 
 from loca_vision.formats.adapter_file import FLOATS, Description
-from loca_vision.layers.targets import Target
+from loca_vision.layers.targets import Target, find_targets
 from loca_vision.messages import nearest
 from loca_vision.model.conv_in import WEIGHT, check_wider
 from loca_vision.model.heads import classifier, head_of
 from loca_vision.model.sharding import class_name
-from loca_vision.model.target_checks import linear_targets
+from loca_vision.model.target_checks import check_linear
 from loca_vision.model.traversal import own_tensors
 from loca_vision.storage.safetensors_file import Entry
 
 
 def match(model: nn.Module, about: Description, entries: dict[str, Entry], *, replacing: str | None = None) -> list[Target]:
-    """The targets in the model that a described adapter is for: the very same projections and whole tensors, of one shape.
+    """The targets in the model that a described adapter is for; others stay as they are.
 
     A `conv_in` of more channels than the model's is one that `attach` and `swap` make room for.
 
@@ -54,17 +54,21 @@ def is_of_head(model: nn.Module, name: str) -> bool:
 
 
 def _match_projections(model: nn.Module, about: Description) -> list[Target]:
-    """The model's targets, which must be those of the file, in name and shape."""
-    targets = linear_targets(model, about.configs[""].targets)
-    found = {target.name: target for target in targets}
-    for projection, shape in about.shapes.items():
+    """The model's targets that the file has updates for, in the order of the model; others are simply not adapted."""
+    head = {id(parameter) for parameter in classifier(model)}
+    found = {target.name: target for target in find_targets(model) if id(target.layer._parameters.get("weight")) not in head}
+    for projection in about.shapes:
         if projection not in found:
             raise ValueError(f"the model has no projection {projection}{nearest(projection, found)}")
-        if found[projection].shape != shape:
-            raise ValueError(f"{projection} is {shape} in the file and {found[projection].shape} in the model")
-    for projection in found:
-        if projection not in about.shapes:
-            raise ValueError(f"the model's projection {projection} has no update in the file")
+    targets = [target for name, target in found.items() if name in about.shapes]
+    check_linear(model, targets)
+    config = about.configs[""]
+    for target in targets:
+        if config.layers is None and target.part not in config.targets and "linear" not in config.targets:
+            raise ValueError(f"{target.name} is none of targets={config.targets!r}, which the file's settings say it has")
+        if target.shape != about.shapes[target.name]:
+            shape = about.shapes[target.name]
+            raise ValueError(f"{target.name} is {shape} in the file and {target.shape} in the model")
     return targets
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +21,10 @@ from loca_vision.formats.adapter_file import (
     read_description,
 )
 from loca_vision.formats.match_model import base_model_name, is_of_head, match, may_be_the_same
+from loca_vision.formats.module_names import as_in_files, as_in_model, renamed, renamed_keys
 from loca_vision.formats.sources import Request, locate, may_be_a_repository
 from loca_vision.functional.transforms import ordinary_tensors
+from loca_vision.layers.called_layers import CalledConvolution
 from loca_vision.layers.targets import Target, readable_weight
 from loca_vision.methods.update import Update
 from loca_vision.model.adapters import adapters
@@ -30,7 +32,7 @@ from loca_vision.model.inject import attach
 from loca_vision.model.sharding import Values, one_writer
 from loca_vision.model.state import Adapter, state_of
 from loca_vision.model.target_checks import check_new_name
-from loca_vision.model.traversal import own_tensors, unwrap
+from loca_vision.model.traversal import own_tensors, sites, unwrap
 from loca_vision.model.whole_tensors import whole_tensors
 from loca_vision.offload import device_for
 from loca_vision.storage.safetensors_file import PICKLES, open_safetensors, pickle_hint, write_safetensors
@@ -101,10 +103,13 @@ def load_adapter(
         part = about.of(component)
         if not head:
             part = replace(part, whole=tuple(name for name in part.whole if not is_of_head(model, name)))
-        targets = match(model, part, part_of(opened.entries, component))
+        rename = as_in_model(model, part)
+        part = renamed(part, rename)
+        targets = match(model, part, renamed_keys(part_of(opened.entries, component), rename))
         tensors = opened.tensors()  # no larger than the model, but for a wider conv_in, as is known by now
         check_values(tensors, about)
-        adapter, placed = prepared(model, part, targets, part_of(tensors, component), learn=trainable)
+        own = renamed_keys(part_of(tensors, component), rename)
+        adapter, placed = prepared(model, part, targets, own, learn=trainable)
     attach(model, name, adapter, placed, learn=trainable)
     return tuple(target.name for target in targets)
 
@@ -132,8 +137,11 @@ def contents(
     whole = _whole_tensors(unwrap(model), name, values)
     config = state_of(model).adapters[name].config.for_updates(updates)  # type: ignore[union-attr]
     shapes = {projection: update.shape for projection, update in updates.items()}
-    about = Description({"": config}, shapes, tuple(sorted(whole)), name, base_model_name(unwrap(model)), __version__)
-    return about, {f"full.{key}": value for key, value in whole.items()} | config.to_tensors(updates, dtype)
+    base, convolutions = base_model_name(unwrap(model)), _convolutions(unwrap(model), updates)
+    about = Description({"": config}, shapes, tuple(sorted(whole)), name, base, __version__, convolutions)
+    tensors = {f"full.{key}": value for key, value in whole.items()} | config.to_tensors(updates, dtype)
+    rename = as_in_files(unwrap(model))
+    return renamed(about, rename), renamed_keys(tensors, rename)
 
 
 def write_adapter(file: Path, about: Description, tensors: dict[str, Tensor]) -> None:
@@ -170,6 +178,12 @@ def prepared(
             parameter.requires_grad_(learn)
         placed = [(target, update.to(device_for(target.layer))) for target, update in zip(targets, made, strict=True)]
     return Adapter(about.configs[""], whole), placed
+
+
+def _convolutions(model: nn.Module, projections: Collection[str]) -> frozenset[str]:
+    """Those of the adapted projections that are 1 x 1 convolutions."""
+    hosts = [site for site in sites(model) if isinstance(site.host, CalledConvolution)]
+    return frozenset(slot.projection for site in hosts for slot in site.updates.slots if slot.projection in projections)
 
 
 def _whole_tensors(model: nn.Module, name: str, values: Values) -> dict[str, Tensor]:

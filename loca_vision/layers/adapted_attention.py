@@ -10,16 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from loca_vision.functional.transforms import compiled
-from loca_vision.layers.attention_layouts import Naming, base_of, child, naming_of
-from loca_vision.layers.class_swap import Adapted, adapted_class, exchange_class, once_while_traced
+from loca_vision.layers.attention_layouts import Naming, child, naming_of
+from loca_vision.layers.class_swap import Adapted, adapted_class, exchange_class
 from loca_vision.layers.effective_weight import EffectiveWeight
 from loca_vision.layers.plain_weight import is_plain_matrix
-from loca_vision.layers.targets import readable_weight
+from loca_vision.layers.updated_call import UpdatedCall, is_hooked
 from loca_vision.layers.weight_updates import FusedUpdates, WeightUpdates
 
 
@@ -100,34 +97,17 @@ class AdaptedAttention(Adapted):
         self._look()
 
 
-class AdaptedProjection:
+class AdaptedProjection(UpdatedCall):
     """A linear layer of an attention layer with the updates that act on it; otherwise the layer itself.
 
-    It calls whatever layer is there at the time, even if other code has replaced or wrapped it. For a plain `torch.nn.Linear`
-    it computes one product with the effective weight; for a layer that is hooked, wrapped or quantised it calls the layer and
-    adds the term of the updates.
+    It calls whatever layer is there at the time, even if other code has replaced or wrapped it.
     """
 
     def __init__(self, attention: nn.Module, path: str, effective_weight: EffectiveWeight) -> None:
         self.attention, self.path, self.effective_weight = attention, path, effective_weight
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer = self._layer()
-        if compiled():
-            self._prepare()
-        plain = _is_plain(layer) and not args and not kwargs
-        if plain and not compiled() and not self._saves_memory():
-            weight, bias = layer._parameters["weight"], layer.bias
-            learned = self.effective_weight.learned_linear(x, weight, bias)
-            return F.linear(x, self.effective_weight(weight), bias) if learned is None else learned
-        if not self._acts():
-            result: Tensor = layer(x, *args, **kwargs)
-            return result
-        if plain and not self._saves_memory():
-            return F.linear(x, self.effective_weight(layer.weight), layer.bias)
-        result = layer(x, *args, **kwargs)
-        applied = self.effective_weight.applied(x, result.shape[-1], keep=self._may_keep(layer, x), base=self._base)
-        return result + applied.to(result.dtype)
+        return self._called(x, *args, **kwargs)
 
     @property
     def weight(self) -> Tensor:
@@ -143,48 +123,24 @@ class AdaptedProjection:
     def _layer(self) -> Any:
         return child(self.attention, self.path)
 
-    def _base(self) -> Tensor:
-        return readable_weight(self._layer(), self.path)
+    def _without_updates(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = self._layer()(x, *args, **kwargs)
+        return result
 
-    def _saves_memory(self) -> bool:
-        """Whether low memory is chosen and possible: gradients of the updates need matrices."""
-        return self.effective_weight.call_settings.low_memory and not (
-            torch.is_grad_enabled() and self.effective_weight.learns()
-        )
+    def _is_plain(self, layer: Any) -> bool:
+        return _is_plain(layer)
 
-    def _acts(self) -> bool:
-        """Compiled code asks only whether there is anything that could: which of it acts, and how, the buffer tells."""
-        if compiled():
-            return len(self.effective_weight.all_updates()) > 0  # bool of a list is unknown to compilers of torch before 2.14
-        return self.effective_weight.acts()
-
-    @staticmethod
-    def _may_keep(layer: Any, x: Tensor) -> bool:
-        """A layer whose weight is on another device between calls is offloaded: a cached matrix would undo that."""
+    def _may_keep(self, layer: Any, x: Tensor) -> bool:
+        """A layer whose weight is on another device between calls is offloaded."""
         weight = getattr(layer, "weight", None)
         return not isinstance(weight, Tensor) or weight.device == x.device
 
-    def _prepare(self) -> None:
-        """While code is traced: an update that may change is built in the graph, any other is made now."""
-        if self.effective_weight.learns() or self.effective_weight.call_settings.low_memory:
-            self.effective_weight.drop()
-        else:
-            self._settle()
-
-    @once_while_traced
-    def _settle(self) -> None:
-        weight = base_of(self._layer()).weight
-        if isinstance(weight, Tensor) and weight.is_floating_point():
-            self.effective_weight.settle(weight)
-
 
 def _is_plain(layer: Any) -> bool:
-    """Whether calling the layer is nothing but a product with its weight, which is there to be read."""
     return (
         isinstance(layer, nn.Module)
         and type(layer).forward is nn.Linear.forward
-        and "forward" not in layer.__dict__  # accelerate's and diffusers' hooks stand there
-        and not (layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        and not is_hooked(layer)
         and is_plain_matrix(layer._parameters.get("weight"))
         and layer.weight.device.type != "meta"
     )

@@ -22,6 +22,10 @@ class AdaptedLayer(Adapted):
     loca: WeightUpdates
     bias: Tensor | None
 
+
+class ReadLayer(AdaptedLayer):
+    """A linear layer whose weight is read, or may be."""
+
     @property
     def weight(self) -> Tensor:
         try:
@@ -72,13 +76,13 @@ def base_weight(layer: nn.Module) -> Tensor:
     return weight
 
 
-def adapt(layer: nn.Module) -> WeightUpdates:
-    """Make `layer` read its weight through its updates, and return them; a layer that does already stays as it is."""
+def adapt(layer: nn.Module, mixin: type[AdaptedLayer] = ReadLayer) -> WeightUpdates:
+    """Make `layer` compute through its updates, and return them; a layer that does already stays as it is."""
     if isinstance(layer, AdaptedLayer):
         return layer.loca
     updates = WeightUpdates()
     layer.add_module("loca", updates.train(layer.training))
-    exchange_class(layer, adapted_class(AdaptedLayer, type(layer)))
+    exchange_class(layer, adapted_class(mixin, type(layer)))
     return updates
 
 

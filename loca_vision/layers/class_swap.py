@@ -18,6 +18,10 @@ class Adapted(nn.Module):
 
     original_class: type[nn.Module]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A new layer has no adapter: peft makes its own of the class of the one that it wraps."""
+        return cls.original_class(*args, **kwargs)
+
     @classmethod
     def members(cls, original: type[nn.Module]) -> dict[str, Any]:
         """What else the class for `original` has."""
@@ -51,8 +55,8 @@ def adapted_class(mixin: type[Adapted], original: type[nn.Module]) -> type[nn.Mo
 
 
 def _empty(mixin: type[Adapted], original: type[nn.Module]) -> nn.Module:
-    cls = adapted_class(mixin, original)
-    return cls.__new__(cls)
+    empty: nn.Module = object.__new__(adapted_class(mixin, original))
+    return empty
 
 
 def exchange_class(module: nn.Module, new: type[nn.Module]) -> None:

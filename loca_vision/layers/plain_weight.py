@@ -10,7 +10,19 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 def is_plain_matrix(weight: object) -> bool:
     """Whether this is an ordinary floating-point matrix: not quantised, packed or sharded, whatever it looks like."""
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.dtype not in _FLOATS:
-        return False
+    return isinstance(weight, Tensor) and weight.dim() == 2 and _is_ordinary(weight)
+
+
+def as_matrix(weight: object) -> Tensor | None:
+    """An ordinary weight as a matrix (p, q) in the same memory: itself, or a view of a 1 x 1 convolution's (p, q, 1, 1)."""
+    if not isinstance(weight, Tensor) or not _is_ordinary(weight):
+        return None
+    if weight.dim() == 4 and weight.shape[2:] == (1, 1):
+        return weight.flatten(1)
+    return weight if weight.dim() == 2 else None
+
+
+def _is_ordinary(weight: Tensor) -> bool:
     kind = type(weight)
-    return kind in (nn.Parameter, Tensor) or kind.__module__.startswith("torch._subclasses")  # torch.export's stand-ins
+    known = kind in (nn.Parameter, Tensor) or kind.__module__.startswith("torch._subclasses")  # torch.export's stand-ins
+    return known and weight.dtype in _FLOATS

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loca_vision.checks import PARTS
 from loca_vision.functional.row_linear import Rows
 from loca_vision.layers.attention_layouts import CLIP, DIFFUSERS, T5, Naming
+from loca_vision.layers.linear_layouts import FEED_FORWARD, features
 from loca_vision.layers.targets import find_targets
 
-_DENOISERS = ("unet", "transformer", "transformer_2")
+_DENOISERS = ("unet", "transformer", "transformer_2", "controlnet", "prior", "decoder")
 
 
 @dataclass(frozen=True)
@@ -42,44 +42,63 @@ class ProjectionRows:
 
 
 def projections_in(model: nn.Module) -> list[ProjectionRows]:
-    """Every projection of linear layers that a model has, adapted or not, in the order of its modules."""
+    """Every projection and linear layer that a model has, adapted or not, in the order of its modules."""
     found = []
-    for target in find_targets(model, PARTS):
-        weight = target.layer._parameters.get("weight")
-        if isinstance(target.layer, nn.Linear) and weight is not None:
-            found.append(ProjectionRows(target.name, target.layer_path, target.rows, (weight.shape[0], weight.shape[1])))
+    for target in find_targets(model):
+        size = features(target.layer)
+        if size is not None and target.layer._parameters.get("weight") is not None:
+            found.append(ProjectionRows(target.name, target.layer_path, target.rows, size))
     return found
+
+
+def is_of_pipeline(name: str) -> bool:
+    """Whether a name of a module or projection begins with a component of a pipeline."""
+    return bool(_namings(name)) and "." in name
 
 
 def projections_of_modules(modules: Iterable[str]) -> dict[str, ProjectionRows]:
-    """The projections among the modules of a pipeline's components, by module name; other modules are left out."""
-    found = {}
-    for module in modules:
-        for naming in _namings(module):
-            for part, path in _parts(naming).items():
-                if module.endswith(f".{path}"):
-                    found[module] = ProjectionRows(module[: -len(path)] + part, module)
-    return found
+    """The projections that modules of a pipeline's components are, by module name; modules of other models are left out.
+
+    What is no part of an attention or feed-forward layer goes by its own path.
+    """
+    return {module: ProjectionRows(_projection_of(module), module) for module in modules if is_of_pipeline(module)}
 
 
 def rows_of_target(projection: str) -> ProjectionRows | None:
-    """The module that a projection of a pipeline's component is, by its name; None for any other name."""
+    """The module that a projection of a pipeline's component is, by its name.
+
+    None for any other name, and for parts of fused projections, of which a name does not tell the rows.
+    """
     parent, _, part = projection.rpartition(".")
+    if not is_of_pipeline(projection) or part.startswith("fused_"):
+        return None
     for naming in _namings(projection):
-        if part in _parts(naming) and parent:
-            return ProjectionRows(projection, f"{parent}.{_parts(naming)[part]}")
-    return None
+        if part in _parts(naming, parent):
+            return ProjectionRows(projection, f"{parent}.{_parts(naming, parent)[part]}")
+    return ProjectionRows(projection, projection)
+
+
+def _projection_of(module: str) -> str:
+    for naming in _namings(module):
+        for part, path in _ALL_PARTS.items() if naming is DIFFUSERS else naming.parts.items():
+            if module.endswith(f".{path}"):
+                return module[: -len(path)] + part
+    return module
+
+
+_ALL_PARTS = {**DIFFUSERS.parts, **FEED_FORWARD}
 
 
 def _namings(name: str) -> list[Naming]:
     component = name.partition(".")[0]
     if component in _DENOISERS:
         return [DIFFUSERS]
-    if not re.fullmatch(r"text_encoder(_\d+)?", component):
+    if not re.fullmatch(r"(text|image)_encoder(_\d+)?", component):
         return []
     return [T5] if ".SelfAttention." in name else [CLIP]
 
 
-def _parts(naming: Naming) -> dict[str, str]:
-    """With the MLP's layers of CLIP, which are named alike on both sides."""
-    return dict(naming.parts) | ({"fc1": "fc1", "fc2": "fc2"} if naming is CLIP else {})
+def _parts(naming: Naming, parent: str) -> dict[str, str]:
+    """The parts that a layer may have, whose path is `parent`: an MLP's are named alike on both sides."""
+    feed_forward = naming is DIFFUSERS and parent.rpartition(".")[2] != "mlp"
+    return {**naming.parts, **(FEED_FORWARD if feed_forward else {})}

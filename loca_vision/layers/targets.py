@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from loca_vision.functional.row_linear import Rows
 from loca_vision.layers.attention_layouts import Naming, base_of, naming_of, target_of
 from loca_vision.layers.attention_layouts import child as genuine_child
-from loca_vision.layers.plain_weight import is_plain_matrix
+from loca_vision.layers.linear_layouts import features, feed_forward, named_alike
+from loca_vision.layers.model_walk import Place, places
+from loca_vision.layers.plain_weight import as_matrix
 from loca_vision.layers.timm_layouts import _attention, _mlp
 from loca_vision.offload import stored
 
@@ -22,10 +24,12 @@ class Target:
 
     Args:
         name: path of the attention layer or MLP, a dot, and the part: `blocks.0.attn.q`.
-        part: "q", "k", "v", "out", "fc1" or "fc2".
+        part: "q", "k", "v", "out", "fc1", "fc2", "proj_in", "proj_out", "linear" for any other linear layer, or "conv" for a
+            1 x 1 convolution.
         layer_path, layer: the module that holds the weight.
         rows: a slice or an index (int64) of the weight's rows; None for all of them.
         attention: the attention layer, where it is adapted as a whole (diffusers, transformers).
+        called: whether the layer is called by its owner, as those of diffusers and transformers are, or its weight may be read.
     """
 
     name: str
@@ -34,12 +38,24 @@ class Target:
     layer: nn.Module
     rows: Rows = None
     attention: nn.Module | None = None
+    called: bool = False
+
+    @property
+    def linear(self) -> bool:
+        """Whether the layer is linear, quantised or not, and no convolution."""
+        return features(self.layer) is not None and not isinstance(self.layer, nn.Conv2d)
+
+    @property
+    def convolution(self) -> bool:
+        """Whether the layer is a 1 x 1 convolution, whose weight is (p, q, 1, 1)."""
+        return isinstance(self.layer, nn.Conv2d)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(p, q) of the projection. The layer must be linear."""
-        rows: Any = self.layer.out_features  # the weight may be quantised, or offloaded
-        cols: Any = self.layer.in_features
+        """(p, q) of the projection. The layer must be linear, or a 1 x 1 convolution."""
+        sizes = features(self.layer)  # the weight may be quantised, or offloaded
+        assert sizes is not None
+        rows, cols = sizes
         if isinstance(self.rows, slice):
             return len(range(*self.rows.indices(rows))), cols
         return (rows if self.rows is None else len(self.rows)), cols
@@ -63,13 +79,13 @@ def readable_weight(layer: Any, name: str) -> Tensor:
         ValueError: it is not a matrix of floating-point numbers.
     """
     layer = base_of(layer)
-    weight: Any = stored(layer, "weight") if "weight" in layer._parameters else None
-    if not is_plain_matrix(weight):
+    weight = as_matrix(stored(layer, "weight") if "weight" in layer._parameters else None)
+    if weight is None:
         raise ValueError(
             f"{name} is a {type(layer).__module__}.{type(layer).__name__}: its weight is not a plain floating-point matrix, "
             "on which the adapter depends"
         )
-    return weight  # type: ignore[no-any-return]
+    return weight
 
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -80,34 +96,62 @@ def canonical(path: str) -> str:
     return ".".join(name for name in path.split(".") if name not in _WRAPPERS)
 
 
-def find_targets(model: nn.Module, parts: Sequence[str]) -> Iterator[Target]:
+def find_targets(model: nn.Module, parts: Sequence[str] | None = None) -> list[Target]:
     """Every target of the wanted parts, in the order of the model's modules, linear or not.
+
+    Args:
+        parts: as in `targets` of an `AdapterConfig`; None: every projection and linear layer of the model, also what only a
+            name pattern reaches, such as 1 x 1 convolutions.
 
     Raises:
         ValueError: a fused projection whose rows do not divide into its parts.
     """
     attention_paths: list[str] = []
-    for path, module in model.named_modules():
-        naming = naming_of(module)
-        if naming is not None:
-            yield from _of_attention(canonical(path), module, naming, parts)
-            continue
-        children = {name: child for name, child in module.named_children() if not isinstance(child, nn.Identity)}
-        attention = _attention(path, module, children)
-        if attention:
-            attention_paths.append(f"{path}.")
-        mlp = _mlp(children, inside_attention=path.startswith(tuple(attention_paths)))
-        for part, child, rows in (*attention, *mlp):
-            if target_of(part) in parts:
-                where = f"{canonical(path)}." if canonical(path) else ""
-                yield Target(f"{where}{part}", target_of(part), f"{where}{child}", children[child], rows)
+    found: list[Target] = []
+    known: set[int] = set()
+    order: dict[int, int] = {}  # of the modules that compute with updates
+    for place in places(model):
+        order[id(place.module)] = len(order)
+        inside = list(_of_module(place, attention_paths))
+        known |= {id(base_of(target.layer)) for target in inside}
+        if id(place.module) not in known and place.path and features(place.module):
+            part, path = "conv" if isinstance(place.module, nn.Conv2d) else "linear", canonical(place.path)
+            inside.append(Target(path, part, path, place.module, called=place.called))
+        found += [target for target in inside if parts is None or target.part in parts or _is_linear(target, parts)]
+    return sorted(found, key=lambda target: order[id(target.attention or target.layer)])
 
 
-def _of_attention(path: str, attention: nn.Module, naming: Naming, parts: Sequence[str]) -> Iterator[Target]:
+def _is_linear(target: Target, parts: Sequence[str]) -> bool:
+    return "linear" in parts and target.linear
+
+
+def _of_module(place: Place, attention_paths: list[str]) -> Iterator[Target]:
+    """The targets that are children of one module."""
+    path, module = canonical(place.path), place.module
+    naming = naming_of(module)
+    if naming is not None:
+        yield from _of_attention(path, module, naming)
+        return
+    where = f"{path}." if path else ""
+    if place.called:
+        for part, child, layer in feed_forward(module):
+            yield Target(f"{where}{part}", part, f"{where}{child}", base_of(layer), called=True)
+    children = {name: child for name, child in module.named_children() if not isinstance(child, nn.Identity)}
+    attention = _attention(place.path, module, children)
+    if attention:
+        attention_paths.append(f"{place.path}.")
+    mlp = _mlp(children, inside_attention=place.path.startswith(tuple(attention_paths)))
+    for name, child, rows in (*attention, *mlp):
+        yield Target(f"{where}{name}", target_of(name), f"{where}{child}", base_of(children[child]), rows, called=place.called)
+    if place.called:
+        for part, child, layer in named_alike(module, root=not place.path):
+            yield Target(f"{where}{child}", part, f"{where}{child}", base_of(layer), called=True)
+
+
+def _of_attention(path: str, attention: nn.Module, naming: Naming) -> Iterator[Target]:
     where = f"{path}." if path else ""
     for part in naming.present(attention):
-        if target_of(part) in parts:
-            child_path = naming.parts[part]
-            layer = genuine_child(attention, child_path)
-            assert layer is not None
-            yield Target(f"{where}{part}", target_of(part), f"{where}{child_path}", layer, attention=attention)
+        child_path = naming.parts[part]
+        layer = genuine_child(attention, child_path)
+        assert layer is not None
+        yield Target(f"{where}{part}", target_of(part), f"{where}{child_path}", layer, attention=attention)

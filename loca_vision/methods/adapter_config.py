@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from loca_vision.checks import check_seed, check_targets
+from loca_vision.checks import check_layers, check_seed, check_targets
 from loca_vision.functional.transforms import ordinary_tensors
 from loca_vision.methods.update import Update
 from loca_vision.offload import stored_at
@@ -49,8 +49,9 @@ class TensorSpec:
 class AdapterConfig:
     """The settings of one adapter method. A subclass is a frozen dataclass, decorated with `kind`.
 
-    It has the fields `targets` and `seed`, builds updates (`build`), and may give them their first values (`initialize`), with
-    which they change nothing. Everything else follows, files included: a file holds the `state_dict` of every update.
+    It has the fields `targets` and `seed`, and `layers` unless it goes on all layers. It builds updates (`build`), and may give
+    them their first values (`initialize`), with which they change nothing. Everything else follows, files included: a file
+    holds the `state_dict` of every update.
 
     What trainers, reports and studies say of a method and begin with is here too, so that a method is one file. All but
     `method` has a default that will do.
@@ -59,11 +60,17 @@ class AdapterConfig:
         method: the name of the kind, in files and on command lines.
         title: as it is written in sentences; the name by default.
         summary: a few words for `--help`.
-        settings: the fields that a trainer's user may set; by default all but `targets` and `seed`.
+        settings: the fields that a trainer's user may set; by default all but `targets`, `layers` and `seed`.
         moves_locations: whether the alternating schedule and its settings are for this method.
         lr, head_lr: learning rates of the adapter and of the classifier head, where nobody sets them.
         lr_grid: rates that a study of classifiers tries, from small to large; by default up to `lr`.
         edit_lr: the rate in a study of edits.
+        targets: which projections: "q", "k", "v", "out" of attention layers, "fc1", "fc2" of feed-forward layers (the MLPs of a
+            ViT), "proj_in", "proj_out" around the blocks of diffusers' models, "linear" for every linear layer, these included.
+        layers: patterns over names, as in `fnmatch`: a projection is adapted if one of them fits its name, the path of its
+            layer or of a module that contains it (`"*attn2*"`, `"up_blocks.1"`), and none that begins with `!` does. A pattern
+            that fits no projection of `targets`, but linear layers or 1 x 1 convolutions by their own paths
+            (`"*.time_emb_proj"`), adds those. None: all layers.
     """
 
     method: ClassVar[str]
@@ -77,6 +84,7 @@ class AdapterConfig:
     edit_lr: ClassVar[float] = 1e-2
     targets: tuple[str, ...]
     seed: int
+    layers: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         """Check the fields that all kinds have; a subclass with more of them checks those too.
@@ -87,6 +95,7 @@ class AdapterConfig:
         check_targets(self.targets)
         check_seed(self.seed)
         object.__setattr__(self, "targets", tuple(self.targets))  # which a file has as a list
+        object.__setattr__(self, "layers", check_layers(self.layers))
 
     # Defaults that depend on the task
 
@@ -188,12 +197,18 @@ class AdapterConfig:
         """The settings as a file of these updates has them: projections by name, never by pattern."""
         return self
 
+    def renamed(self, rename: Callable[[str], str]) -> AdapterConfig:
+        """The settings for a model that has other names for the same projections."""
+        return self
+
     def check_names(self, projections: Collection[str]) -> None:
         """Raise where settings read from a file name other projections than its header does."""
 
     def as_json(self) -> dict[str, Any]:
-        """The fields as JSON values, from which the class makes an equal configuration."""
+        """The fields as JSON values, from which the class makes an equal configuration; without `layers` where it is None."""
         fields = asdict(self)  # type: ignore[call-overload]
+        if self.layers is None:
+            fields.pop("layers", None)  # the field is newer than the files of version 0.1.0, which such a file can be read by
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 

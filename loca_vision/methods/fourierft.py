@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -59,9 +59,10 @@ class FourierFTConfig(SparseConfig):
             name pattern.
         scale: `scaling` in peft. Its meaning depends on the width: an atom has the norm scale / sqrt(2 p q), so that
             scale = sqrt(2 p q), 1086 for 768 x 768, corresponds to LoCA's 1.
-        targets: which projections, out of q, k, v, out of attention layers and fc1, fc2 of the MLPs.
+        targets: which projections, as in `AdapterConfig`.
         coefficient_init: "zero", so that nothing changes at first; "normal" draws them from N(0, 1), as peft does unless told.
         seed: of the cells, and of the coefficients where they are drawn.
+        layers: name patterns of the layers to adapt, as in `AdapterConfig`; None: all.
 
     Raises:
         ValueError: naming the field, its value and the rule.
@@ -78,6 +79,7 @@ class FourierFTConfig(SparseConfig):
     targets: tuple[str, ...] = ("q", "v")
     coefficient_init: Literal["zero", "normal"] = "zero"
     seed: int = 0
+    layers: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

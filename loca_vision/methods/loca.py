@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -29,10 +29,11 @@ class LoCAConfig(SparseConfig):
         n_components: non-zero coefficients of each adapted projection, from 1 to p * q; or a mapping from a name pattern
             (`"blocks.0.*"`, as in `fnmatch`, over names like `blocks.0.attn.q`) to such a count, the first match counts.
         scale: alpha. Every atom has Frobenius norm 1, so it means the same at every width.
-        targets: which projections, out of q, k, v, out of attention layers and fc1, fc2 of the MLPs.
+        targets: which projections, as in `AdapterConfig`.
         location_init: "uniform" draws different cells, every cell as likely as any other.
         location_gradient: "central", "forward" or "backward" difference (the last two are V4 and V5 of Table 5).
         seed: of the first locations. Each projection draws from (seed, its name), so targets do not disturb each other.
+        layers: name patterns of the layers to adapt, as in `AdapterConfig`; None: all.
 
     Raises:
         ValueError: naming the field, its value and the rule.
@@ -49,6 +50,7 @@ class LoCAConfig(SparseConfig):
     location_init: Literal["uniform"] = "uniform"
     location_gradient: Literal["central", "forward", "backward"] = "central"
     seed: int = 0
+    layers: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -83,10 +83,11 @@ class LoRAConfig(AdapterConfig):
     Args:
         r: the rank, columns of B and rows of A.
         alpha: `lora_alpha` in peft.
-        targets: which projections, out of q, k, v, out of attention layers and fc1, fc2 of the MLPs. Parts of a fused qkv
+        targets: which projections, as in `AdapterConfig`. Parts of a fused qkv
             have factors of their own, unlike in peft, which adapts the fused layer as a whole.
         use_dora: learn the magnitude of each row apart from its direction.
         seed: of A at the start, uniform in +-1 / sqrt(q) as in peft.
+        layers: name patterns of the layers to adapt, as in `AdapterConfig`; None: all.
 
     Raises:
         ValueError: naming the field, its value and the rule.
@@ -103,6 +104,7 @@ class LoRAConfig(AdapterConfig):
     targets: tuple[str, ...] = ("q", "v")
     use_dora: bool = False
     seed: int = 0
+    layers: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

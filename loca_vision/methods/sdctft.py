@@ -34,12 +34,13 @@ class SDCTFTConfig(SparseConfig):
     Args:
         n_components: non-zero coefficients of each adapted projection, from 1 to p * q, or a mapping from a name pattern.
         scale: a factor of the update; every atom has Frobenius norm 1.
-        targets: which projections, out of q, k, v, out of attention layers and fc1, fc2 of the MLPs.
+        targets: which projections, as in `AdapterConfig`.
         n_bands: how many bands, from low to high frequencies.
         energy_share: delta, the share of each band's components that is chosen by energy, from 0 to 1.
         budgets: the share of all components that each band gets; equal shares by default. What a band has no cells for goes
             to the next one, from low to high, and round.
         seed: of the random cells.
+        layers: name patterns of the layers to adapt, as in `AdapterConfig`; None: all.
 
     Raises:
         ValueError: naming the field, its value and the rule.
@@ -56,6 +57,7 @@ class SDCTFTConfig(SparseConfig):
     energy_share: float = 0.7
     budgets: tuple[float, ...] | None = None
     seed: int = 0
+    layers: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
@@ -86,9 +86,10 @@ class SeLoRAConfig(AdapterConfig):
         eta: the share of each factor's spectrum that is zero, from 0 to 1; 0.2 to 0.6 in the paper.
         basis: "haar" or "fft".
         alpha: as in LoRA.
-        targets: which projections, out of q, k, v, out of attention layers and fc1, fc2 of the MLPs.
+        targets: which projections, as in `AdapterConfig`.
         use_dora: learn the magnitude of each row apart from its direction.
         seed: of the cells, and of A's spectrum at the start.
+        layers: name patterns of the layers to adapt, as in `AdapterConfig`; None: all.
 
     Raises:
         ValueError: naming the field, its value and the rule.
@@ -107,6 +108,7 @@ class SeLoRAConfig(AdapterConfig):
     targets: tuple[str, ...] = ("q", "v")
     use_dora: bool = False
     seed: int = 0
+    layers: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -117,6 +117,11 @@ class SparseConfig(AdapterConfig):
         counts = {projection: len(stored(update, "coefficients")) for projection, update in updates.items()}
         counts |= {projection: update.count for projection, update in updates.items() if isinstance(update, Spectrum)}
         return replace(self, n_components=counts)  # type: ignore[type-var]
+
+    def renamed(self, rename: Callable[[str], str]) -> AdapterConfig:
+        if not isinstance(self.n_components, Mapping):
+            return self
+        return replace(self, n_components={rename(name): count for name, count in self.n_components.items()})  # type: ignore[type-var]
 
     def check_names(self, projections: Collection[str]) -> None:
         if isinstance(self.n_components, Mapping) and set(self.n_components) != set(projections):

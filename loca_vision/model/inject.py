@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from loca_vision.layers.adapted_attention import adapt_attention
-from loca_vision.layers.adapted_linear import adapt
+from loca_vision.layers.adapted_linear import ReadLayer, adapt
+from loca_vision.layers.called_layers import CalledConvolution, CalledLinear
 from loca_vision.layers.targets import Target, canonical
 from loca_vision.layers.weight_updates import AdapterSlot, WeightUpdates
 from loca_vision.messages import nearest
@@ -21,7 +22,7 @@ from loca_vision.model.call_scale import call_settings
 from loca_vision.model.conv_in import fit_conv_in
 from loca_vision.model.heads import classifier, say_what_freezes
 from loca_vision.model.state import Adapter, AdapterState, start_record
-from loca_vision.model.target_checks import check_new_name, linear_targets
+from loca_vision.model.target_checks import check_new_name, targets_for
 from loca_vision.model.traversal import moved_by_training, own_parameters, own_tensors, unwrap
 from loca_vision.model.whole_tensors import adopt, claim, held_at, keep_base, load_tensors, own_copy
 from loca_vision.offload import device_for, stored_at
@@ -30,26 +31,27 @@ from loca_vision.offload import device_for, stored_at
 def inject(
     model: nn.Module, config: AdapterConfig, name: str = "default", *, modules_to_save: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Adapt the projections `config.targets` of every attention layer (and MLP of a ViT) of a model.
+    """Adapt the projections `config.targets` of a model, in the layers that `config.layers` chooses.
 
     The model's own parameters are frozen; the classifier heads of timm models stay trainable. The log says if other parts are
     frozen that are named like a head, or that were trainable while the rest was frozen. Updates start at zero, so that the
     output is bit-identical at first; active adapters go on acting. Every key of the base `state_dict` stays.
 
     Args:
-        model: any timm model with attention layers, a diffusers UNet or transformer, a CLIP or T5 text encoder; or a module
-            that contains one.
+        model: any timm model with attention layers, a diffusers UNet or transformer, a model of transformers; or a module
+            that contains one. Of any other module, the linear layers that `config` names.
         config: what to inject: a LoCAConfig, or one of another kind.
         name: of the adapter, letters, digits, `_` and `-`.
         modules_to_save: names of modules, or of single parameters such as `pos_embed`, to train as a whole, as in peft: they
             are saved with the adapter and removed with it.
 
     Returns:
-        The names of the adapted projections, "<path of the attention layer>.<part>", in the order of the model's modules.
+        The names of the adapted projections, in the order of the model's modules: "<path of the attention or feed-forward
+        layer>.<part>", or, of linear layers that are no part of one, their own paths.
 
     Raises:
-        ValueError: the name is in use, a part of `config.targets` or a module to save is nowhere in the model, or the settings
-            do not fit it.
+        ValueError: the name is in use, a part of `config.targets`, a pattern of `config.layers` or a module to save is nowhere
+            in the model, or the settings do not fit it.
         TypeError: a target is not a `torch.nn.Linear` with a weight of its own.
         In each case before the model is touched.
     """
@@ -61,7 +63,7 @@ def inject(
         )
     check_new_name(model, name)
     model = unwrap(model)
-    found = linear_targets(model, config.targets)
+    found = targets_for(model, config)
     whole = _parameters_of(model, modules_to_save, found)
     placed = list(zip(found, config.new_updates(found), strict=True))
     say_what_freezes(model, whole)
@@ -116,7 +118,7 @@ def attach(
         fit_conv_in(model, record)
         for target, update in placed:
             updates = updates_of(target)
-            if target.attention is not None:
+            if target.attention is not None or target.called:
                 updates.share(call_settings(model))
             updates.build_with(record.together)
             updates.add(AdapterSlot(name, target.name, target.rows), update.to(device_for(target.layer)))
@@ -157,4 +159,6 @@ def updates_of(target: Target) -> WeightUpdates:
     """The updates of the target's weight, which its layer computes with from now on."""
     if target.attention is not None:
         return adapt_attention(target.attention).part(target.name.rpartition(".")[2])
-    return adapt(target.layer)
+    if target.convolution:
+        return adapt(target.layer, CalledConvolution)
+    return adapt(target.layer, CalledLinear if target.called else ReadLayer)

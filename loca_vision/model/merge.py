@@ -13,7 +13,7 @@ from loca_vision.layers.adapted_attention import AdaptedAttention
 from loca_vision.layers.adapted_linear import AdaptedLayer
 from loca_vision.layers.attention_layouts import base_of, child
 from loca_vision.layers.effective_weight import EffectiveWeight
-from loca_vision.layers.plain_weight import is_plain_matrix
+from loca_vision.layers.plain_weight import as_matrix
 from loca_vision.model.activation import strengths_at
 from loca_vision.model.state import Strength
 from loca_vision.model.traversal import sites, unwrap
@@ -37,16 +37,16 @@ class Weight:
 
     @property
     def tensor(self) -> Tensor:
-        """W, to be read and written in place, wherever it is kept.
+        """W (p, q), to be read and written in place, wherever it is kept.
 
         Raises:
             ValueError: it is not a matrix of floating-point numbers.
         """
-        weight = stored(self.layer, "weight") if "weight" in self.layer._parameters else None
-        if not is_plain_matrix(weight):
+        weight = as_matrix(stored(self.layer, "weight") if "weight" in self.layer._parameters else None)
+        if weight is None:
             kind = type(self.layer).__name__
             raise ValueError(f"{self.path} is a {kind} without a plain floating-point weight: nothing can be written into it")
-        return weight  # type: ignore[return-value]
+        return weight
 
 
 def weights(model: nn.Module) -> list[Weight]:

@@ -8,44 +8,64 @@ from typing import Any
 
 from torch import nn
 
-from loca_vision.checks import PARTS
+from loca_vision.checks import PARTS, check_layers
+from loca_vision.layers.layer_patterns import chosen
+from loca_vision.layers.linear_layouts import features
 from loca_vision.layers.plain_weight import is_plain_matrix
 from loca_vision.layers.targets import Target, find_targets
+from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.model.heads import classifier
 from loca_vision.model.sharding import refuse_sharded
 from loca_vision.model.state import state_of
 from loca_vision.model.traversal import slots
 
 
-def linear_targets(model: nn.Module, parts: Sequence[str]) -> list[Target]:
-    """Targets of every wanted part, all of them linear layers outside the classifier head.
+def targets_for(model: nn.Module, config: AdapterConfig) -> list[Target]:
+    """What an adapter of these settings goes on, in the order of the model's modules, never the classifier head.
 
     Raises:
         ValueError, TypeError: as `inject`.
     """
     head = {id(parameter) for parameter in classifier(model)}
-    found: list[Target] = []
+    everything = [target for target in find_targets(model) if id(target.layer._parameters.get("weight")) not in head]
+    found = chosen(everything, config.targets, check_layers(config.layers))
+    check_linear(model, found)
+    for part in config.targets:
+        if not any(target.part == part for target in found) and not _names_all_it_has(part, found, config):
+            where = f"in the layers that layers={config.layers!r} chooses" if config.layers is not None else "to adapt"
+            raise ValueError(f"targets: {type(model).__name__} has no {part!r} projection {where}; it has {_present(model)}")
+    return found
+
+
+def _names_all_it_has(part: str, found: Sequence[Target], config: AdapterConfig) -> bool:
+    """Whether a part without a projection is no mistake: "linear" stands for all, and patterns may name other parts' layers."""
+    if part == "linear":
+        return bool(found)
+    return bool(found) and not any(target.part in config.targets for target in found)
+
+
+def check_linear(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Raise unless every target is a linear layer, or a 1 x 1 convolution, that can compute with updates.
+
+    Raises:
+        ValueError, TypeError: as `inject`.
+    """
     owners: dict[int, tuple[str, str]] = {}
-    for target in find_targets(model, parts):
-        weight = target.layer._parameters.get("weight")
+    for target in targets:
         if target.attention is not None:
-            _check_linear(target)
-            found.append(target)
+            _check_in_attention(target)
             continue
-        if not isinstance(target.layer, nn.Linear) or weight is None:
+        weight = target.layer._parameters.get("weight")
+        known = target.called or target.part == "conv" or (isinstance(target.layer, nn.Linear) and weight is not None)
+        if features(target.layer) is None or not known:
             kind = type(target.layer).__name__
             why = "" if weight is not None else ", and this one has no weight parameter of its own"
             raise TypeError(f"{target.name} is a {kind}: adapters go on torch.nn.Linear layers that own their weight{why}")
-        if id(weight) not in head:
+        if not target.called and not target.convolution:
             _check_readable(model, target)
-            found.append(target)
-            first = owners.setdefault(id(weight), (target.layer_path, target.name))
-            if first[0] != target.layer_path:
-                raise ValueError(f"{target.name} shares its weight with {first[1]}: what adapts the one would change the other")
-    for part in parts:
-        if not any(target.part == part for target in found):
-            raise ValueError(f"targets: {type(model).__name__} has no {part!r} projection to adapt; it has {_present(model)}")
-    return found
+        first = owners.setdefault(id(weight), (target.layer_path, target.name))
+        if weight is not None and first[0] != target.layer_path:
+            raise ValueError(f"{target.name} shares its weight with {first[1]}: what adapts the one would change the other")
 
 
 def _present(model: nn.Module) -> str:
@@ -53,7 +73,7 @@ def _present(model: nn.Module) -> str:
     parts = ", ".join(sorted({target.part for target in find_targets(model, PARTS)}))
     fused = next((path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)), None)
     if fused is None:
-        return parts or "no attention layer and no MLP that this library knows"
+        return parts or "no attention layer and no linear layer"
     return f"{parts or 'no other'}; torch.nn.MultiheadAttention, as at {fused}, keeps q, k and v where they cannot be adapted"
 
 
@@ -69,7 +89,7 @@ def _check_readable(model: nn.Module, target: Target) -> None:
         )
 
 
-def _check_linear(target: Target) -> None:
+def _check_in_attention(target: Target) -> None:
     """Any layer that maps vectors to vectors will do: the update is added to what it answers."""
     attention: Any = target.attention
     mine = vars(attention).get("forward")

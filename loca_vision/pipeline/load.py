@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from loca_vision.checks import PARTS
 from loca_vision.formats.adapter_file import Description, check_values, part_of, read_description
 from loca_vision.formats.match_model import base_model_name, match
+from loca_vision.formats.module_names import as_in_files, as_in_model, renamed, renamed_keys
 from loca_vision.formats.save_load import prepared
 from loca_vision.formats.sources import Opened, Request, opened, with_description
+from loca_vision.layers.linear_layouts import features
 from loca_vision.layers.targets import Target, find_targets
 from loca_vision.methods.update import Update
 from loca_vision.model.activation import activate
@@ -38,16 +39,16 @@ def load(
         assigned = _assigned(pipe, about)
         name = _name_to_load(pipe, adapter_name, hotswap, assigned)
         found = {}
-        for component, (model, part, key) in assigned.items():
+        for component, (model, part, own) in assigned.items():
             with _naming(component):
-                found[component] = match(model, part, part_of(file.entries, key), replacing=name if hotswap else None)
+                found[component] = match(model, part, own(file.entries), replacing=name if hotswap else None)
         tensors = file.tensors()  # no larger than the pipeline, but for a wider conv_in, as is known by now
         check_values(tensors, about)
         made = {}
-        for component, (model, part, key) in assigned.items():
+        for component, (model, part, own) in assigned.items():
             with _naming(component):
                 room = None if hotswap else settings_of(model).max_components
-                made[component] = prepared(model, part, found[component], part_of(tensors, key), room, learn=False)
+                made[component] = prepared(model, part, found[component], own(tensors), room, learn=False)
                 if hotswap:
                     check_swap(model, name, made[component][1])
     if not all(takes_attention_kwargs(model) for model, _, _ in assigned.values()):
@@ -61,25 +62,36 @@ def load(
 def _metadata(pipe: Any, file: Opened) -> dict[str, str]:
     def shapes() -> Iterator[tuple[str, tuple[int, int]]]:
         for component, model in models_in(pipe).items():
-            for target in find_targets(model, PARTS):
-                if target.attention is not None:
+            rename = as_in_files(model)
+            for target in find_targets(model):
+                if features(target.layer) is not None:
+                    yield f"{component}.{rename(target.name)}", target.shape
                     yield f"{component}.{target.name}", target.shape
 
     return with_description(file, lambda: dict(shapes()))
 
 
-def _assigned(pipe: Any, about: Description) -> dict[str, tuple[nn.Module, Description, str]]:
-    """The model of each component in the file, its part of the description, and the file's own name for the component."""
+_Own = Callable[[Mapping[str, Any]], dict[str, Any]]  # of the tensors of a file, those of one component, by names in its model
+
+
+def _assigned(pipe: Any, about: Description) -> dict[str, tuple[nn.Module, Description, _Own]]:
+    """The model of each component in the file, its part of the description, and what takes its tensors out of the file."""
     models = models_in(pipe)
     if "" in about.configs:  # saved from a model by itself: which of the components, its class tells
         same = [name for name, model in models.items() if base_model_name(model) == about.base_model]
         if len(same) != 1:
             raise ValueError(f"it was trained on a {about.base_model}, of which the pipeline has {len(same)}")
-        return {same[0]: (models[same[0]], about.of(""), "")}
+        return {same[0]: _part_for(models[same[0]], about, "")}
     for component in about.configs:
         if component not in models:
             raise ValueError(f"it is for the component {component}, but the pipeline only has {', '.join(models)}")
-    return {component: (models[component], about.of(component), component) for component in about.configs}
+    return {component: _part_for(models[component], about, component) for component in about.configs}
+
+
+def _part_for(model: nn.Module, about: Description, key: str) -> tuple[nn.Module, Description, _Own]:
+    part = about.of(key)
+    rename = as_in_model(model, part)
+    return model, renamed(part, rename), lambda tensors: renamed_keys(part_of(tensors, key), rename)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from loca_vision import (
     save_adapter,
     set_adapters,
 )
-from loca_vision.model.target_checks import linear_targets
+from loca_vision.model.target_checks import targets_for
 from support.formulas import KINDS, changed, numbers, stir, written
 from support.timm_models import batch, tiny
 
@@ -97,7 +97,7 @@ def test_gradients_are_those_through_the_formula(kind, family):
     model, base = adapted(kind, family), tiny(family).double()
     config, values, weights = config_of(kind, PARTS[family]), dict(base.named_parameters()), {}
     leaves = {}
-    for target in linear_targets(base, config.targets):
+    for target in targets_for(base, config):
         update = adapters(model)[target.name]
         mine = {id(p) for p in update.trainable()}
         held = dict(update.named_parameters())

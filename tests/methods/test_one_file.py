@@ -18,6 +18,7 @@ ALLOWED = {
     "recipes/editing/presets.py": {"loca", "fourierft"},  # the paper's Table 11
     "layers/adapted_linear.py": {"loca"},  # a submodule's name, of every method's updates
     "layers/adapted_attention.py": {"loca"},  # likewise
+    "layers/model_walk.py": {"loca"},  # likewise
     "commands/convert.py": {"loca", "lora"},  # forms of files, between which it converts
 }
 

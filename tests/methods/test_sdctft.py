@@ -9,7 +9,7 @@ from scipy.fft import dctn
 
 from loca_vision import AlternatingSchedule, SDCTFTConfig, adapters, inject, load_adapter, parameter_groups, save_adapter
 from loca_vision.methods.sdctft import allotted, bands
-from loca_vision.model.target_checks import linear_targets
+from loca_vision.model.target_checks import targets_for
 from support.formulas import stir
 from support.timm_models import tiny
 
@@ -108,7 +108,7 @@ def test_cells_depend_on_weight_seed_and_name():
 
 
 def test_of_a_fused_weight_only_the_projection_s_own_rows_count(vit):
-    weights = {target.name: target.weight() for target in linear_targets(vit, ("q", "v"))}
+    weights = {target.name: target.weight() for target in targets_for(vit, SDCTFTConfig(n_components=1))}
     inject(vit, SDCTFTConfig(n_components=1, n_bands=1, energy_share=1))
     for name, update in adapters(vit).items():
         energy = dctn(weights[name].double().numpy(), norm="ortho") ** 2

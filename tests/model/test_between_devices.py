@@ -63,8 +63,9 @@ def test_nothing_is_copied(name: str, kind: str) -> None:
     """In training, whatever moves, and at inference; the first call makes what is kept."""
     subject: Subject = SEEN[name]
     model, copies = subject.adapted(kind).train(), _Copies()
+    real = subject.inputs()  # which are kept for other tests
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        given = {k: mode.from_tensor(v).to("cuda") if isinstance(v, Tensor) else v for k, v in subject.inputs().items()}
+        given = {k: mode.from_tensor(v).to("cuda") if isinstance(v, Tensor) else v for k, v in real.items()}
         on_no_gpu(model, mode)(**given)
         for moves in ("coefficients", "locations", "") if kind == "loca" else ("all", ""):
             for update in adapters(model).values():

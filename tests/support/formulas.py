@@ -11,7 +11,7 @@ from scipy.fft import dct
 from torch import Tensor, nn
 
 from loca_vision import FourierFTConfig, LoCAConfig, LoRAConfig, SDCTFTConfig, SeLoRAConfig, adapters
-from loca_vision.model.target_checks import linear_targets
+from loca_vision.model.target_checks import targets_for
 
 TARGETS = ("q", "v", "out", "fc1")
 KINDS = {
@@ -115,7 +115,7 @@ def written(base: nn.Module, *terms: tuple[Any, dict[str, nn.Module], float]) ->
     """
     changes = []
     for config, updates, strength in terms:
-        for target in linear_targets(base, config.targets):
+        for target in targets_for(base, config):
             weight = target.weight()
             change = strength * (changed(config, numbers(updates[target.name]), weight) - weight.double())
             changes.append((target.layer.weight, slice(None) if target.rows is None else target.rows, change))

@@ -21,7 +21,7 @@ else:  # the choices of the command line are those of the catalogue
     Dataset = Literal[NAMES]
 METHODS = MethodSettings(
     flags={name: name for name in ("n_components", "scale", "location_gradient", "r", "alpha", "use_dora", "eta", "basis")},
-    adapters=frozenset({"targets", "set", "lr"}),
+    adapters=frozenset({"targets", "layers", "set", "lr"}),
     schedule=frozenset({"coefficient_steps", "location_steps", "learning_steps", "together", "location_lr"}),
     others={"full": frozenset({"lr"}), "lp": frozenset({"cache_features"})},
 )
@@ -70,8 +70,10 @@ class Recipe:
     """A field of the method that has no flag of its own here; may be repeated."""
     preset: str | None = None
     """The paper's settings (Table 9), as in vit-base-loca-3000; flags win over them."""
-    targets: tuple[Literal["q", "k", "v", "out", "fc1", "fc2"], ...] = ("q", "v")
-    """Adapted projections: parts of attention layers, and of MLPs."""
+    targets: tuple[Literal["q", "k", "v", "out", "fc1", "fc2", "linear"], ...] = ("q", "v")
+    """Adapted projections: parts of attention layers, and of MLPs; linear: every linear layer but the head."""
+    layers: tuple[str, ...] = ()
+    """Name patterns of the layers to adapt, as in "blocks.[0-5]" or "!*.mlp*" (all but those); all by default."""
     n_components: Annotated[int | None, METHODS.help("n_components")] = None
     """Coefficients of each projection."""
     scale: Annotated[float | None, METHODS.help("scale")] = None

@@ -74,8 +74,10 @@ class EditRecipe:
     """A module, by its name or as a .py file, that defines methods; may be repeated."""
     set: Assignments = ()
     """A field of the method that has no flag of its own here; may be repeated."""
-    targets: tuple[Literal["q", "k", "v", "out"], ...] = ("q", "k", "v", "out")
-    """Adapted projections of every attention layer of the UNet."""
+    targets: tuple[Literal["q", "k", "v", "out", "fc1", "fc2", "proj_in", "proj_out", "linear"], ...] = ("q", "k", "v", "out")
+    """Adapted projections: parts of attention and feed-forward layers, those around blocks, or every linear layer."""
+    layers: tuple[str, ...] = ()
+    """Name patterns of the layers to adapt, as in "*attn2*" or "!mid_block" (all but those); all by default."""
     n_components: Annotated[int | None, METHODS.help("n_components")] = None
     """Coefficients of each projection."""
     loca_scale: Annotated[float | None, METHODS.help("loca_scale")] = None

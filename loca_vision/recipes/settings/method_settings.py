@@ -11,7 +11,7 @@ import tyro
 
 from loca_vision.messages import nearest
 from loca_vision.methods.adapter_config import AdapterConfig
-from loca_vision.methods.by_name import setting_fields
+from loca_vision.methods.by_name import COMMON, setting_fields
 from loca_vision.methods.registry import KINDS, config_class, method_names, unknown_method
 from loca_vision.recipes.settings.yaml_value import value_of_text
 
@@ -95,7 +95,7 @@ class MethodSettings:
         return {name: value for name, value in values.items() if value is not None}
 
     def config(self, recipe: Any, seed: int) -> AdapterConfig | None:
-        """What to inject, from a recipe with the fields `method`, `targets` and `set`; None without an adapter.
+        """What to inject, from a recipe with the fields `method`, `targets`, `layers` and `set`; None without an adapter.
 
         Raises:
             ValueError: a setting out of its range, or one that the method does not have.
@@ -104,7 +104,7 @@ class MethodSettings:
         if config is None:
             return None
         values = self.chosen(recipe.method, recipe) | self._assigned(config, recipe.set)
-        values |= {"targets": recipe.targets, "seed": seed}
+        values |= {"targets": recipe.targets, "seed": seed} | ({"layers": recipe.layers} if recipe.layers else {})
         for name, own in setting_fields(config).items():
             if name not in values and own.default is own.default_factory is dataclasses.MISSING:
                 raise ValueError(f"--set {name}=VALUE is missing, which the method {recipe.method} needs")
@@ -115,7 +115,7 @@ class MethodSettings:
         fields = {name: own for name, own in setting_fields(config).items() if name not in self.flags}
         values = {}
         for name, text in assigned(assignments).items():
-            if name in (*self.flags, "targets", "seed"):
+            if name in (*self.flags, *COMMON):
                 raise ValueError(f"--set {name}={text}: say --{self.flags.get(name, name)} instead")
             if name not in fields:
                 raise ValueError(

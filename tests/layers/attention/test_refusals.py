@@ -8,7 +8,12 @@ from support import pipelines as tiny
 from support.attention import CONFIG, adapted, anatomy, output
 
 BAD = {
-    "no such targets": (LoCAConfig(n_components=5, targets=("q", "fc1")), "new", "has no 'fc1' projection"),
+    "no such targets": (
+        LoCAConfig(n_components=5, targets=("q", "fc1"), layers="*attn1"),
+        "new",
+        r"has no 'fc1' projection in the layers that layers=\('\*attn1',\) chooses",
+    ),
+    "no such layers": (LoCAConfig(n_components=5, layers="*atn1"), "new", r"the pattern '\*atn1' fits no .*perhaps attn1"),
     "a name in use": (CONFIG, "default", "has an adapter of that name"),
     "too many components": (LoCAConfig(n_components=257, targets=("q",)), "new", "n_components=257: .* 16 x 16 = 256 cells"),
 }

@@ -1,0 +1,80 @@
+"""Patterns over the names of a model's layers: which projections an adapter goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from loca_vision.layers.targets import Target
+from loca_vision.messages import nearest
+
+# Modules that other code hangs into a model: the image projection and the processors of an IP-Adapter, the motion modules of
+# AnimateDiff. They are no part of the model that an adapter is for, so that only a pattern with such a name in it reaches them.
+GUESTS = ("encoder_hid_proj", "image_proj", "motion_modules", "processor")
+
+
+def chosen(targets: Sequence[Target], parts: Sequence[str], patterns: Sequence[str] | None) -> list[Target]:
+    """Those of a model's targets that an adapter goes on.
+
+    Args:
+        targets: all of the model's, of every part.
+        parts, patterns: `targets` and `layers` of an `AdapterConfig`.
+
+    Raises:
+        ValueError: a pattern fits nothing.
+    """
+    wanted = [target for target in targets if target.part in parts or ("linear" in parts and target.linear)]
+    included = [pattern for pattern in patterns or () if not pattern.startswith("!")]
+    found = {id(target) for target in wanted if not included and _guest_in(target) is None}
+    for pattern in included:
+        found |= {id(target) for target in _included(pattern, wanted, targets)}
+    for pattern in (pattern[1:] for pattern in patterns or () if pattern.startswith("!")):
+        out = {id(target) for target in targets if _fits(pattern, target)}
+        if not out:
+            raise _fits_nothing(f"!{pattern}", targets)
+        found -= out
+    return [target for target in targets if id(target) in found]
+
+
+def _included(pattern: str, wanted: Sequence[Target], targets: Sequence[Target]) -> list[Target]:
+    """The wanted targets that a pattern fits, or else those of any part that it names by their own paths."""
+    fitting = [target for target in wanted if _reaches(pattern, target) and _fits(pattern, target)]
+    fitting = fitting or [target for target in targets if _reaches(pattern, target) and _names(pattern, target)]
+    if not fitting:
+        raise _fits_nothing(pattern, targets)
+    return fitting
+
+
+def _reaches(pattern: str, target: Target) -> bool:
+    """Whether the target belongs to the model itself, or to a guest that the pattern names."""
+    guest = _guest_in(target)
+    return guest is None or guest in pattern
+
+
+def _guest_in(target: Target) -> str | None:
+    parts = target.layer_path.split(".")
+    return next((guest for guest in GUESTS if guest in parts), None)
+
+
+def _names(pattern: str, target: Target) -> bool:
+    return fnmatchcase(target.name, pattern) or fnmatchcase(target.layer_path, pattern)
+
+
+def _fits(pattern: str, target: Target) -> bool:
+    return any(fnmatchcase(path, pattern) for path in _paths(target))
+
+
+def _paths(target: Target) -> Iterator[str]:
+    """The projection's name, and the paths of its layer and of everything that contains it."""
+    yield target.name
+    path = target.layer_path
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
+def _fits_nothing(pattern: str, targets: Sequence[Target]) -> ValueError:
+    paths = {path for target in targets for path in _paths(target)}
+    known = [*dict.fromkeys(part for path in sorted(paths) for part in path.split(".")), *sorted(paths)]
+    near = nearest(pattern.removeprefix("!").strip("*."), known)
+    return ValueError(f"layers: the pattern {pattern!r} fits no projection of the model{near}")

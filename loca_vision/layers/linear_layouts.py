@@ -1,0 +1,54 @@
+"""What linear layers outside attention are called: feed-forward layers and projections of diffusers and transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+# The feed-forward layer of diffusers: its projections are named as those of an MLP, `<feed-forward>.fc1`.
+FEED_FORWARD = {"fc1": "net.0.proj", "fc2": "net.2"}
+# Others have names of their own; two layers side by side (a gate and what it gates) are both "fc1".
+_OTHERS: tuple[Mapping[str, str], ...] = (
+    {"linear_in": "fc1", "linear_out": "fc2"},
+    {"w1": "fc1", "w3": "fc1", "w2": "fc2"},
+    {"linear_1": "fc1", "linear_3": "fc1", "linear_2": "fc2"},
+    {"gate_proj": "fc1", "up_proj": "fc1", "down_proj": "fc2"},
+    {"up_proj": "fc1", "down_proj": "fc2"},
+    {"wi_0": "fc1", "wi_1": "fc1", "wo": "fc2"},
+    {"wi": "fc1", "wo": "fc2"},
+)
+_AROUND = ("proj_in", "proj_out")
+
+
+def feed_forward(module: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """(part, path, layer) of a feed-forward layer of diffusers; nothing for other modules."""
+    net = module._modules.get("net")
+    if not isinstance(net, nn.ModuleList) or len(net) < 3:
+        return
+    first, last = net[0]._modules.get("proj"), net[2]
+    if first is not None and features(first) and features(last):
+        yield "fc1", FEED_FORWARD["fc1"], first
+        yield "fc2", FEED_FORWARD["fc2"], last
+
+
+def named_alike(module: nn.Module, *, root: bool) -> Iterator[tuple[str, str, nn.Module]]:
+    """(part, child, layer) of feed-forward layers with names of their own, and of `proj_in` and `proj_out` below the root."""
+    children = {name: child for name, child in module._modules.items() if child is not None and features(child)}
+    for names in _OTHERS:
+        if names.keys() <= children.keys():
+            yield from ((names[name], name, children[name]) for name in names)
+            break
+    if "proj_mlp" in children:  # of a block that computes attention and feed-forward side by side
+        yield "fc1", "proj_mlp", children["proj_mlp"]
+    yield from ((name, name, children[name]) for name in _AROUND if name in children and not root)
+
+
+def features(layer: nn.Module) -> tuple[int, int] | None:
+    """(p, q), outputs and inputs, of a layer that maps vectors to vectors, quantised or not, 1 x 1 convolutions included."""
+    if isinstance(layer, nn.Conv2d):
+        pointwise = layer.kernel_size == layer.stride == layer.dilation == (1, 1) and layer.groups == 1
+        return (layer.out_channels, layer.in_channels) if pointwise and layer.padding in (0, (0, 0), "valid") else None
+    sizes: list[Any] = [getattr(layer, name, None) for name in ("out_features", "in_features")]
+    return (sizes[0], sizes[1]) if all(type(size) is int for size in sizes) else None

@@ -1,0 +1,56 @@
+"""Every layer of a model where an update may go, and by whom it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from loca_vision.layers.attention_layouts import base_of
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module of a model.
+
+    Args:
+        path: of the module, with all wrappers.
+        module: itself, inside the wrapper that peft may have put around it.
+        called: whether the code it belongs to calls its layers, as that of diffusers and transformers does, and never computes
+            with their weights itself.
+    """
+
+    path: str
+    module: nn.Module
+    called: bool
+
+
+def places(model: nn.Module) -> Iterator[Place]:
+    """Every module once, in the order of `named_modules`, without what adapters of any kind put into layers."""
+    yield from _below("", model, False, set())
+
+
+def _below(path: str, module: nn.Module, called: bool, seen: set[int]) -> Iterator[Place]:
+    layer = base_of(module) if hasattr(module, "get_base_layer") else module
+    if id(layer) in seen:
+        return
+    seen.add(id(layer))
+    called = called if type(layer).__module__.startswith("torch.") else calls_its_layers(type(layer))
+    yield Place(path, layer, called)
+    if layer is not module:
+        return
+    for name, child in module._modules.items():
+        if child is not None and name != "loca":
+            yield from _below(f"{path}.{name}" if path else name, child, called, seen)
+
+
+def calls_its_layers(cls: type) -> bool:
+    """Whether it is a class of diffusers or transformers, or extends one."""
+    known = _known.get(cls)
+    if known is None:
+        known = _known[cls] = any(one.__module__.split(".")[0] in ("diffusers", "transformers") for one in cls.__mro__)
+    return known
+
+
+_known: dict[type, bool] = {}
