@@ -42,9 +42,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Folders whose files take long come first, so that no worker is left with one of them when the others are done."""
+    """Files that fork come first: autograd cannot, once it has threads, and compiled code starts some. Then those folders
+    whose files take long, so that no worker is left with one of them when the others are done."""
     order = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.relative_to(TESTS).parts[0], len(order)))
+    items.sort(key=lambda item: "fork" not in vars(getattr(item, "module", None) or item))
     for item in items:
         if "device" in getattr(item, "fixturenames", ()):
             item.add_marker("device")
