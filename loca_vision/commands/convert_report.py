@@ -81,8 +81,8 @@ def warnings(source: WeightDeltas, losses: Sequence[LayerFidelity], to: str, *, 
         )
     if to == "kohya" and source.decomposed:
         found.append(
-            "warning: dora_scale is one number for each row, as LyCORIS and diffusers read it; ComfyUI and A1111 read it in "
-            "another way: for those, say --to full with --base"
+            "warning: dora_scale is one number for each row, as LyCORIS reads it; diffusers passes over it, ComfyUI and A1111 "
+            "divide by other norms: for diffusers say --to diffusers, for the others --to full with --base"
         )
     whole = {*source.whole, *source.differences} - gone
     weights = {f"{module}.weight" for module in source.shapes} | whole

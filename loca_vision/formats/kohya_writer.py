@@ -40,7 +40,8 @@ def write_kohya_lora(
         path: a file that ends in .safetensors. Replaced if it is there.
         pairs: of `unet`, `text_encoder` and `text_encoder_2` of Stable Diffusion.
         kernels: as in `LoraLayers`.
-        magnitudes: likewise, written as `dora_scale` (p, 1).
+        magnitudes: likewise, written as `dora_scale` (p, 1), which is exact for LyCORIS alone: diffusers (0.42) passes over it,
+            ComfyUI divides by the norms of W instead of V, A1111 by those of columns.
         dtype: of the factors; by default the one they have.
         base_model, xl: as in `family_of`, which decides about `lora_te1_` or `lora_te_`, and about the header.
 
