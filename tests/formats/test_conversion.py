@@ -1,5 +1,6 @@
 """Conversion of adapters and weights: printed errors are the measured ones, and nothing is lost silently."""
 
+import json
 import re
 
 import pytest
@@ -367,6 +368,8 @@ def test_other_changes_are_refused_or_listed(tmp_path, capsys):
     assert sum(line.startswith("left out: ") for line in lines) == 6
     assert any(line.endswith("whose size is not known (6)") for line in lines)
     assert all(pair.rank == 3 for pair in read_lora(tmp_path / "peft").pairs.values())
+    about = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert about["base_model_name_or_path"] == f"timm/{NAME}.r160_in1k"
 
 
 def test_checkpoints_that_do_not_belong_together_are_refused(tmp_path):
