@@ -143,3 +143,55 @@ def test_text_encoders_of_xl_have_their_names_and_all_four_parts(tmp_path):
         *("q_proj", "k_proj", "v_proj", "out_proj"),
     }
     assert any(key.startswith("lora_te1_") for key in tensors) and not any(key.startswith("lora_te_") for key in tensors)
+
+
+def test_biases_whose_weights_stay_are_warned_of(tmp_path, capsys):
+    """A1111 knows a difference of a bias only beside one of the weight."""
+    base, tuned = unet(), unet()
+    with torch.no_grad():
+        tuned.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight += 0.1
+        tuned.mid_block.resnets[0].conv1.bias += 0.1
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    words = f"extract {tmp_path}/base {tmp_path}/tuned {tmp_path}/x.safetensors --component unet --to full --others whole"
+    assert main(words.split()) == 0
+    assert "warning: A1111 reads no file with biases" in capsys.readouterr().out
+    with torch.no_grad():
+        tuned.mid_block.resnets[0].conv1.weight += 0.1
+    tuned.save_pretrained(tmp_path / "tuned")
+    assert main([*words.split(), "--overwrite"]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_base_that_is_not_the_base_is_refused(tmp_path, capsys):
+    made = adapter(stable_diffusion(), whole=(CONV_IN,))
+    made.write(tmp_path / "loca.safetensors")
+    unet(channels=8).save_pretrained(tmp_path / "wide")
+    safetensors.torch.save_file({"other.weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    words = f"convert {tmp_path}/loca.safetensors {tmp_path}/x.safetensors --to full --base {tmp_path}/".split()
+    for base, sentence in {
+        "wide": "unet.conv_in.weight is (16, 8, 3, 3) in the base, and (16, 4, 3, 3) in the adapter",
+        "other.safetensors": "it has no tensor conv_in.weight, for which there is an update",
+        "none": "none",
+    }.items():
+        assert main([*words[:-1], words[-1] + base]) == 2
+        said = capsys.readouterr().err
+        assert sentence in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_a_base_of_several_components_is_the_folder_of_the_pipeline(tmp_path, capsys):
+    pipe = stable_diffusion()
+    pipe.unet.save_pretrained(tmp_path / "unet")
+    whole = ("unet.conv_in.weight", "text_encoder.encoder.layers.0.mlp.fc1.weight")
+    made = adapter(pipe, whole=whole)
+    made.write(tmp_path / "loca.safetensors")
+    words = f"convert {tmp_path}/loca.safetensors {tmp_path}/x.safetensors --to full --base".split()
+    assert main([*words, str(tmp_path / "unet")]) == 2
+    assert "it has no folder text_encoder, and the adapter is for text_encoder, unet" in capsys.readouterr().err
+    pipe = stable_diffusion()
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert main([*words, str(tmp_path / "pipe")]) == 0
+    added(pipe.text_encoder, tmp_path / "x.safetensors", "lora_te_text_model_")
+    fc1 = pipe.text_encoder.encoder.layers[0].mlp.fc1.weight
+    torch.testing.assert_close(fc1, made.whole[whole[1]], atol=1e-6, rtol=1e-6)
