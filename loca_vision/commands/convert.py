@@ -19,6 +19,7 @@ from loca_vision.formats.conversion.to_full_file import to_full
 from loca_vision.formats.conversion.to_lora_file import to_lora
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas, open_difference, read_source
 from loca_vision.formats.lora_reader import DIFFUSERS_WEIGHTS
+from loca_vision.formats.lora_tensors import file_to_write
 from loca_vision.layers.projection_rows import ProjectionRows, projections_in, projections_of_modules
 
 KINDS: tuple[BudgetRule, ...] = ("count", "threshold", "ratio", "energy")
@@ -78,6 +79,8 @@ class OutputOptions:
             raise ValueError(f"--to {self.to}: --half is for --to diffusers, kohya and full")
         if self.sdxl and self.to not in ("kohya", "full"):
             raise ValueError(f"--to {self.to}: --sdxl is for --to kohya and full")
+        if self.to in ("kohya", "full"):
+            file_to_write(output, None)
         there = output / (ADAPTER_NAME if self.to in ("loca", "lora") else DIFFUSERS_WEIGHTS) if output.is_dir() else output
         if there.is_file() and not self.overwrite:
             raise FileExistsError(f"{there}: it is there; choose another name, or say --overwrite")
