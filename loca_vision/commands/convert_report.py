@@ -85,6 +85,9 @@ def warnings(source: WeightDeltas, losses: Sequence[LayerFidelity], to: str, *, 
             "divide by other norms: for diffusers say --to diffusers, for the others --to full with --base"
         )
     whole = {*source.whole, *source.differences} - gone
+    passed = sorted(name for name in (*shapes, *whole) if name.startswith(("unet.add_embedding.", "unet.conv_norm_out.")))
+    if to in ("kohya", "full") and passed:
+        found.append(f"warning: A1111 has no name for {passed[0]}, and passes over it; ComfyUI has one")
     weights = {f"{module}.weight" for module in source.shapes} | whole
     alone = sorted(name for name in whole if name.endswith(".bias") and f"{name[:-4]}weight" not in weights)
     if to == "full" and alone:

@@ -177,3 +177,10 @@ def test_what_kohyas_keys_have_no_names_for_is_refused(tmp_path, capsys):
     assert main(["convert", f"{tmp_path}/lora.safetensors", f"{tmp_path}/out.safetensors", "--to", "kohya"]) == 2
     assert f"{T5}: kohya's keys have names for the UNet and CLIP text encoders" in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("to", ["kohya", "diffusers"])
+def test_layers_that_a1111_has_no_name_for_are_said(to, tmp_path, capsys):
+    write_diffusers_lora(tmp_path / "lora.safetensors", {"unet.add_embedding.linear_1": pair(0)})
+    lines = converted(capsys, tmp_path / "lora.safetensors", tmp_path / "out.safetensors", "--to", to)
+    assert any("A1111 has no name for unet.add_embedding.linear_1" in line for line in lines) == (to == "kohya")
