@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from loca_vision.commands.convert_report import advice, left_out_lines, size_of, table, uncounted_lines, warnings
 from loca_vision.formats.adapter_file import FILE_NAME as ADAPTER_NAME
-from loca_vision.formats.conversion.conversion_error import LayerFidelity, loss_table
+from loca_vision.formats.conversion.conversion_error import LayerFidelity
 from loca_vision.formats.conversion.dct_truncation import Budget, BudgetRule
 from loca_vision.formats.conversion.merge_checkpoint import merge
-from loca_vision.formats.conversion.to_adapter import to_loca, to_lora_adapter, without_place
-from loca_vision.formats.conversion.to_lora_file import not_read_by_diffusers, to_lora
+from loca_vision.formats.conversion.to_adapter import to_loca, to_lora_adapter
+from loca_vision.formats.conversion.to_full_file import to_full
+from loca_vision.formats.conversion.to_lora_file import to_lora
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas, open_difference, read_source
 from loca_vision.formats.lora_reader import DIFFUSERS_WEIGHTS
+from loca_vision.formats.lora_tensors import file_to_write
 from loca_vision.layers.projection_rows import ProjectionRows, projections_in, projections_of_modules
 
 KINDS: tuple[BudgetRule, ...] = ("count", "threshold", "ratio", "energy")
@@ -26,8 +29,9 @@ KINDS: tuple[BudgetRule, ...] = ("count", "threshold", "ratio", "energy")
 class OutputOptions:
     """The form of the output, and how much of the updates to keep."""
 
-    to: Literal["loca", "lora", "diffusers", "kohya", "peft"] = "loca"
-    """LoCA or LoRA, as adapters of this library; or a LoRA file of others. ComfyUI reads kohya's."""
+    to: Literal["loca", "lora", "diffusers", "kohya", "peft", "full"] = "loca"
+    """LoCA or LoRA, as adapters of this library; a LoRA file of others, where kohya is for ComfyUI and A1111 (and is read by
+    diffusers too) and diffusers is for diffusers alone; or full, the whole update without loss, for ComfyUI and A1111."""
     count: int | None = None
     """LoCA: this many components."""
     threshold: float | None = None
@@ -43,7 +47,9 @@ class OutputOptions:
     model: str | None = None
     """timm's name of the model, for updates of a timm model."""
     half: bool = False
-    """LoRA: factors in float16."""
+    """LoRA and full: numbers in float16."""
+    sdxl: bool = False
+    """kohya and full: it is for Stable Diffusion XL, where a text encoder alone does not tell."""
     skip: bool = False
     """Skip tensors the target format cannot represent, and list them."""
     overwrite: bool = False
@@ -67,6 +73,14 @@ class OutputOptions:
                 raise ValueError("--rank and --half are for LoRA: say which with --to")
         elif self.shared or any(getattr(self, kind) is not None for kind in KINDS):
             raise ValueError(f"--to {self.to}: a LoRA has a --rank, no number of components")
+        if self.to == "full" and self.rank is not None:
+            raise ValueError("--to full: it is the whole update, which has no --rank")
+        if self.half and self.to in ("lora", "peft"):
+            raise ValueError(f"--to {self.to}: --half is for --to diffusers, kohya and full")
+        if self.sdxl and self.to not in ("kohya", "full"):
+            raise ValueError(f"--to {self.to}: --sdxl is for --to kohya and full")
+        if self.to in ("kohya", "full"):
+            file_to_write(output, None)
         there = output / (ADAPTER_NAME if self.to in ("loca", "lora") else DIFFUSERS_WEIGHTS) if output.is_dir() else output
         if there.is_file() and not self.overwrite:
             raise FileExistsError(f"{there}: it is there; choose another name, or say --overwrite")
@@ -80,6 +94,8 @@ class Convert:
     """The adapter: a file, or the folder it is in."""
     output: Path
     """A file that ends in .safetensors, or a folder; for peft a folder."""
+    base: Path | None = None
+    """full: the weights the adapter is for, or the folder of their pipeline; needed for tensors trained whole, and DoRA."""
     form: OutputOptions = field(default_factory=OutputOptions)
     """What is to be made of it."""
 
@@ -129,18 +145,21 @@ class Merge:
 def convert(command: Convert) -> str:
     """
     Raises:
-        ValueError, OSError: as `read_source`, `to_loca`, `to_lora`.
+        ValueError, OSError: as `read_source`, `to_loca`, `to_lora`, `to_full`.
     """
     form = command.form
     form.check(command.output)
+    if command.base is not None and form.to != "full":
+        raise ValueError(f"--to {form.to}: --base is for --to full")
     places, base_model = _model(form.model)
-    return _write(command.output, form, read_source(command.source, places, skip=form.skip), places, base_model)
+    source = read_source(command.source, places, skip=form.skip)
+    return _write(command.output, form, source, places, base_model, command.base)
 
 
 def extract(command: Extract) -> str:
     """
     Raises:
-        ValueError, OSError: as `open_difference`, `to_loca`, `to_lora`.
+        ValueError, OSError: as `open_difference`, `to_loca`, `to_lora`, `to_full`.
     """
     form = command.form
     form.check(command.output)
@@ -153,7 +172,7 @@ def extract(command: Extract) -> str:
         return bool(projections_of_modules([module])) if modules is None else module in modules
 
     with open_difference(command.base, command.tuned, wanted, component=command.component, others=command.others) as source:
-        return _write(command.output, form, source, places, base_model)
+        return _write(command.output, form, source, places, base_model, command.base)
 
 
 def merged(command: Merge) -> str:
@@ -176,7 +195,7 @@ def merged(command: Merge) -> str:
         shard_size=int(command.shard_size * 1e9),
         overwrite=command.overwrite,
     )
-    return "\n".join([*_left_out(source), f"{written}: the merged weights"])
+    return "\n".join([*left_out_lines(source, ()), f"{written}: the merged weights"])
 
 
 def _model(name: str | None) -> tuple[list[ProjectionRows] | None, str | None]:
@@ -195,51 +214,33 @@ def _model(name: str | None) -> tuple[list[ProjectionRows] | None, str | None]:
 
 
 def _write(
-    output: Path, form: OutputOptions, source: WeightDeltas, places: Sequence[ProjectionRows] | None, base_model: str | None
+    output: Path,
+    form: OutputOptions,
+    source: WeightDeltas,
+    places: Sequence[ProjectionRows] | None,
+    base_model: str | None,
+    base: Path | None,
 ) -> str:
-    dropped: list[LayerFidelity] = []
+    losses: list[LayerFidelity]
+    skip, dtype = form.skip, torch.float16 if form.half else None
     if form.to == "loca":
-        losses = to_loca(source, form.budget(), output, places=places, base_model=base_model, skip=form.skip)
+        losses = to_loca(source, form.budget(), output, places=places, base_model=base_model, skip=skip)
     elif form.to == "lora":
-        losses = to_lora_adapter(source, output, rank=form.rank, places=places, base_model=base_model, skip=form.skip)
+        losses = to_lora_adapter(source, output, rank=form.rank, places=places, base_model=base_model, skip=skip)
+    elif form.to == "full":
+        losses = to_full(source, output, base=base, dtype=dtype, base_model=base_model, skip=skip, xl=form.sdxl)
     else:
         losses = to_lora(
             source,
             output,
             layout=form.to,
             rank=form.rank,
-            dtype=torch.float16 if form.half else None,
-            base_model=base_model,
+            dtype=dtype,
+            base_model=f"timm/{base_model}" if base_model else None,
             overwrite=form.overwrite,
-            skip=form.skip,
+            skip=skip,
+            xl=form.sdxl,
         )
-    if form.skip:
-        source = replace(source, left_out={**source.left_out, **_whole_left_out(source, form)})
-        dropped = without_place(source, places) if form.to in ("loca", "lora") else []
-    table = loss_table([*losses, *dropped], "components" if form.to == "loca" else "rank")
-    lines = [f"left out: {loss.layer}: no projection that LoCA adapts" for loss in dropped]
-    return "\n".join([*_left_out(source), *lines, *_not_read(source, form), table, *_uncounted(source), f"{output}: written"])
-
-
-def _left_out(source: WeightDeltas) -> list[str]:
-    return [f"left out: {key}: {why}" for key, why in source.left_out.items()]
-
-
-def _whole_left_out(source: WeightDeltas, form: OutputOptions) -> dict[str, str]:
-    why = f"it was trained whole, for which {form.to} keys have no room"
-    return dict.fromkeys(source.whole, why) if form.to in ("diffusers", "kohya") else {}
-
-
-def _not_read(source: WeightDeltas, form: OutputOptions) -> list[str]:
-    why = "it is in the file, but is not read by load_lora_weights of diffusers, which has no loader for a T5"
-    return [f"warning: {component}: {why}" for component in not_read_by_diffusers(source)] if form.to == "diffusers" else []
-
-
-def _uncounted(source: WeightDeltas) -> list[str]:
-    """What the line for all layers does not count, because the size of its update is not known."""
-    count = len(source.left_out)
-    return (
-        [f"the error of all does not count what else was left out: tensors that are no matrix of an update ({count})"]
-        if count
-        else []
-    )
+    lines = [*left_out_lines(source, losses), *warnings(source, losses, form.to, xl=form.sdxl)]
+    lines += [table(losses, form.to), *uncounted_lines(source, losses), *advice(source, losses, form.to, places)]
+    return "\n".join([*lines, f"{output}: written, {size_of(output)}"])

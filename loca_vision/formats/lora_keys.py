@@ -41,7 +41,7 @@ _WORDS = (
     *("conv_in", "conv_out", "conv_shortcut", "time_emb_proj", "time_embedding", "add_embedding", "linear_1", "linear_2"),
     *("text_model", "text_projection", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj"),
     *("attentions", "resnets", "downsamplers", "upsamplers", "attn1", "attn2", "ff", "net", "proj", "conv", "conv1", "conv2"),
-    *("encoder", "layers", "mlp", "fc1", "fc2"),
+    *("encoder", "layers", "mlp", "fc1", "fc2", "norm", "norm1", "norm2", "norm3", "conv_norm_out"),
 )
 # The original UNet of SD 1.x, 2.x and SDXL: three entries for each level, two of them with resnet and transformer.
 _ORIGINAL = (
@@ -115,25 +115,6 @@ def canonical(path: str) -> str:
 
 
 # Names without dots
-
-
-def flattened(path: str, *, several_encoders: bool) -> str:
-    """kohya's name of a module of a UNet or CLIP text encoder: `lora_unet_mid_block_attentions_0_...`.
-
-    Args:
-        path: as in `Key`.
-        several_encoders: the file has two text encoders, so that the first is `te1`, not `te`.
-
-    Raises:
-        ValueError: a module that has no such name.
-    """
-    component, _, rest = path.partition(".")
-    encoders = {"text_encoder": "lora_te1_" if several_encoders else "lora_te_", "text_encoder_2": "lora_te2_"}
-    prefix = ({"unet": "lora_unet_"} | encoders).get(component)
-    name = rest.replace(".", "_")
-    if prefix is None or unflattened(name) != rest:
-        raise ValueError(f"{path}: kohya's keys have names for the UNet and CLIP text encoders of Stable Diffusion only")
-    return prefix + name
 
 
 def unflattened(name: str) -> str:

@@ -30,11 +30,13 @@ class LoraFile:
             `unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q`. A text encoder's have `text_model` in them.
         whole: tensors trained as a whole (`modules_to_save` of peft), by the parameter's name.
         skipped: the keys left out, with what they are.
+        kernels: (kh, kw) of the layers whose factors are convolutions.
     """
 
     pairs: dict[str, LowRankPair]
     whole: dict[str, Tensor] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    kernels: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -75,7 +77,8 @@ def read_lora(path: str | os.PathLike[str], *, skip: bool = False) -> LoraFile:
         tensors = opened.tensors()
         _check_values(tensors, [key for keys in (*layers.values(), found.whole) for key in keys.values()])
         pairs = {name: _pair(name, keys, tensors, in_header, settings) for name, keys in layers.items()}
-    return LoraFile(pairs, {name: tensors[key] for name, key in found.whole.items()}, skipped)
+    kernels = {name: (1, 1) for name, keys in layers.items() if tensors[keys["down"]].dim() == 4}
+    return LoraFile(pairs, {name: tensors[key] for name, key in found.whole.items()}, skipped, kernels)
 
 
 def has_lora(path: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -57,11 +57,13 @@ class Truncated:
         pair: the factors, in float32, their columns and rows of equal norms.
         norm: Frobenius norm of the matrix.
         error: Frobenius norm of what is left out.
+        squares: squared singular values of the matrix, the largest first; None where they were not asked for.
     """
 
     pair: LowRankPair
     norm: float
     error: float
+    squares: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def relative_error(self) -> float:
@@ -88,7 +90,7 @@ def truncated(delta: Tensor | LowRankPair, rank: int) -> Truncated:
     root = values[:rank].sqrt()
     up, down = left[:, :rank] * root, root[:, None] * right[:rank]
     pair = LowRankPair(down.float().contiguous(), up.float().contiguous())
-    return Truncated(pair, math.sqrt(float(squares.sum())), math.sqrt(float(squares[rank:].sum())))
+    return Truncated(pair, math.sqrt(float(squares.sum())), math.sqrt(float(squares[rank:].sum())), squares)
 
 
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -105,6 +105,16 @@ def largest_components(deltas: Mapping[str, Tensor], budget: Budget) -> dict[str
     return kept
 
 
+def components_losing(share: float, deltas: Mapping[str, Tensor]) -> int:
+    """How many components of all matrices together leave a relative error of at most `share` in each of them."""
+    count = 0
+    for name in deltas:
+        squares = _spectrum(name, deltas[name]).flatten().double().square_().sort(descending=True).values
+        lost = squares.sum() - squares.cumsum(0)
+        count += int((lost > share**2 * squares.sum()).sum()) + 1
+    return count
+
+
 def total_error(kept: Iterable[Components]) -> float:
     """The relative error of all matrices together, in the Frobenius norm: from 0 to 1."""
     held = list(kept)

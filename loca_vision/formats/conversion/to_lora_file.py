@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from loca_vision.formats.adapter_file import prefix_of
-from loca_vision.formats.conversion.conversion_error import LayerFidelity
+from loca_vision.formats.conversion.conversion_error import LayerFidelity, left_out_entirely
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas
-from loca_vision.formats.lora_writer import write_diffusers_lora, write_kohya_lora, write_peft_lora
+from loca_vision.formats.kohya_writer import has_name, write_kohya_lora
+from loca_vision.formats.lora_tensors import COMPONENTS, LoraLayers
+from loca_vision.formats.lora_writer import write_diffusers_lora, write_peft_lora
 from loca_vision.formats.low_rank_pair import LowRankPair, cut
-from loca_vision.layers.projection_rows import projections_of_modules
 
 KeyFormat = Literal["diffusers", "kohya", "peft"]
 
@@ -29,50 +32,126 @@ def to_lora(
     base_model: str | None = None,
     overwrite: bool = False,
     skip: bool = False,
+    xl: bool = False,
 ) -> list[LayerFidelity]:
-    """Write the LoRA of some rank closest to an update.
+    """Write the LoRA of some rank closest to an update. A DoRA keeps its factors and magnitudes.
 
     Args:
         layout: the keys: "diffusers" or "kohya" for a pipeline's components, or "peft", a folder for one model.
         rank: of every module, or, where that is larger, the one that loses nothing; None keeps the factors that there are.
         dtype: of the factors.
-        skip: leave out tensors trained whole, which only "peft" has room for.
+        base_model: what the file says it is for, for "peft" as the hub names it; by default what the source says.
+        skip: leave out what has no room in these keys: tensors trained whole (but for "peft"), differences of biases and
+            norms, modules without a name, updates that depend on the weight and are no DoRA of whole rows.
+        xl: "kohya": it is for Stable Diffusion XL, where its modules do not tell.
+
+    Returns:
+        What each layer keeps, those that are left out included.
 
     Raises:
-        ValueError: a rank below 1; None where the update has no factors; whole tensors; modules without a name in this layout.
+        ValueError: a rank below 1; None where the update has no factors; without `skip`, something without room.
         OSError: as `write_atomically`.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank}: it is a whole number from 1 up")
-    if source.whole and layout != "peft" and not skip:
-        first = next(iter(source.whole))
-        raise ValueError(f"{first} was trained whole, for which {layout} keys have no room; it can be left out (skip)")
+    dropped = _without_room(source, layout)
+    refuse_unless(skip, dropped)
+    gone = {loss.layer for loss in dropped}
+    modules = [module for module in source.shapes if module not in gone]
+    pairs, losses = _pairs(source, modules, rank)
+    magnitudes = {module: source.decomposed[module][1] for module in modules if module in source.decomposed}
+    kernels = {module: kernel for module, kernel in source.kernels.items() if module in pairs}
+    layers = LoraLayers(pairs, kernels, magnitudes)
+    base = base_model or source.base_model
+    if layout == "peft":
+        layers, whole = _without_component(layers, source.whole)
+        hub_name = base if "/" in base else None  # a class's name, as of a model without one on the hub, is none of them
+        write_peft_lora(path, **vars(layers), whole=whole, base_model=hub_name, overwrite=overwrite)
+    elif layout == "diffusers":
+        write_diffusers_lora(path, **vars(layers), dtype=dtype)
+    else:
+        write_kohya_lora(path, **vars(layers), dtype=dtype, base_model=base, xl=xl)
+    return [*losses, *dropped]
+
+
+def refuse_unless(skip: bool, dropped: Iterable[LayerFidelity]) -> None:
+    """
+    Raises:
+        ValueError: something would be left out, and nobody asked for it: naming the first, and the reason.
+    """
+    first = next(iter(dropped), None)
+    if first is not None and not skip:
+        raise ValueError(f"{first.layer}: {first.why}; it can be left out (skip)")
+
+
+def not_read_by_diffusers(modules: Iterable[str]) -> dict[str, str]:
+    """The components that `load_lora_weights` of diffusers (0.42) passes over without a word, and why."""
+    why: dict[str, str] = {}
+    for module in modules:
+        component, _, path = module.partition(".")
+        if re.search(r"\.block\.\d+\.layer\.\d+\.", f".{path}"):
+            why[component] = "which has no loader for a T5"
+        elif component == "text_encoder_3" or (component.startswith("text_encoder") and not _is_of_clip(path)):
+            why[component] = "which reads CLIP's text encoders only, the first and the second"
+        elif component == "transformer_2":
+            why[component] = "unless it is told load_into_transformer_2=True"
+    return dict(sorted(why.items()))
+
+
+def _is_of_clip(path: str) -> bool:
+    return path.removeprefix("text_model.").startswith(("encoder.layers.", "embeddings.", "text_projection"))
+
+
+def _pairs(
+    source: WeightDeltas, modules: Iterable[str], rank: int | None
+) -> tuple[dict[str, LowRankPair], list[LayerFidelity]]:
     pairs, losses = {}, []
-    for module, shape in source.shapes.items():
+    for module in modules:
+        shape = source.shapes[module]
+        if module in source.decomposed:
+            pairs[module] = pair = source.decomposed[module][0]
+            if rank is not None and pair.rank > rank:
+                raise ValueError(f"rank={rank}: {module} is a DoRA of rank {pair.rank}, whose factors are kept as they are")
+            losses.append(LayerFidelity(module, shape, pair.rank, math.nan, 0.0))
+            continue
         kept = cut(module, source.read(module, None), rank)
         pairs[module] = kept.pair
-        losses.append(LayerFidelity(module, shape, kept.pair.rank, kept.norm, kept.error))
-    if layout == "peft":
-        names, whole = _without_component(pairs, source.whole)
-        write_peft_lora(path, names, whole=whole, base_model=base_model, overwrite=overwrite)
-    else:
-        (write_diffusers_lora if layout == "diffusers" else write_kohya_lora)(path, pairs, dtype=dtype)
-    return losses
+        losses.append(LayerFidelity(module, shape, kept.pair.rank, kept.norm, kept.error, squares=kept.squares))
+    return pairs, losses
 
 
-def not_read_by_diffusers(source: WeightDeltas) -> list[str]:
-    """The components that `load_lora_weights` of diffusers passes over without a word: it has no loader for a T5."""
-    return sorted({module.partition(".")[0] for module in source.shapes if ".SelfAttention." in module})
+def _without_room(source: WeightDeltas, layout: KeyFormat) -> list[LayerFidelity]:
+    """What the keys of this layout have no room for, with its size where that is known."""
+    dropped = []
+    for module, shape in source.shapes.items():
+        dora = module in source.needs_weight
+        if dora and module not in source.decomposed:
+            why = "its update (DoRA) depends on the weight, and some rows have none; merge it into the weights instead"
+            dropped.append(left_out_entirely(module, shape, math.nan, why))
+        elif layout == "kohya" and not has_name(module):
+            why = "kohya's keys have names for the UNet and CLIP text encoders of Stable Diffusion only"
+            dropped.append(left_out_entirely(module, shape, math.nan if dora else norm_of(source.matrix(module)), why))
+    if layout != "peft":
+        why = f"it was trained whole, for which {layout} keys have no room"
+        dropped += [left_out_entirely(name, tuple(tensor.shape), math.nan, why) for name, tensor in source.whole.items()]
+    why = f"it is the difference of a parameter that is no matrix, for which {layout} keys have no room"
+    return dropped + [
+        left_out_entirely(name, tuple(tensor.shape), norm_of(tensor), why) for name, tensor in source.differences.items()
+    ]
 
 
-def _without_component(
-    pairs: Mapping[str, LowRankPair], whole: Mapping[str, Tensor]
-) -> tuple[dict[str, LowRankPair], dict[str, Tensor]]:
+def norm_of(tensor: Tensor) -> float:
+    """The Frobenius norm, summed up in float64."""
+    return float(tensor.detach().double().norm())
+
+
+def _without_component(layers: LoraLayers, whole: Mapping[str, Tensor]) -> tuple[LoraLayers, dict[str, Tensor]]:
     """By the names of one model: peft's files are for one."""
-    if not projections_of_modules(pairs):
-        return dict(pairs), dict(whole)
-    components = {module.partition(".")[0] for module in pairs}
+    components = {module.partition(".")[0] for module in layers.pairs}
+    if not components & set(COMPONENTS):
+        return layers, dict(whole)
     if len(components) > 1:
         raise ValueError(f"peft's files are for one model, and this update is for {', '.join(sorted(components))}")
     prefix = prefix_of(components.pop())
-    return {m[len(prefix) :]: pair for m, pair in pairs.items()}, {name[len(prefix) :]: t for name, t in whole.items()}
+    short = LoraLayers(*({name[len(prefix) :]: of for name, of in part.items()} for part in vars(layers).values()))
+    return short, {name[len(prefix) :]: tensor for name, tensor in whole.items()}

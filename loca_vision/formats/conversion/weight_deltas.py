@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from loca_vision.formats.adapter_file import (
     prefix_of,
     read_description,
 )
+from loca_vision.formats.conversion.dora_factors import dora_of
 from loca_vision.formats.lora_keys import canonical
 from loca_vision.formats.lora_reader import read_lora
 from loca_vision.formats.low_rank_pair import LowRankPair
@@ -37,11 +38,16 @@ _MATRICES = ("F64", "F32", "F16", "BF16")
 class WeightDeltas:
     """
     Args:
-        shapes: (p, q) of the weights that are updated, by module: `unet.mid_block...attn1.to_q`, `blocks.0.attn.qkv`.
+        shapes: (p, q) of the weights that are updated, by module: `unet.mid_block...attn1.to_q`, `blocks.0.attn.qkv`. Of a
+            convolution q is in_channels * kh * kw, as in `weight.flatten(1)`.
         read: the update of one, as a matrix or as its factors. Weight-decomposed updates need the weight (p, q).
-        whole: tensors trained whole, by the parameter's name.
+        whole: tensors trained whole, which replace those of the base, by the parameter's name.
         left_out: what is not in here, by key, and why.
         name, base_model: of the adapter.
+        kernels: (kh, kw) of the modules that are 2-D convolutions, (1, 1) included; other modules are linear layers.
+        differences: what is added to whole parameters that are no matrix of an update (biases, norms), by their names.
+        needs_weight: the modules whose update depends on the weight (DoRA).
+        decomposed: of those, as far as they are DoRA with a magnitude for each row: scale * B A, and the magnitudes (p,).
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -50,6 +56,10 @@ class WeightDeltas:
     left_out: Mapping[str, str] = field(default_factory=dict)
     name: str = "default"
     base_model: str = "unknown"
+    kernels: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    differences: Mapping[str, Tensor] = field(default_factory=dict)
+    needs_weight: Collection[str] = ()
+    decomposed: Mapping[str, tuple[LowRankPair, Tensor]] = field(default_factory=dict)
 
     def matrix(self, module: str, weight: Tensor | None = None) -> Tensor:
         """The update of a module's weight, (p, q) in float32 or float64."""
@@ -77,7 +87,8 @@ def read_source(
         lora = read_lora(file, skip=skip)
         pairs = _without_empty_kinds(lora.pairs)
         shapes = {module: pair.shape for module, pair in pairs.items()}
-        return WeightDeltas(shapes, lambda module, _: pairs[module], lora.whole, lora.skipped)
+        kernels = {module: kernel for module, kernel in lora.kernels.items() if module in pairs}
+        return WeightDeltas(shapes, lambda module, _: pairs[module], lora.whole, lora.skipped, kernels=kernels)
     with open_safetensors(file) as opened:
         about = read_description(opened.metadata, opened.entries)
         tensors = opened.tensors()
@@ -121,7 +132,9 @@ def _of_adapter(about: Description, tensors: dict[str, Tensor], known: Mapping[s
         return _joined(updates[module], shapes[module], weight)
 
     whole = {name: tensors[f"full.{name}"] for name in about.whole}
-    return WeightDeltas(shapes, read, whole, name=about.name, base_model=about.base_model)
+    needing = {module for module, parts in updates.items() if any(update.needs_weight for _, update in parts)}
+    decomposed = {module: dora for module in needing if (dora := dora_of(updates[module], shapes[module])) is not None}
+    return WeightDeltas(shapes, read, whole, {}, about.name, about.base_model, needs_weight=needing, decomposed=decomposed)
 
 
 @torch.no_grad()

