@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from loca_vision.checks import PARTS
-from loca_vision.layers.attention_layouts import target_of
+from loca_vision.layers.attention_layouts import part_of_name
 from loca_vision.messages import nearest
 from loca_vision.methods.adapter_config import AdapterConfig, TensorSpec
 from loca_vision.methods.loca import LoCAConfig
@@ -111,7 +111,7 @@ def described(entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, int]
     for name in names:
         component, _, projection = name.partition(".")
         counts.setdefault(component, {})[projection] = math.prod(entries[f"{name}.coefficients"].shape)
-    parts = {c: tuple(p for p in PARTS if p in {target_of(n.rpartition(".")[2]) for n in of}) for c, of in counts.items()}
+    parts = {c: tuple(p for p in PARTS if p in {part_of_name(n) for n in of}) for c, of in counts.items()}
     configs: dict[str, AdapterConfig] = {c: LoCAConfig(n_components=counts[c], targets=parts[c]) for c in counts}
     whole = tuple(sorted(key.removeprefix("full.") for key in entries if key.startswith("full.")))
     return Description(configs, {name: shapes[name] for name in names}, whole, "default", "unknown", "unknown")

@@ -6,9 +6,9 @@ From version 5 on a CLIP text encoder has lost the `text_model` that its modules
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -61,6 +61,20 @@ def renamed(about: Description, rename: Rename) -> Description:
     )
 
 
-def renamed_keys(tensors: Mapping[str, _Value], rename: Rename) -> dict[str, Any]:
-    """The tensors, or entries, of a file likewise."""
-    return {f"full.{rename(key[5:])}" if key.startswith("full.") else rename(key): value for key, value in tensors.items()}
+def renamed_keys(tensors: Mapping[str, _Value], about: Description, rename: Rename) -> dict[str, _Value]:
+    """The tensors, or entries, of a file likewise, whose description has the old names.
+
+    What belongs to no projection, such as cells that several share, keeps its key.
+    """
+    return {_renamed_key(key, about.shapes, rename): value for key, value in tensors.items()}
+
+
+def _renamed_key(key: str, projections: Container[str], rename: Rename) -> str:
+    if key.startswith("full."):
+        return f"full.{rename(key[5:])}"
+    parts = key.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        projection = ".".join(parts[:end])
+        if projection in projections:
+            return ".".join([rename(projection), *parts[end:]])
+    return key

@@ -103,12 +103,12 @@ def load_adapter(
         part = about.of(component)
         if not head:
             part = replace(part, whole=tuple(name for name in part.whole if not is_of_head(model, name)))
-        rename = as_in_model(model, part)
-        part = renamed(part, rename)
-        targets = match(model, part, renamed_keys(part_of(opened.entries, component), rename))
+        rename, written = as_in_model(model, part), part
+        part = renamed(written, rename)
+        targets = match(model, part, renamed_keys(part_of(opened.entries, component), written, rename))
         tensors = opened.tensors()  # no larger than the model, but for a wider conv_in, as is known by now
         check_values(tensors, about)
-        own = renamed_keys(part_of(tensors, component), rename)
+        own = renamed_keys(part_of(tensors, component), written, rename)
         adapter, placed = prepared(model, part, targets, own, learn=trainable)
     attach(model, name, adapter, placed, learn=trainable)
     return tuple(target.name for target in targets)
@@ -141,7 +141,7 @@ def contents(
     about = Description({"": config}, shapes, tuple(sorted(whole)), name, base, __version__, convolutions)
     tensors = {f"full.{key}": value for key, value in whole.items()} | config.to_tensors(updates, dtype)
     rename = as_in_files(unwrap(model))
-    return renamed(about, rename), renamed_keys(tensors, rename)
+    return renamed(about, rename), renamed_keys(tensors, about, rename)
 
 
 def write_adapter(file: Path, about: Description, tensors: dict[str, Tensor]) -> None:

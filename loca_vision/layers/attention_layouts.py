@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from loca_vision.checks import PARTS
+
 
 @dataclass(frozen=True)
 class Naming:
@@ -52,6 +54,12 @@ def naming_of(module: nn.Module) -> Naming | None:
 def target_of(part: str) -> str:
     """The entry of `targets` that a part belongs to: "q" for "q" and "add_q", "fc1" for "fc1_g"."""
     return part.removeprefix("add_").split("_")[0]
+
+
+def part_of_name(projection: str) -> str:
+    """The entry of `targets` that a projection belongs to by its name: "linear" for one that is no part of a known layer."""
+    own = projection.rpartition(".")[2]
+    return next((part for part in (own, target_of(own)) if part in PARTS), "linear")
 
 
 def child(module: nn.Module, path: str) -> nn.Module | None:

@@ -91,7 +91,7 @@ def _assigned(pipe: Any, about: Description) -> dict[str, tuple[nn.Module, Descr
 def _part_for(model: nn.Module, about: Description, key: str) -> tuple[nn.Module, Description, _Own]:
     part = about.of(key)
     rename = as_in_model(model, part)
-    return model, renamed(part, rename), lambda tensors: renamed_keys(part_of(tensors, key), rename)
+    return model, renamed(part, rename), lambda tensors: renamed_keys(part_of(tensors, key), part, rename)
 
 
 @contextmanager

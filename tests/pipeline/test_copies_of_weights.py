@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,8 @@ def frames(pipe: Any) -> torch.Tensor:
 
 def test_free_noise_replaces_no_adapted_block(tmp_path: Path) -> None:
     pipe = animated()
-    stir(adapted(pipe.unet), "default")
+    inject(pipe.unet, replace(CONFIG, layers="*motion_modules*"))
+    stir(pipe.unet, "default")
     before = frames(pipe)
     sentence = r"enable_free_noise replaces down_blocks\.0\.motion_modules\.0.*has an adapter: unload it first"
     with pytest.raises(ValueError, match=sentence):

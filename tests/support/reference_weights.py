@@ -31,11 +31,12 @@ Strength = float | Callable[[str], float]  # of an adapter: one number, or one f
 
 def layers(model: nn.Module, targets: Sequence[str] = ("q", "k", "v", "out")) -> Iterator[tuple[str, nn.Linear]]:
     """The projections of a model without adapters, by the names they have in an adapter file."""
+    lost = "text_model." if hasattr(model, "embeddings") and not hasattr(model, "text_model") else ""  # with transformers 4
     for path, attention in model.named_modules():
         if hasattr(attention, "to_q") or hasattr(attention, "q_proj"):
             children = dict(attention.named_modules())
             for part in targets:
-                yield from ((f"{path}.{part}", children[name]) for name in _LAYERS[part] if name in children)
+                yield from ((f"{lost}{path}.{part}", children[name]) for name in _LAYERS[part] if name in children)
 
 
 @dataclass(frozen=True)

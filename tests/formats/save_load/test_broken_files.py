@@ -208,7 +208,6 @@ BROKEN: dict[str, tuple[Breaker, str]] = {
         "blocks.2.attn.q.coefficients is missing",
     ),
     "projection that the model has not": (extra_projection, "the model has no projection blocks.2.attn.q; perhaps blocks."),
-    "projection that the file has not": (without(Q), f"the model's projection {Q} has no update"),
     # Tensors
     "NaN": (item(C, math.nan), f"{C} holds NaN or infinity"),
     "infinity": (item(C, math.inf), f"{C} holds NaN or infinity"),

@@ -38,11 +38,6 @@ def moved(made: Made, old: str, new: str) -> Made:
     return Made({name(key): value for key, value in made.tensors.items()}, made.about | {"config": configs, "shapes": shapes})
 
 
-def without(made: Made) -> Made:
-    shapes = {key: value for key, value in made.about["shapes"].items() if key != Q}
-    return made.with_tensors(**{C: None, L: None}).but(shapes=shapes)
-
-
 def with_projection(name: str) -> Callable[[Made], Made]:
     def broken(made: Made) -> Made:
         more = {f"{name}.coefficients": torch.ones(12), f"{name}.locations": torch.zeros(12, dtype=torch.int32)}
@@ -78,12 +73,10 @@ HOSTILE: dict[str, tuple[Callable[[Made], Made], str]] = {
         "belongs to none of the components unet",
     ),
     "no component": (about(lambda f: f.update(config={})), "config"),
-    "a projection less": (without, "the model's projection mid_block.attentions.0.transformer_blocks.0.attn1.q has no update"),
     "a projection more": (with_projection("unet.mid_block.attn.q"), "the model has no projection mid_block.attn.q"),
     "a projection of no component": (with_projection("mid_block.attn.q"), "mid_block.attn.q belongs to none of the components"),
     "a projection that is a layer": (with_projection("unet.conv_in"), "the model has no projection conv_in"),
-    "a target more": (about(lambda f: f["config"]["unet"]["targets"].append("k")), "k has no update"),
-    "a target less": (about(lambda f: f["config"]["unet"]["targets"].remove("v")), "no projection"),
+    "a target less": (about(lambda f: f["config"]["unet"]["targets"].remove("v")), "is none of targets="),
     "another shape": (wide, "is (32, 64) in the file and (32, 32) in the model"),
     "coefficients missing": (tensor(C, lambda t: None), f"{C} is missing"),
     "locations missing": (tensor(L, lambda t: None), f"{L} is missing"),

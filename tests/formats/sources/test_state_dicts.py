@@ -106,7 +106,6 @@ BARE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "no component": (renamed(C, C.removeprefix("unet.")), "the pipeline has no projection mid_block"),
     "an unknown component": (renamed(C, C.replace("unet", "transformer", 1)), "the pipeline has no projection transformer."),
-    "one projection less": (lambda s: [s.pop(C), s.pop(L)], "has no update in the file"),
     "coefficients missing": (lambda s: s.pop(C), f"{L} is unknown"),
     "locations missing": (lambda s: s.pop(L), f"{L} is missing"),
     "NaN": (lambda s: s[C].fill_(math.nan), f"{C} holds NaN"),

@@ -87,10 +87,14 @@ def test_fewer_components_fit_without_room_made(count: int, pipe: Any) -> None:
 
 
 def test_more_components_need_room(pipe: Any) -> None:
-    before = facts(pipe)
+    before, last = facts(pipe), "text_encoder.text_model.encoder.layers.1.self_attn.out"
     for made in (
         adapter(stable_diffusion(), BOTH, n=13),
-        adapter(stable_diffusion(), BOTH, n=lambda name: 13 if name == "text_encoder.encoder.layers.1.self_attn.out" else 12),
+        adapter(
+            stable_diffusion(),
+            BOTH,
+            n=lambda name: 13 if name == last else 12,
+        ),
     ):
         words = (
             r"\.\w+ has 13 components and the adapter that it should replace has room for 12; "

@@ -99,7 +99,7 @@ def test_an_offloaded_unet_trains_its_conv_in_whole(base: Tensor) -> None:
 def test_every_layer_of_the_oracle_is_adapted(pipe: Any) -> None:
     """Or the comparisons here would be with too little."""
     for model in (pipe.unet, pipe.text_encoder):
-        wanted = {name for name, _ in layers(model)}
+        wanted = {name.removeprefix("" if hasattr(model, "text_model") else "text_model.") for name, _ in layers(model)}
         assert wanted == set(inject(model, LoCAConfig(n_components=2, targets=("q", "k", "v", "out"))))
         assert active_adapters(model) == {"default": 1.0}
         assert isinstance(model, nn.Module)
