@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,9 +37,13 @@ _MATRICES = ("F64", "F32", "F16", "BF16")
 class WeightDeltas:
     """
     Args:
-        shapes: (p, q) of the weights that are updated, by module: `unet.mid_block...attn1.to_q`, `blocks.0.attn.qkv`.
-        read: the update of one, as a matrix or as its factors. Weight-decomposed updates need the weight (p, q).
+        shapes: (p, q) of the weights that are updated, by module: `unet.mid_block...attn1.to_q`, `blocks.0.attn.qkv`. Of a
+            convolution q is in_channels * kh * kw, as `weight.flatten(1)` has it.
+        read: the update of one, as a matrix or as its factors. Updates in `needs_weight` need the weight (p, q).
         whole: tensors trained whole, by the parameter's name.
+        kernels: (kh, kw) of the modules that are convolutions, (1, 1) included; the others are linear.
+        differences: what is to be added to parameters that are no matrix of an update, such as biases, by name.
+        needs_weight: the modules whose update depends on the weight (DoRA).
         left_out: what is not in here, by key, and why.
         name, base_model: of the adapter.
     """
@@ -47,6 +51,9 @@ class WeightDeltas:
     shapes: Mapping[str, tuple[int, int]]
     read: Callable[[str, Tensor | None], Tensor | LowRankPair]
     whole: Mapping[str, Tensor] = field(default_factory=dict)
+    kernels: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    differences: Mapping[str, Tensor] = field(default_factory=dict)
+    needs_weight: Collection[str] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     name: str = "default"
     base_model: str = "unknown"
@@ -77,7 +84,7 @@ def read_source(
         lora = read_lora(file, skip=skip)
         pairs = _without_empty_kinds(lora.pairs)
         shapes = {module: pair.shape for module, pair in pairs.items()}
-        return WeightDeltas(shapes, lambda module, _: pairs[module], lora.whole, lora.skipped)
+        return WeightDeltas(shapes, lambda module, _: pairs[module], lora.whole, left_out=lora.skipped)
     with open_safetensors(file) as opened:
         about = read_description(opened.metadata, opened.entries)
         tensors = opened.tensors()
@@ -121,7 +128,8 @@ def _of_adapter(about: Description, tensors: dict[str, Tensor], known: Mapping[s
         return _joined(updates[module], shapes[module], weight)
 
     whole = {name: tensors[f"full.{name}"] for name in about.whole}
-    return WeightDeltas(shapes, read, whole, name=about.name, base_model=about.base_model)
+    needing = {module for module, there in updates.items() if any(update.needs_weight for _, update in there)}
+    return WeightDeltas(shapes, read, whole, needs_weight=needing, name=about.name, base_model=about.base_model)
 
 
 @torch.no_grad()
