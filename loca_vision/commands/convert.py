@@ -1,4 +1,4 @@
-"""`loca-vision convert`, `extract` and `merge`: adapters and weights from one form into another, and what is lost."""
+"""`loca-vision convert` and `extract`: adapters and weights from one form into another, and what is lost."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 
 from loca_vision.formats.adapter_file import FILE_NAME as ADAPTER_NAME
+from loca_vision.formats.conversion.checkpoint_difference import open_difference
 from loca_vision.formats.conversion.conversion_error import LayerFidelity, loss_table
 from loca_vision.formats.conversion.dct_truncation import Budget, BudgetRule
-from loca_vision.formats.conversion.merge_checkpoint import merge
 from loca_vision.formats.conversion.to_adapter import to_loca, to_lora_adapter, without_place
 from loca_vision.formats.conversion.to_lora_file import not_read_by_diffusers, to_lora
-from loca_vision.formats.conversion.weight_deltas import WeightDeltas, open_difference, read_source
+from loca_vision.formats.conversion.weight_deltas import WeightDeltas, read_source
 from loca_vision.formats.lora_reader import DIFFUSERS_WEIGHTS
 from loca_vision.layers.projection_rows import ProjectionRows, projections_in, projections_of_modules
 
@@ -74,12 +74,15 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class Convert:
-    """A LoRA (of peft, diffusers or kohya) or any adapter of this library into LoCA or LoRA; prints what each layer loses."""
+    """A LoRA or its kin (of peft, diffusers, kohya, LyCORIS, ...) or any adapter of this library into LoCA or LoRA; prints
+    what each layer loses."""
 
     source: Path
     """The adapter: a file, or the folder it is in."""
     output: Path
     """A file that ends in .safetensors, or a folder; for peft a folder."""
+    component: str = ""
+    """Of the pipeline, for a LoRA whose names tell none: unet, transformer, text_encoder."""
     form: OutputOptions = field(default_factory=OutputOptions)
     """What is to be made of it."""
 
@@ -102,30 +105,6 @@ class Extract:
     """What is to be made of it."""
 
 
-@dataclass(frozen=True)
-class Merge:
-    """Fold an adapter or a LoRA into weights: weights in, weights out, sharded as need be."""
-
-    base: Path
-    """Safetensors: a file, an index of shards, or the folder of either."""
-    adapter: Path
-    """The adapter or LoRA: a file, or the folder it is in."""
-    output: Path
-    """A file that ends in .safetensors, or a folder."""
-    component: str = ""
-    """Of the pipeline whose weights they are: unet, transformer, text_encoder."""
-    model: str | None = None
-    """timm's name of the model, for adapters of a timm model."""
-    strength: float = 1.0
-    """Times the update."""
-    shard_size: float = 5.0
-    """Gigabytes of a shard at most."""
-    skip: bool = False
-    """Leave out what of a LoRA is not understood, and list it."""
-    overwrite: bool = False
-    """Replace an output that is there and was written so."""
-
-
 def convert(command: Convert) -> str:
     """
     Raises:
@@ -133,8 +112,23 @@ def convert(command: Convert) -> str:
     """
     form = command.form
     form.check(command.output)
-    places, base_model = _model(form.model)
-    return _write(command.output, form, read_source(command.source, places, skip=form.skip), places, base_model)
+    places, base_model = model_named(form.model)
+    source = read_source(command.source, places, skip=form.skip, component=command.component)
+    return _write(command.output, form, _without_differences(source, skip=form.skip), places, base_model)
+
+
+def _without_differences(source: WeightDeltas, *, skip: bool) -> WeightDeltas:
+    """An update without what is added to biases and norms, for which adapters have no room.
+
+    Raises:
+        ValueError: there is such a thing, and no `skip`; or the update depends on the weights.
+    """
+    for module in source.needs_weight:
+        raise ValueError(f"{module}: its update (DoRA) depends on the weight; merge it into the weights instead")
+    for name in () if skip else source.differences:
+        raise ValueError(f"{name}: what is added to it is no update of a matrix; merge it, or leave it out (--skip)")
+    left = dict.fromkeys(source.differences, "what is added to it is no update of a matrix")
+    return replace(source, differences={}, left_out={**source.left_out, **left})
 
 
 def extract(command: Extract) -> str:
@@ -146,7 +140,7 @@ def extract(command: Extract) -> str:
     form.check(command.output)
     if not command.component and form.model is None:
         raise ValueError("say which weights they are: --component of a pipeline, or --model of timm")
-    places, base_model = _model(form.model)
+    places, base_model = model_named(form.model)
     modules = {place.module for place in places} if places is not None else None
 
     def wanted(module: str) -> bool:
@@ -156,30 +150,7 @@ def extract(command: Extract) -> str:
         return _write(command.output, form, source, places, base_model)
 
 
-def merged(command: Merge) -> str:
-    """
-    Raises:
-        ValueError, OSError: as `read_source`, `merge`.
-    """
-    places, _ = _model(command.model)
-    source = read_source(command.adapter, places, skip=command.skip)
-    components = sorted({place.module.partition(".")[0] for place in projections_of_modules(source.shapes).values()})
-    component = command.component or (components[0] if len(components) == 1 else "")
-    if len(components) > 1 and not component:
-        raise ValueError(f"the adapter is for {', '.join(components)}: say which of them the base is with --component")
-    written = merge(
-        command.base,
-        source,
-        command.output,
-        component=component,
-        strength=command.strength,
-        shard_size=int(command.shard_size * 1e9),
-        overwrite=command.overwrite,
-    )
-    return "\n".join([*_left_out(source), f"{written}: the merged weights"])
-
-
-def _model(name: str | None) -> tuple[list[ProjectionRows] | None, str | None]:
+def model_named(name: str | None) -> tuple[list[ProjectionRows] | None, str | None]:
     """The projections of a timm model, which is built without any weights, and its full name."""
     if name is None:
         return None, None
@@ -218,10 +189,12 @@ def _write(
         dropped = without_place(source, places) if form.to in ("loca", "lora") else []
     table = loss_table([*losses, *dropped], "components" if form.to == "loca" else "rank")
     lines = [f"left out: {loss.layer}: no projection that LoCA adapts" for loss in dropped]
-    return "\n".join([*_left_out(source), *lines, *_not_read(source, form), table, *_uncounted(source), f"{output}: written"])
+    return "\n".join(
+        [*lines_left_out(source), *lines, *_not_read(source, form), table, *_uncounted(source), f"{output}: written"]
+    )
 
 
-def _left_out(source: WeightDeltas) -> list[str]:
+def lines_left_out(source: WeightDeltas) -> list[str]:
     return [f"left out: {key}: {why}" for key, why in source.left_out.items()]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from loca_vision.formats.adapter_file import METADATA_KEY, Description, check_values, component_of, read_description
+from loca_vision.formats.layer_tensors import LoraFile
 from loca_vision.formats.lora_reader import has_lora, read_lora
+from loca_vision.formats.low_rank_pair import LowRankPair
 from loca_vision.formats.save_load import file_to_read
 from loca_vision.functional.dct import dct2
 from loca_vision.messages import aligned
@@ -109,19 +112,29 @@ def _updates(about: Description, tensors: dict[str, Tensor]) -> Iterator[Layer]:
 
 def _of_lora(file: Path) -> Contents:
     lora = read_lora(file, skip=True)
-    ranks = sorted({pair.rank for pair in lora.pairs.values()})
     head = [
-        f"{file}: a LoRA of {len(lora.pairs)} modules, ranks {', '.join(map(str, ranks))}",
+        f"{file}: {_kinds(lora)}",
         *(f"trained whole: {name} {tuple(value.shape)}" for name, value in lora.whole.items()),
+        *(f"added to: {name} {tuple(value.shape)}" for name, value in lora.differences.items()),
         *(f"not understood: {key}: {why}" for key, why in lora.skipped.items()),
     ]
 
     def layers() -> Iterator[Layer]:
-        for name, pair in lora.pairs.items():
-            delta = pair.delta().float()
-            yield Layer(name, pair.shape, pair.up.numel() + pair.down.numel(), float(delta.norm()), delta)
+        for name, update in lora.updates.items():
+            seen = not update.needs_weight and math.prod(update.shape) <= _MOST_CELLS
+            made = update.read(None) if seen else None
+            delta = made.delta().float() if isinstance(made, LowRankPair) else made
+            yield Layer(name, update.shape, update.trained, None if delta is None else float(delta.norm()), delta)
 
     return Contents(head, layers)
+
+
+def _kinds(lora: LoraFile) -> str:
+    """How many modules have which kind of update, and the ranks of those that are LoRA."""
+    counts = Counter(update.kind for update in lora.updates.values())
+    ranks = sorted({pair.rank for pair in lora.pairs.values()})
+    told = f", ranks {', '.join(map(str, ranks))}" if ranks else ""
+    return "; ".join(f"{kind} of {count} modules" for kind, count in counts.items()) + told
 
 
 def _bands(delta: Tensor | None) -> tuple[float, ...]:

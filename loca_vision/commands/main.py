@@ -31,8 +31,9 @@ def _parse(arguments: list[str]) -> Any:
     """The settings of the command asked for."""
     import tyro
 
-    from loca_vision.commands.convert import Convert, Extract, Merge
+    from loca_vision.commands.convert import Convert, Extract
     from loca_vision.commands.demo import Demo
+    from loca_vision.commands.merge import Merge
     from loca_vision.recipes.classification.evaluate import Evaluate
     from loca_vision.recipes.classification.predict import Predict
 
@@ -53,7 +54,7 @@ def _parse(arguments: list[str]) -> Any:
 
 def _run(command: Any) -> None:
     from loca_vision.commands import convert as exchange_commands
-    from loca_vision.commands import demo
+    from loca_vision.commands import demo, merge
     from loca_vision.recipes.classification import evaluate, predict
 
     run: dict[type[Any], Callable[[Any], object]] = {
@@ -63,7 +64,7 @@ def _run(command: Any) -> None:
         predict.Predict: predict.predict,
         exchange_commands.Convert: lambda wanted: print(exchange_commands.convert(wanted)),
         exchange_commands.Extract: lambda wanted: print(exchange_commands.extract(wanted)),
-        exchange_commands.Merge: lambda wanted: print(exchange_commands.merged(wanted)),
+        merge.Merge: lambda wanted: print(merge.merged(wanted)),
     }
     run[type(command)](command)
 

@@ -17,7 +17,11 @@ from torch import Tensor
 from loca_vision.storage.atomic_file import write_atomically
 from loca_vision.storage.strict_json import MAX_HEADER, _check_regular, _one_line, strict_json
 
-_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1} | {
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
+EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # endings of files that could run code when read
 _PICKLE_MARKS = {b"PK\x03\x04": "a PyTorch archive"} | {bytes((0x80, protocol)): "a pickle" for protocol in range(2, 6)}
 MAX_AXES = 8  # the product of thousands of sizes would take minutes

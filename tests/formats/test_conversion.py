@@ -12,12 +12,13 @@ from loca_vision import LoCAConfig, adapters, inject, load_adapter, remove, save
 from loca_vision.commands.inspect_file import describe
 from loca_vision.commands.main import main
 from loca_vision.diffusers import load_loca_weights
+from loca_vision.formats.conversion.checkpoint_difference import open_difference
 from loca_vision.formats.conversion.conversion_error import loss_table, total_loss
 from loca_vision.formats.conversion.dct_truncation import Budget
 from loca_vision.formats.conversion.merge_checkpoint import merge
 from loca_vision.formats.conversion.to_adapter import to_loca, to_lora_adapter
 from loca_vision.formats.conversion.to_lora_file import to_lora
-from loca_vision.formats.conversion.weight_deltas import open_difference, read_source
+from loca_vision.formats.conversion.weight_deltas import read_source
 from loca_vision.formats.lora_reader import read_lora
 from loca_vision.formats.lora_writer import write_diffusers_lora, write_kohya_lora
 from loca_vision.formats.low_rank_pair import LowRankPair

@@ -1,13 +1,12 @@
-"""Updates of weights from wherever they come: adapters of every kind, LoRA files, two checkpoints; by module, one at a time."""
+"""Updates of weights from wherever they come: adapters of every kind, LoRA files and their kin; by module, one at a time."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,16 +20,16 @@ from loca_vision.formats.adapter_file import (
     prefix_of,
     read_description,
 )
+from loca_vision.formats.layer_tensors import LoraFile
 from loca_vision.formats.lora_keys import canonical
 from loca_vision.formats.lora_reader import read_lora
 from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.formats.module_update import ModuleUpdate
 from loca_vision.layers.projection_rows import ProjectionRows, rows_of_target
 from loca_vision.methods.update import Update
 from loca_vision.storage.safetensors_file import open_safetensors
-from loca_vision.storage.sharded_weights import Weights, open_weights
 
-Others = Literal["refuse", "skip", "whole"]
-_MATRICES = ("F64", "F32", "F16", "BF16")
+_COMPONENT = re.compile(r"(unet|transformer|transformer_2|text_encoder|text_encoder_[23])\.")
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,10 @@ class WeightDeltas:
     name: str = "default"
     base_model: str = "unknown"
 
+    def components(self) -> list[str]:
+        """The components of a pipeline that modules are of."""
+        return sorted({module.partition(".")[0] for module in self.shapes if _COMPONENT.match(module)})
+
     def matrix(self, module: str, weight: Tensor | None = None) -> Tensor:
         """The update of a module's weight, (p, q) in float32 or float64."""
         update = self.read(module, weight)
@@ -65,14 +68,21 @@ class WeightDeltas:
 
 
 def read_source(
-    path: str | os.PathLike[str], places: Sequence[ProjectionRows] | None = None, *, skip: bool = False
+    path: str | os.PathLike[str],
+    places: Sequence[ProjectionRows] | None = None,
+    *,
+    skip: bool = False,
+    component: str = "",
+    sizes: Mapping[str, tuple[int, int]] | None = None,
 ) -> WeightDeltas:
-    """An adapter file of this library, of any kind, or a LoRA file of peft, diffusers or kohya.
+    """An adapter file of this library, of any kind, or what `read_lora` reads.
 
     Args:
         places: the model's projections (`projections_in`), needed for an adapter of a single model; the names of a
             pipeline's components tell where its projections are.
         skip: as in `read_lora`.
+        component: of the pipeline, for a LoRA whose names tell none.
+        sizes: (p, q) of the model's weights by module, where they are known and `places` are not.
 
     Raises:
         FileNotFoundError, ValueError: it is not there, not sound, or of projections whose weights are not known.
@@ -81,10 +91,8 @@ def read_source(
     if file.is_dir() and (file / FILE_NAME).exists():
         file = file / FILE_NAME
     if file.is_dir() or not _is_adapter(file):
-        lora = read_lora(file, skip=skip)
-        pairs = _without_empty_kinds(lora.pairs)
-        shapes = {module: pair.shape for module, pair in pairs.items()}
-        return WeightDeltas(shapes, lambda module, _: pairs[module], lora.whole, left_out=lora.skipped)
+        known = {place.module: place.size for place in places or () if place.size is not None}
+        return _of_lora(read_lora(file, skip=skip, sizes=known or sizes), component)
     with open_safetensors(file) as opened:
         about = read_description(opened.metadata, opened.entries)
         tensors = opened.tensors()
@@ -92,10 +100,42 @@ def read_source(
         return _of_adapter(about, tensors, {place.projection: place for place in places or ()})
 
 
-def _without_empty_kinds(pairs: Mapping[str, LowRankPair]) -> dict[str, LowRankPair]:
+def _of_lora(lora: LoraFile, component: str) -> WeightDeltas:
+    def named(name: str) -> str:
+        told = not component or _COMPONENT.match(name)
+        return name if told else canonical(f"{component}.{name}")
+
+    updates = {named(module): update for module, update in _without_empty_kinds(lora.updates).items()}
+
+    def read(module: str, weight: Tensor | None) -> Tensor | LowRankPair:
+        try:
+            return updates[module].read(weight)
+        except ValueError as error:
+            raise ValueError(f"{module}: {error}") from None
+
+    return WeightDeltas(
+        {module: update.shape for module, update in updates.items()},
+        read,
+        {named(name): tensor for name, tensor in lora.whole.items()},
+        {module: update.kernel for module, update in updates.items() if update.kernel is not None},
+        {named(name): tensor for name, tensor in lora.differences.items()},
+        {module for module, update in updates.items() if update.needs_weight},
+        lora.skipped,
+    )
+
+
+def _without_empty_kinds(updates: Mapping[str, ModuleUpdate]) -> dict[str, ModuleUpdate]:
     """Without projections that have zeros wherever they are: kohya's keys may have one for the sake of diffusers."""
-    filled = {_kind(module) for module, pair in pairs.items() if pair.up.any() and pair.down.any()}
-    return {module: pair for module, pair in pairs.items() if _kind(module) in filled} or dict(pairs)
+    filled = {_kind(module) for module, update in updates.items() if not _is_zero(update)}
+    return {module: update for module, update in updates.items() if _kind(module) in filled} or dict(updates)
+
+
+def _is_zero(update: ModuleUpdate) -> bool:
+    """Whether it is a LoRA of zeros; of other kinds there are none for the sake of anybody."""
+    if update.kind != "LoRA":
+        return False
+    pair = update.make()
+    return isinstance(pair, LowRankPair) and not (pair.up.any() and pair.down.any())
 
 
 def _kind(module: str) -> tuple[str, str]:
@@ -159,85 +199,3 @@ def _placed(place: ProjectionRows, up: Tensor, rows: int) -> Tensor:
     whole = up.new_zeros(rows, up.shape[1])
     whole[slice(None) if place.rows is None else place.rows] = up
     return whole
-
-
-# The difference of two checkpoints
-
-
-@contextmanager
-def open_difference(
-    base: str | os.PathLike[str],
-    tuned: str | os.PathLike[str],
-    wanted: Callable[[str], bool],
-    *,
-    component: str = "",
-    others: Others = "refuse",
-) -> Iterator[WeightDeltas]:
-    """A fully fine-tuned checkpoint minus its base, of the weights that changed.
-
-    Args:
-        base, tuned: as `open_weights` takes them.
-        wanted: whether an update of that module can be told; its weight must be a matrix then.
-        component: of the pipeline that both are; it goes before every name.
-        others: what becomes of other tensors that changed or are new (biases, norms, a head): refused, left out and listed,
-            or told as tensors trained whole.
-
-    Raises:
-        FileNotFoundError, ValueError: a checkpoint is not sound; one lacks a tensor, or has it in another shape; nothing
-            changed; NaN or infinity in a difference.
-    """
-    prefix = prefix_of(component)
-    with open_weights(base) as before, open_weights(tuned) as after:
-        for name in before.entries.keys() - after.entries.keys():
-            raise ValueError(f"{tuned}: it lacks the tensor {name}, which the base has")
-        changed = [name for name in after.entries if _differs(name, before, after)]
-        modules = {
-            _module(name): name for name in changed if _is_matrix(name, before, after) and wanted(prefix + _module(name))
-        }
-        rest = [name for name in changed if _module(name) not in modules or modules[_module(name)] != name]
-        if rest and others == "refuse":
-            raise ValueError(
-                f"{rest[0]} changed as well{f', and {len(rest) - 1} more' if len(rest) > 1 else ''}, and is no weight of a "
-                "projection that can be adapted: leave such tensors out, or keep them whole"
-            )
-        if not modules:
-            raise ValueError(f"{tuned}: no weight of a projection differs from {base}")
-        shapes = {prefix + module: _shape(after, name) for module, name in modules.items()}
-
-        def read(module: str, _: Tensor | None) -> Tensor:
-            name = modules[module.removeprefix(prefix)]
-            difference = after.tensor(name).double() - before.tensor(name).double()
-            if not torch.isfinite(difference).all():
-                raise ValueError(f"{name} holds NaN or infinity")
-            return difference.float()
-
-        source = WeightDeltas(shapes, read)
-        if others == "whole":
-            yield replace(source, whole={prefix + name: after.tensor(name) for name in rest})
-        else:
-            yield replace(source, left_out={prefix + name: "no weight of a projection" for name in rest})
-
-
-def _module(name: str) -> str:
-    return name.removesuffix(".weight")
-
-
-def _shape(weights: Weights, name: str) -> tuple[int, int]:
-    rows, cols = weights.entries[name].shape
-    return rows, cols
-
-
-def _differs(name: str, before: Weights, after: Weights) -> bool:
-    if name not in before.entries or before.entries[name].shape != after.entries[name].shape:
-        return True
-    return not torch.equal(before.tensor(name).double(), after.tensor(name).double())
-
-
-def _is_matrix(name: str, before: Weights, after: Weights) -> bool:
-    return (
-        name.endswith(".weight")
-        and name in before.entries
-        and before.entries[name].shape == after.entries[name].shape
-        and len(after.entries[name].shape) == 2
-        and {before.entries[name].dtype, after.entries[name].dtype} <= set(_MATRICES)
-    )
