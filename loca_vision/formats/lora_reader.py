@@ -108,7 +108,7 @@ def _sort(entries: Mapping[str, Entry], settings: PeftSettings | None) -> _Sorte
     found, family = _Sorted(), family_of(entries)
     for key in entries:
         part = parse_key(key, family)
-        parameter = key.removeprefix(PEFT_PREFIX)
+        parameter = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")  # what peft's layers wrap
         if part.role == "foreign" and settings is not None and settings.is_whole(parameter):
             found.whole[parameter] = key
         elif part.role == "foreign":

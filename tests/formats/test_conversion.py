@@ -434,6 +434,8 @@ def test_a_merge_that_cannot_be_is_refused(tmp_path):
     state = stable_diffusion().unet.state_dict()
     safetensors.torch.save_file(state, tmp_path / "base.safetensors")
     with pytest.raises(ValueError, match="the base has no tensor"):
+        merge(tmp_path / "base.safetensors", source, tmp_path / "out", component="text_encoder")
+    with pytest.raises(ValueError, match="for text_encoder, unet: say which of them the base is with --component"):
         merge(tmp_path / "base.safetensors", source, tmp_path / "out")
     with pytest.raises(ValueError, match="no update for the component 'transformer'"):
         merge(tmp_path / "base.safetensors", source, tmp_path / "out", component="transformer")

@@ -1,0 +1,100 @@
+"""Files that other programs wrote, and the weights they made of them (`tests/golden/README.md`)."""
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from loca_vision.formats.conversion.base_tensors import matrices_in
+from loca_vision.formats.conversion.merge_checkpoint import merge
+from loca_vision.formats.conversion.weight_deltas import read_source
+from loca_vision.formats.lora_keys import unflattened
+from loca_vision.formats.lora_reader import read_lora
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+def expected_of(file):
+    """The weights before and after, by name."""
+    tensors = safetensors.torch.load_file(file)
+    return tuple({k.removesuffix(end): v for k, v in tensors.items() if k.endswith(end)} for end in (".before", ".after"))
+
+
+def merged_into(before, source_of, tmp_path, **settings):
+    base = tmp_path / "base.safetensors"
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in before.items()}, base)
+    source = source_of(base)
+    return source, safetensors.torch.load_file(merge(base, source, tmp_path / "out.safetensors", **settings))
+
+
+def lycoris_weights():
+    before, after = expected_of(GOLDEN / "lycoris-expected.safetensors")
+    return tuple({f"{unflattened(name)}.weight": tensor for name, tensor in of.items()} for of in (before, after))
+
+
+def test_every_kind_of_lycoris_is_merged_as_it_does_itself(tmp_path):
+    before, after = lycoris_weights()
+    bias = "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj.bias"
+    added = next(
+        v for k, v in safetensors.torch.load_file(GOLDEN / "lycoris-expected.safetensors").items() if k.endswith("bias")
+    )
+    source, merged = merged_into(
+        before | {bias: torch.ones(8)}, lambda _: read_source(GOLDEN / "lycoris.safetensors"), tmp_path, component="unet"
+    )
+    assert len(source.shapes) == len(after) == 18
+    for name, weight in after.items():
+        assert torch.allclose(merged[name], weight, atol=2e-6), name
+        assert not torch.allclose(before[name], weight, atol=1e-2), name
+    assert torch.allclose(merged[bias], 1 + added, atol=1e-6) and added.abs().max() > 0.1
+
+
+def test_what_is_a_convolution_is_told():
+    source = read_source(GOLDEN / "lycoris.safetensors")
+    assert source.kernels == {name: (3, 3) for name in source.shapes if ".resnets." in name}
+    assert {name.rpartition(".")[2] for name in source.needs_weight} == {"to_k", "to_v", "to_q", "2", "conv1", "conv2"}
+    assert len(source.needs_weight) == 6
+
+
+def test_only_what_does_not_depend_on_the_weight_is_read_without():
+    before, after = lycoris_weights()
+    source = read_source(GOLDEN / "lycoris.safetensors")
+    for module, shape in source.shapes.items():
+        if module in source.needs_weight:
+            with pytest.raises(ValueError, match=r"DoRA\) depends on the weight; merge"):
+                source.matrix(module)
+        else:
+            name = f"{module.removeprefix('unet.')}.weight"
+            assert torch.allclose(source.matrix(module), (after[name] - before[name]).flatten(1), atol=2e-6)
+            assert source.matrix(module).shape == shape
+
+
+@pytest.mark.parametrize("folder", sorted(GOLDEN.glob("peft-*")), ids=lambda folder: folder.name)
+def test_what_peft_writes_is_merged_as_it_does_itself(folder, tmp_path):
+    before, after = expected_of(folder / "expected.safetensors")
+    source, merged = merged_into(before, lambda base: read_source(folder, sizes=matrices_in(base)), tmp_path)
+    assert merged.keys() == after.keys()
+    for name, tensor in after.items():
+        assert torch.allclose(merged[name], tensor, atol=3e-6), name
+    changed = {name for name in after if not torch.allclose(before[name], after[name], atol=1e-3)}
+    assert {f"{module}.weight" for module in source.shapes} <= changed
+
+
+def test_cells_of_fourierft_need_the_size_of_the_weight():
+    with pytest.raises(ValueError, match=r"fc1.* has a spectrum of FourierFT, whose cells only the weight's size tells"):
+        read_lora(GOLDEN / "peft-fourierft")
+    with pytest.raises(ValueError, match=r"fourierft_spectrum \(9,\): expected \(9,\), of the 6 cells"):
+        read_lora(GOLDEN / "peft-fourierft", sizes={"fc1": (3, 2), "fc2": (12, 8)})
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_what_diffusers_saves_is_merged_as_it_fuses(component, tmp_path):
+    before, after = expected_of(GOLDEN / "diffusers-expected.safetensors")
+    mine = [
+        {name.removeprefix(f"{component}."): v for name, v in of.items() if name.startswith(f"{component}.")}
+        for of in (before, after)
+    ]
+    assert mine[0]
+    _, merged = merged_into(mine[0], lambda _: read_source(GOLDEN / "diffusers.safetensors"), tmp_path, component=component)
+    for name, tensor in mine[1].items():
+        assert torch.allclose(merged[name], tensor, atol=1e-6), name
