@@ -181,7 +181,7 @@ def test_any_soup_of_keys_is_read_or_refused_in_one_line(tmp_path):
     endings += [".diff", ".diff_b", ".lokr_w1", ".lokr_w2", ".set_weight", ".lora_magnitude_vector", ".fourierft_spectrum"]
     shapes = [(), (1,), (2,), (0, 2), (2, 2), (2, 0), (2, 2, 1, 1), (2, 2, 3, 3), (2, 2, 1)]
     outcomes = {"read": 0, "refused": 0}
-    for trial in range(300):
+    for trial in range(500):
         keys = {
             generator.choice(layers[: 1 + trial % 8]) + generator.choice(endings[: 2 + trial % (12 if trial % 4 else 19)])
             for _ in range(1 + trial % 5)
