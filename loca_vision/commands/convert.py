@@ -114,7 +114,7 @@ def convert(command: Convert) -> str:
     form.check(command.output)
     places, base_model = model_named(form.model)
     source = read_source(command.source, places, skip=form.skip, component=command.component)
-    return _write(command.output, form, _without_differences(source, skip=form.skip), places, base_model)
+    return write_form(command.output, form, _without_differences(source, skip=form.skip), places, base_model)
 
 
 def _without_differences(source: WeightDeltas, *, skip: bool) -> WeightDeltas:
@@ -147,7 +147,7 @@ def extract(command: Extract) -> str:
         return bool(projections_of_modules([module])) if modules is None else module in modules
 
     with open_difference(command.base, command.tuned, wanted, component=command.component, others=command.others) as source:
-        return _write(command.output, form, source, places, base_model)
+        return write_form(command.output, form, source, places, base_model)
 
 
 def model_named(name: str | None) -> tuple[list[ProjectionRows] | None, str | None]:
@@ -165,7 +165,7 @@ def model_named(name: str | None) -> tuple[list[ProjectionRows] | None, str | No
     return projections_in(model), base_model_name(model)
 
 
-def _write(
+def write_form(
     output: Path, form: OutputOptions, source: WeightDeltas, places: Sequence[ProjectionRows] | None, base_model: str | None
 ) -> str:
     dropped: list[LayerFidelity] = []

@@ -31,6 +31,7 @@ def _parse(arguments: list[str]) -> Any:
     """The settings of the command asked for."""
     import tyro
 
+    from loca_vision.commands.combine import Combine
     from loca_vision.commands.convert import Convert, Extract
     from loca_vision.commands.demo import Demo
     from loca_vision.commands.merge import Merge
@@ -45,6 +46,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[Convert, tyro.conf.subcommand("convert")]
         | Annotated[Extract, tyro.conf.subcommand("extract")]
         | Annotated[Merge, tyro.conf.subcommand("merge")]
+        | Annotated[Combine, tyro.conf.subcommand("combine")]
     )
     with usage_in_one_line("loca-vision"):
         return tyro.cli(
@@ -53,8 +55,8 @@ def _parse(arguments: list[str]) -> Any:
 
 
 def _run(command: Any) -> None:
+    from loca_vision.commands import combine, demo, merge
     from loca_vision.commands import convert as exchange_commands
-    from loca_vision.commands import demo, merge
     from loca_vision.recipes.classification import evaluate, predict
 
     run: dict[type[Any], Callable[[Any], object]] = {
@@ -64,6 +66,7 @@ def _run(command: Any) -> None:
         predict.Predict: predict.predict,
         exchange_commands.Convert: lambda wanted: print(exchange_commands.convert(wanted)),
         exchange_commands.Extract: lambda wanted: print(exchange_commands.extract(wanted)),
+        combine.Combine: lambda wanted: print(combine.combine(wanted)),
         merge.Merge: lambda wanted: print(merge.merged(wanted)),
     }
     run[type(command)](command)

@@ -199,7 +199,8 @@ def _merged(name: str, weight: Tensor, source: WeightDeltas, changes: _Changes, 
         part = _seen(wide, target)[_rows(target)]
         _seen(wide, target)[_rows(target)] = part + strength * tensor.to(wide.dtype)
     merged = wide.to(weight.dtype)
-    if not torch.isfinite(merged.float()).all():
+    beyond = merged.element_size() == 1 and bool((wide.abs() > torch.finfo(weight.dtype).max).any())  # torch cuts it off
+    if beyond or not torch.isfinite(merged.float()).all():
         raise ValueError(f"{name}: merged, the weight would not be finite in {weight.dtype}")
     return merged
 

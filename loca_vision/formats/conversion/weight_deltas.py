@@ -87,9 +87,7 @@ def read_source(
     Raises:
         FileNotFoundError, ValueError: it is not there, not sound, or of projections whose weights are not known.
     """
-    file = Path(path)
-    if file.is_dir() and (file / FILE_NAME).exists():
-        file = file / FILE_NAME
+    file = file_of(path)
     if file.is_dir() or not _is_adapter(file):
         known = {place.module: place.size for place in places or () if place.size is not None}
         return _of_lora(read_lora(file, skip=skip, sizes=known or sizes), component)
@@ -98,6 +96,13 @@ def read_source(
         tensors = opened.tensors()
         check_values(tensors, about)
         return _of_adapter(about, tensors, {place.projection: place for place in places or ()})
+
+
+def file_of(path: str | os.PathLike[str], *, new: bool = False) -> Path:
+    """The adapter file of this library that a path means: the file in a folder that has one, or is to get one (`new`)."""
+    file = Path(path)
+    wanted = file.suffix != ".safetensors" or file.is_dir() if new else file.is_dir() and (file / FILE_NAME).exists()
+    return file / FILE_NAME if wanted else file
 
 
 def _of_lora(lora: LoraFile, component: str) -> WeightDeltas:

@@ -13,6 +13,7 @@ from loca_vision import LoCAConfig, inject, remove, save_adapter
 from loca_vision.commands.main import main
 from loca_vision.formats.conversion.merge_checkpoint import merge
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas, read_source
+from loca_vision.layers.projection_rows import projections_in
 from support.pipelines import text_encoder
 from support.timm_models import randomise
 from support.timm_models import tiny as tiny_timm
@@ -98,7 +99,7 @@ def test_a_head_of_other_classes_replaces_that_of_the_base(tmp_path, capsys):
     tuned = tiny_timm("vit")
     tuned.reset_classifier(7)
     trained(tuned, tmp_path / "adapter")
-    source = read_source(tmp_path / "adapter", places_of(base))
+    source = read_source(tmp_path / "adapter", projections_in(base))
     said = []
     out = merge(tmp_path / "base.safetensors", source, tmp_path / "out", say=said.append)
     assert said == ["head: replaced by the adapter's, of 7 classes for 3"]
@@ -107,12 +108,6 @@ def test_a_head_of_other_classes_replaces_that_of_the_base(tmp_path, capsys):
     for name, tensor in tuned.state_dict().items():
         assert torch.allclose(merged[name], tensor, atol=1e-6), name
     assert json.loads((out / "config.json").read_text()) == {"architecture": "vit", "num_classes": 7}
-
-
-def places_of(model):
-    from loca_vision.layers.projection_rows import projections_in
-
-    return projections_in(model)
 
 
 def test_half_a_head_is_refused(tmp_path):
