@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -10,9 +11,11 @@ from typing import Literal
 import torch
 
 from loca_vision.formats.adapter_file import FILE_NAME as ADAPTER_NAME
+from loca_vision.formats.conversion.base_tensors import matrices_in
 from loca_vision.formats.conversion.checkpoint_difference import open_difference
 from loca_vision.formats.conversion.conversion_error import LayerFidelity, loss_table
 from loca_vision.formats.conversion.dct_truncation import Budget, BudgetRule
+from loca_vision.formats.conversion.given_weights import given_weights
 from loca_vision.formats.conversion.to_adapter import to_loca, to_lora_adapter, without_place
 from loca_vision.formats.conversion.to_lora_file import not_read_by_diffusers, to_lora
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas, read_source
@@ -83,6 +86,8 @@ class Convert:
     """A file that ends in .safetensors, or a folder; for peft a folder."""
     component: str = ""
     """Of the pipeline, for a LoRA whose names tell none: unet, transformer, text_encoder."""
+    base: Path | None = None
+    """The weights it is for, where the update depends on them (DoRA): a file, an index of shards, or the folder of either."""
     form: OutputOptions = field(default_factory=OutputOptions)
     """What is to be made of it."""
 
@@ -113,8 +118,10 @@ def convert(command: Convert) -> str:
     form = command.form
     form.check(command.output)
     places, base_model = model_named(form.model)
-    source = read_source(command.source, places, skip=form.skip, component=command.component)
-    return write_form(command.output, form, _without_differences(source, skip=form.skip), places, base_model)
+    sizes = matrices_in(command.base) if command.base else None
+    source = read_source(command.source, places, skip=form.skip, component=command.component, sizes=sizes)
+    with given_weights(source, command.base) if command.base else nullcontext(source) as whole:
+        return write_form(command.output, form, _without_differences(whole, skip=form.skip), places, base_model)
 
 
 def _without_differences(source: WeightDeltas, *, skip: bool) -> WeightDeltas:
@@ -124,7 +131,7 @@ def _without_differences(source: WeightDeltas, *, skip: bool) -> WeightDeltas:
         ValueError: there is such a thing, and no `skip`; or the update depends on the weights.
     """
     for module in source.needs_weight:
-        raise ValueError(f"{module}: its update (DoRA) depends on the weight; merge it into the weights instead")
+        raise ValueError(f"{module}: its update (DoRA) depends on the weight; name the weights (--base), or merge it into them")
     for name in () if skip else source.differences:
         raise ValueError(f"{name}: what is added to it is no update of a matrix; merge it, or leave it out (--skip)")
     left = dict.fromkeys(source.differences, "what is added to it is no update of a matrix")

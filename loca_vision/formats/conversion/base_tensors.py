@@ -64,6 +64,11 @@ class Target:
         whole = entry.shape[::-1] if self.transposed else entry.shape
         return whole if self.rows is None else (len(self.rows), *whole[1:])
 
+    def taken(self, tensor: Tensor) -> Tensor:
+        """The parameter, of the tensor."""
+        whole = tensor.T.contiguous() if self.transposed else tensor
+        return whole if self.rows is None else whole[self.rows]
+
 
 class BaseTensors:
     """The parameters of a checkpoint by the names that updates have: with the component of a pipeline before them, or none.
@@ -81,7 +86,8 @@ class BaseTensors:
         family = family_of(entries)
         before = f"{component}." if component else ""
         for name, entry in entries.items():
-            places = _original(name, entry, family) if self.is_original else [(canonical(before + name), Target(name))]
+            known = _original(name, entry, family) if self.is_original else [(canonical(before + name), Target(name))]
+            places = known or [(name, Target(name))]  # of a VAE, for one
             for parameter, target in places:
                 self._exact[parameter] = target
                 self._similar.setdefault(_similar(parameter), []).append(target)

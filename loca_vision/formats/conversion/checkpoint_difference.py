@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from loca_vision.formats.adapter_file import prefix_of
+from loca_vision.formats.conversion.base_tensors import BaseTensors
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas
 from loca_vision.storage.sharded_weights import Weights, open_weights
 
 Others = Literal["refuse", "skip", "whole"]
 _MATRICES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """One of the two, its parameters by the names that updates have."""
+
+    weights: Weights
+    base: BaseTensors
+
+    def shape(self, parameter: str) -> tuple[int, ...] | None:
+        target = self.base.find(parameter)
+        return None if target is None else target.shape(self.weights.entries[target.name])
+
+    def dtype(self, parameter: str) -> str:
+        target = self.base.find(parameter)
+        return self.weights.entries[target.name].dtype if target else ""
+
+    def tensor(self, parameter: str) -> Tensor:
+        """A parameter, read now."""
+        target = self.base.find(parameter)
+        assert target is not None
+        return target.taken(self.weights.tensor(target.name))
 
 
 @contextmanager
@@ -31,9 +54,9 @@ def open_difference(
     """A fully fine-tuned checkpoint minus its base, of the weights that changed.
 
     Args:
-        base, tuned: as `open_weights` takes them.
-        wanted: whether an update of that module can be told; its weight must be a matrix then.
-        component: of the pipeline that both are; it goes before every name.
+        base, tuned: as `open_weights` takes them; either may be in the original layout of Stable Diffusion, Flux or SD3.
+        wanted: whether an update of that module can be told; its weight must be a matrix, or of a convolution, then.
+        component: of the pipeline that both are, which goes before every name; of the original layout, the only one to compare.
         others: what becomes of other tensors that changed or are new (biases, norms, a head): refused, left out and listed,
             or told as tensors trained whole.
 
@@ -41,58 +64,64 @@ def open_difference(
         FileNotFoundError, ValueError: a checkpoint is not sound; one lacks a tensor, or has it in another shape; nothing
             changed; NaN or infinity in a difference.
     """
-    prefix = prefix_of(component)
-    with open_weights(base) as before, open_weights(tuned) as after:
-        for name in before.entries.keys() - after.entries.keys():
-            raise ValueError(f"{tuned}: it lacks the tensor {name}, which the base has")
-        changed = [name for name in after.entries if _differs(name, before, after)]
-        modules = {
-            _module(name): name for name in changed if _is_matrix(name, before, after) and wanted(prefix + _module(name))
-        }
-        rest = [name for name in changed if _module(name) not in modules or modules[_module(name)] != name]
+    with open_weights(base) as weights_before, open_weights(tuned) as weights_after:
+        before, after = (_Checkpoint(w, BaseTensors(w.entries, component)) for w in (weights_before, weights_after))
+        for name in _parameters(before, component):
+            if after.base.find(name) is None:
+                raise ValueError(f"{tuned}: it lacks the tensor {_told(name, component)}, which the base has")
+        changed = [name for name in _parameters(after, component) if _differs(name, before, after)]
+        modules = {_module(name): name for name in changed if _is_matrix(name, before, after) and wanted(_module(name))}
+        rest = [name for name in changed if modules.get(_module(name)) != name]
         if rest and others == "refuse":
+            more = f", and {len(rest) - 1} more" if len(rest) > 1 else ""
             raise ValueError(
-                f"{rest[0]} changed as well{f', and {len(rest) - 1} more' if len(rest) > 1 else ''}, and is no weight of a "
-                "projection that can be adapted: leave such tensors out, or keep them whole"
+                f"{_told(rest[0], component)} changed as well{more}, and is no weight of a projection that can be adapted: "
+                "leave such tensors out, or keep them whole"
             )
         if not modules:
             raise ValueError(f"{tuned}: no weight of a projection differs from {base}")
-        shapes = {prefix + module: _shape(after, name) for module, name in modules.items()}
 
         def read(module: str, _: Tensor | None) -> Tensor:
-            name = modules[module.removeprefix(prefix)]
-            difference = after.tensor(name).double() - before.tensor(name).double()
+            difference = after.tensor(modules[module]).double() - before.tensor(modules[module]).double()
             if not torch.isfinite(difference).all():
-                raise ValueError(f"{name} holds NaN or infinity")
-            return difference.float()
+                raise ValueError(f"{_told(modules[module], component)} holds NaN or infinity")
+            return difference.float().flatten(1)
 
-        source = WeightDeltas(shapes, read)
+        sizes = {module: after.shape(name) or () for module, name in modules.items()}
+        shapes = {module: (size[0], math.prod(size[1:])) for module, size in sizes.items()}
+        kernels = {module: (size[2], size[3]) for module, size in sizes.items() if len(size) == 4}
+        source = WeightDeltas(shapes, read, kernels=kernels)
         if others == "whole":
-            yield replace(source, whole={prefix + name: after.tensor(name) for name in rest})
+            yield replace(source, whole={name: after.tensor(name) for name in rest})
         else:
-            yield replace(source, left_out={prefix + name: "no weight of a projection" for name in rest})
+            yield replace(source, left_out=dict.fromkeys(rest, "no weight of a projection"))
+
+
+def _parameters(checkpoint: _Checkpoint, component: str) -> list[str]:
+    """Those to compare: in the original layout of one component, where one is named."""
+    names = checkpoint.base.parameters()
+    if not (component and checkpoint.base.is_original):
+        return names
+    return [name for name in names if name.startswith(f"{component}.")]
+
+
+def _told(name: str, component: str) -> str:
+    """A parameter as the checkpoint of a component has it."""
+    return name.removeprefix(f"{component}.") if component else name
 
 
 def _module(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _shape(weights: Weights, name: str) -> tuple[int, int]:
-    rows, cols = weights.entries[name].shape
-    return rows, cols
-
-
-def _differs(name: str, before: Weights, after: Weights) -> bool:
-    if name not in before.entries or before.entries[name].shape != after.entries[name].shape:
+def _differs(name: str, before: _Checkpoint, after: _Checkpoint) -> bool:
+    if before.shape(name) != after.shape(name):
         return True
     return not torch.equal(before.tensor(name).double(), after.tensor(name).double())
 
 
-def _is_matrix(name: str, before: Weights, after: Weights) -> bool:
-    return (
-        name.endswith(".weight")
-        and name in before.entries
-        and before.entries[name].shape == after.entries[name].shape
-        and len(after.entries[name].shape) == 2
-        and {before.entries[name].dtype, after.entries[name].dtype} <= set(_MATRICES)
-    )
+def _is_matrix(name: str, before: _Checkpoint, after: _Checkpoint) -> bool:
+    """Whether it is a weight of a linear layer or of a convolution, as large in both."""
+    shape = after.shape(name)
+    fits = name.endswith(".weight") and shape is not None and len(shape) in (2, 4) and before.shape(name) == shape
+    return fits and {before.dtype(name), after.dtype(name)} <= set(_MATRICES)

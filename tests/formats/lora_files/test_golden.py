@@ -6,11 +6,14 @@ import pytest
 import safetensors.torch
 import torch
 
+from loca_vision.commands import convert
+from loca_vision.commands.main import main
 from loca_vision.formats.conversion.base_tensors import matrices_in
 from loca_vision.formats.conversion.merge_checkpoint import merge
 from loca_vision.formats.conversion.weight_deltas import read_source
 from loca_vision.formats.lora_keys import unflattened
 from loca_vision.formats.lora_reader import read_lora
+from loca_vision.layers.projection_rows import ProjectionRows
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -98,3 +101,37 @@ def test_what_diffusers_saves_is_merged_as_it_fuses(component, tmp_path):
     _, merged = merged_into(mine[0], lambda _: read_source(GOLDEN / "diffusers.safetensors"), tmp_path, component=component)
     for name, tensor in mine[1].items():
         assert torch.allclose(merged[name], tensor, atol=1e-6), name
+
+
+def test_dora_is_converted_given_the_weights(tmp_path, capsys):
+    """To matrices of full rank, which the merged weights show; peft's folder is of a model by itself."""
+    before, after = lycoris_weights()
+    names = [name for name in before if ".attn" in name]
+    safetensors.torch.save_file({name: before[name] for name in names}, tmp_path / "base.safetensors")
+    tensors = safetensors.torch.load_file(GOLDEN / "lycoris.safetensors")
+    safetensors.torch.save_file({k: v for k, v in tensors.items() if "_attn" in k}, tmp_path / "lora.safetensors")
+    words = f"convert {tmp_path}/lora.safetensors {tmp_path}/out.safetensors --to diffusers --rank 8"
+    assert main(words.split()) == 2 and "name the weights (--base), or merge it" in capsys.readouterr().err
+    assert main([*words.split(), "--base", f"{tmp_path}/base.safetensors"]) == 0
+    pairs = read_lora(tmp_path / "out.safetensors").pairs
+    assert {f"{module.removeprefix('unet.')}.weight" for module in pairs} == set(names)
+    for module, pair in pairs.items():
+        name = f"{module.removeprefix('unet.')}.weight"
+        assert torch.allclose(pair.delta(), after[name] - before[name], atol=1e-5), name
+    del before[next(name for name in names if name.endswith("attn1.to_k.weight"))]
+    safetensors.torch.save_file({name: before[name] for name in names if name in before}, tmp_path / "less.safetensors")
+    assert main([*words.split(), "--overwrite", "--base", f"{tmp_path}/less.safetensors"]) == 2
+    assert "less.safetensors: it has no weight of unet.mid_block" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["--model test_vit", "--base {}/base.safetensors"])
+def test_fourierft_of_peft_is_converted_given_the_sizes(words, tmp_path, monkeypatch):
+    before, after = expected_of(GOLDEN / "peft-fourierft" / "expected.safetensors")
+    safetensors.torch.save_file(before, tmp_path / "base.safetensors")
+    places = [ProjectionRows(name, name, size=tuple(before[f"{name}.weight"].shape)) for name in ("fc1", "fc2")]
+    monkeypatch.setattr(convert, "model_named", lambda name: (places if name else None, None))
+    line = f"convert {GOLDEN}/peft-fourierft {tmp_path}/out --to peft --rank 8 {words.format(tmp_path)}"
+    assert main(line.split()) == 0
+    for module, pair in read_lora(tmp_path / "out").pairs.items():
+        name = f"{module}.weight"
+        assert torch.allclose(pair.delta(), after[name] - before[name], atol=1e-5), name

@@ -126,7 +126,11 @@ def test_what_has_no_place_in_an_adapter_is_refused_or_listed(tmp_path, capsys):
     magnitude = {f"{FLAT}_attn1_to_k.dora_scale": torch.ones(4, 1), f"{FLAT}_attn1_to_k.lora_up.weight": torch.ones(4, 1)}
     magnitude[f"{FLAT}_attn1_to_k.lora_down.weight"] = torch.ones(1, 4)
     words[1:3] = str(written(tmp_path / "dora.safetensors", magnitude)), f"{tmp_path}/other"
-    assert main(words) == 2 and "its update (DoRA) depends on the weight; merge it into the weights" in capsys.readouterr().err
+    assert (
+        main(words) == 2
+        and "its update (DoRA) depends on the weight; name the weights (--base), or merge it into them"
+        in capsys.readouterr().err
+    )
 
 
 # Names without a component

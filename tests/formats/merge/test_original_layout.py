@@ -176,6 +176,33 @@ def test_a_whole_pipeline_in_one_file_is_merged_by_one_command(tmp_path, capsys)
     assert torch.equal(alone[fc1], out[fc1]) and not torch.equal(alone[fc1], checkpoint[fc1])
 
 
+@pytest.mark.parametrize("tuned_as", ["original", "folder"])
+def test_a_fine_tuned_single_file_is_extracted(tuned_as, tmp_path, capsys):
+    """Against a base of either layout; what else the file holds is left alone where a component is named."""
+    model, checkpoint, _ = unet_checkpoint(ARCHITECTURES["sd2"])
+    safetensors.torch.save_file(checkpoint | {"first_stage_model.x.weight": torch.ones(2, 2)}, tmp_path / "base.safetensors")
+    expected = {}
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            if re.fullmatch(r".*attn\d\.(to_q|to_k|to_v|to_out\.0)", path):
+                expected[f"unet.{path}"] = 0.1 * torch.randn(module.weight.shape)
+                module.weight += expected[f"unet.{path}"]
+    tuned = tmp_path / "tuned"
+    if tuned_as == "folder":
+        model.save_pretrained(tuned)
+    else:
+        tuned = tmp_path / "tuned.safetensors"
+        names = {f"model.diffusion_model.{original_name(p, {0})}": m for p, m in model.named_modules() if hasattr(m, "weight")}
+        state = {f"{name}.{kind}": v.detach() for name, m in names.items() for kind, v in m.named_parameters(recurse=False)}
+        assert state.keys() == checkpoint.keys()
+        safetensors.torch.save_file(state, tuned)
+    words = f"extract {tmp_path}/base.safetensors {tuned} {tmp_path}/lora.safetensors --component unet --to kohya --rank 64"
+    assert main(words.split()) == 0
+    read = read_source(tmp_path / "lora.safetensors")
+    assert read.shapes.keys() == expected.keys()
+    assert all(torch.allclose(read.matrix(module), delta, atol=1e-5) for module, delta in expected.items())
+
+
 def test_layers_of_flux_that_are_one_in_its_own_file(tmp_path):
     """q, k and v, and the MLP beside them in single blocks: each module's update lands in its rows."""
     width = 4
