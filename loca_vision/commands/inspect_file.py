@@ -97,7 +97,7 @@ def describe(path: str | os.PathLike[str]) -> str:
 
 
 def _is_adapter(file: Path) -> bool:
-    with open_safetensors(file) as opened:
+    with open_safetensors(file, eight_bits=True) as opened:
         return METADATA_KEY in opened.metadata or any(key.endswith(".coefficients") for key in opened.entries)
 
 

@@ -112,10 +112,16 @@ def parse_key(key: str, family: str = "") -> Key:
     return Key(found.modules[0] + (f" (and {more} more)" if more else ""), role, what, found)
 
 
-def layer_of_tensor(module: str, family: str) -> Layer:
-    """The modules that a layer of a checkpoint is, by its name in the layout of the authors; of none where it is unknown."""
-    name = module if module.startswith("model.diffusion_model.") else f"diffusion_model.{module}"
-    return _with_dots(name, family)
+def layer_of_tensor(module: str, family: str, *, bare: bool = False) -> Layer:
+    """The modules that a layer of a checkpoint is, by its name in the layout of the authors; of none where it is unknown.
+
+    Args:
+        bare: the checkpoint is of a transformer alone, whose names have nothing in front.
+    """
+    if len(module) > _MAX_KEY:
+        return Layer(())
+    known = module.startswith(("model.diffusion_model.", *_COMFY))
+    return _with_dots(module if known else f"diffusion_model.{module}", family) if known or bare else Layer(())
 
 
 def _with_dots(name: str, family: str) -> Layer:

@@ -15,7 +15,14 @@ from loca_vision.formats.layer_tensors import LoraFile, add_layer
 from loca_vision.formats.lora_keys import PEFT_PREFIX, family_of, parse_key
 from loca_vision.formats.lora_scales import PeftSettings, Scales, read_settings, settings_in_header
 from loca_vision.formats.original_names import Layer
-from loca_vision.storage.safetensors_file import EIGHT_BITS, Entry, open_safetensors, pickle_hint, refuse_pickle
+from loca_vision.storage.safetensors_file import (
+    EIGHT_BITS,
+    Entry,
+    in_sixteen_bits,
+    open_safetensors,
+    pickle_hint,
+    refuse_pickle,
+)
 from loca_vision.storage.strict_json import read_json
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -52,7 +59,7 @@ def read_lora(
             missing, shapes do not fit, NaN or infinity, a layer that comes twice, an unknown key, no configuration.
     """
     file = _file(Path(path))
-    with open_safetensors(file) as opened:
+    with open_safetensors(file, eight_bits=True) as opened:
         settings = _settings_in_folder(file, opened.entries)
         found = _sort(opened.entries, settings)
         scales = Scales(settings_in_header(opened.metadata), settings)
@@ -61,7 +68,7 @@ def read_lora(
         if not layers:
             raise ValueError("there is no update of a matrix in it")
         _check_dtypes(opened.entries, layers)
-        tensors = {key: _plain(tensor) for key, tensor in opened.tensors().items() if key not in skipped}
+        tensors = {key: in_sixteen_bits(tensor) for key, tensor in opened.tensors().items() if key not in skipped}
         _check_values(tensors)
         read = LoraFile({}, {name: tensors[key] for name, key in found.whole.items()}, skipped=skipped)
         for name, keys in layers.items():
@@ -142,11 +149,6 @@ def _check_dtypes(entries: Mapping[str, Entry], layers: Mapping[str, Mapping[str
                 raise ValueError(f"{key} has dtype {entries[key].dtype}: it is one of {', '.join((*FLOATS, *EIGHT_BITS))}")
             if role == "alpha" and any(size != 1 for size in entries[key].shape):
                 raise ValueError(f"{key} has shape {entries[key].shape}: expected one number")
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """In float16 where it has eight bits, which lose nothing by it, and with which torch does not compute."""
-    return tensor.half() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def _check_values(tensors: Mapping[str, Tensor]) -> None:

@@ -83,10 +83,10 @@ class BaseTensors:
         self.is_original = is_original(entries)
         self._exact: dict[str, Target] = {}
         self._similar: dict[str, list[Target]] = {}
-        family = family_of(entries)
+        family, bare = family_of(entries), not any(name.startswith(_DENOISER[0]) for name in entries)
         before = f"{component}." if component else ""
         for name, entry in entries.items():
-            known = _original(name, entry, family) if self.is_original else [(canonical(before + name), Target(name))]
+            known = _original(name, entry, family, bare) if self.is_original else [(canonical(before + name), Target(name))]
             places = known or [(name, Target(name))]  # of a VAE, for one
             for parameter, target in places:
                 self._exact[parameter] = target
@@ -150,14 +150,14 @@ def _similar(parameter: str) -> str:
     return component + dot + rest
 
 
-def _original(name: str, entry: Entry, family: str) -> list[tuple[str, Target]]:
+def _original(name: str, entry: Entry, family: str, bare: bool) -> list[tuple[str, Target]]:
     """The parameters that a tensor of the original layout is."""
     for before, (component, open_clip) in _ORIGINAL.items():
         if name.startswith(before):
             rest = name.removeprefix(before)
             return _of_open_clip(component, name, rest, entry) if open_clip else [(canonical(component + rest), Target(name))]
     module, _, parameter = name.rpartition(".")
-    layer = layer_of_tensor(module, family)
+    layer = layer_of_tensor(module, family, bare=bare)
     if not layer.modules or parameter not in ("weight", "bias"):
         return []
     return _divided(name, layer, parameter, entry)

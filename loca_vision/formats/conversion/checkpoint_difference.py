@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from loca_vision.formats.conversion.base_tensors import BaseTensors
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas
+from loca_vision.storage.safetensors_file import EIGHT_BITS, in_sixteen_bits
 from loca_vision.storage.sharded_weights import Weights, open_weights
 
 Others = Literal["refuse", "skip", "whole"]
-_MATRICES = ("F64", "F32", "F16", "BF16")
+_MATRICES = ("F64", "F32", "F16", "BF16", *EIGHT_BITS)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class _Checkpoint:
         """A parameter, read now."""
         target = self.base.find(parameter)
         assert target is not None
-        return target.taken(self.weights.tensor(target.name))
+        return target.taken(in_sixteen_bits(self.weights.tensor(target.name)))
 
 
 @contextmanager
@@ -73,28 +74,37 @@ def open_difference(
         modules = {_module(name): name for name in changed if _is_matrix(name, before, after) and wanted(_module(name))}
         rest = [name for name in changed if modules.get(_module(name)) != name]
         if rest and others == "refuse":
-            more = f", and {len(rest) - 1} more" if len(rest) > 1 else ""
-            raise ValueError(
-                f"{_told(rest[0], component)} changed as well{more}, and is no weight of a projection that can be adapted: "
-                "leave such tensors out, or keep them whole"
-            )
+            _refuse(rest, component)
         if not modules:
             raise ValueError(f"{tuned}: no weight of a projection differs from {base}")
-
-        def read(module: str, _: Tensor | None) -> Tensor:
-            difference = after.tensor(modules[module]).double() - before.tensor(modules[module]).double()
-            if not torch.isfinite(difference).all():
-                raise ValueError(f"{_told(modules[module], component)} holds NaN or infinity")
-            return difference.float().flatten(1)
-
-        sizes = {module: after.shape(name) or () for module, name in modules.items()}
-        shapes = {module: (size[0], math.prod(size[1:])) for module, size in sizes.items()}
-        kernels = {module: (size[2], size[3]) for module, size in sizes.items() if len(size) == 4}
-        source = WeightDeltas(shapes, read, kernels=kernels)
+        source = _difference(before, after, modules)
         if others == "whole":
             yield replace(source, whole={name: after.tensor(name) for name in rest})
         else:
             yield replace(source, left_out=dict.fromkeys(rest, "no weight of a projection"))
+
+
+def _refuse(rest: list[str], component: str) -> None:
+    more = f", and {len(rest) - 1} more" if len(rest) > 1 else ""
+    raise ValueError(
+        f"{_told(rest[0], component)} changed as well{more}, and is no weight of a projection that can be adapted: "
+        "leave such tensors out, or keep them whole"
+    )
+
+
+def _difference(before: _Checkpoint, after: _Checkpoint, modules: Mapping[str, str]) -> WeightDeltas:
+    """Of these modules, given the names of their weights."""
+
+    def read(module: str, _: Tensor | None) -> Tensor:
+        difference = after.tensor(modules[module]).double() - before.tensor(modules[module]).double()
+        if not torch.isfinite(difference).all():
+            raise ValueError(f"{modules[module]} holds NaN or infinity")
+        return difference.float().flatten(1)
+
+    sizes = {module: after.shape(name) or () for module, name in modules.items()}
+    shapes = {module: (size[0], math.prod(size[1:])) for module, size in sizes.items()}
+    kernels = {module: (size[2], size[3]) for module, size in sizes.items() if len(size) == 4}
+    return WeightDeltas(shapes, read, kernels=kernels)
 
 
 def _parameters(checkpoint: _Checkpoint, component: str) -> list[str]:

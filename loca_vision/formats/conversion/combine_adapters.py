@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from loca_vision.formats.adapter_file import (
-    METADATA_KEY,
     Description,
     check_values,
     component_of,
@@ -19,7 +18,7 @@ from loca_vision.formats.adapter_file import (
     read_description,
 )
 from loca_vision.formats.conversion.conversion_error import LayerFidelity
-from loca_vision.formats.conversion.weight_deltas import WeightDeltas, file_of
+from loca_vision.formats.conversion.weight_deltas import WeightDeltas, file_of, is_adapter
 from loca_vision.formats.low_rank_pair import LowRankPair
 from loca_vision.formats.save_load import write_adapter
 from loca_vision.methods.adapter_config import AdapterConfig
@@ -51,11 +50,9 @@ def read_spectra(path: str | os.PathLike[str]) -> Spectra | None:
         FileNotFoundError, ValueError: it is not there, or not sound.
     """
     file = file_of(path)
-    if file.is_dir():
+    if file.is_dir() or not is_adapter(file):
         return None
     with open_safetensors(file) as opened:
-        if METADATA_KEY not in opened.metadata or not any(key.endswith(".coefficients") for key in opened.entries):
-            return None
         about = read_description(opened.metadata, opened.entries)
         tensors = opened.tensors()
         check_values(tensors, about)

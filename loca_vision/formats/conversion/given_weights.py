@@ -13,6 +13,7 @@ from torch import Tensor
 from loca_vision.formats.conversion.base_tensors import BaseTensors, is_original
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas
 from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.storage.safetensors_file import in_sixteen_bits
 from loca_vision.storage.sharded_weights import open_weights
 
 
@@ -41,6 +42,6 @@ def given_weights(source: WeightDeltas, base: str | os.PathLike[str]) -> Iterato
             target = tensors.find(f"{module}.weight") if module in source.needs_weight else None
             if target is None:
                 return source.read(module, weight)
-            return source.read(module, target.taken(weights.tensor(target.name)).flatten(1))
+            return source.read(module, target.taken(in_sixteen_bits(weights.tensor(target.name))).flatten(1))
 
         yield replace(source, read=read, needs_weight=())

@@ -132,9 +132,11 @@ def _check_update(module: str, source: WeightDeltas, target: Target, entry: Entr
 
 def _check_not_scaled(name: str, entries: Mapping[str, Entry]) -> None:
     """A weight that is stored in eight bits may be a multiple of what the model computes with."""
+    if entries[name].dtype not in EIGHT_BITS:
+        return
     before = name.removesuffix("weight")
     scale = next((other for other in entries if other.startswith(before) and "scale" in other[len(before) :]), None)
-    if scale is not None and entries[name].dtype in EIGHT_BITS:
+    if scale is not None:
         raise ValueError(f"{name} has a scale of its own in the base, {scale}: merge into weights that are not quantized")
 
 

@@ -88,7 +88,7 @@ def read_source(
         FileNotFoundError, ValueError: it is not there, not sound, or of projections whose weights are not known.
     """
     file = file_of(path)
-    if file.is_dir() or not _is_adapter(file):
+    if file.is_dir() or not is_adapter(file):
         known = {place.module: place.size for place in places or () if place.size is not None}
         return _of_lora(read_lora(file, skip=skip, sizes=known or sizes), component)
     with open_safetensors(file) as opened:
@@ -148,8 +148,9 @@ def _kind(module: str) -> tuple[str, str]:
     return module.partition(".")[0], module.removesuffix(".0").rpartition(".")[2]
 
 
-def _is_adapter(file: Path) -> bool:
-    with open_safetensors(file) as opened:
+def is_adapter(file: Path) -> bool:
+    """Whether a safetensors file says that it is an adapter of this library."""
+    with open_safetensors(file, eight_bits=True) as opened:
         return METADATA_KEY in opened.metadata
 
 

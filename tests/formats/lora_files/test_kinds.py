@@ -67,6 +67,25 @@ def test_eight_bits_that_are_scaled_are_refused(tmp_path):
         )
 
 
+def test_adapters_of_this_library_have_no_eight_bits(tmp_path, capsys):
+    about = {"loca_adapter_metadata": "{}"}
+    safetensors.torch.save_file({"full.head.bias": torch.ones(2).to(torch.float8_e5m2)}, tmp_path / "x.safetensors", about)
+    for words in ("inspect {}", "convert {} {}.out --ratio 1.0", "combine {0} {0} {0}.out"):
+        assert main(words.format(*[tmp_path / "x.safetensors"] * 2).split()) == 2
+        assert "dtype 'F8_E5M2' is not one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+def test_the_difference_of_checkpoints_of_few_bits(dtype, tmp_path):
+    before, after = torch.randn(6, 4).to(dtype), torch.randn(6, 4).to(dtype)
+    for name, weight in (("base", before), ("tuned", after)):
+        written(tmp_path / f"{name}.safetensors", {f"{BLOCK}.attn1.to_q.weight": weight})
+    words = f"extract {tmp_path}/base.safetensors {tmp_path}/tuned.safetensors {tmp_path}/out.safetensors --component unet"
+    assert main([*words.split(), "--to", "diffusers", "--rank", "4"]) == 0
+    (pair,) = read_lora(tmp_path / "out.safetensors").pairs.values()
+    assert torch.allclose(pair.delta(), after.float() - before.float(), atol=1e-5)
+
+
 def test_alphas_of_some_layers_and_not_of_others(tmp_path):
     names = ("to_q", "to_k", "to_v")
     tensors = {}

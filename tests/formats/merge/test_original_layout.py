@@ -14,6 +14,7 @@ from loca_vision.formats.conversion.merge_checkpoint import merge
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas, read_source
 from loca_vision.formats.lora_writer import write_diffusers_lora
 from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.storage.safetensors_file import Entry
 from support.pipelines import flux, text_encoder, unet
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
@@ -226,6 +227,34 @@ def test_layers_of_flux_that_are_one_in_its_own_file(tmp_path):
     added = [torch.cat(values[:3]), torch.cat(values[3:7]), values[7], torch.cat([shift, scale])]
     for name, delta in zip(sizes, added, strict=True):
         assert torch.allclose(out[f"{name}.weight"], base[f"{name}.weight"] + delta, atol=1e-6), name
+
+
+def entries(*names):
+    return {name: Entry("F32", (8, 4), 0, 128) for name in names}
+
+
+def test_names_of_a_whole_pipeline_of_sd3():
+    base = BaseTensors(
+        entries(
+            "model.diffusion_model.joint_blocks.0.x_block.attn.proj.weight",
+            "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight",
+            "text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1.weight",
+            "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight",
+            "first_stage_model.decoder.conv_in.weight",
+        )
+    )
+    assert base.parameters() == [
+        "transformer.transformer_blocks.0.attn.to_out.0.weight",
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1.weight",
+        "text_encoder_2.text_model.encoder.layers.0.mlp.fc1.weight",
+        "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q.weight",
+        "first_stage_model.decoder.conv_in.weight",
+    ]
+
+
+def test_a_name_of_any_length_is_looked_at_in_no_time():
+    name = "model.diffusion_model.input_blocks.1.1." + "attn1_" * 500_000
+    assert BaseTensors(entries(f"{name}.weight")).parameters() == [f"{name}.weight"]
 
 
 def test_what_the_file_has_not_is_refused(tmp_path):
