@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loca_vision.commands.convert import KINDS, OutputOptions, model_named, write_form
+from loca_vision.commands.convert import KINDS, OutputOptions, write_form
+from loca_vision.commands.named_model import model_named
 from loca_vision.formats.conversion.combine_adapters import Spectra, combine_spectra, combined, read_spectra
 from loca_vision.formats.conversion.conversion_error import loss_table
 from loca_vision.formats.conversion.weight_deltas import file_of, read_source

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from loca_vision.commands.named_model import model_named
 from loca_vision.formats.adapter_file import FILE_NAME as ADAPTER_NAME
 from loca_vision.formats.conversion.base_tensors import matrices_in
 from loca_vision.formats.conversion.checkpoint_difference import open_difference
@@ -20,7 +21,7 @@ from loca_vision.formats.conversion.to_adapter import to_loca, to_lora_adapter, 
 from loca_vision.formats.conversion.to_lora_file import not_read_by_diffusers, to_lora
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas, read_source
 from loca_vision.formats.lora_reader import DIFFUSERS_WEIGHTS
-from loca_vision.layers.projection_rows import ProjectionRows, projections_in, projections_of_modules
+from loca_vision.layers.projection_rows import ProjectionRows, projections_of_modules
 
 KINDS: tuple[BudgetRule, ...] = ("count", "threshold", "ratio", "energy")
 
@@ -44,7 +45,7 @@ class OutputOptions:
     rank: int | None = None
     """LoRA: of every module; by default the factors stay as they are."""
     model: str | None = None
-    """timm's name of the model, for updates of a timm model."""
+    """timm's name of the model, or a folder of transformers, for updates of an image classifier."""
     half: bool = False
     """LoRA: factors in float16."""
     skip: bool = False
@@ -146,30 +147,16 @@ def extract(command: Extract) -> str:
     form = command.form
     form.check(command.output)
     if not command.component and form.model is None:
-        raise ValueError("say which weights they are: --component of a pipeline, or --model of timm")
+        raise ValueError("say which weights they are: --component of a pipeline, or --model of timm or transformers")
     places, base_model = model_named(form.model)
     modules = {place.module for place in places} if places is not None else None
 
     def wanted(module: str) -> bool:
         return bool(projections_of_modules([module])) if modules is None else module in modules
 
-    with open_difference(command.base, command.tuned, wanted, component=command.component, others=command.others) as source:
+    of, others = command.component, command.others
+    with open_difference(command.base, command.tuned, wanted, component=of, others=others, modules=modules or ()) as source:
         return write_form(command.output, form, source, places, base_model)
-
-
-def model_named(name: str | None) -> tuple[list[ProjectionRows] | None, str | None]:
-    """The projections of a timm model, which is built without any weights, and its full name."""
-    if name is None:
-        return None, None
-    import timm
-
-    from loca_vision.formats.match_model import base_model_name
-    from loca_vision.recipes.classification.models import check_model_name
-
-    check_model_name(name)
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    return projections_in(model), base_model_name(model)
 
 
 def write_form(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from loca_vision.commands.convert import lines_left_out, model_named
+from loca_vision.commands.convert import lines_left_out
+from loca_vision.commands.named_model import model_named
 from loca_vision.formats.conversion.base_tensors import matrices_in
 from loca_vision.formats.conversion.merge_checkpoint import merge
 from loca_vision.formats.conversion.weight_deltas import read_source
@@ -24,7 +25,7 @@ class Merge:
     component: str = ""
     """Of the pipeline whose weights they are: unet, transformer, text_encoder."""
     model: str | None = None
-    """timm's name of the model, for adapters of a timm model."""
+    """timm's name of the model, or a folder of transformers, for adapters of an image classifier."""
     strength: float = 1.0
     """Times the update."""
     shard_size: float = 5.0

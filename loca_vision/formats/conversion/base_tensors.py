@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loca_vision.formats.former_names import Spelling, similar
 from loca_vision.formats.lora_keys import canonical, family_of, layer_of_tensor
 from loca_vision.formats.original_names import Layer
 from loca_vision.storage.safetensors_file import Entry
@@ -34,15 +35,6 @@ _OPEN_CLIP = (
     (r"token_embedding", "embeddings.token_embedding"),
 )
 _FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
-# transformers' image models had other names before version 5, which its files still have.
-_FORMERLY = (
-    (r"\bencoder\.layer\.(\d+)\.", r"layers.\1."),
-    (r"\battention\.(?:attention|self)\.(query|key|value)\b", lambda match: f"attention.{match[1][0]}_proj"),
-    (r"\battention\.output\.dense\b", "attention.o_proj"),
-    (r"\bintermediate\.dense\b", "mlp.fc1"),
-    (r"(?<!attention\.)\boutput\.dense\b", "mlp.fc2"),
-    (r"^text_model\.", ""),
-)
 
 
 @dataclass(frozen=True)
@@ -76,21 +68,25 @@ class BaseTensors:
     Args:
         entries: of the checkpoint.
         component: that it is, "" for a model by itself. A checkpoint of the original layout has its components in its names.
+        modules: the model's, whose names count where the checkpoint has them from another version of transformers.
     """
 
-    def __init__(self, entries: Mapping[str, Entry], component: str = "") -> None:
+    def __init__(self, entries: Mapping[str, Entry], component: str = "", modules: Iterable[str] = ()) -> None:
         self.entries = entries
         self.is_original = is_original(entries)
         self._exact: dict[str, Target] = {}
         self._similar: dict[str, list[Target]] = {}
         family, bare = family_of(entries), not any(name.startswith(_DENOISER[0]) for name in entries)
-        before = f"{component}." if component else ""
+        before, spelling = f"{component}." if component else "", Spelling(modules)
         for name, entry in entries.items():
-            known = _original(name, entry, family, bare) if self.is_original else [(canonical(before + name), Target(name))]
+            if self.is_original:
+                known = _original(name, entry, family, bare)
+            else:
+                known = [(spelling.of_parameter(canonical(before + name)), Target(name))]
             places = known or [(name, Target(name))]  # of a VAE, for one
             for parameter, target in places:
                 self._exact[parameter] = target
-                self._similar.setdefault(_similar(parameter), []).append(target)
+                self._similar.setdefault(similar(parameter), []).append(target)
 
     def parameters(self) -> list[str]:
         """The names of all."""
@@ -101,8 +97,8 @@ class BaseTensors:
         exact = self._exact.get(canonical(parameter))
         if exact is not None:
             return exact
-        similar = self._similar.get(_similar(canonical(parameter)), [])
-        return similar[0] if len(similar) == 1 else None
+        there = self._similar.get(similar(canonical(parameter)), [])
+        return there[0] if len(there) == 1 else None
 
 
 class _Sizes(Mapping[str, tuple[int, int]]):
@@ -138,16 +134,6 @@ def matrices_in(path: str | os.PathLike[str]) -> Mapping[str, tuple[int, int]]:
 def is_original(names: Iterable[str]) -> bool:
     """Whether a checkpoint has the original layout of its authors."""
     return any(name.startswith((*_ORIGINAL, *_DENOISER)) for name in names)
-
-
-def _similar(parameter: str) -> str:
-    """One name for all that transformers has had for a parameter."""
-    component, dot, rest = parameter.partition(".")
-    if not component.startswith("text_encoder"):
-        component, dot, rest = "", "", parameter
-    for former, present in _FORMERLY:
-        rest = re.sub(former, present, rest)
-    return component + dot + rest
 
 
 def _original(name: str, entry: Entry, family: str, bare: bool) -> list[tuple[str, Target]]:

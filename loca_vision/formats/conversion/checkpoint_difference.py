@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -51,6 +51,7 @@ def open_difference(
     *,
     component: str = "",
     others: Others = "refuse",
+    modules: Collection[str] = (),
 ) -> Iterator[WeightDeltas]:
     """A fully fine-tuned checkpoint minus its base, of the weights that changed.
 
@@ -60,24 +61,25 @@ def open_difference(
         component: of the pipeline that both are, which goes before every name; of the original layout, the only one to compare.
         others: what becomes of other tensors that changed or are new (biases, norms, a head): refused, left out and listed,
             or told as tensors trained whole.
+        modules: the model's, if it is known: their names count, whatever transformers called them in the files.
 
     Raises:
         FileNotFoundError, ValueError: a checkpoint is not sound; one lacks a tensor, or has it in another shape; nothing
             changed; NaN or infinity in a difference.
     """
     with open_weights(base) as weights_before, open_weights(tuned) as weights_after:
-        before, after = (_Checkpoint(w, BaseTensors(w.entries, component)) for w in (weights_before, weights_after))
+        before, after = (_Checkpoint(w, BaseTensors(w.entries, component, modules)) for w in (weights_before, weights_after))
         for name in _parameters(before, component):
             if after.base.find(name) is None:
                 raise ValueError(f"{tuned}: it lacks the tensor {_told(name, component)}, which the base has")
         changed = [name for name in _parameters(after, component) if _differs(name, before, after)]
-        modules = {_module(name): name for name in changed if _is_matrix(name, before, after) and wanted(_module(name))}
-        rest = [name for name in changed if modules.get(_module(name)) != name]
+        matrices = {_module(name): name for name in changed if _is_matrix(name, before, after) and wanted(_module(name))}
+        rest = [name for name in changed if matrices.get(_module(name)) != name]
         if rest and others == "refuse":
             _refuse(rest, component)
-        if not modules:
+        if not matrices:
             raise ValueError(f"{tuned}: no weight of a projection differs from {base}")
-        source = _difference(before, after, modules)
+        source = _difference(before, after, matrices)
         if others == "whole":
             yield replace(source, whole={name: after.tensor(name) for name in rest})
         else:

@@ -97,7 +97,12 @@ def _changes(source: WeightDeltas, base: BaseTensors, component: str) -> dict[st
         target = _found(base, f"{module}.weight", "for which there is an update")
         _check_update(module, source, target, base.entries[target.name])
         _check_not_scaled(target.name, base.entries)
-        found.setdefault(target.name, _Changes()).updates.append((module, target))
+        change = found.setdefault(target.name, _Changes())
+        if target.rows is None and change.updates:
+            raise ValueError(
+                f"{target.name} has two updates, {change.updates[0][0]} and {module}, which are names of one module"
+            )
+        change.updates.append((module, target))
     for name in _of_component(source.differences, component):
         target = _found(base, name, "to which the update adds")
         _check_shape(name, tuple(source.differences[name].shape), target, base.entries[target.name])

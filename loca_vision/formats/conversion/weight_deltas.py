@@ -20,6 +20,7 @@ from loca_vision.formats.adapter_file import (
     prefix_of,
     read_description,
 )
+from loca_vision.formats.former_names import Spelling
 from loca_vision.formats.layer_tensors import LoraFile
 from loca_vision.formats.lora_keys import canonical
 from loca_vision.formats.lora_reader import read_lora
@@ -90,7 +91,7 @@ def read_source(
     file = file_of(path)
     if file.is_dir() or not is_adapter(file):
         known = {place.module: place.size for place in places or () if place.size is not None}
-        return _of_lora(read_lora(file, skip=skip, sizes=known or sizes), component)
+        return _of_lora(read_lora(file, skip=skip, sizes=known or sizes), component, Spelling(known))
     with open_safetensors(file) as opened:
         about = read_description(opened.metadata, opened.entries)
         tensors = opened.tensors()
@@ -105,12 +106,16 @@ def file_of(path: str | os.PathLike[str], *, new: bool = False) -> Path:
     return file / FILE_NAME if wanted else file
 
 
-def _of_lora(lora: LoraFile, component: str) -> WeightDeltas:
+def _of_lora(lora: LoraFile, component: str, spelling: Spelling) -> WeightDeltas:
+    """By the names of a pipeline's modules, or those that the model has, if it is known."""
+
     def named(name: str) -> str:
         told = not component or _COMPONENT.match(name)
         return name if told else canonical(f"{component}.{name}")
 
-    updates = {named(module): update for module, update in _without_empty_kinds(lora.updates).items()}
+    updates = {spelling.of(named(module)): update for module, update in _without_empty_kinds(lora.updates).items()}
+    if len(updates) < len(_without_empty_kinds(lora.updates)):
+        raise ValueError("a module comes twice, under names that it had in different versions of transformers")
 
     def read(module: str, weight: Tensor | None) -> Tensor | LowRankPair:
         try:
@@ -123,7 +128,7 @@ def _of_lora(lora: LoraFile, component: str) -> WeightDeltas:
         read,
         {named(name): tensor for name, tensor in lora.whole.items()},
         {module: update.kernel for module, update in updates.items() if update.kernel is not None},
-        {named(name): tensor for name, tensor in lora.differences.items()},
+        {spelling.of_parameter(named(name)): tensor for name, tensor in lora.differences.items()},
         {module for module, update in updates.items() if update.needs_weight},
         lora.skipped,
     )

@@ -3,7 +3,7 @@
 import pytest
 import safetensors.torch
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.loaders.lora_conversion_utils import _convert_xlabs_flux_lora_to_diffusers
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from transformers import T5Config, T5EncoderModel
@@ -203,3 +203,13 @@ def test_the_third_text_encoder_is_the_second_of_flux():
     key = "lora_te3_encoder_block_0_layer_0_SelfAttention_q.alpha"
     assert parse_key(key).path == "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q"
     assert parse_key(key, "flux").path == "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
+
+
+@pytest.mark.parametrize("kind", [FluxTransformer2DModel, SD3Transformer2DModel])
+def test_every_name_of_a_transformer_of_full_size(kind):
+    settings = {"guidance_embeds": True} if kind is FluxTransformer2DModel else {"dual_attention_layers": (0, 1)}
+    with torch.device("meta"):
+        model = kind(**settings)
+    for path, module in model.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            assert parse_key(f"lycoris_{path.replace('.', '_')}.alpha").path == f"transformer.{path}"

@@ -9,7 +9,7 @@ import torch
 import transformers
 from PIL import Image
 
-from loca_vision import LoCAConfig, inject, remove, save_adapter
+from loca_vision import LoCAConfig, inject, load_adapter, remove, save_adapter
 from loca_vision.commands.main import main
 from loca_vision.formats.conversion.merge_checkpoint import merge
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas, read_source
@@ -154,3 +154,59 @@ def test_a_merged_folder_is_a_classifier_for_a_pipeline(tmp_path, capsys):
     assert torch.allclose(logits(kind.from_pretrained(tmp_path / "out")), logits(adapted), atol=1e-4)
     classify = transformers.pipeline("image-classification", model=str(tmp_path / "out"), device="cpu")
     assert {answer["label"] for answer in classify(Image.new("RGB", (32, 32)), top_k=9)} == {f"LABEL_{n}" for n in range(5)}
+
+
+@pytest.mark.parametrize("former", [False, True])
+@pytest.mark.parametrize("family", ["vit", "dinov2"])
+def test_a_lora_of_an_image_classifier_becomes_an_adapter(family, former, tmp_path):
+    """Of modules as the installed version names them, and as the one before did."""
+    model = tiny(family)
+    model.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "fc2"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(tmp_path / "lora")
+    if former:
+        file = tmp_path / "lora" / "adapter_model.safetensors"
+        names = {"attention.q_proj": "attention.attention.query", "mlp.fc2": "output.dense", "vit.layers": "vit.encoder.layer"}
+        names = names if family == "vit" else {"attention.q_proj": "attention.attention.query"}
+        state = {}
+        for key, tensor in safetensors.torch.load_file(file).items():
+            for present, past in names.items():
+                key = key.replace(present, past)
+            state[key] = tensor
+        safetensors.torch.save_file(state, file)
+    assert main(f"convert {tmp_path}/lora {tmp_path}/loca --ratio 1.0 --model {tmp_path}/base".split()) == 0
+    fresh = tiny(family)
+    load_adapter(fresh, tmp_path / "loca")
+    assert torch.allclose(logits(fresh), logits(adapted), atol=1e-4)
+
+
+def test_a_fine_tuned_image_classifier_is_extracted_by_the_names_of_its_modules(tmp_path):
+    base, tuned = tiny(), tiny()
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if name.endswith(("q_proj.weight", "fc1.weight")):
+                parameter += 0.1 * torch.randn(parameter.shape)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    assert main(f"extract {tmp_path}/base {tmp_path}/tuned {tmp_path}/loca --ratio 1.0 --model {tmp_path}/base".split()) == 0
+    load_adapter(base, tmp_path / "loca")
+    assert torch.allclose(logits(base), logits(tuned), atol=1e-4)
+
+
+def test_one_module_by_both_its_names_is_refused(tmp_path, capsys):
+    names = ("vit.layers.0.attention.q_proj", "vit.encoder.layer.0.attention.attention.query")
+    state = {f"{name}.diff": torch.ones(48, 48) for name in names}
+    safetensors.torch.save_file(state, tmp_path / "x.safetensors")
+    tiny().save_pretrained(tmp_path / "base")
+    assert main(f"convert {tmp_path}/x.safetensors {tmp_path}/out --ratio 1.0 --model {tmp_path}/base".split()) == 2
+    assert "a module comes twice, under names that it had in different versions" in capsys.readouterr().err
+    assert main(f"merge {tmp_path}/base {tmp_path}/x.safetensors {tmp_path}/out".split()) == 2
+    assert "query.weight has two updates" in capsys.readouterr().err
+
+
+def test_a_folder_of_no_model(tmp_path, capsys):
+    assert main(f"convert {tmp_path} {tmp_path}/out --ratio 1.0 --model {tmp_path}".split()) == 2
+    assert "it is no folder of a transformers model: it has no config.json" in capsys.readouterr().err
