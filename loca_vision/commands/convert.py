@@ -133,6 +133,8 @@ def _without_differences(source: WeightDeltas, *, skip: bool) -> WeightDeltas:
     """
     for module in source.needs_weight:
         raise ValueError(f"{module}: its update (DoRA) depends on the weight; name the weights (--base), or merge it into them")
+    if not source.shapes:
+        raise ValueError("there is no update of a matrix in it; what is added to biases and norms can be merged")
     for name in () if skip else source.differences:
         raise ValueError(f"{name}: what is added to it is no update of a matrix; merge it, or leave it out (--skip)")
     left = dict.fromkeys(source.differences, "what is added to it is no update of a matrix")

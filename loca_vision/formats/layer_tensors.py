@@ -44,47 +44,61 @@ class LoraFile:
         return {p: m for p, m in made.items() if isinstance(m, LowRankPair) and not self.updates[p].needs_weight}
 
 
+@dataclass(frozen=True)
+class FileLayer:
+    """
+    Args:
+        path: as in `Key`.
+        in_file: its name in the file, without peft's prefix, by which peft's configuration calls it.
+        layer: the modules it is, and their rows.
+    """
+
+    path: str
+    in_file: str
+    layer: Layer
+
+
 def add_layer(
-    read: LoraFile, name: str, layer: Layer, parts: Mapping[str, Tensor], scales: Scales, sizes: Mapping[str, tuple[int, int]]
+    read: LoraFile, of: FileLayer, parts: Mapping[str, Tensor], scales: Scales, sizes: Mapping[str, tuple[int, int]]
 ) -> None:
     """Take in one layer of a file.
 
     Args:
         read: what was read so far.
-        name: of the layer, for its scale.
+        of: the layer.
         parts: its tensors by role, floating-point numbers, all finite.
         sizes: as in `read_lora`.
 
     Raises:
         ValueError: the tensors are no whole update, or the rows are not those of the layer's modules.
     """
-    rest = dict(parts)
-    columns = None
+    rest, layer, columns = dict(parts), of.layer, None
     if "set_weight" in rest:
         _divide(read.whole, layer, rest.pop("set_weight"), "weight", None)
     if "diff" in rest and rest["diff"].dim() == 1:
         _divide(read.differences, layer, rest.pop("diff"), "weight", None)
     bias, of_lora = rest.pop("diff_b", None), rest.pop("bias", None)
     if rest or of_lora is not None:
-        update = _update(name, rest, scales, sizes)
+        update = _update(of, rest, scales, sizes)
         columns = update.shape[1]
         for module, rows in layer.rows(update.shape[0], columns):
             _put(read.updates, module, update.part(rows))
     if of_lora is not None:
         made = update.make()
-        assert isinstance(made, LowRankPair)
+        if not isinstance(made, LowRankPair):
+            raise ValueError(f"{of.path} has a bias of LoRA, and no LoRA")
         bias = made.scale * of_lora if bias is None else bias + made.scale * of_lora
     if bias is not None:
         _divide(read.differences, layer, bias, "bias", columns)
 
 
-def _update(name: str, parts: Mapping[str, Tensor], scales: Scales, sizes: Mapping[str, tuple[int, int]]) -> ModuleUpdate:
+def _update(of: FileLayer, parts: Mapping[str, Tensor], scales: Scales, sizes: Mapping[str, tuple[int, int]]) -> ModuleUpdate:
     if "spectrum" in parts:
         if not isinstance(scales.in_folder, FourierSettings):
             raise ValueError("a spectrum of FourierFT, for which adapter_config.json of peft's type FOURIERFT is needed")
-        return fourier_update(name, parts["spectrum"], scales.in_folder, sizes.get(name))
-    update = update_of(name, parts, scales.of_layer(name, parts.get("alpha")))
-    if update.kernel is None and update.shape[1] % 9 == 0 and _CONVOLUTION.fullmatch(name):
+        return fourier_update(of.in_file, parts["spectrum"], scales.in_folder, sizes.get(of.path))
+    update = update_of(of.path, parts, scales.of_layer(of.path, of.in_file, parts.get("alpha")))
+    if update.kernel is None and update.shape[1] % 9 == 0 and _CONVOLUTION.fullmatch(of.path):
         return replace(update, kernel=(3, 3))
     return update
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from loca_vision.formats.adapter_file import FLOATS
-from loca_vision.formats.layer_tensors import LoraFile, add_layer
+from loca_vision.formats.layer_tensors import FileLayer, LoraFile, add_layer
 from loca_vision.formats.lora_keys import PEFT_PREFIX, family_of, parse_key
+from loca_vision.formats.lora_roles import role_of
 from loca_vision.formats.lora_scales import PeftSettings, Scales, read_settings, settings_in_header
-from loca_vision.formats.original_names import Layer
 from loca_vision.storage.safetensors_file import (
     EIGHT_BITS,
     Entry,
@@ -34,7 +34,7 @@ class _Sorted:
     """Keys of a file by what they are for."""
 
     layers: dict[str, dict[str, str]] = field(default_factory=dict)  # path -> role -> key
-    modules: dict[str, Layer] = field(default_factory=dict)  # path -> what the layer is in the model
+    named: dict[str, FileLayer] = field(default_factory=dict)  # path -> how it is called, and what it is in the model
     whole: dict[str, str] = field(default_factory=dict)  # parameter -> key
     foreign: dict[str, tuple[str, str]] = field(default_factory=dict)  # key -> its layer's path and what it is
 
@@ -74,7 +74,7 @@ def read_lora(
         for name, keys in layers.items():
             parts = {role: tensors[key] for role, key in keys.items()}
             try:
-                add_layer(read, name, found.modules[name], parts, scales, sizes or {})
+                add_layer(read, found.named[name], parts, scales, sizes or {})
             except ValueError as error:
                 raise ValueError(f"{next(iter(keys.values()))}: {error}") from None
     return read
@@ -124,7 +124,7 @@ def _sort(entries: Mapping[str, Entry], settings: PeftSettings | None) -> _Sorte
             raise ValueError(f"{key}: {part.path} has that part twice, in {found.layers[part.path][part.role]} as well")
         else:
             found.layers[part.path][part.role] = key
-            found.modules[part.path] = part.layer
+            found.named[part.path] = FileLayer(part.path, role_of(parameter)[0], part.layer)
     return found
 
 

@@ -111,8 +111,8 @@ class Scales:
     in_header: Mapping[str, LoraSettings]
     in_folder: PeftSettings | None
 
-    def of_layer(self, path: str, alpha: Tensor | None) -> Callable[[int | None], float]:
-        """The scale of a layer by its rank, given its alpha if it has one."""
+    def of_layer(self, path: str, in_file: str, alpha: Tensor | None) -> Callable[[int | None], float]:
+        """The scale of a layer by its rank, given its path, its name in the file, and its alpha if it has one."""
         if alpha is not None:
             return lambda rank: float(alpha) / rank if rank else 1.0
         component, _, rest = path.partition(".")
@@ -120,7 +120,7 @@ class Scales:
         settings: PeftSettings | None = in_header or self.in_header.get("") or self.in_folder
         if not isinstance(settings, LoraSettings):
             return lambda rank: 1.0
-        name = rest if in_header is not None else path
+        name = rest if in_header is not None else in_file
         return lambda rank: settings.scale(name, rank)
 
 

@@ -69,6 +69,9 @@ class BaseTensors:
         entries: of the checkpoint.
         component: that it is, "" for a model by itself. A checkpoint of the original layout has its components in its names.
         modules: the model's, whose names count where the checkpoint has them from another version of transformers.
+
+    Raises:
+        ValueError: two tensors are the same parameter.
     """
 
     def __init__(self, entries: Mapping[str, Entry], component: str = "", modules: Iterable[str] = ()) -> None:
@@ -85,6 +88,8 @@ class BaseTensors:
                 known = [(spelling.of_parameter(canonical(before + name)), Target(name))]
             places = known or [(name, Target(name))]  # of a VAE, for one
             for parameter, target in places:
+                if parameter in self._exact:
+                    raise ValueError(f"{self._exact[parameter].name} and {name} are both {parameter} in the base")
                 self._exact[parameter] = target
                 self._similar.setdefault(similar(parameter), []).append(target)
 

@@ -80,7 +80,7 @@ def merge(
 
 def _component(source: WeightDeltas, component: str, original: bool) -> tuple[str, str]:
     """The component that the base is ("" for none, or several), and the one to merge ("" for all)."""
-    if component and not any(module.startswith(f"{component}.") for module in source.shapes):
+    if component and component not in source.components():
         raise ValueError(f"there is no update for the component {component!r}")
     if original:
         return "", component
@@ -99,9 +99,7 @@ def _changes(source: WeightDeltas, base: BaseTensors, component: str) -> dict[st
         _check_not_scaled(target.name, base.entries)
         change = found.setdefault(target.name, _Changes())
         if target.rows is None and change.updates:
-            raise ValueError(
-                f"{target.name} has two updates, {change.updates[0][0]} and {module}, which are names of one module"
-            )
+            raise ValueError(f"{target.name} has two updates, of {change.updates[0][0]} and {module}, which are one module")
         change.updates.append((module, target))
     for name in _of_component(source.differences, component):
         target = _found(base, name, "to which the update adds")

@@ -59,8 +59,9 @@ class WeightDeltas:
     base_model: str = "unknown"
 
     def components(self) -> list[str]:
-        """The components of a pipeline that modules are of."""
-        return sorted({module.partition(".")[0] for module in self.shapes if _COMPONENT.match(module)})
+        """The components of a pipeline that this is for."""
+        names = (*self.shapes, *self.differences, *self.whole)
+        return sorted({name.partition(".")[0] for name in names if _COMPONENT.match(name)})
 
     def matrix(self, module: str, weight: Tensor | None = None) -> Tensor:
         """The update of a module's weight, (p, q) in float32 or float64."""

@@ -152,6 +152,26 @@ def test_what_has_no_place_in_an_adapter_is_refused_or_listed(tmp_path, capsys):
     )
 
 
+def test_a_file_of_biases_alone_is_merged_and_not_converted(tmp_path, capsys):
+    file = written(tmp_path / "x.safetensors", {f"{FLAT}_norm1.b_norm": torch.ones(4)})
+    base = written(tmp_path / "base.safetensors", {f"{BLOCK}.norm1.bias": torch.ones(4)})
+    assert main(f"convert {file} {tmp_path}/out --ratio 1.0 --skip".split()) == 2
+    assert "there is no update of a matrix in it" in capsys.readouterr().err
+    assert main(f"merge {base} {file} {tmp_path}/out.safetensors".split()) == 0
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "out.safetensors")[f"{BLOCK}.norm1.bias"], torch.full((4,), 2.0))
+
+
+def test_patterns_of_peft_name_layers_as_the_file_does(tmp_path):
+    """A fused layer of Flux, by the name that it had where it was trained."""
+    layer = "double_blocks.0.img_attn.qkv"
+    tensors = {f"base_model.model.{layer}.lora_A.weight": torch.ones(1, 2)}
+    tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.ones(6, 1)
+    written(tmp_path / "adapter_model.safetensors", tensors)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 1, "lora_alpha": 1, "alpha_pattern": {layer: 5}}))
+    pairs = read_lora(tmp_path).pairs
+    assert len(pairs) == 3 and {pair.scale for pair in pairs.values()} == {5.0}
+
+
 # Names without a component
 
 
@@ -187,6 +207,7 @@ def test_the_component_of_names_without_one(prefix, tmp_path):
         ({"oft_blocks": (2, 2, 2)}, "OFT, which rotates the weights; only updates that are added to a weight are read"),
         ({"a1.weight": (2, 2)}, "GLoRA, which transforms the weights"),
         ({"lora_embedding_A": (2, 2)}, "LoRA of an embedding"),
+        ({"lokr_w1": (2, 2), "lokr_w2": (2, 2), "lora_B.bias": (4,)}, "has a bias of LoRA, and no LoRA"),
         ({"fourierft_spectrum": (5,)}, "a spectrum of FourierFT, for which adapter_config.json of peft's type FOURIERFT"),
     ],
     ids=str,

@@ -252,6 +252,12 @@ def test_names_of_a_whole_pipeline_of_sd3():
     ]
 
 
+def test_two_tensors_of_one_parameter_are_refused():
+    names = ("text_model.encoder.layers.0.mlp.fc1.weight", "encoder.layers.0.mlp.fc1.weight")
+    with pytest.raises(ValueError, match=r"cond_stage_model.transformer.encoder.layers.0.mlp.fc1.weight are both text_encoder"):
+        BaseTensors(entries(*(f"cond_stage_model.transformer.{name}" for name in names)))
+
+
 def test_a_name_of_any_length_is_looked_at_in_no_time():
     name = "model.diffusion_model.input_blocks.1.1." + "attn1_" * 500_000
     assert BaseTensors(entries(f"{name}.weight")).parameters() == [f"{name}.weight"]
