@@ -1,5 +1,6 @@
 """Files that other programs wrote, and the weights they made of them (`tests/golden/README.md`)."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,42 @@ def test_fourierft_of_peft_is_converted_given_the_sizes(words, tmp_path, monkeyp
     for module, pair in read_lora(tmp_path / "out").pairs.items():
         name = f"{module}.weight"
         assert torch.allclose(pair.delta(), after[name] - before[name], atol=1e-5), name
+
+
+def damaged(tensors, generator):
+    """Another shape, dtype, number or set of tensors."""
+    key = generator.choice(sorted(tensors))
+    tensor, rest = tensors[key], {name: value for name, value in tensors.items() if name != key}
+    shape = list(tensor.shape) or [1]
+    shape[generator.randrange(len(shape))] = generator.choice((0, 1, 2, 3, 5))
+    other = generator.choice(sorted(rest))
+    return rest | generator.choice(
+        [
+            {},
+            {key: torch.ones(shape)},
+            {key: torch.ones([*shape, generator.choice((1, 2))])},
+            {key: torch.ones(shape[1:] or [2])},
+            {key: tensor.to(generator.choice((torch.int32, torch.float8_e5m2, torch.bool)))},
+            {key: torch.full_like(tensor, generator.choice((torch.nan, 3e38, 0.0)))},
+            {f"{key.partition('.')[0]}.{other.partition('.')[2]}": rest[other].clone()},
+        ]
+    )
+
+
+def test_any_damage_is_read_or_refused_in_one_line(tmp_path):
+    generator, outcomes = random.Random(0), {"read": 0, "refused": 0}
+    whole = safetensors.torch.load_file(GOLDEN / "lycoris.safetensors")
+    layers = sorted({key.partition(".")[0] for key in whole})
+    for trial in range(600):
+        layer = layers[trial % len(layers)]
+        tensors = {key: value for key, value in whole.items() if key.startswith((layer, layers[0]))}
+        safetensors.torch.save_file(damaged(tensors, generator), tmp_path / "x.safetensors")
+        try:
+            source = read_source(tmp_path / "x.safetensors", skip=bool(trial % 2))
+            for module, shape in source.shapes.items():
+                assert source.matrix(module, torch.ones(shape)).shape == shape
+            outcomes["read"] += 1
+        except ValueError as error:
+            assert "\n" not in str(error)
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 100, outcomes
