@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loca_vision.formats.adapter_file import METADATA_KEY, Description, check_values, component_of, read_description
+from loca_vision.formats.conversion.base_tensors import matrices_in
 from loca_vision.formats.layer_tensors import LoraFile
 from loca_vision.formats.lora_reader import has_lora, read_lora
 from loca_vision.formats.low_rank_pair import LowRankPair
@@ -51,14 +52,17 @@ class Contents:
     layers: Callable[[], Iterator[Layer]]
 
 
-def contents_of(path: str | os.PathLike[str]) -> Contents:
+def contents_of(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> Contents:
     """
+    Args:
+        base: the weights it is for, whose sizes tell the cells of peft's FourierFT.
+
     Raises:
         FileNotFoundError, ValueError: as `load_adapter`, short of what only a model can tell; or, for a LoRA, as `read_lora`.
     """
     file = Path(path)
     if has_lora(file) or (file.is_file() and not _is_adapter(file)):
-        return _of_lora(file)
+        return _of_lora(file, matrices_in(base) if base is not None else None)
     with open_safetensors(file_to_read(path)) as opened:
         about = read_description(opened.metadata, opened.entries)
         tensors = opened.tensors()
@@ -76,7 +80,7 @@ def contents_of(path: str | os.PathLike[str]) -> Contents:
     return Contents(head, lambda: _updates(about, tensors))
 
 
-def describe(path: str | os.PathLike[str]) -> str:
+def describe(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> str:
     """The file's settings, then a line for each projection: (p, q), trained numbers, Frobenius norm of the update, its share of
     the squared norm of all, and how that is spread over the lower, middle and upper third of the frequencies.
 
@@ -85,7 +89,7 @@ def describe(path: str | os.PathLike[str]) -> str:
     Raises:
         FileNotFoundError, ValueError: as `contents_of`.
     """
-    contents = contents_of(path)
+    contents = contents_of(path, base)
     measured = [(layer.name, layer.shape, layer.trained, layer.norm, _bands(layer.delta)) for layer in contents.layers()]
     total = sum(norm**2 for *_, norm, _ in measured if norm is not None) or 1.0
     rows = [HEADER]
@@ -110,8 +114,8 @@ def _updates(about: Description, tensors: dict[str, Tensor]) -> Iterator[Layer]:
         yield Layer(projection, shape, trained, update.norm(), update.delta() if seen else None)
 
 
-def _of_lora(file: Path) -> Contents:
-    lora = read_lora(file, skip=True)
+def _of_lora(file: Path, sizes: Mapping[str, tuple[int, int]] | None) -> Contents:
+    lora = read_lora(file, skip=True, sizes=sizes)
     head = [
         f"{file}: {_kinds(lora)}",
         *(f"trained whole: {name} {tuple(value.shape)}" for name, value in lora.whole.items()),

@@ -17,6 +17,8 @@ class Inspect:
 
     file: Path
     """The adapter, or the folder it is in."""
+    base: Path | None = None
+    """The weights it is for, where only their sizes tell what a file means (FourierFT of peft)."""
     picture: Path | None = None
     """A PNG for the cosine spectra of the updates."""
 
@@ -75,12 +77,14 @@ def _run(command: Any) -> None:
 def _inspect(command: Inspect) -> None:
     from loca_vision.commands.inspect_file import contents_of, describe
 
-    print(describe(command.file))
+    print(describe(command.file, command.base))
     if command.picture is not None:
         from loca_vision.commands.spectrum_picture import draw_spectra
 
         draw_spectra(
-            command.picture, f"Cosine spectra of the updates in {command.file.name}", contents_of(command.file).layers()
+            command.picture,
+            f"Cosine spectra of the updates in {command.file.name}",
+            contents_of(command.file, command.base).layers(),
         )
 
 

@@ -23,8 +23,8 @@ def fourier_update(path: str, spectrum: Tensor, settings: FourierSettings, size:
     """
     if size is None:
         raise ValueError(
-            f"{path} has a spectrum of FourierFT, whose cells only the weight's size tells: name the model (--model), or merge "
-            "it into weights"
+            f"{path} has a spectrum of FourierFT, whose cells only the weight's size tells: name the weights (--base) "
+            "or the model (--model)"
         )
     cells = size[0] * size[1]
     wanted = settings.count(path)

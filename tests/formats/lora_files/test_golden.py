@@ -138,6 +138,20 @@ def test_fourierft_of_peft_is_converted_given_the_sizes(words, tmp_path, monkeyp
         assert torch.allclose(pair.delta(), after[name] - before[name], atol=1e-5), name
 
 
+def test_inspect_measures_what_peft_writes(tmp_path, capsys):
+    for folder in sorted(GOLDEN.glob("peft-*")):
+        before, after = expected_of(folder / "expected.safetensors")
+        safetensors.torch.save_file(before, tmp_path / "base.safetensors")
+        assert main(f"inspect {folder} --base {tmp_path}/base.safetensors".split()) == 0
+        rows = {
+            line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line[:3] in ("fc1", "fc2", "con")
+        }
+        for module, row in rows.items():
+            norm = float((after[f"{module}.weight"] - before[f"{module}.weight"]).norm())
+            assert row[5] == "-" if folder.name == "peft-dora" else float(row[5]) == pytest.approx(norm, rel=1e-3)
+        assert rows.keys() >= {"fc1"}
+
+
 def damaged(tensors, generator):
     """Another shape, dtype, number or set of tensors."""
     key = generator.choice(sorted(tensors))

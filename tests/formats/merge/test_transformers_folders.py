@@ -196,6 +196,21 @@ def test_a_fine_tuned_image_classifier_is_extracted_by_the_names_of_its_modules(
     assert torch.allclose(logits(base), logits(tuned), atol=1e-4)
 
 
+def test_an_adapter_of_this_library_is_merged_with_its_head(tmp_path, capsys):
+    """Trained on the modules that the installed version has, into the names that its files have."""
+    model = tiny()
+    model.save_pretrained(tmp_path / "base")
+    model.classifier = torch.nn.Linear(48, 5)
+    inject(model, LoCAConfig(n_components=40, targets=("q", "fc1")), modules_to_save=["classifier"])
+    randomise(model)
+    save_adapter(model, tmp_path / "loca")
+    words = f"merge {tmp_path}/base {tmp_path}/loca {tmp_path}/out --model {tmp_path}/base"
+    assert main(words.split()) == 0
+    assert "classifier: replaced by the adapter's, of 5 classes for 3" in capsys.readouterr().out
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    assert torch.allclose(logits(loaded), logits(model), atol=1e-4)
+
+
 def test_one_module_by_both_its_names_is_refused(tmp_path, capsys):
     names = ("vit.layers.0.attention.q_proj", "vit.encoder.layer.0.attention.attention.query")
     state = {f"{name}.diff": torch.ones(48, 48) for name in names}
