@@ -153,7 +153,7 @@ def places(tmp_path):
 
 TINY = "--model test_vit --weights none --image-size 160 --steps 1 --batch-size 4 --n-components 5"
 LINES = {
-    "no command": ("", "Expected one of {demo, inspect, evaluate, predict, convert, extract, merge}"),
+    "no command": ("", "Expected one of {demo, inspect, evaluate, predict, convert, extract, merge, combine}"),
     "unknown command": ("demos", "Unrecognized options: demos"),
     "unknown option": ("demo --stepz 3", "Unrecognized options: --stepz"),
     "no number": ("demo --steps many", "Error parsing --steps"),
@@ -188,6 +188,8 @@ LINES = {
     "missing weights": ("demo --dataset folder --root {}/good " + TINY.replace("none", "gone.safetensors"), "gone.safetensors"),
     "inspect nothing": ("inspect {}/none", "none: there is no such file"),
     "inspect a pickle": ("inspect {}/pickle.safetensors", "it is a pickle, which could run code when read"),
+    "combine with nothing": ("combine {}/none {}/none {}/out", "none: there is no such file"),
+    "merge into nothing": ("merge {}/none {}/none {}/out", "none: there is no such file"),
     "inspect an empty folder": ("inspect {}/only", "there is no pytorch_loca_weights.safetensors in that folder"),
 }
 

@@ -1,4 +1,4 @@
-"""`loca-vision convert`, `extract` and `merge`: adapters and weights from one form into another, and what is lost."""
+"""`loca-vision convert` and `extract`: adapters and weights from one form into another, and what is lost."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import Literal
 import torch
 
 from loca_vision.commands.convert_report import advice, left_out_lines, size_of, table, uncounted_lines, warnings
+from loca_vision.commands.named_model import model_named
 from loca_vision.formats.adapter_file import FILE_NAME as ADAPTER_NAME
+from loca_vision.formats.conversion.base_tensors import matrices_in
+from loca_vision.formats.conversion.checkpoint_difference import open_difference
 from loca_vision.formats.conversion.conversion_error import LayerFidelity
 from loca_vision.formats.conversion.dct_truncation import Budget, BudgetRule
-from loca_vision.formats.conversion.merge_checkpoint import merge
+from loca_vision.formats.conversion.given_weights import given_weights
 from loca_vision.formats.conversion.to_adapter import to_loca, to_lora_adapter
 from loca_vision.formats.conversion.to_full_file import to_full
 from loca_vision.formats.conversion.to_lora_file import to_lora
-from loca_vision.formats.conversion.weight_deltas import WeightDeltas, open_difference, read_source
+from loca_vision.formats.conversion.weight_deltas import WeightDeltas, read_source
 from loca_vision.formats.lora_reader import DIFFUSERS_WEIGHTS
 from loca_vision.formats.lora_tensors import file_to_write
-from loca_vision.layers.projection_rows import ProjectionRows, projections_in, projections_of_modules
+from loca_vision.layers.projection_rows import ProjectionRows, projections_of_modules
 
 KINDS: tuple[BudgetRule, ...] = ("count", "threshold", "ratio", "energy")
 
@@ -45,7 +48,7 @@ class OutputOptions:
     rank: int | None = None
     """LoRA: of every module; by default the factors stay as they are."""
     model: str | None = None
-    """timm's name of the model, for updates of a timm model."""
+    """timm's name of the model, or a folder of transformers, for updates of an image classifier."""
     half: bool = False
     """LoRA and full: numbers in float16."""
     sdxl: bool = False
@@ -88,14 +91,18 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class Convert:
-    """A LoRA (of peft, diffusers or kohya) or any adapter of this library into LoCA or LoRA; prints what each layer loses."""
+    """A LoRA or its kin (of peft, diffusers, kohya, LyCORIS, ...) or any adapter of this library into LoCA or LoRA; prints
+    what each layer loses."""
 
     source: Path
     """The adapter: a file, or the folder it is in."""
     output: Path
     """A file that ends in .safetensors, or a folder; for peft a folder."""
+    component: str = ""
+    """Of the pipeline, for a LoRA whose names tell none: unet, transformer, text_encoder."""
     base: Path | None = None
-    """full: the weights the adapter is for, or the folder of their pipeline; needed for tensors trained whole, and DoRA."""
+    """The weights it is for, which DoRA depends on, and --to full for tensors trained whole: a file, an index of shards, or the
+    folder of either; for full also the folder of a pipeline."""
     form: OutputOptions = field(default_factory=OutputOptions)
     """What is to be made of it."""
 
@@ -118,30 +125,6 @@ class Extract:
     """What is to be made of it."""
 
 
-@dataclass(frozen=True)
-class Merge:
-    """Fold an adapter or a LoRA into weights: weights in, weights out, sharded as need be."""
-
-    base: Path
-    """Safetensors: a file, an index of shards, or the folder of either."""
-    adapter: Path
-    """The adapter or LoRA: a file, or the folder it is in."""
-    output: Path
-    """A file that ends in .safetensors, or a folder."""
-    component: str = ""
-    """Of the pipeline whose weights they are: unet, transformer, text_encoder."""
-    model: str | None = None
-    """timm's name of the model, for adapters of a timm model."""
-    strength: float = 1.0
-    """Times the update."""
-    shard_size: float = 5.0
-    """Gigabytes of a shard at most."""
-    skip: bool = False
-    """Leave out what of a LoRA is not understood, and list it."""
-    overwrite: bool = False
-    """Replace an output that is there and was written so."""
-
-
 def convert(command: Convert) -> str:
     """
     Raises:
@@ -149,11 +132,13 @@ def convert(command: Convert) -> str:
     """
     form = command.form
     form.check(command.output)
-    if command.base is not None and form.to != "full":
-        raise ValueError(f"--to {form.to}: --base is for --to full")
-    places, base_model = _model(form.model)
-    source = read_source(command.source, places, skip=form.skip)
-    return _write(command.output, form, source, places, base_model, command.base)
+    places, base_model = model_named(form.model)
+    sizes = matrices_in(command.base) if command.base is not None and form.to != "full" else None
+    source = read_source(command.source, places, skip=form.skip, component=command.component, sizes=sizes)
+    if command.base is None or form.to == "full":
+        return write_form(command.output, form, source, places, base_model, command.base)
+    with given_weights(source, command.base) as known:
+        return write_form(command.output, form, known, places, base_model)
 
 
 def extract(command: Extract) -> str:
@@ -164,63 +149,33 @@ def extract(command: Extract) -> str:
     form = command.form
     form.check(command.output)
     if not command.component and form.model is None:
-        raise ValueError("say which weights they are: --component of a pipeline, or --model of timm")
-    places, base_model = _model(form.model)
+        raise ValueError("say which weights they are: --component of a pipeline, or --model of timm or transformers")
+    places, base_model = model_named(form.model)
     modules = {place.module for place in places} if places is not None else None
 
     def wanted(module: str) -> bool:
         return bool(projections_of_modules([module])) if modules is None else module in modules
 
-    with open_difference(command.base, command.tuned, wanted, component=command.component, others=command.others) as source:
-        return _write(command.output, form, source, places, base_model, command.base)
+    of, others = command.component, command.others
+    with open_difference(command.base, command.tuned, wanted, component=of, others=others, modules=modules or ()) as source:
+        return write_form(command.output, form, source, places, base_model, command.base)
 
 
-def merged(command: Merge) -> str:
-    """
-    Raises:
-        ValueError, OSError: as `read_source`, `merge`.
-    """
-    places, _ = _model(command.model)
-    source = read_source(command.adapter, places, skip=command.skip)
-    components = sorted({place.module.partition(".")[0] for place in projections_of_modules(source.shapes).values()})
-    component = command.component or (components[0] if len(components) == 1 else "")
-    if len(components) > 1 and not component:
-        raise ValueError(f"the adapter is for {', '.join(components)}: say which of them the base is with --component")
-    written = merge(
-        command.base,
-        source,
-        command.output,
-        component=component,
-        strength=command.strength,
-        shard_size=int(command.shard_size * 1e9),
-        overwrite=command.overwrite,
-    )
-    return "\n".join([*left_out_lines(source, ()), f"{written}: the merged weights"])
-
-
-def _model(name: str | None) -> tuple[list[ProjectionRows] | None, str | None]:
-    """The projections of a timm model, which is built without any weights, and its full name."""
-    if name is None:
-        return None, None
-    import timm
-
-    from loca_vision.formats.match_model import base_model_name
-    from loca_vision.recipes.classification.models import check_model_name
-
-    check_model_name(name)
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    return projections_in(model), base_model_name(model)
-
-
-def _write(
+def write_form(
     output: Path,
     form: OutputOptions,
     source: WeightDeltas,
     places: Sequence[ProjectionRows] | None,
     base_model: str | None,
-    base: Path | None,
+    base: Path | None = None,
 ) -> str:
+    """Write an update in a form; what was left out and what is lost, in lines.
+
+    Raises:
+        ValueError, OSError: as `to_loca`, `to_lora`, `to_full`.
+    """
+    if not source.shapes and form.to != "full":
+        raise ValueError("there is no update of a matrix in it; what is added to biases and norms can be merged")
     losses: list[LayerFidelity]
     skip, dtype = form.skip, torch.float16 if form.half else None
     if form.to == "loca":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor
 
 from loca_vision.formats.adapter_file import METADATA_KEY, Description, check_values, component_of, read_description
+from loca_vision.formats.conversion.base_tensors import matrices_in
+from loca_vision.formats.layer_tensors import LoraFile
 from loca_vision.formats.lora_reader import has_lora, read_lora
+from loca_vision.formats.low_rank_pair import LowRankPair
 from loca_vision.formats.save_load import file_to_read
 from loca_vision.functional.dct import dct2
 from loca_vision.messages import aligned
@@ -48,14 +52,17 @@ class Contents:
     layers: Callable[[], Iterator[Layer]]
 
 
-def contents_of(path: str | os.PathLike[str]) -> Contents:
+def contents_of(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> Contents:
     """
+    Args:
+        base: the weights it is for, whose sizes tell the cells of peft's FourierFT.
+
     Raises:
         FileNotFoundError, ValueError: as `load_adapter`, short of what only a model can tell; or, for a LoRA, as `read_lora`.
     """
     file = Path(path)
     if has_lora(file) or (file.is_file() and not _is_adapter(file)):
-        return _of_lora(file)
+        return _of_lora(file, matrices_in(base) if base is not None else None)
     with open_safetensors(file_to_read(path)) as opened:
         about = read_description(opened.metadata, opened.entries)
         tensors = opened.tensors()
@@ -73,7 +80,7 @@ def contents_of(path: str | os.PathLike[str]) -> Contents:
     return Contents(head, lambda: _updates(about, tensors))
 
 
-def describe(path: str | os.PathLike[str]) -> str:
+def describe(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> str:
     """The file's settings, then a line for each projection: (p, q), trained numbers, Frobenius norm of the update, its share of
     the squared norm of all, and how that is spread over the lower, middle and upper third of the frequencies.
 
@@ -82,7 +89,7 @@ def describe(path: str | os.PathLike[str]) -> str:
     Raises:
         FileNotFoundError, ValueError: as `contents_of`.
     """
-    contents = contents_of(path)
+    contents = contents_of(path, base)
     measured = [(layer.name, layer.shape, layer.trained, layer.norm, _bands(layer.delta)) for layer in contents.layers()]
     total = sum(norm**2 for *_, norm, _ in measured if norm is not None) or 1.0
     rows = [HEADER]
@@ -94,7 +101,7 @@ def describe(path: str | os.PathLike[str]) -> str:
 
 
 def _is_adapter(file: Path) -> bool:
-    with open_safetensors(file) as opened:
+    with open_safetensors(file, eight_bits=True) as opened:
         return METADATA_KEY in opened.metadata or any(key.endswith(".coefficients") for key in opened.entries)
 
 
@@ -107,21 +114,31 @@ def _updates(about: Description, tensors: dict[str, Tensor]) -> Iterator[Layer]:
         yield Layer(projection, shape, trained, update.norm(), update.delta() if seen else None)
 
 
-def _of_lora(file: Path) -> Contents:
-    lora = read_lora(file, skip=True)
-    ranks = sorted({pair.rank for pair in lora.pairs.values()})
+def _of_lora(file: Path, sizes: Mapping[str, tuple[int, int]] | None) -> Contents:
+    lora = read_lora(file, skip=True, sizes=sizes)
     head = [
-        f"{file}: a LoRA of {len(lora.pairs)} modules, ranks {', '.join(map(str, ranks))}",
+        f"{file}: {_kinds(lora)}",
         *(f"trained whole: {name} {tuple(value.shape)}" for name, value in lora.whole.items()),
+        *(f"added to: {name} {tuple(value.shape)}" for name, value in lora.differences.items()),
         *(f"not understood: {key}: {why}" for key, why in lora.skipped.items()),
     ]
 
     def layers() -> Iterator[Layer]:
-        for name, pair in lora.pairs.items():
-            delta = pair.delta().float()
-            yield Layer(name, pair.shape, pair.up.numel() + pair.down.numel(), float(delta.norm()), delta)
+        for name, update in lora.updates.items():
+            seen = not update.needs_weight and math.prod(update.shape) <= _MOST_CELLS
+            made = update.read(None) if seen else None
+            delta = made.delta().float() if isinstance(made, LowRankPair) else made
+            yield Layer(name, update.shape, update.trained, None if delta is None else float(delta.norm()), delta)
 
     return Contents(head, layers)
+
+
+def _kinds(lora: LoraFile) -> str:
+    """How many modules have which kind of update, and the ranks of those that are LoRA."""
+    counts = Counter(update.kind for update in lora.updates.values())
+    ranks = sorted({pair.rank for pair in lora.pairs.values()})
+    told = f", ranks {', '.join(map(str, ranks))}" if ranks else ""
+    return "; ".join(f"{kind} of {count} modules" for kind, count in counts.items()) + told
 
 
 def _bands(delta: Tensor | None) -> tuple[float, ...]:

@@ -17,6 +17,8 @@ class Inspect:
 
     file: Path
     """The adapter, or the folder it is in."""
+    base: Path | None = None
+    """The weights it is for, where only their sizes tell what a file means (FourierFT of peft)."""
     picture: Path | None = None
     """A PNG for the cosine spectra of the updates."""
 
@@ -31,8 +33,10 @@ def _parse(arguments: list[str]) -> Any:
     """The settings of the command asked for."""
     import tyro
 
-    from loca_vision.commands.convert import Convert, Extract, Merge
+    from loca_vision.commands.combine import Combine
+    from loca_vision.commands.convert import Convert, Extract
     from loca_vision.commands.demo import Demo
+    from loca_vision.commands.merge import Merge
     from loca_vision.recipes.classification.evaluate import Evaluate
     from loca_vision.recipes.classification.predict import Predict
 
@@ -44,6 +48,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[Convert, tyro.conf.subcommand("convert")]
         | Annotated[Extract, tyro.conf.subcommand("extract")]
         | Annotated[Merge, tyro.conf.subcommand("merge")]
+        | Annotated[Combine, tyro.conf.subcommand("combine")]
     )
     with usage_in_one_line("loca-vision"):
         return tyro.cli(
@@ -52,8 +57,8 @@ def _parse(arguments: list[str]) -> Any:
 
 
 def _run(command: Any) -> None:
+    from loca_vision.commands import combine, demo, merge
     from loca_vision.commands import convert as exchange_commands
-    from loca_vision.commands import demo
     from loca_vision.recipes.classification import evaluate, predict
 
     run: dict[type[Any], Callable[[Any], object]] = {
@@ -63,7 +68,8 @@ def _run(command: Any) -> None:
         predict.Predict: predict.predict,
         exchange_commands.Convert: lambda wanted: print(exchange_commands.convert(wanted)),
         exchange_commands.Extract: lambda wanted: print(exchange_commands.extract(wanted)),
-        exchange_commands.Merge: lambda wanted: print(exchange_commands.merged(wanted)),
+        combine.Combine: lambda wanted: print(combine.combine(wanted)),
+        merge.Merge: lambda wanted: print(merge.merged(wanted)),
     }
     run[type(command)](command)
 
@@ -71,12 +77,14 @@ def _run(command: Any) -> None:
 def _inspect(command: Inspect) -> None:
     from loca_vision.commands.inspect_file import contents_of, describe
 
-    print(describe(command.file))
+    print(describe(command.file, command.base))
     if command.picture is not None:
         from loca_vision.commands.spectrum_picture import draw_spectra
 
         draw_spectra(
-            command.picture, f"Cosine spectra of the updates in {command.file.name}", contents_of(command.file).layers()
+            command.picture,
+            f"Cosine spectra of the updates in {command.file.name}",
+            contents_of(command.file, command.base).layers(),
         )
 
 

@@ -163,7 +163,8 @@ def flattened(path: str, *, xl: bool) -> str:
     encoders = {"text_encoder": "lora_te1_" if xl else "lora_te_", "text_encoder_2": "lora_te2_"}
     prefix = ({"unet": "lora_unet_"} | encoders).get(component)
     name = rest.replace(".", "_")
-    if prefix is None or unflattened(name) != rest:
+    of_clip = rest.startswith(("text_model.", "text_projection"))
+    if prefix is None or unflattened(name) != rest or (component in encoders and not of_clip):
         raise ValueError(f"{path}: kohya's keys have names for the UNet and CLIP text encoders of Stable Diffusion only")
     return prefix + name
 

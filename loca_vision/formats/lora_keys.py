@@ -1,47 +1,50 @@
-"""What the keys of LoRA files mean, whoever wrote them: peft, diffusers old and new, kohya's sd-scripts."""
+"""What the keys of LoRA files mean: names of peft, diffusers, kohya, LyCORIS, ComfyUI, OneTrainer, and of models' authors."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from loca_vision.formats.lora_roles import role_of
+from loca_vision.formats.original_names import Layer, layer_of
 
 PEFT_PREFIX = "base_model.model."
 _MAX_KEY = 500
 
-# Each ends a key; the layer stands before.
-_ROLES = {
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    "_lora.down.weight": "down",
-    "_lora.up.weight": "up",
-    ".alpha": "alpha",
+_KOHYA = {
+    "lora_unet_": "",
+    "lora_transformer_": "transformer.",
+    "lycoris_": "",
+    "lora_te_": "text_encoder.",
+    "lora_te1_": "text_encoder.",
+    "lora_te2_": "text_encoder_2.",
+    "lora_te3_": "text_encoder_3.",
 }
-_NAMED = re.compile(r"\.lora_([AB])\.[^.]+\.weight$")  # with the adapter's name in it
-_FOREIGN = (
-    (r"(.+)\.hada_\w+(\.weight)?", "LoHa"),
-    (r"(.+)\.lokr_\w+(\.weight)?", "LoKr"),
-    (r"(.+)\.(lora_magnitude_vector(\..+)?|dora_scale)", "DoRA, which rescales the weight itself"),
-    (r"(.+)\.lora_mid(\..+)?", "a Tucker core of a convolution"),
-    (r"(.+)\.lora_embedding_[AB](\..+)?", "LoRA of an embedding"),
-    (r"(.+)\.(diff|diff_b|set_weight|w_norm|b_norm)", "the difference of a whole tensor"),
-    (r"(.+)\.b?oft_\w+(\.weight)?", "OFT"),
-    (r"(.+?)(\.lora_[AB]|\.lora_up|\.lora_down|_lora\.up|\.lora\.up)(\.[^.]+)?\.bias", "a bias of LoRA"),
-    (r"()(emb_params|string_to_\w+.*|clip_[lg]|bundle_emb\..*)", "a textual inversion"),
-)
-_KOHYA = {"lora_unet_": "unet.", "lora_te_": "text_encoder.", "lora_te1_": "text_encoder.", "lora_te2_": "text_encoder_2."}
+# What ComfyUI writes before the names that the authors of a model gave its layers.
+_COMFY = {
+    f"{before}{encoder}.transformer.": f"{component}."
+    for before in ("text_encoders.", "")
+    for encoder, component in (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2"), ("t5xxl", "text_encoder_3"))
+}
+# How the names of layers begin in which the authors of models differ from diffusers.
+_BLOCKS = ("double_blocks.", "single_blocks.", "joint_blocks.")
+_ORIGINAL_UNET = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.0", "out.2")
+_OF_UNETS = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out")
 # Names of modules that have an underscore in them, which kohya's keys have for the dot as well.
 _WORDS = (
     *("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "to_q", "to_k", "to_v", "to_out", "proj_in", "proj_out"),
     *("conv_in", "conv_out", "conv_shortcut", "time_emb_proj", "time_embedding", "add_embedding", "linear_1", "linear_2"),
     *("text_model", "text_projection", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj"),
     *("attentions", "resnets", "downsamplers", "upsamplers", "attn1", "attn2", "ff", "net", "proj", "conv", "conv1", "conv2"),
-    *("encoder", "layers", "mlp", "fc1", "fc2", "norm", "norm1", "norm2", "norm3", "conv_norm_out"),
+    *("encoder", "layers", "mlp", "fc1", "fc2", "norm", "norm1", "norm2", "norm3", "group_norm", "conv_norm_out"),
+    *("layer_norm1", "layer_norm2", "final_layer_norm", "embeddings", "token_embedding", "position_embedding"),
+    # Of the transformers of Flux, SD3 and PixArt, and of T5.
+    *("single_transformer_blocks", "attn", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "proj_mlp"),
+    *("norm1_context", "norm2_context", "norm_out", "linear", "x_embedder", "context_embedder", "time_text_embed", "pos_embed"),
+    *("timestep_embedder", "guidance_embedder", "text_embedder", "norm_q", "norm_k", "norm_added_q", "norm_added_k"),
+    *("adaln_single", "emb", "resolution_embedder", "aspect_ratio_embedder", "caption_projection"),
+    *("block", "layer", "SelfAttention", "DenseReluDense", "q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "shared"),
 )
 # The original UNet of SD 1.x, 2.x and SDXL: three entries for each level, two of them with resnet and transformer.
 _ORIGINAL = (
@@ -50,9 +53,17 @@ _ORIGINAL = (
     ("time_embed_2", "time_embedding_linear_2"),
     ("label_emb_0_0", "add_embedding_linear_1"),
     ("label_emb_0_2", "add_embedding_linear_2"),
+    ("out_0", "conv_norm_out"),
     ("out_2", "conv_out"),
 )
-_RESNET = {"in_layers_2": "conv1", "emb_layers_1": "time_emb_proj", "out_layers_3": "conv2", "skip_connection": "conv_shortcut"}
+_RESNET = {
+    "in_layers_0": "norm1",
+    "in_layers_2": "conv1",
+    "emb_layers_1": "time_emb_proj",
+    "out_layers_0": "norm2",
+    "out_layers_3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
 _MIDDLE = {"0": "mid_block_resnets_0", "1": "mid_block_attentions_0", "2": "mid_block_resnets_1"}
 
 
@@ -61,42 +72,95 @@ class Key:
     """What one key of a LoRA file stands for.
 
     Args:
-        path: of the module, "" where it has none: `unet.mid_block.attentions.0...attn1.to_q`, `blocks.0.attn.qkv`.
-        role: "down" (A), "up" (B), "alpha", or "foreign" for what is no part of a LoRA of linear layers.
+        path: of the layer, "" where it has none: `unet.mid_block.attentions.0...attn1.to_q`, `blocks.0.attn.qkv`; of one that
+            is several modules in diffusers, the first of them, and how many more.
+        role: "down" (A), "up" (B), "mid", "alpha", "diff", "hada_w1_a", ..., or "foreign" for what is no part of an update
+            that is read here.
         what: of the foreign ones, a word for a message.
+        layer: the modules that the layer is, and their rows.
     """
 
     path: str
     role: str
     what: str = ""
+    layer: Layer = field(default_factory=lambda: Layer(()))
 
 
-def parse_key(key: str) -> Key:
-    """The module and the part of its update that a key of a LoRA file stands for; `foreign` for every other."""
+def family_of(keys: Iterable[str]) -> str:
+    """The model whose authors' names a file has, by those of its blocks: "flux", "sd3", or "" for any other."""
+    families = {"double_blocks": "flux", "single_blocks": "flux", "single_transformer_blocks": "flux", "joint_blocks": "sd3"}
+    return next((family for key in keys for word, family in families.items() if word in key[:_MAX_KEY]), "")
+
+
+def parse_key(key: str, family: str = "") -> Key:
+    """The module and the part of its update that a key of a LoRA file stands for; `foreign` for every other.
+
+    Args:
+        family: of the file's keys, by `family_of`: alone, a name like `img_in` may be of several models.
+    """
     if len(key) > _MAX_KEY:
         return Key("", "foreign", f"a key of {len(key)} characters")
-    plain = _NAMED.sub(r".lora_\1.weight", key)
-    ending = next((ending for ending in _ROLES if plain.endswith(ending)), None)
-    if ending is not None:
-        return _with_path(plain.removesuffix(ending), _ROLES[ending], old=ending.startswith("_lora"))
-    for pattern, what in _FOREIGN:
-        match = re.fullmatch(pattern, key)
-        if match:
-            path = _with_path(match[1], "foreign").path
-            return Key(path, "foreign", what)
-    return Key("", "foreign", "no part of a LoRA")
+    name, role, what = role_of(key)
+    flat = "." not in name and name.startswith(("lora_", "lycoris_"))
+    found = _without_dots(name, family) if flat else _with_dots(name, family)
+    if not found.modules:
+        lost = "a name with its dots lost, of no UNet, transformer or text encoder that is known"
+        return Key("", "foreign", what or (lost if flat else "no part of a LoRA"))
+    if family == "flux":  # which has T5 as its second text encoder, and files call it the third, as it is in SD3
+        found = replace(found, modules=tuple(re.sub(r"^text_encoder_3\.", "text_encoder_2.", name) for name in found.modules))
+    more = len(found.modules) - 1
+    return Key(found.modules[0] + (f" (and {more} more)" if more else ""), role, what, found)
 
 
-def _with_path(layer: str, role: str, *, old: bool = False) -> Key:
-    flat = next((prefix for prefix in _KOHYA if layer.startswith(prefix)), None)
-    if "." in layer or not layer.startswith(("lora_", "lycoris_")):
-        path = layer.removeprefix(PEFT_PREFIX).replace(".processor.", ".")
-        path = canonical(_of_old_processor(path) if old or path.endswith("_lora") else path)
-        return Key(path, role) if path else Key("", "foreign", "no part of a LoRA")
-    path = _KOHYA[flat] + unflattened(layer.removeprefix(flat)) if flat else ""
-    if not flat or path.endswith("."):
-        return Key("", "foreign", "a name with its dots lost, of no UNet or text encoder that is known")
-    return Key(path, role)
+def layer_of_tensor(module: str, family: str, *, bare: bool = False) -> Layer:
+    """The modules that a layer of a checkpoint is, by its name in the layout of the authors; of none where it is unknown.
+
+    Args:
+        bare: the checkpoint is of a transformer alone, whose names have nothing in front.
+    """
+    if len(module) > _MAX_KEY:
+        return Layer(())
+    known = module.startswith(("model.diffusion_model.", *_COMFY))
+    return _with_dots(module if known else f"diffusion_model.{module}", family) if known or bare else Layer(())
+
+
+def _with_dots(name: str, family: str) -> Layer:
+    path = name.removeprefix(PEFT_PREFIX)
+    for before, component in _COMFY.items():
+        if path.startswith(before):
+            return Layer((canonical(component + path.removeprefix(before)),))
+    path = path.replace(".processor.", ".")
+    own = re.sub(r"^(transformer|(model\.)?diffusion_model)\.", "", path)
+    flat = own.replace(".", "_")
+    original = layer_of(flat) if family and (own.startswith(_BLOCKS) or not path.startswith("transformer.")) else None
+    if original is not None:
+        return _of_component("transformer.", original)
+    if path.startswith(("diffusion_model.", "model.diffusion_model.")):
+        own = unflattened(flat) if own.startswith(_ORIGINAL_UNET) else own
+        return Layer((_denoiser(own) + own,)) if own else Layer(())
+    path = canonical(_of_old_processor(path) if path.endswith("_lora") else path)
+    return Layer((path,)) if path else Layer(())
+
+
+def _without_dots(name: str, family: str) -> Layer:
+    prefix = next((prefix for prefix in _KOHYA if name.startswith(prefix)), None)
+    if prefix is None:
+        return Layer(())
+    rest, component = name.removeprefix(prefix), _KOHYA[prefix]
+    original = layer_of(rest) if family and not component else None
+    if original is not None:
+        return _of_component("transformer.", original)
+    path = unflattened(rest)
+    return Layer((canonical((component or _denoiser(path)) + path),)) if path else Layer(())
+
+
+def _of_component(component: str, layer: Layer) -> Layer:
+    return replace(layer, modules=tuple(component + module for module in layer.modules))
+
+
+def _denoiser(path: str) -> str:
+    """The component that has a module of this path: a UNet, or a transformer."""
+    return "unet." if path.partition(".")[0] in _OF_UNETS else "transformer."
 
 
 def _of_old_processor(path: str) -> str:
@@ -110,8 +174,8 @@ def _of_old_processor(path: str) -> str:
 def canonical(path: str) -> str:
     """A CLIP text encoder's path as files have it, whether or not the model still has a `text_model` in it."""
     component, _, rest = path.partition(".")
-    flattened = component.startswith("text_encoder") and rest.startswith("encoder.layers.")
-    return f"{component}.text_model.{rest}" if flattened else path
+    of_clip = rest.startswith(("encoder.layers.", "embeddings.", "final_layer_norm"))
+    return f"{component}.text_model.{rest}" if component.startswith("text_encoder") and of_clip else path
 
 
 # Names without dots
@@ -119,7 +183,7 @@ def canonical(path: str) -> str:
 
 def unflattened(name: str) -> str:
     """The path of a module from its name with underscores for dots, in diffusers' terms; "" where it is not known."""
-    if name.startswith(("input_blocks_", "middle_block_", "output_blocks_", "time_embed_", "label_emb_", "out_2")):
+    if name.startswith(("input_blocks_", "middle_block_", "output_blocks_", "time_embed_", "label_emb_", "out_0", "out_2")):
         name = _of_original(name)
     words: list[str] = []
     while name and not name.endswith("_"):

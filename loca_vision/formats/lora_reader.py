@@ -1,4 +1,4 @@
-"""LoRA files of peft, diffusers and kohya, read as one: updates of low rank by the paths of their modules."""
+"""Files of LoRA and its kin, of peft, diffusers, kohya, LyCORIS and others, read as one: updates by the paths of modules."""
 
 from __future__ import annotations
 
@@ -11,32 +11,22 @@ import torch
 from torch import Tensor
 
 from loca_vision.formats.adapter_file import FLOATS
-from loca_vision.formats.lora_keys import PEFT_PREFIX, parse_key
-from loca_vision.formats.lora_scales import LoraSettings, read_settings, settings_in_header
-from loca_vision.formats.low_rank_pair import LowRankPair
-from loca_vision.storage.safetensors_file import Entry, open_safetensors, pickle_hint, refuse_pickle
+from loca_vision.formats.layer_tensors import FileLayer, LoraFile, add_layer
+from loca_vision.formats.lora_keys import PEFT_PREFIX, family_of, parse_key
+from loca_vision.formats.lora_roles import role_of
+from loca_vision.formats.lora_scales import PeftSettings, Scales, read_settings, settings_in_header
+from loca_vision.storage.safetensors_file import (
+    EIGHT_BITS,
+    Entry,
+    in_sixteen_bits,
+    open_safetensors,
+    pickle_hint,
+    refuse_pickle,
+)
 from loca_vision.storage.strict_json import read_json
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
-
-
-@dataclass(frozen=True)
-class LoraFile:
-    """What is in a LoRA file.
-
-    Args:
-        pairs: the updates by module path, in the file's order; of a pipeline's, the paths begin with the component:
-            `unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q`. A text encoder's have `text_model` in them.
-        whole: tensors trained as a whole (`modules_to_save` of peft), by the parameter's name.
-        skipped: the keys left out, with what they are.
-        kernels: (kh, kw) of the layers whose factors are convolutions.
-    """
-
-    pairs: dict[str, LowRankPair]
-    whole: dict[str, Tensor] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    kernels: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -44,20 +34,24 @@ class _Sorted:
     """Keys of a file by what they are for."""
 
     layers: dict[str, dict[str, str]] = field(default_factory=dict)  # path -> role -> key
+    named: dict[str, FileLayer] = field(default_factory=dict)  # path -> how it is called, and what it is in the model
     whole: dict[str, str] = field(default_factory=dict)  # parameter -> key
     foreign: dict[str, tuple[str, str]] = field(default_factory=dict)  # key -> its layer's path and what it is
 
 
-def read_lora(path: str | os.PathLike[str], *, skip: bool = False) -> LoraFile:
-    """Read a LoRA: a file, or the folder that peft or diffusers wrote it to.
+def read_lora(
+    path: str | os.PathLike[str], *, skip: bool = False, sizes: Mapping[str, tuple[int, int]] | None = None
+) -> LoraFile:
+    """Read a LoRA, LoCon, LoHa, LoKr or full difference: a file, or the folder that peft or diffusers wrote it to.
 
     Keys are understood as peft writes them (with `adapter_config.json` beside), as diffusers does, now and formerly, and as
-    kohya does, with the names of diffusers' or of the original UNet. Convolutions of 1 x 1 count as matrices.
+    kohya, LyCORIS, ComfyUI, XLabs and OneTrainer do, with the names of diffusers' or of the original models.
     A layer's scale is its `.alpha` by its rank, or else what the header or `adapter_config.json` says, or else 1.
 
     Args:
-        skip: leave out the layers that are no LoRA of a matrix (LoHa, LoKr, DoRA, larger convolutions, ...), and keys that
-            are no part of any, and list them in the result. Without, the first of them is refused.
+        skip: leave out the layers whose update is of another kind (OFT, IA3, ...), and keys that are no part of any, and list
+            them in the result. Without, the first of them is refused.
+        sizes: (p, q) of the model's weights by module, which peft's FourierFT needs.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -65,20 +59,25 @@ def read_lora(path: str | os.PathLike[str], *, skip: bool = False) -> LoraFile:
             missing, shapes do not fit, NaN or infinity, a layer that comes twice, an unknown key, no configuration.
     """
     file = _file(Path(path))
-    with open_safetensors(file) as opened:
+    with open_safetensors(file, eight_bits=True) as opened:
         settings = _settings_in_folder(file, opened.entries)
         found = _sort(opened.entries, settings)
-        in_header = settings_in_header(opened.metadata)
-        _check_complete(found, opened.entries)
+        scales = Scales(settings_in_header(opened.metadata), settings)
         skipped = _skipped(found, skip=skip)
         layers = {name: keys for name, keys in found.layers.items() if not skipped.keys() & set(keys.values())}
         if not layers:
-            raise ValueError("there is no LoRA of a matrix in it")
-        tensors = opened.tensors()
-        _check_values(tensors, [key for keys in (*layers.values(), found.whole) for key in keys.values()])
-        pairs = {name: _pair(name, keys, tensors, in_header, settings) for name, keys in layers.items()}
-    kernels = {name: (1, 1) for name, keys in layers.items() if tensors[keys["down"]].dim() == 4}
-    return LoraFile(pairs, {name: tensors[key] for name, key in found.whole.items()}, skipped, kernels)
+            raise ValueError("there is no update of a matrix in it")
+        _check_dtypes(opened.entries, layers)
+        tensors = {key: in_sixteen_bits(tensor) for key, tensor in opened.tensors().items() if key not in skipped}
+        _check_values(tensors)
+        read = LoraFile({}, {name: tensors[key] for name, key in found.whole.items()}, skipped=skipped)
+        for name, keys in layers.items():
+            parts = {role: tensors[key] for role, key in keys.items()}
+            try:
+                add_layer(read, found.named[name], parts, scales, sizes or {})
+            except ValueError as error:
+                raise ValueError(f"{next(iter(keys.values()))}: {error}") from None
+    return read
 
 
 def has_lora(path: Path) -> bool:
@@ -103,7 +102,7 @@ def _file(path: Path) -> Path:
     raise FileNotFoundError(f"{path}: {several}")
 
 
-def _settings_in_folder(file: Path, keys: Collection[str]) -> LoraSettings | None:
+def _settings_in_folder(file: Path, keys: Collection[str]) -> PeftSettings | None:
     """Of a file that peft wrote, what its configuration says."""
     if file.name != PEFT_WEIGHTS and not any(key.startswith(PEFT_PREFIX) for key in keys):
         return None
@@ -112,13 +111,12 @@ def _settings_in_folder(file: Path, keys: Collection[str]) -> LoraSettings | Non
     return read_settings(read_json(file.with_name(PEFT_CONFIG)))
 
 
-def _sort(entries: Mapping[str, Entry], settings: LoraSettings | None) -> _Sorted:
-    found = _Sorted()
-    whole = settings.whole if settings else ()
+def _sort(entries: Mapping[str, Entry], settings: PeftSettings | None) -> _Sorted:
+    found, family = _Sorted(), family_of(entries)
     for key in entries:
-        part = parse_key(key)
-        parameter = key.removeprefix(PEFT_PREFIX)
-        if part.role == "foreign" and any(f".{name}." in f".{parameter}" for name in whole):
+        part = parse_key(key, family)
+        parameter = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")  # what peft's layers wrap
+        if part.role == "foreign" and settings is not None and settings.is_whole(parameter):
             found.whole[parameter] = key
         elif part.role == "foreign":
             found.foreign[key] = part.path, part.what
@@ -126,39 +124,8 @@ def _sort(entries: Mapping[str, Entry], settings: LoraSettings | None) -> _Sorte
             raise ValueError(f"{key}: {part.path} has that part twice, in {found.layers[part.path][part.role]} as well")
         else:
             found.layers[part.path][part.role] = key
+            found.named[part.path] = FileLayer(part.path, role_of(parameter)[0], part.layer)
     return found
-
-
-def _check_complete(found: _Sorted, entries: Mapping[str, Entry]) -> None:
-    """Both halves, of fitting shapes, where the layer is a LoRA at all; convolutions larger than 1 x 1 turn foreign."""
-    foreign = {path for path, _ in found.foreign.values()}
-    for path, keys in found.layers.items():
-        if path in foreign:
-            continue
-        for role, other in (("down", "up"), ("up", "down")):
-            if role not in keys:
-                raise ValueError(f"{keys.get(other, keys.get('alpha'))}: the {role} half of {path} is missing")
-        kernel = next(
-            (entries[keys[r]].shape[2:] for r in ("down", "up") if entries[keys[r]].shape[2:] not in ((), (1, 1))), None
-        )
-        if kernel is not None:
-            size = " x ".join(map(str, kernel))
-            found.foreign[keys["down"]] = path, f"a convolution of {size}, which is no matrix"
-        else:
-            _check_pair(keys, entries)
-
-
-def _check_pair(keys: Mapping[str, str], entries: Mapping[str, Entry]) -> None:
-    down, up = entries[keys["down"]], entries[keys["up"]]
-    for key, entry in ((keys["down"], down), (keys["up"], up)):
-        if entry.dtype not in FLOATS:
-            raise ValueError(f"{key} has dtype {entry.dtype}: it is one of {', '.join(FLOATS)}")
-    fits = len(down.shape) == len(up.shape) in (2, 4) and down.shape[0] == up.shape[1] and 0 not in down.shape + up.shape
-    if not fits:
-        raise ValueError(f"{keys['down']} is {down.shape} and {keys['up']} {up.shape}: expected (r, q) and (p, r)")
-    alpha = entries[keys["alpha"]].shape if "alpha" in keys else ()
-    if any(size != 1 for size in alpha):
-        raise ValueError(f"{keys['alpha']} has shape {alpha}: expected one number")
 
 
 def _skipped(found: _Sorted, *, skip: bool) -> dict[str, str]:
@@ -166,7 +133,8 @@ def _skipped(found: _Sorted, *, skip: bool) -> dict[str, str]:
     for key, (_, what) in found.foreign.items():
         if not skip:
             raise ValueError(
-                f"{key}: {what}; only LoRA of matrices is read, and nothing left out unless that is asked for (skip)"
+                f"{key}: {what}; only updates that are added to a weight are read, and nothing left out unless that is asked "
+                "for (skip)"
             )
     skipped = {key: what for key, (_, what) in found.foreign.items()}
     for path, what in found.foreign.values():
@@ -174,24 +142,16 @@ def _skipped(found: _Sorted, *, skip: bool) -> dict[str, str]:
     return skipped
 
 
-def _check_values(tensors: Mapping[str, Tensor], keys: list[str]) -> None:
-    for key in keys:
-        if not torch.isfinite(tensors[key]).all():
+def _check_dtypes(entries: Mapping[str, Entry], layers: Mapping[str, Mapping[str, str]]) -> None:
+    for keys in layers.values():
+        for role, key in keys.items():
+            if role != "alpha" and entries[key].dtype not in (*FLOATS, *EIGHT_BITS):
+                raise ValueError(f"{key} has dtype {entries[key].dtype}: it is one of {', '.join((*FLOATS, *EIGHT_BITS))}")
+            if role == "alpha" and any(size != 1 for size in entries[key].shape):
+                raise ValueError(f"{key} has shape {entries[key].shape}: expected one number")
+
+
+def _check_values(tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
             raise ValueError(f"{key} holds NaN or infinity")
-
-
-def _pair(
-    path: str,
-    keys: Mapping[str, str],
-    tensors: Mapping[str, Tensor],
-    in_header: Mapping[str, LoraSettings],
-    in_folder: LoraSettings | None,
-) -> LowRankPair:
-    down, up = (tensors[keys[role]].flatten(1) for role in ("down", "up"))
-    if "alpha" in keys:
-        return LowRankPair(down, up, float(tensors[keys["alpha"]]) / len(down))
-    component, _, rest = path.partition(".")
-    if component in in_header:
-        return LowRankPair(down, up, in_header[component].scale(rest, len(down)))
-    settings = in_header.get("", in_folder)
-    return LowRankPair(down, up, settings.scale(path, len(down)) if settings else 1.0)

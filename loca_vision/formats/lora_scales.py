@@ -1,12 +1,14 @@
-"""The scale of each layer of a LoRA file: what peft's configuration, beside the file or in its header, says of alpha."""
+"""The scale of each layer of a LoRA file: its alpha, or what peft's configuration, beside the file or in its header, says."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from loca_vision.checks import is_finite
 from loca_vision.storage.strict_json import strict_json
@@ -14,23 +16,46 @@ from loca_vision.storage.strict_json import strict_json
 METADATA_KEY = "lora_adapter_metadata"
 # With any of these the update is another one than scale * B A, or one of other weights.
 _OTHERWISE = (
-    *("use_dora", "use_qalora", "fan_in_fan_out", "layer_replication", "target_parameters"),
+    *("use_qalora", "fan_in_fan_out", "layer_replication", "target_parameters"),
     *("alora_invocation_tokens", "arrow_config", "velora_config", "monteclora_config", "trainable_token_indices"),
 )
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # others, as "pissa", change the base weights as well
+_OTHERS = {
+    "IA3": "scales the weights",
+    "OFT": "rotates the weights",
+    "BOFT": "rotates the weights",
+    "VERA": "has factors that are not in the file",
+    "ADALORA": "has factors of another form",
+}
 _LITERAL = re.compile(r"\^?((?:[\w-]|\\?\.)+)\$?")
 
 
 @dataclass(frozen=True)
-class LoraSettings:
-    """What of peft's `LoraConfig` decides about the update.
+class PeftSettings:
+    """What every configuration of peft says.
+
+    Args:
+        whole: the names of modules trained whole.
+        biases: whether biases were trained as well, so that the file has them whole.
+    """
+
+    whole: tuple[str, ...]
+    biases: bool
+
+    def is_whole(self, parameter: str) -> bool:
+        """Whether the file has this parameter in place of the model's."""
+        return any(f".{name}." in f".{parameter}" for name in self.whole) or (self.biases and parameter.endswith(".bias"))
+
+
+@dataclass(frozen=True)
+class LoraSettings(PeftSettings):
+    """What of peft's `LoraConfig`, `LoHaConfig` or `LoKrConfig` decides about the update.
 
     Args:
         rank, alpha: of layers that no pattern names.
         ranks, alphas: by the names of layers, or the ends of their names after a dot; the first that fits counts. With a
             `^` before it a name is a whole one.
         stabilised: whether the scale is alpha / sqrt(r), not alpha / r.
-        whole: the names of modules trained whole.
     """
 
     rank: int
@@ -38,17 +63,65 @@ class LoraSettings:
     ranks: Mapping[str, float]
     alphas: Mapping[str, float]
     stabilised: bool
-    whole: tuple[str, ...] = ()
 
-    def scale(self, path: str, rank: int) -> float:
+    def scale(self, path: str, rank: int | None) -> float:
         """
+        Args:
+            rank: of the layer's factors; None where they do not tell it.
+
         Raises:
             ValueError: the settings say another rank.
         """
         said = _of_first(self.ranks, path, self.rank)
-        if said != rank:
+        if rank is not None and said != rank:
             raise ValueError(f"{path} has rank {rank}, where its configuration says {said:g}")
-        return _of_first(self.alphas, path, self.alpha) / (math.sqrt(rank) if self.stabilised else rank)
+        return _of_first(self.alphas, path, self.alpha) / (math.sqrt(said) if self.stabilised else said)
+
+
+@dataclass(frozen=True)
+class FourierSettings(PeftSettings):
+    """What of peft's `FourierFTConfig` decides about the update.
+
+    Args:
+        frequencies: coefficients of a layer that no pattern names.
+        counts: by the names of layers, as in `LoraSettings`.
+        scaling: the factor of the update.
+        seed: of the cells.
+    """
+
+    frequencies: int
+    counts: Mapping[str, float]
+    scaling: float
+    seed: int
+
+    def count(self, path: str) -> int:
+        """The number of coefficients of a layer."""
+        return int(_of_first(self.counts, path, self.frequencies))
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Where the scales of a file's layers are told.
+
+    Args:
+        in_header: settings by component, or under "" for a model by itself.
+        in_folder: what peft's configuration beside the file says.
+    """
+
+    in_header: Mapping[str, LoraSettings]
+    in_folder: PeftSettings | None
+
+    def of_layer(self, path: str, in_file: str, alpha: Tensor | None) -> Callable[[int | None], float]:
+        """The scale of a layer by its rank, given its path, its name in the file, and its alpha if it has one."""
+        if alpha is not None:
+            return lambda rank: float(alpha) / rank if rank else 1.0
+        component, _, rest = path.partition(".")
+        in_header = self.in_header.get(component)
+        settings: PeftSettings | None = in_header or self.in_header.get("") or self.in_folder
+        if not isinstance(settings, LoraSettings):
+            return lambda rank: 1.0
+        name = rest if in_header is not None else in_file
+        return lambda rank: settings.scale(name, rank)
 
 
 def _of_first(patterns: Mapping[str, float], path: str, default: float) -> float:
@@ -61,7 +134,7 @@ def _fits(name: str, path: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def read_settings(fields: Any) -> LoraSettings:
+def read_settings(fields: Any) -> PeftSettings:
     """Check peft's fields, as JSON has them.
 
     Raises:
@@ -71,22 +144,47 @@ def read_settings(fields: Any) -> LoraSettings:
     if not isinstance(fields, dict):
         raise ValueError("the configuration of a LoRA is an object")
     kind = fields.get("peft_type") or "LORA"
-    if kind != "LORA":
-        raise ValueError(f"peft_type={kind!r}: expected an adapter of peft's type LORA")
+    if kind not in ("LORA", "LOHA", "LOKR", "FOURIERFT"):
+        why = _OTHERS.get(kind, "is of another kind") if isinstance(kind, str) else "is of another kind"
+        raise ValueError(f"peft_type={kind!r}: it {why}; expected LORA, LOHA, LOKR or FOURIERFT")
     for field in _OTHERWISE:
         if fields.get(field):
-            raise ValueError(f"{field}={fields[field]!r}: such a LoRA is more than two factors, and is not read here")
-    start = fields.get("init_lora_weights")
-    if not any(start is allowed for allowed in _STARTS[:3]) and start not in _STARTS[3:]:
-        raise ValueError(f"init_lora_weights={start!r}: that start changes the base weights as well, and is not read here")
-    whole = fields.get("modules_to_save") or []
+            raise ValueError(f"{field}={fields[field]!r}: such an update is more than its factors, and is not read here")
+    if kind == "LORA":
+        _check_start(fields.get("init_lora_weights"))
+    whole, bias = fields.get("modules_to_save") or [], fields.get("bias") or "none"
     if not isinstance(whole, list) or not all(isinstance(name, str) for name in whole):
         raise ValueError(f"modules_to_save={whole!r}: it is a list of names")
-    rank, alpha = fields.get("r", 8), fields.get("lora_alpha", 8)
+    biases = bias != "none"
+    return _of_fourier(fields, tuple(whole), biases) if kind == "FOURIERFT" else _of_lora(fields, tuple(whole), biases)
+
+
+def _check_start(start: Any) -> None:
+    if not any(start is allowed for allowed in _STARTS[:3]) and start not in _STARTS[3:]:
+        raise ValueError(
+            f"init_lora_weights={start!r}: that start changes the base weights as well; save it anew with peft, "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes a plain LoRA of it"
+        )
+
+
+def _of_lora(fields: dict[str, Any], whole: tuple[str, ...], biases: bool) -> LoraSettings:
+    rank, alpha = fields.get("r", 8), fields.get("lora_alpha", fields.get("alpha", 8))
     ranks, alphas = _patterns(fields, "rank_pattern"), _patterns(fields, "alpha_pattern")
     if type(rank) is not int or rank < 1 or not is_finite(alpha):
-        raise ValueError(f"r={rank!r}, lora_alpha={alpha!r}: expected a whole number from 1 up and a finite number")
-    return LoraSettings(rank, float(alpha), ranks, alphas, bool(fields.get("use_rslora")), tuple(whole))
+        raise ValueError(f"r={rank!r}, alpha={alpha!r}: expected a whole number from 1 up and a finite number")
+    if not all(value >= 1 for value in ranks.values()):
+        raise ValueError(f"rank_pattern={ranks!r}: it maps names to ranks from 1 up")
+    return LoraSettings(whole, biases, rank, float(alpha), ranks, alphas, bool(fields.get("use_rslora")))
+
+
+def _of_fourier(fields: dict[str, Any], whole: tuple[str, ...], biases: bool) -> FourierSettings:
+    count, scaling, seed = fields.get("n_frequency", 1000), fields.get("scaling", 150.0), fields.get("random_loc_seed", 777)
+    if type(count) is not int or count < 1 or not is_finite(scaling) or type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError(
+            f"n_frequency={count!r}, scaling={scaling!r}, random_loc_seed={seed!r}: expected a whole number from 1 up, a "
+            "finite number, and a whole number from 0 up"
+        )
+    return FourierSettings(whole, biases, count, _patterns(fields, "n_frequency_pattern"), float(scaling), seed)
 
 
 def _patterns(fields: dict[str, Any], field: str) -> dict[str, float]:
@@ -114,4 +212,5 @@ def settings_in_header(metadata: Mapping[str, str]) -> dict[str, LoraSettings]:
     for key, value in fields.items():
         component, _, field = key.rpartition(".")
         parts.setdefault(component, {})[field] = value
-    return {component: read_settings(of) for component, of in parts.items()}
+    found = {component: read_settings(of) for component, of in parts.items()}
+    return {component: settings for component, settings in found.items() if isinstance(settings, LoraSettings)}

@@ -33,7 +33,9 @@ def targets_for(model: nn.Module, config: AdapterConfig) -> list[Target]:
     for part in config.targets:
         if not any(target.part == part for target in found) and not _names_all_it_has(part, found, config):
             where = f"in the layers that layers={config.layers!r} chooses" if config.layers is not None else "to adapt"
-            raise ValueError(f"targets: {type(model).__name__} has no {part!r} projection {where}; it has {_present(model)}")
+            raise ValueError(
+                f"targets: {type(model).__name__} has no {part!r} projection {where}; it has {_present(model, everything)}"
+            )
     return found
 
 
@@ -68,13 +70,14 @@ def check_linear(model: nn.Module, targets: Sequence[Target]) -> None:
             raise ValueError(f"{target.name} shares its weight with {first[1]}: what adapts the one would change the other")
 
 
-def _present(model: nn.Module) -> str:
+def _present(model: nn.Module, targets: Sequence[Target]) -> str:
     """What could be adapted instead, for an error."""
-    parts = ", ".join(sorted({target.part for target in find_targets(model, PARTS)}))
+    parts = sorted({target.part for target in targets} & {*PARTS} - {"linear"})
+    more = ["every linear layer by 'linear'"] if any(target.linear for target in targets) else []
     fused = next((path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)), None)
-    if fused is None:
-        return parts or "no attention layer and no linear layer"
-    return f"{parts or 'no other'}; torch.nn.MultiheadAttention, as at {fused}, keeps q, k and v where they cannot be adapted"
+    if fused is not None:
+        more.append(f"torch.nn.MultiheadAttention, as at {fused}, keeps q, k and v where they cannot be adapted")
+    return "; ".join([", ".join(parts) or "no attention layer and no MLP that this library knows", *more])
 
 
 def _check_readable(model: nn.Module, target: Target) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from loca_vision.storage.atomic_file import write_atomically
 from loca_vision.storage.strict_json import MAX_HEADER, _check_regular, _one_line, strict_json
 
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+EIGHT_BITS = ("F8_E4M3", "F8_E5M2")  # with which torch does not compute: only who converts them asks for such files
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # endings of files that could run code when read
 _PICKLE_MARKS = {b"PK\x03\x04": "a PyTorch archive"} | {bytes((0x80, protocol)): "a pickle" for protocol in range(2, 6)}
 MAX_AXES = 8  # the product of thousands of sizes would take minutes
@@ -73,19 +74,23 @@ class OpenFile:
 
 
 @contextmanager
-def open_safetensors(path: Path) -> Iterator[OpenFile]:
+def open_safetensors(path: Path, *, eight_bits: bool = False) -> Iterator[OpenFile]:
     """Open a regular file and check its whole header against its size, before any tensor is read.
 
     What is found wrong inside the `with` is about this file too: the error begins with its path.
+
+    Args:
+        eight_bits: whether floating-point numbers of eight bits are let through.
 
     Raises:
         FileNotFoundError: nothing is there.
         ValueError: what is there is no regular file, or not a sound safetensors file; the sentence says where.
     """
     _check_regular(path)
+    dtypes = _SIZES | dict.fromkeys(EIGHT_BITS if eight_bits else (), 1)
     with path.open("rb") as file:
         try:
-            yield _opened(path, file, os.fstat(file.fileno()).st_size)
+            yield _opened(path, file, os.fstat(file.fileno()).st_size, dtypes)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {_one_line(str(error))}") from None
 
@@ -102,7 +107,7 @@ def may_be_read(file: Path, folder: Path) -> bool:
     return any(file.resolve().is_relative_to(root) for root in roots)
 
 
-def _opened(path: Path, file: BinaryIO, size: int) -> OpenFile:
+def _opened(path: Path, file: BinaryIO, size: int, dtypes: Mapping[str, int]) -> OpenFile:
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > size - 8:  # only then a pickle: headers of 640 bytes begin like one
@@ -119,22 +124,22 @@ def _opened(path: Path, file: BinaryIO, size: int) -> OpenFile:
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("the header's __metadata__ is not a table of texts")
-    entries = {name: _entry(name, fields[name]) for name in fields}
+    entries = {name: _entry(name, fields[name], dtypes) for name in fields}
     _check_cover(entries, size - 8 - length)
     return OpenFile(path, start + raw, entries, metadata, file)
 
 
-def _entry(name: str, fields: Any) -> Entry:
+def _entry(name: str, fields: Any, dtypes: Mapping[str, int]) -> Entry:
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name!r}: a tensor has dtype, shape and data_offsets, nothing else")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _SIZES:
-        raise ValueError(f"{name!r}: dtype {dtype!r} is not one of {', '.join(_SIZES)}")
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise ValueError(f"{name!r}: dtype {dtype!r} is not one of {', '.join(dtypes)}")
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
         raise ValueError(f"{name!r}: shape and data_offsets are lists of whole numbers from 0 up")
     if len(shape) > MAX_AXES:
         raise ValueError(f"{name!r}: {len(shape)} axes, of at most {MAX_AXES}")
-    if offsets[1] - offsets[0] != math.prod(shape) * _SIZES[dtype]:
+    if offsets[1] - offsets[0] != math.prod(shape) * dtypes[dtype]:
         raise ValueError(f"{name!r}: {offsets[1] - offsets[0]} bytes for {shape} of {dtype}")
     return Entry(dtype, tuple(shape), *offsets)
 
@@ -157,6 +162,11 @@ def _check_cover(entries: dict[str, Entry], data: int) -> None:
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file as `write_atomically` does."""
     write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
+def in_sixteen_bits(tensor: Tensor) -> Tensor:
+    """A tensor in float16 where it has eight bits, which lose nothing by it; every other as it is."""
+    return tensor.half() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def refuse_pickle(path: Path) -> None:

@@ -71,10 +71,10 @@ def open_weights(path: str | os.PathLike[str]) -> Iterator[Weights]:
     with ExitStack() as stack:
         if file.name.endswith(".json"):
             shards = _shards(file)
-            opened = {name: stack.enter_context(open_safetensors(file.with_name(name))) for name in shards}
+            opened = {name: stack.enter_context(open_safetensors(file.with_name(name), eight_bits=True)) for name in shards}
             files = _checked(file, shards, opened)
         else:
-            alone = stack.enter_context(open_safetensors(file))
+            alone = stack.enter_context(open_safetensors(file, eight_bits=True))
             files = dict.fromkeys(alone.entries, alone)
         yield Weights({name: of.entries[name] for name, of in files.items()}, files)
 
@@ -181,7 +181,7 @@ def _is_ours(file: Path, extra: Mapping[str, bytes]) -> bool:
     if file.name in extra or file.name.endswith(INDEX_SUFFIX):
         return True
     try:
-        with open_safetensors(file) as opened:
+        with open_safetensors(file, eight_bits=True) as opened:
             return _MARK in opened.metadata
     except ValueError:
         return False

@@ -13,12 +13,13 @@ from loca_vision import LoCAConfig, adapters, inject, load_adapter, remove, save
 from loca_vision.commands.inspect_file import describe
 from loca_vision.commands.main import main
 from loca_vision.diffusers import load_loca_weights
+from loca_vision.formats.conversion.checkpoint_difference import open_difference
 from loca_vision.formats.conversion.conversion_error import loss_table, total_loss
 from loca_vision.formats.conversion.dct_truncation import Budget
 from loca_vision.formats.conversion.merge_checkpoint import merge
 from loca_vision.formats.conversion.to_adapter import to_loca, to_lora_adapter
 from loca_vision.formats.conversion.to_lora_file import to_lora
-from loca_vision.formats.conversion.weight_deltas import open_difference, read_source
+from loca_vision.formats.conversion.weight_deltas import read_source
 from loca_vision.formats.kohya_writer import write_kohya_lora
 from loca_vision.formats.lora_keys import canonical
 from loca_vision.formats.lora_reader import read_lora
@@ -203,15 +204,15 @@ def test_projections_that_the_lora_leaves_alone_are_not_in_the_file(tmp_path):
 
 def test_modules_that_loca_does_not_adapt_are_refused_or_left_out(tmp_path):
     pipe = stable_diffusion()
-    other = "unet.mid_block.attentions.0.transformer_blocks.0.ff.net.2"
-    pairs = attention_lora(pipe) | {other: low_rank(dict(modules(pipe))[other], 2, torch.Generator())}
-    write_diffusers_lora(tmp_path / "lora.safetensors", pairs)
+    other = "unet.mid_block.resnets.0.conv1"
+    pairs = attention_lora(pipe) | {other: LowRankPair(torch.randn(2, 288), torch.randn(32, 2))}
+    write_diffusers_lora(tmp_path / "lora.safetensors", pairs, kernels={other: (3, 3)})
     source = read_source(tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match=r"ff.net.2: it is no projection that LoCA adapts.*\(skip\)"):
+    with pytest.raises(ValueError, match=r"conv1: a convolution of 3 x 3 is no projection that LoCA adapts.*\(skip\)"):
         to_loca(source, Budget("count", 3), tmp_path / "loca")
     assert not (tmp_path / "loca").exists()
     losses = to_loca(source, Budget("count", 3), tmp_path / "loca", skip=True)
-    (left,) = [loss for loss in losses if "ff" in loss.layer]
+    (left,) = [loss for loss in losses if "conv1" in loss.layer]
     assert left.kept == 0 and left.relative == 1 and left.norm == pytest.approx(norm([pairs[other].delta()]), rel=1e-5)
 
 
@@ -292,7 +293,7 @@ def test_what_a_lora_cannot_hold_is_refused(tmp_path):
     inject(model, LoRAConfig(r=2, use_dora=True))
     save_adapter(model, tmp_path / "dora.safetensors")
     source = read_source(tmp_path / "dora.safetensors", projections_in(vit_model()))
-    with pytest.raises(ValueError, match=r"DoRA\) depends on the weight, and some rows have none; merge"):
+    with pytest.raises(ValueError, match=r"DoRA\) depends on the weight; name the weights"):
         to_lora(source, tmp_path / "peft", layout="peft", rank=2)
     with pytest.raises(ValueError, match="which rows of which weight it is only the model tells"):
         read_source(tmp_path / "dora.safetensors")
@@ -446,6 +447,8 @@ def test_a_merge_that_cannot_be_is_refused(tmp_path):
     state = stable_diffusion().unet.state_dict()
     safetensors.torch.save_file(state, tmp_path / "base.safetensors")
     with pytest.raises(ValueError, match="the base has no tensor"):
+        merge(tmp_path / "base.safetensors", source, tmp_path / "out", component="text_encoder")
+    with pytest.raises(ValueError, match="for text_encoder, unet: say which of them the base is with --component"):
         merge(tmp_path / "base.safetensors", source, tmp_path / "out")
     with pytest.raises(ValueError, match="no update for the component 'transformer'"):
         merge(tmp_path / "base.safetensors", source, tmp_path / "out", component="transformer")

@@ -41,12 +41,13 @@ def error_of_all(lines):
 
 @pytest.mark.parametrize("to", [("--energy", "1.0"), ("--to", "lora")], ids=["loca", "lora"])
 def test_layers_without_a_place_are_listed_and_counted(to, tmp_path, capsys):
-    pairs = {f"{BLOCK}.attn1.to_q": pair(0), f"{BLOCK}.attn2.to_v": pair(1), f"{BLOCK}.ff.net.2": pair(2, 16, 64)}
-    write_diffusers_lora(tmp_path / "lora.safetensors", pairs)
+    other = "unet.mid_block.resnets.0.conv1"
+    pairs = {f"{BLOCK}.attn1.to_q": pair(0), f"{BLOCK}.ff.net.2": pair(1), other: pair(2, 32, 288)}
+    write_diffusers_lora(tmp_path / "lora.safetensors", pairs, kernels={other: (3, 3)})
     lines = converted(capsys, tmp_path / "lora.safetensors", tmp_path / "out", *to, "--skip")
-    assert left_out(lines) == [f"{BLOCK}.ff.net.2"]
+    assert left_out(lines) == [other]
     norms = {name: float(of.delta().double().norm()) for name, of in pairs.items()}
-    lost = norms[f"{BLOCK}.ff.net.2"] / torch.tensor(list(norms.values())).norm().item()
+    lost = norms[other] / torch.tensor(list(norms.values())).norm().item()
     assert error_of_all(lines) == pytest.approx(lost, abs=2e-4)
     assert not any("does not count" in line for line in lines)
 
@@ -54,10 +55,10 @@ def test_layers_without_a_place_are_listed_and_counted(to, tmp_path, capsys):
 def test_keys_that_are_not_understood_are_said_not_to_be_counted(tmp_path, capsys):
     write_diffusers_lora(tmp_path / "lora.safetensors", {f"{BLOCK}.attn1.to_q": pair(0)})
     tensors = safetensors.torch.load_file(tmp_path / "lora.safetensors")
-    loha = {f"{BLOCK}.attn1.to_k.hada_w1_a": torch.ones(2, 2), f"{BLOCK}.attn1.to_k.hada_w1_b": torch.ones(2, 2)}
-    safetensors.torch.save_file(tensors | loha, tmp_path / "mixed.safetensors")
+    oft = {f"{BLOCK}.attn1.to_k.oft_blocks": torch.ones(2, 2, 2), f"{BLOCK}.attn1.to_k.alpha": torch.ones(())}
+    safetensors.torch.save_file(tensors | oft, tmp_path / "mixed.safetensors")
     lines = converted(capsys, tmp_path / "mixed.safetensors", tmp_path / "out", "--to", "lora", "--skip")
-    assert sorted(left_out(lines)) == sorted(loha)
+    assert sorted(left_out(lines)) == sorted(oft)
     assert any("does not count" in line and "(2)" in line for line in lines)
 
 
@@ -81,8 +82,8 @@ def test_a_part_that_diffusers_passes_over_is_said(tmp_path, capsys):
 
 
 def test_names_of_no_component_are_no_projections(tmp_path, capsys):
-    """ComfyUI's own keys, which no pipeline has."""
-    layer = "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj"
+    """Of an encoder that no pipeline is known to have."""
+    layer = "text_encoders.qwen.transformer.model.layers.0.self_attn.q_proj"
     halves = {f"{layer}.lora_up.weight": torch.ones(8, 2), f"{layer}.lora_down.weight": torch.ones(2, 8)}
     safetensors.torch.save_file(halves, tmp_path / "comfy.safetensors")
     words = ("convert", tmp_path / "comfy.safetensors", tmp_path / "out", "--energy", "1.0", "--skip")

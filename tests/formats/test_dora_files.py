@@ -57,7 +57,7 @@ def test_rows_without_a_magnitude_are_refused_or_listed(tmp_path, capsys):
     save_adapter(trained(vit_model(), LoRAConfig(r=2, use_dora=True, targets=("q", "v", "fc1"))), tmp_path / "dora")
     words = f"convert {tmp_path}/dora {tmp_path}/peft --model {NAME} --to peft".split()
     assert main(words) == 2
-    assert "attn.qkv: its update (DoRA) depends on the weight, and some rows have none" in capsys.readouterr().err
+    assert "attn.qkv: its update (DoRA) depends on the weight; name the weights" in capsys.readouterr().err
     assert main([*words, "--skip"]) == 0
     said = capsys.readouterr().out
     assert "left out: blocks.0.attn.qkv: " in said and "whose size is not known" in said
@@ -124,7 +124,7 @@ def test_what_is_not_exact_is_refused(tmp_path, capsys):
     assert main(f"convert {tmp_path}/dora {tmp_path}/x.safetensors --to kohya --rank 2".split()) == 2
     assert "is a DoRA of rank 3, whose factors are kept as they are" in capsys.readouterr().err
     assert main(f"convert {tmp_path}/dora {tmp_path}/loca --energy 0.9".split()) == 2
-    assert "its update (DoRA) depends on the weight; merge it" in capsys.readouterr().err
+    assert "its update (DoRA) depends on the weight; name the weights" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["dora"]
 
 

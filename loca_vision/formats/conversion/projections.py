@@ -97,7 +97,7 @@ def _why_not(source: WeightDeltas, module: str, known: Mapping[str, list[Project
     if not known.get(module):
         return f"it is no projection that LoCA adapts{nearest(module, known)}"
     if module in source.needs_weight:
-        return "its update (DoRA) depends on the weight; merge it into the weights instead"
+        return "its update (DoRA) depends on the weight; name the weights (--base), or merge it into them"
     return ""
 
 

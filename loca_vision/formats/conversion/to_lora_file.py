@@ -126,7 +126,7 @@ def _without_room(source: WeightDeltas, layout: KeyFormat) -> list[LayerFidelity
     for module, shape in source.shapes.items():
         dora = module in source.needs_weight
         if dora and module not in source.decomposed:
-            why = "its update (DoRA) depends on the weight, and some rows have none; merge it into the weights instead"
+            why = "its update (DoRA) depends on the weight; name the weights (--base), or merge it into them"
             dropped.append(left_out_entirely(module, shape, math.nan, why))
         elif layout == "kohya" and not has_name(module):
             why = "kohya's keys have names for the UNet and CLIP text encoders of Stable Diffusion only"

@@ -1,13 +1,12 @@
-"""Updates of weights from wherever they come: adapters of every kind, LoRA files, two checkpoints; by module, one at a time."""
+"""Updates of weights from wherever they come: adapters of every kind, LoRA files and their kin; by module, one at a time."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,16 +21,17 @@ from loca_vision.formats.adapter_file import (
     read_description,
 )
 from loca_vision.formats.conversion.dora_factors import dora_of
+from loca_vision.formats.former_names import Spelling
+from loca_vision.formats.layer_tensors import LoraFile
 from loca_vision.formats.lora_keys import canonical
 from loca_vision.formats.lora_reader import read_lora
 from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.formats.module_update import ModuleUpdate
 from loca_vision.layers.projection_rows import ProjectionRows, rows_of_target
 from loca_vision.methods.update import Update
 from loca_vision.storage.safetensors_file import open_safetensors
-from loca_vision.storage.sharded_weights import Weights, open_weights
 
-Others = Literal["refuse", "skip", "whole"]
-_MATRICES = ("F64", "F32", "F16", "BF16")
+_COMPONENT = re.compile(r"(unet|transformer|transformer_2|text_encoder|text_encoder_[23])\.")
 
 
 @dataclass(frozen=True)
@@ -39,27 +39,32 @@ class WeightDeltas:
     """
     Args:
         shapes: (p, q) of the weights that are updated, by module: `unet.mid_block...attn1.to_q`, `blocks.0.attn.qkv`. Of a
-            convolution q is in_channels * kh * kw, as in `weight.flatten(1)`.
-        read: the update of one, as a matrix or as its factors. Weight-decomposed updates need the weight (p, q).
+            convolution q is in_channels * kh * kw, as `weight.flatten(1)` has it.
+        read: the update of one, as a matrix or as its factors. Updates in `needs_weight` need the weight (p, q).
         whole: tensors trained whole, which replace those of the base, by the parameter's name.
-        left_out: what is not in here, by key, and why.
-        name, base_model: of the adapter.
-        kernels: (kh, kw) of the modules that are 2-D convolutions, (1, 1) included; other modules are linear layers.
-        differences: what is added to whole parameters that are no matrix of an update (biases, norms), by their names.
+        kernels: (kh, kw) of the modules that are convolutions, (1, 1) included; the others are linear.
+        differences: what is to be added to parameters that are no matrix of an update, such as biases, by name.
         needs_weight: the modules whose update depends on the weight (DoRA).
         decomposed: of those, as far as they are DoRA with a magnitude for each row: scale * B A, and the magnitudes (p,).
+        left_out: what is not in here, by key, and why.
+        name, base_model: of the adapter.
     """
 
     shapes: Mapping[str, tuple[int, int]]
     read: Callable[[str, Tensor | None], Tensor | LowRankPair]
     whole: Mapping[str, Tensor] = field(default_factory=dict)
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    name: str = "default"
-    base_model: str = "unknown"
     kernels: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     differences: Mapping[str, Tensor] = field(default_factory=dict)
     needs_weight: Collection[str] = ()
     decomposed: Mapping[str, tuple[LowRankPair, Tensor]] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    name: str = "default"
+    base_model: str = "unknown"
+
+    def components(self) -> list[str]:
+        """The components of a pipeline that this is for."""
+        names = (*self.shapes, *self.differences, *self.whole)
+        return sorted({name.partition(".")[0] for name in names if _COMPONENT.match(name)})
 
     def matrix(self, module: str, weight: Tensor | None = None) -> Tensor:
         """The update of a module's weight, (p, q) in float32 or float64."""
@@ -68,27 +73,29 @@ class WeightDeltas:
 
 
 def read_source(
-    path: str | os.PathLike[str], places: Sequence[ProjectionRows] | None = None, *, skip: bool = False
+    path: str | os.PathLike[str],
+    places: Sequence[ProjectionRows] | None = None,
+    *,
+    skip: bool = False,
+    component: str = "",
+    sizes: Mapping[str, tuple[int, int]] | None = None,
 ) -> WeightDeltas:
-    """An adapter file of this library, of any kind, or a LoRA file of peft, diffusers or kohya.
+    """An adapter file of this library, of any kind, or what `read_lora` reads.
 
     Args:
         places: the model's projections (`projections_in`), needed for an adapter of a single model; the names of a
             pipeline's components tell where its projections are.
         skip: as in `read_lora`.
+        component: of the pipeline, for a LoRA whose names tell none.
+        sizes: (p, q) of the model's weights by module, where they are known and `places` are not.
 
     Raises:
         FileNotFoundError, ValueError: it is not there, not sound, or of projections whose weights are not known.
     """
-    file = Path(path)
-    if file.is_dir() and (file / FILE_NAME).exists():
-        file = file / FILE_NAME
-    if file.is_dir() or not _is_adapter(file):
-        lora = read_lora(file, skip=skip)
-        pairs = _without_empty_kinds(lora.pairs)
-        shapes = {module: pair.shape for module, pair in pairs.items()}
-        kernels = {module: kernel for module, kernel in lora.kernels.items() if module in pairs}
-        return WeightDeltas(shapes, lambda module, _: pairs[module], lora.whole, lora.skipped, kernels=kernels)
+    file = file_of(path)
+    if file.is_dir() or not is_adapter(file):
+        known = {place.module: place.size for place in places or () if place.size is not None}
+        return _of_lora(read_lora(file, skip=skip, sizes=known or sizes), component, Spelling(known))
     with open_safetensors(file) as opened:
         about = read_description(opened.metadata, opened.entries)
         tensors = opened.tensors()
@@ -96,10 +103,54 @@ def read_source(
         return _of_adapter(about, tensors, {place.projection: place for place in places or ()})
 
 
-def _without_empty_kinds(pairs: Mapping[str, LowRankPair]) -> dict[str, LowRankPair]:
+def file_of(path: str | os.PathLike[str], *, new: bool = False) -> Path:
+    """The adapter file of this library that a path means: the file in a folder that has one, or is to get one (`new`)."""
+    file = Path(path)
+    wanted = file.suffix != ".safetensors" or file.is_dir() if new else file.is_dir() and (file / FILE_NAME).exists()
+    return file / FILE_NAME if wanted else file
+
+
+def _of_lora(lora: LoraFile, component: str, spelling: Spelling) -> WeightDeltas:
+    """By the names of a pipeline's modules, or those that the model has, if it is known."""
+
+    def named(name: str) -> str:
+        told = not component or _COMPONENT.match(name)
+        return name if told else canonical(f"{component}.{name}")
+
+    updates = {spelling.of(named(module)): update for module, update in _without_empty_kinds(lora.updates).items()}
+    if len(updates) < len(_without_empty_kinds(lora.updates)):
+        raise ValueError("a module comes twice, under names that it had in different versions of transformers")
+
+    def read(module: str, weight: Tensor | None) -> Tensor | LowRankPair:
+        try:
+            return updates[module].read(weight)
+        except ValueError as error:
+            raise ValueError(f"{module}: {error}") from None
+
+    return WeightDeltas(
+        {module: update.shape for module, update in updates.items()},
+        read,
+        {named(name): tensor for name, tensor in lora.whole.items()},
+        {module: update.kernel for module, update in updates.items() if update.kernel is not None},
+        {spelling.of_parameter(named(name)): tensor for name, tensor in lora.differences.items()},
+        {module for module, update in updates.items() if update.needs_weight},
+        {module: dora for module, update in updates.items() if (dora := update.decomposed()) is not None},
+        lora.skipped,
+    )
+
+
+def _without_empty_kinds(updates: Mapping[str, ModuleUpdate]) -> dict[str, ModuleUpdate]:
     """Without projections that have zeros wherever they are: kohya's keys may have one for the sake of diffusers."""
-    filled = {_kind(module) for module, pair in pairs.items() if pair.up.any() and pair.down.any()}
-    return {module: pair for module, pair in pairs.items() if _kind(module) in filled} or dict(pairs)
+    filled = {_kind(module) for module, update in updates.items() if not _is_zero(update)}
+    return {module: update for module, update in updates.items() if _kind(module) in filled} or dict(updates)
+
+
+def _is_zero(update: ModuleUpdate) -> bool:
+    """Whether it is a LoRA of zeros; of other kinds there are none for the sake of anybody."""
+    if update.kind != "LoRA":
+        return False
+    pair = update.make()
+    return isinstance(pair, LowRankPair) and not (pair.up.any() and pair.down.any())
 
 
 def _kind(module: str) -> tuple[str, str]:
@@ -107,14 +158,16 @@ def _kind(module: str) -> tuple[str, str]:
     return module.partition(".")[0], module.removesuffix(".0").rpartition(".")[2]
 
 
-def _is_adapter(file: Path) -> bool:
-    with open_safetensors(file) as opened:
+def is_adapter(file: Path) -> bool:
+    """Whether a safetensors file says that it is an adapter of this library."""
+    with open_safetensors(file, eight_bits=True) as opened:
         return METADATA_KEY in opened.metadata
 
 
 def _of_adapter(about: Description, tensors: dict[str, Tensor], known: Mapping[str, ProjectionRows]) -> WeightDeltas:
     updates: dict[str, list[tuple[ProjectionRows, Update]]] = {}
     shapes: dict[str, tuple[int, int]] = {}
+    kernels: dict[str, tuple[int, int]] = {}
     for component, config in about.configs.items():
         part = about.of(component)
         for projection, shape in part.shapes.items():
@@ -125,6 +178,8 @@ def _of_adapter(about: Description, tensors: dict[str, Tensor], known: Mapping[s
             if place.size is not None and (place.count(place.size[0]), place.size[1]) != shape:
                 raise ValueError(f"{name} is {shape} in the file, which does not fit the model's {place.module} {place.size}")
             shapes[place.module] = place.size or shape
+            if projection in part.convolutions:
+                kernels[place.module] = 1, 1
             update = config.from_tensors(projection, shape, part_of(tensors, component))
             updates.setdefault(place.module, []).append((place, update))
 
@@ -132,9 +187,9 @@ def _of_adapter(about: Description, tensors: dict[str, Tensor], known: Mapping[s
         return _joined(updates[module], shapes[module], weight)
 
     whole = {name: tensors[f"full.{name}"] for name in about.whole}
-    needing = {module for module, parts in updates.items() if any(update.needs_weight for _, update in parts)}
+    needing = {module for module, there in updates.items() if any(update.needs_weight for _, update in there)}
     decomposed = {module: dora for module in needing if (dora := dora_of(updates[module], shapes[module])) is not None}
-    return WeightDeltas(shapes, read, whole, {}, about.name, about.base_model, needs_weight=needing, decomposed=decomposed)
+    return WeightDeltas(shapes, read, whole, kernels, {}, needing, decomposed, {}, about.name, about.base_model)
 
 
 @torch.no_grad()
@@ -150,7 +205,7 @@ def _joined(
     result = torch.zeros(shape)
     for place, update in updates:
         if update.needs_weight and weight is None:
-            raise ValueError(f"{place.projection}: its update (DoRA) depends on the weight; merge it into the weights instead")
+            raise ValueError(f"{place.projection}: its update (DoRA) depends on the weight, which is not given")
         delta = update.delta(weight=None if weight is None else place.taken(weight))
         if place.rows is None:
             result += delta
@@ -164,85 +219,3 @@ def _placed(place: ProjectionRows, up: Tensor, rows: int) -> Tensor:
     whole = up.new_zeros(rows, up.shape[1])
     whole[slice(None) if place.rows is None else place.rows] = up
     return whole
-
-
-# The difference of two checkpoints
-
-
-@contextmanager
-def open_difference(
-    base: str | os.PathLike[str],
-    tuned: str | os.PathLike[str],
-    wanted: Callable[[str], bool],
-    *,
-    component: str = "",
-    others: Others = "refuse",
-) -> Iterator[WeightDeltas]:
-    """A fully fine-tuned checkpoint minus its base, of the weights that changed.
-
-    Args:
-        base, tuned: as `open_weights` takes them.
-        wanted: whether an update of that module can be told; its weight must be a matrix then.
-        component: of the pipeline that both are; it goes before every name.
-        others: what becomes of other tensors that changed or are new (biases, norms, a head): refused, left out and listed,
-            or told as tensors trained whole.
-
-    Raises:
-        FileNotFoundError, ValueError: a checkpoint is not sound; one lacks a tensor, or has it in another shape; nothing
-            changed; NaN or infinity in a difference.
-    """
-    prefix = prefix_of(component)
-    with open_weights(base) as before, open_weights(tuned) as after:
-        for name in before.entries.keys() - after.entries.keys():
-            raise ValueError(f"{tuned}: it lacks the tensor {name}, which the base has")
-        changed = [name for name in after.entries if _differs(name, before, after)]
-        modules = {
-            _module(name): name for name in changed if _is_matrix(name, before, after) and wanted(prefix + _module(name))
-        }
-        rest = [name for name in changed if _module(name) not in modules or modules[_module(name)] != name]
-        if rest and others == "refuse":
-            raise ValueError(
-                f"{rest[0]} changed as well{f', and {len(rest) - 1} more' if len(rest) > 1 else ''}, and is no weight of a "
-                "projection that can be adapted: leave such tensors out, or keep them whole"
-            )
-        if not modules:
-            raise ValueError(f"{tuned}: no weight of a projection differs from {base}")
-        shapes = {prefix + module: _shape(after, name) for module, name in modules.items()}
-
-        def read(module: str, _: Tensor | None) -> Tensor:
-            name = modules[module.removeprefix(prefix)]
-            difference = after.tensor(name).double() - before.tensor(name).double()
-            if not torch.isfinite(difference).all():
-                raise ValueError(f"{name} holds NaN or infinity")
-            return difference.float()
-
-        source = WeightDeltas(shapes, read)
-        if others == "whole":
-            yield replace(source, whole={prefix + name: after.tensor(name) for name in rest})
-        else:
-            yield replace(source, left_out={prefix + name: "no weight of a projection" for name in rest})
-
-
-def _module(name: str) -> str:
-    return name.removesuffix(".weight")
-
-
-def _shape(weights: Weights, name: str) -> tuple[int, int]:
-    rows, cols = weights.entries[name].shape
-    return rows, cols
-
-
-def _differs(name: str, before: Weights, after: Weights) -> bool:
-    if name not in before.entries or before.entries[name].shape != after.entries[name].shape:
-        return True
-    return not torch.equal(before.tensor(name).double(), after.tensor(name).double())
-
-
-def _is_matrix(name: str, before: Weights, after: Weights) -> bool:
-    return (
-        name.endswith(".weight")
-        and name in before.entries
-        and before.entries[name].shape == after.entries[name].shape
-        and len(after.entries[name].shape) == 2
-        and {before.entries[name].dtype, after.entries[name].dtype} <= set(_MATRICES)
-    )

@@ -7,6 +7,8 @@ import torch
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
+from loca_vision.formats.conversion.merge_checkpoint import merge
+from loca_vision.formats.conversion.weight_deltas import read_source
 from loca_vision.formats.lora_reader import read_lora
 from loca_vision.formats.lora_writer import write_peft_lora
 from loca_vision.formats.low_rank_pair import LowRankPair
@@ -141,3 +143,25 @@ def test_a_folder_of_others_is_not_overwritten(tmp_path):
         write_peft_lora(tmp_path / "lora", pairs, overwrite=True)
     assert list(read_lora(tmp_path / "lora").pairs) == ["b"]
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+
+
+@pytest.mark.parametrize("about", [True, False], ids=["header", "plain"])
+def test_dora_of_diffusers_is_merged_as_it_fuses(about, tmp_path):
+    """In linear layers and in convolutions of two sizes."""
+    pipe, fresh = stable_diffusion(), stable_diffusion()
+    settings = LoraConfig(r=2, lora_alpha=2, use_dora=True, target_modules=r".*(attn1.to_q|proj_in|resnets.0.conv1)$")
+    pipe.unet.add_adapter(settings)
+    for name, parameter in pipe.unet.named_parameters():
+        if "lora_B" in name or "magnitude" in name:
+            parameter.data += 0.3 * torch.randn(parameter.shape)
+    layers = get_peft_model_state_dict(pipe.unet)
+    header = {"unet_lora_adapter_metadata": pipe.unet.peft_config["default"].to_dict()} if about else {}
+    type(pipe).save_lora_weights(tmp_path / "lora", unet_lora_layers=layers, **header)
+    safetensors.torch.save_file(fresh.unet.state_dict(), tmp_path / "base.safetensors")
+    source = read_source(tmp_path / "lora")
+    assert len(source.needs_weight) == len(source.shapes) > 5 and set(source.kernels.values()) == {(1, 1), (3, 3)}
+    merged = safetensors.torch.load_file(merge(tmp_path / "base.safetensors", source, tmp_path / "out.safetensors"))
+    pipe.unet.fuse_lora()
+    pipe.unet.unload_lora()
+    for name, tensor in pipe.unet.state_dict().items():
+        assert torch.allclose(merged[name], tensor, atol=1e-5), name

@@ -8,6 +8,8 @@ from diffusers.loaders.lora_conversion_utils import (
     _maybe_map_sgm_blocks_to_diffusers,
 )
 
+from loca_vision.formats.conversion.merge_checkpoint import merge
+from loca_vision.formats.conversion.weight_deltas import read_source
 from loca_vision.formats.kohya_writer import flattened
 from loca_vision.formats.lora_keys import parse_key, unflattened
 from loca_vision.formats.lora_reader import read_lora
@@ -90,3 +92,33 @@ def test_every_name_of_a_unet_has_its_dots_back():
 )
 def test_unknown_names_stay_unknown(name):
     assert parse_key(f"lora_unet_{name}.lora_down.weight").role == "foreign"
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "unet."])
+def test_convolutions_are_merged_as_diffusers_fuses_them(prefix, tmp_path):
+    """LoCon of kohya's, and of diffusers' own names, in every linear layer and convolution."""
+    pipe, generator = stable_diffusion(), torch.Generator().manual_seed(0)
+    base = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    tensors = {}
+    for path, module in pipe.unet.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and not path.startswith("conv_in"):
+            key = prefix + (path.replace(".", "_") if "lora" in prefix else path)
+            sizes = (1, 1) if isinstance(module, torch.nn.Conv2d) else ()
+            down, up = ("lora_down", "lora_up") if "lora" in prefix else ("lora_A", "lora_B")
+            tensors[f"{key}.{down}.weight"] = 0.2 * torch.randn(2, *module.weight.shape[1:], generator=generator)
+            tensors[f"{key}.{up}.weight"] = torch.randn(len(module.weight), 2, *sizes, generator=generator)
+            if "lora" in prefix:
+                tensors[f"{key}.alpha"] = torch.tensor(1.0)
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
+    safetensors.torch.save_file(base, tmp_path / "base.safetensors")
+    source = read_source(tmp_path / "x.safetensors")
+    merged = safetensors.torch.load_file(merge(tmp_path / "base.safetensors", source, tmp_path / "out.safetensors"))
+    pipe.load_lora_weights(tmp_path / "x.safetensors")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    for name, tensor in pipe.unet.state_dict().items():
+        assert torch.allclose(merged[name], tensor, atol=1e-4), name
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert (
+        len(changed) == len(source.shapes) == len([k for k in tensors if k.endswith((".lora_down.weight", ".lora_A.weight"))])
+    )

@@ -75,10 +75,11 @@ def test_a_pipelines_file_of_one_component_goes_into_that_model(pipe: Any, tmp_p
     for component, model in (("unet", unet()), ("text_encoder", text_encoder())):
         made = adapter(stable_diffusion(), {component: ("q", "v")}, name="mine")
         names = load_adapter(model, made.write(tmp_path / component))
-        assert set(names) == {name.removeprefix(f"{component}.") for name in made.updates}
+        prefix = f"{component}.text_model." if component == "text_encoder" else f"{component}."  # which transformers 5 lost
+        assert set(names) == {name.removeprefix(prefix) for name in made.updates}
         assert active_adapters(model) == {"mine": 1.0}
         for projection, spectrum in adapters(model, "mine").items():
-            assert_near(spectrum.delta().detach().double(), made.updates[f"{component}.{projection}"])
+            assert_near(spectrum.delta().detach().double(), made.updates[f"{prefix}{projection}"])
         setattr(pipe, component, model)
         assert_near(picture(pipe), expected((made, 1.0)))
         pipe.unload_loca_weights()

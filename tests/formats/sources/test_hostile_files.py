@@ -179,11 +179,7 @@ def test_of_two_text_encoders_the_sentence_names_the_one(tmp_path: Path) -> None
         made = adapter(stable_diffusion_xl(), {"text_encoder": ("q",), "text_encoder_2": ("q",)})
         first = next(name for name in made.about["shapes"] if name.startswith(f"{component}."))
         rows, cols = made.about["shapes"][first]
-        for shapes in (
-            {name: shape for name, shape in made.about["shapes"].items() if name != first},
-            made.about["shapes"] | {first: [rows, 2 * cols]},
-        ):
-            tensors = {key: value for key, value in made.tensors.items() if key.rpartition(".")[0] in shapes}
-            with pytest.raises(ValueError, match=rf"\b{component}\b"):
-                pipe.load_loca_weights(Made(tensors, made.about | {"shapes": shapes}).state())
+        shapes = made.about["shapes"] | {first: [rows, 2 * cols]}
+        with pytest.raises(ValueError, match=rf"\b{component}\b"):
+            pipe.load_loca_weights(Made(made.tensors, made.about | {"shapes": shapes}).state())
     assert pipe.get_loca_adapters() == {}

@@ -1,0 +1,40 @@
+"""peft's FourierFT: its files have the coefficients only, and the cells are drawn anew from the seed and the weight's size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loca_vision.formats.lora_scales import FourierSettings
+from loca_vision.formats.module_update import MOST_CELLS, ModuleUpdate
+from loca_vision.functional.cosine_atoms import Cells
+from loca_vision.functional.fourier import inverse_real
+
+
+def fourier_update(path: str, spectrum: Tensor, settings: FourierSettings, size: tuple[int, int] | None) -> ModuleUpdate:
+    """
+    Args:
+        path: of the module.
+        spectrum: (n,) coefficients.
+        size: (p, q) of the module's weight; None where it is not known.
+
+    Raises:
+        ValueError: it is not known; more coefficients than cells, or another number of them than the settings say.
+    """
+    if size is None:
+        raise ValueError(
+            f"{path} has a spectrum of FourierFT, whose cells only the weight's size tells: name the weights (--base) "
+            "or the model (--model)"
+        )
+    cells = size[0] * size[1]
+    wanted = settings.count(path)
+    if spectrum.dim() != 1 or len(spectrum) != wanted or not 0 < wanted <= cells <= MOST_CELLS:
+        raise ValueError(f"fourierft_spectrum {tuple(spectrum.shape)}: expected ({wanted},), of the {cells} cells of {size}")
+
+    def make() -> Tensor:
+        generator = torch.Generator().manual_seed(settings.seed)
+        flat = torch.randperm(cells, generator=generator)[:wanted]
+        places = torch.stack([flat // size[1], flat % size[1]], 1)
+        return inverse_real(spectrum.float() * settings.scaling, Cells(places, size))
+
+    return ModuleUpdate("FourierFT", size, wanted, make)
