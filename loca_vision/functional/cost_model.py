@@ -163,8 +163,9 @@ def _choose(
         "whole": 0.0,
         "sampled": shared / max(1, sum(gain > 0 for gain in gains)),
         "applied": 2 * shared / len(workloads),
-        "together": 0.0,
     }
+    if costs.launch:  # elsewhere nothing is built together
+        shares["together"] = 0.0
     return tuple(
         Decision(strategy, {name: own[name][i] + share for name, share in shares.items()})
         for i, strategy in enumerate(strategies)

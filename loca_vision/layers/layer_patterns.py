@@ -27,21 +27,21 @@ def chosen(targets: Sequence[Target], parts: Sequence[str], patterns: Sequence[s
     included = [pattern for pattern in patterns or () if not pattern.startswith("!")]
     found = {id(target) for target in wanted if not included and _guest_in(target) is None}
     for pattern in included:
-        found |= {id(target) for target in _included(pattern, wanted, targets)}
+        found |= {id(target) for target in _included(pattern, wanted, targets, parts)}
     for pattern in (pattern[1:] for pattern in patterns or () if pattern.startswith("!")):
         out = {id(target) for target in targets if _fits(pattern, target)}
         if not out:
-            raise _fits_nothing(f"!{pattern}", targets)
+            raise _fits_nothing(f"!{pattern}", targets, parts)
         found -= out
     return [target for target in targets if id(target) in found]
 
 
-def _included(pattern: str, wanted: Sequence[Target], targets: Sequence[Target]) -> list[Target]:
+def _included(pattern: str, wanted: Sequence[Target], targets: Sequence[Target], parts: Sequence[str]) -> list[Target]:
     """The wanted targets that a pattern fits, or else those of any part that it names by their own paths."""
     fitting = [target for target in wanted if _reaches(pattern, target) and _fits(pattern, target)]
     fitting = fitting or [target for target in targets if _reaches(pattern, target) and _names(pattern, target)]
     if not fitting:
-        raise _fits_nothing(pattern, targets)
+        raise _fits_nothing(pattern, targets, parts)
     return fitting
 
 
@@ -73,7 +73,13 @@ def _paths(target: Target) -> Iterator[str]:
         path = path.rpartition(".")[0]
 
 
-def _fits_nothing(pattern: str, targets: Sequence[Target]) -> ValueError:
+def _fits_nothing(pattern: str, targets: Sequence[Target], parts: Sequence[str]) -> ValueError:
+    others = dict.fromkeys(target.part for target in targets if _fits(pattern.removeprefix("!"), target))
+    if others:
+        return ValueError(
+            f"layers: the pattern {pattern!r} fits {', '.join(others)} projections of the model, and none of "
+            f"targets={tuple(parts)!r}"
+        )
     paths = {path for target in targets for path in _paths(target)}
     known = [*dict.fromkeys(part for path in sorted(paths) for part in path.split(".")), *sorted(paths)]
     near = nearest(pattern.removeprefix("!").strip("*."), known)

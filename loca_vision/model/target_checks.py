@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from loca_vision.checks import PARTS, check_layers
 from loca_vision.layers.layer_patterns import chosen
 from loca_vision.layers.linear_layouts import features
 from loca_vision.layers.plain_weight import is_plain_matrix
-from loca_vision.layers.targets import Target, find_targets
+from loca_vision.layers.targets import Target, canonical, find_targets
 from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.model.heads import classifier
 from loca_vision.model.sharding import refuse_sharded
@@ -28,7 +29,10 @@ def targets_for(model: nn.Module, config: AdapterConfig) -> list[Target]:
     """
     head = {id(parameter) for parameter in classifier(model)}
     everything = [target for target in find_targets(model) if id(target.layer._parameters.get("weight")) not in head]
-    found = chosen(everything, config.targets, check_layers(config.layers))
+    try:
+        found = chosen(everything, config.targets, check_layers(config.layers))
+    except ValueError as error:
+        raise ValueError(f"{error}{_what_is_named(model, config.layers, head)}") from None
     check_linear(model, found)
     for part in config.targets:
         if not any(target.part == part for target in found) and not _names_all_it_has(part, found, config):
@@ -37,6 +41,19 @@ def targets_for(model: nn.Module, config: AdapterConfig) -> list[Target]:
                 f"targets: {type(model).__name__} has no {part!r} projection {where}; it has {_present(model, everything)}"
             )
     return found
+
+
+def _what_is_named(model: nn.Module, layers: str | Sequence[str] | None, head: Container[int]) -> str:
+    """The end of a sentence: what the patterns name by its own path that is never adapted."""
+    for path, module in model.named_modules():
+        if not any(fnmatchcase(canonical(path), pattern.removeprefix("!")) for pattern in check_layers(layers) or ()):
+            continue
+        if id(module._parameters.get("weight")) in head:
+            return f"; {path} is the classifier head, which is trained whole"
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and features(module) is None:
+            size = " x ".join(map(str, module.kernel_size))
+            return f"; {path} is a convolution of {size}, and only linear layers and 1 x 1 convolutions can be adapted"
+    return ""
 
 
 def _names_all_it_has(part: str, found: Sequence[Target], config: AdapterConfig) -> bool:
