@@ -161,7 +161,7 @@ class Recipe:
 _RATES = {"full": {"lr": 5e-5, "head_lr": 1e-3}, "lp": {"head_lr": 1e-2}}  # usual ones: the paper has none of its own
 DEFAULT_BATCH = 128
 # Settings that earlier versions did not have, as they were then.
-EARLIER: dict[str, Any] = {"set": [], "label_smoothing": 0.0, "mixup": 0.0, "class_weights": "none"}
+EARLIER: dict[str, Any] = {"set": [], "layers": [], "label_smoothing": 0.0, "mixup": 0.0, "class_weights": "none"}
 # What may differ between a run and its continuation.
 MAY_DIFFER_ON_RESUME = {
     "output_dir", "resume", "checkpoint_steps", "keep_checkpoints", "report_to", "push_to_hub", "hub_model_id", "hub_private",

@@ -280,7 +280,7 @@ def differences(recipe: EditRecipe, saved: dict[str, Any], now: dict[str, Any]) 
     }
     if recipe.lr_scheduler.startswith("constant"):
         passed |= _LENGTH
-    saved = {"set": []} | saved  # which earlier versions did not have
+    saved = {"set": [], "layers": []} | saved  # which earlier versions did not have
     names = [field.name for field in fields(recipe) if field.name not in passed]
     return [f"{name}={now[name]!r}, {saved.get(name)!r} before" for name in names if saved.get(name) != now[name]]
 

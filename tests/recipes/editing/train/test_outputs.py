@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import loca_vision.diffusers  # noqa: F401  the pipelines' methods
+from loca_vision import adapters
 from loca_vision.recipes.editing.recipe import EditRecipe
 from support.edit_training import ADAPTER, LOCA, METHODS, TRAIN, picture, pipeline, tensors, trained, weights
 from support.scripts import script
@@ -37,6 +38,18 @@ def test_a_run(flags, data, base, tmp_path, pictures, rendered, capsys):
     kept = picture(out / "validation-6.png")
     assert np.array_equal(np.asarray(drawn), kept)
     assert not np.array_equal(picture(out / "validation-3.png"), kept)
+
+
+def test_chosen_layers_learn_and_load(flags, base, tmp_path):
+    chosen = ("--targets", "q", "fc2", "proj_in", "--layers", "*attn2*", "*.ff", "mid_block", "!up_blocks")
+    trained(tmp_path / "out", *flags, *METHODS["loca"], *chosen)
+    pipe = pipeline(base)
+    pipe.load_loca_weights(tmp_path / "out")
+    names = set(adapters(pipe.unet, "default_0"))
+    blocks = ("down_blocks.0.attentions.0.", "down_blocks.1.attentions.0.", "mid_block.attentions.0.")
+    wanted = {f"{path}transformer_blocks.0.{name}" for path in blocks for name in ("attn2.q", "ff.fc2")}
+    assert names == wanted | {"mid_block.attentions.0.transformer_blocks.0.attn1.q", "mid_block.attentions.0.proj_in"}
+    assert all(update.coefficients.any() for update in adapters(pipe.unet, "default_0").values())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -20,6 +20,7 @@ REFUSED = {
     ),
     "both": (("--dataset_name", "a/b"), "says where the pairs are; both was given"),
     "another method's": (("--method", "lora", "--n_components", "3"), "--n_components is a setting of loca, sdctft, fourierft"),
+    "layers": (("--layers", "*atn2*"), "layers: the pattern '*atn2*' fits no projection of the model; perhaps attn2"),
     "rank": (("--rank", "3"), "--rank is a setting of lora, selora; the method is loca"),
     "preset": (("--preset", "cartoonisation"), "perhaps cartoonization"),
     "preset's method": (("--preset", "cartoonization", "--method", "lora"), "is for the method loca"),
