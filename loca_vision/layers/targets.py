@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from loca_vision.functional.row_linear import Rows
 from loca_vision.layers.attention_layouts import Naming, base_of, naming_of, target_of
 from loca_vision.layers.attention_layouts import child as genuine_child
+from loca_vision.layers.called_layouts import called_projections
 from loca_vision.layers.linear_layouts import features, feed_forward, named_alike
 from loca_vision.layers.model_walk import Place, places
 from loca_vision.layers.plain_weight import as_matrix
@@ -133,6 +134,11 @@ def _of_module(place: Place, attention_paths: list[str]) -> Iterator[Target]:
         yield from _of_attention(path, module, naming)
         return
     where = f"{path}." if path else ""
+    several = list(called_projections(module))
+    for name, part, child, layer, rows in several:
+        yield Target(f"{where}{name}", part, f"{where}{child}", layer, rows, called=place.called)
+    if several:
+        return
     if place.called:
         for part, child, layer in feed_forward(module):
             yield Target(f"{where}{part}", part, f"{where}{child}", base_of(layer), called=True)
