@@ -27,7 +27,9 @@ class Naming:
         return [part for part, layer in found.items() if layer is not None and not isinstance(layer, _CONTAINERS)]
 
 
-_CONTAINERS = (nn.ModuleList, nn.Sequential)  # `to_out` is one in most attention layers, and a layer in some
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.Identity)  # what `to_out` is, except where it is a layer itself
+# Layers of attention layers that the block around calls in their place, by the class of the block.
+CALLED_BY_BLOCK = {"LuminaNextDiTBlock": ("attn2", "to_out.0")}
 
 
 # What names of rows of a layer begin with that has several projections in it and no standard name.

@@ -48,8 +48,8 @@ def _below(path: str, module: nn.Module, called: bool, seen: set[int]) -> Iterat
             yield from _below(f"{path}.{name}" if path else name, child, called, seen)
 
 
-# Classes of diffusers that hand the weights of their layers to a function of torch.
-_READERS = {"HunyuanDiTAttentionPool"}
+# Classes of diffusers that compute with the weights of their layers and never call them.
+_READERS = {"HunyuanDiTAttentionPool", "MiniMaxH3AudioCausalAttention", "_AceStepResidualFSQ"}
 
 
 def calls_its_layers(cls: type) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from loca_vision.functional.row_linear import Rows
-from loca_vision.layers.attention_layouts import Naming, base_of, naming_of, target_of
+from loca_vision.layers.attention_layouts import CALLED_BY_BLOCK, Naming, base_of, naming_of, target_of
 from loca_vision.layers.attention_layouts import child as genuine_child
 from loca_vision.layers.called_layouts import called_projections
 from loca_vision.layers.linear_layouts import features, feed_forward, named_alike
@@ -110,16 +110,29 @@ def find_targets(model: nn.Module, parts: Sequence[str] | None = None) -> list[T
     attention_paths: list[str] = []
     found: list[Target] = []
     known: set[int] = set()
+    outside: set[int] = set()
     order: dict[int, int] = {}  # of the modules that compute with updates
     for place in places(model):
         order[id(place.module)] = len(order)
-        inside = list(_of_module(place, attention_paths))
+        outside |= _called_by_block(place.module)
+        inside = [_outside(target) if id(target.layer) in outside else target for target in _of_module(place, attention_paths)]
         known |= {id(base_of(target.layer)) for target in inside}
         if id(place.module) not in known and place.path and features(place.module):
             part, path = "conv" if isinstance(place.module, nn.Conv2d) else "linear", canonical(place.path)
             inside.append(Target(path, part, path, place.module, called=place.called))
         found += [target for target in inside if parts is None or target.part in parts or _is_linear(target, parts)]
     return sorted(found, key=lambda target: order[id(target.attention or target.layer)])
+
+
+def _called_by_block(block: nn.Module) -> set[int]:
+    """Layers that are no business of the attention layer that holds them."""
+    attention, path = CALLED_BY_BLOCK.get(type(block).__name__, ("", ""))
+    holder = block._modules.get(attention)
+    return set() if holder is None else {id(base_of(genuine_child(holder, path)))}
+
+
+def _outside(target: Target) -> Target:
+    return replace(target, layer=base_of(target.layer), attention=None, called=True)
 
 
 def _is_linear(target: Target, parts: Sequence[str]) -> bool:

@@ -18,7 +18,29 @@ from support.formulas import stir
 
 pytestmark = pytest.mark.skipif(not diffusers.__version__.startswith(zoo.VERSION), reason="the zoo is that of another version")
 every_model = pytest.mark.parametrize("name", zoo.CASES)
-NAMED = ("q", "k", "v", "out", "fc1", "fc2", "proj_in", "proj_out")
+PARTS = {"named": ("q", "k", "v", "out", "fc1", "fc2", "proj_in", "proj_out"), "linear": ("linear",)}
+_CONVOLUTION = "adapters go on (torch.nn.Linear|linear) layers"
+REFUSED = {
+    ("AutoencoderKLCosmos", "named"): _CONVOLUTION,
+    ("AutoencoderKLHunyuanImage", "named"): _CONVOLUTION,
+    ("AutoencoderKLHunyuanImageRefiner", "named"): _CONVOLUTION,
+    ("AutoencoderKLHunyuanVideo15", "named"): _CONVOLUTION,
+    ("AutoencoderVidTok", "named"): _CONVOLUTION,
+    ("MMAudioVAE", "named"): _CONVOLUTION,
+    ("UniDiffuserTextDecoder", "linear"): "transformer.lm_head shares its weight with transformer.transformer.wte",
+}
+ROUNDED = {"AceStepAudioTokenizer"}  # to a few levels: small updates vanish
+# Linear layers in attention layers that are no projection: reachable as "linear", or by their names.
+GATES_AND_KIN = {
+    ("Krea2Attention", "to_gate"),
+    ("RFD4ProteinaPairAttention", "to_g"),
+    ("RFD4ProteinaPairAttention", "to_bias"),
+    ("RFD4ProteinaAdaptiveAttention", "scale_output.0"),
+    ("SDCascadeAttnBlock", "kv_mapper.1"),  # of the text, before the attention layer
+    ("ResidualAttentionBlock", "attn.out_proj"),  # of torch.nn.MultiheadAttention
+    ("MiniMaxH3AudioAttnProjection", "proj"),
+    ("AceStepAttentionPooler", "embed_tokens"),
+}
 
 
 def test_every_class_is_in_the_zoo_or_left_out_with_a_reason() -> None:
@@ -35,11 +57,16 @@ def before(name: str) -> list[Tensor]:
 @pytest.mark.parametrize("which", ("named", "linear"))
 def test_output_is_that_of_merged_weights(name: str, which: str) -> None:
     model, first = zoo.model(name), before(name)
-    targets = find_targets(model, NAMED if which == "named" else ("linear",))
-    parts = tuple(part for part in NAMED if any(target.part == part for target in targets)) if which == "named" else ("linear",)
+    targets = [target for target in find_targets(model, PARTS[which]) if ".motion_modules." not in target.name]
+    parts = tuple(part for part in PARTS[which] if which == "linear" or any(target.part == part for target in targets))
     if not targets:
-        pytest.skip(f"it has no {which} layer")
-    inject(model, LoCAConfig(n_components=8, targets=parts))
+        pytest.skip("it has none")
+    config = LoCAConfig(n_components=2, targets=parts)
+    if (name, which) in REFUSED:
+        with pytest.raises((ValueError, TypeError), match=REFUSED[name, which]):
+            inject(model, config)
+        return
+    inject(model, config)
     try:
         assert_equal(zoo.answer(model, name), first)
         stir(model)
@@ -51,10 +78,10 @@ def test_output_is_that_of_merged_weights(name: str, which: str) -> None:
     assert_equal(zoo.answer(model, name), first)
     with written(targets, deltas):
         wanted = zoo.answer(model, name)
-    largest = max((one - other).abs().max() for one, other in zip(wanted, first, strict=True))
-    assert largest > 1e-3
+    change = max((one - other).abs().max() / other.abs().max() for one, other in zip(wanted, first, strict=True))
+    assert change > 1e-4 or name in ROUNDED
     for mine, theirs in zip(found, wanted, strict=True):
-        assert (mine - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
+        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 class written:
@@ -99,3 +126,17 @@ def _in_attention(model: nn.Module) -> Iterator[tuple[str, str, Target]]:
         cls = type(modules[owner]).__name__
         if "Att" in cls and target.linear:
             yield cls, target.layer_path[len(owner) + 1 if owner else 0 :], target
+
+
+def test_every_layer_in_attention_is_a_named_projection() -> None:
+    unnamed = set()
+    for name in zoo.CASES:
+        unnamed |= {(cls, path) for cls, path, target in _in_attention(zoo.model(name)) if target.part == "linear"}
+    assert unnamed == GATES_AND_KIN
+
+
+def test_a_tied_layer_can_be_left_out() -> None:
+    model = zoo.model("UniDiffuserTextDecoder")
+    names = inject(model, LoCAConfig(n_components=2, targets=("linear",), layers=("!transformer.lm_head",)))
+    remove(model)
+    assert names == ("encode_prefix", "decode_prefix")

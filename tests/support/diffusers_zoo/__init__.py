@@ -73,7 +73,7 @@ def model(name: str) -> Any:
         if name == "ZImageControlNetModel":
             made = made.from_transformer(made, model("ZImageTransformer2DModel"))
         _stir(made)
-    return made.eval().requires_grad_(True)
+    return made.eval().requires_grad_(False)  # torch computes otherwise with weights that learn
 
 
 def _stir(made: nn.Module) -> None:

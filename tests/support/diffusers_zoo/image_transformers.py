@@ -31,7 +31,7 @@ CASES = {
         {
             "in_channels": 4,
             "patch_size": 1,
-            "dim": 16,
+            "dim": 48,
             "n_layers": 2,
             "n_refiner_layers": 1,
             "n_heads": 2,
@@ -43,7 +43,7 @@ CASES = {
             "gist_step": 4,
             "gist_min_text_len": 4,
             "gist_max_text_len": 16,
-            "axes_dims": (4, 2, 2),
+            "axes_dims": (8, 8, 8),
             "axes_lens": (64, 16, 16),
         },
         lambda: {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from support.diffusers_zoo.case import Case, ids, noise
+from support.diffusers_zoo.case import Case, noise
 
 CASES = {
     "AllegroTransformer3DModel": Case(
