@@ -47,9 +47,12 @@ DIFFUSERS = Naming(
 CLIP = Naming({"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"})
 TRANSFORMERS = Naming({"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj"})  # its ViTs from version 5 on
 T5 = Naming({"q": "q", "k": "k", "v": "v", "out": "o"})
+# Some of its models, and nearly all before version 5; the output layer is `output.dense` of the module around, if not here.
+QUERY = Naming({"query": "query", "key": "key", "value": "value", "proj": "proj"})
 
 
 _PREFIXES = ("add", "to", *FUSED)
+_KINDS = {"query": "q", "key": "k", "value": "v", "proj": "out"}
 
 
 def naming_of(module: nn.Module) -> Naming | None:
@@ -61,13 +64,15 @@ def naming_of(module: nn.Module) -> Naming | None:
         for naming in (TRANSFORMERS if children.get("o_proj") is not None else CLIP, T5):
             if all(children.get(naming.parts[part]) is not None for part in "qkv"):
                 return naming
+        if all(children.get(name) is not None for name in ("query", "key", "value")):
+            return QUERY
     return None
 
 
 def target_of(part: str) -> str:
     """The entry of `targets` that a part belongs to: "q" for "q", "add_q" and "to_q_t", "fc1" for "fc1_g"."""
     prefix, _, rest = part.partition("_")
-    return (rest if prefix in _PREFIXES else part).split("_")[0]
+    return _KINDS.get(part) or (rest if prefix in _PREFIXES else part).split("_")[0]
 
 
 def child(module: nn.Module, path: str) -> nn.Module | None:

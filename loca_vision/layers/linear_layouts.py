@@ -22,6 +22,7 @@ _OTHERS: tuple[Mapping[str, str], ...] = (
     {"ffn.0": "fc1", "ffn.2": "fc2"},
     {"ff.0": "fc1", "ff.3": "fc2"},
     {"c_fc": "fc1", "c_proj": "fc2"},
+    {"dense1": "fc1", "dense2": "fc2"},
     {"linear_in": "fc1", "linear_out": "fc2"},
     {"w1": "fc1", "w3": "fc1", "w2": "fc2"},
     {"linear_1": "fc1", "linear_3": "fc1", "linear_2": "fc2"},
@@ -32,6 +33,8 @@ _OTHERS: tuple[Mapping[str, str], ...] = (
 )
 # Names that other layers have too: only of classes that say what they are.
 _OF_FEED_FORWARD = {"in_layer": "fc1", "out_layer": "fc2"}
+# The modules of transformers that hold one layer, `dense`, by how the names of their classes end.
+_DENSE = {"SelfOutput": "out", "Intermediate": "fc1", "Output": "fc2"}
 _AROUND = ("proj_in", "proj_out")
 
 
@@ -54,6 +57,9 @@ def named_alike(module: nn.Module, *, root: bool) -> Iterator[tuple[str, str, nn
             yield from ((names[path], path, layer) for path, layer in layers.items())
             break
     children = {name: child for name, child in module._modules.items() if child is not None and features(child)}
+    if "dense" in children and type(module).__module__.startswith("transformers."):
+        ends = [part for end, part in _DENSE.items() if type(module).__name__.endswith(end)]
+        yield from ((part, "dense", children["dense"]) for part in ends[:1])
     if "proj_mlp" in children:  # of a block that computes attention and feed-forward side by side
         yield "fc1", "proj_mlp", children["proj_mlp"]
     yield from ((name, name, children[name]) for name in _AROUND if name in children and not root)

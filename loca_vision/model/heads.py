@@ -14,16 +14,26 @@ _LOG = logging.getLogger(__name__)
 _NAMES = {"head", "heads", "classifier", "fc", "score", "cls_head", "head_dist", "classification_head", "fc_out", "output_head"}
 
 
-def classifier(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the classifier heads of all timm models in `model`.
+# The heads of transformers' image classifiers, those of a distilled one included.
+_OF_TRANSFORMERS = ("classifier", "cls_classifier", "distillation_classifier", "classifier_distill", "score")
 
-    `get_classifier` leaves out the second head of VOLO, which the model's configuration names.
+
+def classifier(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the classifier heads of all timm models and image classifiers of transformers in `model`.
+
+    `get_classifier` of timm leaves out the second head of VOLO, which the model's configuration names.
     """
     found: dict[int, nn.Parameter] = {}
     for owner in model.modules():
-        if hasattr(owner, "get_classifier"):
-            found |= {id(parameter): parameter for head in _heads_of(owner) for parameter in head.parameters()}
+        heads = _heads_of(owner) if hasattr(owner, "get_classifier") else []
+        if _classifies_images(type(owner)):
+            heads = [head for name in _OF_TRANSFORMERS if (head := owner._modules.get(name)) is not None]
+        found |= {id(parameter): parameter for head in heads for parameter in head.parameters()}
     return list(found.values())
+
+
+def _classifies_images(cls: type) -> bool:
+    return any("ForImageClassification" in one.__name__ and one.__module__.startswith("transformers.") for one in cls.__mro__)
 
 
 def _heads_of(owner: Any) -> list[nn.Module]:
