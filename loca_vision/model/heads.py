@@ -68,7 +68,8 @@ def say_what_freezes(model: nn.Module, kept: Collection[str]) -> None:
     could_train = [p for p in own.values() if type(p) is nn.Parameter and p.is_floating_point()]
     chosen = not all(p.requires_grad for p in could_train)  # what is quantised is frozen in any case
     frozen = [name for name, p in own.items() if p.requires_grad and name not in kept and id(p) not in head]
-    parts = [head_of(name) or (name.rpartition(".")[0] or name if chosen else None) for name in frozen]
+    knows = _classifies_images(type(model))  # what is named like a head in it, as Siglip's pooling is, is none
+    parts = [(None if knows else head_of(name)) or (name.rpartition(".")[0] or name if chosen else None) for name in frozen]
     named = list(dict.fromkeys(part for part in parts if part))
     if named:
         shown = ", ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
