@@ -124,6 +124,13 @@ def find_targets(model: nn.Module, parts: Sequence[str] | None = None) -> list[T
     return sorted(found, key=lambda target: order[id(target.attention or target.layer)])
 
 
+def with_whole_layers(targets: Sequence[Target]) -> dict[str, Target]:
+    """Targets by name, and the layers that are called and hold several by their own paths: so a LoRA of theirs is converted."""
+    several = {target.layer_path: target for target in targets if target.called and target.rows is not None}
+    whole = {path: replace(target, name=path, part="linear", rows=None) for path, target in several.items()}
+    return whole | {target.name: target for target in targets}
+
+
 def _called_by_block(block: nn.Module) -> set[int]:
     """Layers that are no business of the attention layer that holds them."""
     attention, path = CALLED_BY_BLOCK.get(type(block).__name__, ("", ""))
