@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from loca_vision import LoCAConfig, adapters, inject, remove
 from loca_vision.layers.targets import Target, find_targets
 from support import diffusers_zoo as zoo
+from support import model_tables
 from support.formulas import stir
 
 pytestmark = pytest.mark.skipif(not diffusers.__version__.startswith(zoo.VERSION), reason="the zoo is that of another version")
@@ -140,3 +141,8 @@ def test_a_tied_layer_can_be_left_out() -> None:
     names = inject(model, LoCAConfig(n_components=2, targets=("linear",), layers=("!transformer.lm_head",)))
     remove(model)
     assert names == ("encode_prefix", "decode_prefix")
+
+
+def test_the_tables_of_the_documentation() -> None:
+    """`python tests/support/model_tables.py` writes them anew."""
+    assert model_tables.in_page(model_tables.PAGE.read_text()) == model_tables.tables()

@@ -28,7 +28,7 @@ from support.diffusers_zoo import (
 from support.diffusers_zoo.left_out import LEFT_OUT
 
 VERSION = "0.42"
-_ROOMS = (
+ROOMS = (
     image_transformers,
     more_image_transformers,
     video_transformers,
@@ -39,8 +39,8 @@ _ROOMS = (
     autoencoders,
     beside_denoisers,
 )
-CASES = {name: case for room in _ROOMS for name, case in room.CASES.items()}
-__all__ = ["CASES", "LEFT_OUT", "VERSION", "answer", "class_of", "exported", "model"]
+CASES = {name: case for room in ROOMS for name, case in room.CASES.items()}
+__all__ = ["CASES", "LEFT_OUT", "ROOMS", "VERSION", "answer", "class_of", "exported", "model"]
 
 
 def class_of(name: str) -> Any:
