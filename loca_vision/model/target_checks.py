@@ -33,7 +33,9 @@ def targets_for(model: nn.Module, config: AdapterConfig) -> list[Target]:
     for part in config.targets:
         if not any(target.part == part for target in found) and not _names_all_it_has(part, found, config):
             where = f"in the layers that layers={config.layers!r} chooses" if config.layers is not None else "to adapt"
-            raise ValueError(f"targets: {type(model).__name__} has no {part!r} projection {where}; it has {_present(model)}")
+            raise ValueError(
+                f"targets: {type(model).__name__} has no {part!r} projection {where}; it has {_present(model, everything)}"
+            )
     return found
 
 
@@ -84,9 +86,9 @@ def _check_untied(model: nn.Module, targets: Sequence[Target]) -> None:
                 )
 
 
-def _present(model: nn.Module) -> str:
+def _present(model: nn.Module, targets: Sequence[Target]) -> str:
     """What could be adapted instead, for an error."""
-    parts = ", ".join(sorted({target.part for target in find_targets(model, PARTS)}))
+    parts = ", ".join(sorted({target.part for target in targets if target.part in PARTS}))
     fused = next((path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)), None)
     if fused is None:
         return parts or "no attention layer and no linear layer"

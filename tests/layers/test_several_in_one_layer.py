@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from loca_vision import LoCAConfig, adapters, inject, load_adapter, remove, save_adapter
+from loca_vision import LoCAConfig, LoRAConfig, adapters, inject, load_adapter, remove, save_adapter
 from loca_vision.layers.projection_rows import projections_of_modules, rows_of_target
 from loca_vision.layers.targets import find_targets
+from loca_vision.methods.lora import LoRA
 from support import diffusers_zoo as zoo
 from support.formulas import stir
 
+PARTS = ("q", "k", "v", "out", "fc1", "fc2")
 FUSED = {
     "Flux2Transformer2DModel": ("fused_q", "fused_k", "fused_v"),
     "StableAudio3DiTModel": ("fused_q", "fused_k", "fused_v"),
@@ -113,6 +115,44 @@ def test_an_adapter_of_the_whole_layer_loads(tmp_path: Path) -> None:
         wanted = zoo.answer(model, name)
         weight.copy_(kept)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    "config", (LoCAConfig(n_components=4, targets=PARTS), LoRAConfig(r=2, targets=PARTS)), ids=("loca", "lora")
+)
+@pytest.mark.parametrize("name", ("Flux2Transformer2DModel", "PRXTransformer2DModel", "HunyuanDiT2DModel"))
+def test_gradients_are_those_of_merged_weights(name: str, config: Any) -> None:
+    """Also where weights are read, as in the pooling of Hunyuan-DiT."""
+    model = zoo.model(name)
+    places = {target.name: target for target in find_targets(model)}
+    inject(model, config)
+    stir(model)
+    updates = adapters(model)
+    for update in updates.values():
+        if isinstance(update, LoRA):  # whose products grow large
+            update.up.data.mul_(0.1)
+    learned = [parameter for update in updates.values() for parameter in update.parameters()]
+    found = torch.autograd.grad(loss(model, name), learned)
+    deltas = {projection: update.delta() for projection, update in updates.items()}
+    remove(model)
+    values = {}
+    for projection, delta in deltas.items():
+        key, rows = f"{places[projection].layer_path}.weight", places[projection].rows
+        weight = values.get(key, model.get_parameter(key).detach())
+        values[key] = weight + torch.zeros_like(weight).index_add(
+            0, torch.arange(len(weight))[slice(None) if rows is None else rows], delta
+        )
+    wanted = torch.autograd.grad(loss(lambda **inputs: torch.func.functional_call(model, values, kwargs=inputs), name), learned)
+    largest = max(one.abs().max() for one in wanted)
+    assert largest > 0
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-4 * largest
+
+
+def loss(called: Any, name: str) -> torch.Tensor:
+    torch.manual_seed(7)
+    answer = called(**zoo.CASES[name].inputs())[0]
+    return (answer * torch.arange(answer.numel()).cos().view_as(answer)).sum()
 
 
 @pytest.mark.parametrize("name", FUSED)
