@@ -137,11 +137,9 @@ def test_gradients_are_those_of_merged_weights(name: str, config: Any) -> None:
     remove(model)
     values = {}
     for projection, delta in deltas.items():
-        key, rows = f"{places[projection].layer_path}.weight", places[projection].rows
+        key, rows = f"{places[projection].layer_path}.weight", places[projection].rows or slice(None)
         weight = values.get(key, model.get_parameter(key).detach())
-        values[key] = weight + torch.zeros_like(weight).index_add(
-            0, torch.arange(len(weight))[slice(None) if rows is None else rows], delta
-        )
+        values[key] = weight.index_add(0, torch.arange(len(weight))[rows], delta)
     wanted = torch.autograd.grad(loss(lambda **inputs: torch.func.functional_call(model, values, kwargs=inputs), name), learned)
     largest = max(one.abs().max() for one in wanted)
     assert largest > 0

@@ -89,6 +89,9 @@ CASES = {
     "MiniMaxMusic3ConditionEncoder": Case(
         {"condition_hidden_dim": 8, "num_condition_layers": 2, "out_dim": 8}, lambda: {"hidden_states": noise(1, 4, 16)}
     ),
+    "ImageProjection": Case(
+        {"image_embed_dim": 8, "cross_attention_dim": 8, "num_image_text_embeds": 2}, lambda: {"image_embeds": noise(1, 8)}
+    ),
     "ReduxImageEncoder": Case({"redux_dim": 8, "txt_in_features": 8}, lambda: {"x": noise(1, 3, 8)}),
     "StableAudio3DurationEmbedder": Case({"output_dim": 8, "fourier_dim": 8}, lambda: {"seconds": torch.tensor([2.0])}),
     "StableAudioProjectionModel": Case(

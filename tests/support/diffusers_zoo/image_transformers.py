@@ -412,7 +412,4 @@ CASES = {
             "indicator": torch.tensor([[3, 3, 3, 3, 2, 2, 2, 2]]),
         },
     ),
-    "ImageProjection": Case(
-        {"image_embed_dim": 8, "cross_attention_dim": 8, "num_image_text_embeds": 2}, lambda: {"image_embeds": noise(1, 8)}
-    ),
 }
