@@ -75,6 +75,13 @@ def target_of(part: str) -> str:
     return _KINDS.get(part) or (rest if prefix in _PREFIXES else part).split("_")[0]
 
 
+def kind_by_name(part: str) -> str:
+    """The entry of `targets` for a projection of which only the name is known: "linear", every layer, for others' names."""
+    kind = target_of(part)
+    ours = part == kind or part in DIFFUSERS.parts or part.partition("_")[0] in (*FUSED, "fc1")
+    return kind if ours and kind in ("q", "k", "v", "out", "fc1", "fc2") else "linear"
+
+
 def child(module: nn.Module, path: str) -> nn.Module | None:
     """The genuine child at a path such as `to_out.0`, past every property that would answer in its place."""
     first, _, rest = path.partition(".")

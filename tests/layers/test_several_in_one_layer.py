@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from loca_vision import LoCAConfig, LoRAConfig, adapters, inject, load_adapter, remove, save_adapter
+from loca_vision.diffusers import load_loca_weights
+from loca_vision.formats.conversion.to_adapter import Budget, to_loca
+from loca_vision.formats.conversion.weight_deltas import read_source
+from loca_vision.formats.lora_writer import write_diffusers_lora
+from loca_vision.formats.low_rank_pair import LowRankPair
 from loca_vision.layers.projection_rows import projections_of_modules, rows_of_target
 from loca_vision.layers.targets import find_targets
 from loca_vision.methods.lora import LoRA
@@ -115,6 +121,31 @@ def test_an_adapter_of_the_whole_layer_loads(tmp_path: Path) -> None:
         wanted = zoo.answer(model, name)
         weight.copy_(kept)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
+
+
+ATTENTION = "visual_transformer_blocks.0.self_attention"
+LORAS = {
+    "Flux2Transformer2DModel": ("single_transformer_blocks.0.attn.to_qkv_mlp_proj", "transformer_blocks.0.ff.linear_in"),
+    "Kandinsky5Transformer3DModel": (f"{ATTENTION}.to_query", "visual_transformer_blocks.0.feed_forward.in_layer"),
+    "HiDreamImageTransformer2DModel": ("double_stream_blocks.0.block.attn1.to_q_t", "caption_projection.0.linear"),
+}
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_a_lora_converts_by_names_alone_and_loads(name: str, tmp_path: Path) -> None:
+    model, pairs = zoo.model(name), {}
+    for path in LORAS[name]:
+        layer = model.get_submodule(path)
+        pairs[f"transformer.{path}"] = LowRankPair(torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2))
+    write_diffusers_lora(tmp_path / "lora.safetensors", pairs)
+    to_loca(read_source(tmp_path / "lora.safetensors"), Budget("ratio", 1.0), tmp_path / "loca")
+    pipe = SimpleNamespace(transformer=model, components={"transformer": model})
+    load_loca_weights(pipe, tmp_path / "loca", "default")
+    found = {path: update.delta().detach() for path, update in adapters(model).items()}
+    remove(model)
+    assert found.keys() == set(LORAS[name])
+    for path, delta in found.items():
+        assert (delta - pairs[f"transformer.{path}"].delta()).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from loca_vision.formats.conversion.projections import Projections, places_of
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas
 from loca_vision.formats.low_rank_pair import LowRankPair, cut
 from loca_vision.formats.save_load import write_adapter
-from loca_vision.layers.attention_layouts import target_of
+from loca_vision.layers.attention_layouts import kind_by_name
 from loca_vision.layers.projection_rows import ProjectionRows, projections_of_modules
 from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.methods.loca import LoCAConfig
@@ -153,7 +153,7 @@ def _write(
     kinds: dict[str, set[str]] = {}
     for place in places:
         component = place.projection.partition(".")[0] if of_pipeline else ""
-        kinds.setdefault(component, set()).add(target_of(place.projection.rpartition(".")[2]))
+        kinds.setdefault(component, set()).add(kind_by_name(place.projection.rpartition(".")[2]))
     configs = {component: config(component, tuple(p for p in PARTS if p in of)) for component, of in kinds.items()}
     base_model, name = names
     # Here the description learns of 1 x 1 convolutions: those `place.projection` whose `place.module` is in `source.kernels`.

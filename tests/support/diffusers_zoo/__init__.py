@@ -20,6 +20,7 @@ from support.diffusers_zoo import (
     beside_denoisers,
     controlnets,
     image_transformers,
+    more_autoencoders,
     more_image_transformers,
     more_video_transformers,
     unets,
@@ -37,6 +38,7 @@ ROOMS = (
     unets,
     controlnets,
     autoencoders,
+    more_autoencoders,
     beside_denoisers,
 )
 CASES = {name: case for room in ROOMS for name, case in room.CASES.items()}
