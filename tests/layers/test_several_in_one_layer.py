@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from loca_vision.methods.lora import LoRA
 from support import diffusers_zoo as zoo
 from support.formulas import stir
 
+pytestmark = pytest.mark.skipif(not diffusers.__version__.startswith(zoo.VERSION), reason="the zoo is that of another version")
 PARTS = ("q", "k", "v", "out", "fc1", "fc2")
 FUSED = {
     "Flux2Transformer2DModel": ("fused_q", "fused_k", "fused_v"),

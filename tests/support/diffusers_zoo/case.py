@@ -29,3 +29,10 @@ def noise(*shape: int) -> Tensor:
 def ids(count: int, *shape: int) -> Tensor:
     """Integers below `count`."""
     return torch.randint(count, shape)
+
+
+def wan_cache() -> Any:
+    """What the reference pass of Wan-Animate 2 fills; versions of diffusers before it have none."""
+    from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+
+    return WanAnimate2KVCache(1)

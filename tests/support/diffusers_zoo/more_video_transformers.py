@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 
-from support.diffusers_zoo.case import Case, ids, noise
+from support.diffusers_zoo.case import Case, ids, noise, wan_cache
 
 CASES = {
     "Kandinsky5Transformer3DModel": Case(
@@ -346,7 +345,7 @@ CASES = {
             "encoder_hidden_states": [noise(4, 12)],
             "condition_latents": [noise(8, 2, 4, 4)],
             "encoder_hidden_states_image": noise(1, 4, 1280),
-            "kv_cache": WanAnimate2KVCache(1),
+            "kv_cache": wan_cache(),
             "kv_cache_mode": "extract",
             "seq_len": 8,
             "offset_grid_sizes": torch.tensor([[2, 2, 2]]),
