@@ -24,7 +24,8 @@ class Target:
     """One projection: the rows of one linear layer that make up a part of an attention layer or an MLP.
 
     Args:
-        name: path of the attention layer or MLP, a dot, and the part: `blocks.0.attn.q`.
+        name: path of the attention layer or MLP, a dot, and the part: `blocks.0.attn.q`; of layers that are named otherwise
+            their own path, and of rows of one that holds several, a name such as `fused_q` in its place.
         part: "q", "k", "v", "out", "fc1", "fc2", "proj_in", "proj_out", "linear" for any other linear layer, or "conv" for a
             1 x 1 convolution.
         layer_path, layer: the module that holds the weight.
