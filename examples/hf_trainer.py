@@ -127,7 +127,7 @@ def prepared(settings: Settings, output: Path) -> Trainer:
     model = classifier(settings, splits.classes)
     transform = transform_for(settings, model)
 
-    inject(model, LoCAConfig(n_components=settings.n_components, seed=settings.seed), modules_to_save=("classifier",))
+    inject(model, LoCAConfig(n_components=settings.n_components, seed=settings.seed))
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=settings.lr, head_lr=settings.head_lr))
     schedule = AlternatingSchedule(model)
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from loca_vision.formats.adapter_file import FLOATS, Description
-from loca_vision.layers.targets import Target, find_targets
+from loca_vision.layers.targets import Target, find_targets, with_whole_layers
 from loca_vision.messages import nearest
 from loca_vision.model.conv_in import WEIGHT, check_wider
 from loca_vision.model.heads import classifier, head_of
@@ -56,7 +56,8 @@ def is_of_head(model: nn.Module, name: str) -> bool:
 def _match_projections(model: nn.Module, about: Description) -> list[Target]:
     """The model's targets that the file has updates for, in the order of the model; others are simply not adapted."""
     head = {id(parameter) for parameter in classifier(model)}
-    found = {target.name: target for target in find_targets(model) if id(target.layer._parameters.get("weight")) not in head}
+    own = [target for target in find_targets(model) if id(target.layer._parameters.get("weight")) not in head]
+    found = with_whole_layers(own)
     for projection in about.shapes:
         if projection not in found:
             raise ValueError(f"the model has no projection {projection}{nearest(projection, found)}")

@@ -53,6 +53,8 @@ def _reaches(pattern: str, target: Target) -> bool:
 
 def _guest_in(target: Target) -> str | None:
     parts = target.layer_path.split(".")
+    if "image_projection_layers" not in parts:  # what else is called `encoder_hid_proj` is the model's own
+        parts = [part for part in parts if part != "encoder_hid_proj"]
     return next((guest for guest in GUESTS if guest in parts), None)
 
 

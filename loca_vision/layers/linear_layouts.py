@@ -11,6 +11,18 @@ from torch import nn
 FEED_FORWARD = {"fc1": "net.0.proj", "fc2": "net.2"}
 # Others have names of their own; two layers side by side (a gate and what it gates) are both "fc1".
 _OTHERS: tuple[Mapping[str, str], ...] = (
+    {"linear_1": "fc1", "linear_2": "fc1", "out_projection": "fc2"},
+    {"gate_proj": "fc1", "up_proj": "fc1", "linear_fc2": "fc2"},
+    {"gate_up_proj": "fc1", "down_proj": "fc2"},
+    {"gate": "fc1", "up": "fc1", "down": "fc2"},
+    {"gate_layer": "fc1", "proj": "fc1", "out": "fc2"},
+    {"w_gate": "fc1", "w_up": "fc1", "w_down": "fc2"},
+    {"w0": "fc1", "w1": "fc1", "w2": "fc2"},
+    {"ff_in": "fc1", "ff_out": "fc2"},
+    {"ffn.0": "fc1", "ffn.2": "fc2"},
+    {"ff.0": "fc1", "ff.3": "fc2"},
+    {"c_fc": "fc1", "c_proj": "fc2"},
+    {"dense1": "fc1", "dense2": "fc2"},
     {"linear_in": "fc1", "linear_out": "fc2"},
     {"w1": "fc1", "w3": "fc1", "w2": "fc2"},
     {"linear_1": "fc1", "linear_3": "fc1", "linear_2": "fc2"},
@@ -19,6 +31,10 @@ _OTHERS: tuple[Mapping[str, str], ...] = (
     {"wi_0": "fc1", "wi_1": "fc1", "wo": "fc2"},
     {"wi": "fc1", "wo": "fc2"},
 )
+# Names that other layers have too: only of classes that say what they are.
+_OF_FEED_FORWARD = {"in_layer": "fc1", "out_layer": "fc2"}
+# The modules of transformers that hold one layer, `dense`, by how the names of their classes end.
+_DENSE = {"SelfOutput": "out", "Intermediate": "fc1", "Output": "fc2"}
 _AROUND = ("proj_in", "proj_out")
 
 
@@ -35,14 +51,26 @@ def feed_forward(module: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
 
 def named_alike(module: nn.Module, *, root: bool) -> Iterator[tuple[str, str, nn.Module]]:
     """(part, child, layer) of feed-forward layers with names of their own, and of `proj_in` and `proj_out` below the root."""
-    children = {name: child for name, child in module._modules.items() if child is not None and features(child)}
-    for names in _OTHERS:
-        if names.keys() <= children.keys():
-            yield from ((names[name], name, children[name]) for name in names)
+    for names in (*_OTHERS, *([_OF_FEED_FORWARD] if "FeedForward" in type(module).__name__ else ())):
+        layers = {path: layer for path in names if (layer := below(module, path)) is not None and features(layer)}
+        if len(layers) == len(names):
+            yield from ((names[path], path, layer) for path, layer in layers.items())
             break
+    children = {name: child for name, child in module._modules.items() if child is not None and features(child)}
+    if "dense" in children and type(module).__module__.startswith("transformers."):
+        ends = [part for end, part in _DENSE.items() if type(module).__name__.endswith(end)]
+        yield from ((part, "dense", children["dense"]) for part in ends[:1])
     if "proj_mlp" in children:  # of a block that computes attention and feed-forward side by side
         yield "fc1", "proj_mlp", children["proj_mlp"]
     yield from ((name, name, children[name]) for name in _AROUND if name in children and not root)
+
+
+def below(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path such as `ffn.0`; None if there is none."""
+    found: nn.Module | None = module
+    for name in path.split("."):
+        found = found._modules.get(name) if found is not None else None
+    return found
 
 
 def features(layer: nn.Module) -> tuple[int, int] | None:

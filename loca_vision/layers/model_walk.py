@@ -36,13 +36,20 @@ def _below(path: str, module: nn.Module, called: bool, seen: set[int]) -> Iterat
     if id(layer) in seen:
         return
     seen.add(id(layer))
-    called = called if type(layer).__module__.startswith("torch.") else calls_its_layers(type(layer))
+    if isinstance(layer, nn.MultiheadAttention):  # torch reads the weight of its output layer
+        called = False
+    elif not type(layer).__module__.startswith("torch."):
+        called = calls_its_layers(type(layer)) and type(layer).__name__ not in _READERS
     yield Place(path, layer, called)
     if layer is not module:
         return
     for name, child in module._modules.items():
         if child is not None and name != "loca":
             yield from _below(f"{path}.{name}" if path else name, child, called, seen)
+
+
+# Classes of diffusers that compute with the weights of their layers and never call them.
+_READERS = {"HunyuanDiTAttentionPool", "MiniMaxH3AudioCausalAttention", "_AceStepResidualFSQ"}
 
 
 def calls_its_layers(cls: type) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loca_vision.functional.row_linear import Rows
-from loca_vision.layers.attention_layouts import CLIP, DIFFUSERS, T5, Naming
+from loca_vision.layers.attention_layouts import CLIP, DIFFUSERS, FUSED, T5, Naming, target_of
 from loca_vision.layers.linear_layouts import FEED_FORWARD, features
 from loca_vision.layers.targets import find_targets
 
@@ -70,7 +70,7 @@ def rows_of_target(projection: str) -> ProjectionRows | None:
     None for any other name, and for parts of fused projections, of which a name does not tell the rows.
     """
     parent, _, part = projection.rpartition(".")
-    if not is_of_pipeline(projection) or part.startswith("fused_"):
+    if not is_of_pipeline(projection) or (part.partition("_")[0] in FUSED and target_of(part) in _FUSED_PARTS):
         return None
     for naming in _namings(projection):
         if part in _parts(naming, parent):
@@ -86,6 +86,7 @@ def _projection_of(module: str) -> str:
     return module
 
 
+_FUSED_PARTS = ("q", "k", "v", "fc1")
 _ALL_PARTS = {**DIFFUSERS.parts, **FEED_FORWARD}
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from loca_vision.functional.row_linear import Rows
-from loca_vision.layers.attention_layouts import Naming, base_of, naming_of, target_of
+from loca_vision.layers.attention_layouts import CALLED_BY_BLOCK, Naming, base_of, naming_of, target_of
 from loca_vision.layers.attention_layouts import child as genuine_child
+from loca_vision.layers.called_layouts import called_projections
 from loca_vision.layers.linear_layouts import features, feed_forward, named_alike
 from loca_vision.layers.model_walk import Place, places
 from loca_vision.layers.plain_weight import as_matrix
@@ -23,7 +24,8 @@ class Target:
     """One projection: the rows of one linear layer that make up a part of an attention layer or an MLP.
 
     Args:
-        name: path of the attention layer or MLP, a dot, and the part: `blocks.0.attn.q`.
+        name: path of the attention layer or MLP, a dot, and the part: `blocks.0.attn.q`; of layers that are named otherwise
+            their own path, and of rows of one that holds several, a name such as `fused_q` in its place.
         part: "q", "k", "v", "out", "fc1", "fc2", "proj_in", "proj_out", "linear" for any other linear layer, or "conv" for a
             1 x 1 convolution.
         layer_path, layer: the module that holds the weight.
@@ -109,16 +111,36 @@ def find_targets(model: nn.Module, parts: Sequence[str] | None = None) -> list[T
     attention_paths: list[str] = []
     found: list[Target] = []
     known: set[int] = set()
+    outside: set[int] = set()
     order: dict[int, int] = {}  # of the modules that compute with updates
     for place in places(model):
         order[id(place.module)] = len(order)
-        inside = list(_of_module(place, attention_paths))
+        outside |= _called_by_block(place.module)
+        inside = [_outside(target) if id(target.layer) in outside else target for target in _of_module(place, attention_paths)]
         known |= {id(base_of(target.layer)) for target in inside}
         if id(place.module) not in known and place.path and features(place.module):
             part, path = "conv" if isinstance(place.module, nn.Conv2d) else "linear", canonical(place.path)
             inside.append(Target(path, part, path, place.module, called=place.called))
         found += [target for target in inside if parts is None or target.part in parts or _is_linear(target, parts)]
     return sorted(found, key=lambda target: order[id(target.attention or target.layer)])
+
+
+def with_whole_layers(targets: Sequence[Target]) -> dict[str, Target]:
+    """Targets by name, and the layers that are called and hold several by their own paths: so a LoRA of theirs is converted."""
+    several = {target.layer_path: target for target in targets if target.called and target.rows is not None}
+    whole = {path: replace(target, name=path, part="linear", rows=None) for path, target in several.items()}
+    return whole | {target.name: target for target in targets}
+
+
+def _called_by_block(block: nn.Module) -> set[int]:
+    """Layers that are no business of the attention layer that holds them."""
+    attention, path = CALLED_BY_BLOCK.get(type(block).__name__, ("", ""))
+    holder = block._modules.get(attention)
+    return set() if holder is None else {id(base_of(genuine_child(holder, path)))}
+
+
+def _outside(target: Target) -> Target:
+    return replace(target, layer=base_of(target.layer), attention=None, called=True)
 
 
 def _is_linear(target: Target, parts: Sequence[str]) -> bool:
@@ -133,6 +155,11 @@ def _of_module(place: Place, attention_paths: list[str]) -> Iterator[Target]:
         yield from _of_attention(path, module, naming)
         return
     where = f"{path}." if path else ""
+    several = list(called_projections(module))
+    for name, part, child, layer, rows in several:
+        yield Target(f"{where}{name}", part, f"{where}{child}", layer, rows, called=place.called)
+    if several:
+        return
     if place.called:
         for part, child, layer in feed_forward(module):
             yield Target(f"{where}{part}", part, f"{where}{child}", base_of(layer), called=True)

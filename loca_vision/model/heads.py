@@ -14,16 +14,26 @@ _LOG = logging.getLogger(__name__)
 _NAMES = {"head", "heads", "classifier", "fc", "score", "cls_head", "head_dist", "classification_head", "fc_out", "output_head"}
 
 
-def classifier(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the classifier heads of all timm models in `model`.
+# The heads of transformers' image classifiers, those of a distilled one included.
+_OF_TRANSFORMERS = ("classifier", "cls_classifier", "distillation_classifier", "classifier_distill", "score")
 
-    `get_classifier` leaves out the second head of VOLO, which the model's configuration names.
+
+def classifier(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the classifier heads of all timm models and image classifiers of transformers in `model`.
+
+    `get_classifier` of timm leaves out the second head of VOLO, which the model's configuration names.
     """
     found: dict[int, nn.Parameter] = {}
     for owner in model.modules():
-        if hasattr(owner, "get_classifier"):
-            found |= {id(parameter): parameter for head in _heads_of(owner) for parameter in head.parameters()}
+        heads = _heads_of(owner) if hasattr(owner, "get_classifier") else []
+        if _classifies_images(type(owner)):
+            heads = [head for name in _OF_TRANSFORMERS if (head := owner._modules.get(name)) is not None]
+        found |= {id(parameter): parameter for head in heads for parameter in head.parameters()}
     return list(found.values())
+
+
+def _classifies_images(cls: type) -> bool:
+    return any("ForImageClassification" in one.__name__ and one.__module__.startswith("transformers.") for one in cls.__mro__)
 
 
 def _heads_of(owner: Any) -> list[nn.Module]:
@@ -58,7 +68,8 @@ def say_what_freezes(model: nn.Module, kept: Collection[str]) -> None:
     could_train = [p for p in own.values() if type(p) is nn.Parameter and p.is_floating_point()]
     chosen = not all(p.requires_grad for p in could_train)  # what is quantised is frozen in any case
     frozen = [name for name, p in own.items() if p.requires_grad and name not in kept and id(p) not in head]
-    parts = [head_of(name) or (name.rpartition(".")[0] or name if chosen else None) for name in frozen]
+    knows = _classifies_images(type(model))  # what is named like a head in it, as Siglip's pooling is, is none
+    parts = [(None if knows else head_of(name)) or (name.rpartition(".")[0] or name if chosen else None) for name in frozen]
     named = list(dict.fromkeys(part for part in parts if part))
     if named:
         shown = ", ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")

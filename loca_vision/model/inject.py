@@ -33,8 +33,9 @@ def inject(
 ) -> tuple[str, ...]:
     """Adapt the projections `config.targets` of a model, in the layers that `config.layers` chooses.
 
-    The model's own parameters are frozen; the classifier heads of timm models stay trainable. The log says if other parts are
-    frozen that are named like a head, or that were trainable while the rest was frozen. Updates start at zero, so that the
+    The model's own parameters are frozen; the classifier heads of timm models and of transformers' image classifiers stay
+    trainable. The log says if other parts are frozen that are named like a head, or that were trainable while the rest was
+    frozen. Updates start at zero, so that the
     output is bit-identical at first; active adapters go on acting. Every key of the base `state_dict` stays.
 
     Args:

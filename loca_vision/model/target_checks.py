@@ -70,6 +70,7 @@ def check_linear(model: nn.Module, targets: Sequence[Target]) -> None:
         ValueError, TypeError: as `inject`.
     """
     owners: dict[int, tuple[str, str]] = {}
+    _check_untied(model, targets)
     for target in targets:
         if target.attention is not None:
             _check_in_attention(target)
@@ -85,6 +86,21 @@ def check_linear(model: nn.Module, targets: Sequence[Target]) -> None:
         first = owners.setdefault(id(weight), (target.layer_path, target.name))
         if weight is not None and first[0] != target.layer_path:
             raise ValueError(f"{target.name} shares its weight with {first[1]}: what adapts the one would change the other")
+
+
+def _check_untied(model: nn.Module, targets: Sequence[Target]) -> None:
+    """A weight that a module of another kind computes with too, as an embedding does with a language model's head."""
+    adapted = {id(target.layer): target for target in targets}
+    weights = {id(target.layer._parameters.get("weight")): target for target in targets}
+    weights.pop(id(None), None)
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            target = weights.get(id(parameter))
+            if target is not None and id(module) not in adapted:
+                raise ValueError(
+                    f"{target.name} shares its weight with {path}: what adapts the one would change the other; leave it out "
+                    f'with layers=["!{target.name}"]'
+                )
 
 
 def _present(model: nn.Module, targets: Sequence[Target]) -> str:

@@ -20,6 +20,8 @@ ALLOWED = {
     "layers/adapted_attention.py": {"loca"},  # likewise
     "layers/model_walk.py": {"loca"},  # likewise
     "commands/convert.py": {"loca", "lora"},  # forms of files, between which it converts
+    "commands/convert_report.py": {"loca", "lora"},  # likewise
+    "commands/combine.py": {"loca"},  # likewise
 }
 
 

@@ -32,7 +32,14 @@ def transformers_vit() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(("make", "part"), [(Own, "fc"), (transformers_vit, "classifier")])
+def transformers_bert() -> nn.Module:
+    transformers: Any = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 96, "vocab_size": 20}
+    model: nn.Module = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes))
+    return model
+
+
+@pytest.mark.parametrize(("make", "part"), [(Own, "fc"), (transformers_bert, "classifier")])
 def test_a_head_that_freezes_is_named(make: Any, part: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "loca_vision"):
         inject(make(), CONFIG)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+WINDOWS = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
 VISION = SIZES | {"image_size": 32, "patch_size": 8}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -20,11 +21,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "beit": ("Beit", VISION),
     "dinov2": ("Dinov2", VISION),
     "dinov2_reg": ("Dinov2WithRegisters", VISION),
+    "data2vec": ("Data2VecVision", VISION),
     "siglip": ("Siglip", {"vision_config": VISION}),
+    "siglip2": ("Siglip2", {"vision_config": SIZES | {"patch_size": 8, "num_patches": 16}}),
     "clip": ("CLIP", {"vision_config": VISION}),
-    "swin": (
-        "Swin",
-        {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+    "swin": ("Swin", WINDOWS),
+    "swinv2": ("Swinv2", WINDOWS),
+    "pvt": (
+        "Pvt",
+        {"image_size": 32, "num_encoder_blocks": 2, "depths": [1, 1], "sequence_reduction_ratios": [2, 1]}
+        | {"hidden_sizes": [16, 32], "patch_sizes": [4, 2], "strides": [4, 2]}
+        | {"num_attention_heads": [1, 2], "mlp_ratios": [2, 2]},
     ),
 }
 
@@ -55,8 +62,20 @@ def pictures(number: int = 4) -> Tensor:
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     """(4, 3), in evaluation mode."""
-    answer: Tensor = model.eval()(pixel_values=pictures()).logits
+    answer: Tensor = model.eval()(**given(model)).logits
     return answer
+
+
+def given(model: nn.Module) -> dict[str, Tensor]:
+    """What a call takes: of Siglip 2, which has pictures of any size, the patches one by one."""
+    if not type(model).__name__.startswith("Siglip2"):
+        return {"pixel_values": pictures()}
+    patches = pictures().unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1).reshape(4, 16, 192)
+    return {
+        "pixel_values": patches,
+        "pixel_attention_mask": torch.ones(4, 16, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[4, 4]] * 4),
+    }
 
 
 class Pictures(Dataset[dict[str, Tensor]]):

@@ -33,8 +33,7 @@ class Wrapped(nn.Module):
 def trainer(folder, family, method, wrap=lambda model: model, **settings):
     torch.manual_seed(0)
     model = wrap(hf.tiny(family))
-    head = next(name for name, _ in model.named_modules() if name.endswith("classifier"))
-    inject(model, CONFIGS[method], modules_to_save=[head])
+    inject(model, CONFIGS[method])
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=5e-2, head_lr=1e-2))
     schedule = AlternatingSchedule(model, coefficient_steps=2, location_steps=1, learning_steps=6)
     return hf.trainer(model, folder, optimizer, callbacks=[Step(schedule)], **settings)
