@@ -33,7 +33,7 @@ _LAYOUTS: tuple[Mapping[str, str | tuple[str, ...]], ...] = (
 
 def called_projections(module: nn.Module) -> Iterator[tuple[str, str, str, nn.Module, Rows]]:
     """(name, part, path, layer, rows) of the projections of an attention layer in the table; nothing for other modules."""
-    if not any(cls.__module__.startswith("diffusers.") for cls in type(module).__mro__):
+    if not module._modules or not any(cls.__module__.startswith("diffusers.") for cls in type(module).__mro__):
         return
     for layout in _LAYOUTS:
         layers: dict[str, Any] = {path: below(module, path) for path in layout}

@@ -51,6 +51,8 @@ def feed_forward(module: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
 
 def named_alike(module: nn.Module, *, root: bool) -> Iterator[tuple[str, str, nn.Module]]:
     """(part, child, layer) of feed-forward layers with names of their own, and of `proj_in` and `proj_out` below the root."""
+    if not module._modules:
+        return
     for names in (*_OTHERS, *([_OF_FEED_FORWARD] if "FeedForward" in type(module).__name__ else ())):
         layers = {path: layer for path in names if (layer := below(module, path)) is not None and features(layer)}
         if len(layers) == len(names):

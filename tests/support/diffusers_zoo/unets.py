@@ -168,7 +168,7 @@ CASES = {
             "layers_per_block": 1,
             "sample_size": 16,
         },
-        lambda: {"sample": noise(4, 4, 4, 16, 16), "timestep": torch.tensor([10]), "encoder_hidden_states": noise(16, 4, 16)},
+        lambda: {"sample": noise(1, 4, 2, 8, 8), "timestep": torch.tensor([10]), "encoder_hidden_states": noise(2, 4, 16)},
     ),
     "UNetSpatioTemporalConditionModel": Case(
         {
