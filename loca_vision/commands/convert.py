@@ -13,10 +13,10 @@ from loca_vision.commands.convert_report import advice, left_out_lines, size_of,
 from loca_vision.commands.named_model import model_named
 from loca_vision.formats.adapter_file import FILE_NAME as ADAPTER_NAME
 from loca_vision.formats.conversion.base_tensors import matrices_in
+from loca_vision.formats.conversion.base_weights import given_weights, is_pipeline
 from loca_vision.formats.conversion.checkpoint_difference import open_difference
 from loca_vision.formats.conversion.conversion_error import LayerFidelity
 from loca_vision.formats.conversion.dct_truncation import Budget, BudgetRule
-from loca_vision.formats.conversion.given_weights import given_weights
 from loca_vision.formats.conversion.to_adapter import to_loca, to_lora_adapter
 from loca_vision.formats.conversion.to_full_file import to_full
 from loca_vision.formats.conversion.to_lora_file import to_lora
@@ -102,7 +102,7 @@ class Convert:
     """Of the pipeline, for a LoRA whose names tell none: unet, transformer, text_encoder."""
     base: Path | None = None
     """The weights it is for, which DoRA depends on, and --to full for tensors trained whole: a file, an index of shards, or the
-    folder of either; for full also the folder of a pipeline."""
+    folder of either or of a pipeline."""
     form: OutputOptions = field(default_factory=OutputOptions)
     """What is to be made of it."""
 
@@ -133,7 +133,7 @@ def convert(command: Convert) -> str:
     form = command.form
     form.check(command.output)
     places, base_model = model_named(form.model)
-    sizes = matrices_in(command.base) if command.base is not None and form.to != "full" else None
+    sizes = matrices_in(command.base) if command.base is not None and not is_pipeline(command.base) else None
     source = read_source(command.source, places, skip=form.skip, component=command.component, sizes=sizes)
     if command.base is None or form.to == "full":
         return write_form(command.output, form, source, places, base_model, command.base)

@@ -9,11 +9,12 @@ from torch import nn
 
 from loca_vision import LoRAConfig, SeLoRAConfig, adapters, inject, remove, save_adapter
 from loca_vision.commands.main import main
-from loca_vision.diffusers import save_loca_weights
+from loca_vision.diffusers import load_loca_weights, save_loca_weights
 from loca_vision.formats.kohya_writer import write_kohya_lora
 from loca_vision.formats.lora_writer import write_diffusers_lora
 from loca_vision.formats.low_rank_pair import LowRankPair
-from support.pipelines import output_of, stable_diffusion
+from support.formulas import stir
+from support.pipelines import output_of, picture, stable_diffusion
 
 NAME = "test_vit"
 ALL = ("q", "k", "v", "out", "fc1")
@@ -146,3 +147,19 @@ def test_magnitudes_stay_float32(tmp_path):
     tensors = safetensors.torch.load_file(file)
     assert torch.equal(tensors[f"{layer}.lora_magnitude_vector"], magnitudes)
     assert tensors[f"{layer}.lora_A.weight"].dtype == torch.float16
+
+
+def test_components_are_given_the_weights_of_a_pipelines_folder(tmp_path):
+    """To LoCA, where the update of DoRA has to be a matrix."""
+    pipe = stable_diffusion()
+    for model in (pipe.unet, pipe.text_encoder):
+        inject(model, LoRAConfig(r=2, use_dora=True, targets=("q",)))
+        stir(model)
+    save_loca_weights(pipe, tmp_path / "dora", "default")
+    stable_diffusion().save_pretrained(tmp_path / "pipe")
+    words = f"convert {tmp_path}/dora {tmp_path}/out --energy 1.0 --base"
+    assert main([*words.split(), f"{tmp_path}/pipe/unet"]) == 2
+    assert main([*words.split(), f"{tmp_path}/pipe"]) == 0
+    fresh = stable_diffusion()
+    load_loca_weights(fresh, tmp_path / "out")
+    assert (picture(fresh) - picture(pipe)).abs().max() < 1e-4

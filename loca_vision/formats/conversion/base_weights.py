@@ -2,48 +2,112 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
+from loca_vision.formats.conversion.base_tensors import BaseTensors, Target, is_original
+from loca_vision.formats.conversion.weight_deltas import WeightDeltas
 from loca_vision.formats.lora_tensors import COMPONENTS
+from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.storage.safetensors_file import in_sixteen_bits
 from loca_vision.storage.sharded_weights import Weights, open_weights
 
-BaseTensor = Callable[[str], Tensor]
+
+@dataclass(frozen=True)
+class Base:
+    """
+    Args:
+        path: of the weights, for sentences.
+        opened: the checkpoint of each component, or under "" of all, and where it has the parameters.
+    """
+
+    path: str | os.PathLike[str]
+    opened: Mapping[str, tuple[Weights, BaseTensors]]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a parameter, `unet.conv_in.weight`; () if there is none of that name."""
+        weights, target = self._find(name)
+        return () if target is None else target.shape(weights.entries[target.name])
+
+    def tensor(self, name: str) -> Tensor:
+        """
+        Raises:
+            ValueError: the base has no such parameter.
+        """
+        weights, target = self._find(name)
+        if target is None:
+            component, _, own = name.partition(".")
+            named = own if component in COMPONENTS else name
+            raise ValueError(f"{self.path}: it has no tensor {named}, for which there is an update")
+        return target.taken(in_sixteen_bits(weights.tensor(target.name)))
+
+    def _find(self, name: str) -> tuple[Weights, Target | None]:
+        weights, tensors = self.opened.get(name.partition(".")[0]) or self.opened.get("") or next(iter(self.opened.values()))
+        return weights, tensors.find(name)
+
+
+def is_pipeline(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a folder with folders for components."""
+    return any((Path(path) / component).is_dir() for component in COMPONENTS)
 
 
 @contextmanager
-def open_base(path: str | os.PathLike[str], names: Iterable[str]) -> Iterator[BaseTensor]:
-    """A function that reads a parameter of the base by its name, `unet.conv_in.weight`.
+def open_base(path: str | os.PathLike[str], names: Iterable[str]) -> Iterator[Base]:
+    """The weights that an update is for.
 
     Args:
-        path: of the weights, as `open_weights` takes them; or the folder of a pipeline, with a folder for each component.
+        path: as `open_weights` takes them, of a model or of the original layout; or the folder of a pipeline, with a folder
+            for each component.
         names: of the parameters or modules that will be asked for.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_weights`; weights of one model, where several are asked for. The function
-            raises ValueError where the base has no such parameter.
+        FileNotFoundError, ValueError: as `open_weights`; weights of one model, where several are asked for.
     """
     components = sorted({name.partition(".")[0] for name in names} & set(COMPONENTS)) or [""]
+    folders = {component: Path(path) / component for component in components if component}
     with ExitStack() as stack:
-        opened: dict[str, Weights] = {}
-        for component in components:
-            folder = Path(path) / component
-            if len(components) > 1 and not folder.is_dir():
+        opened = {}
+        if not is_pipeline(path):
+            weights = stack.enter_context(open_weights(path))
+            original = is_original(weights.entries)
+            if len(components) > 1 and not original:
+                raise ValueError(f"{path}: it has no folder {components[0]}, and the adapter is for {', '.join(components)}")
+            opened[""] = weights, BaseTensors(weights.entries, "" if original else components[0])
+        for component, folder in folders.items() if not opened else ():
+            if not folder.is_dir():
                 raise ValueError(f"{path}: it has no folder {component}, and the adapter is for {', '.join(components)}")
-            opened[component] = stack.enter_context(open_weights(folder if component and folder.is_dir() else path))
-        yield lambda name: _tensor(name, opened, path)
+            weights = stack.enter_context(open_weights(folder))
+            opened[component] = weights, BaseTensors(weights.entries, component)
+        yield Base(path, opened)
 
 
-def _tensor(name: str, opened: Mapping[str, Weights], path: str | os.PathLike[str]) -> Tensor:
-    component = name.partition(".")[0]
-    weights = opened.get(component, opened.get(""))
-    own = name[len(component) + 1 :] if component in opened else name
-    # Of a text encoder, files have text_model in their names or not.
-    for found in (own, own.removeprefix("text_model."), f"text_model.{own}"):
-        if weights is not None and found in weights.entries:
-            return weights.tensor(found)
-    raise ValueError(f"{path}: it has no tensor {own}, for which there is an update")
+@contextmanager
+def given_weights(source: WeightDeltas, base: str | os.PathLike[str]) -> Iterator[WeightDeltas]:
+    """The same updates, each of which the weights of the base were given to where it needs them (DoRA).
+
+    Args:
+        base: as `open_base` takes it.
+
+    Raises:
+        FileNotFoundError, ValueError: the base is not sound, or has not a weight of that size.
+    """
+    if not source.needs_weight:
+        yield source
+        return
+    with open_base(base, source.needs_weight) as opened:
+        for module in source.needs_weight:
+            shape = opened.shape(f"{module}.weight")
+            if not shape or (shape[0], math.prod(shape[1:])) != source.shapes[module]:
+                raise ValueError(f"{base}: it has no weight of {module} of the size {source.shapes[module]}")
+
+        def read(module: str, weight: Tensor | None) -> Tensor | LowRankPair:
+            known = opened.tensor(f"{module}.weight").flatten(1) if module in source.needs_weight else weight
+            return source.read(module, known)
+
+        yield replace(source, read=read, needs_weight=(), decomposed={})

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from loca_vision.formats.conversion.base_weights import BaseTensor, open_base
+from loca_vision.formats.conversion.base_weights import Base, open_base
 from loca_vision.formats.conversion.conversion_error import LayerFidelity, left_out_entirely
 from loca_vision.formats.conversion.to_lora_file import norm_of, refuse_unless
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas
@@ -53,8 +53,8 @@ def to_full(
     tensors: dict[str, Tensor] = {}
     losses: list[LayerFidelity] = []
     needed = [*kept.needs_weight, *kept.whole]
-    with open_base(base, needed) if base is not None and needed else nullcontext(None) as weight_of:
-        for layer, parameter, exact, shape in _exact(kept, weight_of):
+    with open_base(base, needed) if base is not None and needed else nullcontext(None) as weights:
+        for layer, parameter, exact, shape in _exact(kept, weights):
             stored = exact.to(dtype or torch.float32)
             lost = norm_of(exact.double() - stored.double())
             losses.append(LayerFidelity(layer, shape, exact.numel(), norm_of(exact), lost))
@@ -73,29 +73,29 @@ def _without(source: WeightDeltas, gone: Collection[str]) -> WeightDeltas:
     )
 
 
-def _exact(source: WeightDeltas, weight_of: BaseTensor | None) -> Iterator[tuple[str, str, Tensor, tuple[int, ...]]]:
+def _exact(source: WeightDeltas, weights: Base | None) -> Iterator[tuple[str, str, Tensor, tuple[int, ...]]]:
     """Each layer, the name of its parameter, the difference in the parameter's shape, and the shape to tell."""
     for module, shape in source.shapes.items():
-        matrix = _matrix(source, module, weight_of if module in source.needs_weight else None)
+        matrix = _matrix(source, module, weights if module in source.needs_weight else None)
         yield module, f"{module}.weight", _with_kernel(matrix, source.kernels.get(module)), shape
     for name, tensor in source.whole.items():
-        yield name, name, _difference(name, tensor, weight_of), tuple(tensor.shape)
+        yield name, name, _difference(name, tensor, weights), tuple(tensor.shape)
     for name, tensor in source.differences.items():
         yield name, name, tensor, tuple(tensor.shape)
 
 
-def _matrix(source: WeightDeltas, module: str, weight_of: BaseTensor | None) -> Tensor:
-    if weight_of is None:
+def _matrix(source: WeightDeltas, module: str, weights: Base | None) -> Tensor:
+    if weights is None:
         return source.matrix(module)
-    weight = weight_of(f"{module}.weight").flatten(1)
+    weight = weights.tensor(f"{module}.weight").flatten(1)
     if tuple(weight.shape) != source.shapes[module]:
         raise ValueError(f"{module} is {tuple(weight.shape)} in the base, and its update {source.shapes[module]}")
     return source.matrix(module, weight)
 
 
-def _difference(name: str, tensor: Tensor, weight_of: BaseTensor | None) -> Tensor:
-    assert weight_of is not None
-    before = weight_of(name)
+def _difference(name: str, tensor: Tensor, weights: Base | None) -> Tensor:
+    assert weights is not None
+    before = weights.tensor(name)
     if before.shape != tensor.shape:
         raise ValueError(f"{name} is {tuple(before.shape)} in the base, and {tuple(tensor.shape)} in the adapter")
     return tensor.double() - before.double()
