@@ -21,8 +21,8 @@ from loca_vision.formats.conversion.to_adapter import to_loca, to_lora_adapter
 from loca_vision.formats.conversion.to_full_file import to_full
 from loca_vision.formats.conversion.to_lora_file import to_lora
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas, read_source
-from loca_vision.formats.lora_reader import DIFFUSERS_WEIGHTS
-from loca_vision.formats.lora_tensors import file_to_write
+from loca_vision.formats.lora_files.reader import DIFFUSERS_WEIGHTS
+from loca_vision.formats.lora_files.written_layers import file_to_write
 from loca_vision.layers.projection_rows import ProjectionRows, projections_of_modules
 
 KINDS: tuple[BudgetRule, ...] = ("count", "threshold", "ratio", "energy")

@@ -16,8 +16,8 @@ from loca_vision.formats.conversion.conversion_error import (
 from loca_vision.formats.conversion.to_adapter import components_for
 from loca_vision.formats.conversion.to_lora_file import not_read_by_diffusers
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas
-from loca_vision.formats.lora_keys import canonical
-from loca_vision.formats.stable_diffusion import family_of, is_told
+from loca_vision.formats.lora_files.keys import canonical
+from loca_vision.formats.lora_files.stable_diffusion import family_of, is_told
 from loca_vision.layers.projection_rows import ProjectionRows
 
 _UNITS = {"loca": "components", "full": "numbers"}

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from loca_vision.formats.adapter_file import METADATA_KEY, Description, check_values, component_of, read_description
 from loca_vision.formats.conversion.base_tensors import matrices_in
-from loca_vision.formats.layer_tensors import LoraFile
-from loca_vision.formats.lora_reader import has_lora, read_lora
-from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.layer_tensors import LoraFile
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.reader import has_lora, read_lora
 from loca_vision.formats.save_load import file_to_read
 from loca_vision.functional.dct import dct2
 from loca_vision.messages import aligned

@@ -14,8 +14,8 @@ from PIL import Image
 
 import loca_vision.diffusers
 from loca_vision import KINDS, LoCAConfig, inject, save_adapter
-from loca_vision.formats.lora_writer import write_diffusers_lora
-from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.writer import write_diffusers_lora
 from support import pipelines as tiny
 from support.image_folders import write_oxford_pets
 

@@ -10,9 +10,9 @@ from loca_vision import LoCAConfig, LoRAConfig, SDCTFTConfig, adapters, inject, 
 from loca_vision.commands import combine
 from loca_vision.commands.main import main
 from loca_vision.diffusers import load_loca_weights
-from loca_vision.formats.kohya_writer import write_kohya_lora
-from loca_vision.formats.lora_reader import read_lora
-from loca_vision.formats.lora_writer import write_diffusers_lora
+from loca_vision.formats.lora_files.kohya_writer import write_kohya_lora
+from loca_vision.formats.lora_files.reader import read_lora
+from loca_vision.formats.lora_files.writer import write_diffusers_lora
 from loca_vision.layers.projection_rows import projections_in
 from support.lora_files import made_up, plain
 from support.pipelines import stable_diffusion

@@ -20,11 +20,11 @@ from loca_vision.formats.conversion.merge_checkpoint import merge
 from loca_vision.formats.conversion.to_adapter import to_loca, to_lora_adapter
 from loca_vision.formats.conversion.to_lora_file import to_lora
 from loca_vision.formats.conversion.weight_deltas import read_source
-from loca_vision.formats.kohya_writer import write_kohya_lora
-from loca_vision.formats.lora_keys import canonical
-from loca_vision.formats.lora_reader import read_lora
-from loca_vision.formats.lora_writer import write_diffusers_lora
-from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.keys import canonical
+from loca_vision.formats.lora_files.kohya_writer import write_kohya_lora
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.reader import read_lora
+from loca_vision.formats.lora_files.writer import write_diffusers_lora
 from loca_vision.layers.projection_rows import projections_in, projections_of_modules, rows_of_target
 from loca_vision.methods.fourierft import FourierFTConfig
 from loca_vision.methods.lora import LoRAConfig

@@ -9,8 +9,8 @@ from loca_vision.formats.conversion.conversion_error import total_loss
 from loca_vision.formats.conversion.to_adapter import to_lora_adapter
 from loca_vision.formats.conversion.to_lora_file import to_lora
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas
-from loca_vision.formats.lora_writer import write_diffusers_lora
-from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.writer import write_diffusers_lora
 from support.pipelines import stable_diffusion
 from support.reference_weights import adapter
 

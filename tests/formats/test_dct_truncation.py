@@ -7,7 +7,7 @@ import torch
 from scipy.fft import dctn, idctn
 
 from loca_vision.formats.conversion.dct_truncation import Budget, largest_components, total_error
-from loca_vision.formats.low_rank_pair import LowRankPair, truncated
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair, truncated
 from support.time_limit import within
 
 SHAPES = [(1, 1), (1, 7), (5, 4), (12, 9), (30, 48)]

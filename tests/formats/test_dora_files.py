@@ -10,9 +10,9 @@ from torch import nn
 from loca_vision import LoRAConfig, SeLoRAConfig, adapters, inject, remove, save_adapter
 from loca_vision.commands.main import main
 from loca_vision.diffusers import load_loca_weights, save_loca_weights
-from loca_vision.formats.kohya_writer import write_kohya_lora
-from loca_vision.formats.lora_writer import write_diffusers_lora
-from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.kohya_writer import write_kohya_lora
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.writer import write_diffusers_lora
 from support.formulas import stir
 from support.pipelines import output_of, picture, stable_diffusion
 

@@ -16,8 +16,8 @@ from loca_vision import LoCAConfig, LoRAConfig, adapters, inject, load_adapter, 
 from loca_vision.diffusers import load_loca_weights
 from loca_vision.formats.conversion.to_adapter import Budget, to_loca
 from loca_vision.formats.conversion.weight_deltas import read_source
-from loca_vision.formats.lora_writer import write_diffusers_lora
-from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.writer import write_diffusers_lora
 from loca_vision.layers.projection_rows import projections_of_modules, rows_of_target
 from loca_vision.layers.targets import find_targets
 from loca_vision.methods.lora import LoRA

@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
 
 ATTENTION = r".*attn.*(to_q|to_k|to_v|to_out\.0)$"
 

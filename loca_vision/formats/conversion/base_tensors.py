@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loca_vision.formats.former_names import Spelling, similar
-from loca_vision.formats.lora_keys import canonical, family_of, layer_of_tensor
-from loca_vision.formats.original_names import Layer
+from loca_vision.formats.lora_files.former_names import Spelling, similar
+from loca_vision.formats.lora_files.keys import canonical, family_of, layer_of_tensor
+from loca_vision.formats.lora_files.original_names import Layer
 from loca_vision.storage.safetensors_file import Entry
 from loca_vision.storage.sharded_weights import open_weights
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from loca_vision.formats.conversion.base_tensors import BaseTensors, Target, is_original
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas
-from loca_vision.formats.lora_tensors import COMPONENTS
-from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.written_layers import COMPONENTS
 from loca_vision.storage.safetensors_file import in_sixteen_bits
 from loca_vision.storage.sharded_weights import Weights, open_weights
 

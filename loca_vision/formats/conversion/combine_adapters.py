@@ -19,7 +19,7 @@ from loca_vision.formats.adapter_file import (
 )
 from loca_vision.formats.conversion.conversion_error import LayerFidelity
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas, file_of, is_adapter
-from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
 from loca_vision.formats.save_load import write_adapter
 from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.methods.loca import LoCAConfig

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
 from loca_vision.layers.projection_rows import ProjectionRows
 from loca_vision.methods.lora import LowRank
 from loca_vision.methods.update import Update

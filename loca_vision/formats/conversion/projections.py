@@ -11,7 +11,7 @@ from torch import Tensor
 from loca_vision.formats.conversion.conversion_error import LayerFidelity, left_out_entirely
 from loca_vision.formats.conversion.to_lora_file import norm_of, refuse_unless
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas
-from loca_vision.formats.lora_keys import canonical
+from loca_vision.formats.lora_files.keys import canonical
 from loca_vision.layers.projection_rows import ProjectionRows, projections_of_modules
 from loca_vision.messages import nearest
 

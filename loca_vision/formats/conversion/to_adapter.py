@@ -21,7 +21,7 @@ from loca_vision.formats.conversion.conversion_error import LayerFidelity
 from loca_vision.formats.conversion.dct_truncation import Budget, components_losing, largest_components
 from loca_vision.formats.conversion.projections import Projections, places_of
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas
-from loca_vision.formats.low_rank_pair import LowRankPair, cut
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair, cut
 from loca_vision.formats.save_load import write_adapter
 from loca_vision.layers.attention_layouts import part_of_name
 from loca_vision.layers.projection_rows import ProjectionRows, projections_of_modules

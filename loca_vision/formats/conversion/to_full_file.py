@@ -15,7 +15,7 @@ from loca_vision.formats.conversion.base_weights import Base, open_base
 from loca_vision.formats.conversion.conversion_error import LayerFidelity, left_out_entirely
 from loca_vision.formats.conversion.to_lora_file import norm_of, refuse_unless
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas
-from loca_vision.formats.kohya_writer import difference_key, write_differences
+from loca_vision.formats.lora_files.kohya_writer import difference_key, write_differences
 
 _NO_NAME = "kohya's keys have no name for it"
 _NO_BASE = "name the base's weights with --base"

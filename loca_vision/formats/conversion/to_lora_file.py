@@ -14,10 +14,10 @@ from torch import Tensor
 from loca_vision.formats.adapter_file import prefix_of
 from loca_vision.formats.conversion.conversion_error import LayerFidelity, left_out_entirely
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas
-from loca_vision.formats.kohya_writer import has_name, write_kohya_lora
-from loca_vision.formats.lora_tensors import COMPONENTS, LoraLayers
-from loca_vision.formats.lora_writer import write_diffusers_lora, write_peft_lora
-from loca_vision.formats.low_rank_pair import LowRankPair, cut
+from loca_vision.formats.lora_files.kohya_writer import has_name, write_kohya_lora
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair, cut
+from loca_vision.formats.lora_files.writer import write_diffusers_lora, write_peft_lora
+from loca_vision.formats.lora_files.written_layers import COMPONENTS, LoraLayers
 
 KeyFormat = Literal["diffusers", "kohya", "peft"]
 

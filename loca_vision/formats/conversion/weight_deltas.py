@@ -21,12 +21,12 @@ from loca_vision.formats.adapter_file import (
     read_description,
 )
 from loca_vision.formats.conversion.dora_factors import dora_of
-from loca_vision.formats.former_names import Spelling
-from loca_vision.formats.layer_tensors import LoraFile
-from loca_vision.formats.lora_keys import canonical
-from loca_vision.formats.lora_reader import read_lora
-from loca_vision.formats.low_rank_pair import LowRankPair
-from loca_vision.formats.module_update import ModuleUpdate
+from loca_vision.formats.lora_files.former_names import Spelling
+from loca_vision.formats.lora_files.keys import canonical
+from loca_vision.formats.lora_files.layer_tensors import LoraFile
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.module_update import ModuleUpdate
+from loca_vision.formats.lora_files.reader import read_lora
 from loca_vision.layers.projection_rows import ProjectionRows, rows_of_target
 from loca_vision.methods.update import Update
 from loca_vision.storage.safetensors_file import open_safetensors

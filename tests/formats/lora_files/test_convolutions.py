@@ -7,9 +7,9 @@ from peft import PeftModel
 from torch import nn
 
 from loca_vision.commands.main import main
-from loca_vision.formats.kohya_writer import write_kohya_lora
-from loca_vision.formats.lora_writer import write_diffusers_lora, write_peft_lora
-from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.kohya_writer import write_kohya_lora
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.writer import write_diffusers_lora, write_peft_lora
 from support.pipelines import stable_diffusion, unet
 
 BLOCK = "unet.mid_block.attentions.0"

@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 
 from loca_vision.formats.conversion.merge_checkpoint import merge
 from loca_vision.formats.conversion.weight_deltas import read_source
-from loca_vision.formats.lora_reader import read_lora
-from loca_vision.formats.lora_writer import write_peft_lora
-from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.reader import read_lora
+from loca_vision.formats.lora_files.writer import write_peft_lora
 from support.lora_files import COMPONENTS, MIXED, equal, plain
 from support.pipelines import stable_diffusion, stable_diffusion_xl
 from support.timm_models import tiny

@@ -12,8 +12,8 @@ from loca_vision.commands.main import main
 from loca_vision.formats.conversion.base_tensors import matrices_in
 from loca_vision.formats.conversion.merge_checkpoint import merge
 from loca_vision.formats.conversion.weight_deltas import read_source
-from loca_vision.formats.lora_keys import unflattened
-from loca_vision.formats.lora_reader import read_lora
+from loca_vision.formats.lora_files.keys import unflattened
+from loca_vision.formats.lora_files.reader import read_lora
 from loca_vision.layers.projection_rows import ProjectionRows
 
 GOLDEN = Path(__file__).parents[2] / "golden"

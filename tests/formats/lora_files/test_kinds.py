@@ -10,7 +10,7 @@ from loca_vision.commands.inspect_file import describe
 from loca_vision.commands.main import main
 from loca_vision.formats.conversion.merge_checkpoint import merge
 from loca_vision.formats.conversion.weight_deltas import read_source
-from loca_vision.formats.lora_reader import read_lora
+from loca_vision.formats.lora_files.reader import read_lora
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 FLAT = "lora_unet_mid_block_attentions_0_transformer_blocks_0"

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from loca_vision.commands.main import main
-from loca_vision.formats.kohya_writer import write_kohya_lora
-from loca_vision.formats.lora_writer import write_diffusers_lora
-from loca_vision.formats.low_rank_pair import LowRankPair
-from loca_vision.formats.stable_diffusion import family_of
+from loca_vision.formats.lora_files.kohya_writer import write_kohya_lora
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.stable_diffusion import family_of
+from loca_vision.formats.lora_files.writer import write_diffusers_lora
 from loca_vision.storage.safetensors_file import open_safetensors
 
 LAYER = "text_model.encoder.layers.{}.self_attn.{}"

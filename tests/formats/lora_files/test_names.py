@@ -10,9 +10,9 @@ from diffusers.loaders.lora_conversion_utils import (
 
 from loca_vision.formats.conversion.merge_checkpoint import merge
 from loca_vision.formats.conversion.weight_deltas import read_source
-from loca_vision.formats.kohya_writer import flattened
-from loca_vision.formats.lora_keys import parse_key, unflattened
-from loca_vision.formats.lora_reader import read_lora
+from loca_vision.formats.lora_files.keys import parse_key, unflattened
+from loca_vision.formats.lora_files.kohya_writer import flattened
+from loca_vision.formats.lora_files.reader import read_lora
 from support.lora_files import check_merged, modules, plain, weights_of
 from support.pipelines import stable_diffusion, stable_diffusion_xl
 

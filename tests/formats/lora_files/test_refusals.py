@@ -9,10 +9,10 @@ import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline
 
-from loca_vision.formats.kohya_writer import write_kohya_lora
-from loca_vision.formats.lora_reader import read_lora
-from loca_vision.formats.lora_writer import write_diffusers_lora, write_peft_lora
-from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.kohya_writer import write_kohya_lora
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.reader import read_lora
+from loca_vision.formats.lora_files.writer import write_diffusers_lora, write_peft_lora
 from support.lora_files import made_up
 from support.pipelines import stable_diffusion
 

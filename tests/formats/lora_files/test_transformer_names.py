@@ -8,8 +8,8 @@ from diffusers.loaders.lora_conversion_utils import _convert_xlabs_flux_lora_to_
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from transformers import T5Config, T5EncoderModel
 
-from loca_vision.formats.lora_keys import parse_key, unflattened
-from loca_vision.formats.lora_reader import read_lora
+from loca_vision.formats.lora_files.keys import parse_key, unflattened
+from loca_vision.formats.lora_files.reader import read_lora
 from support.pipelines import flux, pixart, sd3
 
 WIDTH = 3072  # which diffusers' converter takes for granted

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from loca_vision.formats.kohya_writer import write_kohya_lora
-from loca_vision.formats.lora_reader import read_lora
-from loca_vision.formats.lora_writer import write_diffusers_lora
-from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.kohya_writer import write_kohya_lora
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.reader import read_lora
+from loca_vision.formats.lora_files.writer import write_diffusers_lora
 from support.lora_files import MIXED, check_merged, equal, made_up, plain, weights_of
 from support.pipelines import stable_diffusion, stable_diffusion_xl
 

@@ -12,8 +12,8 @@ from loca_vision.commands.main import main
 from loca_vision.formats.conversion.base_tensors import BaseTensors
 from loca_vision.formats.conversion.merge_checkpoint import merge
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas, read_source
-from loca_vision.formats.lora_writer import write_diffusers_lora
-from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.writer import write_diffusers_lora
 from loca_vision.storage.safetensors_file import Entry
 from support.pipelines import flux, text_encoder, unet
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from loca_vision.formats.lora_scales import FourierSettings, Scales
-from loca_vision.formats.low_rank_pair import LowRankPair
-from loca_vision.formats.module_update import ModuleUpdate
-from loca_vision.formats.original_names import Layer
-from loca_vision.formats.peft_fourierft import fourier_update
-from loca_vision.formats.update_kinds import update_of
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.module_update import ModuleUpdate
+from loca_vision.formats.lora_files.original_names import Layer
+from loca_vision.formats.lora_files.peft_fourierft import fourier_update
+from loca_vision.formats.lora_files.scales import FourierSettings, Scales
+from loca_vision.formats.lora_files.update_kinds import update_of
 
 # Convolutions of 3 x 3 in diffusers' UNets, of which LyCORIS may have flat factors.
 _CONVOLUTION = re.compile(r"unet\..*\b(conv_in|conv_out|conv1|conv2|(down|up)samplers\.0\.conv)")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from loca_vision.formats.adapter_file import FLOATS
-from loca_vision.formats.layer_tensors import FileLayer, LoraFile, add_layer
-from loca_vision.formats.lora_keys import PEFT_PREFIX, family_of, parse_key
-from loca_vision.formats.lora_roles import role_of
-from loca_vision.formats.lora_scales import PeftSettings, Scales, read_settings, settings_in_header
+from loca_vision.formats.lora_files.keys import PEFT_PREFIX, family_of, parse_key
+from loca_vision.formats.lora_files.layer_tensors import FileLayer, LoraFile, add_layer
+from loca_vision.formats.lora_files.roles import role_of
+from loca_vision.formats.lora_files.scales import PeftSettings, Scales, read_settings, settings_in_header
 from loca_vision.storage.safetensors_file import (
     EIGHT_BITS,
     Entry,

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loca_vision.formats.lora_keys import canonical
-from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.keys import canonical
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
 from loca_vision.storage.safetensors_file import PICKLES
 
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loca_vision.formats.lora_scales import FourierSettings
-from loca_vision.formats.module_update import MOST_CELLS, ModuleUpdate
+from loca_vision.formats.lora_files.module_update import MOST_CELLS, ModuleUpdate
+from loca_vision.formats.lora_files.scales import FourierSettings
 from loca_vision.functional.cosine_atoms import Cells
 from loca_vision.functional.fourier import inverse_real
 

@@ -13,11 +13,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from loca_vision.formats.lora_keys import PEFT_PREFIX
-from loca_vision.formats.lora_reader import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
-from loca_vision.formats.lora_scales import METADATA_KEY
-from loca_vision.formats.lora_tensors import LoraLayers, check_any, file_to_write
-from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.keys import PEFT_PREFIX
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.reader import DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS
+from loca_vision.formats.lora_files.scales import METADATA_KEY
+from loca_vision.formats.lora_files.written_layers import LoraLayers, check_any, file_to_write
 from loca_vision.storage.atomic_folder import check_replaceable, write_folder
 from loca_vision.storage.safetensors_file import write_safetensors
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from loca_vision.formats.low_rank_pair import LowRankPair
-from loca_vision.formats.module_update import MOST_CELLS, Magnitude, ModuleUpdate
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.module_update import MOST_CELLS, Magnitude, ModuleUpdate
 
 Scale = Callable[[int | None], float]  # the factor of an update, by its rank; None for two full factors
 _HADA, _HADA_CORES = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, {"hada_t1", "hada_t2"}

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from loca_vision.formats.lora_roles import role_of
-from loca_vision.formats.original_names import Layer, layer_of
+from loca_vision.formats.lora_files.original_names import Layer, layer_of
+from loca_vision.formats.lora_files.roles import role_of
 
 PEFT_PREFIX = "base_model.model."
 _MAX_KEY = 500

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loca_vision.formats.lora_keys import canonical, unflattened
-from loca_vision.formats.lora_tensors import LoraLayers, check_any, file_to_write, stored
-from loca_vision.formats.low_rank_pair import LowRankPair
-from loca_vision.formats.stable_diffusion import Family, family_of, header_of
+from loca_vision.formats.lora_files.keys import canonical, unflattened
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.stable_diffusion import Family, family_of, header_of
+from loca_vision.formats.lora_files.written_layers import LoraLayers, check_any, file_to_write, stored
 from loca_vision.storage.safetensors_file import write_safetensors
 
 _ENCODERS = ("text_encoder", "text_encoder_2")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loca_vision.formats.low_rank_pair import LowRankPair
+from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
 
 MOST_CELLS = 2**31  # of a weight, as in adapter files: factors of a few kB could ask for any amount of memory
 
