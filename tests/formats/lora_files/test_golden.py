@@ -189,3 +189,32 @@ def test_any_damage_is_read_or_refused_in_one_line(tmp_path):
             assert "\n" not in str(error)
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 100, outcomes
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_what_sd_scripts_saves_is_merged_as_it_merges(component, tmp_path):
+    """Linear layers, 1 x 1 and 3 x 3 convolutions, of other ranks and alphas."""
+    tensors = safetensors.torch.load_file(GOLDEN / "sd-scripts-expected.safetensors")
+    added = {name.removeprefix(f"{component}."): v for name, v in tensors.items() if name.startswith(f"{component}.")}
+    assert {tensor.dim() for tensor in added.values()} == ({2, 4} if component == "unet" else {2})
+    _, merged = merged_into(
+        {name: torch.zeros_like(tensor) for name, tensor in added.items()},
+        lambda _: read_source(GOLDEN / "sd-scripts.safetensors"),
+        tmp_path,
+        component=component,
+    )
+    for name, tensor in added.items():
+        assert torch.allclose(merged[name], tensor, atol=1e-6), name
+
+
+def test_what_sd_scripts_saves_of_flux_is_merged_as_it_merges(tmp_path):
+    """Into the layout of its authors; the modules of diffusers, that are rows of it, put together again."""
+    added = safetensors.torch.load_file(GOLDEN / "sd-scripts-flux-expected.safetensors")
+    source, merged = merged_into(
+        {name: torch.zeros_like(tensor) for name, tensor in added.items()},
+        lambda _: read_source(GOLDEN / "sd-scripts-flux.safetensors"),
+        tmp_path,
+    )
+    assert "transformer.single_transformer_blocks.0.attn.to_q" in source.shapes
+    for name, tensor in added.items():
+        assert tensor.any() and torch.allclose(merged[name], tensor, atol=1e-6), name
