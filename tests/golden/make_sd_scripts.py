@@ -1,7 +1,7 @@
 """LoRA files of kohya's sd-scripts (Apache-2.0), by its own networks: python make_sd_scripts.py FOLDER, in a checkout of it.
 
-The checkout, einops, opencv-python and diffusers have to be importable. With transformers 5, CLIPFeatureExtractor in library/ has
-to be called CLIPImageProcessor.
+The checkout, einops, opencv-python and diffusers have to be importable. With transformers 5, CLIPFeatureExtractor in its
+library/ has to be called CLIPImageProcessor.
 """
 
 import sys
