@@ -40,6 +40,10 @@ def test_it_is_trained_and_gone_on_with(flags, tmp_path, capsys):
     assert weights(out) == before
     forget()
     capsys.readouterr()
+    chosen = (*more, "--import", MODULE, "--layers", "mid_block")
+    assert main(TRAIN, *flags, *chosen, "--output_dir", tmp_path / "other") == 2
+    assert "--layers: the method kronecker goes on all layers" in capsys.readouterr().err
+    forget()
     assert main(TRAIN, *flags, *more, "--output_dir", tmp_path / "other") == 2
     said = capsys.readouterr().err
     assert "method='kronecker': it is unknown here" in said and "--import names the module" in said
