@@ -106,7 +106,7 @@ class MethodSettings:
         values = self.chosen(recipe.method, recipe) | self._assigned(config, recipe.set)
         values |= {"targets": recipe.targets, "seed": seed} | ({"layers": recipe.layers} if recipe.layers else {})
         if recipe.layers and "layers" not in {field.name for field in dataclasses.fields(config)}:  # type: ignore[arg-type]
-            raise ValueError(f"--layers: the method {recipe.method} goes on all layers, for its settings have no field `layers`")
+            raise ValueError(f"--layers: the method {recipe.method} goes on all layers: its settings have no field `layers`")
         for name, own in setting_fields(config).items():
             if name not in values and own.default is own.default_factory is dataclasses.MISSING:
                 raise ValueError(f"--set {name}=VALUE is missing, which the method {recipe.method} needs")
