@@ -27,6 +27,8 @@ LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
         ("convert {}/lora.safetensors {}/out.safetensors --to kohya --base {}/b", "b: there is no such file"),
         ("convert {}/lora.safetensors {}/out --to full", "a file that ends in .safetensors"),
         ("convert {}/lora.safetensors {}/out.safetensors --to full --base {}/b", "b: there is no such file"),
+        ("convert {}/lora.safetensors {}/out --to lora --component unet.", "component='unet.': expected one of a pipeline"),
+        ("convert {}/lora.safetensors {}/out --to lora --component vae", "by the names in the file it is for unet"),
         ("convert {}/lora.safetensors {}/out.bin --to lora", "a file that ends in .safetensors, or a folder"),
         ("convert {}/lora.safetensors {}/out.ckpt --to peft", "a file that ends in .safetensors, or a folder"),
         ("combine {}/lora.safetensors {}/lora.safetensors {}/out.pt --to lora", "a file that ends in .safetensors, or a folder"),
