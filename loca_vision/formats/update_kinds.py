@@ -200,7 +200,9 @@ def _with_magnitude(update: ModuleUpdate, parts: Mapping[str, Tensor]) -> Module
     rows, channels = update.shape[0], columns // math.prod(update.kernel or (1,))
     of_rows = norms.numel() == rows and (given[0] == "magnitude" or norms.dim() < 2 or norms.shape[0] == rows)
     # A convolution's LoHa or LoKr may be flat; that it is one the norms show then.
-    fits = norms.numel() == channels or (update.kernel is None and norms.dim() == 4 and columns % max(norms.numel(), 1) == 0 < norms.numel())
+    fits = norms.numel() == channels or (
+        update.kernel is None and norms.dim() == 4 and columns % max(norms.numel(), 1) == 0 < norms.numel()
+    )
     of_columns = given[0] == "dora_scale" and norms.dim() > 1 and norms.shape[1] == norms.numel() and fits
     if len(given) > 1 or not (of_rows or of_columns):
         raise ValueError(f"{given[0]} {tuple(norms.shape)}: expected the norms of {rows} rows or of {channels} input channels")

@@ -31,7 +31,10 @@ LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
         ("convert {}/lora.safetensors {}/out --to lora --component vae", "by the names in the file it is for unet"),
         ("convert {}/lora.safetensors {}/out.bin --to lora", "a file that ends in .safetensors, or a folder"),
         ("convert {}/lora.safetensors {}/out.ckpt --to peft", "a file that ends in .safetensors, or a folder"),
-        ("combine {}/lora.safetensors {}/lora.safetensors {}/out.pt --to lora", "a file that ends in .safetensors, or a folder"),
+        (
+            "combine {}/lora.safetensors {}/lora.safetensors {}/out.pt --to lora",
+            "a file that ends in .safetensors, or a folder",
+        ),
         ("combine {}/lora.safetensors {}/lora.safetensors {}/out.pt", "a file that ends in .safetensors, or a folder"),
         ("extract {}/lora.safetensors {}/lora.safetensors {}/out --count 3", "say which weights they are"),
         ("merge {}/lora.safetensors {}/lora.safetensors {}/out --component unet", "the base has no tensor"),

@@ -254,7 +254,8 @@ def test_inspect_tells_the_kinds(tmp_path):
 
 def test_a_kronecker_product_of_a_core_and_a_larger_factor(tmp_path):
     w1, a, b, core = torch.randn(2, 2), torch.randn(2, 3), torch.randn(2, 4), torch.randn(2, 2, 3, 3)
-    tensors = {f"{RESNET}_conv1.{name}": t for name, t in zip(("lokr_w1", "lokr_w2_a", "lokr_w2_b", "lokr_t2"), (w1, a, b, core))}
+    factors = {"lokr_w1": w1, "lokr_w2_a": a, "lokr_w2_b": b, "lokr_t2": core}
+    tensors = {f"{RESNET}_conv1.{name}": factor for name, factor in factors.items()}
     (update,) = read_lora(written(tmp_path / "x.safetensors", tensors)).updates.values()
     second = torch.einsum("ijhw,ip,jq->pqhw", core, a, b).contiguous()
     assert torch.allclose(update.make(), torch.kron(w1[:, :, None, None], second).flatten(1), atol=1e-6)
@@ -262,7 +263,12 @@ def test_a_kronecker_product_of_a_core_and_a_larger_factor(tmp_path):
 
 @pytest.mark.parametrize("kind", ["lokr", "loha", "cores"])
 def test_factors_in_different_dtypes_are_computed_in_the_wider(kind, tmp_path):
-    a, b, c, d = torch.randn(3, 3, dtype=torch.float64), torch.randn(3, 3), torch.randn(3, 3).half(), torch.randn(3, 3).bfloat16()
+    a, b, c, d = (
+        torch.randn(3, 3, dtype=torch.float64),
+        torch.randn(3, 3),
+        torch.randn(3, 3).half(),
+        torch.randn(3, 3).bfloat16(),
+    )
     names = ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b") if kind == "lokr" else ()
     names = names or ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     tensors = dict(zip(names, (a, b, c, d), strict=True))

@@ -201,6 +201,7 @@ def test_any_soup_of_keys_is_read_or_refused_in_one_line(tmp_path):
             outcomes["read"] += 1
     assert min(outcomes.values()) > 10, outcomes
 
+
 # What a file of a few kilobytes could ask for
 
 
@@ -214,7 +215,9 @@ def test_any_soup_of_keys_is_read_or_refused_in_one_line(tmp_path):
     ],
 )
 def test_no_product_is_made_of_factors_that_ask_for_too_much_memory(shapes, tmp_path):
-    safetensors.torch.save_file({f"lora_unet_conv_in.{k}": torch.ones(s) for k, s in shapes.items()}, tmp_path / "x.safetensors")
+    safetensors.torch.save_file(
+        {f"lora_unet_conv_in.{k}": torch.ones(s) for k, s in shapes.items()}, tmp_path / "x.safetensors"
+    )
     with pytest.raises(ValueError, match=r"x.safetensors: .*more than 2\*\*31 cells"):
         read_lora(tmp_path / "x.safetensors")
 
@@ -244,6 +247,8 @@ def test_numbers_without_rows_are_refused(more, sentence, tmp_path):
 def test_a_core_without_numbers_is_refused(tmp_path):
     hada = {"hada_w1_a": (2, 6), "hada_w1_b": (2, 4), "hada_w2_a": (2, 6), "hada_w2_b": (2, 4)}
     shapes = hada | {"hada_t1": (2, 2, 0, 3), "hada_t2": (2, 2, 0, 3), "dora_scale": (6, 1)}
-    safetensors.torch.save_file({f"lora_unet_conv_in.{k}": torch.ones(s) for k, s in shapes.items()}, tmp_path / "x.safetensors")
+    safetensors.torch.save_file(
+        {f"lora_unet_conv_in.{k}": torch.ones(s) for k, s in shapes.items()}, tmp_path / "x.safetensors"
+    )
     with pytest.raises(ValueError, match=r"x.safetensors: .*expected no empty tensor"):
         read_lora(tmp_path / "x.safetensors")
