@@ -36,7 +36,9 @@ def check_layers(layers: object) -> tuple[str, ...] | None:
     if layers is None:
         return None
     patterns = (layers,) if isinstance(layers, str) else layers
-    if not isinstance(patterns, (tuple, list)) or not patterns or len(patterns) > _MOST_PATTERNS:
+    if isinstance(patterns, (tuple, list)) and len(patterns) > _MOST_PATTERNS:
+        raise ValueError(f"layers: {len(patterns)} name patterns, of at most {_MOST_PATTERNS}")
+    if not isinstance(patterns, (tuple, list)) or not patterns:
         raise ValueError(f"layers={layers!r}: expected a name pattern such as '*attn2*', or a list of them")
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern.removeprefix("!") or len(pattern) > 500:

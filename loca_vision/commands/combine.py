@@ -11,6 +11,7 @@ from loca_vision.commands.named_model import model_named
 from loca_vision.formats.conversion.combine_adapters import Spectra, combine_spectra, combined, read_spectra
 from loca_vision.formats.conversion.conversion_error import loss_table
 from loca_vision.formats.conversion.weight_deltas import file_of, read_source
+from loca_vision.storage.safetensors_file import PICKLES
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ def combine(command: Combine) -> str:
 
 
 def _without_loss(given: list[tuple[Path, float]], output: Path, *, overwrite: bool) -> str:
+    if output.suffix in PICKLES and not output.is_dir():
+        raise ValueError(f"{output}: the output is a file that ends in .safetensors, or a folder for one")
     written = file_of(output, new=True)
     if written.exists() and not overwrite:
         raise FileExistsError(f"{written}: it is there; choose another name, or say --overwrite")

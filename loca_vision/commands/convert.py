@@ -24,6 +24,7 @@ from loca_vision.formats.conversion.weight_deltas import WeightDeltas, read_sour
 from loca_vision.formats.lora_files.reader import DIFFUSERS_WEIGHTS
 from loca_vision.formats.lora_files.written_layers import file_to_write
 from loca_vision.layers.projection_rows import ProjectionRows, projections_of_modules
+from loca_vision.storage.safetensors_file import PICKLES
 
 KINDS: tuple[BudgetRule, ...] = ("count", "threshold", "ratio", "energy")
 
@@ -84,6 +85,8 @@ class OutputOptions:
             raise ValueError(f"--to {self.to}: --sdxl is for --to kohya and full")
         if self.to in ("kohya", "full"):
             file_to_write(output, None)
+        if output.suffix in PICKLES and not output.is_dir():
+            raise ValueError(f"{output}: the output is a file that ends in .safetensors, or a folder for one")
         there = output / (ADAPTER_NAME if self.to in ("loca", "lora") else DIFFUSERS_WEIGHTS) if output.is_dir() else output
         if there.is_file() and not self.overwrite:
             raise FileExistsError(f"{there}: it is there; choose another name, or say --overwrite")
@@ -132,6 +135,8 @@ def convert(command: Convert) -> str:
     """
     form = command.form
     form.check(command.output)
+    if command.base is not None and not command.base.exists():
+        raise FileNotFoundError(f"{command.base}: there is no such file or folder")
     places, base_model = model_named(form.model)
     sizes = matrices_in(command.base) if command.base is not None and not is_pipeline(command.base) else None
     source = read_source(command.source, places, skip=form.skip, component=command.component, sizes=sizes)

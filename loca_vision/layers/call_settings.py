@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loca_vision.functional.transforms import compiled, exported
+from loca_vision.functional.transforms import compiled, exported, transformed
 from loca_vision.layers.pipeline_call import PipelineCall, announce_settings, current_call
 
 # What was set in this thread or task, and during which pipeline call. A mapping is never changed, but replaced: threads that
@@ -67,7 +67,8 @@ class CallSettings(nn.Module):
             return
         self._scale = scale
         if not exported():  # which would take the write for a part of the program
-            self.scale_tensor.fill_(scale)
+            if not transformed():  # torch.func lets nobody write to what it did not make; compiled code there sets its own
+                self.scale_tensor.fill_(scale)
             living = {key: found for key, found in _SET_HERE.get().items() if key() is not None}
             _SET_HERE.set({**living, weakref.ref(self): (scale, current_call())})
 

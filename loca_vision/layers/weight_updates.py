@@ -112,7 +112,7 @@ class FusedUpdates(EffectiveWeight):
     """The same updates for a weight made by stacking those of several layers, as `fuse_qkv_projections` makes it.
 
     Args:
-        parts: the updates of each stacked weight and the rows it has in the stack.
+        parts: the updates of each stacked weight and the rows it has in the stack; none where the layer has no such weights.
     """
 
     def __init__(self, parts: Sequence[tuple[WeightUpdates, slice]]) -> None:
@@ -121,7 +121,7 @@ class FusedUpdates(EffectiveWeight):
 
     @property
     def call_settings(self) -> CallSettings:
-        return self.parts[0][0].call_settings
+        return self.parts[0][0].call_settings if self.parts else _DEFAULT
 
     def active_updates(self) -> list[ActiveUpdate]:
         return [
@@ -132,7 +132,7 @@ class FusedUpdates(EffectiveWeight):
 
     @property
     def together(self) -> BuiltTogether | None:
-        return self.parts[0][0].together
+        return self.parts[0][0].together if self.parts else None
 
     def all_updates(self) -> list[Update]:
         return [update for updates, _ in self.parts for update in updates.all_updates()]

@@ -103,6 +103,16 @@ def test_a_trace(method: str, gradients: bool, warm: bool) -> None:
     assert_equals(model, traced(IMAGES))
 
 
+def test_a_trace_of_a_model_of_diffusers() -> None:
+    unet = with_values(small_unet(), METHODS["LoCA"])
+    inputs = inputs_of(unet)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(unet, example_kwarg_inputs=inputs, strict=False, check_trace=False)
+        found = traced(**inputs)
+    assert torch.allclose(found["sample"], output_of(unet), atol=1e-5)
+
+
 def test_a_script_is_refused_and_leaves_the_model_alone() -> None:
     model = adapted("LoCA")
     before = dict(model.named_modules())

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loca_vision import FourierFTConfig, LoCAConfig, LoRAConfig, SeLoRAConfig, adapters, inject
 from support.adapter_files import IMAGES, tiny
+from support.pipelines import stable_diffusion
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # torch.func's own, about where it will live
 TARGETS = torch.tensor([0, 2])
@@ -92,3 +93,25 @@ def test_second_derivatives(model: nn.Module) -> None:
         assert "take second derivatives with torch.func" in str(error)
     else:
         assert images.grad is not None
+
+
+def test_a_model_that_takes_a_scale_in_its_call() -> None:
+    """Each call writes the scale down for compiled code, which torch.func would refuse."""
+    pipe = stable_diffusion()
+    inject(pipe.unet, LoCAConfig(n_components=20, targets=("q", "proj_in")))
+    with torch.no_grad():
+        for update in adapters(pipe.unet).values():
+            update.coefficients.normal_()
+    size = pipe.unet.config.sample_size
+    inputs = (torch.randn(1, pipe.unet.config.in_channels, size, size), torch.tensor(3))
+    text = torch.randn(1, 4, pipe.unet.config.cross_attention_dim)
+    chosen = {name: value for name, value in learned(pipe.unet).items() if name.endswith("coefficients")}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return functional_call(pipe.unet, parameters, (*inputs, text)).sample.square().mean()
+
+    found = grad(loss)(chosen)
+    pipe.unet(*inputs, text).sample.square().mean().backward()
+    for name, parameter in pipe.unet.named_parameters():
+        if name in found:
+            assert torch.allclose(found[name], parameter.grad, rtol=1e-3, atol=1e-6)

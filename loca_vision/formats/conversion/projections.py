@@ -62,6 +62,8 @@ def places_of(
     kept = {module: by_module[module] for module in source.shapes if module not in gone}
     for module, there in kept.items():
         _check_rows(module, source.shapes[module], there)
+    if not source.shapes:
+        raise ValueError("there is no update of a matrix in it; what is added to biases and norms can be merged")
     if not kept:
         first = next(iter(source.shapes))
         raise ValueError(f"no module of the update is a projection that LoCA adapts; the first is {first}")

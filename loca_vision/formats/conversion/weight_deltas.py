@@ -92,6 +92,8 @@ def read_source(
     Raises:
         FileNotFoundError, ValueError: it is not there, not sound, or of projections whose weights are not known.
     """
+    if component and not component.isidentifier():
+        raise ValueError(f"component={component!r}: expected one of a pipeline, such as unet, transformer or text_encoder")
     file = file_of(path)
     if file.is_dir() or not is_adapter(file):
         known = {place.module: place.size for place in places or () if place.size is not None}
@@ -120,6 +122,10 @@ def _of_lora(lora: LoraFile, component: str, spelling: Spelling) -> WeightDeltas
     updates = {spelling.of(named(module)): update for module, update in _without_empty_kinds(lora.updates).items()}
     if len(updates) < len(_without_empty_kinds(lora.updates)):
         raise ValueError("a module comes twice, under names that it had in different versions of transformers")
+
+    there = dict.fromkeys(named(name).partition(".")[0] for name in (*lora.updates, *lora.differences, *lora.whole))
+    if component and component not in there:
+        raise ValueError(f"component={component!r}: by the names in the file it is for {', '.join(there)}")
 
     def read(module: str, weight: Tensor | None) -> Tensor | LowRankPair:
         try:

@@ -104,7 +104,9 @@ def _update(of: FileLayer, parts: Mapping[str, Tensor], scales: Scales, sizes: M
 
 
 def _divide(into: dict[str, Tensor], layer: Layer, tensor: Tensor, parameter: str, columns: int | None) -> None:
-    for module, rows in layer.rows(len(tensor) if tensor.dim() else 0, columns):
+    if not tensor.numel() or not tensor.dim():
+        raise ValueError(f"{parameter} {tuple(tensor.shape)}: expected one number for each row")
+    for module, rows in layer.rows(len(tensor), columns):
         _put(into, f"{module}.{parameter}", tensor[rows])
 
 

@@ -70,6 +70,14 @@ def _check(fits: bool, expected: str, **shapes: Tensor) -> None:
         raise ValueError(f"{given}: expected {expected}")
 
 
+def _widened(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All in the dtype that holds each of them, float32 at least."""
+    dtype = torch.float32
+    for tensor in given.values():
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return {name: tensor.to(dtype) for name, tensor in given.items()}
+
+
 def _kernel(tensor: Tensor) -> tuple[int, int] | None:
     """Of the weight that a tensor's last axes are of: (kh, kw), or None for a linear layer."""
     return (tensor.shape[2], tensor.shape[3]) if tensor.dim() == 4 else None
@@ -88,22 +96,28 @@ def _low_rank(parts: Mapping[str, Tensor], scale: Scale) -> ModuleUpdate:
         pair = LowRankPair(down.flatten(1), up, scale(len(down)))
         return ModuleUpdate("LoRA", pair.shape, _numbers(down, up), lambda: pair, _kernel(down))
     mid = parts["mid"]
-    fits = mid.dim() == 4 and mid.shape[:2] == (len(down), len(down)) and down.shape[2:] == (1, 1)
+    fits = mid.dim() == 4 and mid.shape[:2] == (len(down), len(down)) and down.shape[2:] == (1, 1) and mid.numel() > 0
     _check(fits, "a core of (r, r, kh, kw) and down of (r, q, 1, 1)", lora_mid=mid, down=down)
-    wide = torch.promote_types(down.dtype, torch.float32)
-    inner = torch.einsum("abhw,bi->aihw", mid.to(wide), down.flatten(1).to(wide)).flatten(1)
-    core = LowRankPair(inner, up.to(wide), scale(len(down)))
-    return ModuleUpdate("LoRA with a core", core.shape, _numbers(down, up, mid), lambda: core, _kernel(mid))
+
+    def make() -> LowRankPair:  # when it is asked for: of all layers together the products may be large
+        wide = torch.promote_types(down.dtype, torch.float32)
+        inner = torch.einsum("abhw,bi->aihw", mid.to(wide), down.flatten(1).to(wide)).flatten(1)
+        return LowRankPair(inner, up.to(wide), factor)
+
+    factor, shape = scale(len(down)), (len(up), down.shape[1] * math.prod(mid.shape[2:]))
+    return ModuleUpdate("LoRA with a core", shape, _numbers(down, up, mid), make, _kernel(mid))
 
 
 def _hadamard(parts: Mapping[str, Tensor], scale: Scale) -> ModuleUpdate:
     """scale * (A1 B1) . (A2 B2), cell by cell; with cores, of what each makes of its factors."""
     given = {name: parts[name] for name in sorted(parts) if name.startswith("hada_")}
-    a1, b1, a2, b2 = (given[name].to(torch.promote_types(given[name].dtype, torch.float32)) for name in sorted(_HADA))
-    _check(all(t.dim() == 2 and t.numel() for t in (a1, b1, a2, b2)), "matrices", **given)
+    wide = _widened(given)
+    a1, b1, a2, b2 = (wide[name] for name in sorted(_HADA))
+    _check(all(t.numel() for t in given.values()), "no empty tensor", **given)
+    _check(all(t.dim() == 2 for t in (a1, b1, a2, b2)), "matrices", **given)
     factor = scale(len(b1))
     if "hada_t1" in given:
-        t1, t2 = given["hada_t1"].to(a1.dtype), given["hada_t2"].to(a1.dtype)
+        t1, t2 = wide["hada_t1"], wide["hada_t2"]
         fits = all(t.dim() == 4 and t.shape[:2] == (len(a), len(b)) for t, a, b in ((t1, a1, b1), (t2, a2, b2)))
         same = (a1.shape[1:], b1.shape[1:], t1.shape[2:]) == (a2.shape[1:], b2.shape[1:], t2.shape[2:])
         _check(fits and same, "cores of (r, r, kh, kw), factors of (r, p) and (r, q)", **given)
@@ -125,35 +139,49 @@ def _rebuilt(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _kronecker(parts: Mapping[str, Tensor], scale: Scale) -> ModuleUpdate:
     """scale * kron(W1, W2), each a matrix or a product; without any product there is no rank to tell the scale."""
     given = {name: parts[name] for name in sorted(parts) if name.startswith("lokr_")}
-    wide = {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in given.items()}
+    wide = _widened(given)
     _check(all(t.numel() for t in given.values()), "no empty tensor", **given)
     first, rank = wide.get("lokr_w1"), None
     if first is None:
         a, b = wide["lokr_w1_a"], wide["lokr_w1_b"]
         _check(a.dim() == b.dim() == 2 and a.shape[1] == len(b), "lokr_w1_a of (p, r) and lokr_w1_b of (r, q)", **given)
-        first, rank = a @ b, len(b)
-    second = wide.get("lokr_w2")
-    if second is None:
-        second, rank = _second(wide, given), len(wide["lokr_w2_b"])
-    _check(first.dim() == 2 and second.dim() in (2, 4), "lokr_w1 a matrix, lokr_w2 of 2 or 4 axes", **given)
+        rank = len(b)
+    size1 = (len(a), b.shape[1]) if first is None else tuple(first.shape)
+    size2 = _size_of_second(wide, given)
+    if "lokr_w2" not in wide:
+        rank = len(wide["lokr_w2_b"])
+    _check(len(size1) == 2 and len(size2) in (2, 4), "lokr_w1 a matrix, lokr_w2 of 2 or 4 axes", **given)
     factor = scale(rank)
-    w1, w2, kernel = first, second, _kernel(second)
-    shape = (len(w1) * len(w2), w1.shape[1] * math.prod(w2.shape[1:]))
+    shape = (size1[0] * size2[0], size1[1] * math.prod(size2[1:]))
 
-    def make() -> Tensor:
+    def make() -> Tensor:  # when it is asked for: of all layers together the products may be large
+        w1, w2 = a @ b if first is None else first, _second(wide)
         return factor * torch.kron(w1 if w2.dim() == 2 else w1[:, :, None, None], w2).flatten(1)
 
+    kernel = (size2[2], size2[3]) if len(size2) == 4 else None
     return ModuleUpdate("LoKr", shape, _numbers(*given.values()), make, kernel)
 
 
-def _second(wide: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Tensor:
+def _size_of_second(wide: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The shape of what `_second` makes."""
+    if "lokr_w2" in wide:
+        return tuple(wide["lokr_w2"].shape)
     a, b, core = wide["lokr_w2_a"], wide["lokr_w2_b"], wide.get("lokr_t2")
     if core is None:
         _check(a.dim() == 2 and b.dim() in (2, 4) and a.shape[1] == len(b), "lokr_w2_a of (p, r), lokr_w2_b of (r, q)", **given)
-        return (a @ b.flatten(1)).view(len(a), *b.shape[1:])
+        return (len(a), *b.shape[1:])
     fits = core.dim() == 4 and a.dim() == b.dim() == 2 and core.shape[:2] == (len(a), len(b))
     _check(fits, "lokr_t2 of (r, r, kh, kw), lokr_w2_a of (r, p), lokr_w2_b of (r, q)", **given)
-    return torch.einsum("ijhw,ip,jq->pqhw", core, a, b)
+    return (a.shape[1], b.shape[1], *core.shape[2:])
+
+
+def _second(wide: Mapping[str, Tensor]) -> Tensor:
+    if "lokr_w2" in wide:
+        return wide["lokr_w2"]
+    a, b = wide["lokr_w2_a"], wide["lokr_w2_b"]
+    if "lokr_t2" not in wide:
+        return (a @ b.flatten(1)).view(len(a), *b.shape[1:])
+    return torch.einsum("ijhw,ip,jq->pqhw", wide["lokr_t2"], a, b).contiguous()  # torch.kron takes no other order in memory
 
 
 def _difference(diff: Tensor) -> ModuleUpdate:
@@ -172,7 +200,9 @@ def _with_magnitude(update: ModuleUpdate, parts: Mapping[str, Tensor]) -> Module
     rows, channels = update.shape[0], columns // math.prod(update.kernel or (1,))
     of_rows = norms.numel() == rows and (given[0] == "magnitude" or norms.dim() < 2 or norms.shape[0] == rows)
     # A convolution's LoHa or LoKr may be flat; that it is one the norms show then.
-    fits = norms.numel() == channels or (update.kernel is None and norms.dim() == 4 and columns % max(norms.numel(), 1) == 0)
+    fits = norms.numel() == channels or (
+        update.kernel is None and norms.dim() == 4 and columns % max(norms.numel(), 1) == 0 < norms.numel()
+    )
     of_columns = given[0] == "dora_scale" and norms.dim() > 1 and norms.shape[1] == norms.numel() and fits
     if len(given) > 1 or not (of_rows or of_columns):
         raise ValueError(f"{given[0]} {tuple(norms.shape)}: expected the norms of {rows} rows or of {channels} input channels")

@@ -247,3 +247,45 @@ def test_inspect_tells_the_kinds(tmp_path):
     rows = {line.split()[0].rpartition(".")[2]: line.split() for line in said.splitlines() if line.startswith("unet.")}
     assert rows["to_q"][1:6] == ["4", "x", "4", "8", "4"] and rows["to_k"][5:7] == ["-", "-"]
     assert rows["conv1"][1:5] == ["4", "x", "36", "80"]
+
+
+# Factors in forms of their own
+
+
+def test_a_kronecker_product_of_a_core_and_a_larger_factor(tmp_path):
+    w1, a, b, core = torch.randn(2, 2), torch.randn(2, 3), torch.randn(2, 4), torch.randn(2, 2, 3, 3)
+    factors = {"lokr_w1": w1, "lokr_w2_a": a, "lokr_w2_b": b, "lokr_t2": core}
+    tensors = {f"{RESNET}_conv1.{name}": factor for name, factor in factors.items()}
+    (update,) = read_lora(written(tmp_path / "x.safetensors", tensors)).updates.values()
+    second = torch.einsum("ijhw,ip,jq->pqhw", core, a, b).contiguous()
+    assert torch.allclose(update.make(), torch.kron(w1[:, :, None, None], second).flatten(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["lokr", "loha", "cores"])
+def test_factors_in_different_dtypes_are_computed_in_the_wider(kind, tmp_path):
+    a, b, c, d = (
+        torch.randn(3, 3, dtype=torch.float64),
+        torch.randn(3, 3),
+        torch.randn(3, 3).half(),
+        torch.randn(3, 3).bfloat16(),
+    )
+    names = ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b") if kind == "lokr" else ()
+    names = names or ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    tensors = dict(zip(names, (a, b, c, d), strict=True))
+    first, second = a @ b.double(), c.double() @ d.double()
+    if kind == "cores":
+        t1, t2 = torch.randn(3, 3, 2, 2), torch.randn(3, 3, 2, 2).half()
+        tensors |= {"hada_t1": t1, "hada_t2": t2}
+        first = torch.einsum("ijhw,ip,jq->pqhw", t1.double(), a, b.double()).flatten(1)
+        second = torch.einsum("ijhw,ip,jq->pqhw", t2.double(), c.double(), d.double()).flatten(1)
+    stored = {f"{RESNET}_conv1.{name}": tensor for name, tensor in tensors.items()}
+    (update,) = read_lora(written(tmp_path / "x.safetensors", stored)).updates.values()
+    assert torch.allclose(update.make(), torch.kron(first, second) if kind == "lokr" else first * second)
+
+
+def test_a_file_of_biases_alone_converts_to_no_adapter(tmp_path):
+    from loca_vision.formats.conversion.to_adapter import to_lora_adapter
+
+    source = read_source(written(tmp_path / "x.safetensors", {f"{FLAT}_attn1_to_out_0.diff_b": torch.ones(4)}))
+    with pytest.raises(ValueError, match="no update of a matrix"):
+        to_lora_adapter(source, tmp_path / "out.safetensors", skip=True)

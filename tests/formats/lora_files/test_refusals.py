@@ -44,6 +44,7 @@ def state_of(**more):
             {"LAYER.lora_magnitude_vector": torch.ones(2)},
             r"magnitude \(2,\): expected the norms of 3 rows or of 4 input channels",
         ),
+        ({"LAYER.dora_scale": torch.ones(1, 0, 1, 1)}, r"dora_scale \(1, 0, 1, 1\): expected the norms of 3 rows"),
         ({"LAYER.dora_scale": torch.ones(2)}, r"dora_scale \(2,\): expected the norms of 3 rows"),
         ({"LAYER.lora_A.bias": torch.ones(2)}, r"lora_A.bias: a bias in the middle of a LoRA; only updates"),
         ({"LAYER.diff": torch.ones(3, 4)}, r"to_q has diff, down, up, which are no update that is whole, or more"),
@@ -199,3 +200,55 @@ def test_any_soup_of_keys_is_read_or_refused_in_one_line(tmp_path):
             assert all(torch.isfinite(pair.delta()).all() for pair in found.pairs.values())
             outcomes["read"] += 1
     assert min(outcomes.values()) > 10, outcomes
+
+
+# What a file of a few kilobytes could ask for
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"lokr_w1_a": (50_000, 1), "lokr_w1_b": (1, 50_000), "lokr_w2": (1, 1)},
+        {"lokr_w1": (1, 1), "lokr_w2_a": (50_000, 1), "lokr_w2_b": (1, 50_000)},
+        {"lokr_w1": (1, 1), "lokr_w2_a": (1, 50_000), "lokr_w2_b": (1, 50_000), "lokr_t2": (1, 1, 1, 1)},
+        {"lora_down.weight": (1, 50_000, 1, 1), "lora_up.weight": (1, 1, 1, 1), "lora_mid.weight": (1, 1, 1, 50_000)},
+    ],
+)
+def test_no_product_is_made_of_factors_that_ask_for_too_much_memory(shapes, tmp_path):
+    safetensors.torch.save_file(
+        {f"lora_unet_conv_in.{k}": torch.ones(s) for k, s in shapes.items()}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"x.safetensors: .*more than 2\*\*31 cells"):
+        read_lora(tmp_path / "x.safetensors")
+
+
+def test_products_are_made_layer_by_layer(tmp_path):
+    sizes = {"lokr_w1_a": (40_000, 1), "lokr_w1_b": (1, 40_000), "lokr_w2": (1, 1)}
+    numbers = {f"lora_unet_down_blocks_{i}_x.{key}": torch.ones(size) for i in range(50) for key, size in sizes.items()}
+    names = {key.replace("_x.", "_resnets_0_conv1."): value for key, value in numbers.items()}
+    safetensors.torch.save_file(names, tmp_path / "x.safetensors")
+    assert len(read_lora(tmp_path / "x.safetensors").updates) == 50  # 320 GB, if they were held
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"LAYER.set_weight": torch.tensor(1.0)}, r"set_weight|weight \(\): expected one number for each row"),
+        ({"LAYER.diff_b": torch.tensor(1.0)}, r"bias \(\): expected one number for each row"),
+        ({"LAYER.diff_b": torch.ones(0)}, r"bias \(0,\): expected one number for each row"),
+    ],
+)
+def test_numbers_without_rows_are_refused(more, sentence, tmp_path):
+    safetensors.torch.save_file(state_of(**more), tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=f"x.safetensors: .*({sentence})"):
+        read_lora(tmp_path / "x.safetensors")
+
+
+def test_a_core_without_numbers_is_refused(tmp_path):
+    hada = {"hada_w1_a": (2, 6), "hada_w1_b": (2, 4), "hada_w2_a": (2, 6), "hada_w2_b": (2, 4)}
+    shapes = hada | {"hada_t1": (2, 2, 0, 3), "hada_t2": (2, 2, 0, 3), "dora_scale": (6, 1)}
+    safetensors.torch.save_file(
+        {f"lora_unet_conv_in.{k}": torch.ones(s) for k, s in shapes.items()}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"x.safetensors: .*expected no empty tensor"):
+        read_lora(tmp_path / "x.safetensors")
