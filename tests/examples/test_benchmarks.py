@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import tyro
+from diffusers import UNet2DConditionModel
 
 import contenders
 import inference
@@ -30,6 +31,19 @@ NARROW = ["--widths", "32", "32", "32", "32", "--size", "16", "--batch_size", "1
 ONCE = ["--rounds", "1", "--threads", "1"]
 JOB = Job(model="test_vit", batch_size=2, n_components=200, rank=4)
 HEAD, PROJECTIONS = 64 * 10 + 10, 12
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """A UNet of two blocks down and up instead of four, whose 32 projections are adapted as the 128 are."""
+    blocks = {
+        "block_out_channels": (32, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    }
+    blocks |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "sample_size": 64, "cross_attention_dim": 768}
+    for module in (workloads, pipeline_adapters):
+        monkeypatch.setattr(module, "unet", lambda widths: UNet2DConditionModel(**blocks).requires_grad_(False))
 
 
 def result(main, file, *arguments):
@@ -68,15 +82,15 @@ def test_the_command_in_the_file_says_the_settings(tmp_path):
     assert said["settings"] == found["settings"]
 
 
-def test_a_step_of_the_unet_in_half_precision(tmp_path):
+def test_a_step_of_the_unet_in_half_precision(tmp_path, shallow):
     only = ["--only", "LoCA, locations", "LoRA r=4, peft", "FourierFT n=200, peft"]
     found = result(
         training_step.main, tmp_path / "unet.json", "--workload", "unet", *NARROW, *ONCE, *only, "--autocast", "bfloat16"
     )
     assert list(found["seconds"]) == ["floor", *only[1:]]
     assert found["trained"]["floor"] == 0
-    assert found["trained"]["LoCA, locations"] == 128 * 400
-    assert found["trained"]["FourierFT n=200, peft"] == 128 * 200
+    assert found["trained"]["LoCA, locations"] == 32 * 400
+    assert found["trained"]["FourierFT n=200, peft"] == 32 * 200
     assert found["settings"]["autocast"] == "bfloat16"
 
 
@@ -220,7 +234,7 @@ def test_a_loaded_adapter_must_answer_as_the_saved_one(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
-def test_adapters_of_a_pipeline(tmp_path):
+def test_adapters_of_a_pipeline(tmp_path, shallow):
     found = result(pipeline_adapters.main, tmp_path / "pipeline.json", *NARROW, *ONCE)
     assert list(found["figures"]) == ["base", "LoCA", "LoRA r=4", "LoCA, low memory"]
     assert found["figures"]["LoCA"]["MB held"] > found["figures"]["LoCA, low memory"]["MB held"] > 0

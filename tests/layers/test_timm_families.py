@@ -83,7 +83,8 @@ def test_injection_changes_nothing_but_what_is_trainable(family: str) -> None:
     names = inject(model, config(family))
     assert set(names) == set(projections(family))
     assert torch.equal(output(model, family), base_output(family))
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    after = model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     assert trainable == {id(p) for p in (*spectrum_parameters(model), *head_parameters(model))}
 

@@ -99,7 +99,8 @@ def test_removing_after_the_head_was_exchanged(change: Callable[[Any], None], me
     assert active_adapters(model) == {} and not any("loca" in name for name, _ in model.named_modules())
     if merge:
         torch.testing.assert_close(model(IMAGES), adapted)
-    assert all(torch.equal(model.head.state_dict()[name], value) for name, value in head.items())
+    found = model.head.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in head.items())
 
 
 @pytest.mark.parametrize("between", [[], "a", "b"])

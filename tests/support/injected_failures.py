@@ -80,17 +80,18 @@ def fail_in(function: str, act: Callable[[], Any], *, call: int = 1) -> bool:
 @torch.no_grad()
 def everything(model: nn.Module, output: Callable[[], Tensor]) -> dict[str, Any]:
     """All there is to tell about a model."""
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())  # it is asked thousands of times
     return {
         "output": output(),
         "tensors": {key: value.clone() for key, value in model.state_dict().items()},
-        "objects": {key: id(value) for key, value in model.named_parameters()},
-        "classes": {path: type(module) for path, module in model.named_modules()},
-        "children": [path for path, _ in model.named_modules()],
-        "hooks": {path: _hooks(module) for path, module in model.named_modules()},
-        "attributes": {path: sorted(vars(module)) for path, module in model.named_modules()},
-        "sizes": {path: (m.out_features, m.in_features) for path, m in model.named_modules() if isinstance(m, nn.Linear)},
-        "learns": {key: parameter.requires_grad for key, parameter in model.named_parameters()},
-        "gradients": {key: None if p.grad is None else p.grad.clone() for key, p in model.named_parameters()},
+        "objects": {key: id(value) for key, value in parameters.items()},
+        "classes": {path: type(module) for path, module in modules.items()},
+        "children": list(modules),
+        "hooks": {path: _hooks(module) for path, module in modules.items()},
+        "attributes": {path: sorted(vars(module)) for path, module in modules.items()},
+        "sizes": {path: (m.out_features, m.in_features) for path, m in modules.items() if isinstance(m, nn.Linear)},
+        "learns": {key: parameter.requires_grad for key, parameter in parameters.items()},
+        "gradients": {key: None if p.grad is None else p.grad.clone() for key, p in parameters.items()},
         "active": active_adapters(model),
         "config": dict(getattr(unwrap(model), "config", None) or {}) if hasattr(model, "register_to_config") else {},
     }

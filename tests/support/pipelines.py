@@ -95,10 +95,10 @@ def unet(seed: int = 0, *, channels: int = 4, **settings: Any) -> UNet2DConditio
     return UNet2DConditionModel(**config | settings).eval()
 
 
-def small_unet(seed: int = 0) -> UNet2DConditionModel:
+def small_unet(seed: int = 0, *, channels: int = 4) -> UNet2DConditionModel:
     """One resolution instead of two, 16 projections: for what exports, compiles or tries something a hundred times."""
     one = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (16,)}
-    return unet(seed, **one)
+    return unet(seed, channels=channels, **one)
 
 
 def xl_unet(seed: int = 0) -> UNet2DConditionModel:
@@ -142,6 +142,12 @@ def instruct_pix2pix(cls: Any = StableDiffusionInstructPix2PixPipeline) -> Any:
     model = unet(channels=8)
     pipe = cls(vae=vae(), text_encoder=text_encoder(), tokenizer=tokenizer(), unet=model, scheduler=scheduler(), **_PLAIN)
     return quiet(pipe)
+
+
+def small(pipe: Any) -> Any:
+    """The pipeline with a UNet of one resolution: for what trains it or draws with it many times."""
+    pipe.unet = small_unet(channels=pipe.unet.config.in_channels)
+    return pipe
 
 
 def stable_diffusion_xl(cls: Any = StableDiffusionXLPipeline) -> Any:

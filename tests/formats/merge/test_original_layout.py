@@ -57,7 +57,8 @@ def unet_checkpoint(settings):
         return convert_ldm_unet_checkpoint(dict(state), dict(model.config))
 
     assert back(checkpoint).keys() == model.state_dict().keys()
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in back(checkpoint).items())
+    found = model.state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in back(checkpoint).items())
     return model, checkpoint, back
 
 

@@ -91,7 +91,8 @@ def test_a_pipelines_file_of_two_components_does_not_go_into_one_model(made: Mad
     with pytest.raises(ValueError, match=r"it is for unet, text_encoder of a pipeline: use load_loca_weights"):
         load_adapter(model, made.write(tmp_path))
     assert active_adapters(model) == {}
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    found = model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in before.items())
 
 
 def test_a_file_of_the_other_component_does_not_go_into_a_model(tmp_path: Path) -> None:

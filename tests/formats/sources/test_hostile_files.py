@@ -151,7 +151,8 @@ def test_what_overflows_half_precision_is_refused_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"full\.conv_in\.weight overflows torch\.float16"):
         pipe.load_loca_weights(file)
     assert pipe.get_loca_adapters() == {}
-    assert all(torch.equal(pipe.unet.state_dict()[name], value) for name, value in before.items())
+    found = pipe.unet.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in before.items())
 
 
 def test_an_adapter_of_another_pipeline_is_refused(tmp_path: Path) -> None:

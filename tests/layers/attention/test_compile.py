@@ -41,22 +41,28 @@ def compiler():
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def whole_model_compiler(compiler):
+    """For whole models, without the tracing of gradients, which takes as long again: single layers and training have that."""
+    return partial(torch.compile, fullgraph=True, backend="eager")
+
+
 def small_oracle(model, strength=1.0):
     return output(written(small(), adapters(model), strength=strength))
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own making
 @arrivals
-def test_compiled(compiler, arrival):
+def test_compiled(whole_model_compiler, arrival):
     """`arrival` of the compiler. Afterwards other weights, and other scales of a call, compile nothing anew."""
     model = small()
     if arrival == "before":
-        compiled = compiler(model)
+        compiled = whole_model_compiler(model)
         assert torch.equal(output(compiled), output(small()))
     inject(model, CONFIG)
     shown(model)
     if arrival == "after":
-        compiled = compiler(model)
+        compiled = whole_model_compiler(model)
     assert_near(output(compiled), small_oracle(model))
     with nothing_compiled_anew():
         set_adapters(compiled, "default", 0.5)
@@ -105,9 +111,9 @@ def test_training_a_frozen_adapter_that_was_compiled(compiler):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ("flux", "clip"))
-def test_other_models_compiled(compiler, family):
+def test_other_models_compiled(whole_model_compiler, family):
     model = adapted(family)
-    compiled = compiler(model)
+    compiled = whole_model_compiler(model)
     assert_near(output(compiled), expected(family))
     with nothing_compiled_anew():
         set_adapters(model, "default", 0.5)

@@ -14,10 +14,11 @@ from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
 
 import loca_vision.diffusers  # noqa: F401
+from loca_vision.model.conv_in import widen_conv_in
 from loca_vision.model.state import state_of
 from support import pipelines as tiny
-from support.reference_weights import Made, assert_near
-from support.wide_conv_in import as_base, assert_as_before, everything, is_wide, pipeline, widened
+from support.reference_weights import Made, adapter, assert_near
+from support.wide_conv_in import CONV_IN, UNET, as_base, assert_as_before, everything, is_wide, pipeline, widened
 
 CPU = torch.device("cpu")
 
@@ -113,27 +114,29 @@ def test_offloaded_to_a_disk_it_is_refused(kind: dict[str, Any], wide: Made, tmp
     assert is_wide(pipe, 4) and torch.equal(tiny.picture(as_base(pipe)), before)
 
 
-def test_compiled(wide: Made, wanted: Tensor) -> None:
-    pipe = pipeline()
+def test_compiled() -> None:
+    by_hand, pipe = tiny.small(pipeline()), tiny.small(pipeline())
+    widen_conv_in(by_hand.unet)
+    made = adapter(by_hand, UNET, whole=CONV_IN)
+    by_hand.load_loca_weights(made.state())
+    wanted = tiny.picture(by_hand)
     narrow = tiny.picture(as_base(pipe))
     pipe.unet = torch.compile(pipe.unet, backend="eager")
     given = tiny.inputs_of(pipe.unet._orig_mod)
     with torch.no_grad():
         pipe.unet(**given)
-    pipe.load_loca_weights(wide.state(), "a")
+    pipe.load_loca_weights(made.state(), "a")
     assert is_wide(pipe)
     with torch.compiler.set_stance("force_eager"):
         assert torch.equal(tiny.picture(pipe), wanted)
     with torch.no_grad():
         found = pipe.unet(**tiny.inputs_of(pipe.unet._orig_mod)).sample
-    by_hand = widened()
-    by_hand.load_loca_weights(wide.state())
     assert_near(found, tiny.output_of(by_hand.unet))
     pipe.unload_loca_weights()
     with torch.compiler.set_stance("force_eager"):
         assert torch.equal(tiny.picture(as_base(pipe)), narrow)
     with torch.no_grad():
-        assert_near(pipe.unet(**given).sample, tiny.output_of(tiny.unet()))
+        assert_near(pipe.unet(**given).sample, tiny.output_of(tiny.small_unet()))
 
 
 def test_a_layer_that_somebody_puts_there_since_is_left_alone(wide: Made) -> None:

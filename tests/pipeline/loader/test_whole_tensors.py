@@ -68,7 +68,8 @@ def test_a_conv_in_trained_here_is_saved_under_its_name(pipe: Any, tmp_path: Pat
     assert torch.equal(picture(other), shown)
     other.unload_loca_weights()
     assert_same(other, base)
-    assert all(torch.equal(other.unet.state_dict()[key], value) for key, value in before.items())
+    found = other.unet.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in before.items())
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["beside the weights", "fused"])

@@ -58,12 +58,12 @@ def write_pairs(folder):
 def world(tmp_path_factory):
     """A base, two adapters, a folder of photographs, pairs and a CLIP model, as a user has them."""
     folder = tmp_path_factory.mktemp("world")
-    tiny.instruct_pix2pix().save_pretrained(folder / "base")
+    tiny.small(tiny.instruct_pix2pix()).save_pretrained(folder / "base")
     for name, config in {
         "cartoon": LoCAConfig(n_components=6, targets=("q", "k", "v", "out")),
         "cartoon-lora": LoRAConfig(r=2, alpha=2.0, targets=("q", "v")),
     }.items():
-        pipe = tiny.instruct_pix2pix()
+        pipe = tiny.small(tiny.instruct_pix2pix())
         inject(pipe.unet, config, name="default")
         if name == "cartoon":
             randomise(pipe.unet)
@@ -126,7 +126,7 @@ def test_edits_of_photographs_are_those_of_the_pipeline(run, world, tmp_path):
         for title, (adapter, weight) in zip(
             titles, [(None, 0), ("cartoon", 0.0), ("cartoon", 0.5), ("cartoon", 1.0), ("cartoon-lora", 1.0)], strict=True
         ):
-            pipe = tiny.instruct_pix2pix()
+            pipe = tiny.small(tiny.instruct_pix2pix())
             if adapter:
                 Loca.load_loca_weights(pipe, world / adapter)
             wanted = edit(pipe, photo, "make it red", Sampling(2), seed=one["seed"], scale=weight)
@@ -185,14 +185,14 @@ def test_facts_about_adapters(run, world):
     found = run("--photographs", "photos", *PROMPT, "--other", "cartoon-lora", "--max_photographs", "1")
     cartoon, lora = found["adapters"]["cartoon"], found["adapters"]["cartoon-lora"]
     assert cartoon["methods"] == ["loca"] and lora["methods"] == ["lora"]
-    assert cartoon["trained_numbers"] == 6 * 40 and cartoon["trained_whole"] == 0
+    assert cartoon["trained_numbers"] == 6 * 16 and cartoon["trained_whole"] == 0
     assert cartoon["bytes"] == (world / "cartoon" / "pytorch_loca_weights.safetensors").stat().st_size
     assert len(found["photographs"]) == 1 and found["environment"]["torch"] == torch.__version__
     assert found["means"]["base"]["psnr_to_photograph"]["std"] is None
 
 
 def test_a_conv_in_of_the_adapter_is_in_its_columns_alone(run, world, tmp_path):
-    pipe = tiny.instruct_pix2pix()
+    pipe = tiny.small(tiny.instruct_pix2pix())
     inject(pipe.unet, LoCAConfig(n_components=6))
     pipe.unet.conv_in.requires_grad_(True)
     with torch.no_grad():
@@ -285,8 +285,8 @@ def test_a_base_that_is_none(run, tmp_path):
 
 
 def test_a_base_that_takes_no_photographs(run, tmp_path):
-    pipe = tiny.instruct_pix2pix()
-    pipe.unet = tiny.unet()
+    pipe = tiny.small(tiny.instruct_pix2pix())
+    pipe.unet = tiny.small_unet()
     pipe.save_pretrained(tmp_path / "plain")
     said = run("--photographs", "photos", *PROMPT, base=tmp_path / "plain", status=2)
     assert "its UNet takes 4 channels, and to edit photographs it takes 8" in said and not (tmp_path / "out").exists()

@@ -32,7 +32,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    tiny.instruct_pix2pix().save_pretrained(folder)
+    tiny.small(tiny.instruct_pix2pix()).save_pretrained(folder)
     return folder
 
 
@@ -40,7 +40,7 @@ def base(tmp_path_factory):
 def plain_base(tmp_path_factory):
     """Stable Diffusion, of 4 channels."""
     folder = tmp_path_factory.mktemp("plain")
-    tiny.stable_diffusion().save_pretrained(folder)
+    tiny.small(tiny.stable_diffusion()).save_pretrained(folder)
     return folder
 
 

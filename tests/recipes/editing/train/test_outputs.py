@@ -9,6 +9,7 @@ import pytest
 import loca_vision.diffusers  # noqa: F401  the pipelines' methods
 from loca_vision import adapters
 from loca_vision.recipes.editing.recipe import EditRecipe
+from support import pipelines as tiny
 from support.edit_training import ADAPTER, LOCA, METHODS, TRAIN, picture, pipeline, tensors, trained, weights
 from support.scripts import script
 
@@ -21,12 +22,12 @@ def test_a_run(flags, data, base, tmp_path, pictures, rendered, capsys):
     pictures = {"validation-3.png", "validation-6.png", "loss.png"}
     assert written == {ADAPTER, "metrics.json", "config.yaml", "checkpoint-4", "checkpoint-6", "latents", *pictures}
     assert picture(out / "loss.png").shape[1] > 500
-    assert (metrics["trained_parameters"], metrics["location_parameters"]) == (40 * 10, 2 * 40 * 10)
+    assert (metrics["trained_parameters"], metrics["location_parameters"]) == (16 * 10, 2 * 16 * 10)
     assert (metrics["steps"], metrics["batch_size"], metrics["pairs"], metrics["conv_in_parameters"]) == (6, 4, 10, 0)
     assert metrics["adapter_bytes"] == (out / ADAPTER).stat().st_size
     assert [len(metrics["curves"][name]) for name in ("loss", "lr", "phase")] == [6, 6, 6]
     assert "".join(phase[0] for phase in metrics["curves"]["phase"]) == "cclccc"
-    assert "400 numbers" in capsys.readouterr().out
+    assert "160 numbers" in capsys.readouterr().out
 
     command = script(TRAIN)
     recipe = command.resolve(command.parse(EditRecipe, list(map(str, [*flags, *LOCA])), prog="", presets={}).settings, ())
@@ -40,7 +41,9 @@ def test_a_run(flags, data, base, tmp_path, pictures, rendered, capsys):
     assert not np.array_equal(picture(out / "validation-3.png"), kept)
 
 
-def test_chosen_layers_learn_and_load(flags, base, tmp_path):
+def test_chosen_layers_learn_and_load(flags, tmp_path):
+    tiny.instruct_pix2pix().save_pretrained(base := tmp_path / "base")  # of two resolutions, attention on the way up too
+    flags = (*flags, "--pretrained_model_name_or_path", base)
     chosen = ("--targets", "q", "fc2", "proj_in", "--layers", "*attn2*", "*.ff", "mid_block", "!up_blocks")
     trained(tmp_path / "out", *flags, *METHODS["loca"], *chosen)
     pipe = pipeline(base)
