@@ -7,9 +7,11 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
@@ -70,3 +72,11 @@ def test_what_the_files_say() -> None:
     assert "text_encoder.text_model.encoder.layers.0.mlp.fc1.coefficients" in keys
     with safe_open(OWN / "loca.safetensors", "pt") as opened:
         assert "layers" not in json.loads(opened.metadata()["loca_adapter_metadata"])["config"]
+
+
+def test_the_picture_of_a_file(tmp_path: Path) -> None:
+    """A panel for each projection, with a dot where a component stands."""
+    assert main(["inspect", str(OWN / "loca.safetensors"), "--picture", str(tmp_path / "spectra.png")]) == 0
+    with Image.open(tmp_path / "spectra.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    assert min(pixels.shape) > 100 and (pixels < 128).sum() > 100 and (pixels > 250).mean() > 0.3
