@@ -18,9 +18,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from loca_vision.commands import spectrum_picture
 from loca_vision.commands.main import main
-from loca_vision.recipes.reports import plots
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -120,8 +118,6 @@ def test_shell_lines(command_folder, monkeypatch):
         return subprocess.CompletedProcess(command, status, stdout=printed.getvalue(), stderr="")
 
     monkeypatch.setattr(subprocess, "run", here)
-    for module in (plots, spectrum_picture):  # figures are looked at in the tests of what draws them
-        monkeypatch.setattr(module, "save", lambda figure, path: path.write_bytes(b""))
     for line in COMMANDS:
         words = shlex.split(line.removeprefix("accelerate launch ").removeprefix("python "))
         if words[0] == "loca-vision":
