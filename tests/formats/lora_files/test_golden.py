@@ -207,14 +207,18 @@ def test_what_sd_scripts_saves_is_merged_as_it_merges(component, tmp_path):
         assert torch.allclose(merged[name], tensor, atol=1e-6), name
 
 
-def test_what_sd_scripts_saves_of_flux_is_merged_as_it_merges(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("sd-scripts-flux", "single_transformer_blocks.0.attn.to_q"), ("xlabs", "transformer_blocks.0.attn.add_k_proj")],
+)
+def test_of_flux_it_is_merged_as_the_program_adds_it(name, module, tmp_path):
     """Into the layout of its authors; the modules of diffusers, that are rows of it, put together again."""
-    added = safetensors.torch.load_file(GOLDEN / "sd-scripts-flux-expected.safetensors")
+    added = safetensors.torch.load_file(GOLDEN / f"{name}-expected.safetensors")
     source, merged = merged_into(
         {name: torch.zeros_like(tensor) for name, tensor in added.items()},
-        lambda _: read_source(GOLDEN / "sd-scripts-flux.safetensors"),
+        lambda _: read_source(GOLDEN / f"{name}.safetensors"),
         tmp_path,
     )
-    assert "transformer.single_transformer_blocks.0.attn.to_q" in source.shapes
+    assert f"transformer.{module}" in source.shapes
     for name, tensor in added.items():
         assert tensor.any() and torch.allclose(merged[name], tensor, atol=1e-6), name
