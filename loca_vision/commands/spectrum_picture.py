@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from loca_vision.functional.dct import dct2
 from loca_vision.recipes.reports.plots import MOST_PANELS, save
 
 _PIXELS, _DECADES = 96, 4.0
+_LETTERS = 30  # of a title, as wide as its panel
 
 
 def draw_spectra(path: Path, title: str, layers: Iterator[Layer]) -> None:
@@ -38,13 +40,23 @@ def draw_spectra(path: Path, title: str, layers: Iterator[Layer]) -> None:
     for panel, (name, image) in zip(panels, drawn, strict=False):
         decades = image.clamp(min=10 ** (top - _DECADES)).log10()
         shown = panel.imshow(decades.tolist(), vmin=top - _DECADES, vmax=top, cmap="YlGnBu")
-        panel.set_title(name, fontsize=6)
+        panel.set_title(_in_lines(name), fontsize=6)
         panel.set(xticks=[], yticks=[])
     for empty in panels[len(drawn) :]:
         empty.set_axis_off()
     figure.suptitle(title)
     figure.colorbar(shown, ax=figure.axes, label="log10 |coefficient|", shrink=0.6, pad=0.01)
     save(figure, path)
+
+
+def _in_lines(name: str) -> str:
+    """A name broken after dots, so that titles of neighbouring panels do not run into each other."""
+    lines = [""]
+    for part in re.findall(r"[^.]+\.?", name):
+        if lines[-1] and len(lines[-1]) + len(part) > _LETTERS:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _shrunk(delta: Tensor) -> Tensor:
