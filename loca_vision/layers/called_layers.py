@@ -19,15 +19,12 @@ from loca_vision.layers.plain_weight import as_matrix, is_plain_matrix
 from loca_vision.layers.updated_call import UpdatedCall, is_hooked
 
 
-class CalledLinear(UpdatedCall, AdaptedLayer):
-    """Mixed into the class of a linear layer that is called."""
+class _CalledLayer(UpdatedCall, AdaptedLayer):
+    """What both have in common: the layer computes with its own updates, inside whatever hooks it has."""
 
     @property
     def effective_weight(self) -> EffectiveWeight:  # type: ignore[override]
         return self.loca
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._called(x, *args, **kwargs)
 
     def _layer(self) -> Any:
         return self
@@ -36,24 +33,27 @@ class CalledLinear(UpdatedCall, AdaptedLayer):
         result: Tensor = super().forward(x, *args, **kwargs)
         return result
 
+    def _may_keep(self, layer: Any, x: Tensor) -> bool:
+        return not is_hooked(self)
+
+
+class CalledLinear(_CalledLayer):
+    """Mixed into the class of a linear layer that is called."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._called(x, *args, **kwargs)
+
     def _is_plain(self, layer: Any) -> bool:
         stock = self.original_class.forward is nn.Linear.forward
         return stock and not is_hooked(self) and is_plain_matrix(self._parameters.get("weight"))
-
-    def _may_keep(self, layer: Any, x: Tensor) -> bool:
-        return not is_hooked(self)
 
 
 def _memory(tensor: Tensor) -> tuple[int, torch.dtype]:
     return tensor.data_ptr(), tensor.dtype
 
 
-class CalledConvolution(UpdatedCall, AdaptedLayer):
+class CalledConvolution(_CalledLayer):
     """Mixed into the class of a 1 x 1 convolution, whose weight (p, q, 1, 1) is a matrix."""
-
-    @property
-    def effective_weight(self) -> EffectiveWeight:  # type: ignore[override]
-        return self.loca
 
     def forward(self, x: Tensor) -> Tensor:
         if compiled():
@@ -68,16 +68,6 @@ class CalledConvolution(UpdatedCall, AdaptedLayer):
         result = self._without_updates(x)
         term = self._term(self, x.movedim(1, -1), result.shape[1])
         return result + term.movedim(-1, 1).to(result.dtype)
-
-    def _layer(self) -> Any:
-        return self
-
-    def _without_updates(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result: Tensor = super().forward(x, *args, **kwargs)
-        return result
-
-    def _may_keep(self, layer: Any, x: Tensor) -> bool:
-        return not is_hooked(self)
 
     def _matrix(self) -> Tensor | None:
         """W as a matrix (p, q) in the same memory; the same object while the weight is, so that sums with it are cached."""

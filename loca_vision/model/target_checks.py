@@ -29,10 +29,11 @@ def targets_for(model: nn.Module, config: AdapterConfig) -> list[Target]:
     """
     head = {id(parameter) for parameter in classifier(model)}
     everything = [target for target in find_targets(model) if id(target.layer._parameters.get("weight")) not in head]
+    patterns = check_layers(config.layers)
     try:
-        found = chosen(everything, config.targets, check_layers(config.layers))
+        found = chosen(everything, config.targets, patterns)
     except ValueError as error:
-        raise ValueError(f"{error}{_what_is_named(model, config.layers, head)}") from None
+        raise ValueError(f"{error}{_what_is_named(model, patterns or (), head)}") from None
     check_linear(model, found)
     for part in config.targets:
         if not any(target.part == part for target in found) and not _names_all_it_has(part, found, config):
@@ -43,10 +44,10 @@ def targets_for(model: nn.Module, config: AdapterConfig) -> list[Target]:
     return found
 
 
-def _what_is_named(model: nn.Module, layers: str | Sequence[str] | None, head: Container[int]) -> str:
+def _what_is_named(model: nn.Module, patterns: Sequence[str], head: Container[int]) -> str:
     """The end of a sentence: what the patterns name by its own path that is never adapted."""
     for path, module in model.named_modules():
-        if not any(fnmatchcase(canonical(path), pattern.removeprefix("!")) for pattern in check_layers(layers) or ()):
+        if not any(fnmatchcase(canonical(path), pattern.removeprefix("!")) for pattern in patterns):
             continue
         if id(module._parameters.get("weight")) in head:
             return f"; {path} is the classifier head, which is trained whole"
