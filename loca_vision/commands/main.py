@@ -77,8 +77,8 @@ def _run(command: Any) -> None:
 def _inspect(command: Inspect) -> None:
     from loca_vision.commands.inspect_file import contents_of, describe
 
-    print(describe(command.file, command.base))
-    if command.picture is not None:
+    said = describe(command.file, command.base)
+    if command.picture is not None:  # before a word is printed, whose reader may go away, as `head` does
         from loca_vision.commands.spectrum_picture import draw_spectra
 
         draw_spectra(
@@ -86,6 +86,7 @@ def _inspect(command: Inspect) -> None:
             f"Cosine spectra of the updates in {command.file.name}",
             contents_of(command.file, command.base).layers(),
         )
+    print(said)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,16 @@ def test_the_picture_of_a_file(tmp_path: Path) -> None:
     with Image.open(tmp_path / "spectra.png") as picture:
         pixels = np.asarray(picture.convert("L"))
     assert min(pixels.shape) > 100 and (pixels < 128).sum() > 100 and (pixels > 250).mean() > 0.3
+
+
+def test_the_picture_is_drawn_before_a_reader_of_the_lines_can_go_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture, there = tmp_path / "spectra.png", []
+
+    class Reader(StringIO):
+        def write(self, text: str) -> int:
+            there.append(picture.exists())
+            return super().write(text)
+
+    monkeypatch.setattr("sys.stdout", Reader())
+    assert main(["inspect", str(OWN / "loca.safetensors"), "--picture", str(picture)]) == 0
+    assert there and all(there)
