@@ -21,6 +21,7 @@ from loca_vision.model.adapters import (
 )
 from loca_vision.model.explain import explain
 from loca_vision.model.inject import inject
+from loca_vision.model.per_sample import head_logits, per_sample
 from loca_vision.model.remove import remove
 from loca_vision.model.schedule import AlternatingSchedule, parameter_groups
 from loca_vision.version import __version__
@@ -42,10 +43,12 @@ __all__ = [
     "adapters",
     "disable_adapter",
     "explain",
+    "head_logits",
     "inject",
     "kind",
     "load_adapter",
     "parameter_groups",
+    "per_sample",
     "print_trainable_parameters",
     "remove",
     "rename_adapter",

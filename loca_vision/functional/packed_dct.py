@@ -44,9 +44,13 @@ def pieces(count: int, width: int, threads: int) -> list[tuple[int, int]]:
 
 def frequencies(x: Tensor) -> Tensor:
     """DCT-II of the rows of x (n, q), float32 or float64: (q', n)."""
+    return _turned_round(packed(x))
+
+
+def packed(x: Tensor) -> Tensor:
+    """The same, (n, q')."""
     order, twiddle = fft_plan(x.shape[1], x.device, x.dtype)
-    turned = torch.fft.rfft(_split(x, order)).mul_(twiddle)
-    return _turned_round(torch.view_as_real(turned).flatten(1))
+    return torch.view_as_real(torch.fft.rfft(_split(x, order)).mul_(twiddle)).flatten(1)
 
 
 def add_samples(y: Tensor, spectrum: Tensor) -> None:
@@ -54,8 +58,13 @@ def add_samples(y: Tensor, spectrum: Tensor) -> None:
 
     Rows 1 and, for even p, p + 1 hold no frequency and must be zero.
     """
+    add_unpacked(y, _turned_round(spectrum))
+
+
+def add_unpacked(y: Tensor, spectrum: Tensor) -> None:
+    """The same for a spectrum (n, p'), contiguous, which is overwritten."""
     n, order = y.shape[1], fft_plan(y.shape[1], y.device, y.dtype)[0]
-    turned = torch.view_as_complex(_turned_round(spectrum).view(len(y), -1, 2))
+    turned = torch.view_as_complex(spectrum.view(len(y), -1, 2))
     samples = torch.fft.irfft(turned.mul_(_inverse_twiddle(n, y.device, y.dtype)), n)
     if _alone(y):
         y.index_add_(1, order, samples)

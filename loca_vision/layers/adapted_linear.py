@@ -8,9 +8,12 @@ Swin V2, is adapted like code that does not.
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from loca_vision.functional.transforms import compiled
 from loca_vision.layers.class_swap import Adapted, adapted_class, exchange_class, once_while_traced
+from loca_vision.layers.mixed_call import may_mix, term_of_call
+from loca_vision.layers.mixed_weight import mixed_weight
 from loca_vision.layers.plain_weight import is_plain_matrix
 from loca_vision.layers.targets import readable_weight
 from loca_vision.layers.weight_updates import WeightUpdates
@@ -31,6 +34,8 @@ class ReadLayer(AdaptedLayer):
         try:
             if not is_plain_matrix(base_weight(self)):
                 return base_weight(self)  # quantised: the layer's own forward reads it, and the updates act on activations
+            if may_mix(self.loca):
+                return mixed_weight(base_weight(self), self.loca)
             if compiled():
                 if self.loca.learns():
                     self.loca.drop()
@@ -51,15 +56,22 @@ class ReadLayer(AdaptedLayer):
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         plain = is_plain_matrix(base_weight(self))
         stock = self.original_class.forward is nn.Linear.forward and len(inputs) == 1 and not named
+        if may_mix(self.loca) and (stock or not plain):
+            result = F.linear(inputs[0], base_weight(self), self.bias) if plain else super().forward(*inputs, **named)
+            return result + self._mixed(inputs[0], result.shape[-1]).to(result.dtype)
         learned = self.loca.learned_linear(inputs[0], base_weight(self), self.bias) if plain and stock else None
         if learned is not None:
             return learned
-        result: Tensor = super().forward(*inputs, **named)
+        result = super().forward(*inputs, **named)
         return result if plain else result + self._term(inputs[0], result.shape[-1]).to(result.dtype)
 
     def _term(self, x: Tensor, rows: int) -> Tensor:
         """What the updates add to a quantised layer."""
         return self.loca.applied(x, rows, keep=True, base=lambda: readable_weight(self, "the layer"))
+
+    def _mixed(self, x: Tensor, rows: int) -> Tensor:
+        """What each sample's updates add."""
+        return term_of_call(self.loca, x, rows, lambda: readable_weight(self, "the layer"))
 
     @once_while_traced
     def _settle(self) -> None:

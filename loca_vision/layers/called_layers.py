@@ -15,6 +15,7 @@ from loca_vision.functional.transforms import compiled, functional_only, ordinar
 from loca_vision.layers.adapted_linear import AdaptedLayer
 from loca_vision.layers.class_swap import once_while_traced
 from loca_vision.layers.effective_weight import EffectiveWeight
+from loca_vision.layers.mixed_call import may_mix, term_of_call
 from loca_vision.layers.plain_weight import as_matrix, is_plain_matrix
 from loca_vision.layers.updated_call import UpdatedCall, is_hooked
 
@@ -56,6 +57,10 @@ class CalledConvolution(_CalledLayer):
     """Mixed into the class of a 1 x 1 convolution, whose weight (p, q, 1, 1) is a matrix."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if may_mix(self.loca):
+            result = self._without_updates(x)
+            term = term_of_call(self.loca, x.movedim(1, -1), result.shape[1], self._base)
+            return result + term.movedim(-1, 1).to(result.dtype)
         if compiled():
             self._prepare()
         matrix = None if is_hooked(self) or self._saves_memory() else self._matrix()
@@ -63,8 +68,7 @@ class CalledConvolution(_CalledLayer):
             return self._without_updates(x)
         if matrix is not None:
             weight = self.loca(matrix).view(*matrix.shape, 1, 1)
-            result: Tensor = self._conv_forward(x, weight, self.bias)  # type: ignore[operator]
-            return result
+            return self._conv_forward(x, weight, self.bias)  # type: ignore[operator, no-any-return]
         result = self._without_updates(x)
         term = self._term(self, x.movedim(1, -1), result.shape[1])
         return result + term.movedim(-1, 1).to(result.dtype)

@@ -31,6 +31,7 @@ from loca_vision.layers.batched_weights import read
 from loca_vision.layers.built_together import BuiltTogether
 from loca_vision.layers.call_settings import CallSettings
 from loca_vision.layers.compiled_delta import CompiledDelta
+from loca_vision.layers.mixtures import NOT_COPIED
 from loca_vision.layers.update_groups import can_be_built
 from loca_vision.layers.weight_cache import CachedWeight
 
@@ -40,6 +41,8 @@ class EffectiveWeight(CompiledDelta):
 
     In eager mode the sum is cached with a note of what it was made from; compiled code reads the buffer `delta`.
     """
+
+    _loca_handle = 0  # of calls that mix adapters; none has yet
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,6 +61,10 @@ class EffectiveWeight(CompiledDelta):
     @property
     def together(self) -> BuiltTogether | None:
         """With what the weight is built together, if with anything."""
+        raise NotImplementedError
+
+    def stacked(self) -> Sequence[tuple[EffectiveWeight, slice | None]]:
+        """The updates of each weight that this one is made of, and its rows; of a single one itself, and None."""
         raise NotImplementedError
 
     def can_be_built_together(self, base: Tensor) -> bool:
@@ -217,4 +224,4 @@ class EffectiveWeight(CompiledDelta):
         return cached.weight
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_cached": None}
+        return super().__getstate__() | {"_cached": None} | NOT_COPIED

@@ -12,6 +12,7 @@ from loca_vision.functional.transforms import compiled
 from loca_vision.layers.attention_layouts import base_of
 from loca_vision.layers.class_swap import once_while_traced
 from loca_vision.layers.effective_weight import EffectiveWeight
+from loca_vision.layers.mixed_call import may_mix, term_of_call
 from loca_vision.layers.targets import readable_weight
 
 
@@ -44,6 +45,9 @@ class UpdatedCall:
 
     def _called(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self._layer()
+        if may_mix(self.effective_weight):
+            result = self._without_updates(x, *args, **kwargs)
+            return result + term_of_call(self.effective_weight, x, result.shape[-1], self._base).to(result.dtype)
         if compiled():
             self._prepare()
         plain = not args and not kwargs and self._is_plain(layer)

@@ -55,6 +55,9 @@ class WeightUpdates(EffectiveWeight):
     def together(self) -> BuiltTogether | None:
         return self._together
 
+    def stacked(self) -> Sequence[tuple[WeightUpdates, slice | None]]:
+        return [(self, None)]
+
     def refresh(self) -> None:
         self._forget_batches()
         super().refresh()
@@ -133,6 +136,9 @@ class FusedUpdates(EffectiveWeight):
     @property
     def together(self) -> BuiltTogether | None:
         return self.parts[0][0].together if self.parts else None
+
+    def stacked(self) -> Sequence[tuple[WeightUpdates, slice | None]]:
+        return self.parts
 
     def all_updates(self) -> list[Update]:
         return [update for updates, _ in self.parts for update in updates.all_updates()]

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from loca_vision.checks import check_choice, check_components, check_factor
-from loca_vision.functional.cosine_atoms import Cells
+from loca_vision.functional.block_spectra import SampleSpectrum
+from loca_vision.functional.cosine_atoms import AtomSettings, Cells
 from loca_vision.functional.fourier import inverse_real
+from loca_vision.functional.token_bases import WAVES, TokenBasis
 from loca_vision.functional.transforms import functional_only
 from loca_vision.methods.adapter_config import Projection
 from loca_vision.methods.locations import by_cell, random_locations
@@ -37,6 +39,10 @@ class FourierSpectrum(Spectrum):
 
     def cosines(self, strength: float = 1.0) -> None:
         """None: Fourier atoms have no cosine fast path."""
+
+    def token_spectrum(self) -> tuple[TokenBasis, SampleSpectrum]:
+        settings = AtomSettings(self.shape, self.scale, self.difference)
+        return WAVES, SampleSpectrum(self.coefficients, None, self.layout, settings)
 
     @torch.no_grad()
     def norm(self) -> float:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loca_vision.functional.block_spectra import SampleSpectrum
 from loca_vision.functional.cosine_atoms import AtomSettings, Cells, Cosines
 from loca_vision.functional.cosine_sum import add_cosines, applied_to, cosine_applied, cosine_matrix, cosine_sum
 from loca_vision.functional.snapshot import Snapshot
+from loca_vision.functional.token_bases import COSINES, TokenBasis
 from loca_vision.functional.token_spectra import shared_pieces
 from loca_vision.functional.transforms import exported, functional_only, ordinary_tensors
 from loca_vision.methods.adapter_config import generator_of
@@ -91,6 +93,12 @@ class Spectrum(Update):
         self._confine_what_moves()
         settings = AtomSettings(self.shape, self.scale * strength, self.difference)
         return Cosines(self.coefficients, self.locations, self.layout, settings)
+
+    def token_spectrum(self) -> tuple[TokenBasis, SampleSpectrum] | None:
+        own = self.cosines()
+        if own is None:
+            return None
+        return COSINES, SampleSpectrum(own.coefficients, own.locations, own.layout, own.settings)
 
     @property
     def layout(self) -> Cells:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loca_vision.functional.block_spectra import SampleSpectrum
 from loca_vision.functional.cosine_atoms import Cosines
+from loca_vision.functional.token_bases import TokenBasis
 from loca_vision.offload import stored_at
 
 Operation = Literal["delta", "apply_to", "add_to"]
@@ -51,6 +53,13 @@ class Update(nn.Module):
 
     def cosines(self, strength: float = 1.0) -> Cosines | None:
         """Where `delta` is a sum of cosine atoms, that sum, whose gradient needs no matrix; None for any other."""
+        return None
+
+    def token_spectrum(self) -> tuple[TokenBasis, SampleSpectrum] | None:
+        """Where the update is a sparse spectrum, the transform of activations in which it is one; None for any other.
+
+        Samples of a batch that have different updates then share their transforms.
+        """
         return None
 
     @torch.no_grad()

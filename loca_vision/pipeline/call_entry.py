@@ -18,6 +18,7 @@ from loca_vision.layers.pipeline_call import PipelineCall, current_call, other_c
 from loca_vision.model.call_scale import KEYWORDS, scale_in
 from loca_vision.pipeline.class_wrapping import Method, wrap_methods
 from loca_vision.pipeline.components import adapted_in
+from loca_vision.pipeline.per_prompt import KEYWORD, per_prompt
 
 ENTRIES = ("__call__", "encode_prompt")
 
@@ -34,13 +35,18 @@ def _telling(entry: Method) -> Method:
     @wraps(entry)
     def telling(self: Any, *inputs: Any, **named: Any) -> Any:
         named |= {name: _plain(named[name]) for name in KEYWORDS if name in named}
+        mixed = named.pop(KEYWORD, None)
         try:
             arguments = signature.bind_partial(self, *inputs, **named).arguments
         except TypeError:
             return entry(self, *inputs, **named)  # which says what is wrong with them
         nested = inspect.getattr_static(type(self), "__call__", None) is not telling  # `super().__call__`, or `encode_prompt`
-        with under_way(_call_of(self, _flat(arguments), nested=nested)):
-            return entry(self, *inputs, **named)
+        flat = _flat(arguments)
+        with under_way(_call_of(self, flat, nested=nested)):
+            if mixed is None:
+                return entry(self, *inputs, **named)
+            with per_prompt(self, mixed, flat, signature):
+                return entry(self, *inputs, **named)
 
     inner = getattr(entry, "__wrapped__", None)
     if inner is not None:  # the way round `torch.no_grad` of those who want gradients has a scale too

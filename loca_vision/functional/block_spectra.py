@@ -1,0 +1,264 @@
+"""Spectra that differ from sample to sample, applied to a batch at once.
+
+All samples go through one transform and one inverse transform. Between them, the spectra of the samples are the blocks of one
+sparse block-diagonal matrix: the cost is that of one spectrum, however many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from loca_vision.functional.cosine_atoms import AtomSettings, Cells, Offset, location_gradient, offsets
+from loca_vision.functional.packed_dct import empty_spectrum, pieces
+from loca_vision.functional.token_bases import Entries, TokenBasis, in_order
+from loca_vision.functional.transforms import once_differentiable
+
+
+@dataclass(frozen=True)
+class SampleSpectrum:
+    """A spectrum that some samples have: B components, alpha among its settings."""
+
+    coefficients: Tensor
+    locations: Tensor | None
+    layout: Cells
+    settings: AtomSettings
+
+
+Share = tuple[int, float]  # which of several spectra a sample has, and how strongly
+
+
+class BlockSpectra:
+    """The spectra of M samples for a matrix (p, q).
+
+    Args:
+        basis: the transform between activations and frequencies.
+        spectra: those that there are.
+        shares: which of them each sample has; none for a sample without.
+    """
+
+    def __init__(self, basis: TokenBasis, spectra: Sequence[SampleSpectrum], shares: Sequence[Sequence[Share]]) -> None:
+        self.basis, self.spectra, self.shares = basis, tuple(spectra), [list(own) for own in shares]
+        self.shape = spectra[0].settings.shape
+        counts = [len(one.layout.cells) for one in spectra]
+        self.starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
+
+    @cached_property
+    def applied(self) -> Blocks:
+        """(M p', M q'), from frequencies of inputs to those of outputs."""
+        return Blocks(self, lambda own: self.basis.applied(own.layout), self.shape)
+
+    @cached_property
+    def transposed(self) -> Blocks:
+        """(M q', M p'), from gradients of outputs to those of inputs."""
+        flipped = [Cells(own.layout.cells.flip(1), self.shape[::-1]) for own in self.spectra]
+        by_spectrum = dict(zip(map(id, self.spectra), flipped, strict=True))
+        return Blocks(self, lambda own: self.basis.applied(by_spectrum[id(own)]), self.shape[::-1])
+
+    def products(self, offset: Offset) -> Blocks:
+        """(M p', M q'), whose entries are the gradients of coefficients if they stood at this offset from their cells."""
+        return Blocks(self, lambda own: self.basis.products(own.layout, offset), self.shape)
+
+    def offsets(self, learned: bool, moving: bool) -> list[Offset]:
+        found = [offset for own in self.spectra for offset in offsets(own.settings.difference, learned, moving)]
+        return list(dict.fromkeys(found))
+
+
+class Blocks:
+    """One sparse block-diagonal matrix, a block for each sample; of several spectra a block is the sum.
+
+    Args:
+        entries_of: the entries of one spectrum in its block.
+        shape: (p, q) of the matrix that a block stands for.
+    """
+
+    def __init__(
+        self, own: BlockSpectra, entries_of: Callable[[SampleSpectrum], Entries], shape: tuple[int, int]
+    ) -> None:
+        self.size = own.basis.width(shape[0]), own.basis.width(shape[1])
+        known = [_shifted_source(entries_of(one), start) for one, start in zip(own.spectra, own.starts, strict=False)]
+        parts = [self._of_sample(own, known, shares) for shares in own.shares]
+        counts = [len(part.source) for part in parts]
+        self.ends = [0, *torch.tensor(counts).cumsum(0).tolist()]
+        rows, self.cols, self.weights, self.source = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "cols", "weights", "source")
+        )
+        sample = torch.repeat_interleave(torch.tensor(counts)).to(rows.device)
+        self.rows = rows + sample * self.size[0]
+        self.cols = self.cols + sample * self.size[1]
+
+    def _of_sample(self, own: BlockSpectra, known: Sequence[Entries], shares: Sequence[Share]) -> Entries:
+        weighted = [
+            Entries(part.rows, part.cols, part.weights * (own.spectra[index].settings.scale * strength), part.source)
+            for index, strength in shares
+            for part in (known[index],)
+        ]
+        if len(weighted) == 1:
+            return weighted[0]
+        if not weighted:
+            return Entries(*(value[:0] for value in (known[0].rows, known[0].cols, known[0].weights, known[0].source)))
+        joined = (torch.cat([getattr(one, name) for one in weighted]) for name in ("rows", "cols", "weights", "source"))
+        return in_order(*joined, self.size[1])
+
+    def values(self, coefficients: Tensor) -> Tensor:
+        """(e,) what stands at the entries."""
+        return coefficients[self.source] * self.weights.to(coefficients.dtype)
+
+    def matrix(self, values: Tensor, first: int, end: int) -> Tensor:
+        """The blocks of samples `first` to `end`, with these of all values (e,)."""
+        here, many = slice(self.ends[first], self.ends[end]), end - first
+        rows, cols = self.rows[here] - first * self.size[0], self.cols[here] - first * self.size[1]
+        starts = torch.searchsorted(rows, torch.arange(many * self.size[0] + 1, device=rows.device))
+        size = many * self.size[0], many * self.size[1]
+        return torch.sparse_csr_tensor(starts, cols, values[here], size, check_invariants=False)
+
+
+def _shifted_source(entries: Entries, start: int) -> Entries:
+    return Entries(entries.rows, entries.cols, entries.weights, entries.source + start)
+
+
+def apply_blocks(x: Tensor, blocks: BlockSpectra) -> Tensor:
+    """x times each sample's own update, (M, t, q) to (M, t, p), differentiable in x, coefficients and locations.
+
+    Computed in float32 at least, whatever autocast says.
+    """
+    numbers = [own.coefficients for own in blocks.spectra], [own.locations for own in blocks.spectra]
+    coefficients = torch.cat(numbers[0]) if len(numbers[0]) > 1 else numbers[0][0]
+    moving = any(own is not None and own.requires_grad for own in numbers[1])
+    locations = torch.cat([own for own in numbers[1] if own is not None]) if moving else None
+    result: Tensor = _Applied.apply(x, coefficients, locations, blocks)
+    return result
+
+
+class _Applied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, coefficients: Tensor, locations: Tensor | None, blocks: BlockSpectra) -> Tensor:
+        ctx.blocks = blocks
+        ctx.save_for_backward(x, coefficients)
+        result = x.new_zeros(*x.shape[:2], blocks.shape[0], dtype=_wide(x))
+        with torch.autocast(x.device.type, enabled=False):
+            _add_products(result, blocks.applied, coefficients, shared_frequencies(x, blocks.basis), blocks.basis)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        blocks: BlockSpectra = ctx.blocks
+        x, coefficients = ctx.saved_tensors
+        wants_x, learned, moving = ctx.needs_input_grad[:3]
+        with torch.autocast(grad.device.type, enabled=False):
+            left = list(_frequencies(grad.contiguous().to(_wide(x)), blocks.basis))
+            grad_x = None
+            if wants_x:
+                grad_x = torch.zeros_like(x, dtype=_wide(x), memory_format=torch.contiguous_format)
+                _add_products(grad_x, blocks.transposed, coefficients, left, blocks.basis)
+                grad_x = grad_x.to(x.dtype)
+            found = _spectra(blocks, left, shared_frequencies(x, blocks.basis), coefficients, blocks.offsets(learned, moving))
+        slopes = _slopes(blocks, found, coefficients) if moving else None
+        return grad_x, found[0, 0] if learned else None, slopes, None
+
+
+def _spectra(
+    blocks: BlockSpectra, left: Sequence[Piece], right: Sequence[Piece], like: Tensor, wanted: Sequence[Offset]
+) -> dict[Offset, Tensor]:
+    """For each offset, the gradient of every coefficient if its component stood there: (B,), of all spectra in order."""
+    found: dict[Offset, Tensor] = {}
+    for offset in wanted:
+        own = blocks.products(offset)
+        values = right[0].values.new_zeros(len(own.source)) if right else like.new_zeros(len(own.source))
+        for outer, inner in zip(left, right, strict=True):
+            pattern = own.matrix(values, inner.first, inner.end)
+            sampled = torch.sparse.sampled_addmm(pattern, outer.values.flatten(0, 1), inner.values.flatten(0, 1).T)
+            values[own.ends[inner.first] : own.ends[inner.end]] = sampled.values()
+        total = torch.zeros_like(like)
+        found[offset] = total.index_add_(0, own.source, (values * own.weights.to(values.dtype)).to(like.dtype))
+    return found
+
+
+def _slopes(blocks: BlockSpectra, found: dict[Offset, Tensor], coefficients: Tensor) -> Tensor:
+    """The gradient of all locations, (B, 2): of finite differences, as for one spectrum. Scales are in what was found."""
+    slopes = []
+    for own, start, end in zip(blocks.spectra, blocks.starts[:-1], blocks.starts[1:], strict=True):
+        z = {offset: values[start:end] for offset, values in found.items()}
+        settings = AtomSettings(blocks.shape, 1.0, own.settings.difference)
+        if own.locations is not None:
+            slopes.append(location_gradient(z, coefficients[start:end], settings))
+    return torch.cat(slopes)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Frequencies (g, q', n) of samples `first` to `end`, and of their tokens from `token` on."""
+
+    first: int
+    end: int
+    token: int
+    values: Tensor
+
+
+def _add_products(
+    result: Tensor, matrix: Blocks, coefficients: Tensor, frequencies: Sequence[Piece], basis: TokenBasis
+) -> None:
+    """Add to the rows of the result (M, t, p), contiguous, what the matrix makes of frequencies."""
+    values = matrix.values(coefficients.to(result.dtype))
+    for piece in frequencies:
+        groups, _, tokens = piece.values.shape
+        product = _product(matrix.matrix(values, piece.first, piece.end), piece.values.flatten(0, 1))
+        turned = product.unflatten(0, (groups, -1)).transpose(1, 2).contiguous()
+        rows = result[piece.first : piece.end, piece.token : piece.token + tokens].view(groups * tokens, -1)
+        basis.add_synthesis(rows, turned.view(groups * tokens, -1))
+
+
+def _product(matrix: Tensor, frequencies: Tensor) -> Tensor:
+    if frequencies.device.type != "cpu":
+        return matrix @ frequencies
+    result = empty_spectrum(len(matrix), frequencies.shape[1], frequencies)
+    return torch.addmm(result, matrix, frequencies, beta=0, out=result)
+
+
+def shared_frequencies(x: Tensor, basis: TokenBasis) -> Sequence[Piece]:
+    """The frequencies of x (M, t, q), computed once for all that ask with views of the same memory: query, key and value do."""
+    if x.is_inference():
+        return list(_frequencies(x, basis))
+    base = x._base if x._base is not None else x
+    mark = basis, x.shape, x.stride(), x.data_ptr(), x._version, torch.get_num_threads()
+    known = _known.get(base)
+    if known is None or known[0] != mark:
+        _known[base] = known = mark, list(_frequencies(x, basis))
+    found: Sequence[Piece] = known[1]
+    return found
+
+
+_known: Any = WeakTensorKeyDictionary()  # of tensors that are still in use
+
+
+def _frequencies(x: Tensor, basis: TokenBasis) -> Iterator[Piece]:
+    for first, end, token, last in _portions(x):
+        part = x[first:end, token:last].to(_wide(x))
+        values = basis.analyse(part.reshape(-1, x.shape[2])).unflatten(0, part.shape[:2])
+        yield Piece(first, end, token, values.transpose(1, 2).contiguous())
+
+
+def _portions(x: Tensor) -> Iterator[tuple[int, int, int, int]]:
+    """First and last sample, first and last token of what is transformed at a time: on the CPU what its cache holds."""
+    samples, tokens, width = x.shape
+    if x.device.type != "cpu":
+        yield 0, samples, 0, tokens
+        return
+    at_once = next((end for _, end in pieces(samples * tokens, width, torch.get_num_threads())), 1)
+    if at_once >= tokens:
+        many = max(1, at_once // max(1, tokens))
+        yield from ((first, min(first + many, samples), 0, tokens) for first in range(0, samples, many))
+    else:
+        for first in range(samples):
+            yield from ((first, first + 1, start, end) for start, end in pieces(tokens, width, torch.get_num_threads()))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,45 @@
+"""Low-rank updates that differ from sample to sample, applied to a batch by two batched products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loca_vision.functional.block_spectra import Share
+from loca_vision.functional.row_linear import computed_in
+
+Pair = tuple[Tensor, Tensor]  # (p, r) and (r, q)
+
+
+def apply_grouped(x: Tensor, pairs: Sequence[Pair], shares: Sequence[Sequence[Share]]) -> Tensor:
+    """x times each sample's own sum of products, (M, t, q) to (M, t, p), differentiable in x and in all factors.
+
+    Args:
+        pairs: the factors that there are, of any ranks.
+        shares: which of them each sample has, and how strongly; none for a sample without.
+    """
+    dtype = computed_in(x)
+    ups, downs = (torch.cat(list(factors), dim).to(dtype) for factors, dim in zip(zip(*pairs, strict=True), (1, 0), strict=True))
+    if all(list(own) == list(shares[0]) for own in shares) and len(shares[0]) == len(pairs) == 1:
+        return (x.to(dtype) @ downs.T) @ (ups.T * shares[0][0][1])
+    columns, strengths = _columns([up.shape[1] for up, _ in pairs], shares)
+    chosen, factors = columns.to(x.device), strengths.to(x.device, dtype)
+    inner = torch.bmm(x.to(dtype), downs[chosen].transpose(1, 2)) * factors[:, None]
+    return torch.bmm(inner, ups.T[chosen])
+
+
+def _columns(ranks: Sequence[int], shares: Sequence[Sequence[Share]]) -> tuple[Tensor, Tensor]:
+    """(M, R) of all columns those of each sample, and their strengths, 0 for one that only fills the row."""
+    ends = torch.tensor(ranks).cumsum(0).tolist()
+    own = [
+        [(column, strength) for index, strength in sample for column in range(ends[index] - ranks[index], ends[index])]
+        for sample in shares
+    ]
+    most = max(map(len, own))
+    filled = [sample + [(0, 0.0)] * (most - len(sample)) for sample in own]
+    return (
+        torch.tensor([[column for column, _ in sample] for sample in filled], dtype=torch.long).view(len(filled), most),
+        torch.tensor([[strength for _, strength in sample] for sample in filled]).view(len(filled), most),
+    )

@@ -1,0 +1,142 @@
+"""Transforms of activations, vector by vector, in which sparse updates act as sparse matrices.
+
+With T the transform of a vector, x Delta W^T = T^-1(S T(x)) for a sparse S, whatever Delta W is a spectrum of cosines or of
+complex waves. Frequencies lie side by side as real numbers, so that a product with S is an ordinary sparse product.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loca_vision.functional.cosine_atoms import Cells, Offset, shifted
+from loca_vision.functional.packed_dct import add_unpacked, packed, packed_rows, rows_for
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Where the components of a spectrum stand in a matrix over packed frequencies, row by row.
+
+    Attributes:
+        rows, cols: (e,) int64.
+        weights: (e,) float32, by which the coefficient is multiplied there.
+        source: (e,) int64, the component of each entry; a component may have several.
+    """
+
+    rows: Tensor
+    cols: Tensor
+    weights: Tensor
+    source: Tensor
+
+
+class TokenBasis(Protocol):
+    """A transform and its inverse, and where components stand in it. Frequencies of vectors of length n take `width(n)`."""
+
+    def width(self, n: int) -> int: ...
+
+    def analyse(self, x: Tensor) -> Tensor:
+        """The frequencies (t, q') of the rows of x (t, q), float32 or float64."""
+
+    def add_synthesis(self, y: Tensor, spectrum: Tensor) -> None:
+        """Add the inverse transform of a spectrum (t, p'), which is overwritten, to the rows of y (t, p), in place."""
+
+    def applied(self, layout: Cells) -> Entries:
+        """The matrix (p', q') that takes frequencies of inputs to those of outputs. Of the transposed update, the flipped cells."""
+
+    def products(self, layout: Cells, offset: Offset = (0, 0)) -> Entries:
+        """The entries whose dot products, of frequencies of output gradients and of inputs, are the coefficients' gradients."""
+
+
+class CosineBasis:
+    """The discrete cosine transform, for updates sum_k a_k C[u_k]^T D[v_k]."""
+
+    def width(self, n: int) -> int:
+        return rows_for(n)
+
+    def analyse(self, x: Tensor) -> Tensor:
+        return packed(x)
+
+    def add_synthesis(self, y: Tensor, spectrum: Tensor) -> None:
+        add_unpacked(y, spectrum)
+
+    def applied(self, layout: Cells) -> Entries:
+        return self.products(layout)
+
+    def products(self, layout: Cells, offset: Offset = (0, 0)) -> Entries:
+        return layout.once(_cosine_entries, offset)
+
+
+class FourierBasis:
+    """The real fast Fourier transform, for updates sum_k a_k cos(2 pi (u_k i / p + v_k j / q)) / (p q)."""
+
+    def width(self, n: int) -> int:
+        return 2 * (n // 2 + 1)
+
+    def analyse(self, x: Tensor) -> Tensor:
+        return torch.view_as_real(torch.fft.rfft(x)).flatten(1)
+
+    def add_synthesis(self, y: Tensor, spectrum: Tensor) -> None:
+        y += torch.fft.irfft(torch.view_as_complex(spectrum.view(len(y), -1, 2)), y.shape[1])
+
+    def applied(self, layout: Cells) -> Entries:
+        return layout.once(_waves)
+
+    def products(self, layout: Cells, offset: Offset = (0, 0)) -> Entries:
+        return layout.once(_wave_products)
+
+
+COSINES, WAVES = CosineBasis(), FourierBasis()
+
+
+def in_order(rows: Tensor, cols: Tensor, weights: Tensor, source: Tensor, width: int) -> Entries:
+    """Entries row by row; `width` is that of the matrix."""
+    order = (rows * width + cols).argsort()
+    return Entries(rows[order], cols[order], weights[order].float(), source[order])
+
+
+def _cosine_entries(cells: Tensor, shape: tuple[int, int], offset: Offset) -> Entries:
+    moved = shifted(cells, offset, shape)
+    (rows, row_signs), (cols, col_signs) = (packed_rows(moved[:, axis], n) for axis, n in enumerate(shape))
+    return in_order(rows, cols, row_signs * col_signs, _each(cells), rows_for(shape[1]))
+
+
+def _waves(cells: Tensor, shape: tuple[int, int]) -> Entries:
+    """Of a real part, half stands at a cell and half, conjugate, at its mirror image, which is the one that is stored or not."""
+    (p, q), (u, v) = shape, cells.T
+    (row, conjugate), (col, beyond) = _stored(u, p), _stored(v, q)
+    alone = (2 * u) % p == 0  # its own mirror image: a real number
+    real = torch.where(alone, 1 / q, 0.5 / q)
+    imaginary = torch.where(alone, 0.0, -0.5 / q * conjugate * beyond)
+    return _pairs(row, col, real, imaginary, cells, q)
+
+
+def _wave_products(cells: Tensor, shape: tuple[int, int]) -> Entries:
+    (p, q), (u, v) = shape, cells.T
+    (row, conjugate), (col, beyond) = _stored(u, p), _stored(v, q)
+    size = torch.full_like(conjugate, 1 / math.prod(shape))
+    return _pairs(row, col, size, -size * conjugate * beyond, cells, q)
+
+
+def _stored(frequency: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The place of frequencies (B,) among the n // 2 + 1 that are stored, and -1 where its conjugate is, else 1."""
+    lower = frequency <= n // 2
+    return torch.where(lower, frequency, n - frequency), torch.where(lower, 1.0, -1.0)
+
+
+def _pairs(row: Tensor, col: Tensor, real: Tensor, imaginary: Tensor, cells: Tensor, q: int) -> Entries:
+    each = _each(cells)
+    return in_order(
+        torch.cat([2 * row, 2 * row + 1]),
+        torch.cat([2 * col, 2 * col + 1]),
+        torch.cat([real, imaginary]),
+        torch.cat([each, each]),
+        2 * (q // 2 + 1),
+    )
+
+
+def _each(cells: Tensor) -> Tensor:
+    return torch.arange(len(cells), device=cells.device)

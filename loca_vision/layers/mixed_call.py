@@ -1,0 +1,88 @@
+"""Calls of linear layers in which every sample has adapters of its own, in eager and in compiled code."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from loca_vision.functional.transforms import compiled, exported
+from loca_vision.layers.mixed_updates import mixed_term
+from loca_vision.layers.mixtures import handle_of, mixture_of, owner_of
+
+if TYPE_CHECKING:
+    from loca_vision.layers.effective_weight import EffectiveWeight
+
+Base = Callable[[], Tensor]
+
+
+def may_mix(weight: EffectiveWeight) -> bool:
+    """Whether a call of the layer mixes adapters now; in compiled code, whether one ever has, so that any may."""
+    if weight._loca_handle == 0:
+        return False
+    if compiled():
+        return True
+    mixed = mixture_of(weight) is not None
+    if mixed and exported():
+        raise RuntimeError("per_sample cannot be exported: export a model in which one adapter acts for all samples")
+    return mixed
+
+
+def term_of_call(weight: EffectiveWeight, x: Tensor, rows: int, base: Base) -> Tensor:
+    """x times each sample's updates, (..., q) to (..., rows), or, in a call that mixes none, times the active ones."""
+    if not compiled():
+        return _term(weight, x, rows, base)
+    if torch.is_grad_enabled():  # what is learned is no input of an operator, which would hide it from autograd
+        return _term_outside(weight, x, rows, base)
+    needs_base = any([update.needs_weight for update in weight.all_updates()])
+    term: Tensor = _mixed_call(x, base() if needs_base else None, rows, weight._loca_handle)
+    return term
+
+
+def _term(weight: EffectiveWeight, x: Tensor, rows: int, base: Base) -> Tensor:
+    mixture = mixture_of(weight)
+    if mixture is None:
+        return weight.applied(x, rows, keep=True, base=base)
+    parts = [(handle_of(part), where) for part, where in weight.stacked()]
+    return mixed_term(x, rows, mixture, parts, weight.call_settings.scale, base)
+
+
+@_disable_dynamo
+def _term_outside(weight: EffectiveWeight, x: Tensor, rows: int, base: Base) -> Tensor:
+    return _term(weight, x, rows, base)
+
+
+def _compute(x: Tensor, weight: Tensor | None, rows: int, handle: int) -> Tensor:
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("per_sample cannot be recorded in a CUDA graph, which would repeat the adapters of one call")
+    owner: Any = owner_of(handle)
+    return _term(owner, x, rows, lambda: _given(weight)).to(x.dtype)
+
+
+def _given(weight: Tensor | None) -> Tensor:
+    if weight is None:
+        raise RuntimeError("per_sample: a compiled call has an adapter that depends on W, such as a DoRA, and came later")
+    return weight
+
+
+def operator(name: str, function: Callable[..., Tensor], schema: str) -> Any:
+    """An operator that compiled code calls as it is, and that inductor leaves out of CUDA graphs.
+
+    What it looks up when it runs, such as the adapters of the call, compiles nothing anew.
+    """
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None)
+    tagged = tag is not None and "tags" in inspect.signature(torch.library.custom_op).parameters
+    more: dict[str, Any] = {"tags": (tag,)} if tagged else {}
+    return torch.library.custom_op(f"loca_vision::{name}", function, mutates_args=(), schema=schema, **more)
+
+
+_mixed_call = operator("mixed_call", _compute, "(Tensor x, Tensor? weight, int rows, int handle) -> Tensor")
+
+
+@_mixed_call.register_fake
+def _(x, weight, rows, handle):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], rows)

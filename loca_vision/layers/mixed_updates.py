@@ -1,0 +1,153 @@
+"""What the updates of a mixture add to the result of one linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from loca_vision.functional.block_spectra import BlockSpectra, SampleSpectrum, Share, apply_blocks
+from loca_vision.functional.grouped_low_rank import apply_grouped
+from loca_vision.functional.row_linear import Rows, computed_in
+from loca_vision.functional.token_bases import TokenBasis
+from loca_vision.functional.transforms import functional_only, traced
+from loca_vision.layers.mixtures import Mixture, PlacedUpdate
+
+Parts = Sequence[tuple[int, slice | None]]  # the handle of each weight that is stacked in a layer, and its rows there
+
+
+class _Projection:
+    """The updates of one projection, and which of them each sample has."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self.updates: list[PlacedUpdate] = []
+        self.numbers: dict[int, int] = {}  # of the updates, by identity
+        self.shares: dict[int, list[Share]] = {}  # by the number of the sample
+        self.blocks: tuple[list[Any], BlockSpectra] | None = None
+
+    def add(self, sample: int, placed: PlacedUpdate, strength: float) -> None:
+        index = self.numbers.setdefault(id(placed), len(self.updates))
+        if index == len(self.updates):
+            self.updates.append(placed)
+        self.shares.setdefault(sample, []).append((index, strength))
+
+    def of(self, chosen: Sequence[int], samples: int) -> list[list[Share]]:
+        """The shares of each sample in some of the updates, renumbered."""
+        number = {index: i for i, index in enumerate(chosen)}
+        return [
+            [(number[index], strength) for index, strength in self.shares.get(sample, ()) if index in number]
+            for sample in range(samples)
+        ]
+
+
+def mixed_term(x: Tensor, rows: int, mixture: Mixture, parts: Parts, scale: float, base: Callable[[], Tensor]) -> Tensor:
+    """x times the updates of each sample, (..., q) to (..., rows), differentiable in x and in what is learned.
+
+    Args:
+        parts: of the layer.
+        scale: of the call.
+        base: returns W; called only if an update depends on it.
+
+    Raises:
+        ValueError: the first axis of x is not made of equally many vectors for each sample.
+    """
+    samples = len(mixture.samples)
+    if x.dim() < 2 or len(x) % samples:
+        raise ValueError(
+            f"per_sample: a layer is called with activations of shape {tuple(x.shape)}, whose first axis does not hold equally "
+            f"much of each of {samples} samples"
+        )
+    projections = mixture.once(tuple(handle for handle, _ in parts), lambda: _projections(mixture, parts))
+    flat = x.reshape(samples, -1, x.shape[-1])
+    result = torch.zeros(*flat.shape[:2], rows, dtype=computed_in(x), device=x.device)
+    for projection in projections:
+        for term in _terms(flat, projection, samples, base):
+            result = _added(result, projection.rows, term)
+    result = result if scale == 1 else result * scale
+    return result.view(*x.shape[:-1], rows)
+
+
+def _projections(mixture: Mixture, parts: Parts) -> list[_Projection]:
+    found: dict[Any, _Projection] = {}
+    for sample, entry in enumerate(mixture.by_sample()):
+        for adapter, strength in entry:
+            for handle, stacked in parts:
+                for placed in adapter.updates.get(handle, ()):
+                    if not placed.update.inactive:
+                        where = placed.rows if stacked is None else stacked
+                        key = id(where) if isinstance(where, Tensor) else str(where)
+                        found.setdefault(key, _Projection(where)).add(sample, placed, strength)
+    return list(found.values())
+
+
+def _terms(x: Tensor, projection: _Projection, samples: int, base: Callable[[], Tensor]) -> Iterator[Tensor]:
+    """What each family of updates adds to the rows of the projection, (M, t, p)."""
+    spectra: dict[TokenBasis, dict[int, SampleSpectrum]] = {}
+    pairs: dict[int, tuple[Tensor, Tensor]] = {}
+    others: list[int] = []
+    alone = functional_only() or traced()
+    for index, placed in enumerate(projection.updates):
+        here = not alone and all(tensor.device == x.device for tensor in placed.update.tensors())
+        spectrum = placed.update.token_spectrum() if here else None
+        pair = placed.update.factors() if here and spectrum is None else None
+        if spectrum is not None:
+            spectra.setdefault(spectrum[0], {})[index] = spectrum[1]
+        elif pair is not None:
+            pairs[index] = pair
+        else:
+            others.append(index)
+    for basis, own in spectra.items():
+        yield apply_blocks(x, _blocks(projection, basis, own, samples))
+    if pairs:
+        yield apply_grouped(x, list(pairs.values()), projection.of(list(pairs), samples))
+    for index in others:
+        yield from _alone(x, projection, index, samples, base)
+
+
+def _blocks(projection: _Projection, basis: TokenBasis, own: dict[int, SampleSpectrum], samples: int) -> BlockSpectra:
+    """Kept for as long as no component moves and no coefficient is another object."""
+    mark = [basis, *(part for one in own.values() for part in (one.layout, one.coefficients, one.locations, one.settings.scale))]
+    known = projection.blocks
+    if known is not None and len(known[0]) == len(mark) and all(map(_same, known[0], mark)):
+        return known[1]
+    blocks = BlockSpectra(basis, list(own.values()), projection.of(list(own), samples))
+    projection.blocks = mark, blocks
+    return blocks
+
+
+def _same(old: Any, new: Any) -> bool:
+    return old is new or (isinstance(old, float) and old == new)
+
+
+def _alone(x: Tensor, projection: _Projection, index: int, samples: int, base: Callable[[], Tensor]) -> Iterator[Tensor]:
+    """One update on the samples that have it: for methods that know nothing better."""
+    shares = {i: sum(s for j, s in projection.shares.get(i, ()) if j == index) for i in range(samples)}
+    shares = {i: strength for i, strength in shares.items() if strength}
+    if not shares:
+        return
+    update, chosen = projection.updates[index].update, torch.tensor(list(shares), device=x.device)
+    weight = _rows_of(base(), projection.rows) if update.needs_weight else None
+    part = x.index_select(0, chosen)
+    if functional_only() or traced() or (torch.is_grad_enabled() and update.learns()):
+        term = F.linear(part.to(computed_in(x)), update("delta", 1.0, weight).to(x.device, computed_in(x)))
+    else:
+        term = update("apply_to", part, 1.0, weight)
+    strengths = torch.tensor(list(shares.values()), device=x.device, dtype=term.dtype)
+    whole = term.new_zeros(len(x), *term.shape[1:])
+    yield whole.index_add(0, chosen, term * strengths[:, None, None])
+
+
+def _rows_of(weight: Tensor, rows: Rows) -> Tensor:
+    return weight if rows is None else weight[rows.to(weight.device) if isinstance(rows, Tensor) else rows]
+
+
+def _added(result: Tensor, rows: Rows, term: Tensor) -> Tensor:
+    if rows is None and term.shape == result.shape:
+        return result + term.to(result.dtype)
+    where = torch.arange(result.shape[-1], device=result.device)
+    where = where if rows is None else where[rows.to(result.device) if isinstance(rows, Tensor) else rows]
+    return result.index_add(-1, where, term.to(result.dtype))

@@ -1,0 +1,82 @@
+"""Where a call that mixes adapters finds them: in the model, or in a store beside it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import nn
+
+from loca_vision.layers.mixtures import HeldAdapter, PlacedUpdate, handle_of
+from loca_vision.messages import nearest
+from loca_vision.model.state import AdapterState, state_of
+from loca_vision.model.traversal import sites, unwrap
+from loca_vision.model.whole_tensors import adopt
+
+
+class AdapterSource(Protocol):
+    """Holds adapters for models, outside of them."""
+
+    def names(self) -> Sequence[str]:
+        """Those that there are."""
+
+    def held(self, model: nn.Module, name: str) -> HeldAdapter:
+        """One of them, for this model."""
+
+
+_SOURCES: weakref.WeakKeyDictionary[nn.Module, AdapterSource] = weakref.WeakKeyDictionary()
+
+
+def give_source(model: nn.Module, source: AdapterSource | None) -> None:
+    """Let the model's calls find adapters there, too; None: no longer."""
+    if source is None:
+        _SOURCES.pop(unwrap(model), None)
+    else:
+        _SOURCES[unwrap(model)] = source
+
+
+def source_of(model: nn.Module) -> AdapterSource | None:
+    return _SOURCES.get(unwrap(model))
+
+
+def names_for(model: nn.Module) -> list[str]:
+    """The adapters that calls of the model may mix: its own, and those of its store."""
+    record, source = state_of(model), source_of(model)
+    return list(dict.fromkeys([*(record.adapters if record else ()), *(source.names() if source else ())]))
+
+
+def held_adapters(model: nn.Module, names: Sequence[str]) -> dict[str, HeldAdapter]:
+    """These adapters: the model's own, and those of its store.
+
+    Raises:
+        ValueError: a name of neither, with the nearest that there is.
+    """
+    model = unwrap(model)
+    record, source = state_of(model), source_of(model)
+    if record is None and source is None:
+        raise ValueError(f"{type(model).__name__} has no adapter; inject or load one first")
+    own = [name for name in names if record is not None and name in record.adapters]
+    found = {} if record is None else _own(model, record, own)
+    for name in names:
+        if name in found:
+            continue
+        there = names_for(model)
+        if source is None or name not in there:
+            shown = ", ".join(map(repr, there[:8])) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
+            raise ValueError(f"no adapter {name!r} in the model; it has {shown or 'none'}{nearest(name, there)}")
+        found[name] = source.held(model, name)
+    return found
+
+
+def _own(model: nn.Module, record: AdapterState, names: Sequence[str]) -> dict[str, HeldAdapter]:
+    if not names:
+        return {}
+    adopt(model, record)
+    updates: dict[str, dict[int, list[PlacedUpdate]]] = {name: {} for name in names}
+    for site in sites(model):
+        for slot, update in site.updates.entries():
+            if slot.adapter in updates:
+                placed = PlacedUpdate(slot.rows, update)
+                updates[slot.adapter].setdefault(handle_of(site.updates), []).append(placed)
+    return {name: HeldAdapter(name, updates[name], dict(record.adapters[name].modules_to_save)) for name in names}

@@ -1,0 +1,132 @@
+"""Several adapters in one batch: every sample has its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loca_vision.checks import finite_number
+from loca_vision.layers.effective_weight import EffectiveWeight
+from loca_vision.layers.mixtures import Entry, HeldAdapter, Mixture, handle_of, mixing
+from loca_vision.model.adapter_sources import held_adapters
+from loca_vision.model.batch_size import watch_batches
+from loca_vision.model.sharding import refuse_sharded
+from loca_vision.model.state import state_of
+from loca_vision.model.traversal import modules_of, unwrap
+from loca_vision.model.whole_per_sample import suppliers, whole_mixtures
+
+Name = str | Mapping[str, float] | None
+
+
+@contextmanager
+def per_sample(model: nn.Module, names: Sequence[Name]) -> Iterator[None]:
+    """Inside, every sample of a batch has adapters of its own, whatever `set_adapters` says; in this thread or task alone.
+
+    ```python
+    with per_sample(model, ["shop-a", "shop-b", None, {"ink": 0.7, "cartoon": 0.3}]):
+        logits = model(images)  # four of them
+    ```
+
+    Spectra share the transforms of the activations, so that a batch costs the same with one adapter as with thirty. Heads that
+    were trained belong to their adapters, as `set_adapters` has it; those of different sizes do not make one output, see
+    `head_logits`. Gradients go to every adapter from its own samples. A compiled model is compiled anew at the first such
+    call, and not for other names.
+
+    Args:
+        model: a model with adapters, or with an `AdapterStore`. The batch is the first axis of its first tensor.
+        names: one entry for each sample: the name of an adapter, None for the base model, or a mapping from names to weights.
+
+    Raises:
+        ValueError: an unknown name, a weight that is not finite, an adapter that is fused; and, from a call of the model inside,
+            a batch of another size.
+        TypeError: not a module, or an entry of another type.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}: expected a module; a pipeline takes loca_adapters=[...] when it is called"
+        )
+    if isinstance(model, nn.DataParallel):
+        raise TypeError("model is a DataParallel, whose threads do not know the call's adapters: use DistributedDataParallel")
+    entries = checked_entries(names)
+    with mixing(mixtures_for(unwrap(model), entries, held_adapters(model, names_in(entries)))):
+        yield
+
+
+def head_logits(model: Any, features: Tensor, names: Sequence[Name]) -> list[Tensor]:
+    """The logits of every sample by its own adapter's head, which may have its own number of classes.
+
+    Args:
+        model: a timm model with adapters.
+        features: (M, ...) from `model.forward_features`, called inside `per_sample(model, names)`.
+        names: as in `per_sample`.
+
+    Returns:
+        A list of M tensors (C,), C the number of classes of the sample's head.
+
+    Raises:
+        ValueError: as `per_sample`, or another number of names than samples.
+        TypeError: the model has no `forward_head`.
+    """
+    if not callable(getattr(unwrap(model), "forward_head", None)):
+        raise TypeError(f"model is a {type(model).__name__}: expected a timm model, which has forward_features and forward_head")
+    if len(names) != len(features):
+        raise ValueError(f"names has {len(names)} entries for features of {len(features)} samples")
+    entries = checked_entries(names)
+    groups: dict[Any, list[int]] = {}
+    for index, supplier in enumerate(suppliers(entries, held_adapters(model, names_in(entries)))):
+        groups.setdefault(supplier, []).append(index)
+    found: dict[int, Tensor] = {}
+    for samples in groups.values():
+        with per_sample(model, [names[index] for index in samples]):
+            logits = unwrap(model).forward_head(features[torch.tensor(samples, device=features.device)])
+        found |= dict(zip(samples, logits, strict=True))
+    return [found[index] for index in range(len(features))]
+
+
+def checked_entries(names: Sequence[Name]) -> list[dict[str, float]]:
+    """Each entry as a mapping from names to weights.
+
+    Raises:
+        TypeError: an entry, or the whole, is of another type.
+        ValueError: a weight is not finite, or there is no entry.
+    """
+    if isinstance(names, (str, Mapping)) or not isinstance(names, Sequence):
+        raise TypeError(f"names is a {type(names).__name__}: expected a list with one entry for each sample")
+    if not names:
+        raise ValueError("names=[]: expected one entry for each sample")
+    return [_entry(entry, f"names[{index}]") for index, entry in enumerate(names)]
+
+
+def _entry(entry: Any, place: str) -> dict[str, float]:
+    if entry is None or isinstance(entry, str):
+        return {} if entry is None else {entry: 1.0}
+    if not isinstance(entry, Mapping) or not all(isinstance(name, str) for name in entry):
+        raise TypeError(f"{place}={entry!r}: expected the name of an adapter, None, or a mapping from names to weights")
+    return {name: finite_number(weight, f"{place}[{name!r}]", "a weight is a finite number") for name, weight in entry.items()}
+
+
+def names_in(entries: Sequence[Mapping[str, float]]) -> list[str]:
+    """All names, each once."""
+    return list(dict.fromkeys(name for entry in entries for name in entry))
+
+
+def mixtures_for(
+    model: nn.Module, entries: Sequence[Mapping[str, float]], held: Mapping[str, HeldAdapter], expand: Any = None
+) -> dict[int, Mixture]:
+    """By handle, what every part of the model that takes part makes of a batch.
+
+    Raises:
+        ValueError: an adapter is fused into the weights, or trains a tensor that only one adapter at a time can supply.
+    """
+    record = state_of(model)
+    if record is not None and record.fused.adapters:
+        raise ValueError(f"adapter {next(iter(record.fused.adapters))!r} is fused into the weights; call unfuse_loca first")
+    refuse_sharded(model, "per_sample works on whole models, so enter it")
+    acting: list[Entry] = [tuple((held[name], weight) for name, weight in entry.items()) for entry in entries]
+    mixture = Mixture(acting, expand)
+    found = {handle_of(module): mixture for module in modules_of(model) if isinstance(module, EffectiveWeight)}
+    return {**found, **whole_mixtures(model, record, mixture), watch_batches(model): mixture}

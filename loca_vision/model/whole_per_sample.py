@@ -1,0 +1,164 @@
+"""Tensors that adapters train as a whole, such as classifier heads, for each sample those of its own adapter."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+
+from loca_vision.functional.transforms import compiled
+from loca_vision.layers.mixed_call import operator
+from loca_vision.layers.mixtures import Entry, HeldAdapter, Mixture, handle_of, mixture_of, owner_of
+from loca_vision.model.state import AdapterState
+from loca_vision.model.whole_tensors import held_at
+from loca_vision.offload import split_path
+
+_WATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_Tensors = dict[str, Tensor]  # of one module, by attribute
+
+
+class WholeMixture(Mixture):
+    """For one module, the tensors of each sample; those of samples that share a supplier are the same object."""
+
+    def __init__(self, around: Mixture, by_entry: Sequence[_Tensors]) -> None:
+        super().__init__(around.entries)
+        self.around, self.by_entry = around, by_entry
+
+    def groups(self) -> list[tuple[_Tensors, list[int]]]:
+        """The tensors of each supplier, and the samples that have them."""
+        found: dict[int, tuple[_Tensors, list[int]]] = {}
+        for sample, index in enumerate(self.around.samples):
+            tensors = self.by_entry[index]
+            found.setdefault(id(tensors), (tensors, []))[1].append(sample)
+        return list(found.values())
+
+
+def suppliers(entries: Sequence[Mapping[str, float]], held: Mapping[str, HeldAdapter]) -> list[str | None]:
+    """Of each entry, the adapter whose whole tensors a sample has: the last one that has any; None: the base."""
+    return [next((name for name in reversed(list(entry)) if held[name].whole), None) for entry in entries]
+
+
+def whole_mixtures(model: nn.Module, record: AdapterState | None, mixture: Mixture) -> dict[int, Mixture]:
+    """By handle of each module with such tensors, which ones each sample has.
+
+    Raises:
+        ValueError: a tensor belongs to no layer that is called with the batch.
+    """
+    wholes = [_whole(entry) for entry in mixture.entries]
+    keys = dict.fromkeys(key for whole in wholes for key in whole)
+    keys |= dict.fromkeys(record.base if record is not None else ())
+    found: dict[int, Mixture] = {}
+    for module, names in _by_module(model, keys).items():
+        base = {name: _base(model, record, key) for key, name in names.items()}
+        made: dict[int, _Tensors] = {}
+        by_entry = []
+        for whole in wholes:
+            own = made.setdefault(id(whole) if whole else 0, {name: whole.get(key, base[name]) for key, name in names.items()})
+            by_entry.append(own)
+        if all(tensor is held_at(model, key) for own in made.values() for key, tensor in zip(names, own.values(), strict=True)):
+            continue  # what the model holds
+        found[_watch(module)] = WholeMixture(mixture, by_entry)
+    return found
+
+
+def _whole(entry: Entry) -> Mapping[str, Tensor]:
+    return next((adapter.whole for adapter, _ in reversed(entry) if adapter.whole), {})
+
+
+def _base(model: nn.Module, record: AdapterState | None, key: str) -> Tensor:
+    return record.base[key] if record is not None and key in record.base else held_at(model, key)
+
+
+def _by_module(model: nn.Module, keys: Sequence[str] | Mapping[str, Any]) -> dict[nn.Module, dict[str, str]]:
+    """For each module, the names of its tensors by key."""
+    found: dict[nn.Module, dict[str, str]] = {}
+    for key in keys:
+        module, name = split_path(model, key)
+        if module is model or isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"{key} is trained as a whole, and per_sample cannot give each sample its own: only of layers that are called "
+                "with the batch, and keep no statistics of it"
+            )
+        found.setdefault(module, {})[key] = name
+    return found
+
+
+def _watch(module: nn.Module) -> int:
+    if module not in _WATCHED:
+        _WATCHED.add(module)
+        module.register_forward_hook(_replace)
+    return handle_of(module)
+
+
+def _replace(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+    if not compiled():
+        mixture = mixture_of(module)
+        return output if mixture is None else _outputs(module, mixture, inputs)
+    if torch.is_grad_enabled():
+        return _outside(module, inputs, output)
+    return _mixed_whole(inputs[0], output, module._loca_handle)
+
+
+@_disable_dynamo
+def _outside(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    mixture = mixture_of(module)
+    return output if mixture is None else _outputs(module, mixture, inputs)
+
+
+def _outputs(module: nn.Module, mixture: Any, inputs: tuple[Any, ...]) -> Tensor:
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+        raise RuntimeError(f"per_sample: a {type(module).__name__} with tensors of an adapter is called with more than a batch")
+    x, samples = inputs[0], len(mixture.around.samples)
+    if x.dim() < 2 or len(x) % samples:
+        raise ValueError(f"per_sample has {samples} samples, and a {type(module).__name__} is called with {tuple(x.shape)}")
+    each = x.unflatten(0, (samples, -1))
+    found: dict[int, Tensor] = {}
+    for tensors, own in mixture.groups():
+        part = each[torch.tensor(own, device=x.device)]
+        result = _with(module, tensors).forward(part.flatten(0, 1)).unflatten(0, (len(own), -1))
+        found |= dict(zip(own, result, strict=True))
+    if len({one.shape for one in found.values()}) > 1:
+        sizes = ", ".join(str(size) for size in sorted({one.shape[-1] for one in found.values()}))
+        raise ValueError(
+            f"per_sample: the heads of these adapters have different sizes ({sizes}), which do not make one output: call "
+            "model.forward_features(x), and loca_vision.head_logits(model, features, names)"
+        )
+    return torch.stack([found[sample] for sample in range(samples)]).flatten(0, 1)
+
+
+def _with(module: nn.Module, tensors: _Tensors) -> Any:
+    """The module with other tensors: a view of it, for the module itself belongs to other threads, too."""
+    view = object.__new__(type(module))
+    own = {kind: {**vars(module)[kind], **_of_kind(vars(module)[kind], tensors)} for kind in ("_parameters", "_buffers")}
+    view.__dict__ = {name: value for name, value in vars(module).items() if name != "forward"} | own
+    return view
+
+
+def _of_kind(there: Mapping[str, Any], tensors: _Tensors) -> _Tensors:
+    return {name: tensor for name, tensor in tensors.items() if name in there}
+
+
+def _compute(x: Tensor, output: Tensor, handle: int) -> Tensor:
+    module = owner_of(handle)
+    mixture = None if module is None else mixture_of(module)
+    if module is None or mixture is None:
+        return output.clone()
+    found = _outputs(module, mixture, (x,))
+    if found.shape != output.shape:
+        raise ValueError(
+            f"per_sample: the heads give {tuple(found.shape)} where the model was compiled for {tuple(output.shape)}: "
+            "call model.forward_features(x), and loca_vision.head_logits(model, features, names)"
+        )
+    return found.to(output.dtype)
+
+
+_mixed_whole = operator("mixed_whole", _compute, "(Tensor x, Tensor output, int handle) -> Tensor")
+
+
+@_mixed_whole.register_fake
+def _(x, output, handle):  # type: ignore[no-untyped-def]
+    return torch.empty_like(output)

@@ -1,0 +1,95 @@
+"""`pipe(prompts, loca_adapters=[...])`: every prompt of a pipeline call has adapters of its own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from loca_vision.layers.mixtures import Mixture, mixing
+from loca_vision.messages import nearest
+from loca_vision.model.adapter_sources import held_adapters, names_for
+from loca_vision.model.per_sample import checked_entries, mixtures_for, names_in
+from loca_vision.pipeline.components import models_in
+
+KEYWORD = "loca_adapters"
+_IMAGES = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+
+
+@contextmanager
+def per_prompt(pipe: Any, names: Any, arguments: Mapping[str, Any], signature: inspect.Signature) -> Iterator[None]:
+    """Inside, all components of the pipeline follow `loca_adapters`.
+
+    Args:
+        names: one entry for each prompt, as in `loca_vision.per_sample`.
+        arguments: of the call, by name.
+
+    Raises:
+        ValueError: an unknown name, another number of entries than prompts, or an adapter that is fused.
+        TypeError: an entry of another type.
+    """
+    try:
+        entries = checked_entries(names)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("names", KEYWORD, 1).replace("sample", "prompt")) from None
+    prompts, images = _prompts(arguments), _images(arguments, signature)
+    if prompts is not None and prompts != len(entries):
+        raise ValueError(f"{KEYWORD} has {len(entries)} entries for {prompts} prompt{'s' * (prompts != 1)}")
+    known = {component: (model, there) for component, model in models_in(pipe).items() if (there := names_for(model))}
+    everywhere = dict.fromkeys(name for _, there in known.values() for name in there)
+    for name in names_in(entries):
+        if name not in everywhere:
+            raise ValueError(
+                f"{KEYWORD}: no adapter {name!r} in the pipeline; it has {', '.join(map(repr, list(everywhere)[:8])) or 'none'}"
+                f"{nearest(name, everywhere)}"
+            )
+    mixtures: dict[int, Mixture] = {}
+    for model, there in known.values():
+        own = [{name: weight for name, weight in entry.items() if name in there} for entry in entries]
+        expand = _expansion(model, len(entries), images)
+        mixtures |= mixtures_for(model, own, held_adapters(model, names_in(own)), expand)
+    with mixing(mixtures):
+        yield
+
+
+def _prompts(arguments: Mapping[str, Any]) -> int | None:
+    prompt = arguments.get("prompt")
+    if isinstance(prompt, str):
+        return 1
+    for given in (prompt, arguments.get("prompt_embeds")):
+        if given is not None and hasattr(given, "__len__"):
+            return len(given)
+    return None
+
+
+def _images(arguments: Mapping[str, Any], signature: inspect.Signature) -> int:
+    """How many images each prompt is for."""
+    for name in _IMAGES:
+        if name in signature.parameters or name in arguments:
+            default = signature.parameters[name].default if name in signature.parameters else None
+            value = arguments.get(name, default)
+            return value if isinstance(value, int) and value > 0 else 1
+    return 1
+
+
+def _expansion(model: nn.Module, prompts: int, images: int) -> Callable[[int], Sequence[int]]:
+    """What the samples of a component's batch are.
+
+    Text encoders see the prompts; other components the images of each prompt one after the other, and all of these once for
+    each branch of classifier-free guidance.
+    """
+    reads_text = type(model).__module__.startswith("transformers.")
+    once = list(range(prompts)) if reads_text else [prompt for prompt in range(prompts) for _ in range(images)]
+
+    def expand(batch: int) -> Sequence[int]:
+        if batch % len(once):
+            raise ValueError(
+                f"{KEYWORD} has {prompts} entries, and {type(model).__name__} was called with a batch of {batch}, "
+                f"which is no multiple of {len(once)}"
+            )
+        return once * (batch // len(once))
+
+    return expand
