@@ -6,30 +6,21 @@ sparse block-diagonal matrix: the cost is that of one spectrum, however many the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from loca_vision.functional.cosine_atoms import AtomSettings, Cells, Offset, location_gradient, offsets
+from loca_vision.functional.cosine_atoms import AtomSettings, Offset, location_gradient, offsets
 from loca_vision.functional.packed_dct import empty_spectrum, pieces
-from loca_vision.functional.token_bases import Entries, TokenBasis, in_order
+from loca_vision.functional.sample_spectra import SampleSpectrum
+from loca_vision.functional.token_bases import Entries, TokenBasis
 from loca_vision.functional.transforms import once_differentiable
-
-
-@dataclass(frozen=True)
-class SampleSpectrum:
-    """A spectrum that some samples have: B components, alpha among its settings."""
-
-    coefficients: Tensor
-    locations: Tensor | None
-    layout: Cells
-    settings: AtomSettings
-
 
 Share = tuple[int, float]  # which of several spectra a sample has, and how strongly
 
@@ -46,26 +37,25 @@ class BlockSpectra:
     def __init__(self, basis: TokenBasis, spectra: Sequence[SampleSpectrum], shares: Sequence[Sequence[Share]]) -> None:
         self.basis, self.spectra, self.shares = basis, tuple(spectra), [list(own) for own in shares]
         self.shape = spectra[0].settings.shape
-        counts = [len(one.layout.cells) for one in spectra]
+        counts = [len(one.coefficients) for one in spectra]
         self.starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
 
     @cached_property
     def applied(self) -> Blocks:
         """(M p', M q'), from frequencies of inputs to those of outputs."""
-        return Blocks(self, lambda own: self.basis.applied(own.layout), self.shape)
+        return Blocks(self, [own.applied(self.basis) for own in self.spectra], self.shape)
 
     @cached_property
     def transposed(self) -> Blocks:
         """(M q', M p'), from gradients of outputs to those of inputs."""
-        flipped = [Cells(own.layout.cells.flip(1), self.shape[::-1]) for own in self.spectra]
-        by_spectrum = dict(zip(map(id, self.spectra), flipped, strict=True))
-        return Blocks(self, lambda own: self.basis.applied(by_spectrum[id(own)]), self.shape[::-1])
+        return Blocks(self, [own.transposed(self.basis) for own in self.spectra], self.shape[::-1])
 
     def products(self, offset: Offset) -> Blocks:
         """(M p', M q'), whose entries are the gradients of coefficients if they stood at this offset from their cells."""
-        return Blocks(self, lambda own: self.basis.products(own.layout, offset), self.shape)
+        return Blocks(self, [own.products(self.basis, offset) for own in self.spectra], self.shape)
 
     def offsets(self, learned: bool, moving: bool) -> list[Offset]:
+        """Those at which the gradients of coefficients and locations need products."""
         found = [offset for own in self.spectra for offset in offsets(own.settings.difference, learned, moving)]
         return list(dict.fromkeys(found))
 
@@ -74,37 +64,41 @@ class Blocks:
     """One sparse block-diagonal matrix, a block for each sample; of several spectra a block is the sum.
 
     Args:
-        entries_of: the entries of one spectrum in its block.
+        entries: of each spectrum in its block.
         shape: (p, q) of the matrix that a block stands for.
     """
 
-    def __init__(
-        self, own: BlockSpectra, entries_of: Callable[[SampleSpectrum], Entries], shape: tuple[int, int]
-    ) -> None:
+    def __init__(self, own: BlockSpectra, entries: Sequence[Entries], shape: tuple[int, int]) -> None:
         self.size = own.basis.width(shape[0]), own.basis.width(shape[1])
-        known = [_shifted_source(entries_of(one), start) for one, start in zip(own.spectra, own.starts, strict=False)]
-        parts = [self._of_sample(own, known, shares) for shares in own.shares]
-        counts = [len(part.source) for part in parts]
-        self.ends = [0, *torch.tensor(counts).cumsum(0).tolist()]
-        rows, self.cols, self.weights, self.source = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("rows", "cols", "weights", "source")
-        )
-        sample = torch.repeat_interleave(torch.tensor(counts)).to(rows.device)
-        self.rows = rows + sample * self.size[0]
-        self.cols = self.cols + sample * self.size[1]
-
-    def _of_sample(self, own: BlockSpectra, known: Sequence[Entries], shares: Sequence[Share]) -> Entries:
-        weighted = [
-            Entries(part.rows, part.cols, part.weights * (own.spectra[index].settings.scale * strength), part.source)
-            for index, strength in shares
-            for part in (known[index],)
+        parts = [
+            (sample, entries[i], i, strength) for sample, own_shares in enumerate(own.shares) for i, strength in own_shares
         ]
-        if len(weighted) == 1:
-            return weighted[0]
-        if not weighted:
-            return Entries(*(value[:0] for value in (known[0].rows, known[0].cols, known[0].weights, known[0].source)))
-        joined = (torch.cat([getattr(one, name) for one in weighted]) for name in ("rows", "cols", "weights", "source"))
-        return in_order(*joined, self.size[1])
+        device = entries[0].index.device
+        repeats = torch.tensor([len(part) for _, part, _, _ in parts], device=device)
+
+        def each(values: Sequence[float], dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.repeat_interleave(torch.tensor(values, dtype=dtype, device=device), repeats)
+
+        samples = [sample for sample, _, _, _ in parts]
+        index = torch.cat([part.index for _, part, _, _ in parts]).long()
+        sample = each(samples)
+        self.rows = index // self.size[1] + sample * self.size[0]
+        self.cols = index % self.size[1] + sample * self.size[1]
+        self.weights = each([own.spectra[i].settings.scale * strength for _, _, i, strength in parts], torch.float32)
+        self.weights = self.weights * torch.cat([_weights(part) for _, part, _, _ in parts])
+        self.source = each([own.starts[i] for _, _, i, _ in parts]) + torch.cat([_source(part) for _, part, _, _ in parts])
+        if len(parts) > len(set(samples)):  # some sample has several, whose rows are mixed up
+            self._sort(self.size[1] * len(own.shares))
+        counts = [0] * len(own.shares)
+        for number, part, _, _ in parts:
+            counts[number] += len(part)
+        self.ends = [0, *accumulate(counts)]
+
+    def _sort(self, width: int) -> None:
+        order = (self.rows * width + self.cols).argsort()
+        self.rows, self.cols, self.weights, self.source = (
+            values[order] for values in (self.rows, self.cols, self.weights, self.source)
+        )
 
     def values(self, coefficients: Tensor) -> Tensor:
         """(e,) what stands at the entries."""
@@ -119,8 +113,12 @@ class Blocks:
         return torch.sparse_csr_tensor(starts, cols, values[here], size, check_invariants=False)
 
 
-def _shifted_source(entries: Entries, start: int) -> Entries:
-    return Entries(entries.rows, entries.cols, entries.weights, entries.source + start)
+def _weights(entries: Entries) -> Tensor:
+    return torch.ones(len(entries), device=entries.index.device) if entries.weights is None else entries.weights
+
+
+def _source(entries: Entries) -> Tensor:
+    return torch.arange(len(entries), device=entries.index.device) if entries.source is None else entries.source
 
 
 def apply_blocks(x: Tensor, blocks: BlockSpectra) -> Tensor:
@@ -210,7 +208,7 @@ def _add_products(
     for piece in frequencies:
         groups, _, tokens = piece.values.shape
         product = _product(matrix.matrix(values, piece.first, piece.end), piece.values.flatten(0, 1))
-        turned = product.unflatten(0, (groups, -1)).transpose(1, 2).contiguous()
+        turned = product.view(groups, -1, tokens).transpose(1, 2).contiguous()
         rows = result[piece.first : piece.end, piece.token : piece.token + tokens].view(groups * tokens, -1)
         basis.add_synthesis(rows, turned.view(groups * tokens, -1))
 
@@ -241,7 +239,7 @@ _known: Any = WeakTensorKeyDictionary()  # of tensors that are still in use
 def _frequencies(x: Tensor, basis: TokenBasis) -> Iterator[Piece]:
     for first, end, token, last in _portions(x):
         part = x[first:end, token:last].to(_wide(x))
-        values = basis.analyse(part.reshape(-1, x.shape[2])).unflatten(0, part.shape[:2])
+        values = basis.analyse(part.reshape(-1, x.shape[2])).view(*part.shape[:2], -1)
         yield Piece(first, end, token, values.transpose(1, 2).contiguous())
 
 

@@ -21,7 +21,7 @@ def apply_grouped(x: Tensor, pairs: Sequence[Pair], shares: Sequence[Sequence[Sh
         shares: which of them each sample has, and how strongly; none for a sample without.
     """
     dtype = computed_in(x)
-    ups, downs = (torch.cat(list(factors), dim).to(dtype) for factors, dim in zip(zip(*pairs, strict=True), (1, 0), strict=True))
+    ups, downs = torch.cat([up for up, _ in pairs], 1).to(dtype), torch.cat([down for _, down in pairs]).to(dtype)
     if all(list(own) == list(shares[0]) for own in shares) and len(shares[0]) == len(pairs) == 1:
         return (x.to(dtype) @ downs.T) @ (ups.T * shares[0][0][1])
     columns, strengths = _columns([up.shape[1] for up, _ in pairs], shares)

@@ -22,15 +22,17 @@ class Entries:
     """Where the components of a spectrum stand in a matrix over packed frequencies, row by row.
 
     Attributes:
-        rows, cols: (e,) int64.
-        weights: (e,) float32, by which the coefficient is multiplied there.
-        source: (e,) int64, the component of each entry; a component may have several.
+        index: (e,) whole numbers row * width + column, ascending.
+        weights: (e,) float32, by which the coefficient is multiplied there; None: 1.
+        source: (e,) int64, the component of each entry, of which a component may have several; None: one each, in order.
     """
 
-    rows: Tensor
-    cols: Tensor
-    weights: Tensor
-    source: Tensor
+    index: Tensor
+    weights: Tensor | None = None
+    source: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
 
 
 class TokenBasis(Protocol):
@@ -45,7 +47,7 @@ class TokenBasis(Protocol):
         """Add the inverse transform of a spectrum (t, p'), which is overwritten, to the rows of y (t, p), in place."""
 
     def applied(self, layout: Cells) -> Entries:
-        """The matrix (p', q') that takes frequencies of inputs to those of outputs. Of the transposed update, the flipped cells."""
+        """The matrix (p', q') that takes frequencies of inputs to those of outputs."""
 
     def products(self, layout: Cells, offset: Offset = (0, 0)) -> Entries:
         """The entries whose dot products, of frequencies of output gradients and of inputs, are the coefficients' gradients."""
@@ -92,20 +94,20 @@ class FourierBasis:
 COSINES, WAVES = CosineBasis(), FourierBasis()
 
 
-def in_order(rows: Tensor, cols: Tensor, weights: Tensor, source: Tensor, width: int) -> Entries:
-    """Entries row by row; `width` is that of the matrix."""
-    order = (rows * width + cols).argsort()
-    return Entries(rows[order], cols[order], weights[order].float(), source[order])
+def in_order(index: Tensor, weights: Tensor, source: Tensor) -> Entries:
+    """Entries row by row."""
+    order = index.argsort()
+    return Entries(index[order], weights[order].float(), source[order])
 
 
 def _cosine_entries(cells: Tensor, shape: tuple[int, int], offset: Offset) -> Entries:
     moved = shifted(cells, offset, shape)
     (rows, row_signs), (cols, col_signs) = (packed_rows(moved[:, axis], n) for axis, n in enumerate(shape))
-    return in_order(rows, cols, row_signs * col_signs, _each(cells), rows_for(shape[1]))
+    return in_order(rows * rows_for(shape[1]) + cols, row_signs * col_signs, _each(cells))
 
 
 def _waves(cells: Tensor, shape: tuple[int, int]) -> Entries:
-    """Of a real part, half stands at a cell and half, conjugate, at its mirror image, which is the one that is stored or not."""
+    """Of a real part, half stands at a cell and half, conjugate, at its mirror image: one of the two is stored."""
     (p, q), (u, v) = shape, cells.T
     (row, conjugate), (col, beyond) = _stored(u, p), _stored(v, q)
     alone = (2 * u) % p == 0  # its own mirror image: a real number
@@ -128,14 +130,9 @@ def _stored(frequency: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _pairs(row: Tensor, col: Tensor, real: Tensor, imaginary: Tensor, cells: Tensor, q: int) -> Entries:
-    each = _each(cells)
-    return in_order(
-        torch.cat([2 * row, 2 * row + 1]),
-        torch.cat([2 * col, 2 * col + 1]),
-        torch.cat([real, imaginary]),
-        torch.cat([each, each]),
-        2 * (q // 2 + 1),
-    )
+    each, width = _each(cells), 2 * (q // 2 + 1)
+    index = 2 * row * width + 2 * col
+    return in_order(torch.cat([index, index + width + 1]), torch.cat([real, imaginary]), torch.cat([each, each]))
 
 
 def _each(cells: Tensor) -> Tensor:

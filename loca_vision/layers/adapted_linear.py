@@ -57,12 +57,12 @@ class ReadLayer(AdaptedLayer):
         plain = is_plain_matrix(base_weight(self))
         stock = self.original_class.forward is nn.Linear.forward and len(inputs) == 1 and not named
         if may_mix(self.loca) and (stock or not plain):
-            result = F.linear(inputs[0], base_weight(self), self.bias) if plain else super().forward(*inputs, **named)
-            return result + self._mixed(inputs[0], result.shape[-1]).to(result.dtype)
+            mixed: Tensor = F.linear(inputs[0], base_weight(self), self.bias) if plain else super().forward(*inputs, **named)
+            return mixed + self._mixed(inputs[0], mixed.shape[-1]).to(mixed.dtype)
         learned = self.loca.learned_linear(inputs[0], base_weight(self), self.bias) if plain and stock else None
         if learned is not None:
             return learned
-        result = super().forward(*inputs, **named)
+        result: Tensor = super().forward(*inputs, **named)
         return result if plain else result + self._term(inputs[0], result.shape[-1]).to(result.dtype)
 
     def _term(self, x: Tensor, rows: int) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from loca_vision.functional.block_spectra import BlockSpectra, SampleSpectrum, Share, apply_blocks
+from loca_vision.functional.block_spectra import BlockSpectra, Share, apply_blocks
 from loca_vision.functional.grouped_low_rank import apply_grouped
 from loca_vision.functional.row_linear import Rows, computed_in
+from loca_vision.functional.sample_spectra import SampleSpectrum
 from loca_vision.functional.token_bases import TokenBasis
 from loca_vision.functional.transforms import functional_only, traced
 from loca_vision.layers.mixtures import Mixture, PlacedUpdate
@@ -110,7 +111,9 @@ def _terms(x: Tensor, projection: _Projection, samples: int, base: Callable[[], 
 
 def _blocks(projection: _Projection, basis: TokenBasis, own: dict[int, SampleSpectrum], samples: int) -> BlockSpectra:
     """Kept for as long as no component moves and no coefficient is another object."""
-    mark = [basis, *(part for one in own.values() for part in (one.layout, one.coefficients, one.locations, one.settings.scale))]
+    mark: list[Any] = [basis]
+    for one in own.values():
+        mark += [one.layout, one.coefficients, one.locations, one.settings.scale]
     known = projection.blocks
     if known is not None and len(known[0]) == len(mark) and all(map(_same, known[0], mark)):
         return known[1]

@@ -69,7 +69,8 @@ class Mixture:
         """
         if self.expand is None and batch != len(self.entries):
             raise ValueError(
-                f"per_sample has {len(self.entries)} entries, one for each sample, and {called} was called with a batch of {batch}"
+                f"per_sample has {len(self.entries)} entries, one for each sample, and {called} was called with a batch of "
+                f"{batch}"
             )
         samples = tuple(range(batch)) if self.expand is None else tuple(self.expand(batch))
         if samples != self.samples:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from loca_vision.checks import check_choice, check_components, check_factor
-from loca_vision.functional.block_spectra import SampleSpectrum
 from loca_vision.functional.cosine_atoms import AtomSettings, Cells
 from loca_vision.functional.fourier import inverse_real
+from loca_vision.functional.sample_spectra import SampleSpectrum
 from loca_vision.functional.token_bases import WAVES, TokenBasis
 from loca_vision.functional.transforms import functional_only
 from loca_vision.methods.adapter_config import Projection

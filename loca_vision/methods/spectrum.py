@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loca_vision.functional.block_spectra import SampleSpectrum
 from loca_vision.functional.cosine_atoms import AtomSettings, Cells, Cosines
 from loca_vision.functional.cosine_sum import add_cosines, applied_to, cosine_applied, cosine_matrix, cosine_sum
+from loca_vision.functional.sample_spectra import SampleSpectrum
 from loca_vision.functional.snapshot import Snapshot
 from loca_vision.functional.token_bases import COSINES, TokenBasis
 from loca_vision.functional.token_spectra import shared_pieces

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loca_vision.functional.block_spectra import SampleSpectrum
 from loca_vision.functional.cosine_atoms import Cosines
+from loca_vision.functional.sample_spectra import SampleSpectrum
 from loca_vision.functional.token_bases import TokenBasis
 from loca_vision.offload import stored_at
 

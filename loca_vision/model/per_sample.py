@@ -41,8 +41,8 @@ def per_sample(model: nn.Module, names: Sequence[Name]) -> Iterator[None]:
         names: one entry for each sample: the name of an adapter, None for the base model, or a mapping from names to weights.
 
     Raises:
-        ValueError: an unknown name, a weight that is not finite, an adapter that is fused; and, from a call of the model inside,
-            a batch of another size.
+        ValueError: an unknown name, a weight that is not finite, an adapter that is fused. A call of the model inside raises it
+            for a batch of another size.
         TypeError: not a module, or an entry of another type.
     """
     if not isinstance(model, nn.Module):
@@ -71,8 +71,9 @@ def head_logits(model: Any, features: Tensor, names: Sequence[Name]) -> list[Ten
         ValueError: as `per_sample`, or another number of names than samples.
         TypeError: the model has no `forward_head`.
     """
-    if not callable(getattr(unwrap(model), "forward_head", None)):
-        raise TypeError(f"model is a {type(model).__name__}: expected a timm model, which has forward_features and forward_head")
+    forward_head: Any = getattr(unwrap(model), "forward_head", None)
+    if forward_head is None:
+        raise TypeError(f"model is a {type(model).__name__}: expected a timm model, which has a forward_head")
     if len(names) != len(features):
         raise ValueError(f"names has {len(names)} entries for features of {len(features)} samples")
     entries = checked_entries(names)
@@ -82,7 +83,7 @@ def head_logits(model: Any, features: Tensor, names: Sequence[Name]) -> list[Ten
     found: dict[int, Tensor] = {}
     for samples in groups.values():
         with per_sample(model, [names[index] for index in samples]):
-            logits = unwrap(model).forward_head(features[torch.tensor(samples, device=features.device)])
+            logits = forward_head(features[torch.tensor(samples, device=features.device)])
         found |= dict(zip(samples, logits, strict=True))
     return [found[index] for index in range(len(features))]
 

@@ -115,12 +115,12 @@ def _outputs(module: nn.Module, mixture: Any, inputs: tuple[Any, ...]) -> Tensor
     x, samples = inputs[0], len(mixture.around.samples)
     if x.dim() < 2 or len(x) % samples:
         raise ValueError(f"per_sample has {samples} samples, and a {type(module).__name__} is called with {tuple(x.shape)}")
-    each = x.unflatten(0, (samples, -1))
+    each = x.reshape(samples, -1, *x.shape[1:])
     found: dict[int, Tensor] = {}
     for tensors, own in mixture.groups():
         part = each[torch.tensor(own, device=x.device)]
-        result = _with(module, tensors).forward(part.flatten(0, 1)).unflatten(0, (len(own), -1))
-        found |= dict(zip(own, result, strict=True))
+        result = _with(module, tensors).forward(part.flatten(0, 1))
+        found |= dict(zip(own, result.view(len(own), -1, *result.shape[1:]), strict=True))
     if len({one.shape for one in found.values()}) > 1:
         sizes = ", ".join(str(size) for size in sorted({one.shape[-1] for one in found.values()}))
         raise ValueError(
