@@ -24,11 +24,13 @@ from loca_vision.model.inject import inject
 from loca_vision.model.per_sample import head_logits, per_sample
 from loca_vision.model.remove import remove
 from loca_vision.model.schedule import AlternatingSchedule, parameter_groups
+from loca_vision.serving.adapter_store import AdapterStore
 from loca_vision.version import __version__
 
 __all__ = [
     "KINDS",
     "AdapterConfig",
+    "AdapterStore",
     "AlternatingSchedule",
     "FourierFTConfig",
     "LoCAConfig",

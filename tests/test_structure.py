@@ -19,6 +19,7 @@ ROOMS = (
     ("model",),
     ("formats",),
     ("pipeline",),
+    ("serving",),
     ("data",),
     ("recipes",),
     ("commands",),

@@ -264,13 +264,14 @@ def check_values(tensors: dict[str, Tensor], about: Description) -> None:
             raise ValueError(f"{key} holds NaN or infinity as {value.dtype}")
     for key, must in about.file_layout().items():
         if must.cells_of is not None:
-            _check_cells(key, tensors[key].long(), must.cells_of)
+            _check_cells(key, tensors[key], must.cells_of)
     for projection, shape in about.shapes.items():
         about.configs[component_of(projection, about.configs)].check_values(projection, shape, tensors)
 
 
 def _check_cells(key: str, flat: Tensor, matrix: tuple[int, int]) -> None:
     rows, cols = matrix
-    outside = flat[(flat < 0) | (flat >= rows * cols)]
-    if len(outside):
-        raise ValueError(f"{key} holds {int(outside[0])}: a {rows} x {cols} matrix has cells 0 to {rows * cols - 1}")
+    least, most = flat.aminmax() if len(flat) else (0, 0)
+    for value in (int(least), int(most)):
+        if not 0 <= value < rows * cols:
+            raise ValueError(f"{key} holds {value}: a {rows} x {cols} matrix has cells 0 to {rows * cols - 1}")

@@ -66,6 +66,8 @@ def renamed_keys(tensors: Mapping[str, _Value], about: Description, rename: Rena
 
     What belongs to no projection, such as cells that several share, keeps its key.
     """
+    if rename is _same:
+        return dict(tensors)
     return {_renamed_key(key, about.shapes, rename): value for key, value in tensors.items()}
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ from loca_vision.model.whole_tensors import whole_tensors
 from loca_vision.offload import device_for
 from loca_vision.storage.safetensors_file import PICKLES, open_safetensors, pickle_hint, write_safetensors
 from loca_vision.version import __version__
+
+OwnTensors = Callable[[Mapping[str, Any]], dict[str, Any]]  # of the tensors of a file, those of one model, by its names
 
 
 def save_adapter(
@@ -94,24 +97,40 @@ def load_adapter(
     """
     with open_safetensors(file_to_read(path)) as opened:
         about = read_description(opened.metadata, opened.entries)
-        component = _only_component(about)
         name = about.name if name is None else name
         model = unwrap(model)
         check_new_name(model, name)
-        if not component and not may_be_the_same(base_model_name(model), about.base_model):
-            raise ValueError(f"it was trained on {about.base_model}; this model is {base_model_name(model)}")
-        part = about.of(component)
-        if not head:
-            part = replace(part, whole=tuple(name for name in part.whole if not is_of_head(model, name)))
-        rename, written = as_in_model(model, part), part
-        part = renamed(written, rename)
-        targets = match(model, part, renamed_keys(part_of(opened.entries, component), written, rename))
+        part, own = part_for_model(model, about, head=head)
+        targets = match(model, part, own(opened.entries))
         tensors = opened.tensors()  # no larger than the model, but for a wider conv_in, as is known by now
         check_values(tensors, about)
-        own = renamed_keys(part_of(tensors, component), written, rename)
-        adapter, placed = prepared(model, part, targets, own, learn=trainable)
+        adapter, placed = prepared(model, part, targets, own(tensors), learn=trainable)
     attach(model, name, adapter, placed, learn=trainable)
     return tuple(target.name for target in targets)
+
+
+def part_for_model(model: nn.Module, about: Description, *, head: bool = True) -> tuple[Description, OwnTensors]:
+    """The part of a file that is for a model by itself, by the names in the model, and what takes its tensors out.
+
+    Args:
+        head: whether a classifier head belongs to it.
+
+    Raises:
+        ValueError: it is for another model, or for several components of a pipeline.
+    """
+    component = _only_component(about)
+    if not component and not may_be_the_same(base_model_name(model), about.base_model):
+        raise ValueError(f"it was trained on {about.base_model}; this model is {base_model_name(model)}")
+    part = about.of(component)
+    if not head:
+        part = replace(part, whole=tuple(name for name in part.whole if not is_of_head(model, name)))
+    return in_model(model, part, component)
+
+
+def in_model(model: nn.Module, part: Description, component: str) -> tuple[Description, OwnTensors]:
+    """A part of a file by the names in the model, and what takes its tensors, or entries, out of the file's."""
+    rename = as_in_model(model, part)
+    return renamed(part, rename), lambda tensors: renamed_keys(part_of(tensors, component), part, rename)
 
 
 def check_stored(dtype: torch.dtype) -> None:
@@ -226,8 +245,17 @@ def file_to_read(path: str | os.PathLike[str]) -> Path:
 
 def _in_their_dtypes(model: nn.Module, about: Description, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The whole tensors as the model's parameters hold them."""
-    parameters = own_tensors(model)
-    whole = {name: tensors[f"full.{name}"].to(parameters[name].dtype) for name in about.whole}
+    own = own_tensors(model) if about.whole else {}
+    return in_dtypes({name: own[name].dtype for name in about.whole}, tensors)
+
+
+def in_dtypes(dtypes: Mapping[str, torch.dtype], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors of these names in a file, in these dtypes.
+
+    Raises:
+        ValueError: one of them overflows its dtype.
+    """
+    whole = {name: tensors[f"full.{name}"].to(dtype) for name, dtype in dtypes.items()}
     for name, value in whole.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"full.{name} overflows {value.dtype}, the model's dtype")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from loca_vision.functional.row_linear import Rows
 
 if TYPE_CHECKING:
+    from loca_vision.methods.packed_update import PackedUpdate
     from loca_vision.methods.update import Update
 
 
@@ -25,7 +26,7 @@ class PlacedUpdate:
     """One update of an adapter, and the rows of the weight that it changes."""
 
     rows: Rows
-    update: Update
+    update: Update | PackedUpdate
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,6 +36,7 @@ class WeightUpdates(EffectiveWeight):
         self.updates = nn.ModuleList()
         self.slots: list[AdapterSlot] = []  # one for each update
         self.strengths: dict[str, float] = {}  # of the adapters that act
+        self.hosts = False  # whether a store has adapters for the weight
         self._together: BuiltTogether | None = None
         self._shared_settings: tuple[CallSettings] = (_DEFAULT,)  # in a tuple, which nn.Module does not take for a child
 

@@ -21,6 +21,8 @@ class AdapterSource(Protocol):
     def names(self) -> Sequence[str]:
         """Those that there are."""
 
+    def __contains__(self, name: object) -> bool: ...
+
     def held(self, model: nn.Module, name: str) -> HeldAdapter:
         """One of them, for this model."""
 
@@ -40,8 +42,14 @@ def source_of(model: nn.Module) -> AdapterSource | None:
     return _SOURCES.get(unwrap(model))
 
 
+def has_adapter(model: nn.Module, name: str) -> bool:
+    """Whether calls of the model may mix this one: its own, or one of its store."""
+    record, source = state_of(model), source_of(model)
+    return (record is not None and name in record.adapters) or (source is not None and name in source)
+
+
 def names_for(model: nn.Module) -> list[str]:
-    """The adapters that calls of the model may mix: its own, and those of its store."""
+    """All of them."""
     record, source = state_of(model), source_of(model)
     return list(dict.fromkeys([*(record.adapters if record else ()), *(source.names() if source else ())]))
 
@@ -61,8 +69,8 @@ def held_adapters(model: nn.Module, names: Sequence[str]) -> dict[str, HeldAdapt
     for name in names:
         if name in found:
             continue
-        there = names_for(model)
-        if source is None or name not in there:
+        if source is None or name not in source:
+            there = names_for(model)
             shown = ", ".join(map(repr, there[:8])) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
             raise ValueError(f"no adapter {name!r} in the model; it has {shown or 'none'}{nearest(name, there)}")
         found[name] = source.held(model, name)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from loca_vision.layers.adapted_attention import AdaptedAttention, restore_attention
 from loca_vision.layers.adapted_linear import AdaptedLayer, restore
+from loca_vision.layers.weight_updates import WeightUpdates
 from loca_vision.model.activation import activate
 from loca_vision.model.adapters import _known, _record
 from loca_vision.model.atomic import atomic
@@ -59,17 +60,22 @@ def _take_out(model: nn.Module, record: AdapterState, names: list[str]) -> None:
     if not record.adapters:
         restore_first(model, record)
         end_record(model)
-        forget_call_settings(model)
+        if not any(site.updates.hosts for site in sites(model)):
+            forget_call_settings(model)
         save_as_before(model)
 
 
 def release(host: AdaptedLayer | AdaptedAttention) -> None:
     """Give a layer without any update left its own class back."""
     if isinstance(host, AdaptedLayer):
-        if not host.loca.slots:
+        if not _is_needed(host.loca):
             restore(host)
-    elif not any(updates.slots for updates in host.loca.parts()):
+    elif not any(map(_is_needed, host.loca.parts())):
         restore_attention(host)
+
+
+def _is_needed(updates: WeightUpdates) -> bool:
+    return bool(updates.slots) or updates.hosts
 
 
 def _written_by_merging(model: nn.Module, record: AdapterState, names: list[str]) -> list[Tensor]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from loca_vision.formats.adapter_file import Description, check_values, part_of, read_description
+from loca_vision.formats.adapter_file import Description, check_values, read_description
 from loca_vision.formats.match_model import base_model_name, match
-from loca_vision.formats.module_names import as_in_files, as_in_model, renamed, renamed_keys
-from loca_vision.formats.save_load import prepared
+from loca_vision.formats.module_names import as_in_files
+from loca_vision.formats.save_load import OwnTensors, in_model, prepared
 from loca_vision.formats.sources import Opened, Request, opened, with_description
 from loca_vision.layers.linear_layouts import features
 from loca_vision.layers.targets import Target, find_targets
@@ -36,17 +36,17 @@ def load(
     """As `LoCALoaderMixin.load_loca_weights`."""
     with opened(source, request) as file:
         about = read_description(_metadata(pipe, file), file.entries)
-        assigned = _assigned(pipe, about)
+        assigned = assigned_parts(pipe, about)
         name = _name_to_load(pipe, adapter_name, hotswap, assigned)
         found = {}
         for component, (model, part, own) in assigned.items():
-            with _naming(component):
+            with naming(component):
                 found[component] = match(model, part, own(file.entries), replacing=name if hotswap else None)
         tensors = file.tensors()  # no larger than the pipeline, but for a wider conv_in, as is known by now
         check_values(tensors, about)
         made = {}
         for component, (model, part, own) in assigned.items():
-            with _naming(component):
+            with naming(component):
                 room = None if hotswap else settings_of(model).max_components
                 made[component] = prepared(model, part, found[component], own(tensors), room, learn=False)
                 if hotswap:
@@ -71,31 +71,22 @@ def _metadata(pipe: Any, file: Opened) -> dict[str, str]:
     return with_description(file, lambda: dict(shapes()))
 
 
-_Own = Callable[[Mapping[str, Any]], dict[str, Any]]  # of the tensors of a file, those of one component, by names in its model
-
-
-def _assigned(pipe: Any, about: Description) -> dict[str, tuple[nn.Module, Description, _Own]]:
+def assigned_parts(pipe: Any, about: Description) -> dict[str, tuple[nn.Module, Description, OwnTensors]]:
     """The model of each component in the file, its part of the description, and what takes its tensors out of the file."""
     models = models_in(pipe)
     if "" in about.configs:  # saved from a model by itself: which of the components, its class tells
         same = [name for name, model in models.items() if base_model_name(model) == about.base_model]
         if len(same) != 1:
             raise ValueError(f"it was trained on a {about.base_model}, of which the pipeline has {len(same)}")
-        return {same[0]: _part_for(models[same[0]], about, "")}
+        return {same[0]: (models[same[0]], *in_model(models[same[0]], about.of(""), ""))}
     for component in about.configs:
         if component not in models:
             raise ValueError(f"it is for the component {component}, but the pipeline only has {', '.join(models)}")
-    return {component: _part_for(models[component], about, component) for component in about.configs}
-
-
-def _part_for(model: nn.Module, about: Description, key: str) -> tuple[nn.Module, Description, _Own]:
-    part = about.of(key)
-    rename = as_in_model(model, part)
-    return model, renamed(part, rename), lambda tensors: renamed_keys(part_of(tensors, key), part, rename)
+    return {name: (models[name], *in_model(models[name], about.of(name), name)) for name in about.configs}
 
 
 @contextmanager
-def _naming(component: str) -> Iterator[None]:
+def naming(component: str) -> Iterator[None]:
     """Name the component in errors raised inside."""
     try:
         yield

@@ -11,8 +11,9 @@ from torch import nn
 
 from loca_vision.layers.mixtures import Mixture, mixing
 from loca_vision.messages import nearest
-from loca_vision.model.adapter_sources import held_adapters, names_for
+from loca_vision.model.adapter_sources import has_adapter, held_adapters, names_for, source_of
 from loca_vision.model.per_sample import checked_entries, mixtures_for, names_in
+from loca_vision.model.state import state_of
 from loca_vision.pipeline.components import models_in
 
 KEYWORD = "loca_adapters"
@@ -38,17 +39,15 @@ def per_prompt(pipe: Any, names: Any, arguments: Mapping[str, Any], signature: i
     prompts, images = _prompts(arguments), _images(arguments, signature)
     if prompts is not None and prompts != len(entries):
         raise ValueError(f"{KEYWORD} has {len(entries)} entries for {prompts} prompt{'s' * (prompts != 1)}")
-    known = {component: (model, there) for component, model in models_in(pipe).items() if (there := names_for(model))}
-    everywhere = dict.fromkeys(name for _, there in known.values() for name in there)
-    for name in names_in(entries):
-        if name not in everywhere:
-            raise ValueError(
-                f"{KEYWORD}: no adapter {name!r} in the pipeline; it has {', '.join(map(repr, list(everywhere)[:8])) or 'none'}"
-                f"{nearest(name, everywhere)}"
-            )
+    models = list(models_in(pipe).values())
+    known = {name: [model for model in models if has_adapter(model, name)] for name in names_in(entries)}
+    for name in (name for name, there in known.items() if not there):
+        every = list(dict.fromkeys(name for model in models for name in names_for(model)))
+        shown = ", ".join(map(repr, every[:8])) or "none"
+        raise ValueError(f"{KEYWORD}: no adapter {name!r} in the pipeline; it has {shown}{nearest(name, every)}")
     mixtures: dict[int, Mixture] = {}
-    for model, there in known.values():
-        own = [{name: weight for name, weight in entry.items() if name in there} for entry in entries]
+    for model in (model for model in models if state_of(model) is not None or source_of(model) is not None):
+        own = [{name: weight for name, weight in entry.items() if model in known[name]} for entry in entries]
         expand = _expansion(model, len(entries), images)
         mixtures |= mixtures_for(model, own, held_adapters(model, names_in(own)), expand)
     with mixing(mixtures):

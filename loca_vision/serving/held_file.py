@@ -1,0 +1,149 @@
+"""An adapter file as calls that mix adapters hold it, for a model or for the components of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loca_vision.formats.adapter_file import Description, check_values, read_description
+from loca_vision.formats.match_model import match
+from loca_vision.formats.save_load import OwnTensors, in_dtypes, part_for_model
+from loca_vision.layers.mixtures import HeldAdapter, PlacedUpdate, handle_of
+from loca_vision.layers.targets import Target
+from loca_vision.model.hosts import host
+from loca_vision.model.traversal import own_tensors, unwrap
+from loca_vision.offload import device_for, split_path
+from loca_vision.pipeline.components import models_in
+from loca_vision.pipeline.load import assigned_parts, naming
+from loca_vision.serving.held_updates import Held, held_updates
+from loca_vision.storage.safetensors_file import OpenFile, open_safetensors, tensors_like
+
+_FORMS = 8  # that are remembered
+
+
+@dataclass(frozen=True)
+class HeldFile:
+    """
+    Args:
+        adapters: what every model that the file is for holds of it.
+        size: bytes of all their tensors.
+    """
+
+    adapters: Mapping[nn.Module, HeldAdapter]
+    size: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a file has for one model: for which targets, and the whole tensors with the dtypes of the model's."""
+
+    component: str
+    model: nn.Module
+    about: Description
+    own: OwnTensors
+    targets: list[Target]
+    dtypes: Mapping[str, torch.dtype]
+
+    def naming(self) -> AbstractContextManager[None]:
+        return naming(self.component) if self.component else nullcontext()
+
+
+@dataclass(frozen=True)
+class _Form:
+    """All that a header says of a file, checked against the base."""
+
+    file: OpenFile
+    about: Description
+    parts: tuple[_Part, ...]
+
+
+class FileReader:
+    """Reads adapter files for one base, with all checks. Headers that are the same are checked once.
+
+    Args:
+        base: a model or a pipeline.
+    """
+
+    def __init__(self, base: Any) -> None:
+        self.base = base
+        self._forms: tuple[_Form, ...] = ()
+        self._hosting = Lock()  # layers become hosts one after the other
+
+    def models(self) -> list[nn.Module]:
+        """Those that adapters can be for."""
+        return [unwrap(self.base)] if isinstance(self.base, nn.Module) else list(models_in(self.base).values())
+
+    def read(self, name: str, file: Path) -> HeldFile:
+        """The adapter of a file.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: anything in the file that is not as it must be for this base.
+        """
+        form, tensors = self._opened(file)
+        try:
+            check_values(tensors, form.about)
+            made = {part.model: self._held(name, part, tensors) for part in form.parts}
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        held = [tensor for adapter in made.values() for tensor in _tensors(adapter)]
+        return HeldFile(made, sum(tensor.numel() * tensor.element_size() for tensor in held))
+
+    def _opened(self, file: Path) -> tuple[_Form, dict[str, Tensor]]:
+        for form in self._forms:
+            tensors = tensors_like(file, form.file)
+            if tensors is not None:
+                return form, tensors
+        with open_safetensors(file) as opened:
+            about = read_description(opened.metadata, opened.entries)
+            form = _Form(opened, about, tuple(self._parts(about, opened)))
+            tensors = opened.tensors()
+        self._forms = (form, *self._forms[: _FORMS - 1])
+        return form, tensors
+
+    def _parts(self, about: Description, file: OpenFile) -> list[_Part]:
+        if isinstance(self.base, nn.Module):
+            model = unwrap(self.base)
+            assigned = {"": (model, *part_for_model(model, about))}
+        else:
+            assigned = assigned_parts(self.base, about)
+        found = []
+        for component, (model, part, own) in assigned.items():
+            with naming(component) if component else nullcontext():
+                targets = match(model, part, own(file.entries))
+            tensors = own_tensors(model) if part.whole else {}
+            dtypes = {name: tensors[name].dtype for name in part.whole}
+            found.append(_Part(component, model, part, own, targets, dtypes))
+        return found
+
+    def _held(self, name: str, part: _Part, tensors: dict[str, Tensor]) -> HeldAdapter:
+        own = part.own(tensors)
+        with part.naming():
+            updates = held_updates(part.about.configs[""], part.targets, own)
+            whole = {key: value.to(_device(part.model, key)) for key, value in in_dtypes(part.dtypes, own).items()}
+        return HeldAdapter(name, self._placed(part, updates), whole)
+
+    def _placed(self, part: _Part, updates: list[Held]) -> dict[int, list[PlacedUpdate]]:
+        found: dict[int, list[PlacedUpdate]] = {}
+        with self._hosting:
+            handles = [handle_of(host(part.model, target)) for target in part.targets]
+        for handle, target, update in zip(handles, part.targets, updates, strict=True):
+            found.setdefault(handle, []).append(PlacedUpdate(target.rows, update))
+        return found
+
+
+def _device(model: nn.Module, key: str) -> torch.device:
+    module, name = split_path(model, key)
+    return device_for(module, name)
+
+
+def _tensors(adapter: HeldAdapter) -> list[Tensor]:
+    updates = [tensor for placed in adapter.updates.values() for one in placed for tensor in one.update.tensors()]
+    return [*updates, *adapter.whole.values()]
