@@ -147,6 +147,7 @@ CLIPS = {
         "text_encoder": ("clip_l", tiny.clip_encoder()),
         "text_encoder_2": ("clip_g", tiny.clip_encoder(3, projection=True, hidden=16)),
     },
+    "sd3": lambda: CLIPS["sdxl"]() | {"text_encoder_3": ("t5xxl", tiny.t5_encoder())},
     "flux": lambda: {"text_encoder": ("clip_l", tiny.clip_encoder()), "text_encoder_2": ("t5xxl", tiny.t5_encoder())},
 }
 
@@ -194,6 +195,22 @@ def test_several_one_after_the_other(load, tmp_path):
     for file, strength in zip(files, (0.5, -1.5), strict=True):
         patched, _ = load(file, patched, None, strength, 0.0)
     assert_near(tiny.effective(patched), tiny.named(in_diffusers(files, [0.5, -1.5], unet=model)["unet"]))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_beside_a_lora_of_comfyui(first, load, tmp_path):
+    model, sd = tiny.unet(), importlib.import_module("comfy.sd")
+    file = written(tmp_path, {"unet": LOCA}, unet=model)
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    key, up, down = f"lora_unet_{layer.replace('.', '_')}", torch.randn(32, 2), torch.randn(2, 32)
+    lora = {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
+    patched = tiny.patcher(model)
+    for ours in (first, not first):
+        patched = (load(file, patched, None, 0.5, 0.0) if ours else sd.load_lora_for_models(patched, None, lora, 0.25, 0.0))[0]
+    wanted = in_diffusers([file], [0.5], unet=model)["unet"]
+    with torch.no_grad():
+        wanted.get_submodule(layer).weight += 0.25 * up @ down
+    assert_near(tiny.effective(patched), tiny.named(wanted))
 
 
 def test_the_base_is_back_bit_for_bit(load, tmp_path):

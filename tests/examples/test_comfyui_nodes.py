@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import loca_vision.diffusers as loca
-from loca_vision import LoCAConfig, LoRAConfig, adapters, inject
+from loca_vision import LoCAConfig, LoRAConfig, __version__, adapters, inject
 from support.accelerator import pretended
-from support.comfyui_stand_in import Patcher, import_nodes
+from support.comfyui_stand_in import NODES, Patcher, import_nodes
 from support.formulas import KINDS, changed, stir
 from support.pipelines import flux, small_unet, text_encoder
 
@@ -81,6 +81,17 @@ def test_every_kind_by_its_formula(kind, elsewhere, load, tmp_path):
             torch.testing.assert_close(half, near, atol=1e-6, rtol=2**-7)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_computed_where_the_weight_is(kind, nodes, tmp_path):
+    """And the update stays where it was: clones of the model on other devices have it too."""
+    file, _ = written(tmp_path, replace(KINDS[kind], targets=("q",)), unet=small_unet())
+    for module, update in nodes.read_updates(file).updates.items():
+        patch = nodes.AddedUpdate({module}, (update,))
+        weight = torch.empty(update.shape, dtype=torch.float16, device="meta")
+        assert patch.calculate_weight(weight, "", 1.0, 1.0, None, lambda difference: difference) is weight
+        assert {tensor.device.type for tensor in update.tensors()} == {"cpu"}
+
+
 def swapped(rows):
     return torch.cat([rows[len(rows) // 2 :], rows[: len(rows) // 2]])
 
@@ -117,18 +128,39 @@ def test_whole_tensors(load, tmp_path):
     assert not load(file, unet_table(), None, 0.0, 0.0)[0].patches
 
 
-@pytest.mark.parametrize("name", ["clip_l", "clip_h"])
-def test_text_encoders(name, load, tmp_path, caplog):
-    file, updates = written(tmp_path, LOCA, unet=small_unet(), text_encoder=text_encoder())
-    table = clip_table(text_encoder(), name)
+def test_whole_tensors_of_a_reordered_layer(load, tmp_path):
+    model = flux()
+    table = Patcher({"x.weight": torch.zeros(32, 16), "x.bias": torch.zeros(32), "q.weight": torch.zeros(16, 16)}, {})
+    table.layers |= {"transformer.norm_out.linear": ("x.weight", None, swapped)}
+    table.layers |= {"transformer.transformer_blocks.0.attn.to_q": "q.weight"}
+    config = replace(LOCA, targets=("q",), layers="transformer_blocks.0.attn.to_q")
+    file, _ = written(tmp_path, config, [("transformer", "norm_out.linear")], transformer=model)
+    patched, _ = load(file, table, None, 0.5, 0.0)
+    for kind in ("weight", "bias"):
+        assert torch.equal(patched.weight(f"x.{kind}"), swapped(getattr(model.norm_out.linear, kind)))
+
+
+PLACES = [("text_encoder", "clip_l"), ("text_encoder", "clip_h"), ("text_encoder_2", "clip_g")]
+PLACES += [("text_encoder", "t5xxl"), ("text_encoder_2", "t5xxl"), ("text_encoder_3", "t5xxl")]
+
+
+@pytest.mark.parametrize(("component", "name"), PLACES)
+def test_text_encoders(component, name, load, tmp_path):
+    file, updates = written(tmp_path, LOCA, **{"unet": small_unet(), component: text_encoder()})
+    table = clip_table(text_encoder(), name, "another")
     model, clip = load(file, unet_table(), table, 0.0, 0.5)
-    assert not model.patches and len(clip.patches) == len(updates["text_encoder"]) == 8
+    assert not model.patches and len(clip.patches) == len(updates[component]) == 8
     key = f"{name}.transformer.text_model.encoder.layers.1.self_attn.q_proj.weight"
-    update = next(u for n, u in updates["text_encoder"].items() if n.endswith("encoder.layers.1.self_attn.q"))
+    update = next(u for n, u in updates[component].items() if n.endswith("encoder.layers.1.self_attn.q"))
     wanted = target(LOCA, update, table.weights[key], 0.5)
     torch.testing.assert_close(clip.weight(key).double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_without_its_text_encoders(load, tmp_path, caplog):
+    file, _ = written(tmp_path, LOCA, unet=small_unet(), text_encoder=text_encoder())
     with caplog.at_level("INFO"):
-        assert load(file, unet_table(), None, 1.0, 1.0)[1] is None
+        model, clip = load(file, unet_table(), None, 1.0, 1.0)
+    assert clip is None and len(model.patches) == 16
     assert "left out, for want of text encoders: text_encoder.text_model.encoder.layers.0.self_attn" in caplog.text
     with pytest.raises(ValueError, match=r"one without text_encoder\.text_model\..* and 5 more"):
         load(file, unet_table(), clip_table(text_encoder(), "clip_g"), 1.0, 1.0)
@@ -163,6 +195,10 @@ def test_a_dora_after_another_patch_is_refused(load, tmp_path):
     changed, _ = load(other, unet_table(), None, 1.0, 0.0)
     with pytest.raises(ValueError, match=r"attn1\.to_q: its DoRA depends on the weight, which a node before this one changes"):
         load(dora, changed, None, 1.0, 0.0)
+
+
+def test_the_pack_has_the_version_of_the_library():
+    assert f'\nversion = "{__version__}"\n' in (NODES.parent / "pyproject.toml").read_text()
 
 
 def test_the_nodes(nodes, tmp_path):

@@ -151,13 +151,14 @@ def _config_of(model: nn.Module) -> tuple[str, dict[str, Any]]:
 
 
 def clip(family: str, **encoders: nn.Module) -> Any:
-    """A `CLIP` of "sd15", "sd2", "sdxl", its "refiner" or "flux", with encoders by ComfyUI's names: `clip_l`, `t5xxl`."""
+    """A `CLIP` of "sd15", "sd2", "sdxl", its "refiner", "sd3" or "flux", with encoders by ComfyUI's names, such as `clip_l`."""
     import comfy.model_patcher
     import comfy.sd
     import comfy.sd1_clip
     import comfy.sdxl_clip
     import comfy.text_encoders.flux
     import comfy.text_encoders.sd2_clip
+    import comfy.text_encoders.sd3_clip
 
     wanted = {name: _LETTERS if name == "t5xxl" else _WIDTHS for name in encoders}
     options = {f"{name}_model_config": {w: getattr(encoders[name].config, w) for w in ws} for name, ws in wanted.items()}
@@ -166,6 +167,7 @@ def clip(family: str, **encoders: nn.Module) -> Any:
         "sd2": comfy.text_encoders.sd2_clip.SD2ClipModel,
         "sdxl": comfy.sdxl_clip.SDXLClipModel,
         "refiner": comfy.sdxl_clip.SDXLRefinerClipModel,
+        "sd3": comfy.text_encoders.sd3_clip.SD3ClipModel,
         "flux": comfy.text_encoders.flux.FluxClipModel,
     }[family](model_options=options)
     made.load_state_dict(encoder_weights(**encoders), strict=False)

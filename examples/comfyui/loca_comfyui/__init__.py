@@ -67,7 +67,7 @@ class AddedUpdate(WeightAdapterBase):  # type: ignore[misc]
             original_weight: not needed. The update of a DoRA is the first patch of its weight, which is the base's till then.
         """
         (update,) = self.weights
-        base = function(weight).flatten(1).float() if update.needs_weight else None
+        base = function(weight).flatten(1) if update.needs_weight else None
         tensors = {name: tensor.to(weight.device) for name, tensor in [*update.named_parameters(), *update.named_buffers()]}
         delta = torch.func.functional_call(update, tensors, ("delta", strength, base))
         return weight.add_(function(delta.view(weight.shape)))
