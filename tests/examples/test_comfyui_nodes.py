@@ -1,6 +1,7 @@
 """The nodes for ComfyUI without ComfyUI, against each method's formula; `test_comfyui.py` has them with it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from support.accelerator import pretended
 from support.comfyui_stand_in import NODES, Patcher, import_nodes
 from support.formulas import KINDS, changed, stir
 from support.pipelines import flux, small_unet, text_encoder
+from support.reference_weights import adapter
 
 EVERYWHERE = ("q", "k", "v", "out")
 LOCA = LoCAConfig(n_components=12, targets=EVERYWHERE)
@@ -185,6 +187,16 @@ def test_what_does_not_fit_is_named(load, tmp_path):
     file, _ = written(tmp_path / "other", LOCA, decoder=small_unet())
     with pytest.raises(ValueError, match=r"got one without decoder\..* and 13 more"):
         load(file, unet_table(), None, 1.0, 0.0)
+
+
+def test_two_changes_of_a_weight_are_refused(load, tmp_path):
+    """Which ComfyUI would make one of: the last."""
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    made = adapter(SimpleNamespace(unet=small_unet()), {"unet": ("q",)}, whole=(f"unet.{path}.to_q.weight",))
+    with pytest.raises(
+        ValueError, match=rf"unet\.{path}\.to_q\.weight: expected one change .* got that of unet\.{path}\.to_q as well"
+    ):
+        load(made.write(tmp_path), unet_table(), None, 1.0, 0.0)
 
 
 def test_a_dora_after_another_patch_is_refused(load, tmp_path):

@@ -137,12 +137,22 @@ class Host:
             raise ValueError(f"{parameter}: expected the shape {tuple(tensor.shape)}, got {shape}")
         return "set", (place.reordered(tensor) if place.reordered else tensor,)
 
-    def with_patches(self, file: FileUpdates, strength: float) -> Any:
-        """A clone with all that a file has. Raises ValueError where something does not fit."""
+    def places_of(self, file: FileUpdates) -> dict[str, Place]:
+        """Where all that a file has is. Raises ValueError where something is nowhere, or where something else is."""
         parameters = {module: f"{module}.weight" for module in file.updates} | {name: name for name in file.whole}
         places = {name: place for name, parameter in parameters.items() if (place := self.place_of(parameter))}
         if missing := [name for name in parameters if name not in places]:
             raise ValueError(f"expected a model with all its layers ({file.base_model}), got one without {_listed(missing)}")
+        there: dict[Place, str] = {}
+        for name, place in places.items():
+            if place in there:
+                raise ValueError(f"{name}: expected one change of each weight, got that of {there[place]} as well")
+            there[place] = name
+        return places
+
+    def with_patches(self, file: FileUpdates, strength: float) -> Any:
+        """A clone with all that a file has. Raises ValueError where something does not fit."""
+        places = self.places_of(file)
         patches: dict[Place, Any] = {places[m]: self.patch_of(m, places[m], update) for m, update in file.updates.items()}
         patches |= {places[name]: self.replacement_of(name, places[name], tensor) for name, tensor in file.whole.items()}
         clone = self.patched.clone()
