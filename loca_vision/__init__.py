@@ -1,6 +1,7 @@
 """Location-aware Cosine Adaptation (LoCA, ICLR 2025) for vision models, and its family: a plugin for timm and diffusers."""
 
 from loca_vision.formats import beside_the_model as _beside_the_model  # noqa: F401  which `save_pretrained` calls
+from loca_vision.formats.file_updates import FileUpdates, read_updates
 from loca_vision.formats.save_load import load_adapter, save_adapter
 from loca_vision.methods.adapter_config import AdapterConfig, Projection
 from loca_vision.methods.fourierft import FourierFTConfig
@@ -32,6 +33,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterStore",
     "AlternatingSchedule",
+    "FileUpdates",
     "FourierFTConfig",
     "LoCAConfig",
     "LoRAConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "parameter_groups",
     "per_sample",
     "print_trainable_parameters",
+    "read_updates",
     "remove",
     "rename_adapter",
     "save_adapter",
