@@ -48,6 +48,8 @@ def _term(weight: EffectiveWeight, x: Tensor, rows: int, base: Base) -> Tensor:
     if mixture is None:
         return weight.applied(x, rows, keep=True, base=base)
     parts = [(handle_of(part), where) for part, where in weight.stacked()]
+    for handle, _ in parts:
+        mixture.note(handle, len(x))
     return mixed_term(x, rows, mixture, parts, weight.call_settings.scale, base)
 
 

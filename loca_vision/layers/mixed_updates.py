@@ -15,7 +15,7 @@ from loca_vision.functional.row_linear import Rows, computed_in
 from loca_vision.functional.sample_spectra import SampleSpectrum
 from loca_vision.functional.token_bases import TokenBasis
 from loca_vision.functional.transforms import functional_only, traced
-from loca_vision.layers.mixtures import Mixture, PlacedUpdate
+from loca_vision.layers.mixtures import BATCHED, Mixture, PlacedUpdate
 
 Parts = Sequence[tuple[int, slice | None]]  # the handle of each weight that is stacked in a layer, and its rows there
 
@@ -45,6 +45,34 @@ class _Projection:
         ]
 
 
+class _Layer:
+    """All projections of a layer, and how many samples it tells apart: one, if all have the same updates here."""
+
+    def __init__(self, mixture: Mixture, parts: Parts) -> None:
+        self.projections = _projections(mixture, parts)
+        count = len(mixture.samples)
+        shares = [[own.shares.get(sample, ()) for own in self.projections] for sample in range(count)]
+        self.samples = 1 if all(own == shares[0] for own in shares) else count
+        self.handles = [handle for handle, _ in parts]
+        self.named = all(placed.named for own in self.projections for placed in own.updates)
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError unless the first axis of x is made of equally many vectors for each sample."""
+        if self.samples == 1:
+            return
+        tried = [BATCHED.get(handle) for handle in self.handles]
+        if False in tried or x.dim() < 2 or len(x) % self.samples:
+            raise ValueError(
+                f"per_sample: an adapted layer is called with activations of shape {tuple(x.shape)}, which are not those of "
+                f"one sample after the other: its updates cannot differ between the {self.samples} samples"
+            )
+        if None in tried and not self.named:
+            raise ValueError(
+                "per_sample: an adapted layer outside attention and MLPs may be called with anything, which is tried in eager "
+                "code only: call the model once before it is compiled"
+            )
+
+
 def mixed_term(x: Tensor, rows: int, mixture: Mixture, parts: Parts, scale: float, base: Callable[[], Tensor]) -> Tensor:
     """x times the updates of each sample, (..., q) to (..., rows), differentiable in x and in what is learned.
 
@@ -56,17 +84,12 @@ def mixed_term(x: Tensor, rows: int, mixture: Mixture, parts: Parts, scale: floa
     Raises:
         ValueError: the first axis of x is not made of equally many vectors for each sample.
     """
-    samples = len(mixture.samples)
-    if x.dim() < 2 or len(x) % samples:
-        raise ValueError(
-            f"per_sample: a layer is called with activations of shape {tuple(x.shape)}, whose first axis does not hold equally "
-            f"much of each of {samples} samples"
-        )
-    projections = mixture.once(tuple(handle for handle, _ in parts), lambda: _projections(mixture, parts))
-    flat = x.reshape(samples, -1, x.shape[-1])
+    layer: _Layer = mixture.once(tuple(handle for handle, _ in parts), lambda: _Layer(mixture, parts))
+    layer.check(x)
+    flat = x.reshape(layer.samples, -1, x.shape[-1])
     result = torch.zeros(*flat.shape[:2], rows, dtype=computed_in(x), device=x.device)
-    for projection in projections:
-        for term in _terms(flat, projection, samples, base):
+    for projection in layer.projections:
+        for term in _terms(flat, projection, layer.samples, base):
             result = _added(result, projection.rows, term)
     result = result if scale == 1 else result * scale
     return result.view(*x.shape[:-1], rows)

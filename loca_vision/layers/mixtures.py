@@ -23,10 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class PlacedUpdate:
-    """One update of an adapter, and the rows of the weight that it changes."""
+    """One update of an adapter.
+
+    Args:
+        rows: of the weight, that it changes.
+        named: whether it is of a projection of attention or of an MLP, which see the batch as far as is known; any other layer
+            may be called with anything.
+    """
 
     rows: Rows
     update: Update | PackedUpdate
+    named: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +68,7 @@ class Mixture:
         self.expand = expand
         self.samples: tuple[int, ...] = tuple(range(len(entries)))
         self.known: dict[Any, Any] = {}  # what was worked out for these samples
+        self.handles: tuple[int, ...] = ()  # of all that take part
 
     def fit(self, batch: int, called: str) -> None:
         """The model is called with a batch of this size.
@@ -77,6 +85,14 @@ class Mixture:
         if samples != self.samples:
             self.samples, self.known = samples, {}
 
+    def differs(self) -> bool:
+        """Whether any two samples have different adapters: if not, it does not matter where in a layer's input they are."""
+        own = {tuple((id(adapter), strength) for adapter, strength in self.entries[index]) for index in self.samples}
+        return len(own) > 1
+
+    def note(self, handle: int, lead: int) -> None:
+        """A layer is called with so many vectors along its first axis."""
+
     def by_sample(self) -> list[Entry]:
         """The entry of every sample of the batch."""
         return [self.entries[index] for index in self.samples]
@@ -91,6 +107,8 @@ class Mixture:
 _HANDLE, _BEFORE = "_loca_handle", "_loca_mixture_before"
 NOT_COPIED = {_HANDLE: 0, _BEFORE: None}  # of a module's attributes
 _HANDLES = itertools.count(1)
+BATCHED: dict[int, bool] = {}
+"""Whether the layer with this handle is called with a batch, as far as that was tried."""
 _OWNERS: dict[int, weakref.ref[nn.Module]] = {}
 _CURRENT: ContextVar[Mapping[int, Mixture]] = ContextVar("loca_mixtures", default=MappingProxyType({}))
 
@@ -101,8 +119,13 @@ def handle_of(module: nn.Module) -> int:
     if owner_of(handle) is not module:
         handle = next(_HANDLES)
         module.__dict__[_HANDLE] = handle
-        _OWNERS[handle] = weakref.ref(module, lambda _, handle=handle: _OWNERS.pop(handle, None))  # type: ignore[misc]
+        _OWNERS[handle] = weakref.ref(module, lambda _: _forget(handle))
     return handle
+
+
+def _forget(handle: int) -> None:
+    _OWNERS.pop(handle, None)
+    BATCHED.pop(handle, None)
 
 
 def owner_of(handle: int) -> nn.Module | None:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import nn
 
+from loca_vision.layers.attention_layouts import part_of_name
 from loca_vision.layers.mixtures import HeldAdapter, PlacedUpdate, handle_of
 from loca_vision.messages import nearest
 from loca_vision.model.state import AdapterState, state_of
@@ -85,6 +86,6 @@ def _own(model: nn.Module, record: AdapterState, names: Sequence[str]) -> dict[s
     for site in sites(model):
         for slot, update in site.updates.entries():
             if slot.adapter in updates:
-                placed = PlacedUpdate(slot.rows, update)
+                placed = PlacedUpdate(slot.rows, update, part_of_name(slot.projection) != "linear")
                 updates[slot.adapter].setdefault(handle_of(site.updates), []).append(placed)
     return {name: HeldAdapter(name, updates[name], dict(record.adapters[name].modules_to_save)) for name in names}

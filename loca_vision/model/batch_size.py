@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from loca_vision.functional.transforms import compiled
 from loca_vision.layers.mixed_call import operator
 from loca_vision.layers.mixtures import batch_of, handle_of, mixture_of, owner_of
+from loca_vision.model.trial import try_once
 
 _WATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -28,8 +29,9 @@ def watch_batches(model: nn.Module) -> int:
 
 
 def _first_layer(model: nn.Module) -> nn.Module | None:
-    """The first convolution, which sees the images."""
-    return next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    """What sees the images, where that is sure."""
+    patches = model._modules.get("patch_embed")
+    return patches if patches is not None and type(patches).__name__ == "PatchEmbed" else None
 
 
 class _Inside:
@@ -45,6 +47,7 @@ class _Inside:
         mixture = mixture_of(model)
         if mixture is not None and inputs and isinstance(inputs[0], Tensor):
             mixture.fit(len(inputs[0]), type(model).__name__)
+            try_once(model, model.forward_features, inputs, {}, mixture)  # type: ignore[arg-type]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Inside, (nn.Identity(),)  # a copy watches for nobody
@@ -56,6 +59,7 @@ def _note(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> t
     mixture, batch = mixture_of(model), batch_of(inputs, named)
     if mixture is not None and batch is not None:
         mixture.fit(batch, type(model).__name__)
+        try_once(model, model.forward, inputs, named, mixture)
     return None
 
 

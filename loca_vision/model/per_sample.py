@@ -130,4 +130,6 @@ def mixtures_for(
     acting: list[Entry] = [tuple((held[name], weight) for name, weight in entry.items()) for entry in entries]
     mixture = Mixture(acting, expand)
     found = {handle_of(module): mixture for module in modules_of(model) if isinstance(module, EffectiveWeight)}
-    return {**found, **whole_mixtures(model, record, mixture), watch_batches(model): mixture}
+    found |= {watch_batches(model): mixture, **whole_mixtures(model, record, mixture)}
+    mixture.handles = tuple(found)
+    return found

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from loca_vision.functional.transforms import compiled
 from loca_vision.layers.mixed_call import operator
-from loca_vision.layers.mixtures import Entry, HeldAdapter, Mixture, handle_of, mixture_of, owner_of
+from loca_vision.layers.mixtures import BATCHED, Entry, HeldAdapter, Mixture, handle_of, mixture_of, owner_of
 from loca_vision.model.state import AdapterState
 from loca_vision.model.whole_tensors import held_at
 from loca_vision.offload import split_path
@@ -78,10 +79,10 @@ def _by_module(model: nn.Module, keys: Sequence[str] | Mapping[str, Any]) -> dic
     found: dict[nn.Module, dict[str, str]] = {}
     for key in keys:
         module, name = split_path(model, key)
-        if module is model or isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if module is model:
             raise ValueError(
-                f"{key} is trained as a whole, and per_sample cannot give each sample its own: only of layers that are called "
-                "with the batch, and keep no statistics of it"
+                f"{key} is trained as a whole, and per_sample cannot give each sample its own: that is possible for layers "
+                "that are called with the batch"
             )
         found.setdefault(module, {})[key] = name
     return found
@@ -96,8 +97,7 @@ def _watch(module: nn.Module) -> int:
 
 def _replace(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
     if not compiled():
-        mixture = mixture_of(module)
-        return output if mixture is None else _outputs(module, mixture, inputs)
+        return _in_mixture(module, inputs, output)
     if torch.is_grad_enabled():
         return _outside(module, inputs, output)
     return _mixed_whole(inputs[0], output, module._loca_handle)
@@ -105,16 +105,29 @@ def _replace(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
 
 @_disable_dynamo
 def _outside(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    return _in_mixture(module, inputs, output)
+
+
+def _in_mixture(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
     mixture = mixture_of(module)
-    return output if mixture is None else _outputs(module, mixture, inputs)
+    if mixture is not None and inputs and isinstance(inputs[0], Tensor):
+        mixture.note(handle_of(module), len(inputs[0]))
+    return _outputs(module, mixture, inputs) if isinstance(mixture, WholeMixture) else output
 
 
-def _outputs(module: nn.Module, mixture: Any, inputs: tuple[Any, ...]) -> Tensor:
+def _outputs(module: nn.Module, mixture: WholeMixture, inputs: tuple[Any, ...]) -> Tensor:
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
         raise RuntimeError(f"per_sample: a {type(module).__name__} with tensors of an adapter is called with more than a batch")
     x, samples = inputs[0], len(mixture.around.samples)
-    if x.dim() < 2 or len(x) % samples:
-        raise ValueError(f"per_sample has {samples} samples, and a {type(module).__name__} is called with {tuple(x.shape)}")
+    if BATCHED.get(handle_of(module)) is False or x.dim() < 2 or len(x) % samples:
+        raise ValueError(
+            f"per_sample: a {type(module).__name__} with tensors of an adapter is called with {tuple(x.shape)}, which are not "
+            f"those of one sample after the other, of {samples}"
+        )
+    if isinstance(module, _BatchNorm) and module.training:
+        raise RuntimeError(
+            "per_sample: batch normalisation trains, which mixes the samples of a batch: call model.eval() first"
+        )
     each = x.reshape(samples, -1, *x.shape[1:])
     found: dict[int, Tensor] = {}
     for tensors, own in mixture.groups():
@@ -145,7 +158,7 @@ def _of_kind(there: Mapping[str, Any], tensors: _Tensors) -> _Tensors:
 def _compute(x: Tensor, output: Tensor, handle: int) -> Tensor:
     module = owner_of(handle)
     mixture = None if module is None else mixture_of(module)
-    if module is None or mixture is None:
+    if module is None or not isinstance(mixture, WholeMixture):
         return output.clone()
     found = _outputs(module, mixture, (x,))
     if found.shape != output.shape:

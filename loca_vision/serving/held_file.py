@@ -135,7 +135,7 @@ class FileReader:
         with self._hosting:
             handles = [handle_of(host(part.model, target)) for target in part.targets]
         for handle, target, update in zip(handles, part.targets, updates, strict=True):
-            found.setdefault(handle, []).append(PlacedUpdate(target.rows, update))
+            found.setdefault(handle, []).append(PlacedUpdate(target.rows, update, target.part not in ("linear", "conv")))
         return found
 
 
