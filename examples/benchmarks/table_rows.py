@@ -56,7 +56,7 @@ def calls(report: Mapping[str, Any]) -> Rows:
     """Of inference: calls, loading, switching, what is held and saved."""
     figures = report["figures"]
     timed = [name for name in ("call", "load", "first call", "switch", "call after switch") if _anywhere(figures, name)]
-    sizes = [name for name in ("MB held", "file bytes") if _anywhere(figures, name)]
+    sizes = [name for name in ("MB held", "bytes an adapter", "file bytes") if _anywhere(figures, name)]
     rows = [["method", *(f"{name}, s" for name in timed), "call of the base's", *sizes]]
     for name, own in figures.items():
         seconds = [f"{median(own[column]):.3f}" if column in own else "-" for column in timed]
@@ -84,7 +84,13 @@ def scaling(report: Mapping[str, Any]) -> Rows:
     return rows
 
 
-KINDS = {"training_step": training_step, "pipeline_adapters": calls, "inference": calls, "scaling": scaling}
+KINDS = {
+    "training_step": training_step,
+    "pipeline_adapters": calls,
+    "inference": calls,
+    "mixed_batch": calls,
+    "scaling": scaling,
+}
 
 
 def rows(report: Mapping[str, Any]) -> Rows:

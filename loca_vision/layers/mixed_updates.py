@@ -88,7 +88,7 @@ def mixed_term(x: Tensor, rows: int, mixture: Mixture, parts: Parts, scale: floa
     layer.check(x)
     flat = x.reshape(layer.samples, -1, x.shape[-1])
     result = torch.zeros(*flat.shape[:2], rows, dtype=computed_in(x), device=x.device)
-    for projection in layer.projections:
+    for projection in layer.projections if flat.numel() else ():  # FFT libraries refuse what is empty
         for term in _terms(flat, projection, layer.samples, base):
             result = _added(result, projection.rows, term)
     result = result if scale == 1 else result * scale

@@ -150,7 +150,7 @@ def mixture_of(module: nn.Module) -> Mixture | None:
     While gradients are computed, as before: a checkpointed block runs again, in a thread of autograd's or after the call.
     """
     handle = module.__dict__.get(_HANDLE, 0)
-    if handle == 0:
+    if handle == 0 or owner_of(handle) is not module:  # a copy is another module
         return None
     if torch._C._current_graph_task_id() != -1:
         before: Mixture | None = module.__dict__.get(_BEFORE)

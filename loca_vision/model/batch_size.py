@@ -13,19 +13,20 @@ from loca_vision.layers.mixed_call import operator
 from loca_vision.layers.mixtures import batch_of, handle_of, mixture_of, owner_of
 from loca_vision.model.trial import try_once
 
-_WATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
 
 def watch_batches(model: nn.Module) -> int:
     """Let calls of the model, and of a timm model's `forward_features`, say how large their batches are; returns its handle."""
     handle = handle_of(model)
-    if model not in _WATCHED:
-        _WATCHED.add(model)
+    if _note not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_note, with_kwargs=True)
-        first = _first_layer(model) if hasattr(model, "forward_features") else None
-        if first is not None:
-            first.register_forward_pre_hook(_Inside(model))
+    first = _first_layer(model) if hasattr(model, "forward_features") else None
+    if first is not None and not any(_watches(hook, model) for hook in first._forward_pre_hooks.values()):
+        first.register_forward_pre_hook(_Inside(model))
     return handle
+
+
+def _watches(hook: Any, model: nn.Module) -> bool:
+    return isinstance(hook, _Inside) and hook.model() is model
 
 
 def _first_layer(model: nn.Module) -> nn.Module | None:

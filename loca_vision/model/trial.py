@@ -47,13 +47,13 @@ def try_once(
     Raises:
         RuntimeError: the model fails on one or two samples, or batch normalisation trains, which would count them.
     """
-    known, form = _TRIED.setdefault(model, set()), _form((inputs, dict(named)))
-    if form in known or isinstance(mixture, Trial) or not mixture.differs() or all(h in BATCHED for h in mixture.handles):
+    if isinstance(mixture, Trial) or not mixture.differs():
         return
-    if any(isinstance(module, _BatchNorm) and module.training for module in model.modules()):
-        raise RuntimeError(
-            "per_sample: batch normalisation trains, which mixes the samples of a batch: call model.eval() first"
-        )
+    if model.training and any(isinstance(module, _BatchNorm) and module.training for module in model.modules()):
+        raise RuntimeError(NORMS_TRAIN)
+    known, form = _TRIED.setdefault(model, set()), _form((inputs, dict(named)))
+    if form in known or all(handle in BATCHED for handle in mixture.handles):
+        return
     one, two = (_leads(call, inputs, named, mixture, size) for size in (1, 2))
     for handle, leads in one.items():
         BATCHED[handle] = [2 * lead for lead in leads] == two.get(handle)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,10 +14,10 @@ from loca_vision.functional.transforms import compiled
 from loca_vision.layers.mixed_call import operator
 from loca_vision.layers.mixtures import BATCHED, Entry, HeldAdapter, Mixture, handle_of, mixture_of, owner_of
 from loca_vision.model.state import AdapterState
+from loca_vision.model.trial import NORMS_TRAIN
 from loca_vision.model.whole_tensors import held_at
 from loca_vision.offload import split_path
 
-_WATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _Tensors = dict[str, Tensor]  # of one module, by attribute
 
 
@@ -54,24 +53,29 @@ def whole_mixtures(model: nn.Module, record: AdapterState | None, mixture: Mixtu
     keys |= dict.fromkeys(record.base if record is not None else ())
     found: dict[int, Mixture] = {}
     for module, names in _by_module(model, keys).items():
-        base = {name: _base(model, record, key) for key, name in names.items()}
+        held = {key: held_at(model, key) for key in names}
+        base = {key: held[key] if record is None else record.base.get(key, held[key]) for key in names}
         made: dict[int, _Tensors] = {}
         by_entry = []
         for whole in wholes:
-            own = made.setdefault(id(whole) if whole else 0, {name: whole.get(key, base[name]) for key, name in names.items()})
-            by_entry.append(own)
-        if all(tensor is held_at(model, key) for own in made.values() for key, tensor in zip(names, own.values(), strict=True)):
-            continue  # what the model holds
-        found[_watch(module)] = WholeMixture(mixture, by_entry)
+            if id(whole) not in made:
+                made[id(whole)] = {name: _like(whole.get(key, base[key]), held[key]) for key, name in names.items()}
+            by_entry.append(made[id(whole)])
+        if any(own[name] is not held[key] for own in made.values() for key, name in names.items()):  # not what the model holds
+            found[_watch(module)] = WholeMixture(mixture, by_entry)
     return found
 
 
+def _like(tensor: Tensor, held: Tensor) -> Tensor:
+    """In the dtype and on the device that the model has now, which its adapters do not follow."""
+    return tensor if held.device.type == "meta" else tensor.to(held.device, held.dtype)
+
+
+_NOTHING: Mapping[str, Tensor] = {}
+
+
 def _whole(entry: Entry) -> Mapping[str, Tensor]:
-    return next((adapter.whole for adapter, _ in reversed(entry) if adapter.whole), {})
-
-
-def _base(model: nn.Module, record: AdapterState | None, key: str) -> Tensor:
-    return record.base[key] if record is not None and key in record.base else held_at(model, key)
+    return next((adapter.whole for adapter, _ in reversed(entry) if adapter.whole), _NOTHING)
 
 
 def _by_module(model: nn.Module, keys: Sequence[str] | Mapping[str, Any]) -> dict[nn.Module, dict[str, str]]:
@@ -89,8 +93,7 @@ def _by_module(model: nn.Module, keys: Sequence[str] | Mapping[str, Any]) -> dic
 
 
 def _watch(module: nn.Module) -> int:
-    if module not in _WATCHED:
-        _WATCHED.add(module)
+    if _replace not in module._forward_hooks.values():
         module.register_forward_hook(_replace)
     return handle_of(module)
 
@@ -125,9 +128,7 @@ def _outputs(module: nn.Module, mixture: WholeMixture, inputs: tuple[Any, ...]) 
             f"those of one sample after the other, of {samples}"
         )
     if isinstance(module, _BatchNorm) and module.training:
-        raise RuntimeError(
-            "per_sample: batch normalisation trains, which mixes the samples of a batch: call model.eval() first"
-        )
+        raise RuntimeError(NORMS_TRAIN)
     each = x.reshape(samples, -1, *x.shape[1:])
     found: dict[int, Tensor] = {}
     for tensors, own in mixture.groups():
