@@ -26,10 +26,10 @@ Name = str | Mapping[str, float] | None
 def per_sample(model: nn.Module, names: Sequence[Name]) -> Iterator[None]:
     """Inside, every sample of a batch has adapters of its own, whatever `set_adapters` says; in this thread or task alone.
 
-    ```python
-    with per_sample(model, ["shop-a", "shop-b", None, {"ink": 0.7, "cartoon": 0.3}]):
-        logits = model(images)  # four of them
-    ```
+    Example::
+
+        with per_sample(model, ["shop-a", "shop-b", None, {"ink": 0.7, "cartoon": 0.3}]):
+            logits = model(images)  # four of them
 
     Spectra share the transforms of the activations, so that a batch costs the same with one adapter as with thirty. Heads that
     were trained belong to their adapters, as `set_adapters` has it; those of different sizes do not make one output, see

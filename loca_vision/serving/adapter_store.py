@@ -37,11 +37,11 @@ class _Held:
 class AdapterStore:
     """The adapters of a folder or repository, for calls that mix them.
 
-    ```python
-    store = AdapterStore("adapters", capacity_bytes=2**30, base=model)
-    with per_sample(model, ["shop-a", "shop-b", None]):  # adapters/shop-a.safetensors, ...
-        logits = model(images)
-    ```
+    Example::
+
+        store = AdapterStore("adapters", capacity_bytes=2**30, base=model)
+        with per_sample(model, ["shop-a", "shop-b", None]):  # adapters/shop-a.safetensors, ...
+            logits = model(images)
 
     An adapter is loaded when it is first asked for, with all checks of a file; those used least recently leave when there is no
     room. When a file is replaced, the next call has the new one; if that is broken, the log and `problems` say so, and the old
