@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from loca_vision import AdapterStore, LoCAConfig, LoRAConfig, adapters, inject, load_adapter, per_sample, save_adapter
+from loca_vision import AdapterStore, LoCAConfig, LoRAConfig, adapters, head_logits, inject, load_adapter, per_sample, save_adapter
 from support.timm_models import tiny
 
 
@@ -33,3 +33,17 @@ def test_the_first_call_may_be_one_in_inference_mode(tmp_path, vit, images, conf
     store.detach()
     load_adapter(vit, tmp_path / "shop.safetensors")
     torch.testing.assert_close(vit(images).detach(), inside.clone(), rtol=1e-4, atol=1e-5)
+
+
+def test_heads_are_those_of_the_adapters_that_the_features_are_of(tmp_path, vit, images):
+    file = tmp_path / "shop.safetensors"
+    written(file, LoCAConfig(n_components=20), 1)
+    AdapterStore(tmp_path, capacity_bytes=2**30, base=vit)
+    names = ["shop"] * 4
+    with torch.no_grad(), per_sample(vit, names):
+        before = vit(images)
+        features = vit.forward_features(images)
+        written(file, LoCAConfig(n_components=20), 2)
+        torch.testing.assert_close(torch.stack(head_logits(vit, features, names)), before)
+    with torch.no_grad():
+        assert not torch.allclose(torch.stack(head_logits(vit, features, names)), before)
