@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from loca_vision.checks import finite_number
 from loca_vision.layers.effective_weight import EffectiveWeight
-from loca_vision.layers.mixtures import Entry, HeldAdapter, Mixture, handle_of, mixing
+from loca_vision.layers.mixtures import Entry, HeldAdapter, Mixture, handle_of, mixing, mixture_of
 from loca_vision.model.adapter_sources import held_adapters
 from loca_vision.model.batch_size import watch_batches
 from loca_vision.model.sharding import refuse_sharded
@@ -61,7 +61,8 @@ def head_logits(model: Any, features: Tensor, names: Sequence[Name]) -> list[Ten
 
     Args:
         model: a timm model with adapters.
-        features: (M, ...) from `model.forward_features`, called inside `per_sample(model, names)`.
+        features: (M, ...) from `model.forward_features`, called inside `per_sample(model, names)`. Called in there, too, this
+            has the very adapters of the features, whatever became of a store's files meanwhile.
         names: as in `per_sample`.
 
     Returns:
@@ -77,15 +78,24 @@ def head_logits(model: Any, features: Tensor, names: Sequence[Name]) -> list[Ten
     if len(names) != len(features):
         raise ValueError(f"names has {len(names)} entries for features of {len(features)} samples")
     entries = checked_entries(names)
+    held = _held_by_call(model, entries)
     groups: dict[Any, list[int]] = {}
-    for index, supplier in enumerate(suppliers(entries, held_adapters(model, names_in(entries)))):
+    for index, supplier in enumerate(suppliers(entries, held)):
         groups.setdefault(supplier, []).append(index)
     found: dict[int, Tensor] = {}
     for samples in groups.values():
-        with per_sample(model, [names[index] for index in samples]):
+        with mixing(mixtures_for(unwrap(model), [entries[index] for index in samples], held)):
             logits = forward_head(features[torch.tensor(samples, device=features.device)])
         found |= dict(zip(samples, logits, strict=True))
     return [found[index] for index in range(len(features))]
+
+
+def _held_by_call(model: nn.Module, entries: Sequence[Mapping[str, float]]) -> dict[str, HeldAdapter]:
+    """The adapters of the call around this one if it names the same, for a store may have others by now."""
+    around = mixture_of(unwrap(model))
+    there = {} if around is None else {adapter.name: adapter for entry in around.entries for adapter, _ in entry}
+    names = names_in(entries)
+    return {name: there[name] for name in names} if there.keys() >= set(names) else held_adapters(model, names)
 
 
 def checked_entries(names: Sequence[Name]) -> list[dict[str, float]]:

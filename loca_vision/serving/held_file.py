@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from loca_vision.formats.adapter_file import Description, check_values, read_description
 from loca_vision.formats.match_model import match
 from loca_vision.formats.save_load import OwnTensors, in_dtypes, part_for_model
+from loca_vision.functional.transforms import ordinary_tensors
 from loca_vision.layers.mixtures import HeldAdapter, PlacedUpdate, handle_of
 from loca_vision.layers.targets import Target
 from loca_vision.model.hosts import host
@@ -87,12 +88,13 @@ class FileReader:
             OSError: it cannot be read.
             ValueError: anything in the file that is not as it must be for this base.
         """
-        form, tensors = self._opened(file)
-        try:
-            check_values(tensors, form.about)
-            made = {part.model: self._held(name, part, tensors) for part in form.parts}
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+        with ordinary_tensors():  # a call inside `inference_mode` may be the first that asks for it
+            form, tensors = self._opened(file)
+            try:
+                check_values(tensors, form.about)
+                made = {part.model: self._held(name, part, tensors) for part in form.parts}
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from None
         held = [tensor for adapter in made.values() for tensor in _tensors(adapter)]
         return HeldFile(made, sum(tensor.numel() * tensor.element_size() for tensor in held))
 
