@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from loca_vision.functional.transforms import compiled, exported
+from loca_vision.functional.transforms import compiled, exported, traced
 from loca_vision.layers.mixed_updates import mixed_term
 from loca_vision.layers.mixtures import handle_of, mixture_of, owner_of
 
@@ -27,8 +27,10 @@ def may_mix(weight: EffectiveWeight) -> bool:
     if compiled():
         return True
     mixed = mixture_of(weight) is not None
-    if mixed and exported():
-        raise RuntimeError("per_sample cannot be exported: export a model in which one adapter acts for all samples")
+    if mixed and (exported() or traced()):
+        raise RuntimeError(
+            "per_sample cannot be exported or traced: do that with a model in which one adapter acts for all samples"
+        )
     return mixed
 
 

@@ -14,7 +14,7 @@ from loca_vision.functional.grouped_low_rank import apply_grouped
 from loca_vision.functional.row_linear import Rows, computed_in
 from loca_vision.functional.sample_spectra import SampleSpectrum
 from loca_vision.functional.token_bases import TokenBasis
-from loca_vision.functional.transforms import functional_only, traced
+from loca_vision.functional.transforms import functional_only
 from loca_vision.layers.mixtures import BATCHED, Mixture, PlacedUpdate
 
 Parts = Sequence[tuple[int, slice | None]]  # the handle of each weight that is stacked in a layer, and its rows there
@@ -113,7 +113,7 @@ def _terms(x: Tensor, projection: _Projection, samples: int, base: Callable[[], 
     spectra: dict[TokenBasis, dict[int, SampleSpectrum]] = {}
     pairs: dict[int, tuple[Tensor, Tensor]] = {}
     others: list[int] = []
-    alone = functional_only() or traced()
+    alone = functional_only()
     for index, placed in enumerate(projection.updates):
         here = not alone and all(tensor.device == x.device for tensor in placed.update.tensors())
         spectrum = placed.update.token_spectrum() if here else None
@@ -158,7 +158,7 @@ def _alone(x: Tensor, projection: _Projection, index: int, samples: int, base: C
     update, chosen = projection.updates[index].update, torch.tensor(list(shares), device=x.device)
     weight = _rows_of(base(), projection.rows) if update.needs_weight else None
     part = x.index_select(0, chosen)
-    if functional_only() or traced() or (torch.is_grad_enabled() and update.learns()):
+    if functional_only() or (torch.is_grad_enabled() and update.learns()):
         term = F.linear(part.to(computed_in(x)), update("delta", 1.0, weight).to(x.device, computed_in(x)))
     else:
         term = update("apply_to", part, 1.0, weight)

@@ -263,8 +263,10 @@ def test_what_has_no_adapters_or_is_no_model_is_refused() -> None:
 
 def test_export_is_refused_in_a_sentence() -> None:
     model = with_adapters(tiny("vit").eval(), {"a": LoCAConfig(n_components=5), "b": LoRAConfig(r=2)})
-    with per_sample(model, ["a", "b"]), pytest.raises(Exception, match="per_sample cannot be exported"):
+    with per_sample(model, ["a", "b"]), pytest.raises(Exception, match="per_sample cannot be exported or traced"):
         torch.export.export(model, (images(2),), strict=False)
+    with torch.no_grad(), per_sample(model, ["a", "b"]), pytest.raises(RuntimeError, match="cannot be exported or traced"):
+        torch.jit.trace(model, images(2))
     torch.export.export(model, (images(2),), strict=False)  # outside it can
 
 
