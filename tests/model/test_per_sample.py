@@ -261,6 +261,8 @@ def test_what_has_no_adapters_or_is_no_model_is_refused() -> None:
             pytest.fail("entered")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_export_is_refused_in_a_sentence() -> None:
     model = with_adapters(tiny("vit").eval(), {"a": LoCAConfig(n_components=5), "b": LoRAConfig(r=2)})
     with per_sample(model, ["a", "b"]), pytest.raises(Exception, match="per_sample cannot be exported or traced"):
