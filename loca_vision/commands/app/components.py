@@ -1,0 +1,32 @@
+"""Parts of pages: what is uploaded is checked before it is decoded; sliders of strengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from loca_vision.commands.app.uploads import read_upload
+
+
+class Upload(gr.Image):  # type: ignore[misc]  # Any, where gradio is not installed
+    """An image that a visitor gives, as RGB and upright; of a wrong one the page says what is wrong."""
+
+    is_template = True  # gradio shows it as an Image
+
+    def preprocess(self, payload: Any) -> Image.Image | None:
+        """The file of a request, read."""
+        if payload is None:
+            return None
+        if not payload.path:
+            raise gr.Error("Expected an uploaded image, got none.", print_exception=False)
+        try:
+            return read_upload(payload.path)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+
+
+def strength_slider(label: str, **more: Any) -> Any:
+    """From 0, where nothing is added to the weights, over 1, as trained, to 2."""
+    return gr.Slider(0, 2, 1, step=0.05, label=label, **more)
