@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html import escape
+from itertools import chain
 from pathlib import Path
 
 from loca_vision.commands.inspect_file import contents_of, table_of
@@ -25,17 +26,16 @@ def about_file(path: Path) -> str:
     )
 
 
-def picture_of(path: Path, folder: Path) -> Path | None:
-    """A PNG in `folder` of the cosine spectrum of every update; None where no update has a matrix of its own.
+def picture_of(path: Path, picture: Path) -> bool:
+    """Draw the cosine spectrum of every update into a PNG; False where no update has a matrix of its own.
 
     Raises:
         OSError: it cannot be written.
     """
     from loca_vision.commands.spectrum_picture import draw_spectra
 
-    picture = folder / "spectra.png"
-    try:
-        draw_spectra(picture, f"Cosine spectra of the updates in {path.name}", contents_of(path).layers())
-    except ValueError:
-        return None
-    return picture
+    layers = contents_of(path).layers()
+    drawn = next((layer for layer in layers if layer.delta is not None), None)
+    if drawn is not None:
+        draw_spectra(picture, f"Cosine spectra of the updates in {path.name}", chain((drawn,), layers))
+    return drawn is not None

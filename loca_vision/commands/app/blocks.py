@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 _GROUPS = ("Early", "Middle", "Late")
 
@@ -30,9 +31,11 @@ def block_groups(projections: Iterable[str]) -> dict[str, tuple[str, ...]]:
     if len(names) < count:
         return {}
     bounds = [len(names) * i // count for i in range(count + 1)]
-    parts = [names[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+    parts = [names[low:high] for low, high in pairwise(bounds)]
     stem = _stem(names)
-    labels = [f"{group}, {_range([name.removeprefix(stem) for name in part])}" for group, part in zip(_GROUPS, parts, strict=True)]
+    labels = [
+        f"{group}, {_range([name.removeprefix(stem) for name in part])}" for group, part in zip(_GROUPS, parts, strict=True)
+    ]
     return {label: tuple(p for name in part for p in blocks[name]) for label, part in zip(labels, parts, strict=True)}
 
 

@@ -109,7 +109,9 @@ def read_classifier(settings: Predict) -> Classifier:
     model, view, classes, computing = _trained(_completed(settings, source, demo))
     active = list(active_adapters(model))
     if not active:
-        raise ValueError(f"{settings.adapter}: its run trained no adapter, so there is nothing to compare; see loca-vision predict")
+        raise ValueError(
+            f"{settings.adapter}: its run trained no adapter, so there is nothing to compare; see loca-vision predict"
+        )
     if demo is not None:
         _give_probe(model, demo.probe)
     return Classifier(
@@ -124,7 +126,7 @@ def _completed(settings: Predict, source: Path, demo: DemoFolder | None) -> Pred
         return settings
     if demo.spec.weights == "none" and demo.spec.seed != 0:
         raise ValueError(
-            f"{settings.adapter}: the base has random weights, of seed {demo.spec.seed}; expected seed 0, the one that predict takes"
+            f"{settings.adapter}: its base has random weights of seed {demo.spec.seed}; expected seed 0, as predict draws them"
         )
     size, weights = settings.image_size or demo.spec.image_size, settings.weights or demo.spec.weights
     return replace(settings, model=demo.spec.name, image_size=size, weights=weights)

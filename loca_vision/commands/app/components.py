@@ -10,21 +10,23 @@ from PIL import Image
 from loca_vision.commands.app.uploads import read_upload
 
 
-class Upload(gr.Image):  # type: ignore[misc]  # Any, where gradio is not installed
-    """An image that a visitor gives, as RGB and upright; of a wrong one the page says what is wrong."""
+def upload(label: str, **more: Any) -> Any:
+    """An image that a visitor gives, which functions get as RGB and upright; of a wrong one the page says what is wrong."""
+    image = gr.Image(label=label, sources=["upload", "clipboard"], **more)
+    image.preprocess = _read  # a subclass would have gradio write a file of types next to this one
+    return image
 
-    is_template = True  # gradio shows it as an Image
 
-    def preprocess(self, payload: Any) -> Image.Image | None:
-        """The file of a request, read."""
-        if payload is None:
-            return None
-        if not payload.path:
-            raise gr.Error("Expected an uploaded image, got none.", print_exception=False)
-        try:
-            return read_upload(payload.path)
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from None
+def _read(payload: Any) -> Image.Image | None:
+    """The file of a request, which gradio has seen to lie among the uploaded ones."""
+    if payload is None:
+        return None
+    if not payload.path:
+        raise gr.Error("Expected an uploaded image, got none.", print_exception=False)
+    try:
+        return read_upload(payload.path)
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from None
 
 
 def strength_slider(label: str, **more: Any) -> Any:

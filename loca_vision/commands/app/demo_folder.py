@@ -36,7 +36,9 @@ class DemoFolder:
     examples: tuple[tuple[Image.Image, str], ...]
 
 
-def write_for_the_page(folder: Path, probe: nn.Module, spec: ModelSpec, test: Images, classes: tuple[str, ...]) -> dict[str, Any]:
+def write_for_the_page(
+    folder: Path, probe: nn.Module, spec: ModelSpec, test: Images, classes: tuple[str, ...]
+) -> dict[str, Any]:
     """Write the head of `probe` and the first test image of each class, of 20 at most.
 
     Returns:
@@ -46,9 +48,7 @@ def write_for_the_page(folder: Path, probe: nn.Module, spec: ModelSpec, test: Im
         OSError: a file cannot be written; what was there is as it was.
     """
     head = {id(parameter) for parameter in classifier(probe)}
-    save_trained(
-        probe, folder / PROBE, {name: p for name, p in probe.named_parameters() if id(p) in head}, adapter=False
-    )
+    save_trained(probe, folder / PROBE, {name: p for name, p in probe.named_parameters() if id(p) in head}, adapter=False)
     labels = [int(label) for label in test.labels]
     examples = []
     for label in sorted(set(labels))[:_MOST]:
@@ -76,7 +76,9 @@ def read_demo_folder(folder: Path) -> DemoFolder | None:
         spec = ModelSpec(**metrics["model"])
         named = [(str(example["file"]), str(example["class"])) for example in metrics["examples"]]
     except (TypeError, KeyError) as error:
-        raise ValueError(f"{folder / METRICS}: its model or its examples are not what the demo writes ({one_line(error)})") from None
+        raise ValueError(
+            f"{folder / METRICS}: its model or its examples are not what the demo writes ({one_line(error)})"
+        ) from None
     return DemoFolder(spec, folder / PROBE / TRAINED, tuple((_example(folder, file), name) for file, name in named[:_MOST]))
 
 

@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image, ImageChops
 
 SIDE = 280  # pixels
-_MARGIN = 0.04  # of the canvas around what is drawn, as scans have it
 _DARK, _LIGHT = "#000000", "#ffffff"
 
 
@@ -38,7 +37,7 @@ def as_example(image: Image.Image, canvas: str, size: tuple[int, int] | None) ->
     box = _drawn(image, canvas)
     assert box is not None
     drawn = image.crop(box)
-    side = round(max(drawn.size) * (1 + 2 * _MARGIN))
+    side = max(drawn.size)
     square = Image.new("RGB", (side, side), canvas)
     square.paste(drawn, ((side - drawn.width) // 2, (side - drawn.height) // 2))
     if size is None or min(size) >= side:

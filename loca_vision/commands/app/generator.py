@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from loca_vision.data.pair_sources import is_missing
 from loca_vision.messages import one_line
 from loca_vision.pipeline.components import adapted_in
 
-_LONGEST = 1024  # pixels of a side of a photograph
+_LONGEST = 768  # pixels of a side of a photograph
 _NOT_GIVEN = ("mask_image", "control_image", "video", "frames", "pose", "mask")
 """Inputs that this page has no control for, and without which the pipelines that take them make nothing."""
 
@@ -69,24 +69,24 @@ class Generator:
         mix: list[tuple[str, Strengths]] = [("Mix of all", dict(strengths))] if len(strengths) > 1 else []
         return [("Base", {}), *each, *mix]
 
-    def pictures(self, wanted: Wanted, told: Told = lambda done, of: None) -> list[tuple[Image.Image, str]]:
-        """A picture for each column, with its title.
+    def pictures(self, wanted: Wanted, told: Told = lambda done, of: None) -> Iterator[tuple[Image.Image, str]]:
+        """A picture for each column with its title, as they are made.
+
+        Args:
+            told: hears of every step, of all pictures together.
 
         Raises:
-            ValueError: there is no prompt or no photograph where the pipeline takes one.
+            ValueError: there is no prompt or no photograph where the pipeline takes one; before the first picture.
         """
         given = self._arguments(wanted)
         columns = self.columns(wanted.strengths)
         steps = int(given.get("num_inference_steps") or self.takes.get("num_inference_steps") or 1)
-        pictures = []
         for place, (title, strengths) in enumerate(columns):
-            watched = self._watching(lambda step, place=place: told(place * steps + step, len(columns) * steps))
-            # pipelines keep much of a call on themselves, so that one calls at a time
-            with self.acting(strengths):
-                noise = torch.Generator("cpu").manual_seed(wanted.seed)
+            watched = self._watching(told, place * steps, len(columns) * steps)
+            noise = torch.Generator("cpu").manual_seed(wanted.seed)
+            with self.acting(strengths):  # a pipeline keeps much of a call on itself, so that one calls at a time
                 picture = self.pipe(**given, **watched, generator=noise, output_type="pil").images[0]
-            pictures.append((picture, title))
-        return pictures
+            yield picture, title
 
     def _arguments(self, wanted: Wanted) -> dict[str, Any]:
         given: dict[str, Any] = {name: value for name, value in wanted.settings.items() if name in self.takes}
@@ -100,12 +100,13 @@ class Generator:
             given["image"] = fitted(wanted.image, _LONGEST)
         return given
 
-    def _watching(self, told: Callable[[int], None]) -> dict[str, Any]:
+    def _watching(self, told: Told, before: int, of: int) -> dict[str, Any]:
+        """What lets `told` hear of the steps of a call, as far as the pipeline says when it has done one."""
         if "callback_on_step_end" not in self.takes:
             return {}
 
         def after(pipe: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            told(step + 1)
+            told(before + step + 1, of)
             return tensors
 
         return {"callback_on_step_end": after}
@@ -173,9 +174,8 @@ def _loaded(source: str) -> Any:
     place = str(Path(source).expanduser()) if source.startswith("~") else source
     if is_missing(place):
         raise FileNotFoundError(f"pipeline={source!r}: there is no such folder, and the hub names its repositories user/name")
-    dtype = torch.float16 if torch.cuda.is_available() else torch.float32
     try:
-        pipe = DiffusionPipeline.from_pretrained(place, torch_dtype=dtype, use_safetensors=True)
+        pipe: Any = DiffusionPipeline.from_pretrained(place, use_safetensors=True)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # diffusers tells a fault in several ways
         raise OSError(f"pipeline={source!r}: it cannot be loaded as a pipeline ({one_line(error, 300)})") from error
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipe.to("cuda", torch.float16) if torch.cuda.is_available() else pipe

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
-from loca_vision.commands.app.about import about_file
-from loca_vision.commands.app.components import Upload, strength_slider
-from loca_vision.commands.app.generator import Generator, Wanted
+from loca_vision.commands.app.about_tabs import about_tabs
+from loca_vision.commands.app.components import strength_slider, upload
+from loca_vision.commands.app.generator import Generator, Told, Wanted
 from loca_vision.commands.app.mixture import FORMS, write_mix
 
 _MOST_SEED = 2**31 - 1
@@ -39,9 +40,9 @@ class GeneratorPage:
     # What the events call, without a browser
 
     def make(
-        self, told: Callable[[int, int], None], prompt: str, image: Image.Image | None, seed: float, numbers: Sequence[float]
-    ) -> list[tuple[Image.Image, str]]:
-        """The pictures with their titles.
+        self, told: Told, prompt: str, image: Image.Image | None, seed: float | None, *numbers: float
+    ) -> Iterator[list[tuple[Image.Image, str]]]:
+        """The pictures with their titles, once for each that comes to them.
 
         Args:
             numbers: the strengths of the adapters, then the settings, in their orders.
@@ -51,14 +52,17 @@ class GeneratorPage:
         settings = dict(zip(self.settings, numbers[len(names) :], strict=True))
         if "num_inference_steps" in settings:
             settings["num_inference_steps"] = int(settings["num_inference_steps"])
-        wanted = Wanted(prompt or "", int(seed or 0), strengths, image, settings)
-        return self.generator.pictures(wanted, told)
+        made = []
+        for picture in self.generator.pictures(Wanted(prompt or "", int(seed or 0), strengths, image, settings), told):
+            made.append(picture)
+            yield made
 
     def write(self, form: str, rank: float, *strengths: float) -> tuple[str, str]:
         """The file of the mix, and what is said about it."""
         names = self.generator.sources
         folder = Path(tempfile.mkdtemp(dir=self.scratch))
-        file, said = write_mix(names, dict(zip(names, strengths, strict=True)), form, int(rank or 0), folder)
+        with on_the_page():
+            file, said = write_mix(names, dict(zip(names, strengths, strict=True)), form, int(rank or 0), folder)
         return str(file), said
 
     # The layout
@@ -71,20 +75,23 @@ class GeneratorPage:
                 strengths = [strength_slider(f"Strength of {name}") for name in self.generator.sources]
                 with gr.Accordion("More settings", open=False):
                     settings = [self._setting(name) for name in self.settings]
-                button = gr.Button("Make the pictures", variant="primary")
+                with gr.Row():
+                    button, stop = gr.Button("Make the pictures", variant="primary"), gr.Button("Stop", min_width=80)
             with gr.Column(scale=6, min_width=320):
                 pictures = gr.Gallery(
-                    label="Pictures from one seed", columns=min(3, len(strengths) + 1), height="auto", object_fit="contain",
+                    label="Pictures from one seed", columns=3 if len(strengths) > 2 else 2, height="auto", object_fit="contain",
                     format="png", interactive=False, buttons=["download", "fullscreen"], elem_id="pictures",
                 )  # fmt: skip
                 self._download(strengths)
-        self._connect(button, [prompt, image, seed, *strengths, *settings], pictures)
-        self._about()
+        self._connect(button, stop, [prompt, image, seed, *strengths, *settings], pictures)
+        with gr.Tabs():
+            for name, source in self.generator.sources.items():
+                about_tabs(source, self.scratch, name)
 
     def _inputs(self) -> tuple[Any, Any, Any]:
         takes = self.generator.takes
         label = "Instruction" if self.generator.takes_image else "Prompt"
-        image = Upload(label="Photograph", sources=["upload", "clipboard"], height=260, visible=self.generator.takes_image)
+        image = upload("Photograph", height=260, visible=self.generator.takes_image, elem_id="photograph")
         prompt = gr.Textbox(label=label, lines=2, max_length=1000, visible="prompt" in takes, elem_id="prompt")
         return prompt, image, gr.Number(0, label="Seed", precision=0, minimum=0, maximum=_MOST_SEED)
 
@@ -93,36 +100,26 @@ class GeneratorPage:
         return gr.Slider(least, most, min(max(self.generator.takes[name], least), most), step=step, label=label)
 
     def _download(self, strengths: list[Any]) -> None:
-        with gr.Accordion("Download the mix at these strengths", open=False):
+        with gr.Accordion("Download the mix at these strengths", open=False, elem_id="mix"):
             form = gr.Radio(list(FORMS), value=next(iter(FORMS)), label="As")
             rank = gr.Number(16, label="Rank, of a LoRA", precision=0, minimum=1, maximum=1024)
             button = gr.Button("Write the file")
             file, said = gr.File(label="File", interactive=False), gr.Markdown()
-            button.click(told_on_the_page(self.write), [form, rank, *strengths], [file, said], api_visibility="private")
+            button.click(self.write, [form, rank, *strengths], [file, said], api_visibility="private")
 
-    def _connect(self, button: Any, inputs: list[Any], pictures: Any) -> None:
-        def made(prompt: str, image: Any, seed: float, *numbers: float, progress: Any = gr.Progress()) -> Any:  # noqa: B008
-            def told(done: int, of: int) -> None:
-                progress((done, of), desc="Steps")
+    def _connect(self, button: Any, stop: Any, inputs: list[Any], pictures: Any) -> None:
+        def made(*given: Any, progress: Any = gr.Progress()) -> Iterator[Any]:  # noqa: B008  as gradio finds it
+            with on_the_page():
+                yield from self.make(lambda done, of: progress((done, of), desc="Steps"), *given)
 
-            return told_on_the_page(self.make)(told, prompt, image, seed, numbers)
-
-        button.click(made, inputs, pictures, api_visibility="private", show_progress="full")
-
-    def _about(self) -> None:
-        with gr.Tabs():
-            for name, source in self.generator.sources.items():
-                with gr.Tab(f"What the file of {name} says"):
-                    gr.HTML(about_file(source))
+        making = button.click(made, inputs, pictures, api_visibility="private", show_progress="full")
+        stop.click(None, None, None, cancels=[making], api_visibility="private")
 
 
-def told_on_the_page(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose sentences about wrong input stand on the page, without a traceback."""
-
-    def told(*given: Any) -> Any:
-        try:
-            return function(*given)
-        except (ValueError, OSError) as error:
-            raise gr.Error(str(error), print_exception=False) from None
-
-    return told
+@contextmanager
+def on_the_page() -> Iterator[None]:
+    """Inside, sentences about wrong input are for the visitor: they stand on the page, without a traceback anywhere."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise gr.Error(str(error), print_exception=False) from None

@@ -13,11 +13,15 @@ from loca_vision.formats.conversion.to_lora_file import to_lora
 from loca_vision.formats.conversion.weight_deltas import read_source
 
 FORMS: dict[str, Literal["loca", "diffusers", "kohya"]] = {
-    "Adapter of loca-vision": "loca", "LoRA for diffusers": "diffusers", "LoRA for ComfyUI and A1111": "kohya",
+    "Adapter of loca-vision": "loca",
+    "LoRA for diffusers": "diffusers",
+    "LoRA for ComfyUI and A1111": "kohya",
 }
 
 
-def write_mix(sources: Mapping[str, Path], strengths: Mapping[str, float], form: str, rank: int, folder: Path) -> tuple[Path, str]:
+def write_mix(
+    sources: Mapping[str, Path], strengths: Mapping[str, float], form: str, rank: int, folder: Path
+) -> tuple[Path, str]:
     """Write the sum of strength times each adapter.
 
     Args:
@@ -42,7 +46,5 @@ def write_mix(sources: Mapping[str, Path], strengths: Mapping[str, float], form:
         return file, "One LoCA adapter, whose update is that of the mix without loss."
     mixed = combined([(read_source(place), strength) for place, strength in there.items()])
     layout = FORMS[form]
-    losses = (
-        to_lora_adapter(mixed, file, rank=rank) if layout == "loca" else to_lora(mixed, file, layout=layout, rank=rank)
-    )
+    losses = to_lora_adapter(mixed, file, rank=rank) if layout == "loca" else to_lora(mixed, file, layout=layout, rank=rank)
     return file, f"A LoRA of rank {rank}: {100 * total_loss(losses):.2g} % of the update is lost."

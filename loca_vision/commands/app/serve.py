@@ -31,7 +31,9 @@ def check_address(host: str, port: int) -> None:
         try:
             one.bind(address)
         except OSError as error:
-            raise ValueError(f"{host}:{port}: the page cannot be served there ({error.strerror}); choose another --port") from None
+            raise ValueError(
+                f"{host}:{port}: the page cannot be served there ({error.strerror}); choose another --port"
+            ) from None
 
 
 def serve(settings: App) -> None:

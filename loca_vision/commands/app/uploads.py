@@ -29,7 +29,9 @@ def read_upload(path: str | Path) -> Image.Image:
         _check_pixels(width, height)
         return open_image(file)
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError):
-        raise ValueError("The file cannot be read as an image; expected PNG, JPEG, WebP or another that Pillow reads.") from None
+        raise ValueError(
+            "The file cannot be read as an image; expected PNG, JPEG, WebP or another that Pillow reads."
+        ) from None
     except ValueError as error:
         raise ValueError(str(error).removeprefix(f"{file}: ")) from None
 
