@@ -57,8 +57,8 @@ def draw(page):
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x - 60, y - 80)
     page.mouse.down()
-    page.mouse.move(x + 60, y - 80, steps=8)
-    page.mouse.move(x - 10, y + 90, steps=8)
+    page.mouse.move(x + 60, y - 80, steps=3)
+    page.mouse.move(x - 10, y + 90, steps=3)
     page.mouse.up()
 
 

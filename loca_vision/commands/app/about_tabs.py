@@ -31,8 +31,8 @@ def about_tabs(source: Path, scratch: Path, of: str = "") -> None:
     with gr.Tab(f"What the file{suffix} says"):
         gr.HTML(about_file(source))
     with gr.Tab(f"Spectra{suffix}") as tab:
-        label = "Cosine spectrum of each projection's update, low frequencies at the top left"
         image = gr.Image(
-            label=label, buttons=["fullscreen", "download"], format="png", interactive=False, placeholder=_NO_PICTURE
-        )
+            label="Spectra", show_label=False, alt_text="The cosine spectrum of each projection's update", format="png",
+            buttons=["fullscreen", "download"], interactive=False, placeholder=_NO_PICTURE,
+        )  # fmt: skip
     tab.select(spectra, None, image, api_visibility="private")

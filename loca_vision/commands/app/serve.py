@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from loca_vision.commands.app.command import App, name_of, names_of
 from loca_vision.commands.app.uploads import MOST_BYTES, MOST_PIXELS
 
 _CSS = Path(__file__).with_name("page.css")
-_KEPT = 3600  # seconds that uploaded and made files are kept for
+_KEPT = 3600  # seconds that uploaded and made files are kept for, and between two looks at how old they are
 
 
 def check_address(host: str, port: int) -> None:
@@ -38,6 +40,7 @@ def check_address(host: str, port: int) -> None:
 
 def serve(settings: App) -> None:
     """Build the page, serve it until it is interrupted."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as Ctrl+C does, so that the folder below is removed
     Image.MAX_IMAGE_PIXELS = MOST_PIXELS  # of what gradio decodes by itself, as drawings
     with tempfile.TemporaryDirectory(prefix="loca-app-") as scratch:
         page = page_of(settings, Path(scratch))
@@ -67,7 +70,7 @@ def start(page: gr.Blocks, settings: App) -> None:
     """Serve the page in threads of its own, and return."""
     page.queue(default_concurrency_limit=1, api_open=False).launch(
         server_name=settings.host, server_port=settings.port, inbrowser=settings.open, share=False, quiet=True,
-        prevent_thread_lock=True, show_error=True, ssr_mode=False, mcp_server=False, enable_monitoring=False,
+        prevent_thread_lock=True, show_error=True, ssr_mode=False, mcp_server=False, enable_monitoring=False, run_history=False,
         max_file_size=MOST_BYTES, footer_links=[], css_paths=[_CSS], theme=_theme(),
     )  # fmt: skip
 
