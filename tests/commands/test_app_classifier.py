@@ -12,10 +12,13 @@ from loca_vision import adapters, load_adapter, set_adapters
 from loca_vision.commands.app.blocks import block_groups, block_of
 from loca_vision.commands.app.classifier import read_classifier
 from loca_vision.commands.app.demo_folder import PROBE, read_demo_folder
+from loca_vision.data.images import open_image
 from loca_vision.recipes.classification.models import ModelSpec, build_model
-from loca_vision.recipes.classification.predict import Predict
+from loca_vision.recipes.classification.predict import Predict, predict
 from loca_vision.recipes.classification.task import view_of
 from loca_vision.recipes.classification.trained_weights import TRAINED, load_trained
+from support.image_folders import write_folder
+from support.scripts import MODEL, main
 from support.small_demo import SPEC, write_demo
 
 FILE = "pytorch_loca_weights.safetensors"
@@ -85,6 +88,23 @@ def test_without_a_probe_the_base_takes_the_head_of_the_adapter(folder, tmp_path
     assert torch.allclose(base, shares(direct(folder, lambda model: set_adapters(model, "default", 0.0)), image), atol=1e-6)
     assert torch.allclose(adapter, trained.compare(image)[1], atol=1e-6)
     assert alone.base_title == "Base with the adapter's head" and alone.examples == ()
+
+
+def test_a_run_of_train_py(tmp_path):
+    """Built and computed as `loca-vision predict` does; a run without an adapter is refused."""
+    write_folder(tmp_path / "photos", train=4, test=2)
+    flags = ("--dataset", "folder", "--root", tmp_path / "photos", *MODEL, "--workers", 0, "--epochs", 1, "--batch_size", 4)
+    assert main("train", *flags, "--n_components", 50, "--lr", "2e-2", "--output_dir", tmp_path / "out") == 0
+    image = tmp_path / "photos" / "test" / "red" / "0.png"
+    settings = Predict(str(tmp_path / "out"), (image,), top_k=3)
+    trained = read_classifier(settings)
+    answers = dict(predict(settings)[0].classes)
+    shares = dict(zip(trained.classes, trained.compare(open_image(image))[1].tolist(), strict=True))
+    assert answers == pytest.approx(shares, abs=1e-5) and not trained.has_probe
+
+    assert main("train", *flags, "--method", "lp", "--output_dir", tmp_path / "lp") == 0
+    with pytest.raises(ValueError, match="its run trained no adapter"):
+        read_classifier(Predict(str(tmp_path / "lp"), ()))
 
 
 def test_nothing_of_one_request_reaches_another(trained):

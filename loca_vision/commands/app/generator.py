@@ -16,6 +16,7 @@ from loca_vision.commands.app.uploads import fitted
 from loca_vision.data.pair_sources import is_missing
 from loca_vision.messages import one_line
 from loca_vision.pipeline.components import adapted_in
+from loca_vision.pipeline.loader import LoCALoaderMixin
 
 _LONGEST = 768  # pixels of a side of a photograph
 _NOT_GIVEN = ("mask_image", "control_image", "video", "frames", "pose", "mask")
@@ -132,18 +133,16 @@ def generator_of(pipe: Any, adapters: Mapping[str, str], scratch: Path) -> Gener
     Raises:
         ValueError, OSError: as `read_generator`.
     """
-    from loca_vision import diffusers as face
-
     takes = inputs_of(pipe)
     sources = {}
     for name, place in adapters.items():
-        face.load_loca_weights(pipe, place, name)
+        LoCALoaderMixin.load_loca_weights(pipe, place, name)
         there = Path(place).expanduser()
-        sources[name] = there if there.exists() else face.save_loca_weights(pipe, scratch / name, name)
+        sources[name] = there if there.exists() else LoCALoaderMixin.save_loca_weights(pipe, scratch / name, name)
     pipe.set_progress_bar_config(disable=True)
 
     def choose(strengths: Strengths) -> None:
-        face.set_loca_adapters(pipe, list(strengths), list(strengths.values()))
+        LoCALoaderMixin.set_loca_adapters(pipe, list(strengths), list(strengths.values()))
 
     summary = f"{type(pipe).__name__}, with adapters in {', '.join(adapted_in(pipe))}"
     return Generator(pipe, sources, takes, Acting(choose), summary)
