@@ -4,14 +4,19 @@ import asyncio
 import importlib.util
 import os
 import socket
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image, ImageDraw
 
+from loca_vision import LoCAConfig, adapters, inject
 from loca_vision.commands.app import chart, drawing
 from loca_vision.commands.app.command import App
 from loca_vision.commands.main import main
+from loca_vision.pipeline.loader import LoCALoaderMixin
 from loca_vision.recipes.classification.predict import Predict
+from support import pipelines as tiny
 from support.small_demo import write_demo
 
 pytestmark = [
@@ -82,6 +87,46 @@ def test_an_upload_and_its_removal(page):
     image = Image.new("RGB", (30, 20), "red")
     assert page.upload(image, 1.0) == (shown(image), page.answer(shown(image), 1.0))
     assert page.upload(None, 1.0) == (shown(None), chart.empty())
+
+
+def test_a_wrong_upload_is_a_sentence_for_the_visitor(tmp_path):
+    import gradio as gr
+
+    from loca_vision.commands.app.components import upload
+
+    image = upload("Image")
+    Image.new("RGBA", (3, 2), (255, 0, 0, 128)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    assert image.preprocess(None) is None
+    assert image.preprocess(SimpleNamespace(path=str(tmp_path / "a.png"))).getpixel((0, 0)) == (255, 0, 0)
+    for path, said in ((str(tmp_path / "b.png"), "cannot be read as an image"), (None, "got none")):
+        with pytest.raises(gr.Error, match=said):
+            image.preprocess(SimpleNamespace(path=path))
+
+
+def test_the_numbers_of_the_page_are_those_of_the_call(tmp_path):
+    """Strengths come first, then the settings that the pipeline takes; pictures come one by one; the mix is a file."""
+    import gradio as gr
+
+    from loca_vision.commands.app.generator import Wanted, generator_of
+    from loca_vision.commands.app.generator_page import GeneratorPage
+
+    pipe = tiny.small(tiny.stable_diffusion())
+    inject(pipe.unet, LoCAConfig(n_components=20))
+    for spectrum in adapters(pipe.unet).values():
+        spectrum.coefficients.data.normal_()
+    LoCALoaderMixin.save_loca_weights(pipe, tmp_path / "ink")
+    generator = generator_of(tiny.small(tiny.stable_diffusion()), {"ink": str(tmp_path / "ink")}, tmp_path)
+    page = GeneratorPage(generator, tmp_path)
+    assert page.settings == ["num_inference_steps", "guidance_scale"]
+    made = list(page.make(lambda done, of: None, "a cat", None, 5, 0.5, 2, 3.0))
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0}
+    assert [len(so_far) for so_far in made] == [1, 2]
+    assert made[-1] == list(generator.pictures(Wanted("a cat", 5, {"ink": 0.5}, settings=settings)))
+    file, said = page.write("Adapter of loca-vision", 16, 0.5)
+    assert Path(file).stat().st_size and "without loss" in said
+    with pytest.raises(gr.Error, match="there is nothing to write"):
+        page.write("Adapter of loca-vision", 16, 0.0)
 
 
 def test_only_this_machine_unless_told(folder, tmp_path, monkeypatch):

@@ -106,6 +106,7 @@ def read_classifier(settings: Predict) -> Classifier:
     place = Path(settings.adapter).expanduser()
     source = place if place.is_file() else run_folder(settings.adapter)
     demo = read_demo_folder(source.parent if source.is_file() else source)
+    # as predict itself does: there is one way to build a trained classifier
     model, view, classes, computing = _trained(_completed(settings, source, demo))
     active = list(active_adapters(model))
     if not active:

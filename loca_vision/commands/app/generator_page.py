@@ -55,7 +55,7 @@ class GeneratorPage:
         made = []
         for picture in self.generator.pictures(Wanted(prompt or "", int(seed or 0), strengths, image, settings), told):
             made.append(picture)
-            yield made
+            yield list(made)
 
     def write(self, form: str, rank: float, *strengths: float) -> tuple[str, str]:
         """The file of the mix, and what is said about it."""
@@ -76,7 +76,8 @@ class GeneratorPage:
                 with gr.Accordion("More settings", open=False):
                     settings = [self._setting(name) for name in self.settings]
                 with gr.Row():
-                    button, stop = gr.Button("Make the pictures", variant="primary"), gr.Button("Stop", min_width=80)
+                    button = gr.Button("Make the pictures", variant="primary", scale=3, min_width=200)
+                    stop = gr.Button("Stop", min_width=80)
             with gr.Column(scale=6, min_width=320):
                 pictures = gr.Gallery(
                     label="Pictures from one seed", columns=3 if len(strengths) > 2 else 2, height="auto", object_fit="contain",

@@ -16,7 +16,7 @@ from loca_vision.commands.app.command import App, name_of, names_of
 from loca_vision.commands.app.uploads import MOST_BYTES, MOST_PIXELS
 
 _CSS = Path(__file__).with_name("page.css")
-_KEPT = 3600  # seconds that uploaded and made files are kept for, and between two looks at how old they are
+_KEPT = 3600  # seconds that gradio's files are kept for, and between two looks at how old they are
 
 
 def check_address(host: str, port: int) -> None:
@@ -45,7 +45,10 @@ def serve(settings: App) -> None:
     with tempfile.TemporaryDirectory(prefix="loca-app-") as scratch:
         page = page_of(settings, Path(scratch))
         start(page, settings)
-        print(f"http://{settings.host}:{settings.port} shows {' and '.join(settings.adapters)}; Ctrl+C stops it", flush=True)
+        print(
+            f"http://{_in_url(settings.host)}:{settings.port} shows {' and '.join(settings.adapters)}; Ctrl+C stops it",
+            flush=True,
+        )
         page.block_thread()
 
 
@@ -69,10 +72,15 @@ def page_of(settings: App, scratch: Path) -> gr.Blocks:
 def start(page: gr.Blocks, settings: App) -> None:
     """Serve the page in threads of its own, and return."""
     page.queue(default_concurrency_limit=1, api_open=False).launch(
-        server_name=settings.host, server_port=settings.port, inbrowser=settings.open, share=False, quiet=True,
+        server_name=_in_url(settings.host), server_port=settings.port, inbrowser=settings.open, share=False, quiet=True,
         prevent_thread_lock=True, show_error=True, ssr_mode=False, mcp_server=False, enable_monitoring=False, run_history=False,
         max_file_size=MOST_BYTES, footer_links=[], css_paths=[_CSS], theme=_theme(),
     )  # fmt: skip
+
+
+def _in_url(host: str) -> str:
+    """The host as it stands in a URL: an address of IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _theme() -> Any:
