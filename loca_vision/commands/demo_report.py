@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,17 @@ def table(results: list[Result], travels: list[Travel], adapter_bytes: int, diff
 
 
 def write_metrics(
-    path: Path, config: Any, results: list[Result], travels: list[Travel], adapter_bytes: int, difference: float
+    path: Path,
+    config: Any,
+    results: list[Result],
+    travels: list[Travel],
+    adapter_bytes: int,
+    difference: float,
+    about: Mapping[str, Any],
 ) -> None:
-    """Everything a reader needs to repeat or plot the run, as one JSON object."""
+    """Everything a reader needs to repeat or plot the run, and to build its model again (`about`), as one JSON object."""
     metrics = {
+        **about,
         "config": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
         "environment": environment(),
         "adapter_bytes": adapter_bytes,

@@ -90,14 +90,19 @@ def describe(path: str | os.PathLike[str], base: str | os.PathLike[str] | None =
         FileNotFoundError, ValueError: as `contents_of`.
     """
     contents = contents_of(path, base)
+    return "\n".join([*contents.head, "", aligned(table_of(contents), str.ljust)])
+
+
+def table_of(contents: Contents) -> list[tuple[str, ...]]:
+    """`HEADER`, then a row for each projection, as `describe` says."""
     measured = [(layer.name, layer.shape, layer.trained, layer.norm, _bands(layer.delta)) for layer in contents.layers()]
     total = sum(norm**2 for *_, norm, _ in measured if norm is not None) or 1.0
-    rows = [HEADER]
+    rows: list[tuple[str, ...]] = [HEADER]
     for name, (p, q), trained, norm, bands in measured:
         size, energy = ("-", "-") if norm is None else (f"{norm:.4g}", f"{100 * norm**2 / total:.1f} %")
         spread = " / ".join(f"{100 * band / (sum(bands) or 1.0):.0f}" for band in bands) + " %" if bands else "-"
         rows.append((name, f"{p} x {q}", str(trained), size, energy, spread))
-    return "\n".join([*contents.head, "", aligned(rows, str.ljust)])
+    return rows
 
 
 def _is_adapter(file: Path) -> bool:

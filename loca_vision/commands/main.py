@@ -33,6 +33,7 @@ def _parse(arguments: list[str]) -> Any:
     """The settings of the command asked for."""
     import tyro
 
+    from loca_vision.commands.app.command import App
     from loca_vision.commands.combine import Combine
     from loca_vision.commands.convert import Convert, Extract
     from loca_vision.commands.demo import Demo
@@ -49,6 +50,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[Extract, tyro.conf.subcommand("extract")]
         | Annotated[Merge, tyro.conf.subcommand("merge")]
         | Annotated[Combine, tyro.conf.subcommand("combine")]
+        | Annotated[App, tyro.conf.subcommand("app")]
     )
     with usage_in_one_line("loca-vision"):
         return tyro.cli(
@@ -59,6 +61,7 @@ def _parse(arguments: list[str]) -> Any:
 def _run(command: Any) -> None:
     from loca_vision.commands import combine, demo, merge
     from loca_vision.commands import convert as exchange_commands
+    from loca_vision.commands.app import command as app
     from loca_vision.recipes.classification import evaluate, predict
 
     run: dict[type[Any], Callable[[Any], object]] = {
@@ -70,6 +73,7 @@ def _run(command: Any) -> None:
         exchange_commands.Extract: lambda wanted: print(exchange_commands.extract(wanted)),
         combine.Combine: lambda wanted: print(combine.combine(wanted)),
         merge.Merge: lambda wanted: print(merge.merged(wanted)),
+        app.App: app.run,
     }
     run[type(command)](command)
 

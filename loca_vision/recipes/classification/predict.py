@@ -83,7 +83,7 @@ def predict(settings: Predict) -> list[Prediction]:
     check_count("workers", settings.workers, 0)
     import_modules(settings.imports)
     files = _files(settings.images)
-    model, view, classes, computing = _trained(settings)
+    model, view, classes, computing = model_of(settings)
     check_count("top_k", settings.top_k, most=len(classes))
     images = ImageFiles(files, [0] * len(files))
     check_images((images,))
@@ -123,7 +123,7 @@ def _files(places: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _trained(settings: Predict) -> tuple[nn.Module, View, Sequence[str], Any]:
+def model_of(settings: Predict) -> tuple[nn.Module, View, Sequence[str], Any]:
     """The model, how it sees images, its classes, and the precision that it computes in."""
     place = Path(settings.adapter).expanduser()
     folder = place.parent if place.is_file() else run_folder(settings.adapter)
