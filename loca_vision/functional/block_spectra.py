@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -70,29 +70,23 @@ class Blocks:
 
     def __init__(self, own: BlockSpectra, entries: Sequence[Entries], shape: tuple[int, int]) -> None:
         self.size = own.basis.width(shape[0]), own.basis.width(shape[1])
-        parts = [
-            (sample, entries[i], i, strength) for sample, own_shares in enumerate(own.shares) for i, strength in own_shares
-        ]
-        device = entries[0].index.device
-        repeats = torch.tensor([len(part) for _, part, _, _ in parts], device=device)
-
-        def each(values: Sequence[float], dtype: torch.dtype = torch.long) -> Tensor:
-            return torch.repeat_interleave(torch.tensor(values, dtype=dtype, device=device), repeats)
-
-        samples = [sample for sample, _, _, _ in parts]
-        index = torch.cat([part.index for _, part, _, _ in parts]).long()
-        sample = each(samples)
+        parts = [(sample, i, strength) for sample, shares in enumerate(own.shares) for i, strength in shares]
+        whole = _Parts(
+            tuple(sample for sample, _, _ in parts),
+            tuple(len(entries[i]) for _, i, _ in parts),
+            tuple(own.starts[i] for _, i, _ in parts),
+            tuple(own.spectra[i].settings.scale * strength for _, i, strength in parts),
+        )
+        sample, source, weights = whole.expanded(entries[0].index.device)
+        index = torch.cat([entries[i].index for _, i, _ in parts]).long()
         self.rows = index // self.size[1] + sample * self.size[0]
         self.cols = index % self.size[1] + sample * self.size[1]
-        self.weights = each([own.spectra[i].settings.scale * strength for _, _, i, strength in parts], torch.float32)
-        self.weights = self.weights * torch.cat([_weights(part) for _, part, _, _ in parts])
-        self.source = each([own.starts[i] for _, _, i, _ in parts]) + torch.cat([_source(part) for _, part, _, _ in parts])
-        if len(parts) > len(set(samples)):  # some sample has several, whose rows are mixed up
+        plain = all(one.weights is None for one in entries)
+        self.weights = weights if plain else weights * torch.cat([_weights(entries[i]) for _, i, _ in parts])
+        self.source = source + torch.cat([_source(entries[i]) for _, i, _ in parts])
+        if len(parts) > len(set(whole.samples)):  # some sample has several, whose rows are mixed up
             self._sort(self.size[1] * len(own.shares))
-        counts = [0] * len(own.shares)
-        for number, part, _, _ in parts:
-            counts[number] += len(part)
-        self.ends = [0, *accumulate(counts)]
+        self.ends = whole.ends(len(own.shares))
 
     def _sort(self, width: int) -> None:
         order = (self.rows * width + self.cols).argsort()
@@ -111,6 +105,35 @@ class Blocks:
         starts = torch.searchsorted(rows, torch.arange(many * self.size[0] + 1, device=rows.device))
         size = many * self.size[0], many * self.size[1]
         return torch.sparse_csr_tensor(starts, cols, values[here], size, check_invariants=False)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The spectra that the samples have, one after the other: for each the sample, the size, where its coefficients begin
+    among all, and by what they are multiplied."""
+
+    samples: tuple[int, ...]
+    counts: tuple[int, ...]
+    starts: tuple[int, ...]
+    strengths: tuple[float, ...]
+
+    def ends(self, samples: int) -> list[int]:
+        """Where the entries of each sample begin and end."""
+        found = [0] * samples
+        for sample, count in zip(self.samples, self.counts, strict=True):
+            found[sample] += count
+        return [0, *accumulate(found)]
+
+    @lru_cache(maxsize=8)  # noqa: B019  the layers of a model have the same, which is copied to a GPU once
+    def expanded(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Sample, start and strength of every entry."""
+        repeats = torch.tensor(self.counts, device=device)
+        dtypes = torch.long, torch.long, torch.float32
+        columns = zip((self.samples, self.starts, self.strengths), dtypes, strict=True)
+        sample, start, strength = (
+            torch.repeat_interleave(torch.tensor(own, dtype=dtype, device=device), repeats) for own, dtype in columns
+        )
+        return sample, start, strength
 
 
 def _weights(entries: Entries) -> Tensor:
@@ -132,6 +155,14 @@ def apply_blocks(x: Tensor, blocks: BlockSpectra) -> Tensor:
     locations = torch.cat([own for own in numbers[1] if own is not None]) if moving else None
     result: Tensor = _Applied.apply(x, coefficients, locations, blocks)
     return result
+
+
+@torch.no_grad()
+def add_blocks(onto: Tensor, x: Tensor, blocks: BlockSpectra, factor: float) -> None:
+    """Add `factor` times `apply_blocks` to some columns of a result, (M, t, p) in float32 at least, in place."""
+    coefficients = torch.cat([own.coefficients for own in blocks.spectra])
+    with torch.autocast(x.device.type, enabled=False):
+        _add_products(onto, blocks.applied, coefficients * factor, shared_frequencies(x, blocks.basis), blocks.basis)
 
 
 class _Applied(torch.autograd.Function):
@@ -203,7 +234,7 @@ class Piece:
 def _add_products(
     result: Tensor, matrix: Blocks, coefficients: Tensor, frequencies: Sequence[Piece], basis: TokenBasis
 ) -> None:
-    """Add to the rows of the result (M, t, p), contiguous, what the matrix makes of frequencies."""
+    """Add to the rows of the result (M, t, p), whose last axis is contiguous, what the matrix makes of frequencies."""
     values = matrix.values(coefficients.to(result.dtype))
     for piece in frequencies:
         groups, _, tokens = piece.values.shape

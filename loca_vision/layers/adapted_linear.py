@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from loca_vision.functional.transforms import compiled
 from loca_vision.layers.class_swap import Adapted, adapted_class, exchange_class, once_while_traced
-from loca_vision.layers.mixed_call import may_mix, term_of_call
+from loca_vision.layers.mixed_call import may_mix, with_updates_of_call
 from loca_vision.layers.mixed_weight import mixed_weight
 from loca_vision.layers.plain_weight import is_plain_matrix
 from loca_vision.layers.targets import readable_weight
@@ -57,8 +57,8 @@ class ReadLayer(AdaptedLayer):
         plain = is_plain_matrix(base_weight(self))
         stock = self.original_class.forward is nn.Linear.forward and len(inputs) == 1 and not named
         if may_mix(self.loca) and (stock or not plain):
-            mixed: Tensor = F.linear(inputs[0], base_weight(self), self.bias) if plain else super().forward(*inputs, **named)
-            return mixed + self._mixed(inputs[0], mixed.shape[-1]).to(mixed.dtype)
+            mixed = F.linear(inputs[0], base_weight(self), self.bias) if plain else super().forward(*inputs, **named)
+            return with_updates_of_call(self.loca, inputs[0], mixed, lambda: readable_weight(self, "the layer"), in_place=plain)
         learned = self.loca.learned_linear(inputs[0], base_weight(self), self.bias) if plain and stock else None
         if learned is not None:
             return learned
@@ -68,10 +68,6 @@ class ReadLayer(AdaptedLayer):
     def _term(self, x: Tensor, rows: int) -> Tensor:
         """What the updates add to a quantised layer."""
         return self.loca.applied(x, rows, keep=True, base=lambda: readable_weight(self, "the layer"))
-
-    def _mixed(self, x: Tensor, rows: int) -> Tensor:
-        """What each sample's updates add."""
-        return term_of_call(self.loca, x, rows, lambda: readable_weight(self, "the layer"))
 
     @once_while_traced
     def _settle(self) -> None:

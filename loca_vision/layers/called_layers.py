@@ -15,7 +15,7 @@ from loca_vision.functional.transforms import compiled, functional_only, ordinar
 from loca_vision.layers.adapted_linear import AdaptedLayer
 from loca_vision.layers.class_swap import once_while_traced
 from loca_vision.layers.effective_weight import EffectiveWeight
-from loca_vision.layers.mixed_call import may_mix, term_of_call
+from loca_vision.layers.mixed_call import may_mix, with_updates_of_call
 from loca_vision.layers.plain_weight import as_matrix, is_plain_matrix
 from loca_vision.layers.updated_call import UpdatedCall, is_hooked
 
@@ -58,9 +58,8 @@ class CalledConvolution(_CalledLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if may_mix(self.loca):
-            result = self._without_updates(x)
-            term = term_of_call(self.loca, x.movedim(1, -1), result.shape[1], self._base)
-            return result + term.movedim(-1, 1).to(result.dtype)
+            result = self._without_updates(x).movedim(1, -1)
+            return with_updates_of_call(self.loca, x.movedim(1, -1), result, self._base, in_place=False).movedim(-1, 1)
         if compiled():
             self._prepare()
         matrix = None if is_hooked(self) or self._saves_memory() else self._matrix()

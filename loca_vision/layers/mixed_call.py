@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from loca_vision.functional.transforms import compiled, exported, traced
-from loca_vision.layers.mixed_updates import mixed_term
+from loca_vision.layers.mixed_updates import MixedCall
 from loca_vision.layers.mixtures import handle_of, mixture_of, owner_of
 
 if TYPE_CHECKING:
@@ -27,44 +27,56 @@ def may_mix(weight: EffectiveWeight) -> bool:
     if compiled():
         return True
     mixed = mixture_of(weight) is not None
-    if mixed and (exported() or traced()):
-        raise RuntimeError(
-            "per_sample cannot be exported or traced: do that with a model in which one adapter acts for all samples"
-        )
+    if mixed:
+        refuse_exports()
     return mixed
 
 
-def term_of_call(weight: EffectiveWeight, x: Tensor, rows: int, base: Base) -> Tensor:
-    """x times each sample's updates, (..., q) to (..., rows), or, in a call that mixes none, times the active ones."""
+def refuse_exports() -> None:
+    """Raise RuntimeError where the call is recorded as a program, which would keep its adapters."""
+    if exported() or traced():
+        raise RuntimeError(
+            "per_sample cannot be exported or traced: do that with a model in which one adapter acts for all samples"
+        )
+
+
+def with_updates_of_call(weight: EffectiveWeight, x: Tensor, result: Tensor, base: Base, *, in_place: bool) -> Tensor:
+    """The result of a layer without updates, with each sample's added; or, in a call that mixes none, the active ones.
+
+    Args:
+        x: (..., q), of which the layer made the result (..., n).
+        base: returns W.
+        in_place: whether the result may be written to.
+    """
     if not compiled():
-        return _term(weight, x, rows, base)
+        return _added(weight, x, result, base, in_place)
     if torch.is_grad_enabled():  # what is learned is no input of an operator, which would hide it from autograd
-        return _term_outside(weight, x, rows, base)
+        return _added_outside(weight, x, result, base)
     needs_base = any([update.needs_weight for update in weight.all_updates()])
-    term: Tensor = _mixed_call(x, base() if needs_base else None, rows, weight._loca_handle)
-    return term
+    term: Tensor = _mixed_call(x, base() if needs_base else None, result.shape[-1], weight._loca_handle)
+    return result + term.to(result.dtype)
 
 
-def _term(weight: EffectiveWeight, x: Tensor, rows: int, base: Base) -> Tensor:
+def _added(weight: EffectiveWeight, x: Tensor, result: Tensor, base: Base, in_place: bool) -> Tensor:
     mixture = mixture_of(weight)
     if mixture is None:
-        return weight.applied(x, rows, keep=True, base=base)
+        return result + weight.applied(x, result.shape[-1], keep=True, base=base).to(result.dtype)
     parts = [(handle_of(part), where) for part, where in weight.stacked()]
     for handle, _ in parts:
         mixture.note(handle, len(x))
-    return mixed_term(x, rows, mixture, parts, weight.call_settings.scale, base)
+    return MixedCall(mixture, parts, weight.call_settings.scale, base).added(result, x, in_place=in_place)
 
 
 @_disable_dynamo
-def _term_outside(weight: EffectiveWeight, x: Tensor, rows: int, base: Base) -> Tensor:
-    return _term(weight, x, rows, base)
+def _added_outside(weight: EffectiveWeight, x: Tensor, result: Tensor, base: Base) -> Tensor:
+    return _added(weight, x, result, base, False)
 
 
 def _compute(x: Tensor, weight: Tensor | None, rows: int, handle: int) -> Tensor:
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("per_sample cannot be recorded in a CUDA graph, which would repeat the adapters of one call")
     owner: Any = owner_of(handle)
-    return _term(owner, x, rows, lambda: _given(weight)).to(x.dtype)
+    return _added(owner, x, x.new_zeros(*x.shape[:-1], rows), lambda: _given(weight), True)
 
 
 def _given(weight: Tensor | None) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from loca_vision.functional.block_spectra import BlockSpectra, Share, apply_blocks
+from loca_vision.functional.block_spectra import BlockSpectra, Share, add_blocks, apply_blocks
 from loca_vision.functional.grouped_low_rank import apply_grouped
 from loca_vision.functional.row_linear import Rows, computed_in
 from loca_vision.functional.sample_spectra import SampleSpectrum
@@ -73,26 +74,63 @@ class _Layer:
             )
 
 
-def mixed_term(x: Tensor, rows: int, mixture: Mixture, parts: Parts, scale: float, base: Callable[[], Tensor]) -> Tensor:
-    """x times the updates of each sample, (..., q) to (..., rows), differentiable in x and in what is learned.
+@dataclass(frozen=True)
+class MixedCall:
+    """A call of a layer that mixes adapters.
 
     Args:
         parts: of the layer.
         scale: of the call.
         base: returns W; called only if an update depends on it.
-
-    Raises:
-        ValueError: the first axis of x is not made of equally many vectors for each sample.
     """
-    layer: _Layer = mixture.once(tuple(handle for handle, _ in parts), lambda: _Layer(mixture, parts))
-    layer.check(x)
-    flat = x.reshape(layer.samples, -1, x.shape[-1])
-    result = torch.zeros(*flat.shape[:2], rows, dtype=computed_in(x), device=x.device)
-    for projection in layer.projections if flat.numel() else ():  # FFT libraries refuse what is empty
-        for term in _terms(flat, projection, layer.samples, base):
-            result = _added(result, projection.rows, term)
-    result = result if scale == 1 else result * scale
-    return result.view(*x.shape[:-1], rows)
+
+    mixture: Mixture
+    parts: Parts
+    scale: float
+    base: Callable[[], Tensor]
+
+    def added(self, result: Tensor, x: Tensor, *, in_place: bool) -> Tensor:
+        """The result (..., n) of the layer for x (..., q), with what the updates of each sample make of x added.
+
+        Differentiable in x and in what is learned.
+
+        Args:
+            in_place: whether the result may be written to, where no gradient is recorded.
+
+        Raises:
+            ValueError: the first axis of x is not made of equally many vectors for each sample.
+        """
+        handles = tuple(handle for handle, _ in self.parts)
+        layer: _Layer = self.mixture.once(handles, lambda: _Layer(self.mixture, self.parts))
+        layer.check(x)
+        if not layer.projections or not x.numel():  # FFT libraries refuse what is empty
+            return result
+        flat = x.reshape(layer.samples, -1, x.shape[-1])
+        if in_place and not torch.is_grad_enabled() and not functional_only():
+            self._write(result.view(*flat.shape[:2], -1), flat, layer)
+            return result
+        total = torch.zeros(*flat.shape[:2], result.shape[-1], dtype=computed_in(x), device=x.device)
+        for projection in layer.projections:
+            for term in _terms(flat, projection, layer.samples, self.base):
+                total = _added(total, projection.rows, apply_blocks(flat, term) if isinstance(term, BlockSpectra) else term)
+        total = total if self.scale == 1 else total * self.scale
+        return result + total.view(result.shape).to(result.dtype)
+
+    def _write(self, result: Tensor, x: Tensor, layer: _Layer) -> None:
+        """The same, in place: result (M, t, n)."""
+        for projection in layer.projections:
+            rows = projection.rows
+            own = None if isinstance(rows, Tensor) else result[..., rows or slice(None)]
+            for term in _terms(x, projection, layer.samples, self.base):
+                if isinstance(term, BlockSpectra):
+                    if own is not None and own.dtype == torch.promote_types(x.dtype, torch.float32):
+                        add_blocks(own, x, term, self.scale)
+                        continue
+                    term = apply_blocks(x, term)
+                if own is not None:
+                    own.add_(term.to(own.dtype), alpha=self.scale)
+                elif isinstance(rows, Tensor):
+                    result.index_add_(-1, rows.to(result.device), term.to(result.dtype), alpha=self.scale)
 
 
 def _projections(mixture: Mixture, parts: Parts) -> list[_Projection]:
@@ -108,8 +146,8 @@ def _projections(mixture: Mixture, parts: Parts) -> list[_Projection]:
     return list(found.values())
 
 
-def _terms(x: Tensor, projection: _Projection, samples: int, base: Callable[[], Tensor]) -> Iterator[Tensor]:
-    """What each family of updates adds to the rows of the projection, (M, t, p)."""
+def _terms(x: Tensor, projection: _Projection, samples: int, base: Callable[[], Tensor]) -> Iterator[BlockSpectra | Tensor]:
+    """What each family of updates adds to the rows of the projection, (M, t, p), or the blocks that make that of x."""
     spectra: dict[TokenBasis, dict[int, SampleSpectrum]] = {}
     pairs: dict[int, tuple[Tensor, Tensor]] = {}
     others: list[int] = []
@@ -125,7 +163,7 @@ def _terms(x: Tensor, projection: _Projection, samples: int, base: Callable[[], 
         else:
             others.append(index)
     for basis, own in spectra.items():
-        yield apply_blocks(x, _blocks(projection, basis, own, samples))
+        yield _blocks(projection, basis, own, samples)
     if pairs:
         yield apply_grouped(x, list(pairs.values()), projection.of(list(pairs), samples))
     for index in others:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from loca_vision.layers.mixed_call import term_of_call
+from loca_vision.layers.mixed_call import with_updates_of_call
 
 if TYPE_CHECKING:
     from loca_vision.layers.effective_weight import EffectiveWeight
@@ -52,4 +52,4 @@ def mixed_weight(base: Tensor, updates: EffectiveWeight) -> Tensor:
 
 def _linear(input: Tensor, weight: MixedWeight, bias: Tensor | None = None) -> Tensor:
     result = F.linear(input, weight.base, bias)
-    return result + term_of_call(weight.loca, input, result.shape[-1], lambda: weight.base).to(result.dtype)
+    return with_updates_of_call(weight.loca, input, result, lambda: weight.base, in_place=True)

@@ -12,7 +12,7 @@ from loca_vision.functional.transforms import compiled
 from loca_vision.layers.attention_layouts import base_of
 from loca_vision.layers.class_swap import once_while_traced
 from loca_vision.layers.effective_weight import EffectiveWeight
-from loca_vision.layers.mixed_call import may_mix, term_of_call
+from loca_vision.layers.mixed_call import may_mix, with_updates_of_call
 from loca_vision.layers.targets import readable_weight
 
 
@@ -47,7 +47,8 @@ class UpdatedCall:
         layer = self._layer()
         if may_mix(self.effective_weight):
             result = self._without_updates(x, *args, **kwargs)
-            return result + term_of_call(self.effective_weight, x, result.shape[-1], self._base).to(result.dtype)
+            own = not args and not kwargs and self._is_plain(layer)
+            return with_updates_of_call(self.effective_weight, x, result, self._base, in_place=own)
         if compiled():
             self._prepare()
         plain = not args and not kwargs and self._is_plain(layer)

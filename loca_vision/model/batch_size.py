@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loca_vision.functional.transforms import compiled
-from loca_vision.layers.mixed_call import operator
+from loca_vision.layers.mixed_call import operator, refuse_exports
 from loca_vision.layers.mixtures import batch_of, handle_of, mixture_of, owner_of
 from loca_vision.model.trial import try_once
 
@@ -57,8 +57,12 @@ class _Inside:
 def _note(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     if compiled():
         return _noted_in_graph(model, inputs, named)
-    mixture, batch = mixture_of(model), batch_of(inputs, named)
-    if mixture is not None and batch is not None:
+    mixture = mixture_of(model)
+    if mixture is None:
+        return None
+    refuse_exports()
+    batch = batch_of(inputs, named)
+    if batch is not None:
         mixture.fit(batch, type(model).__name__)
         try_once(model, model.forward, inputs, named, mixture)
     return None
