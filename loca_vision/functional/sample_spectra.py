@@ -75,14 +75,17 @@ def packed_cosines(
     size = COSINES.width(shape[0]) * width
     if size > 2**31:
         raise ValueError(f"a {shape[0]} x {shape[1]} matrix has more frequencies than int32 can number")
-    cells = torch.cat(list(flat)).to(torch.int32)
-    rows = cells // shape[1]
-    row, col = _packed(shape[0])[rows], _packed(shape[1])[cells - rows * shape[1]]
-    signs = 1 - 2 * ((row ^ col) & 1)
-    index = row * width + col
-    number = torch.repeat_interleave(torch.arange(len(counts), dtype=_smallest(size * len(counts))), torch.tensor(counts))
-    order = (number * size + index).argsort()
-    values, index = (torch.cat(list(coefficients)).float() * signs)[order], index[order]
+    cells = torch.cat(list(flat)).to(torch.int32)  # of its own, and written to: new memory takes longer than arithmetic
+    rows = cells.div(shape[1], rounding_mode="floor")
+    row = torch.index_select(_packed(shape[0]), 0, rows)
+    col = torch.index_select(_packed(shape[1]), 0, cells.sub_(rows, alpha=shape[1]))
+    negative = torch.bitwise_xor(row, col, out=cells).bitwise_and_(1)
+    index = row.mul_(width).add_(col)
+    firsts = torch.arange(0, size * len(counts), size, dtype=torch.int32 if size * len(counts) < 2**31 else torch.int64)
+    order = torch.repeat_interleave(firsts, torch.tensor(counts)).add_(index).argsort()
+    values = torch.cat(list(coefficients)).float()
+    values.addcmul_(values, negative, value=-2)
+    values, index = torch.index_select(values, 0, order), torch.index_select(index, 0, order)
     settings = AtomSettings(shape, scale, "central")
     parts = zip(torch.split(values, counts), torch.split(index, counts), strict=True)
     return [PackedSpectrum(own, None, _NOWHERE, settings, where) for own, where in parts]
@@ -93,11 +96,6 @@ def _packed(n: int) -> Tensor:
     """(n,) int32: the row of every frequency. It is odd where the sign is negative."""
     with ordinary_tensors(), torch.device("cpu"):
         return packed_rows(torch.arange(n), n)[0].to(torch.int32)
-
-
-def _smallest(largest: int) -> torch.dtype:
-    """A radix sort takes half as long for half the bytes."""
-    return torch.int32 if largest < 2**31 else torch.int64
 
 
 _NOWHERE = Cells(torch.zeros(0, 2, dtype=torch.long), (1, 1))
