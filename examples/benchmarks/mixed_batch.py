@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from contenders import is_of_peft
 from loca_vision import AdapterStore, LoCAConfig, adapters, inject, per_sample, remove, save_adapter, set_adapters
 from rounds import check_positive, in_turns, report, run, seconds_of, write
 from table_rows import shown
@@ -117,6 +118,16 @@ def held_bytes(model: nn.Module, base: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in model.parameters() if tensor.data_ptr() not in shared)
 
 
+def file_bytes(model: Any, name: str) -> int:
+    """Of one adapter, as it is saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        if is_of_peft(model):
+            model.save_pretrained(folder, selected_adapters=[name])
+        else:
+            save_adapter(model, folder, name)
+        return sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+
+
 def measure(settings: Settings) -> dict[str, Any]:
     work = workload(settings)
     work.base.eval()
@@ -144,6 +155,8 @@ def measure(settings: Settings) -> dict[str, Any]:
     for name in figures:
         model = loca if name.startswith("LoCA") else theirs if "peft" in name else work.base
         figures[name]["bytes an adapter"] = held_bytes(model, work.base) // len(names)
+        if model is not work.base:
+            figures[name]["file bytes"] = file_bytes(model, names[0])
     return {"figures": figures, **({"store": stored(settings, work)} if settings.store else {})}
 
 

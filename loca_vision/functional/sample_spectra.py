@@ -15,7 +15,7 @@ from loca_vision.functional.token_bases import COSINES, Entries, TokenBasis, in_
 from loca_vision.functional.transforms import ordinary_tensors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SampleSpectrum:
     """A spectrum of B components, alpha among its settings."""
 
@@ -37,7 +37,7 @@ class SampleSpectrum:
         return basis.products(self.layout, offset)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PackedSpectrum(SampleSpectrum):
     """Cosines that do not learn, in 8 bytes a component: sorted, with the signs of packed frequencies in the coefficients.
 

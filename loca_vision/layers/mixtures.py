@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loca_vision.methods.update import Update
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class PlacedUpdate:
     """One update of an adapter.
 
