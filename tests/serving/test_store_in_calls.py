@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from loca_vision import AdapterStore, LoCAConfig, LoRAConfig, adapters, head_logits, inject, load_adapter, per_sample, save_adapter
+from loca_vision import (
+    AdapterStore,
+    LoCAConfig,
+    LoRAConfig,
+    adapters,
+    head_logits,
+    inject,
+    load_adapter,
+    per_sample,
+    save_adapter,
+)
 from support.timm_models import tiny
 
 
