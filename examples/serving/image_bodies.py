@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -42,20 +41,18 @@ def image_of(body: bytes, limits: ImageLimits) -> Image.Image:
         raise Refusal(400, "expected an image as the body of the request, got nothing")
     if len(body) > limits.most_bytes:
         raise too_many_bytes(limits)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PIL, about sizes that are checked here
-        try:
-            with Image.open(BytesIO(body), formats=FORMATS) as image:
-                _check_size(image, limits)
-                return as_rgb(upright(image))
-        except Refusal:
-            raise
-        except UnidentifiedImageError:
-            raise Refusal(415, f"expected a {' or '.join(FORMATS)} image, got something else") from None
-        except Image.DecompressionBombError:
-            raise Refusal(413, f"expected at most {limits.most_pixels:,} pixels, got far more") from None
-        except Exception as error:  # decoders raise errors of many kinds at broken bytes
-            raise Refusal(422, f"the image cannot be read ({one_line(error, 200)})") from None
+    try:
+        with Image.open(BytesIO(body), formats=FORMATS) as image:
+            _check_size(image, limits)
+            return as_rgb(upright(image))
+    except Refusal:
+        raise
+    except UnidentifiedImageError:
+        raise Refusal(415, f"expected a {' or '.join(FORMATS)} image, got something else") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise Refusal(413, f"expected at most {limits.most_pixels:,} pixels, got far more") from None
+    except Exception as error:  # decoders raise errors of many kinds at broken bytes
+        raise Refusal(422, f"the image cannot be read ({one_line(error, 200)})") from None
 
 
 def _check_size(image: Image.Image, limits: ImageLimits) -> None:

@@ -1,4 +1,4 @@
-"""Load the server on this machine, and check every answer: 1 and 100 adapters, one and two replicas, a replica killed.
+"""Load the server on this machine, and check every answer: 1 and 100 adapters, one and two replicas, one of them killed.
 
     python examples/serving/load_test.py --output load_test.json
 
@@ -47,7 +47,7 @@ class LoadTest:
     adapters: tuple[int, ...] = (1, 100)
     """How many are asked for, each in turn."""
     replicas: tuple[int, ...] = (1, 2)
-    """How many there are, each in turn; with the last of them one is killed."""
+    """How many there are, each in turn; in the last measurement of each one is killed."""
     clients: int = 16
     """Requests under way at a time."""
     seconds: float = 6.0
@@ -104,7 +104,7 @@ def run(wanted: LoadTest) -> list[Row]:
         settings = [_settings(wanted, folder, count) for count in wanted.replicas]
         names = write_adapters(folder, settings[0], max(wanted.adapters), wanted.n_components)
         oracle = Oracle(settings[0], names)
-        rows = [row for one in settings for row in _measured(wanted, one, oracle, last=one is settings[-1])]
+        rows = [row for one in settings for row in _measured(wanted, one, oracle)]
     print(_table(rows))
     if wanted.output is not None:
         write_atomically(wanted.output, _record(wanted, rows))
@@ -115,16 +115,14 @@ def _settings(wanted: LoadTest, folder: Path, replicas: int) -> Settings:
     return Settings(folder, wanted.model, weights="none", image_size=wanted.image_size, port=wanted.port, replicas=replicas)
 
 
-def _measured(wanted: LoadTest, settings: Settings, oracle: Oracle, *, last: bool) -> list[Row]:
+def _measured(wanted: LoadTest, settings: Settings, oracle: Oracle) -> list[Row]:
     from deployment import check_port, start, stop
 
     check_port(settings.host, settings.port)
     try:
         start(settings)
         rows = [_row(wanted, settings, oracle, count, killing=False) for count in wanted.adapters]
-        if last:
-            rows.append(_row(wanted, settings, oracle, wanted.adapters[-1], killing=True))
-        return rows
+        return [*rows, _row(wanted, settings, oracle, wanted.adapters[-1], killing=True)]
     finally:
         stop()
 

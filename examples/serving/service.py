@@ -128,12 +128,12 @@ class Service:
         return await plain()
 
     async def _answered(self, adapter: str, call: Call) -> Reply:
-        self.engine.shelf.check_name(adapter)
         options = Options(call.query)
         if self._waiting >= self.settings.most_waiting:
             raise Refusal(503, f"{self._waiting} requests are waiting already: come again", again=1)
         self._waiting += 1
         try:
+            await asyncio.get_running_loop().run_in_executor(self._decoding, self.engine.shelf.check_name, adapter)
             body = await self._in_time(self._body(call), Refusal(408, "the image did not arrive in time"))
             return await self._in_time(
                 self._computed_for(adapter, body, options), Refusal(503, "there was no answer in time", again=1)

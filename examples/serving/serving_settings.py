@@ -8,6 +8,8 @@ from pathlib import Path
 
 from loca_vision.checks import check_count, is_finite
 
+MOST_PIXELS = 80_000_000  # that an image may be allowed; PIL itself warns of 89 million
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -69,6 +71,7 @@ class Settings:
             "most_steps",
         ):
             check_count(name, getattr(self, name))
+        check_count("most_pixels", self.most_pixels, most=MOST_PIXELS)
         if self.image_size is not None:
             check_count("image_size", self.image_size)
         _check_seconds("batch_wait", self.batch_wait, least=0.0, most=10.0)

@@ -51,6 +51,7 @@ def test_pixels_are_those_of_the_file():
         (bytes(100_001), 413, "at most 100,000 bytes"),
         (png_that_claims(101, 100), 413, "got 101 x 100"),
         (png_that_claims(100_000, 100_000), 413, "at most 10,000 pixels"),  # a bomb to PIL, too
+        (png_that_claims(10_000, 10_000), 413, "at most 10,000 pixels"),  # at which PIL warns
         (png_that_claims(9_000, 1), 422, "16 short ones, got 9000 x 1"),
         (encoded(photo(1))[:-200], 422, "cannot be read"),
         (encoded(photo(1), "JPEG")[:400], 422, "cannot be read"),
