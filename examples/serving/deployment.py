@@ -160,7 +160,7 @@ def deployment(settings: Settings) -> Any:
         Replica,
         name=DEPLOYMENT,
         num_replicas=settings.replicas,
-        max_ongoing_requests=2 * settings.most_waiting + 16,
+        max_ongoing_requests=4 * settings.most_waiting + 64,
         max_queued_requests=2 * settings.most_waiting,
         health_check_period_s=2,
         health_check_timeout_s=30,

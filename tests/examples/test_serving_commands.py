@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -143,3 +145,23 @@ def test_the_load_test_fails_where_a_request_had_not_its_own_answer(monkeypatch,
 def test_settings_are_checked_when_they_are_made(tmp_path):
     with pytest.raises(ValueError, match="it is for --model"):
         Settings(tmp_path, pipeline="base", weights="hub")
+
+
+def test_the_page_shows_the_figures_of_the_file():
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "guides" / "serving.md").read_text()
+    rows = json.loads((root / "examples" / "serving" / "results" / "load_test.json").read_text())["rows"]
+    assert len(rows) == page.split("## Figures")[1].count("\n| ") - 1
+    for row in (load_test.Row(**row) for row in rows):
+        times = [f"{time:.0f} ms" for time in (row.p50_ms, row.p95_ms, row.p99_ms)]
+        cells = [
+            row.adapters,
+            row.replicas,
+            "yes" if row.killed else "no",
+            row.per_second,
+            *times,
+            row.retries,
+            row.lost,
+            row.wrong,
+        ]
+        assert f"| {' | '.join(map(str, cells))} |\n" in page

@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -69,6 +70,7 @@ def test_a_claimed_size_is_refused_before_pixels_are_decoded(monkeypatch):
     assert refused(body)[0] == 413
 
 
+@examples(deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 400))
 def test_damaged_images_are_refused_or_read(noise, at):
     raw = encoded(photo(1, (8, 8)))
@@ -114,6 +116,7 @@ def test_unknown_double_and_missing_options_are_refused():
 # Batches
 
 
+@examples(deadline=None)
 @given(st.lists(st.tuples(st.integers(), st.booleans()), max_size=20))
 def test_only_what_fails_by_itself_has_no_answer(asked):
     def together(some):

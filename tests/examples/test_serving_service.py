@@ -26,11 +26,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def serve(folder):
-    """Makes a service and its counts."""
+    """Makes a service, whose batches are of so many requests, and its counts."""
 
-    def make(**more):
-        tally, wanted = Tally(), settings(folder, **more)
-        return Service(Classifier(wanted), wanted, tally, gathering), tally
+    def make(together=1, **more):
+        tally, wanted = Tally(together), settings(folder, **more)
+        return Service(Classifier(wanted), wanted, tally, gathering(tally)), tally
 
     return make
 
@@ -47,7 +47,7 @@ def sentence(reply):
 
 
 def test_requests_of_different_adapters_share_a_batch_and_nothing_else(serve, folder):
-    service, tally = serve()
+    service, tally = serve(together=5)
     names = ["shop-0", "shop-1", "shop-2", "shop-3", "shop-1"]
     found = replies(service, *(asks(name, seed) for seed, name in enumerate(names)))
     assert tally.batches == [5] and [reply.status for reply in found] == [200] * 5
@@ -82,7 +82,7 @@ def test_bad_requests_never_reach_the_model_nor_their_neighbours(serve, folder):
 
 
 def test_a_broken_adapter_is_one_requests_matter(serve):
-    service, tally = serve()
+    service, tally = serve(together=2)
     broken, good = replies(service, asks("broken"), asks("shop-1"))
     assert (broken.status, good.status, tally.batches) == (422, 200, [2])
     assert "broken.safetensors" in sentence(broken)
@@ -90,11 +90,12 @@ def test_a_broken_adapter_is_one_requests_matter(serve):
 
 
 def test_more_requests_than_may_wait_are_told_to_come_again(serve):
-    service, _ = serve(most_waiting=3)
+    service, tally = serve(together=3, most_waiting=3)
     found = replies(service, *(asks("shop-1") for _ in range(5)))
     assert sorted(reply.status for reply in found) == [200, 200, 200, 503, 503]
     late = next(reply for reply in found if reply.status == 503)
     assert late.headers == {"Retry-After": "1"} and "waiting" in sentence(late)
+    tally.together = 1
     assert replies(service, asks("shop-1"))[0].status == 200  # their places are free again
 
 
@@ -133,7 +134,7 @@ def test_a_fault_of_the_server_is_logged_and_told_without_its_details(serve, cap
 
 
 def test_a_failure_of_one_request_inside_a_batch_is_its_own(serve, monkeypatch, caplog):
-    service, _ = serve()
+    service, _ = serve(together=3)
     together = Classifier._together
 
     def fails(engine, asked):

@@ -90,9 +90,10 @@ def png_that_claims(width: int, height: int) -> bytes:
 
 
 class Tally:
-    """Counts in memory."""
+    """Counts in memory; `together` is how many requests make a batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, together: int = 1) -> None:
+        self.together = together
         self.statuses: list[int] = []
         self.batches: list[int] = []
         self.held_bytes = self.loads = 0
@@ -110,29 +111,25 @@ class Tally:
         return "requests 1\n"
 
 
-def gathering(run: Any) -> Any:
-    """Of a function of a batch one of a single request: those that come in the same moment are a batch."""
-    waiting: list[tuple[Any, asyncio.Future[Reply]]] = []
+def gathering(tally: Tally) -> Any:
+    """Makes of a function of a batch one of a single request: it runs once `tally.together` requests wait."""
 
-    async def flush() -> None:
-        await asyncio.sleep(0.1)
-        batch, waiting[:] = list(waiting), []
-        try:
-            found = await run([asked for asked, _ in batch])
-        except Exception as error:
-            found = [error] * len(batch)
-        for (_, future), reply in zip(batch, found, strict=True):
-            if not future.done():
-                (future.set_exception if isinstance(reply, Exception) else future.set_result)(reply)
+    def batching(run: Any) -> Any:
+        waiting: list[tuple[Any, asyncio.Future[Reply]]] = []
 
-    async def one(asked: Any) -> Reply:
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        waiting.append((asked, future))
-        if len(waiting) == 1:
-            one.task = asyncio.create_task(flush())  # type: ignore[attr-defined]
-        return await future
+        async def one(asked: Any) -> Reply:
+            future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+            waiting.append((asked, future))
+            if len(waiting) == tally.together:
+                batch, waiting[:] = list(waiting), []
+                replies = await run([asked for asked, _ in batch])
+                for (_, other), reply in zip(batch, replies, strict=True):
+                    other.set_result(reply)
+            return await future
 
-    return one
+        return one
+
+    return batching
 
 
 def call(path: str, body: bytes = b"", *, method: str = "POST", query: Pairs = (), told: bool = True) -> Call:
