@@ -13,10 +13,11 @@ from serving_settings import Settings
 APPLICATION = "loca"
 DEPLOYMENT = "images"
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
+_PERIOD = 2  # seconds from one check of a replica to the next
 _PREFIX = "ray_loca_"  # of our metrics, as Ray's agent shows them
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_metrics_report_interval_ms": "2000",
+    "RAY_metrics_report_interval_ms": str(2000 * _PERIOD),  # after twice as long a gauge that is not set again is gone
 }
 
 
@@ -50,7 +51,8 @@ class Replica:
         return Response(reply.body, reply.status, {**reply.headers, "Content-Type": reply.kind})
 
     async def check_health(self) -> None:
-        """Serve replaces a replica in which this raises."""
+        """Called every _PERIOD seconds; Serve replaces a replica in which it raises."""
+        self.service.count_held()
         self.service.check_health()
 
 
@@ -60,11 +62,12 @@ class RayCounts:
     def __init__(self, agent: str) -> None:
         from ray.serve import metrics
 
-        self.agent, self._loads = agent, 0
+        self.agent = agent
         sizes = [1, 2, 4, 8, 16, 32, 64]
         self._requests = metrics.Counter("loca_requests", description="Requests answered.", tag_keys=("status",))
         self._refusals = metrics.Counter("loca_refusals", description="Requests refused.", tag_keys=("status",))
         self._sizes = metrics.Histogram("loca_batch_size", description="Requests computed together.", boundaries=sizes)
+        self._batched = metrics.Counter("loca_batched", description="Requests computed in batches.")
         self._held = metrics.Gauge("loca_held_bytes", description="Bytes of adapters that are held.")
         self._loaded = metrics.Counter("loca_loads", description="Adapters loaded.")
 
@@ -75,12 +78,14 @@ class RayCounts:
 
     def batch(self, size: int) -> None:
         self._sizes.observe(size)
+        self._batched.inc(size)  # Ray makes the sum of a histogram from its buckets
 
-    def shelf(self, held_bytes: int, loads: int) -> None:
+    def loaded(self, adapters: int) -> None:
+        if adapters:
+            self._loaded.inc(adapters)
+
+    def held(self, held_bytes: int) -> None:
         self._held.set(held_bytes)
-        if loads > self._loads:
-            self._loaded.inc(loads - self._loads)
-            self._loads = loads
 
     def text(self) -> str:
         """Those of all replicas, at most some seconds old."""
@@ -162,7 +167,7 @@ def deployment(settings: Settings) -> Any:
         num_replicas=settings.replicas,
         max_ongoing_requests=4 * settings.most_waiting + 64,
         max_queued_requests=2 * settings.most_waiting,
-        health_check_period_s=2,
+        health_check_period_s=_PERIOD,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=10,
         logging_config=_QUIET,

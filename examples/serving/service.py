@@ -60,7 +60,8 @@ class Counts(Protocol):
 
     def request(self, status: int) -> None: ...
     def batch(self, size: int) -> None: ...
-    def shelf(self, held_bytes: int, loads: int) -> None: ...
+    def loaded(self, adapters: int) -> None: ...
+    def held(self, held_bytes: int) -> None: ...
     def text(self) -> str:
         """All counts in Prometheus's format; may take a while."""
 
@@ -100,6 +101,10 @@ class Service:
         if since is not None and time.monotonic() - since > longest:
             raise RuntimeError(f"a batch takes longer than {longest:g} seconds")
 
+    def count_held(self) -> None:
+        """Say how many bytes of adapters are held; counts of what is the case are forgotten if they are not said again."""
+        self.counts.held(self.engine.shelf.store.held_bytes)
+
     async def answer_batch(self, asked: list[Any]) -> list[Reply]:
         """The reply to each of some requests."""
         self.counts.batch(len(asked))
@@ -107,13 +112,12 @@ class Service:
 
     def _computed(self, asked: list[Any]) -> list[Reply]:
         self._since = time.monotonic()
+        before = self.engine.shelf.loads
         try:
-            replies = [_reply_of(answer) for answer in self.engine.answers(asked)]
+            return [_reply_of(answer) for answer in self.engine.answers(asked)]
         finally:
             self._since = None
-        shelf = self.engine.shelf
-        self.counts.shelf(shelf.store.held_bytes, shelf.loads)
-        return replies
+            self.counts.loaded(self.engine.shelf.loads - before)
 
     async def _routed(self, call: Call) -> Reply:
         parts = call.path.removeprefix("/").split("/", 1)

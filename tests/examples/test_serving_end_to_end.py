@@ -99,6 +99,8 @@ def test_a_server_answers_refuses_counts_and_ends(server, folder):
     assert "shop-3" in json.loads(asked(f"{address}/adapters")[1])["adapters"]
     _wait_for_count(f"{address}/metrics", 1, "ray_loca_requests_total{", 'status="413"')
     _wait_for_count(f"{address}/metrics", 4, "ray_loca_loads_total{")
+    _wait_for_count(f"{address}/metrics", 5, "ray_loca_batched_total{")
+    _wait_for_count(f"{address}/metrics", None, "ray_loca_held_bytes{")
 
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
@@ -109,11 +111,12 @@ def test_a_server_answers_refuses_counts_and_ends(server, folder):
 
 
 def _wait_for_count(address, value, *words):
-    """Until a line of the metrics, which Ray gathers every few seconds, has this value."""
+    """Until a line of the metrics, which Ray gathers every few seconds, has this value, or if None one above 0."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         text = asked(address)[1].decode()
-        if any(all(word in line for word in words) and float(line.split()[-1]) == value for line in text.splitlines()):
+        found = [float(line.split()[-1]) for line in text.splitlines() if all(word in line for word in words)]
+        if any(one > 0 if value is None else one == value for one in found):
             return
         time.sleep(0.3)
     pytest.fail(text)

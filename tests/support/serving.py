@@ -104,8 +104,11 @@ class Tally:
     def batch(self, size: int) -> None:
         self.batches.append(size)
 
-    def shelf(self, held_bytes: int, loads: int) -> None:
-        self.held_bytes, self.loads = held_bytes, loads
+    def loaded(self, adapters: int) -> None:
+        self.loads += adapters
+
+    def held(self, held_bytes: int) -> None:
+        self.held_bytes = held_bytes
 
     def text(self) -> str:
         return "requests 1\n"
