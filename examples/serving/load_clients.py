@@ -1,0 +1,96 @@
+"""Clients that ask for classifications until a time is over, and ask again where a server may not have answered."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_AGAIN = {500, 502, 503, 504}  # a replica died, or was busy: to classify twice does no harm
+_PATIENCE = 60.0  # seconds of asking again
+_PAUSE = 0.2  # seconds between two tries, where the server names none
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Whom to ask, and for what.
+
+    Args:
+        address: of the server.
+        names: of adapters.
+        bodies: images.
+    """
+
+    address: str
+    names: Sequence[str]
+    bodies: Sequence[bytes]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a request: its answer, or None where every try failed."""
+
+    name: str
+    image: int
+    answer: Any
+    seconds: float
+    retries: int
+
+
+class Asks:
+    """Clients of one server.
+
+    Args:
+        seed: of what is asked for.
+    """
+
+    def __init__(self, asking: Asking, seed: int) -> None:
+        self.asking, self.random = asking, random.Random(seed)
+
+    async def for_seconds(self, seconds: float, clients: int) -> list[Outcome]:
+        """Every client asks again once it has its answer; those under way at the end are waited for."""
+        import aiohttp
+
+        end = time.monotonic() + seconds
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_PATIENCE)) as session:
+            found = await asyncio.gather(*(self._client(session, end) for _ in range(clients)))
+        return [outcome for one in found for outcome in one]
+
+    async def _client(self, session: Any, end: float) -> list[Outcome]:
+        found = []
+        while time.monotonic() < end:
+            name = self.random.choice(self.asking.names)
+            found.append(await self._ask(session, name, self.random.randrange(len(self.asking.bodies))))
+        return found
+
+    async def _ask(self, session: Any, name: str, image: int) -> Outcome:
+        started, retries = time.monotonic(), 0
+        while True:
+            answer, pause = await self._try(session, name, image)
+            taken = time.monotonic() - started
+            if answer is not None or taken > _PATIENCE:
+                return Outcome(name, image, answer, taken, retries)
+            retries += 1
+            await asyncio.sleep(pause)
+
+    async def _try(self, session: Any, name: str, image: int) -> tuple[Any, float]:
+        """The answer, or None and the seconds to wait.
+
+        Raises:
+            RuntimeError: a refusal that will be the same next time.
+        """
+        import aiohttp
+
+        address = f"{self.asking.address}/classify/{name}?top_k=100"
+        try:
+            async with session.post(address, data=self.asking.bodies[image]) as reply:
+                if reply.status == 200:
+                    return await reply.json(), 0.0
+                if reply.status not in _AGAIN:
+                    raise RuntimeError(f"{address}: {reply.status} {(await reply.text())[:300]}")
+                return None, float(reply.headers.get("Retry-After", _PAUSE))
+        except (aiohttp.ClientError, asyncio.TimeoutError):
+            return None, _PAUSE

@@ -1,0 +1,84 @@
+"""The query of a request: `?seed=3&steps=20`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from loca_vision.messages import nearest, one_line
+from refusals import Refusal
+
+
+class Options:
+    """Options by name; each is asked for once, and those left at the end are unknown.
+
+    Args:
+        pairs: of names and values, as the query has them.
+
+    Raises:
+        Refusal: a name comes twice.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
+        self._left = dict(pairs)
+        self._asked: list[str] = []
+        if len(self._left) < len(pairs):
+            raise Refusal(400, "an option comes twice in the query")
+
+    def text(self, name: str, longest: int) -> str:
+        """An option that must be there.
+
+        Raises:
+            Refusal: it is missing, empty or longer than that many characters.
+        """
+        value = self._take(name) or ""
+        if not value.strip() or len(value) > longest:
+            raise Refusal(400, f"{name}: expected a text of 1 to {longest} characters, got {len(value)}")
+        return value
+
+    def count(self, name: str, default: int, *, least: int = 1, most: int) -> int:
+        """A whole number.
+
+        Raises:
+            Refusal: it is none, or out of its range.
+        """
+        value = self._take(name)
+        if value is None:
+            return default
+        number = int(value) if value.isascii() and value.isdigit() and len(value) <= 20 else -1
+        if not least <= number <= most:
+            raise Refusal(400, f"{name}={_shown(value)}: it is a whole number from {least} to {most}")
+        return number
+
+    def number(self, name: str, default: float, *, least: float, most: float) -> float:
+        """A finite number.
+
+        Raises:
+            Refusal: it is none, or out of its range.
+        """
+        value = self._take(name)
+        if value is None:
+            return default
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not least <= number <= most:
+            raise Refusal(400, f"{name}={_shown(value)}: it is a number from {least:g} to {most:g}")
+        return number
+
+    def finish(self) -> None:
+        """
+        Raises:
+            Refusal: there is an option that nobody asked for.
+        """
+        for name in self._left:
+            raise Refusal(400, f"there is no option {_shown(name)}{nearest(name, self._asked)}")
+
+    def _take(self, name: str) -> str | None:
+        self._asked.append(name)
+        return self._left.pop(name, None)
+
+
+def _shown(value: str) -> str:
+    return one_line(repr(value), 80)
