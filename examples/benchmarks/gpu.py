@@ -30,16 +30,25 @@ from gpu_workloads import JOBS, Name
 from rounds import check_positive, report, run, write
 
 SCRIPT = "gpu.py"
-Part = Literal["tests", "steps", "inference", "costs", "compiled", "study"]
+Part = Literal["tests", "steps", "inference", "mixed", "costs", "compiled", "study"]
 PARTS: dict[Part, Callable[[Session, Found, Settings], None]] = {
     "tests": lambda session, found, settings: _module("gpu_tests").part(session, found, settings.test_seconds),
     "steps": lambda session, found, settings: _module("gpu_steps").part(session, found, settings.workloads),
     "inference": lambda session, found, settings: _module("gpu_inference").part(session, found, settings.workloads),
+    "mixed": lambda session, found, settings: _module("gpu_mixed").part(session, found, settings.workloads),
     "costs": lambda session, found, settings: _module("gpu_costs").part(session, found),
     "compiled": lambda session, found, settings: _module("gpu_steps").compiled_part(session, found, settings.workloads),
     "study": lambda session, found, settings: _module("gpu_study").part(session, found, settings.study_data),
 }
-LEAST: dict[Part, float] = {"tests": 10, "steps": 15, "inference": 15, "costs": 10, "compiled": 45, "study": 60}  # seconds
+LEAST: dict[Part, float] = {
+    "tests": 10,
+    "steps": 15,
+    "inference": 15,
+    "mixed": 25,
+    "costs": 10,
+    "compiled": 45,
+    "study": 60,
+}  # seconds
 TO_END = 5.0  # seconds for the last pictures and tables
 DRY_MINUTES = 3.0
 
@@ -55,7 +64,7 @@ class Settings:
     parts: tuple[Part, ...] = tuple(PARTS)
     """Which, and in which order."""
     workloads: tuple[Name, ...] = JOBS
-    """Model, precision and batch of the parts steps, inference and compiled."""
+    """Model, precision and batch of the parts steps, inference, mixed and compiled."""
     rounds: int = 10
     """Turns of each contender, if time allows."""
     test_seconds: int = 120

@@ -40,6 +40,8 @@ def tables(found: Run) -> Iterator[tuple[str, Rows]]:
             yield f"Training step, {title(name)}{suffix}", step_rows(own)
     for name, own in _measured(parts.get("inference", {}), "figures"):
         yield f"Inference, {title(name)}", inference_rows(own)
+    for name, own in _measured(parts.get("mixed", {}), "figures"):
+        yield f"An adapter for each sample, {title(name)}", inference_rows(own)
     study = parts.get("study", {}).get("runs")
     if study:
         yield "Classification at 224 pixels", [list(study[0]), *([str(value) for value in row.values()] for row in study)]
@@ -79,7 +81,7 @@ def inference_rows(own: Run) -> Rows:
         calls = row["call"]
         rows.append([name, _ms(median(calls)), _ratio(calls, {"seconds": figures.get("base", {}).get("call", [])})])
         rows[-1] += [_ms(median(row[verb])) if verb in row else "-" for verb in timed]
-        rows[-1] += [_number(row["MB held"]), _whole(row.get("file bytes"))]
+        rows[-1] += [_number(row.get("MB held")), _whole(row.get("file bytes"))]
     return rows
 
 

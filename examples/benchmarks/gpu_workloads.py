@@ -35,4 +35,5 @@ def title(name: str) -> str:
 
 JOBS: tuple[Name, ...] = get_args(Name)
 COMPILED: tuple[Name, ...] = ("vit-bf16-128", "sd15-bf16-2", "vit-bf16-32", "sd15-bf16-8")
+MIXED: tuple[Name, ...] = ("vit-bf16-32", "vit-fp32-32")
 INFERENCE: tuple[Name, ...] = ("vit-bf16-32", "sd15-bf16-2", "vit-fp32-32", "sd15-fp32-2")

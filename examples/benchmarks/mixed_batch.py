@@ -26,10 +26,10 @@ from contenders import is_of_peft
 from loca_vision import AdapterStore, LoCAConfig, adapters, inject, per_sample, remove, save_adapter, set_adapters
 from rounds import check_positive, in_turns, report, run, seconds_of, write
 from table_rows import shown
-from workloads import Job, Workload, settled, workload
+from workloads import Job, Workload, precision, settled, workload
 
 SCRIPT = "mixed_batch.py"
-TOLERANCE = 1e-4  # of the largest logit
+TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2  # of the largest logit, in float32 and where products are rounded to half
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def ours(settings: Settings, work: Workload, names: Sequence[str]) -> tuple[nn.M
 
     def call(of_samples: Sequence[str | None]) -> Tensor:
         with per_sample(model, of_samples):
-            return logits(model, work.inputs)
+            return logits(settings, model, work.inputs)
 
     return model, call
 
@@ -87,15 +87,16 @@ def peft_model(settings: Settings, work: Workload, names: Sequence[str]) -> tupl
     model.eval()
 
     def call(of_samples: Sequence[str | None]) -> Tensor:
-        return logits(model, work.inputs, adapter_names=["__base__" if name is None else name for name in of_samples])
+        return logits(settings, model, work.inputs, adapter_names=["__base__" if name is None else name for name in of_samples])
 
     return model, call
 
 
 @torch.inference_mode()
-def logits(model: nn.Module, images: Tensor, **more: Any) -> Tensor:
-    result: Tensor = model(images, **more)
-    return result
+def logits(job: Job, model: nn.Module, images: Tensor, **more: Any) -> Tensor:
+    with precision(job, images.device):
+        result: Tensor = model(images, **more)
+        return result
 
 
 def spread(names: Sequence[str], samples: int, count: int) -> list[str]:
@@ -106,10 +107,10 @@ def spread(names: Sequence[str], samples: int, count: int) -> list[str]:
 def check(settings: Settings, name: str, call: Call, alone: Callable[[str], Tensor], names: Sequence[str]) -> None:
     """Raise RuntimeError unless samples of a mixed batch answer as with their adapters alone."""
     own = spread(names, settings.batch_size or 0, max(settings.different))
-    mixed = call(own)
+    mixed, allowed = call(own), TOLERANCE if settings.autocast == "none" else HALF_TOLERANCE
     for sample in sorted({0, 1 % len(own), len(own) - 1}):
         wanted = alone(own[sample])[sample]
-        if not (mixed[sample] - wanted).abs().max() <= TOLERANCE * wanted.abs().max():
+        if not (mixed[sample] - wanted).abs().max() <= allowed * wanted.abs().max():
             raise RuntimeError(f"{name}: sample {sample} of the mixed batch is not what {own[sample]} answers alone")
 
 
@@ -137,16 +138,16 @@ def measure(settings: Settings) -> dict[str, Any]:
 
     def loca_alone(name: str) -> Tensor:
         set_adapters(loca, name)
-        return logits(loca, work.inputs)
+        return logits(settings, loca, work.inputs)
 
     def peft_alone(name: str) -> Tensor:
         theirs.set_adapter(name)  # type: ignore[operator]
-        return logits(theirs, work.inputs)
+        return logits(settings, theirs, work.inputs)
 
     check(settings, "LoCA", mixed, loca_alone, names)
     check(settings, "peft", peft_mixed, peft_alone, names)
     set_adapters(loca, [])
-    calls: dict[str, Callable[[], object]] = {"base": partial(logits, work.base, work.inputs)}
+    calls: dict[str, Callable[[], object]] = {"base": partial(logits, settings, work.base, work.inputs)}
     for count in settings.different:
         own = spread(names, settings.batch_size or 0, count)
         calls[f"LoCA, {count} different"] = partial(mixed, own)

@@ -11,6 +11,7 @@ import gpu
 import gpu_contenders
 import gpu_inference
 import gpu_launches
+import gpu_mixed
 import gpu_pictures
 import gpu_report
 import gpu_steps
@@ -140,6 +141,15 @@ def test_inference_and_verbs(session):
         assert {"load", "first call", "call", "switch", "merge", "file bytes", "MB held"} <= set(figures[name])
     header, base, *_ = gpu_report.inference_rows(found["vit-fp32-32"])
     assert header[:3] == ["method", "call, ms", "of the base's"] and base[2] == "1.000"
+
+
+def test_mixed_batches(session):
+    found = {}
+    gpu_mixed.part(session, found, ["vit-fp32-32"])
+    assert not list(failures(found))
+    names = [f"{kind}, {count} different" for count in (1, 4, 32) for kind in ("LoCA", "LoRA r=4, peft")]
+    assert list(found["vit-fp32-32"]["figures"]) == ["base", *names]
+    assert len(gpu_report.inference_rows(found["vit-fp32-32"])) == 8
 
 
 def test_compiled_steps(session, monkeypatch):
