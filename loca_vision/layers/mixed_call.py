@@ -27,11 +27,17 @@ def may_mix(weight: EffectiveWeight) -> bool:
     if compiled():
         return True
     mixed = mixture_of(weight) is not None
-    if mixed and (exported() or traced()):
+    if mixed:
+        refuse_trace()
+    return mixed
+
+
+def refuse_trace() -> None:
+    """Raise RuntimeError in a trace or an export, which would repeat the adapters of one call."""
+    if exported() or traced():
         raise RuntimeError(
             "per_sample cannot be exported or traced: do that with a model in which one adapter acts for all samples"
         )
-    return mixed
 
 
 def term_of_call(weight: EffectiveWeight, x: Tensor, rows: int, base: Base) -> Tensor:
@@ -51,7 +57,7 @@ def _term(weight: EffectiveWeight, x: Tensor, rows: int, base: Base) -> Tensor:
         return weight.applied(x, rows, keep=True, base=base)
     parts = [(handle_of(part), where) for part, where in weight.stacked()]
     for handle, _ in parts:
-        mixture.note(handle, len(x))
+        mixture.note(handle, x)
     return mixed_term(x, rows, mixture, parts, weight.call_settings.scale, base)
 
 

@@ -12,6 +12,7 @@ from loca_vision.model.inject import updates_of
 from loca_vision.model.remove import release
 from loca_vision.model.state import state_of
 from loca_vision.model.traversal import sites
+from loca_vision.model.watching import unwatch
 
 
 def host(model: nn.Module, target: Target) -> WeightUpdates:
@@ -32,3 +33,4 @@ def dismiss(model: nn.Module) -> None:
         release(layer)
     if state_of(model) is None:
         forget_call_settings(model)
+        unwatch(model)

@@ -11,7 +11,7 @@ from torch import nn
 
 from loca_vision.layers.mixtures import Mixture, mixing
 from loca_vision.messages import nearest
-from loca_vision.model.adapter_sources import has_adapter, held_adapters, names_for, source_of
+from loca_vision.model.adapter_sources import Taken, has_adapter, held_adapters, names_for, source_of
 from loca_vision.model.per_sample import checked_entries, mixtures_for, names_in
 from loca_vision.model.state import state_of
 from loca_vision.pipeline.components import models_in
@@ -46,10 +46,11 @@ def per_prompt(pipe: Any, names: Any, arguments: Mapping[str, Any], signature: i
         shown = ", ".join(map(repr, every[:8])) or "none"
         raise ValueError(f"{KEYWORD}: no adapter {name!r} in the pipeline; it has {shown}{nearest(name, every)}")
     mixtures: dict[int, Mixture] = {}
+    taken: dict[tuple[int, str], Taken] = {}
     for model in (model for model in models if state_of(model) is not None or source_of(model) is not None):
         own = [{name: weight for name, weight in entry.items() if model in known[name]} for entry in entries]
         expand = _expansion(model, len(entries), images)
-        mixtures |= mixtures_for(model, own, held_adapters(model, names_in(own)), expand)
+        mixtures |= mixtures_for(model, own, held_adapters(model, names_in(own), taken), expand)
     with mixing(mixtures):
         yield
 
@@ -82,11 +83,12 @@ def _expansion(model: nn.Module, prompts: int, images: int) -> Callable[[int], S
     """
     reads_text = type(model).__module__.startswith("transformers.")
     once = list(range(prompts)) if reads_text else [prompt for prompt in range(prompts) for _ in range(images)]
+    called = type(model).__name__  # and not the model, which the mixture of its last call must not keep alive
 
     def expand(batch: int) -> Sequence[int]:
         if batch % len(once):
             raise ValueError(
-                f"{KEYWORD} has {prompts} entries, and {type(model).__name__} was called with a batch of {batch}, "
+                f"{KEYWORD} has {prompts} entries, and {called} was called with a batch of {batch}, "
                 f"which is no multiple of {len(once)}"
             )
         return once * (batch // len(once))
