@@ -11,6 +11,7 @@ from torch import nn
 from loca_vision.layers.attention_layouts import part_of_name
 from loca_vision.layers.mixtures import HeldAdapter, PlacedUpdate, handle_of
 from loca_vision.messages import nearest
+from loca_vision.model.hosts import WALKING
 from loca_vision.model.state import AdapterState, state_of
 from loca_vision.model.traversal import sites, unwrap
 from loca_vision.model.whole_tensors import adopt
@@ -94,7 +95,9 @@ def _own(model: nn.Module, record: AdapterState, names: Sequence[str]) -> dict[s
         return {}
     adopt(model, record)
     updates: dict[str, dict[int, list[PlacedUpdate]]] = {name: {} for name in names}
-    for site in sites(model):
+    with WALKING:
+        places = sites(model)
+    for site in places:
         for slot, update in site.updates.entries():
             if slot.adapter in updates:
                 placed = PlacedUpdate(slot.rows, update, part_of_name(slot.projection) != "linear")

@@ -11,6 +11,7 @@ from loca_vision.layers.effective_weight import EffectiveWeight
 from loca_vision.layers.mixtures import Mixture, handle_of, mix_also, mixture_of
 from loca_vision.model.adapter_sources import source_of
 from loca_vision.model.batch_size import watch_batches
+from loca_vision.model.hosts import WALKING
 from loca_vision.model.sharding import refuse_sharded
 from loca_vision.model.state import state_of
 from loca_vision.model.traversal import modules_of
@@ -26,11 +27,12 @@ def mixtures_of(model: nn.Module, mixture: Mixture) -> dict[int, Mixture]:
     record = state_of(model)
     if record is not None and record.fused.adapters:
         raise ValueError(f"adapter {next(iter(record.fused.adapters))!r} is fused into the weights; call unfuse_loca first")
-    refuse_sharded(model, "per_sample works on whole models, so enter it")
     around = mixture_of(model)
     found = dict.fromkeys(around.handles if around is not None else (), mixture)  # a head there may have none here
-    found |= {handle_of(module): mixture for module in modules_of(model) if isinstance(module, EffectiveWeight)}
-    found |= {watch_batches(model): mixture, **whole_mixtures(model, record, mixture)}
+    with WALKING:
+        refuse_sharded(model, "per_sample works on whole models, so enter it")
+        found |= dict.fromkeys(_weights(model), mixture)
+        found |= {watch_batches(model): mixture, **whole_mixtures(model, record, mixture)}
     mixture.handles, marks = tuple(found), _marks(model)
 
     def keep_up(model: nn.Module) -> None:
@@ -39,6 +41,11 @@ def mixtures_of(model: nn.Module, mixture: Mixture) -> dict[int, Mixture]:
 
     mixture.keep_up = keep_up
     return found
+
+
+def _weights(model: nn.Module) -> list[int]:
+    with WALKING:
+        return [handle_of(module) for module in modules_of(model) if isinstance(module, EffectiveWeight)]
 
 
 def _marks(model: nn.Module) -> list[Any]:
@@ -58,7 +65,7 @@ def _follow(model: nn.Module, mixture: Mixture) -> None:
         ValueError: an adapter was fused meanwhile.
         RuntimeError: layers have lost the last of their adapters, which this call needs.
     """
-    live = [handle_of(module) for module in modules_of(model) if isinstance(module, EffectiveWeight)]
+    live = _weights(model)
     needed = {handle for entry in mixture.entries for adapter, _ in entry for handle in adapter.updates}
     if not needed <= set(live):
         raise RuntimeError(

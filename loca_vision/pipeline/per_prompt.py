@@ -59,10 +59,11 @@ def _prompts(arguments: Mapping[str, Any]) -> int | None:
     prompt = arguments.get("prompt")
     if isinstance(prompt, str):
         return 1
-    for given in (prompt, arguments.get("prompt_embeds")):
+    for given in (prompt, arguments.get("prompt_embeds"), arguments.get("class_labels")):
         if given is not None and hasattr(given, "__len__"):
             return len(given)
-    return None
+    batch = arguments.get("batch_size")  # of a pipeline that makes pictures of nothing
+    return batch if isinstance(batch, int) else None
 
 
 def _images(arguments: Mapping[str, Any], signature: inspect.Signature) -> int:

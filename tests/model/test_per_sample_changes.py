@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import loca_vision.diffusers  # noqa: F401  which adds the methods
 from loca_vision import LoCAConfig, LoRAConfig, inject, per_sample, remove, set_adapters
+from support import pipelines
 from support.mixed import one_by_one, stir
 from support.timm_models import tiny
 
@@ -73,6 +75,20 @@ def test_layers_that_lost_their_last_adapter_are_refused() -> None:
         remove(model)
         with pytest.raises(RuntimeError, match="an adapter of this context was removed meanwhile"):
             model(images())
+
+
+@torch.no_grad()
+def test_an_adapter_that_is_fused_meanwhile_is_refused() -> None:
+    unet = pipelines.unet()
+    for name, config in CONFIGS.items():
+        inject(unet, config, name)
+    pipe = pipelines.stable_diffusion()
+    pipe.unet = unet
+    inputs = pipelines.inputs_of(unet)
+    with per_sample(unet, ["a", "b"] * (len(inputs["sample"]) // 2)):
+        pipe.fuse_loca(adapter_names=["a"])
+        with pytest.raises(ValueError, match="adapter 'a' is fused into the weights"):
+            unet(**inputs)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from loca_vision import (
     per_sample,
     save_adapter,
 )
+from loca_vision.model import mixed_parts
 from loca_vision.serving.held_file import FileReader
 from support import pipelines
 from support.timm_models import tiny
@@ -103,6 +105,25 @@ def test_detaching_leaves_no_hook_and_no_adapter(tmp_path, vit, images):
     gc.collect()
     assert held() is None
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in vit.modules())
+
+
+def test_layers_become_hosts_only_when_no_call_begins(tmp_path, vit, monkeypatch):
+    """Else the other call would see its model change while it looks at all modules."""
+    written(tmp_path / "shop.safetensors", LoCAConfig(n_components=20), 1)
+    store, usual = AdapterStore(tmp_path, capacity_bytes=2**30, base=vit), mixed_parts.refuse_sharded
+    loading, hosts_seen = threading.Thread(target=store.load, args=("shop",)), []
+
+    def looking(model, sentence):
+        loading.start()
+        loading.join(0.3)  # it waits for the call to begin
+        hosts_seen.append([name for name, _ in model.named_modules() if name.endswith("loca")])
+        return usual(model, sentence)
+
+    monkeypatch.setattr(mixed_parts, "refuse_sharded", looking)
+    with per_sample(vit, [None]):
+        pass
+    loading.join()
+    assert hosts_seen == [[]] and store.held_names() == ["shop"]
 
 
 @pytest.mark.filterwarnings("ignore")
