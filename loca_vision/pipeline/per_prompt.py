@@ -40,11 +40,7 @@ def per_prompt(pipe: Any, names: Any, arguments: Mapping[str, Any], signature: i
     if prompts is not None and prompts != len(entries):
         raise ValueError(f"{KEYWORD} has {len(entries)} entries for {prompts} prompt{'s' * (prompts != 1)}")
     models = list(models_in(pipe).values())
-    known = {name: [model for model in models if has_adapter(model, name)] for name in names_in(entries)}
-    for name in (name for name, there in known.items() if not there):
-        every = list(dict.fromkeys(name for model in models for name in names_for(model)))
-        shown = ", ".join(map(repr, every[:8])) or "none"
-        raise ValueError(f"{KEYWORD}: no adapter {name!r} in the pipeline; it has {shown}{nearest(name, every)}")
+    known = {name: _models_with(name, models) for name in names_in(entries)}
     mixtures: dict[int, Mixture] = {}
     taken: dict[tuple[int, str], Taken] = {}
     for model in (model for model in models if state_of(model) is not None or source_of(model) is not None):
@@ -53,6 +49,15 @@ def per_prompt(pipe: Any, names: Any, arguments: Mapping[str, Any], signature: i
         mixtures |= mixtures_for(model, own, held_adapters(model, names_in(own), taken), expand)
     with mixing(mixtures):
         yield
+
+
+def _models_with(name: str, models: Sequence[nn.Module]) -> list[nn.Module]:
+    found = [model for model in models if has_adapter(model, name)]
+    if not found:
+        every = list(dict.fromkeys(name for model in models for name in names_for(model)))
+        shown = ", ".join(map(repr, every[:8])) or "none"
+        raise ValueError(f"{KEYWORD}: no adapter {name!r} in the pipeline; it has {shown}{nearest(name, every)}")
+    return found
 
 
 def _prompts(arguments: Mapping[str, Any]) -> int | None:
