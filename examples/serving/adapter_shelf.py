@@ -52,10 +52,10 @@ class AdapterShelf:
         """
         self.check_name(name)
         try:
-            held = [self.store.held(model, name) for model in self.models]
+            held = self.store.held(name)
         except (ValueError, OSError) as error:
             raise self.refusal(error) from None
-        found = next((one for one in held if one.updates or one.whole), held[0])
+        found = next(held[model] for model in self.models if model in held)
         seen = self._seen.get(name)
         if seen is None or seen() is not found:
             self._seen[name] = weakref.ref(found)

@@ -6,7 +6,7 @@ sparse block-diagonal matrix: the cost is that of one spectrum, however many the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from loca_vision.functional.cosine_atoms import AtomSettings, Offset, location_gradient, offsets
-from loca_vision.functional.packed_dct import empty_spectrum, pieces
+from loca_vision.functional.packed_dct import empty_spectrum
 from loca_vision.functional.sample_spectra import SampleSpectrum
+from loca_vision.functional.shared_frequencies import Piece, frequencies_of, shared_frequencies, wide
 from loca_vision.functional.token_bases import Entries, TokenBasis
 from loca_vision.functional.transforms import once_differentiable
 
@@ -170,7 +170,7 @@ class _Applied(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, coefficients: Tensor, locations: Tensor | None, blocks: BlockSpectra) -> Tensor:
         ctx.blocks = blocks
         ctx.save_for_backward(x, coefficients)
-        result = x.new_zeros(*x.shape[:2], blocks.shape[0], dtype=_wide(x))
+        result = x.new_zeros(*x.shape[:2], blocks.shape[0], dtype=wide(x))
         with torch.autocast(x.device.type, enabled=False):
             _add_products(result, blocks.applied, coefficients, shared_frequencies(x, blocks.basis), blocks.basis)
         return result
@@ -182,10 +182,10 @@ class _Applied(torch.autograd.Function):
         x, coefficients = ctx.saved_tensors
         wants_x, learned, moving = ctx.needs_input_grad[:3]
         with torch.autocast(grad.device.type, enabled=False):
-            left = list(_frequencies(grad.contiguous().to(_wide(x)), blocks.basis))
+            left = list(frequencies_of(grad.contiguous().to(wide(x)), blocks.basis))
             grad_x = None
             if wants_x:
-                grad_x = torch.zeros_like(x, dtype=_wide(x), memory_format=torch.contiguous_format)
+                grad_x = torch.zeros_like(x, dtype=wide(x), memory_format=torch.contiguous_format)
                 _add_products(grad_x, blocks.transposed, coefficients, left, blocks.basis)
                 grad_x = grad_x.to(x.dtype)
             found = _spectra(blocks, left, shared_frequencies(x, blocks.basis), coefficients, blocks.offsets(learned, moving))
@@ -221,16 +221,6 @@ def _slopes(blocks: BlockSpectra, found: dict[Offset, Tensor], coefficients: Ten
     return torch.cat(slopes)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Frequencies (g, q', n) of samples `first` to `end`, and of their tokens from `token` on."""
-
-    first: int
-    end: int
-    token: int
-    values: Tensor
-
-
 def _add_products(
     result: Tensor, matrix: Blocks, coefficients: Tensor, frequencies: Sequence[Piece], basis: TokenBasis
 ) -> None:
@@ -249,45 +239,3 @@ def _product(matrix: Tensor, frequencies: Tensor) -> Tensor:
         return matrix @ frequencies
     result = empty_spectrum(len(matrix), frequencies.shape[1], frequencies)
     return torch.addmm(result, matrix, frequencies, beta=0, out=result)
-
-
-def shared_frequencies(x: Tensor, basis: TokenBasis) -> Sequence[Piece]:
-    """The frequencies of x (M, t, q), computed once for all that ask with views of the same memory: query, key and value do."""
-    if x.is_inference():
-        return list(_frequencies(x, basis))
-    base = x._base if x._base is not None else x
-    mark = basis, x.shape, x.stride(), x.data_ptr(), x._version, torch.get_num_threads()
-    known = _known.get(base)
-    if known is None or known[0] != mark:
-        _known[base] = known = mark, list(_frequencies(x, basis))
-    found: Sequence[Piece] = known[1]
-    return found
-
-
-_known: Any = WeakTensorKeyDictionary()  # of tensors that are still in use
-
-
-def _frequencies(x: Tensor, basis: TokenBasis) -> Iterator[Piece]:
-    for first, end, token, last in _portions(x):
-        part = x[first:end, token:last].to(_wide(x))
-        values = basis.analyse(part.reshape(-1, x.shape[2])).view(*part.shape[:2], -1)
-        yield Piece(first, end, token, values.transpose(1, 2).contiguous())
-
-
-def _portions(x: Tensor) -> Iterator[tuple[int, int, int, int]]:
-    """First and last sample, first and last token of what is transformed at a time: on the CPU what its cache holds."""
-    samples, tokens, width = x.shape
-    if x.device.type != "cpu":
-        yield 0, samples, 0, tokens
-        return
-    at_once = next((end for _, end in pieces(samples * tokens, width, torch.get_num_threads())), 1)
-    if at_once >= tokens:
-        many = max(1, at_once // max(1, tokens))
-        yield from ((first, min(first + many, samples), 0, tokens) for first in range(0, samples, many))
-    else:
-        for first in range(samples):
-            yield from ((first, first + 1, start, end) for start, end in pieces(tokens, width, torch.get_num_threads()))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

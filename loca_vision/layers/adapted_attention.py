@@ -77,9 +77,9 @@ class AdaptedAttention(Adapted):
         forward.__doc__, forward.__wrapped__ = run.__doc__, run  # type: ignore[attr-defined]
         return {"forward": forward}
 
-    def _look(self) -> None:
+    def _look(self, original: type[nn.Module]) -> None:
         """Make the view that `forward` runs on: it shares all attributes, this one included."""
-        view = object.__new__(_view_class(self.original_class, self.loca.naming))
+        view = object.__new__(_view_class(original, self.loca.naming))
         object.__setattr__(view, "__dict__", self.__dict__)
         self.__dict__["_loca_projections"] = _projections(view)  # of the view: nothing in here refers to the layer itself
         self.__dict__["_loca_view"] = view
@@ -94,7 +94,7 @@ class AdaptedAttention(Adapted):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._look()
+        self._look(self.original_class)
 
 
 class AdaptedProjection(UpdatedCall):
@@ -191,8 +191,9 @@ def adapt_attention(attention: nn.Module) -> AttentionUpdates:
     assert naming is not None
     updates = AttentionUpdates(attention, naming)
     attention.add_module("loca", updates.train(attention.training))
+    # First the view: other threads may call the layer as soon as it has its new class.
+    AdaptedAttention._look(cast(AdaptedAttention, attention), type(attention))
     exchange_class(attention, adapted_class(AdaptedAttention, type(attention)))
-    cast(AdaptedAttention, attention)._look()
     return updates
 
 

@@ -28,12 +28,12 @@ def may_mix(weight: EffectiveWeight) -> bool:
         return True
     mixed = mixture_of(weight) is not None
     if mixed:
-        refuse_exports()
+        refuse_trace()
     return mixed
 
 
-def refuse_exports() -> None:
-    """Raise RuntimeError where the call is recorded as a program, which would keep its adapters."""
+def refuse_trace() -> None:
+    """Raise RuntimeError in a trace or an export, which would repeat the adapters of one call."""
     if exported() or traced():
         raise RuntimeError(
             "per_sample cannot be exported or traced: do that with a model in which one adapter acts for all samples"
@@ -63,7 +63,7 @@ def _added(weight: EffectiveWeight, x: Tensor, result: Tensor, base: Base, in_pl
         return result + weight.applied(x, result.shape[-1], keep=True, base=base).to(result.dtype)
     parts = [(handle_of(part), where) for part, where in weight.stacked()]
     for handle, _ in parts:
-        mixture.note(handle, len(x))
+        mixture.note(handle, x)
     return MixedCall(mixture, parts, weight.call_settings.scale, base).added(result, x, in_place=in_place)
 
 

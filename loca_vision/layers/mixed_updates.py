@@ -69,8 +69,8 @@ class _Layer:
             )
         if None in tried and not self.named:
             raise ValueError(
-                "per_sample: an adapted layer outside attention and MLPs may be called with anything, which is tried in eager "
-                "code only: call the model once before it is compiled"
+                "per_sample: an adapted layer outside attention and MLPs may be called with anything. That is tried when the "
+                "model itself is called in eager code: do so once, inside per_sample"
             )
 
 

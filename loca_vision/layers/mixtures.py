@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,6 +69,8 @@ class Mixture:
         self.samples: tuple[int, ...] = tuple(range(len(entries)))
         self.known: dict[Any, Any] = {}  # what was worked out for these samples
         self.handles: tuple[int, ...] = ()  # of all that take part
+        self.fits_model = False  # whether the model itself was called, which says how large its batch is
+        self.keep_up: Callable[[nn.Module], None] = lambda model: None  # with what became of the model meanwhile
 
     def fit(self, batch: int, called: str) -> None:
         """The model is called with a batch of this size.
@@ -85,13 +87,30 @@ class Mixture:
         if samples != self.samples:
             self.samples, self.known = samples, {}
 
+    def begin(self, batch: int, model: nn.Module) -> None:
+        """The model is called with a batch of this size, and may have changed.
+
+        Raises:
+            ValueError: as `fit`.
+            ValueError, RuntimeError: the model has changed so that it cannot answer as it would have.
+        """
+        self.keep_up(model)
+        self.fit(batch, type(model).__name__)
+        self.fits_model = True
+
     def differs(self) -> bool:
         """Whether any two samples have different adapters: if not, it does not matter where in a layer's input they are."""
         own = {tuple((id(adapter), strength) for adapter, strength in self.entries[index]) for index in self.samples}
         return len(own) > 1
 
-    def note(self, handle: int, lead: int) -> None:
-        """A layer is called with so many vectors along its first axis."""
+    def note(self, handle: int, x: Tensor) -> None:
+        """A layer is called with x.
+
+        Raises:
+            ValueError: nobody called the model's own `forward`, and this is no batch of the right size.
+        """
+        if not self.fits_model and self.differs():
+            self.fit(len(x) if x.dim() else 1, "a layer of the model")
 
     def by_sample(self) -> list[Entry]:
         """The entry of every sample of the batch."""
@@ -104,28 +123,46 @@ class Mixture:
         return self.known[key]
 
 
-_HANDLE, _BEFORE = "_loca_handle", "_loca_mixture_before"
-NOT_COPIED = {_HANDLE: 0, _BEFORE: None}  # of a module's attributes
+_HANDLE = "_loca_handle"
+NOT_COPIED = {_HANDLE: 0}  # of a module's attributes
 _HANDLES = itertools.count(1)
+_GIVING = Lock()
 BATCHED: dict[int, bool] = {}
 """Whether the layer with this handle is called with a batch, as far as that was tried."""
 _OWNERS: dict[int, weakref.ref[nn.Module]] = {}
-_CURRENT: ContextVar[Mapping[int, Mixture]] = ContextVar("loca_mixtures", default=MappingProxyType({}))
+_BEFORE: dict[int, Mixture] = {}  # of the last call of the module, in any thread
+_CURRENT: ContextVar[tuple[dict[int, Mixture], ...]] = ContextVar("loca_mixtures", default=())  # the innermost comes last
 
 
 def handle_of(module: nn.Module) -> int:
     """A number by which calls that mix adapters know the module, given at the first such call and no other module's."""
+    return module_handle(module) or _given_handle(module)
+
+
+def module_handle(module: nn.Module) -> int:
+    """The handle that the module has, 0 for none: a copy has that of another module, which is none of its own."""
     handle: int = module.__dict__.get(_HANDLE, 0)
-    if owner_of(handle) is not module:
-        handle = next(_HANDLES)
-        module.__dict__[_HANDLE] = handle
-        _OWNERS[handle] = weakref.ref(module, lambda _: _forget(handle))
+    return handle if owner_of(handle) is module else 0
+
+
+def _given_handle(module: nn.Module) -> int:
+    with _GIVING:  # two threads must not give a module two
+        handle = module_handle(module)
+        if handle == 0:
+            handle = next(_HANDLES)
+            _OWNERS[handle] = weakref.ref(module, lambda _: _forget(handle))
+            module.__dict__[_HANDLE] = handle
     return handle
 
 
 def _forget(handle: int) -> None:
-    _OWNERS.pop(handle, None)
-    BATCHED.pop(handle, None)
+    for known in (_OWNERS, BATCHED, _BEFORE):
+        known.pop(handle, None)
+
+
+def forget_last_call(module: nn.Module) -> None:
+    """Let go of the adapters that the last call of the module mixed, which are kept for the backward pass."""
+    _BEFORE.pop(module_handle(module), None)
 
 
 def owner_of(handle: int) -> nn.Module | None:
@@ -136,12 +173,36 @@ def owner_of(handle: int) -> nn.Module | None:
 
 @contextmanager
 def mixing(mixtures: Mapping[int, Mixture]) -> Iterator[None]:
-    """Inside, in this thread or task, calls of these modules mix adapters."""
-    token = _CURRENT.set(MappingProxyType({**_CURRENT.get(), **mixtures}))
+    """Inside, in this thread or task, calls of these modules mix adapters.
+
+    Raises:
+        RuntimeError: a generator mixed two contexts up, or the context ends in another thread than it began.
+    """
+    own = dict(mixtures)
+    _CURRENT.set((*_CURRENT.get(), own))
     try:
         yield
     finally:
-        _CURRENT.reset(token)
+        _end(own)
+
+
+def _end(own: dict[int, Mixture]) -> None:
+    around = _CURRENT.get()
+    _CURRENT.set(tuple(one for one in around if one is not own))
+    place = next((index for index, one in enumerate(around) if one is own), None)
+    if place is None:
+        raise RuntimeError("per_sample ends in another thread or task than it began, where calls did not mix its adapters")
+    if any(own.keys() & later.keys() for later in around[place + 1 :]):
+        raise RuntimeError(
+            "per_sample ends before another context of the same model that began inside, as a generator may do that yields "
+            "within: calls in between had the adapters of the other"
+        )
+
+
+def mix_also(model: nn.Module, mixtures: Mapping[int, Mixture]) -> None:
+    """Let the context of the model that is under way have these in the place of its mixtures, or besides."""
+    handle = module_handle(model)
+    next(own for own in reversed(_CURRENT.get()) if handle in own).update(mixtures)
 
 
 def mixture_of(module: nn.Module) -> Mixture | None:
@@ -149,17 +210,16 @@ def mixture_of(module: nn.Module) -> Mixture | None:
 
     While gradients are computed, as before: a checkpointed block runs again, in a thread of autograd's or after the call.
     """
-    handle = module.__dict__.get(_HANDLE, 0)
-    if handle == 0 or owner_of(handle) is not module:  # a copy is another module
+    handle = module_handle(module)
+    if handle == 0:
         return None
     if torch._C._current_graph_task_id() != -1:
-        before: Mixture | None = module.__dict__.get(_BEFORE)
-        return before
-    found = _CURRENT.get().get(handle)
-    if module.training or torch.is_grad_enabled():
-        module.__dict__[_BEFORE] = found
+        return _BEFORE.get(handle)
+    found = next((own[handle] for own in reversed(_CURRENT.get()) if handle in own), None)
+    if found is not None and (module.training or torch.is_grad_enabled()):
+        _BEFORE[handle] = found
     else:
-        module.__dict__.pop(_BEFORE, None)
+        _BEFORE.pop(handle, None)
     return found
 
 

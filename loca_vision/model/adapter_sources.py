@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import nn
@@ -11,9 +11,12 @@ from torch import nn
 from loca_vision.layers.attention_layouts import part_of_name
 from loca_vision.layers.mixtures import HeldAdapter, PlacedUpdate, handle_of
 from loca_vision.messages import nearest
+from loca_vision.model.hosts import WALKING
 from loca_vision.model.state import AdapterState, state_of
 from loca_vision.model.traversal import sites, unwrap
 from loca_vision.model.whole_tensors import adopt
+
+Taken = Mapping[nn.Module, HeldAdapter]
 
 
 class AdapterSource(Protocol):
@@ -24,8 +27,8 @@ class AdapterSource(Protocol):
 
     def __contains__(self, name: object) -> bool: ...
 
-    def held(self, model: nn.Module, name: str) -> HeldAdapter:
-        """One of them, for this model."""
+    def held(self, name: str) -> Taken:
+        """One of them, for each model that it has anything for."""
 
 
 _SOURCES: weakref.WeakKeyDictionary[nn.Module, AdapterSource] = weakref.WeakKeyDictionary()
@@ -55,8 +58,13 @@ def names_for(model: nn.Module) -> list[str]:
     return list(dict.fromkeys([*(record.adapters if record else ()), *(source.names() if source else ())]))
 
 
-def held_adapters(model: nn.Module, names: Sequence[str]) -> dict[str, HeldAdapter]:
+def held_adapters(
+    model: nn.Module, names: Sequence[str], taken: dict[tuple[int, str], Taken] | None = None
+) -> dict[str, HeldAdapter]:
     """These adapters: the model's own, and those of its store.
+
+    Args:
+        taken: what the call has of stores already, so that all its models have one version of a file.
 
     Raises:
         ValueError: a name of neither, with the nearest that there is.
@@ -67,6 +75,7 @@ def held_adapters(model: nn.Module, names: Sequence[str]) -> dict[str, HeldAdapt
         raise ValueError(f"{type(model).__name__} has no adapter; inject or load one first")
     own = [name for name in names if record is not None and name in record.adapters]
     found = {} if record is None else _own(model, record, own)
+    taken = {} if taken is None else taken
     for name in names:
         if name in found:
             continue
@@ -74,7 +83,10 @@ def held_adapters(model: nn.Module, names: Sequence[str]) -> dict[str, HeldAdapt
             there = names_for(model)
             shown = ", ".join(map(repr, there[:8])) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
             raise ValueError(f"no adapter {name!r} in the model; it has {shown or 'none'}{nearest(name, there)}")
-        found[name] = source.held(model, name)
+        key = id(source), name
+        if key not in taken:
+            taken[key] = source.held(name)
+        found[name] = taken[key].get(model) or HeldAdapter(name, {})  # a file may have nothing for this model
     return found
 
 
@@ -83,7 +95,9 @@ def _own(model: nn.Module, record: AdapterState, names: Sequence[str]) -> dict[s
         return {}
     adopt(model, record)
     updates: dict[str, dict[int, list[PlacedUpdate]]] = {name: {} for name in names}
-    for site in sites(model):
+    with WALKING:
+        places = sites(model)
+    for site in places:
         for slot, update in site.updates.entries():
             if slot.adapter in updates:
                 placed = PlacedUpdate(slot.rows, update, part_of_name(slot.projection) != "linear")

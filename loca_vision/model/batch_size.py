@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loca_vision.functional.transforms import compiled
-from loca_vision.layers.mixed_call import operator, refuse_exports
-from loca_vision.layers.mixtures import batch_of, handle_of, mixture_of, owner_of
-from loca_vision.model.trial import try_once
+from loca_vision.layers.mixed_call import operator, refuse_trace
+from loca_vision.layers.mixtures import batch_of, mixture_of, owner_of
+from loca_vision.model.trial import Trial, try_once
+from loca_vision.model.watching import Watch, watch
 
 
 def watch_batches(model: nn.Module) -> int:
     """Let calls of the model, and of a timm model's `forward_features`, say how large their batches are; returns its handle."""
-    handle = handle_of(model)
-    if _note not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_note, with_kwargs=True)
     first = _first_layer(model) if hasattr(model, "forward_features") else None
-    if first is not None and not any(_watches(hook, model) for hook in first._forward_pre_hooks.values()):
-        first.register_forward_pre_hook(_Inside(model))
-    return handle
-
-
-def _watches(hook: Any, model: nn.Module) -> bool:
-    return isinstance(hook, _Inside) and hook.model() is model
+    if first is not None:
+        watch(model, _Inside, first._forward_pre_hooks, first.register_forward_pre_hook)
+    register = partial(model.register_forward_pre_hook, with_kwargs=True)
+    return watch(model, _Before, model._forward_pre_hooks, register)
 
 
 def _first_layer(model: nn.Module) -> nn.Module | None:
@@ -35,55 +31,52 @@ def _first_layer(model: nn.Module) -> nn.Module | None:
     return patches if patches is not None and type(patches).__name__ == "PatchEmbed" else None
 
 
-class _Inside:
+class _Inside(Watch):
     """A hook of the first layer of a model: the number of images is the model's batch."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = weakref.ref(model)
-
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        model = self.model()
-        if model is None or compiled():
-            return
-        mixture = mixture_of(model)
-        if mixture is not None and inputs and isinstance(inputs[0], Tensor):
-            mixture.fit(len(inputs[0]), type(model).__name__)
-            try_once(model, model.forward_features, inputs, {}, mixture)  # type: ignore[arg-type]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Inside, (nn.Identity(),)  # a copy watches for nobody
+        model: Any = None if compiled() else owner_of(self.handle)
+        if model is not None and inputs and isinstance(inputs[0], Tensor):
+            _begin(model, model.forward_features, inputs, {})
 
 
-def _note(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    if compiled():
-        return _noted_in_graph(model, inputs, named)
-    mixture = mixture_of(model)
-    if mixture is None:
+class _Before(Watch):
+    """A hook of the model: the size of its first tensor is the batch."""
+
+    def __call__(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if compiled():
+            return None if self.handle == 0 else _noted_in_graph(self.handle, inputs, named)
+        _begin(model, model.forward, inputs, named)
         return None
-    refuse_exports()
+
+
+def _begin(model: nn.Module, call: Callable[..., Any], inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    mixture = mixture_of(model)
+    if mixture is None or isinstance(mixture, Trial):
+        return
+    refuse_trace()
     batch = batch_of(inputs, named)
     if batch is not None:
-        mixture.fit(batch, type(model).__name__)
-        try_once(model, model.forward, inputs, named, mixture)
-    return None
+        mixture.begin(batch, model)
+        try_once(model, call, inputs, named, mixture)
 
 
-def _noted_in_graph(model: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _noted_in_graph(handle: int, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Pass the first tensor through an operator that notes its size when it runs."""
     for index, value in enumerate(inputs):
         if isinstance(value, Tensor) and value.dim() > 0:
-            return (*inputs[:index], _noted(value, model._loca_handle), *inputs[index + 1 :]), named
+            return (*inputs[:index], _noted(value, handle), *inputs[index + 1 :]), named
     for name, value in named.items():
         if isinstance(value, Tensor) and value.dim() > 0:
-            return inputs, {**named, name: _noted(value, model._loca_handle)}
+            return inputs, {**named, name: _noted(value, handle)}
     return inputs, named
 
 
 def _look(x: Tensor, handle: int) -> Tensor:
     model = owner_of(handle)
     mixture = None if model is None else mixture_of(model)
-    if mixture is not None:
-        mixture.fit(len(x), type(model).__name__)
+    if model is not None and mixture is not None:
+        mixture.begin(len(x), model)
     return x.clone()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import RLock
+
 from torch import nn
 
 from loca_vision.layers.mixtures import handle_of
@@ -12,6 +14,10 @@ from loca_vision.model.inject import updates_of
 from loca_vision.model.remove import release
 from loca_vision.model.state import state_of
 from loca_vision.model.traversal import sites
+from loca_vision.model.watching import unwatch
+
+WALKING = RLock()
+"""Held by whoever walks a model for a call, and while layers become hosts or cease to be: no call must see half of that."""
 
 
 def host(model: nn.Module, target: Target) -> WeightUpdates:
@@ -26,9 +32,11 @@ def host(model: nn.Module, target: Target) -> WeightUpdates:
 
 def dismiss(model: nn.Module) -> None:
     """Give layers without any update their own classes back."""
-    for site in sites(model):
-        site.updates.hosts = False
-    for layer in dict.fromkeys(site.host for site in sites(model)):
-        release(layer)
-    if state_of(model) is None:
-        forget_call_settings(model)
+    with WALKING:
+        for site in sites(model):
+            site.updates.hosts = False
+        for layer in dict.fromkeys(site.host for site in sites(model)):
+            release(layer)
+        if state_of(model) is None:
+            forget_call_settings(model)
+            unwatch(model)

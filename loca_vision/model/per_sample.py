@@ -10,14 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from loca_vision.checks import finite_number
-from loca_vision.layers.effective_weight import EffectiveWeight
-from loca_vision.layers.mixtures import Entry, HeldAdapter, Mixture, handle_of, mixing, mixture_of
+from loca_vision.layers.mixtures import HeldAdapter, Mixture, mixing, mixture_of
 from loca_vision.model.adapter_sources import held_adapters
-from loca_vision.model.batch_size import watch_batches
-from loca_vision.model.sharding import refuse_sharded
-from loca_vision.model.state import state_of
-from loca_vision.model.traversal import modules_of, unwrap
-from loca_vision.model.whole_per_sample import suppliers, whole_mixtures
+from loca_vision.model.mixed_parts import mixtures_of
+from loca_vision.model.traversal import unwrap
+from loca_vision.model.whole_per_sample import suppliers
 
 Name = str | Mapping[str, float] | None
 
@@ -133,13 +130,5 @@ def mixtures_for(
     Raises:
         ValueError: an adapter is fused into the weights, or trains a tensor that only one adapter at a time can supply.
     """
-    record = state_of(model)
-    if record is not None and record.fused.adapters:
-        raise ValueError(f"adapter {next(iter(record.fused.adapters))!r} is fused into the weights; call unfuse_loca first")
-    refuse_sharded(model, "per_sample works on whole models, so enter it")
-    acting: list[Entry] = [tuple((held[name], weight) for name, weight in entry.items()) for entry in entries]
-    mixture = Mixture(acting, expand)
-    found = {handle_of(module): mixture for module in modules_of(model) if isinstance(module, EffectiveWeight)}
-    found |= {watch_batches(model): mixture, **whole_mixtures(model, record, mixture)}
-    mixture.handles = tuple(found)
-    return found
+    mixture = Mixture([tuple((held[name], weight) for name, weight in entry.items()) for entry in entries], expand)
+    return mixtures_of(model, mixture)

@@ -1,7 +1,8 @@
 """Whether the layers of a model are called with a batch: each sample's part of it one after the other, and equally large.
 
 That is so in nearly all models. A layer that makes position biases sees no batch, and one that is called with the tokens first
-has it on another axis: there, no sample can have an update of its own. A model is tried on one sample and on two, once.
+has it on another axis, or mixed up with them: there, no sample can have an update of its own. A model is tried on one sample
+and on two, once: the first half of what a layer sees of two must be what it sees of one.
 """
 
 from __future__ import annotations
@@ -18,21 +19,25 @@ from loca_vision.layers.mixtures import BATCHED, Mixture, mixing
 from loca_vision.messages import one_line
 
 NORMS_TRAIN = "per_sample: batch normalisation trains, which mixes the samples of a batch: call model.eval() first"
-_TRIED: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()  # with inputs of these forms
+_TRIED: weakref.WeakKeyDictionary[nn.Module, dict[Any, frozenset[int]]] = weakref.WeakKeyDictionary()
+"""Which parts of a model, by handle, were tried with inputs of each form."""
 
 
 class Trial(Mixture):
-    """A call that mixes nothing, and notes with how many vectors along the first axis each layer is called."""
+    """A call that mixes nothing, and notes what each layer is called with: a number for each vector along the first axis."""
 
     def __init__(self) -> None:
         super().__init__([()])
-        self.leads: dict[int, list[int]] = {}
+        self.seen: dict[int, list[Tensor]] = {}
 
     def fit(self, batch: int, called: str) -> None:
         """Any batch will do."""
 
-    def note(self, handle: int, lead: int) -> None:
-        self.leads.setdefault(handle, []).append(lead)
+    def note(self, handle: int, x: Tensor) -> None:
+        flat = x.detach().reshape(len(x), -1) if x.dim() > 0 and x.numel() else x.new_zeros(0, 1)
+        mixed = torch.arange(flat.shape[1], device=x.device).cos()  # a sum of normalised values would be the same everywhere
+        own = (flat * mixed.to(flat.dtype)).sum(1, dtype=torch.float32)
+        self.seen.setdefault(handle, []).append(own.cpu() / flat.shape[1] ** 0.5)
 
 
 def try_once(
@@ -51,16 +56,32 @@ def try_once(
         return
     if model.training and any(isinstance(module, _BatchNorm) and module.training for module in model.modules()):
         raise RuntimeError(NORMS_TRAIN)
-    known, form = _TRIED.setdefault(model, set()), _form((inputs, dict(named)))
-    if form in known or all(handle in BATCHED for handle in mixture.handles):
+    known, form = _TRIED.setdefault(model, {}), _form((inputs, dict(named)))
+    if known.get(form, frozenset()).issuperset(mixture.handles):
         return
-    one, two = (_leads(call, inputs, named, mixture, size) for size in (1, 2))
-    for handle, leads in one.items():
-        BATCHED[handle] = [2 * lead for lead in leads] == two.get(handle)
-    known.add(form)
+    one, two = (_seen(call, inputs, named, mixture, size) for size in (1, 2))
+    for handle, seen in one.items():
+        twice = two.get(handle, [])
+        batched = len(seen) == len(twice) and all(map(_is_half, seen, twice))
+        BATCHED[handle] = batched and BATCHED.get(handle, True)  # as it must be whatever the model is called with
+    known[form] = frozenset(mixture.handles)
 
 
-def _leads(call: Callable[..., Any], inputs: Any, named: Any, mixture: Mixture, size: int) -> dict[int, list[int]]:
+def _is_half(one: Tensor, two: Tensor) -> bool:
+    """Whether what a layer saw of one sample is the first half of what it saw of two.
+
+    Dropout may have changed it: it is not if it is clearly nearer to what would be there with the samples side by side.
+    """
+    lead = len(one)
+    if len(two) != 2 * lead:
+        return False
+    away = (two[:lead] - one).abs().sum()
+    others = [(two.view(first, 2, -1)[:, 0].flatten() - one).abs().sum() for first in range(2, lead + 1) if lead % first == 0]
+    rounding = 1e-2 * one.abs().sum()
+    return not any(2 * other < away - rounding for other in others)
+
+
+def _seen(call: Callable[..., Any], inputs: Any, named: Any, mixture: Mixture, size: int) -> dict[int, list[Tensor]]:
     trial, batch = Trial(), len(mixture.samples)
     part: Callable[[Tensor], Tensor] = lambda x: x[torch.arange(size, device=x.device) % batch]  # noqa: E731
     some, others = _with((inputs, dict(named)), batch, part)
@@ -73,7 +94,7 @@ def _leads(call: Callable[..., Any], inputs: Any, named: Any, mixture: Mixture, 
                 f"per_sample tried the model on {size} of {batch} samples, to see where its layers have the batch, and it "
                 f"failed: {one_line(error, 200)}"
             ) from error
-    return trial.leads
+    return trial.seen
 
 
 def _with(value: Any, batch: int, part: Callable[[Tensor], Tensor]) -> Any:

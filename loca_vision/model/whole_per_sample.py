@@ -15,6 +15,7 @@ from loca_vision.layers.mixed_call import operator
 from loca_vision.layers.mixtures import BATCHED, Entry, HeldAdapter, Mixture, handle_of, mixture_of, owner_of
 from loca_vision.model.state import AdapterState
 from loca_vision.model.trial import NORMS_TRAIN
+from loca_vision.model.watching import Watch, watch
 from loca_vision.model.whole_tensors import held_at
 from loca_vision.offload import split_path
 
@@ -35,6 +36,14 @@ class WholeMixture(Mixture):
             tensors = self.by_entry[index]
             found.setdefault(id(tensors), (tensors, []))[1].append(sample)
         return list(found.values())
+
+    def is_held_by(self, module: nn.Module) -> bool:
+        """Whether the module itself has computed with what all samples have."""
+        groups, held = self.groups(), {**module._parameters, **module._buffers}
+        return len(groups) == 1 and all(held.get(name) is tensor for name, tensor in groups[0][0].items())
+
+    def note(self, handle: int, x: Tensor) -> None:
+        self.around.note(handle, x)
 
 
 def suppliers(entries: Sequence[Mapping[str, float]], held: Mapping[str, HeldAdapter]) -> list[str | None]:
@@ -61,8 +70,7 @@ def whole_mixtures(model: nn.Module, record: AdapterState | None, mixture: Mixtu
             if id(whole) not in made:
                 made[id(whole)] = {name: _like(whole.get(key, base[key]), held[key]) for key, name in names.items()}
             by_entry.append(made[id(whole)])
-        if any(own[name] is not held[key] for own in made.values() for key, name in names.items()):  # not what the model holds
-            found[_watch(module)] = WholeMixture(mixture, by_entry)
+        found[_watch(module)] = WholeMixture(mixture, by_entry)
     return found
 
 
@@ -92,18 +100,21 @@ def _by_module(model: nn.Module, keys: Sequence[str] | Mapping[str, Any]) -> dic
     return found
 
 
+class _Replace(Watch):
+    """Puts what the samples' own tensors make of them in the place of a module's output."""
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        if not compiled():
+            return _in_mixture(module, inputs, output)
+        if self.handle == 0:
+            return output
+        if torch.is_grad_enabled():
+            return _outside(module, inputs, output)
+        return _mixed_whole(inputs[0], output, self.handle)
+
+
 def _watch(module: nn.Module) -> int:
-    if _replace not in module._forward_hooks.values():
-        module.register_forward_hook(_replace)
-    return handle_of(module)
-
-
-def _replace(module: Any, inputs: tuple[Any, ...], output: Any) -> Any:
-    if not compiled():
-        return _in_mixture(module, inputs, output)
-    if torch.is_grad_enabled():
-        return _outside(module, inputs, output)
-    return _mixed_whole(inputs[0], output, module._loca_handle)
+    return watch(module, _Replace, module._forward_hooks, module.register_forward_hook)
 
 
 @_disable_dynamo
@@ -114,8 +125,10 @@ def _outside(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
 def _in_mixture(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
     mixture = mixture_of(module)
     if mixture is not None and inputs and isinstance(inputs[0], Tensor):
-        mixture.note(handle_of(module), len(inputs[0]))
-    return _outputs(module, mixture, inputs) if isinstance(mixture, WholeMixture) else output
+        mixture.note(handle_of(module), inputs[0])
+    if not isinstance(mixture, WholeMixture) or mixture.is_held_by(module):
+        return output
+    return _outputs(module, mixture, inputs)
 
 
 def _outputs(module: nn.Module, mixture: WholeMixture, inputs: tuple[Any, ...]) -> Tensor:
@@ -159,7 +172,7 @@ def _of_kind(there: Mapping[str, Any], tensors: _Tensors) -> _Tensors:
 def _compute(x: Tensor, output: Tensor, handle: int) -> Tensor:
     module = owner_of(handle)
     mixture = None if module is None else mixture_of(module)
-    if module is None or not isinstance(mixture, WholeMixture):
+    if module is None or not isinstance(mixture, WholeMixture) or mixture.is_held_by(module):
         return output.clone()
     found = _outputs(module, mixture, (x,))
     if found.shape != output.shape:

@@ -11,7 +11,7 @@ from torch import nn
 
 from loca_vision.layers.mixtures import Mixture, mixing
 from loca_vision.messages import nearest
-from loca_vision.model.adapter_sources import has_adapter, held_adapters, names_for, source_of
+from loca_vision.model.adapter_sources import Taken, has_adapter, held_adapters, names_for, source_of
 from loca_vision.model.per_sample import checked_entries, mixtures_for, names_in
 from loca_vision.model.state import state_of
 from loca_vision.pipeline.components import models_in
@@ -40,28 +40,35 @@ def per_prompt(pipe: Any, names: Any, arguments: Mapping[str, Any], signature: i
     if prompts is not None and prompts != len(entries):
         raise ValueError(f"{KEYWORD} has {len(entries)} entries for {prompts} prompt{'s' * (prompts != 1)}")
     models = list(models_in(pipe).values())
-    known = {name: [model for model in models if has_adapter(model, name)] for name in names_in(entries)}
-    for name in (name for name, there in known.items() if not there):
-        every = list(dict.fromkeys(name for model in models for name in names_for(model)))
-        shown = ", ".join(map(repr, every[:8])) or "none"
-        raise ValueError(f"{KEYWORD}: no adapter {name!r} in the pipeline; it has {shown}{nearest(name, every)}")
+    known = {name: _models_with(name, models) for name in names_in(entries)}
     mixtures: dict[int, Mixture] = {}
+    taken: dict[tuple[int, str], Taken] = {}
     for model in (model for model in models if state_of(model) is not None or source_of(model) is not None):
         own = [{name: weight for name, weight in entry.items() if model in known[name]} for entry in entries]
         expand = _expansion(model, len(entries), images)
-        mixtures |= mixtures_for(model, own, held_adapters(model, names_in(own)), expand)
+        mixtures |= mixtures_for(model, own, held_adapters(model, names_in(own), taken), expand)
     with mixing(mixtures):
         yield
+
+
+def _models_with(name: str, models: Sequence[nn.Module]) -> list[nn.Module]:
+    found = [model for model in models if has_adapter(model, name)]
+    if not found:
+        every = list(dict.fromkeys(name for model in models for name in names_for(model)))
+        shown = ", ".join(map(repr, every[:8])) or "none"
+        raise ValueError(f"{KEYWORD}: no adapter {name!r} in the pipeline; it has {shown}{nearest(name, every)}")
+    return found
 
 
 def _prompts(arguments: Mapping[str, Any]) -> int | None:
     prompt = arguments.get("prompt")
     if isinstance(prompt, str):
         return 1
-    for given in (prompt, arguments.get("prompt_embeds")):
+    for given in (prompt, arguments.get("prompt_embeds"), arguments.get("class_labels")):
         if given is not None and hasattr(given, "__len__"):
             return len(given)
-    return None
+    batch = arguments.get("batch_size")  # of a pipeline that makes pictures of nothing
+    return batch if isinstance(batch, int) else None
 
 
 def _images(arguments: Mapping[str, Any], signature: inspect.Signature) -> int:
@@ -82,11 +89,12 @@ def _expansion(model: nn.Module, prompts: int, images: int) -> Callable[[int], S
     """
     reads_text = type(model).__module__.startswith("transformers.")
     once = list(range(prompts)) if reads_text else [prompt for prompt in range(prompts) for _ in range(images)]
+    called = type(model).__name__  # and not the model, which the mixture of its last call must not keep alive
 
     def expand(batch: int) -> Sequence[int]:
         if batch % len(once):
             raise ValueError(
-                f"{KEYWORD} has {prompts} entries, and {type(model).__name__} was called with a batch of {batch}, "
+                f"{KEYWORD} has {prompts} entries, and {called} was called with a batch of {batch}, "
                 f"which is no multiple of {len(once)}"
             )
         return once * (batch // len(once))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,12 +103,13 @@ class AdapterStore:
         """Let go of all adapters and of the base, whose layers are as they were before."""
         if self._reader is None:
             return
-        for model in self._reader.models():
+        reader, self._reader = self._reader, None  # first, so that what is being loaded is not kept
+        for model in reader.models():
             give_source(model, None)
             dismiss(model)
         with self._lock:
-            self._reader = None
             self._held.clear()
+            self._loading.clear()
             self._broken.clear()
             self.problems.clear()
 
@@ -138,14 +140,15 @@ class AdapterStore:
         """
         self._current(name)
 
-    def held(self, model: nn.Module, name: str) -> HeldAdapter:
-        """An adapter for one of the base's models; an empty one where its file has nothing for that model."""
-        found = self._current(name).file.adapters.get(model)
-        return HeldAdapter(name, {}) if found is None else found
+    def held(self, name: str) -> Mapping[nn.Module, HeldAdapter]:
+        """An adapter, for each of the base's models that its file has anything for."""
+        return self._current(name).file.adapters
 
     def _current(self, name: str) -> _Held:
         """The adapter as its file is now, read by one thread for all that ask meanwhile."""
-        file = self._files.find(name)
+        file, reader = self._files.find(name), self._reader
+        if reader is None:
+            raise ValueError("the store has no base: pass it as base=, or call attach")
         if file is None:
             raise ValueError(f"no adapter {name!r} in {self._source}{nearest(name, self.names())}")
         stamp = _stamp_of(file)
@@ -158,35 +161,44 @@ class AdapterStore:
             waiting = self._loading.get(name)
             if waiting is None:
                 mine = self._loading[name] = Future()
-        return waiting.result() if waiting is not None else self._load_for_all(name, file, stamp, held, mine)
+        return waiting.result() if waiting is not None else self._load_for_all(reader, name, file, stamp, held, mine)
 
-    def _load_for_all(self, name: str, file: Path, stamp: _Stamp, old: _Held | None, all_of_us: Future[_Held]) -> _Held:
+    def _load_for_all(
+        self, reader: FileReader, name: str, file: Path, stamp: _Stamp, old: _Held | None, all_of_us: Future[_Held]
+    ) -> _Held:
         try:
-            found = self._read(name, file, stamp)
+            found = self._read(reader, name, file, stamp)
         except BaseException as error:
-            with self._lock:
-                del self._loading[name]
-            if old is None or not isinstance(error, (ValueError, OSError)):
+            self._no_longer_loading(name, all_of_us)
+            if old is None or not isinstance(error, (ValueError, OSError)) or self._reader is not reader:
                 all_of_us.set_exception(error)
                 raise
             self._broken[name], self.problems[name] = stamp, one_line(error)
             _LOG.warning("adapter %r: its new file is not used, and the old one stays: %s", name, one_line(error))
             found = old
         else:
+            self._no_longer_loading(name, all_of_us)
             with self._lock:
-                del self._loading[name]
-                self._keep(name, found)
+                if self._reader is reader:
+                    self._keep(name, found)
         all_of_us.set_result(found)
         return found
 
-    def _read(self, name: str, file: Path, stamp: _Stamp) -> _Held:
-        if self._reader is None:
-            raise ValueError("the store has no base: pass it as base=, or call attach")
+    def _no_longer_loading(self, name: str, mine: Future[_Held]) -> None:
+        with self._lock:
+            if self._loading.get(name) is mine:
+                del self._loading[name]
+
+    def _read(self, reader: FileReader, name: str, file: Path, stamp: _Stamp) -> _Held:
         self._files.check(file)
         try:
-            found = self._reader.read(name, file)
+            found = reader.read(name, file)
         except ValueError as error:
             raise ValueError(f"adapter {name!r}: {error}") from None
+        if self._reader is not reader:
+            for model in (model for model in reader.models() if source_of(model) is None):
+                dismiss(model)  # reading has made layers ready for it
+            raise ValueError(f"adapter {name!r}: the store was detached while it was loaded")
         if found.size > self.capacity_bytes:
             raise ValueError(f"adapter {name!r} takes {found.size:,} bytes, and capacity_bytes={self.capacity_bytes:,}")
         return _Held(found, stamp)

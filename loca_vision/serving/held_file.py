@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from loca_vision.formats.save_load import OwnTensors, in_dtypes, part_for_model
 from loca_vision.functional.transforms import ordinary_tensors
 from loca_vision.layers.mixtures import HeldAdapter, PlacedUpdate, handle_of
 from loca_vision.layers.targets import Target
-from loca_vision.model.hosts import host
+from loca_vision.model.hosts import WALKING, host
 from loca_vision.model.traversal import own_tensors, unwrap
 from loca_vision.offload import device_for, split_path
 from loca_vision.pipeline.components import models_in
@@ -75,7 +74,6 @@ class FileReader:
     def __init__(self, base: Any) -> None:
         self.base = base
         self._forms: tuple[_Form, ...] = ()
-        self._hosting = Lock()  # layers become hosts one after the other
 
     def models(self) -> list[nn.Module]:
         """Those that adapters can be for."""
@@ -105,7 +103,8 @@ class FileReader:
                 return form, tensors
         with open_safetensors(file) as opened:
             about = read_description(opened.metadata, opened.entries)
-            form = _Form(opened, about, tuple(self._parts(about, opened)))
+            with WALKING:
+                form = _Form(opened, about, tuple(self._parts(about, opened)))
             tensors = opened.tensors()
         self._forms = (form, *self._forms[: _FORMS - 1])
         return form, tensors
@@ -134,7 +133,7 @@ class FileReader:
 
     def _placed(self, part: _Part, updates: list[Held]) -> dict[int, list[PlacedUpdate]]:
         found: dict[int, list[PlacedUpdate]] = {}
-        with self._hosting:
+        with WALKING:
             handles = [handle_of(host(part.model, target)) for target in part.targets]
         for handle, target, update in zip(handles, part.targets, updates, strict=True):
             found.setdefault(handle, []).append(PlacedUpdate(target.rows, update, target.part not in ("linear", "conv")))

@@ -72,12 +72,12 @@ def test_one_that_breaks_between_the_check_and_the_call_fails_alone(folder, monk
     requests = asked(classifier, *names)
     held = AdapterStore.held
 
-    def breaks(store, model, name):
+    def breaks(store, name):
         if name == "shop-1":
             raise ValueError("adapter 'shop-1': just now")
-        return held(store, model, name)
+        return held(store, name)
 
-    monkeypatch.setattr(classifier.shelf, "ready", lambda name: held(classifier.shelf.store, classifier.model, name))
+    monkeypatch.setattr(classifier.shelf, "ready", lambda name: held(classifier.shelf.store, name)[classifier.model])
     monkeypatch.setattr(AdapterStore, "held", breaks)
     found = classifier.answers(requests)
     assert [type(one) for one in found] == [Reply, Refusal, Reply] and "just now" in found[1].sentence

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from loca_vision.functional.block_spectra import BlockSpectra, apply_blocks, shared_frequencies
+from loca_vision.functional.block_spectra import BlockSpectra, apply_blocks
 from loca_vision.functional.cosine_atoms import AtomSettings, Cells
 from loca_vision.functional.cosine_sum import cosine_sum
 from loca_vision.functional.fourier import inverse_real
 from loca_vision.functional.grouped_low_rank import apply_grouped
 from loca_vision.functional.sample_spectra import SampleSpectrum, packed_cosines
+from loca_vision.functional.shared_frequencies import shared_frequencies
 from loca_vision.functional.token_bases import COSINES, WAVES, TokenBasis
 
 SHAPES = [(6, 7), (7, 6), (8, 8), (1, 5), (5, 1), (16, 12)]

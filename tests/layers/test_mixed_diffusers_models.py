@@ -79,7 +79,7 @@ def test_one_sample_has_the_adapter(name: str) -> None:
 
 def test_tokens_before_samples_are_refused() -> None:
     model, make = zoo.model("ErnieImageTransformer2DModel"), zoo.CASES["ErnieImageTransformer2DModel"].inputs
-    inject(model, LoCAConfig(n_components=2, targets=("fc1",)), "a")
+    inject(model, LoCAConfig(n_components=2, targets=("fc1",)), "a")  # its attention is called with the samples first
     try:
         stir(model, "a")
         with (

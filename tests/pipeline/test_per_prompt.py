@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import loca_vision.diffusers  # noqa: F401  which adds the methods
 from loca_vision import FourierFTConfig, LoCAConfig, LoRAConfig, inject
+from loca_vision.pipeline.per_prompt import per_prompt
 from support import pipelines
 from support.mixed import as_mapping, stir
 
@@ -94,6 +96,17 @@ def test_fused_projections_and_embeddings_in_the_place_of_prompts() -> None:
     torch.testing.assert_close(draw(pipe, None, noise, loca_adapters=ENTRIES, **settings), wanted, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="loca_adapters has 3 entries for 2 prompts"):
         draw(pipe, None, noise[:2], loca_adapters=ENTRIES, prompt_embeds=embeddings[:2])
+
+
+@pytest.mark.parametrize(("given", "count"), [({"class_labels": [1, 2, 3, 4]}, 4), ({"batch_size": 4}, 4)])
+def test_classes_and_pictures_of_nothing_are_counted_as_prompts(given: dict[str, Any], count: int) -> None:
+    pipe = adapted(pipelines.stable_diffusion(), "unet")
+    signature = inspect.Signature()
+    with (
+        pytest.raises(ValueError, match=f"loca_adapters has 2 entries for {count} prompts"),
+        per_prompt(pipe, ["ink", None], given, signature),
+    ):
+        pytest.fail("entered")
 
 
 @pytest.mark.filterwarnings("ignore")
