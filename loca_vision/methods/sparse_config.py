@@ -92,7 +92,8 @@ class SparseConfig(AdapterConfig):
         return found
 
     def check_values(self, projection: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
-        size = abs(self.scale) * tensors[f"{projection}.coefficients"].double().abs().sum()
+        coefficients = tensors[f"{projection}.coefficients"]
+        size = abs(self.scale) * float(torch.linalg.vector_norm(coefficients, 1, dtype=torch.float64))
         if size * max(shape) > torch.finfo(torch.float32).max:  # transforms pass through numbers that much larger
             raise ValueError(f"{projection}.coefficients times the scale {self.scale} overflows float32")
 

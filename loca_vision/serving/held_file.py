@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,11 @@ class HeldFile:
 
 @dataclass(frozen=True)
 class _Part:
-    """What a file has for one model: for which targets, and the whole tensors with the dtypes of the model's."""
+    """What a file has for one model: for which targets, and the whole tensors with the dtypes of the model's.
+
+    Attributes:
+        handles: of the targets' layers, once these are hosts.
+    """
 
     component: str
     model: nn.Module
@@ -50,6 +54,7 @@ class _Part:
     own: OwnTensors
     targets: list[Target]
     dtypes: Mapping[str, torch.dtype]
+    handles: list[int] = field(default_factory=list)
 
     def naming(self) -> AbstractContextManager[None]:
         return naming(self.component) if self.component else nullcontext()
@@ -133,9 +138,10 @@ class FileReader:
 
     def _placed(self, part: _Part, updates: list[Held]) -> dict[int, list[PlacedUpdate]]:
         found: dict[int, list[PlacedUpdate]] = {}
-        with WALKING:
-            handles = [handle_of(host(part.model, target)) for target in part.targets]
-        for handle, target, update in zip(handles, part.targets, updates, strict=True):
+        if not part.handles:
+            with WALKING:
+                part.handles[:] = [handle_of(host(part.model, target)) for target in part.targets]
+        for handle, target, update in zip(part.handles, part.targets, updates, strict=True):
             found.setdefault(handle, []).append(PlacedUpdate(target.rows, update, target.part not in ("linear", "conv")))
         return found
 
