@@ -22,6 +22,7 @@ ALLOWED = {
     "commands/convert.py": {"loca", "lora"},  # forms of files, between which it converts
     "commands/convert_report.py": {"loca", "lora"},  # likewise
     "commands/combine.py": {"loca"},  # likewise
+    "commands/app/mixture.py": {"loca"},  # likewise
 }
 
 
