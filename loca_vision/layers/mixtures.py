@@ -131,6 +131,7 @@ BATCHED: dict[int, bool] = {}
 """Whether the layer with this handle is called with a batch, as far as that was tried."""
 _OWNERS: dict[int, weakref.ref[nn.Module]] = {}
 _BEFORE: dict[int, Mixture] = {}  # of the last call of the module, in any thread
+_OPEN: dict[int, dict[int, Mixture]] = {}  # all contexts, in all threads, by identity
 _CURRENT: ContextVar[tuple[dict[int, Mixture], ...]] = ContextVar("loca_mixtures", default=())  # the innermost comes last
 
 
@@ -180,10 +181,18 @@ def mixing(mixtures: Mapping[int, Mixture]) -> Iterator[None]:
     """
     own = dict(mixtures)
     _CURRENT.set((*_CURRENT.get(), own))
+    _OPEN[id(own)] = own
     try:
         yield
     finally:
+        del _OPEN[id(own)]
         _end(own)
+
+
+def is_mixed(module: nn.Module) -> bool:
+    """Whether a context of the module is open, in any thread."""
+    handle = module_handle(module)
+    return any(handle in own for own in tuple(_OPEN.values()))
 
 
 def _end(own: dict[int, Mixture]) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from loca_vision.layers.adapted_attention import AdaptedAttention, restore_attention
 from loca_vision.layers.adapted_linear import AdaptedLayer, restore
+from loca_vision.layers.mixtures import is_mixed
 from loca_vision.layers.weight_updates import WeightUpdates
 from loca_vision.model.activation import activate
 from loca_vision.model.adapters import _known, _record
@@ -18,6 +19,7 @@ from loca_vision.model.merge import acting_at, weights, write_weights
 from loca_vision.model.sharding import refuse_sharded
 from loca_vision.model.state import AdapterState, end_record, refuse_fused
 from loca_vision.model.traversal import sites, unwrap
+from loca_vision.model.watching import unwatch
 from loca_vision.model.whole_tensors import adopt, restore_first
 
 
@@ -62,6 +64,8 @@ def _take_out(model: nn.Module, record: AdapterState, names: list[str]) -> None:
         end_record(model)
         if not any(site.updates.hosts for site in sites(model)):
             forget_call_settings(model)
+            if not is_mixed(model):  # a call that mixes what is gone has to hear of it
+                unwatch(model)
         save_as_before(model)
 
 

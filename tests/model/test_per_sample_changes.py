@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import loca_vision.diffusers  # noqa: F401  which adds the methods
 from loca_vision import LoCAConfig, LoRAConfig, inject, per_sample, remove, set_adapters
 from support import pipelines
-from support.mixed import one_by_one, stir
+from support.mixed import one_by_one, stir, with_adapters
 from support.timm_models import tiny
 
 CONFIGS = {"a": LoCAConfig(n_components=20), "b": LoRAConfig(r=2)}
@@ -189,3 +189,22 @@ def test_a_compiled_copy_is_another_model() -> None:
         with per_sample(other, ["a", "b"]):
             close(other(x), wanted)
     assert len(other._forward_pre_hooks) == 1 and len(other.head._forward_hooks) == 1
+
+
+@torch.no_grad()
+def test_after_the_last_adapter_no_hook_is_left_but_for_a_context_that_is_open() -> None:
+    def hooks(model: nn.Module) -> int:
+        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+    model, x = with_adapters(tiny("vit").eval(), {"a": LoCAConfig(n_components=20)}), torch.randn(2, 3, 32, 32)
+    before = hooks(model)
+    with per_sample(model, ["a", None]):
+        model(x)
+    assert hooks(model) > before
+    remove(model)
+    assert hooks(model) == before
+    with_adapters(model, {"a": LoCAConfig(n_components=20)})
+    with per_sample(model, ["a", None]):
+        remove(model)
+        with pytest.raises(RuntimeError, match="was removed meanwhile"):
+            model(x)
