@@ -132,6 +132,7 @@ def file_bytes(model: Any, name: str) -> int:
 def measure(settings: Settings) -> dict[str, Any]:
     work = workload(settings)
     work.base.eval()
+    store = {"store": stored(settings, work)} if settings.store else {}  # first: memory that was used before counts as its own
     names = [f"a{number}" for number in range(max(settings.different))]
     loca, mixed = ours(settings, work, names)
     theirs, peft_mixed = peft_model(settings, work, names)
@@ -158,7 +159,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         figures[name]["bytes an adapter"] = held_bytes(model, work.base) // len(names)
         if model is not work.base:
             figures[name]["file bytes"] = file_bytes(model, names[0])
-    return {"figures": figures, **({"store": stored(settings, work)} if settings.store else {})}
+    return {"figures": figures, **store}
 
 
 def stored(settings: Settings, work: Workload) -> dict[str, Any]:

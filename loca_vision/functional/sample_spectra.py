@@ -58,8 +58,18 @@ class PackedSpectrum(SampleSpectrum):
         return in_order(turned, ones, torch.arange(len(index), device=index.device))
 
 
+def check_packs(shape: tuple[int, int]) -> None:
+    """Raise ValueError for a matrix with more frequencies than int32 can number."""
+    if COSINES.width(shape[0]) * COSINES.width(shape[1]) > 2**31:
+        raise ValueError(f"a {shape[0]} x {shape[1]} matrix has more frequencies than int32 can number")
+
+
 def packed_cosines(
-    coefficients: Sequence[Tensor], flat: Sequence[Tensor], shape: tuple[int, int], scale: float
+    coefficients: Sequence[Tensor],
+    flat: Sequence[Tensor],
+    shape: tuple[int, int],
+    scale: float,
+    device: torch.device | None = None,
 ) -> list[PackedSpectrum]:
     """Spectra for matrices of one shape (p, q), packed by one sort for all: they share two blocks of memory.
 
@@ -67,14 +77,14 @@ def packed_cosines(
         coefficients: (B,) of each spectrum.
         flat: (B,) of each, cells row * q + column.
         scale: alpha.
+        device: of the result, by default the CPU, where it is made.
 
     Raises:
-        ValueError: the matrix has more frequencies than int32 can number.
+        ValueError: as `check_packs`.
     """
+    check_packs(shape)
     width, counts = COSINES.width(shape[1]), [len(one) for one in coefficients]
     size = COSINES.width(shape[0]) * width
-    if size > 2**31:
-        raise ValueError(f"a {shape[0]} x {shape[1]} matrix has more frequencies than int32 can number")
     cells = torch.cat(list(flat)).to(torch.int32)  # of its own, and written to: new memory takes longer than arithmetic
     rows = cells.div(shape[1], rounding_mode="floor")
     row = torch.index_select(_packed(shape[0]), 0, rows)
@@ -85,7 +95,7 @@ def packed_cosines(
     order = torch.repeat_interleave(firsts, torch.tensor(counts)).add_(index).argsort()
     values = torch.cat(list(coefficients)).float()
     values.addcmul_(values, negative, value=-2)
-    values, index = torch.index_select(values, 0, order), torch.index_select(index, 0, order)
+    values, index = (torch.index_select(part, 0, order).to(device or "cpu") for part in (values, index))
     settings = AtomSettings(shape, scale, "central")
     parts = zip(torch.split(values, counts), torch.split(index, counts), strict=True)
     return [PackedSpectrum(own, None, _NOWHERE, settings, where) for own, where in parts]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -10,20 +13,75 @@ from torch.nn import functional as F
 
 from loca_vision.functional.cosine_atoms import Cells
 from loca_vision.functional.cosine_sum import cosine_matrix
-from loca_vision.functional.sample_spectra import PackedSpectrum
+from loca_vision.functional.sample_spectra import PackedSpectrum, check_packs, packed_cosines
 from loca_vision.functional.token_bases import COSINES, TokenBasis
+from loca_vision.functional.transforms import ordinary_tensors
 from loca_vision.methods.update import Operation
 
 
-class PackedUpdate:
-    """What calls that mix adapters ask of an `Update`, in a fraction of a module's memory. It does not learn."""
+class Packing:
+    """Spectra of matrices of one shape (p, q), which are packed together when the first of them is used.
 
-    __slots__ = ("spectrum",)
+    Args:
+        coefficients: (B,) of each spectrum.
+        flat: (B,) of each, cells row * q + column.
+        scale: alpha.
+        device: where they are to be.
+
+    Raises:
+        ValueError: the matrix has more frequencies than int32 can number.
+    """
+
+    def __init__(
+        self,
+        coefficients: Sequence[Tensor],
+        flat: Sequence[Tensor],
+        shape: tuple[int, int],
+        scale: float,
+        device: torch.device,
+    ) -> None:
+        check_packs(shape)
+        self.counts = [len(one) for one in coefficients]
+        self._work: Callable[[], list[PackedSpectrum]] | None = partial(
+            packed_cosines, coefficients, flat, shape, scale, device
+        )
+        self._made: list[PackedSpectrum] = []
+        self._lock = Lock()
+
+    def spectrum(self, number: int) -> PackedSpectrum:
+        """One of them."""
+        if self._work is not None:
+            with self._lock:
+                if self._work is not None:
+                    with ordinary_tensors():  # whatever mode the call is in that is the first
+                        self._made = self._work()
+                    self._work = None  # and what they were made from is free
+        return self._made[number]
+
+
+class PackedUpdate:
+    """What calls that mix adapters ask of an `Update`, in a fraction of a module's memory. It does not learn.
+
+    Args:
+        packing: of this spectrum and others.
+        number: which of them it is.
+    """
+
+    __slots__ = ("number", "packing")
     needs_weight = False
     inactive = False
 
-    def __init__(self, spectrum: PackedSpectrum) -> None:
-        self.spectrum = spectrum
+    def __init__(self, packing: Packing, number: int) -> None:
+        self.packing, self.number = packing, number
+
+    @property
+    def spectrum(self) -> PackedSpectrum:
+        return self.packing.spectrum(self.number)
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes: a float32 and an int32 for each component."""
+        return 8 * self.packing.counts[self.number]
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.spectrum.coefficients, self.spectrum.index

@@ -17,6 +17,7 @@ from loca_vision.formats.save_load import OwnTensors, in_dtypes, part_for_model
 from loca_vision.functional.transforms import ordinary_tensors
 from loca_vision.layers.mixtures import HeldAdapter, PlacedUpdate, handle_of
 from loca_vision.layers.targets import Target
+from loca_vision.methods.packed_update import PackedUpdate
 from loca_vision.model.hosts import WALKING, host
 from loca_vision.model.traversal import own_tensors, unwrap
 from loca_vision.offload import device_for, split_path
@@ -98,8 +99,7 @@ class FileReader:
                 made = {part.model: self._held(name, part, tensors) for part in form.parts}
             except ValueError as error:
                 raise ValueError(f"{file}: {error}") from None
-        held = [tensor for adapter in made.values() for tensor in _tensors(adapter)]
-        return HeldFile(made, sum(tensor.numel() * tensor.element_size() for tensor in held))
+        return HeldFile(made, sum(map(_size, made.values())))
 
     def _opened(self, file: Path) -> tuple[_Form, dict[str, Tensor]]:
         for form in self._forms:
@@ -151,6 +151,9 @@ def _device(model: nn.Module, key: str) -> torch.device:
     return device_for(module, name)
 
 
-def _tensors(adapter: HeldAdapter) -> list[Tensor]:
-    updates = [tensor for placed in adapter.updates.values() for one in placed for tensor in one.update.tensors()]
-    return [*updates, *adapter.whole.values()]
+def _size(adapter: HeldAdapter) -> int:
+    """Bytes of all its tensors."""
+    updates = [one.update for placed in adapter.updates.values() for one in placed]
+    packed = sum(update.nbytes for update in updates if isinstance(update, PackedUpdate))
+    others = [tensor for update in updates if not isinstance(update, PackedUpdate) for tensor in update.tensors()]
+    return packed + sum(tensor.nbytes for tensor in (*others, *adapter.whole.values()))

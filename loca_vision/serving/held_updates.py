@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from loca_vision.functional.sample_spectra import PackedSpectrum, packed_cosines
 from loca_vision.functional.transforms import ordinary_tensors
 from loca_vision.layers.targets import Target, readable_weight
 from loca_vision.methods.adapter_config import AdapterConfig
-from loca_vision.methods.packed_update import PackedUpdate
+from loca_vision.methods.packed_update import PackedUpdate, Packing
 from loca_vision.methods.spectrum import Spectrum
 from loca_vision.methods.update import Update
 from loca_vision.offload import device_for
@@ -41,17 +39,12 @@ def held_updates(config: AdapterConfig, targets: Sequence[Target], tensors: Mapp
 
 
 def _packed(scale: float, targets: Sequence[Target], tensors: Mapping[str, Tensor]) -> list[Held]:
-    by_shape: dict[tuple[int, int], list[Target]] = {}
+    alike: dict[tuple[Any, ...], list[Target]] = {}
     for target in targets:
-        by_shape.setdefault(target.shape, []).append(target)
-    found: dict[str, PackedSpectrum] = {}
-    for shape, alike in by_shape.items():
-        values, cells = ([tensors[f"{target.name}.{key}"] for target in alike] for key in ("coefficients", "locations"))
-        found |= zip((target.name for target in alike), packed_cosines(values, cells, shape, scale), strict=True)
-    return [PackedUpdate(_on(found[target.name], device_for(target.layer))) for target in targets]
-
-
-def _on(spectrum: PackedSpectrum, device: torch.device) -> PackedSpectrum:
-    if device.type == "cpu":
-        return spectrum
-    return replace(spectrum, coefficients=spectrum.coefficients.to(device), index=spectrum.index.to(device))
+        alike.setdefault((target.shape, device_for(target.layer)), []).append(target)
+    found: dict[str, PackedUpdate] = {}
+    for (shape, device), own in alike.items():
+        values, cells = ([tensors[f"{target.name}.{key}"] for target in own] for key in ("coefficients", "locations"))
+        packing = Packing(values, cells, shape, scale, device)
+        found |= {target.name: PackedUpdate(packing, number) for number, target in enumerate(own)}
+    return [found[target.name] for target in targets]

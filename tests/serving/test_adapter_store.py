@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import loca_vision.diffusers  # noqa: F401  which adds the methods
 from loca_vision import AdapterStore, LoCAConfig, LoRAConfig, adapters, inject, load_adapter, per_sample, remove, save_adapter
+from loca_vision.methods import packed_update
 from loca_vision.serving.held_file import FileReader
 from support import pipelines
 from support.mixed import KINDS, stir
@@ -311,3 +312,17 @@ def test_loaded_adapters_take_what_their_files_do(folder: Path) -> None:
     load_adapter(other, folder / "loca.safetensors")
     components = sum(len(update.coefficients) for update in adapters(other).values())
     assert store.held_bytes == 8 * components + own.head.weight.nbytes + own.head.bias.nbytes
+
+
+def test_spectra_are_packed_when_they_are_first_used_and_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, usual = [], packed_update.packed_cosines
+    monkeypatch.setattr(packed_update, "packed_cosines", lambda *own: packed.append(own[2]) or usual(*own))
+    own, x = model(), torch.randn(2, 3, 32, 32)
+    store = AdapterStore(folder, capacity_bytes=ROOM, base=own)
+    store.load("loca")
+    size = store.held_bytes
+    assert packed == [] and size > 0
+    with torch.inference_mode(), per_sample(own, ["loca", None]):  # what is made in it could not be used outside
+        own(x)
+    close(mixed(own, ["loca", "loca"], x), alone(folder, "loca", x))
+    assert len(packed) == 1 and store.held_bytes == size
