@@ -33,7 +33,7 @@ def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) ->
     since `inject` keep their values.
 
     Raises:
-        ValueError: no such adapter, or `merge` of a named one that does not act.
+        ValueError: no such adapter, `merge` of a named one that does not act, or `merge` while a `per_sample` context is open.
     """
     model = unwrap(model)
     record = _record(model)
@@ -42,6 +42,8 @@ def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) ->
     refuse_fused(record, names)
     if merge and name is not None and name not in record.active:
         raise ValueError(f"adapter {name!r} does not act, so there is nothing to merge; call set_adapters first")
+    if merge and is_mixed(model):
+        raise ValueError("a per_sample context of the model is open, which would count what is merged twice: merge after it")
     acting = [n for n in names if n in record.active] if merge else []
     with atomic(model, [*_written_by_merging(model, record, acting), *record.first.values()]):
         if acting:

@@ -208,3 +208,14 @@ def test_after_the_last_adapter_no_hook_is_left_but_for_a_context_that_is_open()
         remove(model)
         with pytest.raises(RuntimeError, match="was removed meanwhile"):
             model(x)
+
+
+@torch.no_grad()
+def test_nothing_is_merged_while_a_context_is_open() -> None:
+    model, x = with_adapters(tiny("vit").eval(), CONFIGS), torch.randn(2, 3, 32, 32)
+    with per_sample(model, ["a", "b"]):
+        before = model(x)
+        with pytest.raises(ValueError, match="merge after it"):
+            remove(model, "a", merge=True)
+        assert torch.equal(model(x), before)
+    remove(model, "a", merge=True)
