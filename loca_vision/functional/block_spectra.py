@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from loca_vision.functional.cosine_atoms import AtomSettings, Offset, location_gradient, offsets
-from loca_vision.functional.packed_dct import empty_spectrum
 from loca_vision.functional.sample_spectra import SampleSpectrum
 from loca_vision.functional.shared_frequencies import Piece, frequencies_of, shared_frequencies, wide
+from loca_vision.functional.sparse_products import product
 from loca_vision.functional.token_bases import Entries, TokenBasis
 from loca_vision.functional.transforms import once_differentiable
 
@@ -228,14 +228,7 @@ def _add_products(
     values = matrix.values(coefficients.to(result.dtype))
     for piece in frequencies:
         groups, _, tokens = piece.values.shape
-        product = _product(matrix.matrix(values, piece.first, piece.end), piece.values.flatten(0, 1))
-        turned = product.view(groups, -1, tokens).transpose(1, 2).contiguous()
+        found = product(matrix.matrix(values, piece.first, piece.end), piece.values.flatten(0, 1))
+        turned = found.view(groups, -1, tokens).transpose(1, 2).contiguous()
         rows = result[piece.first : piece.end, piece.token : piece.token + tokens].view(groups * tokens, -1)
         basis.add_synthesis(rows, turned.view(groups * tokens, -1))
-
-
-def _product(matrix: Tensor, frequencies: Tensor) -> Tensor:
-    if frequencies.device.type != "cpu":
-        return matrix @ frequencies
-    result = empty_spectrum(len(matrix), frequencies.shape[1], frequencies)
-    return torch.addmm(result, matrix, frequencies, beta=0, out=result)

@@ -31,7 +31,7 @@ def product(spectrum: Tensor, frequencies: Tensor, onto: Tensor | None = None) -
 
 def read_at(whole: Tensor, layout: Cells, offset: Offset) -> Tensor:
     """The values (B,) of a whole spectrum (p', q') at cells shifted by the offset."""
-    rows, cols, signs = layout.once(_positions, offset)
+    rows, cols, signs = layout.once(positions, offset)
     return whole[rows, cols].mul_(signs)
 
 
@@ -64,14 +64,14 @@ def _pattern(
     cells: Tensor, shape: tuple[int, int], offset: Offset, transposed: bool = False
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Cells shifted by the offset as a CSR pattern over packed rows, and their signs (B,)."""
-    rows, cols, signs = _positions(cells, shape, offset)
+    rows, cols, signs = positions(cells, shape, offset)
     size, pair = _size(shape), (rows, cols)
     if transposed:
         size, pair = size[::-1], pair[::-1]
     return row_major(torch.stack(pair, 1), size), signs
 
 
-def _positions(cells: Tensor, shape: tuple[int, int], offset: Offset) -> tuple[Tensor, Tensor, Tensor]:
+def positions(cells: Tensor, shape: tuple[int, int], offset: Offset) -> tuple[Tensor, Tensor, Tensor]:
     """Packed rows, packed columns and signs (B,) of cells shifted by the offset."""
     moved = shifted(cells, offset, shape)
     (rows, row_signs), (cols, col_signs) = (packed_rows(moved[:, axis], n) for axis, n in enumerate(shape))

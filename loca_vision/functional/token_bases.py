@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loca_vision.functional.cosine_atoms import Cells, Offset, shifted
-from loca_vision.functional.packed_dct import add_unpacked, packed, packed_rows, rows_for
+from loca_vision.functional.cosine_atoms import Cells, Offset
+from loca_vision.functional.packed_dct import add_unpacked, packed, rows_for
+from loca_vision.functional.sparse_products import positions
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,8 @@ def in_order(index: Tensor, weights: Tensor, source: Tensor) -> Entries:
 
 
 def _cosine_entries(cells: Tensor, shape: tuple[int, int], offset: Offset) -> Entries:
-    moved = shifted(cells, offset, shape)
-    (rows, row_signs), (cols, col_signs) = (packed_rows(moved[:, axis], n) for axis, n in enumerate(shape))
-    return in_order(rows * rows_for(shape[1]) + cols, row_signs * col_signs, _each(cells))
+    rows, cols, signs = positions(cells, shape, offset)
+    return in_order(rows * rows_for(shape[1]) + cols, signs, _each(cells))
 
 
 def _waves(cells: Tensor, shape: tuple[int, int]) -> Entries:
