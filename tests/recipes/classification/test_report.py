@@ -12,6 +12,7 @@ import yaml
 
 from loca_vision.recipes.classification.presets import PRESETS
 from loca_vision.recipes.classification.recipe import Recipe, resolve
+from loca_vision.recipes.classification.table import COLUMNS
 from loca_vision.recipes.reports.redaction import redact
 from loca_vision.recipes.settings.command_line import as_json_dict, parse
 from support.scripts import DIGITS, LOCA, main, script, trained
@@ -58,7 +59,7 @@ def test_the_shape_of_table_4(tmp_path, capsys):
 
 
 def test_a_mean_needs_all_eight(tmp_path, capsys):
-    for name in script("report").COLUMNS:
+    for name in COLUMNS:
         write_run(tmp_path / name, 0.5, dataset=name)
     assert table(capsys, tmp_path, "--no_paper").splitlines()[-1].endswith("| 50.00 | 50.00 |")
 
