@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import loca_vision.diffusers  # noqa: F401  the pipelines' methods
+from loca_vision.recipes.editing import train as training
 from loca_vision.recipes.editing.recipe import EditRecipe
 from support.edit_training import TRAIN
-from support.scripts import main, script
+from support.scripts import main
 
 STOCK = {
     "revision": None, "variant": None, "dataset_name": None, "train_data_dir": None, "original_image_column": "input_image",
@@ -37,13 +38,13 @@ def test_flags_and_defaults_of_the_stock_script(capsys, monkeypatch):
 def test_home(monkeypatch, tmp_path):
     """As in a file of settings, where no shell reads it."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    recipe = script(TRAIN).resolve(EditRecipe("base", dataset_name="a/b", output_dir=Path("~/out"), cache_dir=Path("~/c")), ())
+    recipe = training.resolve(EditRecipe("base", dataset_name="a/b", output_dir=Path("~/out"), cache_dir=Path("~/c")), ())
     assert (recipe.output_dir, recipe.cache_dir, recipe.latents_dir) == (tmp_path / "out", tmp_path / "c", None)
 
 
 def test_the_paper_s_table(base, data):
     """LoCA, Table 11."""
-    command = script(TRAIN)
+    command = training
     needed = ["--pretrained_model_name_or_path", str(base), "--train_data_dir", str(data)]
     for name, more in (("cartoonization", ("loca", 1e-4, 1.0)), ("cartoonization-fourierft", ("fourierft", 1e-3, 64.0))):
         parsed = command.parse(EditRecipe, [*needed, "--preset", name], prog="", presets=command.EDIT_PRESETS)

@@ -8,10 +8,10 @@ import pytest
 
 import loca_vision.diffusers  # noqa: F401  the pipelines' methods
 from loca_vision import adapters
+from loca_vision.recipes.editing import train as training
 from loca_vision.recipes.editing.recipe import EditRecipe
 from support import pipelines as tiny
-from support.edit_training import ADAPTER, LOCA, METHODS, TRAIN, picture, pipeline, tensors, trained, weights
-from support.scripts import script
+from support.edit_training import ADAPTER, LOCA, METHODS, picture, pipeline, tensors, trained, weights
 
 
 def test_a_run(flags, data, base, tmp_path, pictures, rendered, capsys):
@@ -29,7 +29,7 @@ def test_a_run(flags, data, base, tmp_path, pictures, rendered, capsys):
     assert "".join(phase[0] for phase in metrics["curves"]["phase"]) == "cclccc"
     assert "160 numbers" in capsys.readouterr().out
 
-    command = script(TRAIN)
+    command = training
     recipe = command.resolve(command.parse(EditRecipe, list(map(str, [*flags, *LOCA])), prog="", presets={}).settings, ())
     pipe = pipeline(base)
     pipe.load_loca_weights(out)
@@ -68,7 +68,7 @@ def test_every_method_learns_and_loads(method, flags, base, tmp_path):
 
 def test_pictures_change_nothing(flags, tmp_path, monkeypatch, pictures):
     trained(tmp_path / "with", *flags, *LOCA, "--use_ema", "--validation_steps", "2")
-    monkeypatch.setitem(script(TRAIN).train.__globals__, "cases_of", lambda recipe: [])
+    monkeypatch.setitem(training.train.__globals__, "cases_of", lambda recipe: [])
     trained(tmp_path / "without", *flags, *LOCA, "--use_ema")
     assert weights(tmp_path / "with") == weights(tmp_path / "without")
 

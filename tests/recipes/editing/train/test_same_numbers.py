@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import loca_vision.diffusers  # noqa: F401  the pipelines' methods
+from loca_vision.recipes.editing import train as training
 from support import pipelines as tiny
 from support.edit_training import ADAPTER, LOCA, METHODS, SMOOTH, TRAIN, tensors, trained, weights
-from support.scripts import killed, main, script, together
+from support.scripts import killed, main, together
 
 forks = pytest.mark.skipif(sys.platform == "win32" or torch.cuda.is_available(), reason="no fork there, or none with CUDA")
 
@@ -80,7 +81,7 @@ def test_interrupted_behind_the_last_step(place, whole, flags, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setitem(script(TRAIN).train.__globals__, place, interrupt)
+        patch.setitem(training.train.__globals__, place, interrupt)
         assert main(TRAIN, *flags, *LOCA, *SMOOTH, "--output_dir", tmp_path / "out") == 130
     assert "interrupted; every file that is there is whole" in capsys.readouterr().err
     found = trained(tmp_path / "out", *flags, *LOCA, *SMOOTH, "--resume_from_checkpoint", "latest")
@@ -127,7 +128,7 @@ def test_two_processes_are_one(method, flags, tmp_path, pictures):
 
 def test_processes_have_time_to_wait(tmp_path):
     """For the one that encodes thousands of pairs, hours in full size; torch's limit is 10 minutes on GPUs."""
-    accelerator = script(TRAIN).accelerator_for(precision="no", report_to="none", folder=tmp_path, moving=True)
+    accelerator = training.accelerator_for(precision="no", report_to="none", folder=tmp_path, moving=True)
     assert accelerator.init_handler.timeout > timedelta(hours=24)
 
 
@@ -135,23 +136,23 @@ def test_what_accelerate_is_configured_for_changes_no_loss(tmp_path, monkeypatch
     """Losses are shared out among the parts of a step here: accelerate would do so once more. Cut models are not trained."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     settings = {"precision": "no", "report_to": "none", "folder": tmp_path, "moving": True}
-    assert script(TRAIN).accelerator_for(**settings).gradient_accumulation_steps == 1
+    assert training.accelerator_for(**settings).gradient_accumulation_steps == 1
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match="configured for DEEPSPEED"):
-        script(TRAIN).accelerator_for(**settings)
+        training.accelerator_for(**settings)
 
 
 def test_the_time_of_a_step_is_without_pictures(flags, tmp_path, monkeypatch, pictures):
     """And without checkpoints; by a clock that goes on an hour for each sheet."""
     shifted, clock = [0.0], time.perf_counter
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + shifted[0])
-    drawn = script(TRAIN).Validation.sheet
+    drawn = training.Validation.sheet
 
     def slow(validation):
         shifted[0] += 3600
         return drawn(validation)
 
-    monkeypatch.setattr(script(TRAIN).Validation, "sheet", slow)
+    monkeypatch.setattr(training.Validation, "sheet", slow)
     metrics = trained(tmp_path / "out", *flags, *LOCA, "--validation_steps", "2")
     assert shifted == [3 * 3600] and 0 < metrics["seconds_per_step"] < 60
 

@@ -10,11 +10,12 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 import loca_vision.diffusers  # noqa: F401  the pipelines' methods
+from loca_vision.recipes.editing import train as training
 from loca_vision.recipes.editing.recipe import EditRecipe
 from loca_vision.storage.safetensors_file import open_safetensors
 from support import pipelines as tiny
 from support.edit_training import ADAPTER, LOCA, TRAIN, picture, pipeline, tensors, trained, weights
-from support.scripts import main, script
+from support.scripts import main
 
 
 def test_clipping_clips(flags, tmp_path, norms):
@@ -104,7 +105,7 @@ class Overflowing(torch.amp.GradScaler):
 
 def test_steps_that_overflow_are_skipped(flags, tmp_path, monkeypatch):
     """As in fp16 on a GPU: phase and rate stand still, and a run that goes on has the scaler's state, too."""
-    globals_ = script(TRAIN).train.__globals__
+    globals_ = training.train.__globals__
     made, scalers = globals_["accelerator_for"], []
 
     def scaling(**settings):
@@ -149,7 +150,7 @@ def test_a_base_of_four_channels(flags, plain_base, tmp_path, pictures, capsys):
     assert (trained_in[:, :4] - unet.conv_in.weight).abs().max() < 0.1
     pipe = pipeline(plain_base)
     pipe.load_loca_weights(out)
-    command = script(TRAIN)
+    command = training
     recipe = command.resolve(command.parse(EditRecipe, list(map(str, asked)), prog="", presets={}).settings, ())
     cases = sys.modules["loca_vision.recipes.editing.validation"].cases_of(recipe)
     drawn = command.Validation(pipe, cases, command.sampling_of(recipe), recipe.validation_scales, "loca").sheet()
