@@ -12,7 +12,7 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
 from loca_vision.data.photographs import photographs_in
-from loca_vision.recipes.editing.encoders import identity_of
+from loca_vision.recipes.diffusion.encoders import identity_of
 from photo_pairs import INSTRUCTIONS
 from small_base.photo_batches import PhotoBatches
 from small_base.pipeline import Shape, small_pipeline

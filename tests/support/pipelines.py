@@ -101,7 +101,7 @@ def small_unet(seed: int = 0, *, channels: int = 4) -> UNet2DConditionModel:
     return unet(seed, channels=channels, **one)
 
 
-def xl_unet(seed: int = 0) -> UNet2DConditionModel:
+def xl_unet(seed: int = 0, *, channels: int = 4) -> UNet2DConditionModel:
     settings = {
         "cross_attention_dim": 40,
         "attention_head_dim": (2, 4),
@@ -111,7 +111,7 @@ def xl_unet(seed: int = 0) -> UNet2DConditionModel:
         "transformer_layers_per_block": (1, 2),
         "projection_class_embeddings_input_dim": 64,
     }
-    return unet(seed, **settings)
+    return unet(seed, channels=channels, **settings)
 
 
 def vae() -> AutoencoderKL:

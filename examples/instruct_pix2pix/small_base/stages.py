@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from loca_vision.data.sampling import stream_seed
-from loca_vision.recipes.editing.encoders import Encoders
-from loca_vision.recipes.editing.loss import denoising_loss, draws, sampled, target, without_conditioning
+from loca_vision.recipes.diffusion.denoising import Denoising
+from loca_vision.recipes.diffusion.draws import draws
+from loca_vision.recipes.diffusion.encoders import Encoders
+from loca_vision.recipes.diffusion.errors import denoising_loss
+from loca_vision.recipes.diffusion.families.stable_diffusion import StableDiffusion
+from loca_vision.recipes.editing.loss import without_conditioning
 from loca_vision.recipes.training.optimizer_state import optimizer_tensors, restore_optimizer
 from loca_vision.storage.run_checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
 from small_base.photo_batches import PhotoBatches
@@ -155,25 +159,26 @@ def identity_loss(
         noise: half of the images have noise on their latents, of deviations from 0 to this: conditioning augmentation (Ho et
             al., 2022, section 4). Without it the UNet would do no more than copy, and look at nothing.
     """
-    encoders = Encoders(pipe.vae, pipe.text_encoder, pipe.tokenizer)
-    texts, empty = encoders.embeddings(PHRASES), encoders.embeddings([""])
-    scheduler = pipe.scheduler
+    process = Denoising(pipe.scheduler)
+    family = StableDiffusion(pipe, process)
+    encoders = Encoders(family)
+    texts, empty = encoders.texts(PHRASES)["text"], encoders.texts([""])["text"]
 
     def loss_at(step: int) -> Tensor:
         images = photos.batch(step, count)
         with torch.no_grad(), computing():
             found = pipe.vae.encode(images).latent_dist
         moments = torch.stack([found.mean, found.std], 1).float()
-        drawn = draws(count, tuple(found.mean.shape[1:]), timesteps=len(scheduler.alphas_cumprod), seed=photos.seed, step=step)
-        latents = sampled(moments, drawn.posterior, pipe.vae.config.scaling_factor)
+        drawn = draws(count, tuple(found.mean.shape[1:]), timestep=process.timestep, seed=photos.seed, step=step)
+        latents = family.latents(moments, drawn.posterior)
         text = texts[[(step + place) % len(PHRASES) for place in range(count)]]
         text, image = without_conditioning(
             text, _noised(moments[:, 0], noise, photos.seed, step), empty, drawn.dropout, dropout
         )
-        noisy = scheduler.add_noise(latents, drawn.noise, drawn.timesteps)
+        noisy, timesteps = process.noisy(latents, drawn.noise, drawn.timesteps)
         with computing():
-            prediction = pipe.unet(torch.cat([noisy, image], 1), drawn.timesteps, text).sample
-        return denoising_loss(prediction, target(scheduler, latents, drawn.noise, drawn.timesteps))
+            prediction = pipe.unet(torch.cat([noisy, image], 1), timesteps, text).sample
+        return denoising_loss(prediction, process.target(latents, drawn.noise, drawn.timesteps))
 
     return loss_at
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
-from torch.utils.data import Dataset
 
 from loca_vision.data.check_images import check_readable
 from loca_vision.data.pair_views import PairTensors, View
 from loca_vision.data.pairs import Columns, Pairs, read_pairs
-from loca_vision.recipes.editing.encoders import Encoded, Encoders
-from loca_vision.recipes.editing.latent_cache import encoded
+from loca_vision.recipes.diffusion.encoders import Encoders
+from loca_vision.recipes.diffusion.task import Samples
+from loca_vision.recipes.editing.latent_cache import Encoded, encoded, encoded_now
 from loca_vision.recipes.editing.recipe import EditRecipe
 
 Encode = Callable[[Mapping[str, Any]], Encoded]
@@ -30,7 +30,7 @@ class EditData:
     Attributes:
         items: the data set, of pairs or of what the cache has for them; `set_epoch` changes their views.
         encode: makes of a batch what the UNet takes.
-        cut_prompts: how many tokens instructions have that are longer than the text encoder reads, by row.
+        cut_prompts: of instructions that are longer than the text encoder reads: tokens, and how many are read, by row.
 
     Raises:
         OSError, ValueError, ModuleNotFoundError: as `read_pairs` and `encoded`.
@@ -44,7 +44,7 @@ class EditData:
             self.cut_prompts = encoders.cut(self.pairs.prompts)
             if accelerator.is_main_process:
                 self._check(recipe, encoders)
-            self.items: Dataset[Any]
+            self.items: Samples
             self.encode: Encode
             if recipe.cache_latents:
                 folder = recipe.latents_dir or recipe.output_dir / "latents"
@@ -53,14 +53,14 @@ class EditData:
                 self.encode = _as_it_is
             else:
                 self.items = PairTensors(self.pairs, view, seed)
-                self.encode = encoders.batch
+                self.encode = partial(encoded_now, encoders=encoders)
 
     def _check(self, recipe: EditRecipe, encoders: Encoders) -> None:
         """Say which instructions are cut, and read every pair."""
         if self.cut_prompts:
-            row, tokens = next(iter(self.cut_prompts.items()))
+            row, (tokens, most) = next(iter(self.cut_prompts.items()))
             print(
-                f"{len(self.cut_prompts)} of {len(self.pairs)} instructions are longer than the {encoders.most_tokens} tokens "
+                f"{len(self.cut_prompts)} of {len(self.pairs)} instructions are longer than the {most} tokens "
                 f"that the text encoder reads, and are cut there; the first is in row {row}, with {tokens} tokens"
             )
         if recipe.check_images:
@@ -84,22 +84,5 @@ def pairs_of(recipe: EditRecipe, split: str, most: int | None) -> Pairs:
     )
 
 
-def check_same_pairs(place: Path, before: Mapping[str, str] | None, now: Mapping[str, str]) -> None:
-    """
-    Args:
-        place: what a run left, for the sentence.
-        before, now: `Pairs.digests`; None was written by an earlier version.
-
-    Raises:
-        ValueError: the pairs are not those that the run began with.
-    """
-    changed = [column for column in now if before is not None and before.get(column) != now[column]]
-    if changed:
-        raise ValueError(
-            f"{place}: the run there began with other pairs: texts, or names or sizes of files, differ in "
-            f"{', '.join(changed)}; put the pairs back, or start a new run in another folder"
-        )
-
-
 def _as_it_is(batch: Mapping[str, Any]) -> Encoded:
-    return {"original": batch["original"], "edited": batch["edited"], "text": batch["text"]}
+    return dict(batch)

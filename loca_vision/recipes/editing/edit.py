@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def edit(pipe: Any, photo: Image.Image, prompt: str, sampling: Sampling, *, seed
     pipeline has as a safety checker looks at the edit.
 
     Args:
-        pipe: a `StableDiffusionInstructPix2PixPipeline`, with or without adapters.
+        pipe: a `StableDiffusionInstructPix2PixPipeline` or its sibling for XL, with or without adapters.
         photo: its sides are multiples of the pipeline's `vae_scale_factor`; `square` makes such a one.
         prompt: the instruction.
         seed: from 0 to 2**63 - 1.
@@ -96,7 +97,9 @@ def edit(pipe: Any, photo: Image.Image, prompt: str, sampling: Sampling, *, seed
     """
     _check(pipe, photo, prompt, seed, scale)
     adapted = bool(adapted_in(pipe))
-    told = {"cross_attention_kwargs": {"scale": scale}} if adapted and scale not in (0, 1) else {}
+    told: dict[str, Any] = {"cross_attention_kwargs": {"scale": scale}} if adapted and scale not in (0, 1) else {}
+    if "height" in signature(type(pipe).__call__).parameters:  # XL's would bring the photograph to its own size
+        told |= {"height": photo.height, "width": photo.width}
     with ExitStack() as around:
         around.enter_context(_as_it_was(pipe))
         if adapted and scale == 0:

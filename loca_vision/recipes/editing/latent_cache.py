@@ -1,11 +1,9 @@
-"""What autoencoder and text encoder make of pairs, computed once and kept on disk: the same bits as without a cache."""
+"""Pairs as autoencoder and text encoders see them: from a cache on disk, or encoded here and now, to the same bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +11,33 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from loca_vision.data.pair_views import View, scaled
+from loca_vision.data.pair_views import View
 from loca_vision.data.pairs import Pair
-from loca_vision.recipes.editing.encoders import Encoded, Encoders, identity_of, words_of
-from loca_vision.storage.tensor_store import TensorStore
+from loca_vision.recipes.diffusion.cache import Cache
+from loca_vision.recipes.diffusion.encoders import Encoders
 
-SHARD = 256  # tensors of a file: what a run that is killed may have to compute again
+Encoded = dict[str, Tensor]
+"""One pair, or several with an axis in front; in the dtypes of the encoders, on the CPU where they come from a cache.
+
+original: (c, h, w), the mode of the latent distribution, as the UNet sees it: not scaled.
+edited: (2, c, h, w), mean and standard deviation of it, to be sampled from, and scaled then.
+text: (tokens, width), and what else the family has for a text, such as pooled: (width,).
+"""
 
 
 @dataclass(frozen=True)
 class Row:
-    """The keys of one pair: of original and edited image in every view, and of the text."""
+    """The keys of one pair: of original and edited image in every view, and of what stands for the text."""
 
     views: tuple[tuple[str, str], ...]
-    text: str
+    text: tuple[tuple[str, str], ...]
 
 
 class EncodedPairs(Dataset[Encoded]):
     """Pairs from the cache, each in the view that (seed, epoch, index) gives it."""
 
-    def __init__(self, latents: TensorStore, texts: TensorStore, rows: Sequence[Row], view: View, seed: int) -> None:
-        self.latents, self.texts, self.rows, self.view = latents, texts, rows, view
+    def __init__(self, cache: Cache, rows: Sequence[Row], view: View, seed: int) -> None:
+        self.latents, self.texts, self.rows, self.view = cache.latents.store, cache.words.store, rows, view
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -46,7 +50,8 @@ class EncodedPairs(Dataset[Encoded]):
     def __getitem__(self, index: int) -> Encoded:
         row, drawn = self.rows[index], self.view.drawn(self.seed, self.epoch, index)
         original, edited = row.views[self.view.all.index(drawn)]
-        return {"original": self.latents[original], "edited": self.latents[edited], "text": self.texts[row.text]}
+        texts = {name: self.texts[key] for name, key in row.text}
+        return {"original": self.latents[original], "edited": self.latents[edited], **texts}
 
 
 def encoded(
@@ -54,11 +59,8 @@ def encoded(
 ) -> EncodedPairs:
     """The pairs, encoded in every view; what the folder has already is not computed again.
 
-    Every image is decoded, since the key is what is in it. A file that is damaged is made anew. Of several processes let one
-    come first: the others then find everything.
-
     Args:
-        folder: of the cache; several data sets and models may share it.
+        folder: of the cache.
         seed: of the views.
 
     Raises:
@@ -67,69 +69,26 @@ def encoded(
     """
     if not view.all:
         raise ValueError(f"crop={view.crop!r}: latents of random crops cannot be cached; use crop='center' or no cache")
-    latents = _Filling(_store(folder, "latents", identity_of(encoders.vae)))
-    texts = _Filling(_store(folder, "texts", identity_of(encoders.text_encoder) + words_of(encoders.tokenizer)))
+    cache = Cache(folder, encoders)
     count: Any = pairs
     rows = []
     try:
         for index in tqdm(range(len(count)), desc="encoding", dynamic_ncols=True, disable=None if progress else True):
             pair = pairs[index]
-            views = tuple(_images(view.pixels(pair, drawn), encoders, latents) for drawn in view.all)
-            text = texts.key(_key("text", pair.prompt.encode()), partial(_text, pair.prompt, encoders))
-            rows.append(Row(views, text))
+            views = tuple(_keys(view.pixels(pair, drawn), cache) for drawn in view.all)
+            rows.append(Row(views, cache.text(pair.prompt)))
     finally:  # an interrupt too
-        latents.flush()
-        texts.flush()
-    return EncodedPairs(latents.store, texts.store, rows, view, seed)
+        cache.flush()
+    return EncodedPairs(cache, rows, view, seed)
 
 
-class _Filling:
-    """A store, and what is to go into its next file."""
-
-    def __init__(self, store: TensorStore) -> None:
-        self.store = store
-        self.waiting: dict[str, Tensor] = {}
-
-    def key(self, key: str, make: Callable[[], Tensor]) -> str:
-        """The key, after what it stands for is made, where it is missing."""
-        if key not in self.store and key not in self.waiting:
-            self.waiting[key] = make()
-            if len(self.waiting) == SHARD:
-                self.flush()
-        return key
-
-    def flush(self) -> None:
-        if self.waiting:
-            self.store.add(self.waiting)
-            self.waiting = {}
+def encoded_now(items: Mapping[str, Any], encoders: Encoders) -> Encoded:
+    """A batch of `PairTensors`: the very tensors that `EncodedPairs` would have for it."""
+    texts = encoders.texts(items["prompt"])
+    return {"original": encoders.moments(items["original"])[:, 0], "edited": encoders.moments(items["edited"]), **texts}
 
 
-def _images(pixels: Tensor, encoders: Encoders, latents: _Filling) -> tuple[str, str]:
+def _keys(pixels: Tensor, cache: Cache) -> tuple[str, str]:
     """The keys of both images in one view: of the original the mode alone is kept."""
     original, edited = pixels
-    mode = latents.key(_image_key("mode", original), lambda: _moments(original, encoders)[0])
-    return mode, latents.key(_image_key("moments", edited), lambda: _moments(edited, encoders))
-
-
-def _moments(pixels: Tensor, encoders: Encoders) -> Tensor:
-    return encoders.moments(scaled(pixels)[None])[0].cpu()
-
-
-def _text(prompt: str, encoders: Encoders) -> Tensor:
-    return encoders.embeddings([prompt])[0].cpu()
-
-
-# Names
-
-
-def _store(folder: Path, kind: str, identity: str) -> TensorStore:
-    name = sha256(identity.encode()).hexdigest()[:16]
-    return TensorStore(folder / f"{kind}-{name}", identity)
-
-
-def _key(kind: str, data: bytes) -> str:
-    return sha256(f"{kind} ".encode() + data).hexdigest()
-
-
-def _image_key(kind: str, pixels: Tensor) -> str:
-    return _key(f"{kind} {tuple(pixels.shape)}", pixels.numpy().tobytes())
+    return cache.mode(original), cache.moments(edited)

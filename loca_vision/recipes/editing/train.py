@@ -1,34 +1,16 @@
-"""Training runs of InstructPix2Pix, from the command line to the files that they leave."""
+"""The trainer of edits as a command."""
 
 from __future__ import annotations
 
-import secrets
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
-
-from loca_vision.pipeline.save import save_pipeline_adapter
-from loca_vision.recipes.editing.data import EditData, check_same_pairs, pairs_of
-from loca_vision.recipes.editing.model_card import edit_card
-from loca_vision.recipes.editing.models import NAME, EditModels
+from loca_vision.recipes.diffusion.train import train
 from loca_vision.recipes.editing.presets import EDIT_PRESETS
-from loca_vision.recipes.editing.recipe import METHODS, EditRecipe, batch_of, differences, resolve
-from loca_vision.recipes.editing.run import EditRun, checkpoint_of, saved_settings, settings_in
-from loca_vision.recipes.editing.validation import Validation, cases_of, sampling_of
-from loca_vision.recipes.reports.environment import environment
-from loca_vision.recipes.reports.hub_upload import push
-from loca_vision.recipes.reports.metrics import METRICS, read_metrics, write_metrics
-from loca_vision.recipes.reports.plots import draw_loss
-from loca_vision.recipes.settings.command_line import as_yaml, parse
+from loca_vision.recipes.editing.recipe import EditRecipe, resolve
+from loca_vision.recipes.editing.task import EditTask
+from loca_vision.recipes.settings.command_line import parse
 from loca_vision.recipes.settings.console import guarded
-from loca_vision.recipes.training.stepper import accelerator_for, end_trackers, peak_memory
-from loca_vision.storage.atomic_file import write_atomically
-from loca_vision.storage.run_checkpoint import read_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> int:
@@ -38,159 +20,4 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> i
 
 def _main(arguments: list[str], prog: str) -> None:
     parsed = parse(EditRecipe, arguments, prog=prog, presets=EDIT_PRESETS)
-    train(resolve(parsed.settings, parsed.given))
-
-
-def train(recipe: EditRecipe) -> dict[str, Any]:
-    """Train, and write everything down; returns, in the main process, the metrics."""
-    sampling = sampling_of(recipe)
-    accelerator = accelerator_for(
-        precision=recipe.mixed_precision,
-        report_to=recipe.report_to,
-        folder=recipe.output_dir,
-        moving=METHODS.moves_locations(recipe.method),
-    )
-    _check_folder(recipe)
-    accelerator.wait_for_everyone()  # before the first of the processes writes
-    recipe = _with_seed(recipe)
-    metrics = _finished(recipe, accelerator)
-    if metrics is None:
-        torch.backends.cuda.matmul.allow_tf32 = recipe.allow_tf32
-        set_seed(recipe.seed or 0)
-        models = EditModels(recipe, accelerator)
-        cases = cases_of(recipe) if accelerator.is_main_process else []
-        data = EditData(recipe, models.encoders, accelerator)
-        drawn = Validation(models.pipe, cases, sampling, recipe.validation_scales, recipe.method) if cases else None
-        metrics = _trained(EditRun(models, data, recipe, accelerator, drawn))
-    if recipe.push_to_hub and accelerator.is_main_process:
-        print(_pushed(recipe, metrics))
-    accelerator.end_training()
-    return metrics
-
-
-def _check_folder(recipe: EditRecipe) -> None:
-    """A run in the output folder is continued on request, and never overwritten."""
-    folder = recipe.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir={str(folder)!r}: a file is in the place of that folder")
-    path = checkpoint_of(recipe)
-    there = [*folder.glob("checkpoint-*"), *folder.glob(METRICS)]
-    if there and not recipe.resume_from_checkpoint:
-        raise ValueError(
-            f"output_dir={str(folder)!r}: a run is in there ({there[0].name}); say --resume_from_checkpoint latest, "
-            "or choose another folder"
-        )
-    if there and path is not None and path.parent.resolve() != folder.resolve():
-        raise ValueError(
-            f"output_dir={str(folder)!r}: a run is in there ({there[0].name}), and {path} is of another one; choose another "
-            "folder, or go on with what is there: --resume_from_checkpoint latest"
-        )
-
-
-def _with_seed(recipe: EditRecipe) -> EditRecipe:
-    """The seed that was given, or that of the checkpoint to go on from, or a new one, the same in all processes."""
-    if recipe.seed is not None:
-        return recipe
-    path = checkpoint_of(recipe)
-    before = settings_in(path, read_checkpoint(path)[1])["seed"] if path else None
-    (seed,) = broadcast_object_list([secrets.randbelow(2**31) if before is None else before])
-    return replace(recipe, seed=seed)
-
-
-def _finished(recipe: EditRecipe, accelerator: Accelerator) -> dict[str, Any] | None:
-    """The metrics of the run in the output folder, where it is this one and done."""
-    if not (recipe.output_dir / METRICS).exists():
-        return None
-    metrics, now = read_metrics(recipe.output_dir), saved_settings(recipe)
-    for difference in differences(recipe, metrics["config"], now):
-        raise ValueError(f"{recipe.output_dir}: the finished run there has other settings: {difference}")
-    batch = batch_of(recipe, accelerator.num_processes)
-    if batch != metrics["batch_size"]:
-        raise ValueError(f"{recipe.output_dir}: the finished run there took {metrics['batch_size']} pairs a step, not {batch}")
-    if "pair_files" in metrics:
-        pairs = pairs_of(recipe, "train", recipe.max_train_samples)
-        check_same_pairs(recipe.output_dir, metrics["pair_files"], pairs.digests)
-    if all(metrics["config"][name] == now[name] for name in ("max_train_steps", "num_train_epochs", "adapter_dtype")):
-        if accelerator.is_main_process:
-            print(f"{recipe.output_dir}: finished, after step {metrics['steps']}")
-        return metrics
-    if checkpoint_of(recipe) is None:
-        raise ValueError(f"{recipe.output_dir}: the finished run there left no whole checkpoint to go on from")
-    return None
-
-
-def _trained(run: EditRun) -> dict[str, Any]:
-    """From the first step, or where a checkpoint stood, to the last one; the adapter and what is to be said about it."""
-    recipe, accelerator, folder = run.recipe, run.accelerator, run.recipe.output_dir
-    numbers = run.models.counts()
-    if recipe.resume_from_checkpoint:
-        found = run.resume()
-        if accelerator.is_main_process:
-            after = f"going on after step {run.progress.step}" if found else "no whole checkpoint is there; from the first step"
-            print(f"{folder}: {after} of {run.total}")
-    _begin(recipe, accelerator)
-    run.train()
-    run.draw()
-    metrics: dict[str, Any] = {}
-    if accelerator.is_main_process:
-        metrics = _written(run, numbers)
-    end_trackers(accelerator)
-    return metrics
-
-
-def _begin(recipe: EditRecipe, accelerator: Accelerator) -> None:
-    """Write the settings down, now that nothing more can be refused, and open the trackers."""
-    if accelerator.is_main_process:
-        kept = replace(recipe, resume_from_checkpoint=None, hub_token=None)
-        write_atomically(recipe.output_dir / "config.yaml", as_yaml(kept).encode())
-    if recipe.report_to != "none":
-        accelerator.project_configuration.logging_dir = str(recipe.output_dir / recipe.logging_dir)
-        settings = {name: str(value) for name, value in saved_settings(recipe).items()}
-        wandb = {"dir": str(recipe.output_dir)}
-        accelerator.init_trackers("instruct-pix2pix", config=settings, init_kwargs={"wandb": wandb})
-
-
-def _written(run: EditRun, numbers: dict[str, int]) -> dict[str, Any]:
-    """Adapter, picture, and, as the last, the metrics, which say that the run is finished."""
-    recipe, folder, progress = run.recipe, run.recipe.output_dir, run.progress
-    with run.averaged():
-        saved = save_pipeline_adapter(run.models.pipe, folder, NAME, dtype=getattr(torch, recipe.adapter_dtype))
-    draw_loss(folder / "loss.png", f"{recipe.method}, {numbers['trained_parameters']:,} numbers", progress.curve)
-    picture = f"validation-{progress.step}.png"
-    metrics: dict[str, Any] = {
-        "config": saved_settings(recipe),
-        **numbers,
-        "steps": progress.step,
-        "batch_size": run.sampler.batch_size,
-        "pairs": len(run.data.pairs),
-        "pair_files": run.data.pairs.digests,
-        "cut_instructions": len(run.data.cut_prompts),
-        "example_prompt": recipe.validation_prompt or run.data.pairs[0].prompt,
-        "seconds_per_step": progress.seconds / progress.step,
-        "waiting_for_data_per_step": progress.waiting / progress.step,
-        "peak_memory_bytes": peak_memory(run.accelerator.device),
-        "processes": run.accelerator.num_processes,
-        "device": str(run.accelerator.device),
-        "mixed_precision": run.accelerator.mixed_precision,
-        "adapter_file": saved.name,
-        "adapter_bytes": saved.stat().st_size,
-        "validation_picture": picture if run.validation else None,
-        "environment": environment(),
-        "curves": progress.curve,
-    }
-    write_metrics(folder, metrics)
-    print(f"{folder}: {progress.step} steps, {numbers['trained_parameters']:,} numbers, {metrics['adapter_bytes']:,} bytes")
-    return metrics
-
-
-def _pushed(recipe: EditRecipe, metrics: dict[str, Any]) -> str:
-    files = [metrics["adapter_file"], METRICS, "config.yaml", "loss.png", metrics["validation_picture"]]
-    return push(
-        recipe.output_dir,
-        [file for file in files if file],
-        lambda name: edit_card(metrics, name),
-        recipe.hub_model_id,
-        message="Upload an adapter for InstructPix2Pix",
-        private=recipe.hub_private,
-        token=recipe.hub_token,
-    )
+    train(resolve(parsed.settings, parsed.given), EditTask)

@@ -92,12 +92,3 @@ class Validation:
         heads = ["image", "base model", *(f"{title_of(self.method)} at {scale:g}" for scale in self.scales)]
         labels = [f"{case.prompt}\nseed {case.seed}" for case in self.cases]
         return contact_sheet(rows, columns=[*heads, *(["target"] if targets else [])], labels=labels)
-
-
-def sampling_of(recipe: EditRecipe) -> Sampling:
-    """How the edits of a recipe's validation are drawn.
-
-    Raises:
-        ValueError: a setting out of its range.
-    """
-    return Sampling(recipe.validation_inference_steps, recipe.validation_guidance_scale, recipe.validation_image_guidance_scale)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -24,7 +25,8 @@ def read_settings(cls: Any, path: Path) -> dict[str, Any]:
         FileNotFoundError: nothing is there.
         ValueError: another kind of file, or it is wrong; the sentence has file, line, key, rule, and the nearest names.
     """
-    types_of = {name: kind for name, kind in get_type_hints(cls).items() if name in cls.__dataclass_fields__}
+    hints = get_type_hints(cls)
+    types_of = {field.name: hints[field.name] for field in fields(cls)}
     values: dict[str, Any] = {}
     for key, node in _table(path, _text(path)):
         place = f"{path}, line {key.start_mark.line + 1}"

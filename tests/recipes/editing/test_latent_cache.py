@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 
 from loca_vision.data.pair_views import PairTensors, View
 from loca_vision.data.pairs import Pair
-from loca_vision.recipes.editing import latent_cache as diffusion_cache
-from loca_vision.recipes.editing.encoders import Encoders, words_of
-from loca_vision.recipes.editing.latent_cache import encoded
+from loca_vision.recipes.diffusion import cache as diffusion_cache
+from loca_vision.recipes.diffusion.encoders import Encoders, words_of
+from loca_vision.recipes.diffusion.families.stable_diffusion import StableDiffusion
+from loca_vision.recipes.editing.latent_cache import encoded, encoded_now
 from loca_vision.storage.tensor_store import TensorStore
 from support import pipelines as tiny
 from support.pairs import Listed, picture
@@ -23,9 +24,17 @@ from support.pairs import Listed, picture
 FLIPPED = View(16, flip=True)
 
 
+def encoders_of(vae, text_encoder, tokenizer):
+    pipe = tiny.stable_diffusion()
+    pipe.vae, pipe.text_encoder, pipe.tokenizer = vae, text_encoder, tokenizer
+    encoders = Encoders(StableDiffusion(pipe, None))
+    encoders.words = (text_encoder, tokenizer)
+    return encoders
+
+
 @pytest.fixture(scope="module")
 def encoders():
-    return Encoders(tiny.vae(), tiny.text_encoder(), tiny.tokenizer())
+    return encoders_of(tiny.vae(), tiny.text_encoder(), tiny.tokenizer())
 
 
 @pytest.fixture
@@ -42,7 +51,7 @@ def counted(encoders, monkeypatch):
 
         return outer
 
-    for name in ("moments", "embeddings"):
+    for name in ("moments", "texts"):
         monkeypatch.setattr(Encoders, name, counting(name))
     return calls
 
@@ -62,13 +71,13 @@ def equal(one, other):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batches_are_the_same_with_and_without(encoders, tmp_path, dtype):
-    encoders = Encoders(tiny.vae().to(dtype), tiny.text_encoder().to(dtype), encoders.tokenizer)
+    encoders = encoders_of(tiny.vae().to(dtype), tiny.text_encoder().to(dtype), encoders.words[1])
     cached, plain = made(encoders, tmp_path), PairTensors(some(), FLIPPED, 3)
     for epoch in range(3):
         cached.set_epoch(epoch)
         plain.set_epoch(epoch)
         for one, other in zip(DataLoader(cached, 2), DataLoader(plain, 2), strict=True):
-            assert equal(one, encoders.batch(other)) and one["edited"].dtype == dtype
+            assert equal(one, encoded_now(other, encoders)) and one["edited"].dtype == dtype
     assert one["original"].shape == (1, 4, 8, 8) and one["edited"].shape == (1, 2, 4, 8, 8) and one["text"].shape == (1, 12, 24)
 
 
@@ -77,8 +86,8 @@ def test_the_latents_are_those_of_the_stock_script(encoders, tmp_path):
     with torch.no_grad():
         original = encoders.vae.encode(pixels["original"][None]).latent_dist.mode()[0]
         edited = encoders.vae.encode(pixels["edited"][None]).latent_dist
-        words = encoders.tokenizer(["a cat"], max_length=12, padding="max_length", truncation=True, return_tensors="pt")
-        text = encoders.text_encoder(words.input_ids)[0][0]
+        words = encoders.words[1](["a cat"], max_length=12, padding="max_length", truncation=True, return_tensors="pt")
+        text = encoders.words[0](words.input_ids)[0][0]
     assert torch.equal(item["original"], original) and torch.equal(item["text"], text)
     drawn = edited.sample(torch.Generator().manual_seed(1))[0]
     mean, deviation = item["edited"]
@@ -103,11 +112,11 @@ def test_both_views_are_cached_and_each_epoch_chooses(encoders, tmp_path):
 
 def test_nothing_is_computed_twice(encoders, counted, tmp_path):
     first = made(encoders, tmp_path)
-    assert counted == {"moments": 20, "embeddings": 3}
+    assert counted == {"moments": 20, "texts": 3}
     again = made(encoders, tmp_path)
-    assert counted == {"moments": 20, "embeddings": 3} and equal(first[2], again[2])
+    assert counted == {"moments": 20, "texts": 3} and equal(first[2], again[2])
     more = made(encoders, tmp_path, some(6), view=View(16))
-    assert counted == {"moments": 22, "embeddings": 3} and equal(more[1], made(encoders, tmp_path, view=View(16))[1])
+    assert counted == {"moments": 22, "texts": 3} and equal(more[1], made(encoders, tmp_path, view=View(16))[1])
 
 
 def test_the_cache_is_keyed_by_all_that_it_depends_on(encoders, counted, tmp_path):
@@ -119,15 +128,19 @@ def test_the_cache_is_keyed_by_all_that_it_depends_on(encoders, counted, tmp_pat
     other = tiny.vae()
     with torch.no_grad():
         next(other.parameters()).view(-1)[0] += 1e-3
-    made(Encoders(other, encoders.text_encoder, encoders.tokenizer), tmp_path, view=View(16))
-    made(Encoders(tiny.vae().bfloat16(), encoders.text_encoder, encoders.tokenizer), tmp_path, view=View(16))
+    made(encoders_of(other, encoders.words[0], encoders.words[1]), tmp_path, view=View(16))
+    made(
+        encoders_of(tiny.vae().bfloat16(), encoders.words[0], encoders.words[1]),
+        tmp_path,
+        view=View(16),
+    )
     assert counted == {"moments": 20}
     counted.clear()
-    made(Encoders(encoders.vae, tiny.text_encoder(5), encoders.tokenizer), tmp_path, view=View(16))
+    made(encoders_of(encoders.vae, tiny.text_encoder(5), encoders.words[1]), tmp_path, view=View(16))
     shorter = tiny.tokenizer()
     shorter.model_max_length = 9
-    made(Encoders(encoders.vae, encoders.text_encoder, shorter), tmp_path, view=View(16))
-    assert counted == {"embeddings": 6}
+    made(encoders_of(encoders.vae, encoders.words[0], shorter), tmp_path, view=View(16))
+    assert counted == {"texts": 6}
 
 
 def test_one_changed_pixel_is_another_image(encoders, counted, tmp_path):
@@ -180,7 +193,7 @@ def test_a_damaged_file_is_made_anew(encoders, counted, tmp_path, monkeypatch, c
 def test_files_of_another_model_are_refused(encoders, tmp_path):
     made(encoders, tmp_path, view=View(16))
     (mine,) = tmp_path.glob("latents-*")
-    other = Encoders(tiny.vae().bfloat16(), encoders.text_encoder, encoders.tokenizer)
+    other = encoders_of(tiny.vae().bfloat16(), encoders.words[0], encoders.words[1])
     made(other, tmp_path / "other", view=View(16))
     (theirs,) = (tmp_path / "other").glob("latents-*/shard-*")
     (mine / theirs.name).write_bytes(theirs.read_bytes())
@@ -192,7 +205,11 @@ def test_autocast_and_training_mode_change_nothing(encoders, tmp_path):
     plain = made(encoders, tmp_path / "plain", view=View(16))
     text_encoder = tiny.text_encoder()
     with torch.autocast("cpu", torch.bfloat16):
-        inside = made(Encoders(tiny.vae().train(), text_encoder.train(), encoders.tokenizer), tmp_path / "in", view=View(16))
+        inside = made(
+            encoders_of(tiny.vae().train(), text_encoder.train(), encoders.words[1]),
+            tmp_path / "in",
+            view=View(16),
+        )
     assert all(equal(plain[i], inside[i]) for i in range(5)) and not text_encoder.training
 
 
@@ -250,7 +267,7 @@ def test_a_key_that_was_changed_in_the_header_is_noticed(tmp_path, caplog):
 def test_latents_made_in_tiles_are_others(encoders, tmp_path):
     """At 32 pixels, of an autoencoder whose tiles are of 16."""
     vae, view = tiny.vae(), View(32)
-    tiled = Encoders(vae, encoders.text_encoder, encoders.tokenizer)
+    tiled = encoders_of(vae, encoders.words[0], encoders.words[1])
     whole = made(tiled, tmp_path, view=view)[0]["original"]
     vae.enable_tiling()
     item = PairTensors(some(), view, 3)[0]
@@ -262,7 +279,7 @@ def test_an_autoencoder_that_overflows_is_refused_and_nothing_is_kept(encoders, 
     vae = tiny.vae().half()
     with torch.no_grad():
         vae.encoder.conv_in.weight.fill_(6e4)
-    broken = Encoders(vae, encoders.text_encoder, encoders.tokenizer)
+    broken = encoders_of(vae, encoders.words[0], encoders.words[1])
     with pytest.raises(ValueError, match=r"not finite in torch\.float16: bring the autoencoder to torch\.float32"):
         made(broken, tmp_path)
     assert not list(tmp_path.rglob("latents-*/*"))

@@ -6,16 +6,10 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch.nn import functional as F
 
-from loca_vision.recipes.editing.loss import (
-    denoising_loss,
-    draws,
-    dropped,
-    min_snr_weights,
-    sampled,
-    signal_to_noise,
-    target,
-    without_conditioning,
-)
+from loca_vision.recipes.diffusion.denoising import Denoising, min_snr_weights, signal_to_noise, target
+from loca_vision.recipes.diffusion.draws import draws
+from loca_vision.recipes.diffusion.errors import denoising_loss, sampled
+from loca_vision.recipes.editing.loss import dropped, without_conditioning
 
 SHAPE = (4, 3, 5)
 UNIFORM = torch.tensor([0.0, 0.04999, 0.05, 0.0999, 0.1, 0.1499, 0.15, 0.5, 0.9999])
@@ -30,7 +24,11 @@ def equal(one, other):
 
 
 def drawn(count=4, **more):
-    return draws(count, SHAPE, **{"timesteps": 1000, "seed": 1, "step": 7} | more)
+    return draws(count, SHAPE, **{"timestep": uniform(1000), "seed": 1, "step": 7} | more)
+
+
+def uniform(count):
+    return Denoising(scheduler(num_train_timesteps=count)).timestep
 
 
 def part(one, start, stop):
@@ -57,7 +55,7 @@ def test_processes_and_parts_of_a_batch_draw_what_one_draws():
 
 
 def test_draws_have_their_distributions():
-    many = draws(4000, (2,), timesteps=10, seed=0, step=0)
+    many = draws(4000, (2,), timestep=uniform(10), seed=0, step=0)
     assert many.timesteps.dtype == torch.int64 and many.timesteps.unique().tolist() == list(range(10))
     assert abs(many.dropout.mean() - 0.5) < 0.02 and many.dropout.min() >= 0 and many.dropout.max() < 1
     for normal in (many.noise, many.posterior):
@@ -73,7 +71,7 @@ def test_samples_are_those_of_diffusers():
         moments = torch.stack([distribution.mean, distribution.std], 1)
         noise = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(3), dtype=dtype)
         wanted = distribution.sample(torch.Generator().manual_seed(3)) * 0.18215
-        assert torch.equal(sampled(moments, noise, 0.18215), wanted) and wanted.dtype == dtype
+        assert torch.equal(0.18215 * sampled(moments, noise), wanted) and wanted.dtype == dtype
 
 
 # Conditioning dropout
@@ -101,7 +99,7 @@ def test_dropping_is_that_of_the_stock_script():
 
 
 def test_each_kind_is_dropped_as_often_as_it_should():
-    no_text, no_image = dropped(draws(4000, (1,), timesteps=2, seed=0, step=0).dropout, 0.05)
+    no_text, no_image = dropped(draws(4000, (1,), timestep=uniform(2), seed=0, step=0).dropout, 0.05)
     shares = [(no_text & ~no_image), (no_text & no_image), (no_image & ~no_text)]
     assert all(abs(share.float().mean() - 0.05) < 0.012 for share in shares)
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import ImageOps
 
 import loca_vision.diffusers  # noqa: F401  the pipelines' methods
-from loca_vision.recipes.editing import train as training
+from loca_vision.recipes.editing import task
 from support import pipelines as tiny
 from support.edit_training import COLUMNS, LOCA, PICTURES, SMOOTH, trained
 from support.photographs import scene
@@ -59,7 +59,7 @@ def flags(base, data, tmp_path_factory):
 def no_pictures(request, monkeypatch):
     """Pictures take most of the time; tests of them ask for the fixture `pictures`."""
     if "pictures" not in request.fixturenames:
-        monkeypatch.setitem(training.train.__globals__, "cases_of", lambda recipe: [])
+        monkeypatch.setattr(task, "cases_of", lambda recipe: [])
 
 
 @pytest.fixture
@@ -71,9 +71,6 @@ def pictures():
 def whole(flags, tmp_path_factory):
     """A run in one piece, to compare with."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    globals_ = training.train.__globals__
-    cases_of, globals_["cases_of"] = globals_["cases_of"], lambda recipe: []
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task, "cases_of", lambda recipe: [])
         return out, trained(out, *flags, *LOCA, *SMOOTH)
-    finally:
-        globals_["cases_of"] = cases_of

@@ -1,10 +1,12 @@
 """examples/instruct_pix2pix/train.py: flags."""
 
+import dataclasses
 from pathlib import Path
 
 import loca_vision.diffusers  # noqa: F401  the pipelines' methods
-from loca_vision.recipes.editing import train as training
-from loca_vision.recipes.editing.recipe import EditRecipe
+from loca_vision.recipes.editing.presets import EDIT_PRESETS
+from loca_vision.recipes.editing.recipe import EditRecipe, resolve
+from loca_vision.recipes.settings.command_line import parse
 from support.edit_training import TRAIN
 from support.scripts import main
 
@@ -32,29 +34,29 @@ def test_flags_and_defaults_of_the_stock_script(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert main(TRAIN, "--help") == 0
     said = capsys.readouterr().out
-    assert all(f"--{'import' if name == 'imports' else name}" in said for name in EditRecipe.__dataclass_fields__)
+    assert all(
+        f"--{'import' if name == 'imports' else name}" in said
+        for name in (field.name for field in dataclasses.fields(EditRecipe))
+    )
 
 
 def test_home(monkeypatch, tmp_path):
     """As in a file of settings, where no shell reads it."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    recipe = training.resolve(EditRecipe("base", dataset_name="a/b", output_dir=Path("~/out"), cache_dir=Path("~/c")), ())
+    recipe = resolve(EditRecipe("base", dataset_name="a/b", output_dir=Path("~/out"), cache_dir=Path("~/c")), ())
     assert (recipe.output_dir, recipe.cache_dir, recipe.latents_dir) == (tmp_path / "out", tmp_path / "c", None)
 
 
 def test_the_paper_s_table(base, data):
     """LoCA, Table 11."""
-    command = training
     needed = ["--pretrained_model_name_or_path", str(base), "--train_data_dir", str(data)]
     for name, more in (("cartoonization", ("loca", 1e-4, 1.0)), ("cartoonization-fourierft", ("fourierft", 1e-3, 64.0))):
-        parsed = command.parse(EditRecipe, [*needed, "--preset", name], prog="", presets=command.EDIT_PRESETS)
-        of = command.resolve(parsed.settings, parsed.given)
+        parsed = parse(EditRecipe, [*needed, "--preset", name], prog="", presets=EDIT_PRESETS)
+        of = resolve(parsed.settings, parsed.given)
         assert (of.method, of.learning_rate, of.loca_scale) == more
         assert (of.train_batch_size, of.gradient_accumulation_steps, of.max_train_steps) == (2, 4, 10000)
         assert (of.adam_weight_decay, of.targets, of.learning_steps) == (1e-2, ("q", "k", "v", "out"), 1200)
         assert of.validation_steps == 500
-        parsed = command.parse(
-            EditRecipe, [*needed, "--preset", name, "--validation_epochs", "2"], prog="", presets=command.EDIT_PRESETS
-        )
-        of = command.resolve(parsed.settings, parsed.given)
+        parsed = parse(EditRecipe, [*needed, "--preset", name, "--validation_epochs", "2"], prog="", presets=EDIT_PRESETS)
+        of = resolve(parsed.settings, parsed.given)
         assert (of.validation_steps, of.validation_epochs) == (None, 2)  # a flag is not passed over for a preset

@@ -1,15 +1,15 @@
 """examples/instruct_pix2pix/train.py: output files."""
 
 import shutil
-import sys
 
 import numpy as np
 import pytest
 
 import loca_vision.diffusers  # noqa: F401  the pipelines' methods
 from loca_vision import adapters
-from loca_vision.recipes.editing import train as training
-from loca_vision.recipes.editing.recipe import EditRecipe
+from loca_vision.recipes.editing import task, validation
+from loca_vision.recipes.editing.recipe import EditRecipe, resolve
+from loca_vision.recipes.settings.command_line import parse
 from support import pipelines as tiny
 from support.edit_training import ADAPTER, LOCA, METHODS, picture, pipeline, tensors, trained, weights
 
@@ -29,13 +29,12 @@ def test_a_run(flags, data, base, tmp_path, pictures, rendered, capsys):
     assert "".join(phase[0] for phase in metrics["curves"]["phase"]) == "cclccc"
     assert "160 numbers" in capsys.readouterr().out
 
-    command = training
-    recipe = command.resolve(command.parse(EditRecipe, list(map(str, [*flags, *LOCA])), prog="", presets={}).settings, ())
+    recipe = resolve(parse(EditRecipe, list(map(str, [*flags, *LOCA])), prog="", presets={}).settings, ())
     pipe = pipeline(base)
     pipe.load_loca_weights(out)
-    cases = sys.modules["loca_vision.recipes.editing.validation"].cases_of(recipe)
+    cases = validation.cases_of(recipe)
     assert [case.target is not None for case in cases] == [True, True]
-    drawn = command.Validation(pipe, cases, command.sampling_of(recipe), recipe.validation_scales, "loca").sheet()
+    drawn = task.Validation(pipe, cases, task.sampling_of(recipe), recipe.validation_scales, "loca").sheet()
     kept = picture(out / "validation-6.png")
     assert np.array_equal(np.asarray(drawn), kept)
     assert not np.array_equal(picture(out / "validation-3.png"), kept)
@@ -68,7 +67,7 @@ def test_every_method_learns_and_loads(method, flags, base, tmp_path):
 
 def test_pictures_change_nothing(flags, tmp_path, monkeypatch, pictures):
     trained(tmp_path / "with", *flags, *LOCA, "--use_ema", "--validation_steps", "2")
-    monkeypatch.setitem(training.train.__globals__, "cases_of", lambda recipe: [])
+    monkeypatch.setattr(task, "cases_of", lambda recipe: [])
     trained(tmp_path / "without", *flags, *LOCA, "--use_ema")
     assert weights(tmp_path / "with") == weights(tmp_path / "without")
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import loca_vision.diffusers  # noqa: F401  the pipelines' methods
-from loca_vision.recipes.editing import train as training
+from loca_vision.recipes.diffusion import train as training
+from loca_vision.recipes.editing import task
 from support import pipelines as tiny
 from support.edit_training import ADAPTER, LOCA, METHODS, SMOOTH, TRAIN, tensors, trained, weights
 from support.scripts import killed, main, together
@@ -81,7 +82,7 @@ def test_interrupted_behind_the_last_step(place, whole, flags, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setitem(training.train.__globals__, place, interrupt)
+        patch.setattr(training, place, interrupt)
         assert main(TRAIN, *flags, *LOCA, *SMOOTH, "--output_dir", tmp_path / "out") == 130
     assert "interrupted; every file that is there is whole" in capsys.readouterr().err
     found = trained(tmp_path / "out", *flags, *LOCA, *SMOOTH, "--resume_from_checkpoint", "latest")
@@ -146,23 +147,25 @@ def test_the_time_of_a_step_is_without_pictures(flags, tmp_path, monkeypatch, pi
     """And without checkpoints; by a clock that goes on an hour for each sheet."""
     shifted, clock = [0.0], time.perf_counter
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + shifted[0])
-    drawn = training.Validation.sheet
+    drawn = task.Validation.sheet
 
     def slow(validation):
         shifted[0] += 3600
         return drawn(validation)
 
-    monkeypatch.setattr(training.Validation, "sheet", slow)
+    monkeypatch.setattr(task.Validation, "sheet", slow)
     metrics = trained(tmp_path / "out", *flags, *LOCA, "--validation_steps", "2")
     assert shifted == [3 * 3600] and 0 < metrics["seconds_per_step"] < 60
 
 
 def test_other_pipelines_are_refused_before_anything_is_encoded(flags, tmp_path, capsys):
-    """Stable Diffusion XL loads as this pipeline, without its second text encoder."""
-    tiny.stable_diffusion_xl().save_pretrained(tmp_path / "xl")
-    asked = ("--pretrained_model_name_or_path", tmp_path / "xl", "--train_conv_in", "--center_crop")
+    """A UNet of other texts than the pipeline's encoder gives loads all the same."""
+    pipe = tiny.stable_diffusion()
+    pipe.unet = tiny.unet(cross_attention_dim=16)
+    pipe.save_pretrained(tmp_path / "base")
+    asked = ("--pretrained_model_name_or_path", tmp_path / "base", "--train_conv_in", "--center_crop")
     assert main(TRAIN, *flags, *LOCA, *asked, "--output_dir", tmp_path / "out") == 2
-    assert "Stable Diffusion 1 and 2 can be trained so, and XL and others cannot" in capsys.readouterr().err
+    assert "its UNet takes more than texts of width 24, which its text encoders give" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

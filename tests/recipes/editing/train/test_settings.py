@@ -1,7 +1,6 @@
 """examples/instruct_pix2pix/train.py: settings."""
 
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -10,8 +9,10 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 import loca_vision.diffusers  # noqa: F401  the pipelines' methods
-from loca_vision.recipes.editing import train as training
-from loca_vision.recipes.editing.recipe import EditRecipe
+from loca_vision.recipes.diffusion import train as training
+from loca_vision.recipes.editing import task, validation
+from loca_vision.recipes.editing.recipe import EditRecipe, resolve
+from loca_vision.recipes.settings.command_line import parse
 from loca_vision.storage.safetensors_file import open_safetensors
 from support import pipelines as tiny
 from support.edit_training import ADAPTER, LOCA, TRAIN, picture, pipeline, tensors, trained, weights
@@ -105,8 +106,7 @@ class Overflowing(torch.amp.GradScaler):
 
 def test_steps_that_overflow_are_skipped(flags, tmp_path, monkeypatch):
     """As in fp16 on a GPU: phase and rate stand still, and a run that goes on has the scaler's state, too."""
-    globals_ = training.train.__globals__
-    made, scalers = globals_["accelerator_for"], []
+    made, scalers = training.accelerator_for, []
 
     def scaling(**settings):
         accelerator = made(**settings)
@@ -115,7 +115,7 @@ def test_steps_that_overflow_are_skipped(flags, tmp_path, monkeypatch):
         scalers[-1].losses = 3 * (len(scalers) - 1)  # the second run goes on after the third step
         return accelerator
 
-    monkeypatch.setitem(globals_, "accelerator_for", scaling)
+    monkeypatch.setattr(training, "accelerator_for", scaling)
     few = ("--checkpointing_steps", "3", "--lr_scheduler", "linear", "--use_ema", "--max_grad_norm", "1e9")
     metrics = trained(tmp_path / "out", *flags, *LOCA, *few)
     assert "".join(phase[0] for phase in metrics["curves"]["phase"]) == "ccclcc"
@@ -150,8 +150,7 @@ def test_a_base_of_four_channels(flags, plain_base, tmp_path, pictures, capsys):
     assert (trained_in[:, :4] - unet.conv_in.weight).abs().max() < 0.1
     pipe = pipeline(plain_base)
     pipe.load_loca_weights(out)
-    command = training
-    recipe = command.resolve(command.parse(EditRecipe, list(map(str, asked)), prog="", presets={}).settings, ())
-    cases = sys.modules["loca_vision.recipes.editing.validation"].cases_of(recipe)
-    drawn = command.Validation(pipe, cases, command.sampling_of(recipe), recipe.validation_scales, "loca").sheet()
+    recipe = resolve(parse(EditRecipe, list(map(str, asked)), prog="", presets={}).settings, ())
+    cases = validation.cases_of(recipe)
+    drawn = task.Validation(pipe, cases, task.sampling_of(recipe), recipe.validation_scales, "loca").sheet()
     assert np.array_equal(np.asarray(drawn), picture(out / "validation-6.png"))

@@ -1,0 +1,152 @@
+"""Settings of a trainer of diffusion models, checked before anything is read, and made whole."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import fields, replace
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+import torch
+
+from loca_vision.checks import check_count, check_share, is_finite
+from loca_vision.methods.adapter_config import AdapterConfig
+from loca_vision.recipes.diffusion.denoising import min_snr_weights
+from loca_vision.recipes.diffusion.settings import METHODS, PHASES, Recipe
+from loca_vision.recipes.settings.command_line import as_json_dict
+from loca_vision.recipes.settings.method_settings import as_assignments, assigned
+
+R = TypeVar("R", bound=Recipe)
+
+# What may differ between a run and its continuation.
+MAY_DIFFER_ON_RESUME = {
+    "output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "report_to", "logging_dir",
+    "push_to_hub", "hub_model_id", "hub_private", "hub_token", "config", "preset", "imports", "dataloader_num_workers",
+    "cache_dir", "check_images", "cache_latents", "latents_dir", "adapter_dtype", "gradient_checkpointing",
+    "train_batch_size", "gradient_accumulation_steps",  # their product with the processes, `batch_of`, is compared
+}  # fmt: skip
+_LENGTH = {"max_train_steps", "num_train_epochs"}  # may differ too, where the rates do not depend on it
+_NONE = torch.zeros(0)  # to ask functions of samples whether they take a setting
+
+# Whole numbers, and the least that each may be.
+_COUNTS = {
+    "resolution": 1, "train_batch_size": 1, "num_train_epochs": 1, "gradient_accumulation_steps": 1,
+    "num_validation_images": 1, "validation_epochs": 1, "validation_inference_steps": 1, "checkpointing_steps": 1,
+    "lr_warmup_steps": 0, "dataloader_num_workers": 0,
+}  # fmt: skip
+_MAYBE = {
+    "max_train_samples": 1, "max_train_steps": 1, "validation_steps": 1, "checkpoints_total_limit": 1, "seed": 0,
+    "seed_locations": 0,
+}  # fmt: skip
+
+
+def check_given(recipe: Recipe, given: Collection[str], presets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse settings that contradict each other.
+
+    Args:
+        given: the fields that the user has set; of another method's, they are refused.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    METHODS.check(recipe.method, given)
+    if recipe.preset is not None and presets[recipe.preset]["method"] != recipe.method:
+        method = presets[recipe.preset]["method"]
+        raise ValueError(f"preset={recipe.preset!r} is for the method {method}, and --method says {recipe.method}")
+    if recipe.together and recipe.learning_steps == 0:
+        raise ValueError("--together moves locations, and learning_steps=0 keeps them from moving: choose one")
+    if "ema_decay" in given and not recipe.use_ema:
+        raise ValueError(f"ema_decay={recipe.ema_decay}: say --use_ema too")
+    for name in ("hub_model_id", "hub_private", "hub_token"):
+        if getattr(recipe, name) and not recipe.push_to_hub:
+            raise ValueError(f"--{name}: say --push_to_hub too")
+    if recipe.hub_token is not None and recipe.report_to not in ("tensorboard", "none"):
+        raise ValueError(
+            f"--hub_token: with report_to={recipe.report_to!r} the command line goes to others, and the token with it; "
+            "log in with `hf auth login` instead"
+        )
+
+
+def settled(recipe: R, given: Collection[str]) -> R:
+    """The recipe with the method's own settings instead of None, and with whole paths."""
+    usual = METHODS.defaults(recipe.method, METHODS.chosen(recipe.method, recipe))
+    recipe = replace(recipe, **{name: value for name, value in usual.items() if getattr(recipe, name) is None})
+    own = as_assignments(assigned(recipe.set))
+    recipe = replace(recipe, set=own, imports=tuple(dict.fromkeys(recipe.imports)))
+    if "validation_epochs" in given and "validation_steps" not in given:  # which a preset may have set
+        recipe = replace(recipe, validation_steps=None)
+    paths = {name: value for name, value in vars(recipe).items() if hasattr(value, "expanduser")}
+    return replace(recipe, **{name: path.expanduser() for name, path in paths.items()})
+
+
+def check_values(recipe: Recipe) -> None:
+    """Refuse numbers out of range, packages that are missing, and settings that the method does not take.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    for name, least in (_COUNTS | _MAYBE).items():
+        if name in _COUNTS or getattr(recipe, name) is not None:
+            check_count(name, getattr(recipe, name), least)
+    if recipe.seed is not None and recipe.seed >= 2**32:
+        raise ValueError(f"seed={recipe.seed}: it is below 2^32, as numpy's are")
+    check_rates(recipe, ("learning_rate", "location_lr", "adam_weight_decay"), or_zero=True)
+    check_rates(recipe, ("adam_epsilon", "max_grad_norm"), or_zero=False)
+    for name in ("adam_beta1", "adam_beta2"):
+        check_share(name, getattr(recipe, name), open_end=True)
+    check_share("ema_decay", recipe.ema_decay)
+    for scale in recipe.validation_scales:
+        if not is_finite(scale):
+            raise ValueError(f"validation_scales={scale!r}: each is a finite number")
+    if recipe.snr_gamma is not None:
+        min_snr_weights(_NONE, recipe.snr_gamma, "epsilon")
+    _check_installed(recipe)
+    adapter_of(recipe)
+
+
+def check_rates(recipe: Recipe, names: Collection[str], *, or_zero: bool) -> None:
+    """
+    Raises:
+        ValueError: one of these settings is not a finite number above 0, or from 0 up.
+    """
+    for name in names:
+        value = getattr(recipe, name)
+        if not is_finite(value) or value < 0 or (value == 0 and not or_zero):
+            raise ValueError(f"{name} must be a finite number {'from 0 up' if or_zero else 'above 0'}, got {value!r}")
+
+
+def _check_installed(recipe: Recipe) -> None:
+    """Before models are loaded, which takes a while."""
+    for name, library in (("use_8bit_adam", "bitsandbytes"), ("enable_xformers_memory_efficient_attention", "xformers")):
+        if getattr(recipe, name) and find_spec(library) is None:
+            raise ValueError(f"--{name}: it needs {library}; python -m pip install {library}")
+
+
+def adapter_of(recipe: Recipe) -> AdapterConfig:
+    """What to inject."""
+    seed = recipe.seed if recipe.seed_locations is None else recipe.seed_locations
+    config = METHODS.config(recipe, seed or 0)
+    assert config is not None
+    return config
+
+
+def phases_of(recipe: Recipe) -> dict[str, Any]:
+    """Settings of the alternating schedule."""
+    return {name: getattr(recipe, name) for name in PHASES}
+
+
+def batch_of(recipe: Recipe, processes: int) -> int:
+    """Samples of each optimiser step, of all processes together."""
+    return recipe.train_batch_size * recipe.gradient_accumulation_steps * processes
+
+
+def differences(recipe: Recipe, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The settings that differ from those of the run to be continued, as sentences."""
+    passed = MAY_DIFFER_ON_RESUME | {
+        field.name for field in fields(recipe) if field.name.startswith(("validation_", "num_validation_"))
+    }
+    if recipe.lr_scheduler.startswith("constant"):
+        passed |= _LENGTH
+    before = as_json_dict(type(recipe)("")) | saved  # an earlier version had fewer settings
+    names = [field.name for field in fields(recipe) if field.name not in passed]
+    return [f"{name}={now[name]!r}, {before.get(name)!r} before" for name in names if before.get(name) != now[name]]

@@ -1,0 +1,126 @@
+"""Autoencoder and text encoders: what a denoiser is given of images and texts, and what they are to be known by.
+
+Images and texts are encoded one by one, so that what comes out depends on each alone and not on what shares its batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loca_vision.recipes.diffusion.families.family import Family, Texts
+
+
+class Encoders:
+    """The frozen parts of a pipeline that turn images and texts into what the denoiser takes.
+
+    Models are put into evaluation mode, and compute in their own dtypes whatever autocast is on: nothing but their input
+    decides what comes out.
+
+    Attributes:
+        vae: the autoencoder.
+        family: knows the text encoders, and how they are called.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self.family, self.vae = family, family.pipe.vae
+        for model in self.models():
+            model.eval()
+
+    def models(self) -> list[nn.Module]:
+        """Autoencoder and text encoders; what a pipeline was loaded without is left out."""
+        names = ("vae", *self.family.text_encoders)
+        found = (getattr(self.family.pipe, name, None) for name in names)
+        return [model for model in found if model is not None]
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) in [-1, 1] to (n, 2, c, h, w): mean and standard deviation of the latents, without scaling.
+
+        Raises:
+            ValueError: they are not finite, as from an autoencoder that overflows float16.
+        """
+        images = images.to(self.vae.device, self.vae.dtype)
+        with torch.autocast(images.device.type, enabled=False):
+            distributions = [self.vae.encode(image[None]).latent_dist for image in images]
+        latents = torch.stack([torch.cat([one.mean, one.std]) for one in distributions])
+        if not latents.isfinite().all():
+            raise ValueError(
+                f"the latents of an image are not finite in {latents.dtype}: bring the autoencoder to torch.float32, "
+                "or train in bf16"
+            )
+        return latents
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str]) -> Texts:
+        """What the denoiser is given of texts, by name: each (n, ...)."""
+        with torch.autocast(self.vae.device.type, enabled=False):
+            found = [self.family.texts([prompt]) for prompt in prompts]
+        return {name: torch.cat([one[name] for one in found]) for name in found[0]}
+
+    def cut(self, prompts: Sequence[str]) -> dict[int, tuple[int, int]]:
+        """The texts of which the end is not read: how many tokens each has, and how many are read, by its position."""
+        different = list(dict.fromkeys(prompts))
+        cut: dict[str, tuple[int, int]] = {}
+        for tokenizer, most in self.family.lengths().items():
+            counts = self.family.token_counts(tokenizer, different)
+            cut |= {text: (count, most) for text, count in zip(different, counts, strict=True) if count > most}
+        return {position: cut[text] for position, text in enumerate(prompts) if text in cut}
+
+    def identity_of_texts(self) -> str:
+        """What texts are encoded by."""
+        pipe = self.family.pipe
+        parts = [
+            identity_of(model) + words_of(getattr(pipe, tokenizer))
+            for name, tokenizer in self.family.text_encoders.items()
+            if (model := getattr(pipe, name, None)) is not None
+        ]
+        return " ".join([*parts, *([str(self.family.length)] if self.family.length else [])])
+
+    def leave(self, device: torch.device | str = "cpu") -> None:
+        """Move to another device, as once everything is encoded: the memory is for training then."""
+        for model in self.models():
+            nn.Module.to(model, device)
+
+    @contextmanager
+    def back(self, device: torch.device | str) -> Iterator[None]:
+        """Inside, on that device, as for pictures; behind, where they were."""
+        before = self.vae.device
+        self.leave(device)
+        try:
+            yield
+        finally:
+            self.leave(before)
+
+
+def identity_of(model: nn.Module) -> str:
+    """Class, settings, dtype, weights and, where it works in tiles, their sizes; the name a model goes by is no part of it."""
+    weights = sha256()
+    for name, value in sorted(model.state_dict().items()):
+        weights.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        data: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        weights.update(data)
+    config: Any = model.config
+    facts = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    kept = {name: value for name, value in facts.items() if not name.startswith("_") and "version" not in name}
+    if getattr(model, "use_tiling", False):  # which changes what comes out of large images
+        kept |= {name: value for name, value in vars(model).items() if name.startswith("tile_")}
+    settings = sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    return f"{type(model).__name__} {settings[:16]} {weights.hexdigest()}"
+
+
+def words_of(tokenizer: Any) -> str:
+    """What texts become numbers by; of a processor, its tokenizer."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    inner = getattr(tokenizer, "backend_tokenizer", None)  # how words are split; the rest of it changes with every call
+    splitting = json.loads(inner.to_str())["model"] if inner is not None else None
+    about = [type(tokenizer).__name__, tokenizer.model_max_length, tokenizer.pad_token_id, vocabulary, splitting]
+    about += [template] if (template := getattr(tokenizer, "chat_template", None)) else []
+    return " " + sha256(json.dumps(about).encode()).hexdigest()

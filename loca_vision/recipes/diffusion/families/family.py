@@ -1,0 +1,115 @@
+"""What training needs to know about an architecture: what its denoiser is given of images and texts, and how it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from loca_vision.recipes.diffusion.denoising import Denoising
+from loca_vision.recipes.diffusion.errors import sampled
+from loca_vision.recipes.diffusion.flow import Flow
+
+Texts = dict[str, Tensor]
+"""What text encoders make of texts, by name; each (n, ...)."""
+Process = Denoising | Flow
+Call = Callable[..., Any]
+"""A denoiser, or what shares its gradients between processes."""
+
+
+class Family:
+    """One architecture, around a pipeline of it.
+
+    Args:
+        pipe: a text-to-image pipeline, or one of InstructPix2Pix.
+        process: how noise is added, and what is to be predicted.
+        max_sequence_length: of the texts in tokens, for families in which it can be chosen; None for the usual one.
+
+    Attributes:
+        denoiser: the name of the component that predicts.
+        text_names: of the tensors that stand for a text.
+        text_encoders: the names of the encoders of texts, each with its tokenizer's.
+        trainable: those of them that adapters may go in.
+        flow: whether it is trained by flow matching.
+        keeps_vae_exact: whether the autoencoder is kept in float32, as in half precision it overflows.
+        sized: whether the denoiser is told the size of an image and where it was cropped.
+        usual_length: tokens of a text that are read, where that can be chosen; None where the tokenizer decides.
+        scale_argument: of a call, what tells adapters their scale.
+    """
+
+    denoiser: ClassVar[str] = "unet"
+    text_names: ClassVar[tuple[str, ...]] = ("text", "pooled")
+    text_encoders: ClassVar[dict[str, str]] = {"text_encoder": "tokenizer"}
+    trainable: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    flow: ClassVar[bool] = False
+    keeps_vae_exact: ClassVar[bool] = False
+    sized: ClassVar[bool] = False
+    usual_length: ClassVar[int | None] = None
+    scale_argument: ClassVar[str] = "cross_attention_kwargs"
+
+    def __init__(self, pipe: Any, process: Process, *, max_sequence_length: int | None = None) -> None:
+        self.pipe, self.process = pipe, process
+        self.length = max_sequence_length or self.usual_length
+
+    @property
+    def model(self) -> nn.Module:
+        """The denoiser."""
+        model: nn.Module = getattr(self.pipe, self.denoiser)
+        return model
+
+    @property
+    def divisor(self) -> int:
+        """The sides of an image are multiples of it."""
+        return int(self.pipe.vae_scale_factor)
+
+    def texts(self, prompts: Sequence[str]) -> Texts:
+        """What the denoiser is given of texts, padded or cut to the length that is read."""
+        raise NotImplementedError
+
+    def lengths(self) -> dict[str, int]:
+        """The tokens of a text that are read, by the name of the tokenizer: of those that are to read all of it."""
+        return {name: self.length or int(getattr(self.pipe, name).model_max_length) for name in self.text_encoders.values()}
+
+    def token_counts(self, tokenizer: str, prompts: Sequence[str]) -> list[int]:
+        """How many tokens each text has, with whatever marks the tokenizer adds, nothing cut."""
+        read = getattr(self.pipe, tokenizer)
+        return [len(tokens) for tokens in read(list(prompts), truncation=False, verbose=False).input_ids] if prompts else []
+
+    def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """(c, h, w) of what is denoised, from that of the autoencoder's latents."""
+        return tuple(shape)
+
+    def latents(self, moments: Tensor, posterior: Tensor) -> Tensor:
+        """What is denoised: a sample of the latents (b, 2, c, h, w), as the denoiser knows them."""
+        config = self.pipe.vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        factor: float = config.scaling_factor
+        return (sampled(moments, posterior) - shift) * factor
+
+    def predict(
+        self, model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, texts: Texts, sizes: Tensor | None
+    ) -> Tensor:
+        """The denoiser's prediction, in the shape of the noisy latents (b, c, h, w).
+
+        Args:
+            model: the denoiser, or what shares its gradients between processes.
+            timesteps: (b,).
+            texts: of `texts`.
+            sizes: (b, 6): of an image height and width as it was, top and left of the crop, height and width as it is; of
+                families with `sized`.
+        """
+        raise NotImplementedError
+
+    def _device(self) -> torch.device:
+        """Of the text encoders."""
+        name = next(iter(self.text_encoders))
+        device: torch.device = next(getattr(self.pipe, name).parameters()).device
+        return device
+
+
+def output_of(answer: Any) -> Tensor:
+    """The tensor that a model of diffusers answers with."""
+    tensor: Tensor = answer[0] if isinstance(answer, tuple) else answer.sample
+    return tensor

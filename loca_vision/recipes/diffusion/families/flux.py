@@ -1,0 +1,127 @@
+"""Flux.1 and Flux.2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from loca_vision.recipes.diffusion.families.family import Family, Process, Texts, output_of
+
+_FRAME = {"tokenize": True, "return_dict": False, "add_generation_prompt": True, "enable_thinking": False}
+
+
+class _Packed(Family):
+    """A transformer whose latents are a sequence of patches of two by two."""
+
+    denoiser: ClassVar[str] = "transformer"
+    flow: ClassVar[bool] = True
+    usual_length: ClassVar[int | None] = 512
+
+    def __init__(
+        self, pipe: Any, process: Process, *, max_sequence_length: int | None = None, guidance_scale: float = 3.5
+    ) -> None:
+        super().__init__(pipe, process, max_sequence_length=max_sequence_length)
+        self.guidance_scale = guidance_scale
+
+    @property
+    def divisor(self) -> int:
+        return 2 * super().divisor
+
+    def _guidance(self, noisy: Tensor) -> Tensor | None:
+        """What a model is told that has learned guided predictions: (b,)."""
+        if not self.model.config.guidance_embeds:  # type: ignore[union-attr]
+            return None
+        return noisy.new_full((len(noisy),), self.guidance_scale)
+
+
+class Flux(_Packed):
+    """Flux.1: a T5 for the text, and the pooled state of a CLIP."""
+
+    text_encoders: ClassVar[dict[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    scale_argument: ClassVar[str] = "joint_attention_kwargs"
+
+    def lengths(self) -> dict[str, int]:
+        """Of T5: of CLIP only a summary is used."""
+        assert self.length is not None
+        return {"tokenizer_2": self.length}
+
+    def texts(self, prompts: Sequence[str]) -> Texts:
+        text, pooled, _ = self.pipe.encode_prompt(
+            list(prompts), None, device=self._device(), num_images_per_prompt=1, max_sequence_length=self.length
+        )
+        return {"text": text, "pooled": pooled}
+
+    def predict(
+        self, model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, texts: Texts, sizes: Tensor | None
+    ) -> Tensor:
+        count, channels, height, width = noisy.shape
+        factor = self.pipe.vae_scale_factor
+        ids = self.pipe._prepare_latent_image_ids(count, height // 2, width // 2, noisy.device, noisy.dtype)
+        answer = model(
+            hidden_states=self.pipe._pack_latents(noisy, count, channels, height, width),
+            timestep=timesteps / 1000,
+            guidance=self._guidance(noisy),
+            pooled_projections=texts["pooled"],
+            encoder_hidden_states=texts["text"],
+            txt_ids=noisy.new_zeros(texts["text"].shape[1], 3),
+            img_ids=ids,
+        )
+        unpacked: Tensor = self.pipe._unpack_latents(output_of(answer), height * factor, width * factor, factor)
+        return unpacked
+
+
+class Flux2(_Packed):
+    """Flux.2 and its klein: inner states of a language model, and latents brought to mean 0 and deviation 1 by patch."""
+
+    text_names: ClassVar[tuple[str, ...]] = ("text",)
+    trainable: ClassVar[tuple[str, ...]] = ()
+    scale_argument: ClassVar[str] = "attention_kwargs"
+
+    def texts(self, prompts: Sequence[str]) -> Texts:
+        text, _ = self.pipe.encode_prompt(
+            list(prompts), device=self._device(), num_images_per_prompt=1, max_sequence_length=self.length
+        )
+        return {"text": text}
+
+    def token_counts(self, tokenizer: str, prompts: Sequence[str]) -> list[int]:
+        """In the frame of a conversation, in which the language model is given a text."""
+        read = getattr(self.pipe, tokenizer)
+        return [len(read.apply_chat_template(self._conversation(text), **_FRAME)) for text in prompts]
+
+    def _conversation(self, text: str) -> list[dict[str, Any]]:
+        said = [{"role": "user", "content": text}]
+        system = getattr(self.pipe, "system_message", None)  # of Flux.2; its klein has none
+        if system is None:
+            return said
+        parts = (
+            {"role": role, "content": [{"type": "text", "text": words}]} for role, words in (("system", system), ("user", text))
+        )
+        return list(parts)
+
+    def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        channels, height, width = shape
+        return (4 * channels, height // 2, width // 2)
+
+    def latents(self, moments: Tensor, posterior: Tensor) -> Tensor:
+        """Of the mode alone, as diffusers' scripts: nothing is sampled."""
+        vae = self.pipe.vae
+        patches: Tensor = self.pipe._patchify_latents(moments[:, 0])
+        mean, variance = (value.view(1, -1, 1, 1).to(patches) for value in (vae.bn.running_mean, vae.bn.running_var))
+        normal: Tensor = (patches - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
+        return normal
+
+    def predict(
+        self, model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, texts: Texts, sizes: Tensor | None
+    ) -> Tensor:
+        answer = model(
+            hidden_states=self.pipe._pack_latents(noisy),
+            timestep=timesteps / 1000,
+            guidance=self._guidance(noisy),
+            encoder_hidden_states=texts["text"],
+            txt_ids=self.pipe._prepare_text_ids(texts["text"]).to(noisy.device),
+            img_ids=self.pipe._prepare_latent_ids(noisy).to(noisy.device),
+        )
+        return output_of(answer).transpose(1, 2).reshape(noisy.shape)
