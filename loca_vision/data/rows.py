@@ -136,6 +136,8 @@ def _open(path: str) -> BinaryIO:
     """The file at a path, or in an archive on this machine, as `datasets` writes it: zip://NAME::ARCHIVE."""
     inside, *archives = path.split("::")
     if "://" not in path:
+        if not Path(path).is_file():  # nor wait for a writer at the other end of a pipe
+            raise FileNotFoundError(path)
         return Path(path).open("rb")
     if not inside.startswith("zip://") or len(archives) != 1 or "://" in archives[0]:
         raise ValueError(f"expected the image itself or its file on this machine, got the address {path!r}")
