@@ -11,11 +11,10 @@ from PIL import Image
 
 # PIL opens these formats, but only as stubs, or by starting another program.
 _NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
-IMAGE_ENDINGS = frozenset(
-    ending
-    for ending, format_name in Image.registered_extensions().items()
-    if format_name in Image.OPEN and format_name not in _NOT_IMAGES
-)
+_ENDINGS = Image.registered_extensions()  # which makes PIL load all its formats
+FORMATS = tuple(name for name in Image.OPEN if name not in _NOT_IMAGES)
+"""The formats that PIL reads by itself, by its names for them."""
+IMAGE_ENDINGS = frozenset(ending for ending, format_name in _ENDINGS.items() if format_name in FORMATS)
 """The endings of the formats that PIL reads, in small letters and with the dot."""
 _OF_SYSTEMS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
 _OF_RUNS = ("metrics.json", "evaluation.json", "config.yaml")

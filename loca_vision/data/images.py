@@ -12,8 +12,10 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
+
+from loca_vision.data.image_headers import named, open_header
 
 Augment = Literal["none", "flip", "crop"]
 TENTH = Fraction(1, 10)
@@ -160,17 +162,8 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read as an image.
     """
-    try:
-        with Image.open(path if content is None else content) as image:
-            return as_rgb(upright(image))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: there is no such image") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{path}: it cannot be read as an image") from None
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: it cannot be read as an image ({error})") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    with named(path), open_header(path if content is None else content) as image:
+        return as_rgb(upright(image))
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -48,7 +48,7 @@ def _kind_of(folder: Path) -> str:
         if (folder / name).is_file() or any(folder.glob(f"*/{name}")):
             raise ValueError(
                 f"{folder}: expected images with metadata.jsonl or parquet files, got the output of datasets' "
-                "save_to_disk; write parquet files instead: load_from_disk(...).to_parquet('pairs/train.parquet')"
+                "save_to_disk; write parquet files instead: load_from_disk(...).to_parquet('parquet/train.parquet')"
             )
     if any(file.name != "metadata.parquet" for file in folder.rglob("*.parquet")):
         return "parquet"

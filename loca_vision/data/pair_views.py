@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, TypedDict
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from loca_vision.checks import check_count
+from loca_vision.data.buckets import BucketView, Drawn
 from loca_vision.data.pairs import Pair
-from loca_vision.data.sampling import stream_seed
 
-_VIEW = 11  # a key of the stream of random numbers
-
-
-class Drawn(NamedTuple):
-    """Where the crop lies, as shares of the way from left to right and top to bottom, and whether it is mirrored."""
-
-    across: float = 0.5
-    down: float = 0.5
-    flipped: bool = False
+__all__ = ["Drawn", "PairItem", "PairTensors", "View", "scaled"]
 
 
 @dataclass(frozen=True)
@@ -47,37 +35,26 @@ class View:
     flip: bool = False
 
     def __post_init__(self) -> None:
-        check_count("size", self.size)
-        if self.crop not in ("center", "random"):
-            raise ValueError(f"crop={self.crop!r}: the choices are 'center' and 'random'")
+        _ = self.of_one  # checks the fields
+
+    @property
+    def of_one(self) -> BucketView:
+        """How one image is looked at."""
+        return BucketView((self.size, self.size), self.crop, self.flip)
 
     @property
     def all(self) -> tuple[Drawn, ...]:
         """Every view that there is of a pair; none where they cannot be counted."""
-        if self.crop == "random":
-            return ()
-        return (Drawn(), Drawn(flipped=True)) if self.flip else (Drawn(),)
+        return self.of_one.all
 
     def drawn(self, seed: int, epoch: int, index: int) -> Drawn:
         """The view of a pair in an epoch: a function of the arguments alone."""
-        draws = random.Random(stream_seed(seed, epoch, index, _VIEW))
-        flipped, across, down = draws.random() < 0.5, draws.random(), draws.random()
-        at = (across, down) if self.crop == "random" else (0.5, 0.5)
-        return Drawn(*at, flipped=self.flip and flipped)
+        return self.of_one.drawn(seed, epoch, index)
 
     def pixels(self, pair: Pair, drawn: Drawn) -> Tensor:
         """(2, 3, size, size) uint8: the original and the edited image, looked at alike."""
-        width, height = pair.original.size
-        factor = self.size / min(width, height)
-        whole = (max(self.size, round(width * factor)), max(self.size, round(height * factor)))
-        return torch.stack([self._part(image, whole, drawn) for image in (pair.original, pair.edited)])
-
-    def _part(self, image: Image.Image, whole: tuple[int, int], drawn: Drawn) -> Tensor:
-        image = image if image.size == whole else image.resize(whole, Image.Resampling.BICUBIC)
-        left, top = (round(share * (side - self.size)) for share, side in zip(drawn[:2], whole, strict=True))
-        part = image.crop((left, top, left + self.size, top + self.size))
-        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if drawn.flipped else part
-        return torch.from_numpy(np.array(part.convert("RGB"))).permute(2, 0, 1).contiguous()
+        view, whole = self.of_one, self.of_one.whole(pair.original.size)
+        return torch.stack([view.part(image, whole, drawn) for image in (pair.original, pair.edited)])
 
 
 def scaled(pixels: Tensor) -> Tensor:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+_BUCKET, _BATCHES = 12, 13  # keys of streams of random numbers
 
 
 def stream_seed(*keys: int) -> int:
@@ -30,55 +34,93 @@ def batches(size: int, *, batch_size: int, seed: int, epoch: int, drop_last: boo
         ValueError: an empty set, no whole batch, or a start that is not in the epoch.
     """
     count = _count(size, batch_size, drop_last)
-    if not 0 <= start <= count:
-        raise ValueError(f"start={start}: the epoch has {count} batches")
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(stream_seed(seed, epoch))).tolist()
+    _check_start(start, count)
+    order = _permutation(size, seed, epoch)
     return [order[number * batch_size : (number + 1) * batch_size] for number in range(start, count)]
 
 
 def _count(size: int, batch_size: int, drop_last: bool) -> int:
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: it is a whole number from 1 up")
+    _check_batch_size(batch_size)
     count = size // batch_size if drop_last else -(-size // batch_size)
     if count < 1:
         raise ValueError(f"batch_size={batch_size}: there are {size} images, too few for one batch")
     return count
 
 
-class EpochSampler(Sampler[list[int]]):
+def bucket_batches(buckets: Sequence[int], *, batch_size: int, seed: int, epoch: int, start: int = 0) -> list[list[int]]:
+    """The batches of one epoch, from number `start` on, all whole and each of images of one bucket, in a random order.
+
+    Each bucket is permuted and cut into batches; the last one is filled up with the first images of the permutation, which
+    comes again and again where the bucket has fewer images than a batch. So every image comes at least once.
+
+    Args:
+        buckets: of each image.
+        start: batches of this epoch that were taken before, as when training resumes.
+
+    Raises:
+        ValueError: a batch size below 1, no image, or a start that is not in the epoch.
+    """
+    _check_batch_size(batch_size)
+    members: dict[int, list[int]] = {}
+    for index, bucket in enumerate(buckets):
+        members.setdefault(int(bucket), []).append(index)
+    if not members:
+        raise ValueError("buckets: there are no images")
+    cut = []
+    for bucket, images in sorted(members.items()):
+        order = _permutation(len(images), seed, epoch, bucket, _BUCKET)
+        count = -(-len(images) // batch_size)
+        places = (order[place % len(images)] for place in range(count * batch_size))
+        cut += [[images[place] for place in islice(places, batch_size)] for _ in range(count)]
+    _check_start(start, len(cut))
+    return [cut[number] for number in _permutation(len(cut), seed, epoch, _BATCHES)[start:]]
+
+
+def _permutation(size: int, *keys: int) -> list[int]:
+    """Of 0 to size - 1: a function of the keys."""
+    order: list[int] = torch.randperm(size, generator=torch.Generator().manual_seed(stream_seed(*keys))).tolist()
+    return order
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: it is a whole number from 1 up")
+
+
+def _check_start(start: int, count: int) -> None:
+    if not 0 <= start <= count:
+        raise ValueError(f"start={start}: the epoch has {count} batches")
+
+
+class SharedBatches(Sampler[list[int]], ABC):
     """A `batch_sampler`: of every global batch the share of one process, in order and without a gap.
 
     Together the processes see exactly the batches of a single one. Call `set_epoch` before each pass. Nothing is drawn
     from torch's global generator; `loader` below keeps the DataLoader from doing so, too.
 
     Args:
-        size: images in the set.
         batch_size: of all processes together.
         rank, world_size: this process and their number.
-        drop_last: leave out the last batch where it is not whole; otherwise its shares may differ by one image, and
-            processes for which none is left have a batch fewer.
 
     Raises:
-        ValueError: the batch cannot be shared equally, or is larger than the set.
+        ValueError: the batch cannot be shared equally.
     """
 
-    def __init__(
-        self, size: int, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, drop_last: bool = True
-    ) -> None:
+    def __init__(self, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank}: it is a whole number from 0 to {world_size - 1}, of {world_size} processes")
         if batch_size % world_size:
             raise ValueError(f"batch_size={batch_size}: {world_size} processes cannot share it equally")
-        _count(size, batch_size, drop_last)
-        self.size, self.batch_size, self.seed, self.drop_last = size, batch_size, seed, drop_last
-        self.rank, self.world_size = rank, world_size
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.set_epoch(0)
+
+    @abstractmethod
+    def global_batches(self, epoch: int, start: int) -> list[list[int]]:
+        """The batches of an epoch, from number `start` on, that the processes share."""
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch, from 0, and the number of its batches to leave out because they were taken before."""
-        settings: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed, "drop_last": self.drop_last}
-        shares = map(self._share, batches(self.size, epoch=epoch, start=start, **settings))
-        self.shares = [share for share in shares if share]
+        self.shares = [share for batch in self.global_batches(epoch, start) if (share := self._share(batch))]
 
     def _share(self, batch: list[int]) -> list[int]:
         return batch[len(batch) * self.rank // self.world_size : len(batch) * (self.rank + 1) // self.world_size]
@@ -91,7 +133,48 @@ class EpochSampler(Sampler[list[int]]):
         return len(self.shares)
 
 
-def loader(images: Dataset[Any], sampler: EpochSampler, *, workers: int = 0) -> DataLoader[Any]:
+class EpochSampler(SharedBatches):
+    """The batches of `batches`, as `SharedBatches` shares them.
+
+    Args:
+        size: images in the set.
+        drop_last: leave out the last batch where it is not whole; otherwise its shares may differ by one image, and
+            processes for which none is left have a batch fewer.
+
+    Raises:
+        ValueError: as `SharedBatches`, or the batch is larger than the set.
+    """
+
+    def __init__(
+        self, size: int, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, drop_last: bool = True
+    ) -> None:
+        self.size, self.drop_last = size, drop_last
+        super().__init__(batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+
+    def global_batches(self, epoch: int, start: int) -> list[list[int]]:
+        settings: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed, "drop_last": self.drop_last}
+        return batches(self.size, epoch=epoch, start=start, **settings)
+
+
+class BucketSampler(SharedBatches):
+    """The batches of `bucket_batches`, as `SharedBatches` shares them: in each step all processes have images of one bucket.
+
+    Args:
+        buckets: of each image.
+
+    Raises:
+        ValueError: as `SharedBatches` and `bucket_batches`.
+    """
+
+    def __init__(self, buckets: Sequence[int], *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.buckets = list(buckets)
+        super().__init__(batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+
+    def global_batches(self, epoch: int, start: int) -> list[list[int]]:
+        return bucket_batches(self.buckets, batch_size=self.batch_size, seed=self.seed, epoch=epoch, start=start)
+
+
+def loader(images: Dataset[Any], sampler: SharedBatches, *, workers: int = 0) -> DataLoader[Any]:
     """A DataLoader over the sampler's batches that leaves the global generator as it is.
 
     A DataLoader draws the seed of its workers anew for each pass, from the global generator unless it has its own.

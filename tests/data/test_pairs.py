@@ -281,5 +281,5 @@ def test_any_other_kind_is_as_diffusers_loads_it(mode, tmp_path):
 
 def test_grey_of_thirty_two_bits_is_refused(tmp_path):
     pairs = in_a_folder(tmp_path, Image.fromarray(np.linspace(0, 1, 96, dtype=np.float32).reshape(8, 12)), "0.tiff")
-    with pytest.raises(ValueError, match=r"\(train\), row 0, input_image: expected 8 or 16 bits a channel"):
+    with pytest.raises(ValueError, match=r"\(train\), row 0, input_image \(0.tiff\): expected 8 or 16 bits a channel"):
         pairs[0]
