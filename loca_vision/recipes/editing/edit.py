@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from inspect import signature
 from io import BytesIO
@@ -18,14 +16,11 @@ from loca_vision.checks import check_count, check_seed, is_finite
 from loca_vision.data.images import open_image
 from loca_vision.data.pair_views import Drawn, View
 from loca_vision.data.pairs import Pair
-from loca_vision.model.activation import activate
-from loca_vision.model.state import refuse_fused
-from loca_vision.pipeline.components import adapted_in, models_in
+from loca_vision.recipes.diffusion.drawing import at_scale, untouched, without_adapters
 from loca_vision.version import __version__
 
 MOST_BYTES = 64 * 2**20  # of a photograph that is fetched
 _PATIENCE = (10, 30)  # seconds for a connection, and for a silence within it
-_LEFT_BY_A_CALL = ("_guidance_scale", "_image_guidance_scale", "_num_timesteps", "_progress_bar_config")
 
 
 @dataclass(frozen=True)
@@ -96,14 +91,11 @@ def edit(pipe: Any, photo: Image.Image, prompt: str, sampling: Sampling, *, seed
         ValueError: a seed, a scale or a photograph that cannot be taken; or a scale of 0 where an adapter is fused.
     """
     _check(pipe, photo, prompt, seed, scale)
-    adapted = bool(adapted_in(pipe))
-    told: dict[str, Any] = {"cross_attention_kwargs": {"scale": scale}} if adapted and scale not in (0, 1) else {}
-    if "height" in signature(type(pipe).__call__).parameters:  # XL's would bring the photograph to its own size
-        told |= {"height": photo.height, "width": photo.width}
+    sized = "height" in signature(type(pipe).__call__).parameters  # XL's would bring the photograph to its own size
+    told = {"height": photo.height, "width": photo.width} if sized else {}
     with ExitStack() as around:
-        around.enter_context(_as_it_was(pipe))
-        if adapted and scale == 0:
-            around.enter_context(_without_adapters(pipe))
+        around.enter_context(untouched(pipe))
+        around.enter_context(without_adapters(pipe) if scale == 0 else at_scale(pipe, scale))
         (edited,) = pipe(
             prompt,
             image=photo.convert("RGB"),
@@ -148,43 +140,6 @@ def _check(pipe: Any, photo: Image.Image, prompt: str, seed: int, scale: float) 
     factor = pipe.vae_scale_factor
     if any(side % factor for side in photo.size):
         raise ValueError(f"a photograph of {photo.width} x {photo.height} pixels: its sides are multiples of {factor}")
-
-
-@contextmanager
-def _as_it_was(pipe: Any) -> Iterator[None]:
-    """Evaluation mode, no progress bar and a scheduler of one's own in here; a call leaves its timesteps in it."""
-    modes = [(module, module.training) for model in models_in(pipe).values() for module in model.modules()]
-    left = {name: vars(pipe)[name] for name in _LEFT_BY_A_CALL if name in vars(pipe)}
-    scheduler = pipe.scheduler
-    try:
-        for module, _ in modes:
-            module.training = False
-        pipe.scheduler = copy.deepcopy(scheduler)
-        pipe.set_progress_bar_config(disable=True)
-        yield
-    finally:
-        pipe.scheduler = scheduler
-        for name in _LEFT_BY_A_CALL:
-            vars(pipe).pop(name, None)
-        vars(pipe).update(left)
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _without_adapters(pipe: Any) -> Iterator[None]:
-    """No adapter acts in here."""
-    records = list(adapted_in(pipe).values())
-    for _, record in records:
-        refuse_fused(record, record.fused.adapters)
-    before = [record.enabled for _, record in records]
-    try:
-        for model, record in records:
-            activate(model, record, record.active, enabled=False)
-        yield
-    finally:
-        for (model, record), enabled in zip(records, before, strict=True):
-            activate(model, record, record.active, enabled=enabled)
 
 
 def _fetched(address: str) -> bytes:

@@ -1,0 +1,144 @@
+"""Pictures of a pipeline in training: the same text and seed, the same picture; and the pipeline is as it was afterwards."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from loca_vision.checks import check_count, check_seed, is_finite
+from loca_vision.model.activation import activate
+from loca_vision.model.state import refuse_fused
+from loca_vision.pipeline.components import adapted_in, models_in
+
+_LEFT_BY_A_CALL = (
+    "_guidance_scale", "_image_guidance_scale", "_num_timesteps", "_progress_bar_config", "_guidance_rescale", "_clip_skip",
+    "_cross_attention_kwargs", "_joint_attention_kwargs", "_attention_kwargs", "_interrupt", "_current_timestep",
+    "_denoising_end", "_skip_layer_guidance_scale",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Picture:
+    """How a picture is drawn.
+
+    Args:
+        height, width: in pixels.
+        steps: of the scheduler, from 1 up.
+        guidance_scale: how much the text counts; None for what the pipeline takes by itself.
+        more: arguments of the call, such as max_sequence_length.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
+
+    height: int
+    width: int
+    steps: int = 25
+    guidance_scale: float | None = None
+    more: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        if self.guidance_scale is not None and (not is_finite(self.guidance_scale) or self.guidance_scale < 0):
+            raise ValueError(f"guidance_scale={self.guidance_scale!r}: it is a finite number from 0 up")
+
+
+def pictures(
+    pipe: Any, prompt: str, seeds: list[int], how: Picture, *, scale: float = 1.0, progress: bool = False
+) -> list[Image.Image]:
+    """A picture for each seed, RGB: one batch.
+
+    The noise is drawn on the CPU by the seed, so that every device has the same picture up to rounding, and no global generator
+    is touched. Afterwards the pipeline is as it was: its models' training modes, its scheduler, its progress bar.
+
+    Args:
+        pipe: a text-to-image pipeline, with or without adapters.
+        seeds: each from 0 to 2**63 - 1.
+        scale: how strongly the pipeline's adapters act, times their weights. At 0 they stand aside: the base, bit for bit.
+
+    Raises:
+        ValueError: a seed or a scale out of range; or another scale than 1 where an adapter is fused.
+    """
+    for seed in seeds:
+        check_seed(seed)
+    if not is_finite(scale):
+        raise ValueError(f"scale={scale!r}: it is a finite number")
+    told = {"guidance_scale": how.guidance_scale} if how.guidance_scale is not None else {}
+    with ExitStack() as around:
+        around.enter_context(untouched(pipe))
+        around.enter_context(without_adapters(pipe) if scale == 0 else at_scale(pipe, scale))
+        drawn = pipe(
+            prompt,
+            height=how.height,
+            width=how.width,
+            num_inference_steps=how.steps,
+            num_images_per_prompt=len(seeds),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            **told,
+            **(how.more or {}),
+        ).images
+    return [one.convert("RGB") for one in drawn]
+
+
+@contextmanager
+def untouched(pipe: Any) -> Iterator[None]:
+    """Evaluation mode, no progress bar and a scheduler of one's own in here; a call leaves its timesteps in it."""
+    modes = [(module, module.training) for model in models_in(pipe).values() for module in model.modules()]
+    left = {name: vars(pipe)[name] for name in _LEFT_BY_A_CALL if name in vars(pipe)}
+    scheduler = pipe.scheduler
+    try:
+        for module, _ in modes:
+            module.training = False
+        pipe.scheduler = copy.deepcopy(scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        yield
+    finally:
+        pipe.scheduler = scheduler
+        for name in _LEFT_BY_A_CALL:
+            vars(pipe).pop(name, None)
+        vars(pipe).update(left)
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def without_adapters(pipe: Any) -> Iterator[None]:
+    """No adapter acts in here."""
+    records = list(adapted_in(pipe).values())
+    for _, record in records:
+        refuse_fused(record, record.fused.adapters)
+    before = [record.enabled for _, record in records]
+    try:
+        for model, record in records:
+            activate(model, record, record.active, enabled=False)
+        yield
+    finally:
+        for (model, record), enabled in zip(records, before, strict=True):
+            activate(model, record, record.active, enabled=enabled)
+
+
+@contextmanager
+def at_scale(pipe: Any, scale: float) -> Iterator[None]:
+    """Every adapter acts this many times as strongly in here, in all components."""
+    records = list(adapted_in(pipe).values()) if scale != 1 else []
+    for _, record in records:
+        refuse_fused(record, record.fused.adapters)
+    before = [record.active for _, record in records]
+    try:
+        for model, record in records:
+            activate(model, record, {name: _times(weight, scale) for name, weight in record.active.items()})
+        yield
+    finally:
+        for (model, record), active in zip(records, before, strict=True):
+            activate(model, record, active)
+
+
+def _times(weight: Any, scale: float) -> Any:
+    """A weight, or one for each block, times a scale."""
+    return {name: _times(value, scale) for name, value in weight.items()} if isinstance(weight, Mapping) else weight * scale
