@@ -30,6 +30,7 @@ class Encoders:
 
     def __init__(self, family: Family) -> None:
         self.family, self.vae = family, family.pipe.vae
+        self.resting: list[nn.Module] = []
         for model in self.models():
             model.eval()
 
@@ -83,20 +84,29 @@ class Encoders:
         ]
         return " ".join([*parts, *([str(self.family.length)] if self.family.length else [])])
 
-    def leave(self, device: torch.device | str = "cpu") -> None:
-        """Move to another device, as once everything is encoded: the memory is for training then."""
-        for model in self.models():
-            nn.Module.to(model, device)
+    def rest(self, *, images: bool, texts: bool) -> None:
+        """Leave the device once everything is encoded: the memory is for training then.
+
+        Args:
+            images: the autoencoder leaves.
+            texts: the text encoders leave.
+        """
+        encoders = self.models()
+        self.resting = ([self.vae] if images else []) + ([one for one in encoders if one is not self.vae] if texts else [])
+        self._move("cpu")
 
     @contextmanager
     def back(self, device: torch.device | str) -> Iterator[None]:
-        """Inside, on that device, as for pictures; behind, where they were."""
-        before = self.vae.device
-        self.leave(device)
+        """Inside, what has left is on that device again, as for pictures."""
+        self._move(device)
         try:
             yield
         finally:
-            self.leave(before)
+            self._move("cpu")
+
+    def _move(self, device: torch.device | str) -> None:
+        for model in self.resting:
+            nn.Module.to(model, device)
 
 
 def identity_of(model: nn.Module) -> str:

@@ -178,8 +178,6 @@ class Pictures:
     """Scales of the adapter in them; the base model is always drawn."""
     validation_inference_steps: int = 20
     """Denoising steps of each."""
-    validation_guidance_scale: float = 7.0
-    """How strongly they follow the text."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from loca_vision.data.sampling import EpochSampler
+from loca_vision.data.sampling import SharedBatches
 from loca_vision.recipes.diffusion.models import Models
 from loca_vision.recipes.diffusion.settings import Recipe
 
@@ -57,7 +57,7 @@ class Task(ABC):
         """The digests, without loading a model."""
 
     @abstractmethod
-    def sampler(self, *, batch_size: int, rank: int, world_size: int) -> EpochSampler:
+    def sampler(self, *, batch_size: int, rank: int, world_size: int) -> SharedBatches:
         """Which samples make a batch.
 
         Raises:

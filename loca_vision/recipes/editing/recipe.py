@@ -56,6 +56,8 @@ class EditPictures:
     """The expected edits, to be shown in the picture."""
     val_image_url: str | None = None
     """One image to edit, under the name of diffusers' flag."""
+    validation_guidance_scale: float = 7.0
+    """How strongly they follow the instruction."""
     validation_image_guidance_scale: float = 1.5
     """How strongly they keep to the image."""
 

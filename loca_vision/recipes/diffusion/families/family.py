@@ -36,7 +36,6 @@ class Family:
         keeps_vae_exact: whether the autoencoder is kept in float32, as in half precision it overflows.
         sized: whether the denoiser is told the size of an image and where it was cropped.
         usual_length: tokens of a text that are read, where that can be chosen; None where the tokenizer decides.
-        scale_argument: of a call, what tells adapters their scale.
     """
 
     denoiser: ClassVar[str] = "unet"
@@ -47,7 +46,6 @@ class Family:
     keeps_vae_exact: ClassVar[bool] = False
     sized: ClassVar[bool] = False
     usual_length: ClassVar[int | None] = None
-    scale_argument: ClassVar[str] = "cross_attention_kwargs"
 
     def __init__(self, pipe: Any, process: Process, *, max_sequence_length: int | None = None) -> None:
         self.pipe, self.process = pipe, process
@@ -63,6 +61,10 @@ class Family:
     def divisor(self) -> int:
         """The sides of an image are multiples of it."""
         return int(self.pipe.vae_scale_factor)
+
+    def call_settings(self) -> dict[str, Any]:
+        """Arguments with which the pipeline, when it draws, reads texts as in training."""
+        return {"max_sequence_length": self.length} if self.length else {}
 
     def texts(self, prompts: Sequence[str]) -> Texts:
         """What the denoiser is given of texts, padded or cut to the length that is read."""

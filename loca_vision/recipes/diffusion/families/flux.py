@@ -41,7 +41,6 @@ class Flux(_Packed):
     """Flux.1: a T5 for the text, and the pooled state of a CLIP."""
 
     text_encoders: ClassVar[dict[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-    scale_argument: ClassVar[str] = "joint_attention_kwargs"
 
     def lengths(self) -> dict[str, int]:
         """Of T5: of CLIP only a summary is used."""
@@ -78,7 +77,6 @@ class Flux2(_Packed):
 
     text_names: ClassVar[tuple[str, ...]] = ("text",)
     trainable: ClassVar[tuple[str, ...]] = ()
-    scale_argument: ClassVar[str] = "attention_kwargs"
 
     def texts(self, prompts: Sequence[str]) -> Texts:
         text, _ = self.pipe.encode_prompt(

@@ -22,7 +22,6 @@ class StableDiffusion3(Family):
     trainable: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     flow: ClassVar[bool] = True
     usual_length: ClassVar[int | None] = 77
-    scale_argument: ClassVar[str] = "joint_attention_kwargs"
 
     @property
     def divisor(self) -> int:
