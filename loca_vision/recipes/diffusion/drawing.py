@@ -74,7 +74,7 @@ def pictures(
         around.enter_context(untouched(pipe))
         around.enter_context(without_adapters(pipe) if scale == 0 else at_scale(pipe, scale))
         drawn = pipe(
-            prompt,
+            prompt=prompt,
             height=how.height,
             width=how.width,
             num_inference_steps=how.steps,

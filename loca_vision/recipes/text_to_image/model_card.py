@@ -40,7 +40,7 @@ def image_card(metrics: Mapping[str, Any], repository: str) -> str:
         f"pipe = {kind}.from_pretrained({source_of(config, base)})",
         *scheduler_of(config),
         f'pipe.load_loca_weights("{repository}")',
-        f"picture = pipe({metrics['example_prompt']!r}, {_sampling(config)}).images[0]",
+        f"picture = pipe(prompt={metrics['example_prompt']!r}, {_sampling(config)}).images[0]",
         "```",
         "",
         "The adapter has the licence of the base model at least, and the data's: neither is in here.",

@@ -119,5 +119,6 @@ def _encoders_to_train(recipe: ImageRecipe, family: Family) -> tuple[str, ...]:
 
 def _prepare_encoder(model: Any, recipe: ImageRecipe) -> None:
     if recipe.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
     inject(model, adapter_of(recipe), NAME)
