@@ -39,16 +39,16 @@ def in_folder(folder: Path, split: str, caption: str | None) -> InFolder | None:
     if caption is None and any(file.name in _TABLES for file in whole.others):
         return None
     part = _part(folder, split)
-    listing = list_images(part)
+    listing = whole if part == folder else list_images(part)
     beside = {_beside(image) for image in listing.images} if caption is None else set()
     others = [file for file in listing.others if file not in beside]
-    strays = [file for file in others if file.suffix == ".txt" or file.name in _TABLES]
+    strays = [file for file in others if _has_captions(file)]
     captions = [caption] * len(listing.images) if caption else _captions(listing.images, folder, strays)
     unread = "files of captions, since one is given for all" if caption else ".txt files without an image"
     notes = (
         *_note("images outside of the split", [image for image in whole.images if part not in image.parents], folder),
         *_note(unread, strays, folder),
-        *_note("files that are no images", [file for file in others if file not in strays], folder),
+        *_note("files that are no images", [file for file in others if not _has_captions(file)], folder),
         *_note("hidden, of the system or of a run", listing.left_out, folder),
     )
     return InFolder(FolderImages(listing.images, folder), captions, notes)
@@ -104,6 +104,10 @@ def _text(file: Path) -> str | UnicodeDecodeError | None:
         return file.read_bytes().decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         return error
+
+
+def _has_captions(file: Path) -> bool:
+    return file.suffix == ".txt" or file.name in _TABLES
 
 
 def _beside(image: Path) -> Path:

@@ -15,7 +15,8 @@ from loca_vision.data.image_files import FORMATS
 
 Opened = str | Path | BinaryIO
 MOST_STRETCHED = 100  # times that an image's long side may have its short one
-_ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)  # the EXIF field, and its values at which width and height change places
+ORIENTATION = 0x0112  # the EXIF field that says how the camera was turned
+_LYING = (5, 6, 7, 8)  # its values at which width and height change places
 _TIFF_SIDES = (256, 257)  # the fields for width and height
 _PNG_TURNS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # the chunks that can say how a camera was turned
 
@@ -58,9 +59,18 @@ def size_of(content: Opened, name: object) -> tuple[int, int]:
     """
     with named(name), open_header(content) as image:
         width, height = _stored_size(image)
-        size = (height, width) if _is_lying(image) else (width, height)
+        size = (height, width) if orientation_of(image) in _LYING else (width, height)
         check_shape(size)
         return size
+
+
+def orientation_of(image: Image.Image) -> int | None:
+    """How the camera was turned, 1 to 8 as in EXIF; None where the image does not say it, or its EXIF block is broken."""
+    try:
+        orientation = _exif(image).get(ORIENTATION)
+    except Exception:  # of many kinds: the block is parsed from whatever bytes are there
+        return None
+    return orientation if orientation in range(1, 9) else None
 
 
 def check_shape(size: tuple[int, int]) -> None:
@@ -78,13 +88,6 @@ def _stored_size(image: Image.Image) -> tuple[int, int]:
         width, height = (int(image.tag_v2[side]) for side in _TIFF_SIDES)
         return width, height
     return image.size
-
-
-def _is_lying(image: Image.Image) -> bool:
-    try:
-        return _exif(image).get(_ORIENTATION) in _LYING
-    except Exception:  # of many kinds: where the block is broken nothing says how, as in `upright`
-        return False
 
 
 def _exif(image: Image.Image) -> Image.Exif:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from loca_vision.data.image_headers import named, open_header
+from loca_vision.data.image_headers import ORIENTATION, named, open_header, orientation_of
 
 Augment = Literal["none", "flip", "crop"]
 TENTH = Fraction(1, 10)
@@ -174,8 +174,14 @@ def upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # of many kinds: the block is parsed from whatever bytes are there
+    except Exception:  # of many kinds: the block is parsed from whatever bytes are there, and written anew
+        orientation = orientation_of(image)
+    if orientation is None:
         return image
+    plain, image = Image.Exif(), image.copy()
+    plain[ORIENTATION] = orientation
+    image.info["exif"] = plain.tobytes()
+    return ImageOps.exif_transpose(image)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

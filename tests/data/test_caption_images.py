@@ -138,6 +138,16 @@ def test_an_exif_block_that_is_broken_says_nothing(tmp_path):
     assert there.sizes == [there[0].image.size] == [(12, 8)]
 
 
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_an_exif_block_that_pil_reads_but_cannot_write_says_how_the_camera_was_turned(orientation):
+    """One in which the width of the image is text."""
+    entries = struct.pack(">HHIHHHHI4s", 0x0112, 3, 1, orientation, 0, 0x0100, 2, 4, b"1.5\0")
+    file, sound = BytesIO(), BytesIO()
+    picture(0).save(file, "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\2" + entries + b"\0\0\0\0")
+    picture(0).save(sound, "PNG", exif=turned(orientation))
+    assert_alike(in_rows(file.getvalue()), open_image("x", sound))
+
+
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tiff", "gif", "bmp"])
 def test_sizes_decode_no_pixels(ending, tmp_path, monkeypatch):
     there = in_folder(tmp_path / "set", f"a.{ending}", lambda path: picture(0).save(path))

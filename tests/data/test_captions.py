@@ -86,7 +86,7 @@ def test_other_columns(tmp_path):
     folder = write_table(tmp_path / "set", THREE, prompt="other")
     there = read(folder, tmp_path, caption_column="prompt")
     assert_pictures(there, ["other"] * 3)
-    assert there.digests.keys() == {"image", "prompt"}
+    assert there.digests.keys() == there.some(2, 0).digests.keys() == {"image", "prompt"}
     file = parquet(tmp_path / "drawings.parquet", ["x"], name="drawing")
     assert_pictures(read(file, tmp_path, image_column="drawing"), ["x"])
 
@@ -206,6 +206,7 @@ def test_a_table_counts_before_text_files_and_says_so(tmp_path):
         "not read, images that the table of the split does not name: d.png",
         "not read, .txt files beside images, since there is a table: b.txt, d.txt",
     )
+    assert there.some(2, 0).notes == there.notes
 
 
 def test_what_beside_captions_is_not_read_is_told(tmp_path):
