@@ -1,6 +1,7 @@
-"""Teach a text-to-image pipeline a subject (DreamBooth), a style or a concept with LoCA or another method: `loca-vision train-image`.
+"""Teach a text-to-image pipeline a subject (DreamBooth), a style or a concept: `loca-vision train-image`.
 
-    accelerate launch examples/text_to_image/train.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
+    accelerate launch examples/text_to_image/train.py \
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --validation_prompt "a photo of sks dog in a bucket" \
         --center_crop --max_train_steps 800 --output_dir dog-loca
 

@@ -8,7 +8,8 @@ from loca_vision import LoCAConfig, inject
 from loca_vision.data.pair_views import PairTensors, View
 from loca_vision.data.pairs import CARTOONIZATION, read_pairs
 from loca_vision.model.conv_in import widen_conv_in
-from loca_vision.recipes.editing.encoders import Encoders
+from loca_vision.recipes.diffusion.encoders import Encoders
+from loca_vision.recipes.diffusion.families.stable_diffusion import StableDiffusion
 from loca_vision.recipes.editing.latent_cache import encoded
 from loca_vision.recipes.editing.loss import (
     denoising_loss,
@@ -32,7 +33,7 @@ def loss_of(unet, encoders, batch, one):
     scheduler = tiny.scheduler()
     latents = sampled(batch["edited"], one.posterior, encoders.vae.config.scaling_factor)
     noisy = scheduler.add_noise(latents, one.noise, one.timesteps)
-    text, image = without_conditioning(batch["text"], batch["original"], encoders.embeddings([""]), one.dropout, 0.2)
+    text, image = without_conditioning(batch["text"], batch["original"], encoders.texts([""])["text"], one.dropout, 0.2)
     prediction = unet(torch.cat([noisy, image], 1), one.timesteps, text).sample
     weights = min_snr_weights(signal_to_noise(scheduler, one.timesteps), 5.0, "epsilon")
     return denoising_loss(prediction, target(scheduler, latents, one.noise, one.timesteps), weights)
@@ -44,7 +45,7 @@ def test_one_step_is_the_same_with_and_without_a_cache(tmp_path):
     none_held = ["--test_share", "0", "--validation_share", "0"]
     assert script().main([str(tmp_path / "photos"), str(tmp_path / "set"), "--size", "16", "--crops", "2", *none_held]) == 0
     pairs = read_pairs(tmp_path / "set", columns=CARTOONIZATION, cache_dir=tmp_path / "cache")
-    encoders, view = Encoders(tiny.vae(), tiny.text_encoder(), tiny.tokenizer()), View(16, flip=True)
+    encoders, view = Encoders(StableDiffusion(tiny.stable_diffusion(), None)), View(16, flip=True)
     unet = tiny.unet()
     widen_conv_in(unet)
     inject(unet, LoCAConfig(n_components=6, targets=("q", "k", "v", "out")))

@@ -1,4 +1,4 @@
-"""Tiny pipelines of the families that are trained by flow matching, whole: with all text encoders and tokenizers, from nothing."""
+"""Tiny whole pipelines of the families that are trained by flow matching, with all text encoders and tokenizers."""
 
 from __future__ import annotations
 

@@ -98,8 +98,9 @@ class Noise:
 class ImageRecipe(Noise, Texts, Subject, Captions, Recipe):
     """Teach a pipeline a subject (DreamBooth), a style or a concept with LoCA or another method.
 
-    Stable Diffusion 1, 2, XL and 3, Flux.1 and Flux.2. Settings have the names of diffusers' train_text_to_image_lora.py and train_dreambooth_lora*.py. Unlike there, images keep
-    their proportions, and every batch is whole: the last one of an epoch is filled up with further images.
+    Stable Diffusion 1, 2, XL and 3, Flux.1 and Flux.2. Settings have the names of diffusers' train_text_to_image_lora.py and
+    train_dreambooth_lora*.py. Unlike there, images keep their proportions, and every batch is whole: the last one of an epoch
+    is filled up with further images.
     """
 
     WHAT: ClassVar[str] = "text-to-image training"
