@@ -9,7 +9,8 @@ from loca_vision.data.pair_sources import is_missing
 from loca_vision.messages import one_line
 from loca_vision.methods.registry import unknown_method
 from loca_vision.recipes.classification.presets import PRESETS
-from loca_vision.recipes.classification.recipe import METHODS, Recipe
+from loca_vision.recipes.classification.recipe import Recipe
+from loca_vision.recipes.classification.recipe_groups import METHODS
 from loca_vision.recipes.reports.metrics import METRICS, read_metrics
 from loca_vision.recipes.settings.command_line import parse
 

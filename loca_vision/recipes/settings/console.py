@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
+
+from loca_vision.messages import nearest
 
 USAGE, INTERRUPTED = 2, 130
 
@@ -44,7 +47,7 @@ def usage_in_one_line(prog: str) -> Iterator[None]:
     """Parse a command line with tyro in here; asked for help, it leaves with SystemExit(0) as ever.
 
     Raises:
-        ValueError: bad usage; the sentence that tyro draws a box around.
+        ValueError: bad usage; the sentence that tyro draws a box around, and what is nearest to a misspelt option or choice.
     """
     said = StringIO()
     try:
@@ -52,7 +55,8 @@ def usage_in_one_line(prog: str) -> Iterator[None]:
             yield
     except SystemExit as stop:
         if stop.code:
-            raise ValueError(_unboxed(said.getvalue()) or f"see {prog} --help") from None
+            box = said.getvalue()
+            raise ValueError(_with_nearest(_unboxed(box), box) or f"see {prog} --help") from None
         raise
 
 
@@ -72,6 +76,18 @@ def _unboxed(box: str) -> str:
             continue
         message.append(text)
     return " ".join(" ".join(message).split())
+
+
+def _with_nearest(sentence: str, box: str) -> str:
+    """The sentence about a misspelt option or choice with what looks like it; any other as it is."""
+    close = ""
+    if sentence.startswith("Unrecognized options:"):
+        # tyro lists what looks like them below: with four blanks before an option, and eight before what it does
+        options = re.findall(r"^[│| ] {5}(--[\w-]+)", box, re.M)
+        close = f"; perhaps {' or '.join(dict.fromkeys(options))}" if options else ""
+    elif choice := re.match(r"invalid choice '(.*?)' for .*Expected one of \((.*)\)", sentence):
+        close = nearest(choice[1], re.findall(r"'(.*?)'", choice[2]))
+    return f"{sentence.rstrip('.')}{close}" if close else sentence
 
 
 def _sentence(error: Exception) -> str:
