@@ -35,7 +35,7 @@ def help_text(cls: type[Any], values: Mapping[str, Any], arguments: Sequence[str
         values: the defaults by field, as presets and files leave them; `tyro.MISSING` where there is none.
     """
     width = shutil.get_terminal_size().columns
-    settings, groups = _Settings(cls, values), groups_of(cls)
+    settings, groups = SettingsHelp(cls, values), groups_of(cls)
     first: tuple[str, ...] = getattr(cls, "FIRST", ())
     parts = [_usage(settings, prog, width), _filled(f"{first_line(cls)}.", width)]
     if not first or any(word in _ALL for word in arguments):
@@ -48,7 +48,7 @@ def help_text(cls: type[Any], values: Mapping[str, Any], arguments: Sequence[str
     return "\n\n".join([*parts, f"{prog} --help-all shows every setting."])
 
 
-class _Settings:
+class SettingsHelp:
     """What there is to say about each field of a dataclass."""
 
     def __init__(self, cls: type[Any], values: Mapping[str, Any]) -> None:
@@ -68,7 +68,7 @@ class _Settings:
         """The flag and what follows it."""
         kind = self._kind(name)
         if kind is bool:
-            return self.flag(name) if self.values[name] is False else f"--[no_]{name}"
+            return self.flag(name) if self.values[name] is False else f"--{name}, --no_{name}"
         return f"{self.flag(name)} {self._about(name, 'metavar') or _metavar(kind)}"
 
     def text(self, name: str) -> str:
@@ -109,7 +109,7 @@ def _metavar(kind: Any) -> str:
 # Layout
 
 
-def _usage(settings: _Settings, prog: str, width: int) -> str:
+def _usage(settings: SettingsHelp, prog: str, width: int) -> str:
     words = " ".join(["usage:", prog, *settings.required(), "[settings]"])
     return "\n".join(_wrapped(words, width, "", "    "))
 
@@ -119,7 +119,7 @@ def _paragraphs(cls: type[Any]) -> list[str]:
     return [" ".join(text.split()) for text in inspect.cleandoc(cls.__doc__ or "").split("\n\n")[1:]]
 
 
-def _entries(settings: _Settings, fields: Sequence[dataclasses.Field[Any]], width: int) -> list[str]:
+def _entries(settings: SettingsHelp, fields: Sequence[dataclasses.Field[Any]], width: int) -> list[str]:
     return [line for field in fields for line in _entry(settings.shown(field.name), settings.text(field.name), width)]
 
 
@@ -133,7 +133,7 @@ def _entry(flag: str, text: str, width: int) -> list[str]:
     return _wrapped(f"{flag}  {text}", width, "  ", " " * 6)
 
 
-def _contents(settings: _Settings, groups: Sequence[Group], width: int) -> list[str]:
+def _contents(settings: SettingsHelp, groups: Sequence[Group], width: int) -> list[str]:
     """A line for each group: its title, and as many of its settings as there is room for."""
     longest = max(len(group.title) for group in groups)
     lines = []
