@@ -200,7 +200,7 @@ LINES = {
     "method": ("train-classifier --dataset digits --method locca", "method='locca': it is unknown here; perhaps loca"),
     "image set": ("train-classifier --dataset fodler", "'folder'); perhaps folder"),
     "folder of images": ("train-classifier --dataset folder --root {}/none", "none: there is no such folder"),
-    "rate of a trainer": ("train-classifier --dataset digits --lr abc", "Error parsing --lr"),
+    "rate of a trainer": ("train-classifier --dataset digits --lr abc", "Error parsing --lr: expected a number, got 'abc'"),
     "preset": ("train-classifier --dataset digits --preset vit-bse-lora", "; perhaps vit-base-lora"),
     "evaluation of nothing": (
         "evaluate-edit --pretrained_model_name_or_path x --adapter y --photographs {}/none --prompt z",

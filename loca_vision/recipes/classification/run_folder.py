@@ -50,7 +50,7 @@ def recipe_of(folder: Path) -> Recipe:
     """
     file = folder / SETTINGS
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: there is no such file; train.py writes it next to the adapter")
+        raise FileNotFoundError(f"{file}: there is no such file; train-classifier writes it next to the adapter")
     recipe = parse(Recipe, ["--config", str(file)], prog="evaluate.py", presets=PRESETS, importing=False).settings
     if recipe.method not in METHODS.known():
         raise ValueError(f"{file}: {unknown_method(recipe.method, METHODS.known())}")

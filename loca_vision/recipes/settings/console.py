@@ -12,6 +12,12 @@ from io import StringIO
 from loca_vision.messages import nearest
 
 USAGE, INTERRUPTED = 2, 130
+_PLAINER = (  # what tyro and Python say of a value, and the same in plain words
+    (r"invalid literal for int\(\) with base 10: ", "expected a whole number, got "),
+    (r"could not convert string to float: ", "expected a number, got "),
+    (r"no type matching \{None\}\|INT could be instantiated from \[(.*)\]\.", r"expected a whole number, got \1"),
+    (r"no type matching \{None\}\|FLOAT could be instantiated from \[(.*)\]\.", r"expected a number, got \1"),
+)
 
 
 def guarded(prog: str, function: Callable[[], object], *, extra: str) -> int:
@@ -66,7 +72,8 @@ def _told(prog: str, sentence: str) -> int:
 
 
 def _unboxed(box: str) -> str:
-    """The sentence in the box that tyro draws: under the title, up to the next rule; in ASCII where the terminal is."""
+    """The sentence in the box that tyro draws, in plain words: under the title, up to the next rule; in ASCII where the
+    terminal is."""
     message: list[str] = []
     for line in box.splitlines()[1:]:
         text = line.strip(" │|╭╮╰╯+")
@@ -75,7 +82,10 @@ def _unboxed(box: str) -> str:
                 break
             continue
         message.append(text)
-    return " ".join(" ".join(message).split())
+    sentence = " ".join(" ".join(message).split())
+    for said, plainer in _PLAINER:
+        sentence = re.sub(said, plainer, sentence)
+    return sentence
 
 
 def _with_nearest(sentence: str, box: str) -> str:

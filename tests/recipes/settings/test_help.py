@@ -125,6 +125,12 @@ def test_defaults_are_those_of_the_preset_and_of_the_file(capsys, tmp_path):
     assert said.startswith("usage: train [settings]\n")
 
 
+def test_what_the_class_says_of_its_help_is_no_setting(tmp_path):
+    (tmp_path / "run.yaml").write_text("FIRST: [root]\n")
+    with pytest.raises(ValueError, match="'FIRST' is no setting"):
+        parse(Run, ["--root", "photos", "--config", str(tmp_path / "run.yaml")], prog="train", presets={})
+
+
 def test_groups_are_the_classes_that_declare_a_field_first():
     found = {group.title: [field.name for field in group.fields] for group in groups_of(Run)}
     own = ["imports", "preset", "config"]
@@ -176,11 +182,20 @@ def test_every_setting_is_there_once_on_lines_that_fit(name, capsys, monkeypatch
         assert len(lines) <= 2 or name == "method", lines  # which names every method
 
 
-def test_what_matters_first_of_a_classifier(capsys):
-    said = shown(capsys, Recipe, "--help", presets=PRESETS)
-    assert list(entries(said)) == list(Recipe.FIRST) and len(Recipe.FIRST) == 10
-    assert all(group.title in said for group in groups_of(Recipe)) and "train --help-all shows every setting" in said
-    assert "(default: 3000 of loca, 3000 of sdctft, 3000 of fourierft)" in " ".join(said.split())
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_matters_first(name, capsys):
+    cls, presets = RECIPES[name]
+    said, first = shown(capsys, cls, "--help", presets=presets), getattr(cls, "FIRST", None)
+    assert list(entries(said)) == list(first or entries(shown(capsys, cls, "--help-all", presets=presets)))
+    assert all(group.title in said for group in groups_of(cls)) and ("train --help-all shows every setting" in said) == bool(
+        first
+    )
+
+
+def test_the_ten_of_a_classifier_and_their_methods(capsys):
+    said = " ".join(shown(capsys, Recipe, "--help", presets=PRESETS).split())
+    assert len(Recipe.FIRST) == 10
+    assert "Coefficients of each projection. (default: 3000 of loca, 3000 of sdctft, 3000 of fourierft)" in said
 
 
 @pytest.mark.parametrize("columns", ["1", "20", "60", "300"])
