@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import importlib
 import inspect
 import io
-import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from docutils import nodes
@@ -48,31 +46,39 @@ class CommandHelp(Directive):
 
 
 class SettingsTable(Directive):
-    """`{settings-table} module`: the flags of a script, from the dataclass of settings in that module."""
+    """`{settings-table} module`: the flags of a command in groups, from the dataclass of settings in that module."""
 
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
         module = importlib.import_module(self.arguments[0])
-        rows = list(_settings(module))
-        return [_table(("flag", "default", "meaning"), rows)]
+        own = (value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__)
+        of_a_command = [c for c in own if dataclasses.is_dataclass(c) and "config" in {f.name for f in dataclasses.fields(c)}]
+        return list(_groups(max(of_a_command, key=lambda cls: len(dataclasses.fields(cls)))))
 
 
-def _settings(module: Any) -> Iterator[tuple[str, str, str]]:
-    """Flag, default and help of each field of the module's dataclass that has a field `config`."""
-    own = (value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__)
-    cls = next(c for c in own if dataclasses.is_dataclass(c) and "config" in {f.name for f in dataclasses.fields(c)})
-    body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
-    texts = {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
-    for field in dataclasses.fields(cls):
+def _groups(cls: type[Any]) -> Iterator[nodes.Node]:
+    """A table for each group of settings, below its title where there are several."""
+    from loca_vision.recipes.settings.fields import groups_of
+
+    groups = groups_of(cls)
+    for group in groups:
+        if len(groups) > 1:
+            yield nodes.paragraph("", "", nodes.strong(group.title, group.title))
+        yield _table(("flag", "default", "meaning"), list(_rows(cls, group.fields)))
+
+
+def _rows(cls: type[Any], fields: Sequence[dataclasses.Field[Any]]) -> Iterator[tuple[str, str, str]]:
+    """Flag, default and text of each field."""
+    from loca_vision.recipes.settings.fields import field_texts
+    from loca_vision.recipes.settings.help import SettingsHelp
+
+    help_of, texts = SettingsHelp(cls, {}), field_texts(cls)
+    for field in fields:
         default = "required" if field.default is dataclasses.MISSING else str(field.default)
         if isinstance(field.default, tuple):
             default = " ".join(map(str, field.default)) or "()"
-        yield f"--{field.name}", default, texts.get(field.name, "")
+        yield help_of.flag(field.name), default, texts.get(field.name, "")
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> nodes.table:

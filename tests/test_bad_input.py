@@ -153,11 +153,12 @@ def places(tmp_path):
 
 TINY = "--model test_vit --weights none --image-size 160 --steps 1 --batch-size 4 --n-components 5"
 LINES = {
-    "no command": ("", "Expected one of {demo, inspect, evaluate, predict, convert, extract, merge, combine, app}"),
-    "unknown command": ("demos", "Unrecognized options: demos"),
-    "unknown option": ("demo --stepz 3", "Unrecognized options: --stepz"),
+    "unknown command": ("demos", "demos: there is no such command; perhaps demo"),
+    "no command at all": ("--steps 3", "--steps: there is no such command; see loca-vision --help"),
+    "unknown option": ("demo --stepz 3", "Unrecognized options: --stepz, 3; perhaps --steps"),
     "no number": ("demo --steps many", "Error parsing --steps"),
     "no choice": ("demo --dataset mnist", "invalid choice 'mnist' for argument '--dataset'"),
+    "misspelt choice": ("demo --dataset digit", "Expected one of ('digits', 'fashion-mnist', 'folder'); perhaps digits"),
     "steps": ("demo --steps 0", "steps must be a whole number from 1 up, got 0"),
     "batch": ("demo --batch-size 0", "batch_size must be a whole number from 1 up, got 0"),
     "workers": ("demo --workers -1", "workers must be a whole number from 0 up, got -1"),
@@ -190,6 +191,21 @@ LINES = {
     "inspect a pickle": ("inspect {}/pickle.safetensors", "it is a pickle, which could run code when read"),
     "combine with nothing": ("combine {}/none {}/none {}/out", "none: there is no such file"),
     "merge into nothing": ("merge {}/none {}/none {}/out", "none: there is no such file"),
+    "report of nothing": ("report {}/none", "none: there is no such folder"),
+    "option of a trainer": (
+        "train-classifier --dataset digits --learning_rat 1",
+        "--learning_rat, 1; perhaps --learning_steps",
+    ),
+    "option of another": ("train-edit --pretrained_model_name_or_path {}/none --learning_rat 1", "; perhaps --learning_rate"),
+    "method": ("train-classifier --dataset digits --method locca", "method='locca': it is unknown here; perhaps loca"),
+    "image set": ("train-classifier --dataset fodler", "'folder'); perhaps folder"),
+    "folder of images": ("train-classifier --dataset folder --root {}/none", "none: there is no such folder"),
+    "rate of a trainer": ("train-classifier --dataset digits --lr abc", "Error parsing --lr: expected a number, got 'abc'"),
+    "preset": ("train-classifier --dataset digits --preset vit-bse-lora", "; perhaps vit-base-lora"),
+    "evaluation of nothing": (
+        "evaluate-edit --pretrained_model_name_or_path x --adapter y --photographs {}/none --prompt z",
+        "none: there is no such folder of photographs",
+    ),
     "inspect an empty folder": ("inspect {}/only", "there is no pytorch_loca_weights.safetensors in that folder"),
 }
 
@@ -197,9 +213,11 @@ LINES = {
 @pytest.mark.parametrize(("line", "sentence"), LINES.values(), ids=LINES)
 def test_command_lines(line, sentence, places, capsys):
     """Exit status 2 and one line on stderr, in which progress bars do not count."""
-    output = [] if "--output" in line or "demo" not in line.split() else ["--output", str(places / "out")]
+    command, *_ = line.split()
+    flag = {"demo": "--output", "train-classifier": "--output_dir", "train-edit": "--output_dir"}.get(command)
+    output = [] if flag is None or "--output" in line else [flag, str(places / "out")]
     assert main([*line.format(*[places] * 3).split(), *output]) == 2
     said = [text for text in capsys.readouterr().err.splitlines() if text and "%|" not in text]
-    assert len(said) == 1 and said[0].startswith("loca-vision: ")
+    assert len(said) == 1 and said[0].startswith(("loca-vision: ", f"loca-vision {command}: "))
     assert sentence in said[0]
     assert not any((places / "out").glob("*.*"))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.methods.registry import KINDS
-from loca_vision.recipes.classification.recipe import METHODS
+from loca_vision.recipes.classification.recipe_groups import METHODS
 from loca_vision.recipes.classification.study_report import Point, draw_study, study_table
 from loca_vision.recipes.reports.metrics import METRICS, read_metrics
 from loca_vision.recipes.settings.console import guarded, usage_in_one_line

@@ -28,6 +28,33 @@ HEADER = ("projection", "shape", "trained", "norm", "energy", "low / middle / hi
 
 
 @dataclass(frozen=True)
+class Inspect:
+    """Say what is in an adapter file or a LoRA, projection by projection."""
+
+    file: Path
+    """The adapter, or the folder it is in."""
+    base: Path | None = None
+    """The weights it is for, where only their sizes tell what a file means (FourierFT of peft)."""
+    picture: Path | None = None
+    """A PNG for the cosine spectra of the updates."""
+
+
+def inspect(command: Inspect) -> str:
+    """The description; where a picture is asked for, it is drawn first.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: as `contents_of`; or the picture cannot be written.
+    """
+    said = describe(command.file, command.base)
+    if command.picture is not None:
+        from loca_vision.commands.spectrum_picture import draw_spectra
+
+        title = f"Cosine spectra of the updates in {command.file.name}"
+        draw_spectra(command.picture, title, contents_of(command.file, command.base).layers())
+    return said
+
+
+@dataclass(frozen=True)
 class Layer:
     """One update.
 

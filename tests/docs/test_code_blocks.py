@@ -47,6 +47,15 @@ INSTALLS = [line for line in COMMANDS if line.startswith("python -m pip install"
 EDITED = "--pretrained_model_name_or_path edit-base --resolution 16"
 STUDY = "--photographs photos --methods loca --resolution 16 --channels 8 --base_steps 1 --autoencoder_steps 1 --steps 1 "
 STUDY += "--n_components 8 --batch_size 2 --crops 1 --num_inference_steps 1"
+CLASSIFIER = "--model test_vit --weights none --image_size 160 --epochs 1 --batch_size 2"
+EDIT = f"{EDITED} --n_components 10 --max_train_steps 2 --train_batch_size 1"
+EDITS = f"{EDITED} --clip_model None --no_lpips --num_inference_steps 1"
+SHORT_COMMANDS = {
+    "demo": "--model test_vit --weights none --image-size 160 --steps 2 --batch-size 2",
+    "train-classifier": CLASSIFIER,
+    "train-edit": EDIT,
+    "evaluate-edit": EDITS,
+}
 SHORT_SCRIPTS = {
     "toy_regression.py": "--seeds 1 --steps 20",
     "scales.py": "--base_steps 2 --steps 2 --n_components 20 --batch_size 4",
@@ -57,15 +66,12 @@ SHORT_SCRIPTS = {
     "hardening/mutate_files.py": "--count 5",
     "hardening/kill_saves.py": "--kills 1 --longest 0.01",
     "benchmarks/training_step.py": "--model test_vit --batch_size 2 --n_components 50 --rank 4 --rounds 1 --threads 1",
-    "image_classification/train.py": "--model test_vit --weights none --image_size 160 --epochs 1 --batch_size 2",
-    "image_classification/evaluate.py": "",
-    "image_classification/report.py": "",
+    "image_classification/train.py": CLASSIFIER,
     "instruct_pix2pix/build_pairs.py": "--size 16 --crops 1",
-    "instruct_pix2pix/train.py": f"{EDITED} --n_components 10 --max_train_steps 2 --train_batch_size 1",
-    "instruct_pix2pix/evaluate.py": f"{EDITED} --clip_model None --no_lpips --num_inference_steps 1",
+    "instruct_pix2pix/train.py": EDIT,
+    "instruct_pix2pix/evaluate.py": EDITS,
     "instruct_pix2pix/study.py": STUDY,
 }
-SHORT = ["--model", "test_vit", "--weights", "none", "--image-size", "160", "--steps", "2", "--batch-size", "2"]
 
 
 def test_every_page_is_in_the_index():
@@ -123,17 +129,26 @@ def test_shell_lines(command_folder, monkeypatch):
         if words[0] == "loca-vision":
             if "--model" in words:
                 del words[words.index("--model") : words.index("--model") + 2]
-            assert main(words[1:] + (SHORT if words[1] == "demo" else [])) == 0, line
+            forget_processes()
+            assert main([*words[1:], *SHORT_COMMANDS.get(words[1], "").split()]) == 0, line
+        elif words[0] == "-m" and line not in INSTALLS:
+            name = words[1].removeprefix("loca_vision.commands.").replace("_", "-")
+            assert run(monkeypatch, words[1], [*words[2:], *SHORT_COMMANDS[name].split()]) == 0, line
         elif line not in INSTALLS:
             short = SHORT_SCRIPTS[words[0].removeprefix("examples/")].split()
             assert run(monkeypatch, ROOT / words[0], [*words[1:], *short]) == 0, line
     assert (command_folder / "scales" / "scales.png").stat().st_size > 0
 
 
-def run(monkeypatch, script, arguments):
-    """The exit status of a script, or of a module by its name; accelerate keeps its state in the process."""
+def forget_processes():
+    """Accelerate keeps its state in the process."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
+
+
+def run(monkeypatch, script, arguments):
+    """The exit status of a script, or of a module by its name."""
+    forget_processes()
     monkeypatch.setattr(sys, "argv", [str(script), *arguments])
     try:
         (runpy.run_path if str(script).endswith(".py") else runpy.run_module)(str(script), run_name="__main__")

@@ -29,7 +29,7 @@ from loca_vision.storage.atomic_file import write_atomically
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Test a classifier that train.py trained: the accuracy that the run printed, every class, what was taken for what."""
+    """Test a classifier of train-classifier: the accuracy that the run printed, every class, what was taken for what."""
 
     adapter: str
     """The run's folder, or a repository of the hub that has one in it."""

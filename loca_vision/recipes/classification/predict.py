@@ -36,7 +36,7 @@ from loca_vision.storage.atomic_file import write_atomically
 
 @dataclass(frozen=True)
 class Predict:
-    """Classify images with an adapter that train.py trained."""
+    """Classify images with an adapter of train-classifier."""
 
     adapter: Annotated[str, tyro.conf.Positional]
     """The run's folder, a repository of the hub that has one in it, or an adapter file."""

@@ -9,7 +9,8 @@ from loca_vision.data.pair_sources import is_missing
 from loca_vision.messages import one_line
 from loca_vision.methods.registry import unknown_method
 from loca_vision.recipes.classification.presets import PRESETS
-from loca_vision.recipes.classification.recipe import METHODS, Recipe
+from loca_vision.recipes.classification.recipe import Recipe
+from loca_vision.recipes.classification.recipe_groups import METHODS
 from loca_vision.recipes.reports.metrics import METRICS, read_metrics
 from loca_vision.recipes.settings.command_line import parse
 
@@ -49,7 +50,7 @@ def recipe_of(folder: Path) -> Recipe:
     """
     file = folder / SETTINGS
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: there is no such file; train.py writes it next to the adapter")
+        raise FileNotFoundError(f"{file}: there is no such file; train-classifier writes it next to the adapter")
     recipe = parse(Recipe, ["--config", str(file)], prog="evaluate.py", presets=PRESETS, importing=False).settings
     if recipe.method not in METHODS.known():
         raise ValueError(f"{file}: {unknown_method(recipe.method, METHODS.known())}")

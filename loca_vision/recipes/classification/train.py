@@ -20,14 +20,8 @@ from loca_vision.recipes.classification.accuracy import accuracy_of, balanced_ac
 from loca_vision.recipes.classification.model_card import classifier_card
 from loca_vision.recipes.classification.models import check_model_name
 from loca_vision.recipes.classification.presets import PRESETS
-from loca_vision.recipes.classification.recipe import (
-    METHODS,
-    Recipe,
-    adapter_config,
-    differences,
-    resolve,
-    with_batch_size,
-)
+from loca_vision.recipes.classification.recipe import Recipe, adapter_config, differences, resolve, with_batch_size
+from loca_vision.recipes.classification.recipe_groups import METHODS
 from loca_vision.recipes.classification.run import Run
 from loca_vision.recipes.classification.task import build, counts, splits_of, task_of, with_features
 from loca_vision.recipes.classification.trained_weights import save_trained

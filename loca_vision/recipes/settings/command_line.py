@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from loca_vision.messages import nearest
 from loca_vision.recipes.settings.console import usage_in_one_line
+from loca_vision.recipes.settings.help import asks_for_help, help_text
 from loca_vision.recipes.settings.plugins import import_modules
 from loca_vision.recipes.settings.yaml_file import read_settings, write_settings
 
@@ -54,7 +55,7 @@ def parse(
     Raises:
         ValueError: a wrong flag, value, key or preset; one sentence with the place, the rule and the nearest names.
         FileNotFoundError: there is no such file.
-        SystemExit: with 0, after `--help`.
+        SystemExit: with 0, after `--help` or `--help-all`.
     """
     import tyro
 
@@ -67,6 +68,9 @@ def parse(
     preset = flags.get("preset") or file.get("preset", values.get("preset"))
     if preset not in (None, "None"):
         values |= _preset(cls, preset, presets)
+    if asks_for_help(arguments):
+        print(help_text(cls, values | file, arguments, prog=prog))
+        raise SystemExit(0)
     given = {name for name, value in file.items() if not _same(value, values[name])} | flags.keys()
     with usage_in_one_line(prog):
         settings = tyro.cli(cls, prog=prog, args=list(arguments), default=_draft(cls, values | file), use_underscores=True)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 
+from loca_vision.messages import nearest
+
 USAGE, INTERRUPTED = 2, 130
+_PLAINER = (  # what tyro and Python say of a value, and the same in plain words
+    (r"invalid literal for int\(\) with base 10: ", "expected a whole number, got "),
+    (r"could not convert string to float: ", "expected a number, got "),
+    (r"no type matching \{None\}\|INT could be instantiated from \[(.*)\]\.", r"expected a whole number, got \1"),
+    (r"no type matching \{None\}\|FLOAT could be instantiated from \[(.*)\]\.", r"expected a number, got \1"),
+)
 
 
 def guarded(prog: str, function: Callable[[], object], *, extra: str) -> int:
@@ -44,7 +53,7 @@ def usage_in_one_line(prog: str) -> Iterator[None]:
     """Parse a command line with tyro in here; asked for help, it leaves with SystemExit(0) as ever.
 
     Raises:
-        ValueError: bad usage; the sentence that tyro draws a box around.
+        ValueError: bad usage; the sentence that tyro draws a box around, and what is nearest to a misspelt option or choice.
     """
     said = StringIO()
     try:
@@ -52,7 +61,8 @@ def usage_in_one_line(prog: str) -> Iterator[None]:
             yield
     except SystemExit as stop:
         if stop.code:
-            raise ValueError(_unboxed(said.getvalue()) or f"see {prog} --help") from None
+            box = said.getvalue()
+            raise ValueError(_with_nearest(_unboxed(box), box) or f"see {prog} --help") from None
         raise
 
 
@@ -62,7 +72,8 @@ def _told(prog: str, sentence: str) -> int:
 
 
 def _unboxed(box: str) -> str:
-    """The sentence in the box that tyro draws: under the title, up to the next rule; in ASCII where the terminal is."""
+    """The sentence in the box that tyro draws, in plain words: under the title, up to the next rule; in ASCII where the
+    terminal is."""
     message: list[str] = []
     for line in box.splitlines()[1:]:
         text = line.strip(" │|╭╮╰╯+")
@@ -71,7 +82,22 @@ def _unboxed(box: str) -> str:
                 break
             continue
         message.append(text)
-    return " ".join(" ".join(message).split())
+    sentence = " ".join(" ".join(message).split())
+    for said, plainer in _PLAINER:
+        sentence = re.sub(said, plainer, sentence)
+    return sentence
+
+
+def _with_nearest(sentence: str, box: str) -> str:
+    """The sentence about a misspelt option or choice with what looks like it; any other as it is."""
+    close = ""
+    if sentence.startswith("Unrecognized options:"):
+        # tyro lists what looks like them below: with four blanks before an option, and eight before what it does
+        options = re.findall(r"^[│| ] {5}(--[\w-]+)", box, re.M)
+        close = f"; perhaps {' or '.join(dict.fromkeys(options))}" if options else ""
+    elif choice := re.match(r"invalid choice '(.*?)' for .*Expected one of \((.*)\)", sentence):
+        close = nearest(choice[1], re.findall(r"'(.*?)'", choice[2]))
+    return f"{sentence.rstrip('.')}{close}" if close else sentence
 
 
 def _sentence(error: Exception) -> str:

@@ -5,9 +5,9 @@ As in YAML 1.2, and as people mean it, `1e-3` is a number and `no` a text. Nothi
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -25,8 +25,8 @@ def read_settings(cls: Any, path: Path) -> dict[str, Any]:
         FileNotFoundError: nothing is there.
         ValueError: another kind of file, or it is wrong; the sentence has file, line, key, rule, and the nearest names.
     """
-    hints = get_type_hints(cls)
-    types_of = {field.name: hints[field.name] for field in fields(cls)}
+    kinds = get_type_hints(cls)
+    types_of = {field.name: kinds[field.name] for field in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     for key, node in _table(path, _text(path)):
         place = f"{path}, line {key.start_mark.line + 1}"

@@ -341,7 +341,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(flags, sentence, photos, monke
 
 
 EVALUATIONS = [
-    (("--adapter", "photos"), "photos/config.yaml: there is no such file; train.py writes it next to the adapter"),
+    (("--adapter", "photos"), "photos/config.yaml: there is no such file; train-classifier writes it next to the adapter"),
     (("--adapter", "nowhere"), "neither the folder of a run nor a repository of the hub"),
     (("--adapter", "photos", "--batch", "3"), "--batch"),
 ]

