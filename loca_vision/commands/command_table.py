@@ -35,6 +35,9 @@ GROUPS: dict[str, dict[str, Command]] = {
             "fine-tune an image classifier of timm, and test it", "recipes.classification.train", extra="train"
         ),
         "train-edit": Command("teach Stable Diffusion an edit (InstructPix2Pix)", "recipes.editing.train", extra="edit"),
+        "train-image": Command(
+            "teach a pipeline a subject (DreamBooth), a style or a concept", "recipes.text_to_image.train", extra="edit"
+        ),
         "report": Command("put runs of train-classifier into a table", "recipes.classification.table", extra="train"),
     },
     "Use": {

@@ -32,7 +32,7 @@ def test_flags_and_defaults_of_the_stock_script(capsys, monkeypatch):
     found = {name: getattr(settings, name) for name in STOCK}
     assert found | {name: str(found[name]) for name in ("output_dir", "logging_dir")} == STOCK
     monkeypatch.setenv("COLUMNS", "200")
-    assert main(TRAIN, "--help") == 0
+    assert main(TRAIN, "--help-all") == 0
     said = capsys.readouterr().out
     assert all(
         f"--{'import' if name == 'imports' else name}" in said
