@@ -12,6 +12,7 @@ import torch
 from loca_vision.checks import check_count, check_share, is_finite
 from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.recipes.diffusion.denoising import min_snr_weights
+from loca_vision.recipes.diffusion.quantised import check_quantization
 from loca_vision.recipes.diffusion.settings import METHODS, PHASES, Recipe
 from loca_vision.recipes.settings.command_line import as_json_dict
 from loca_vision.recipes.settings.method_settings import as_assignments, assigned
@@ -120,6 +121,8 @@ def _check_installed(recipe: Recipe) -> None:
     for name, library in (("use_8bit_adam", "bitsandbytes"), ("enable_xformers_memory_efficient_attention", "xformers")):
         if getattr(recipe, name) and find_spec(library) is None:
             raise ValueError(f"--{name}: it needs {library}; python -m pip install {library}")
+    if recipe.quantization is not None:
+        check_quantization(recipe.quantization)
 
 
 def adapter_of(recipe: Recipe) -> AdapterConfig:

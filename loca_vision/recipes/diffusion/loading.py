@@ -6,12 +6,15 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 
 from loca_vision.data.pair_sources import is_missing
+from loca_vision.recipes.diffusion.quantised import Quantization, loading_quantised
 from loca_vision.storage.strict_json import read_json
 
 INDEX = "model_index.json"
+_FAULTS = (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError)  # in which diffusers tells what is wrong
 
 
 class Source:
@@ -65,6 +68,13 @@ class Source:
         wanted = {name: value for name, value in self.wanted.items() if name != "variant"}
         return Path(hf_hub_download(self.place, INDEX, **wanted))
 
+    def load_quantised(self, cls: Any, kind: Quantization | None, component: str, dtype: torch.dtype, **more: Any) -> Any:
+        """The pipeline, one component of it quantised unless `kind` is None; as `load` otherwise."""
+        if kind is None:
+            return self.load(cls, **more)
+        with loading_quantised(kind, component, dtype) as how:
+            return self.load(cls, **how, **more)
+
     def load(self, cls: Any, **more: Any) -> Any:
         """The pipeline, on the CPU.
 
@@ -80,7 +90,14 @@ class Source:
         unsafe = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in _parts(cls) else {}
         try:
             return cls.from_pretrained(self.place, **self.wanted, **unsafe, use_safetensors=True, **more)
-        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # diffusers tells a fault in several ways
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            KeyError,
+            ImportError,
+        ) as error:  # diffusers tells a fault in several ways
             raise OSError(f"{self.name}: it cannot be loaded as {self.what} ({_reason(error)})") from error
 
 

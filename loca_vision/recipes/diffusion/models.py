@@ -108,14 +108,22 @@ class Together(nn.Module):
         return self.family.predict(self.family.model, noisy, timesteps, texts, sizes)
 
 
-def freeze(pipe: Any, names: Sequence[str], device: torch.device, dtype: torch.dtype, *, exact: Sequence[str] = ()) -> None:
-    """Freeze models of a pipeline, and bring them to a device and a dtype; those named `exact` to float32."""
-    for name in names:
+def freeze(pipe: Any, family: Family, device: torch.device, dtype: torch.dtype, *, quantised: bool = False) -> None:
+    """Freeze the models of a pipeline, and bring them to a device and a dtype.
+
+    Args:
+        quantised: the denoiser is, and has its dtype already.
+    """
+    for name in ("vae", *family.text_encoders, family.denoiser):
         model = getattr(pipe, name, None)
-        if model is not None:
-            model.requires_grad_(False)
-            # Module's own: that of diffusers warns of layers to be kept in float32, and these models have none.
-            nn.Module.to(model, device, torch.float32 if name in exact else dtype)
+        if model is None:
+            continue
+        model.requires_grad_(False)
+        # Module's own: that of diffusers warns of layers to be kept in float32, and these models have none.
+        if name == family.denoiser and quantised:
+            nn.Module.to(model, device)
+        else:
+            nn.Module.to(model, device, torch.float32 if name == "vae" and family.keeps_vae_exact else dtype)
 
 
 def prepare_denoiser(model: Any, recipe: Recipe) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from loca_vision.methods.loca import LoCAConfig
+from loca_vision.recipes.diffusion.quantised import Quantization
 from loca_vision.recipes.settings.method_settings import Assignments, MethodSettings
 from loca_vision.recipes.settings.plugins import Imports
 
@@ -152,6 +153,8 @@ class Memory:
 
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of products and of the frozen weights; by default that of accelerate's configuration."""
+    quantization: Quantization | None = None
+    """Keep the denoiser's frozen weights in 8 or 4 bits, by bitsandbytes, torchao or optimum-quanto."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     use_8bit_adam: bool = False

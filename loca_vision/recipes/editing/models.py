@@ -42,13 +42,14 @@ class EditModels(Models):
             revision=recipe.revision,
             variant=recipe.variant,
             cache_dir=recipe.cache_dir,
+            quantization=recipe.quantization,
+            dtype=dtype,
         )
         kind = EDITING[type(pipe).__name__]
         family = kind(pipe, denoising_of(pipe, recipe))
         _check_texts(recipe, family)
         _check_resolution(recipe, pipe)
-        exact = ("vae",) if family.keeps_vae_exact else ()
-        freeze(pipe, ("vae", *family.text_encoders, "unet"), accelerator.device, dtype, exact=exact)
+        freeze(pipe, family, accelerator.device, dtype, quantised=recipe.quantization is not None)
         _adapt(pipe.unet, recipe)
         super().__init__(recipe, family)
 

@@ -5,13 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionXLInstructPix2PixPipeline
 
 from loca_vision.recipes.diffusion.loading import Source
+from loca_vision.recipes.diffusion.quantised import Quantization
 
 
-def pipeline_of(source: str, *, revision: str | None = None, variant: str | None = None, cache_dir: Path | None = None) -> Any:
-    """A pipeline of InstructPix2Pix, in float32, on the CPU, from safetensors files alone.
+def pipeline_of(
+    source: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: Path | None = None,
+    quantization: Quantization | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A pipeline of InstructPix2Pix, on the CPU, from safetensors files alone; in float32 unless it is quantised.
 
     Without a safety checker, which would put black pictures among those that nobody shows to anybody.
 
@@ -20,12 +30,14 @@ def pipeline_of(source: str, *, revision: str | None = None, variant: str | None
         revision: of the repository on the hub.
         variant: of the files, such as fp16.
         cache_dir: of what comes from the hub.
+        quantization: of the UNet.
+        dtype: of everything else, where the UNet is quantised.
 
     Raises:
         OSError: it cannot be had, or is no such pipeline in safetensors files.
     """
     what = "a pipeline of InstructPix2Pix"
     found = Source(source, revision=revision, variant=variant, cache_dir=cache_dir, what=what)
-    if found.class_name().startswith("StableDiffusionXL"):
-        return found.load(StableDiffusionXLInstructPix2PixPipeline, add_watermarker=False)
-    return found.load(StableDiffusionInstructPix2PixPipeline)
+    xl = found.class_name().startswith("StableDiffusionXL")
+    cls = StableDiffusionXLInstructPix2PixPipeline if xl else StableDiffusionInstructPix2PixPipeline
+    return found.load_quantised(cls, quantization, "unet", dtype, **({"add_watermarker": False} if xl else {}))

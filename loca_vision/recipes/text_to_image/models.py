@@ -49,11 +49,11 @@ class ImageModels(Models):
         name = source.class_name()
         kind = family_of(name, source.name)
         _check_process(recipe, kind, source.name)
-        pipe = source.load(_class(name, source.name), **({"add_watermarker": False} if "XL" in name else {}))
+        more = {"add_watermarker": False} if "XL" in name else {}
+        pipe = source.load_quantised(_class(name, source.name), recipe.quantization, kind.denoiser, dtype, **more)
         family = _family(kind, pipe, recipe)
         encoding = _encoders_to_train(recipe, family)
-        exact = ("vae",) if family.keeps_vae_exact else ()
-        freeze(pipe, ("vae", *family.text_encoders, family.denoiser), accelerator.device, dtype, exact=exact)
+        freeze(pipe, family, accelerator.device, dtype, quantised=recipe.quantization is not None)
         prepare_denoiser(family.model, recipe)
         inject(family.model, adapter_of(recipe), NAME)
         for encoder in encoding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,16 @@ def checksum(model: nn.Module, trained: Mapping[str, Tensor]) -> int:
     total = 0
     for name, value in model.named_parameters():
         if name not in trained:
-            data: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            total = zlib.crc32(data, total)
+            for part in _stored(value.detach()):
+                data: Any = part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                total = zlib.crc32(data, total)
     return total
+
+
+def _stored(value: Tensor) -> Iterator[Tensor]:
+    """The tensors that a tensor is made of, as a quantised one of bits and scales; of any other, itself."""
+    if not hasattr(value, "__tensor_flatten__"):
+        yield value
+        return
+    for name in value.__tensor_flatten__()[0]:
+        yield from _stored(getattr(value, name))

@@ -1,0 +1,65 @@
+"""Frozen weights in 8 or 4 bits under adapters that are trained in float32 (as in QLoRA; Dettmers et al., 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, Literal
+from warnings import catch_warnings, simplefilter
+
+import torch
+
+Quantization = Literal["bnb-nf4", "bnb-int8", "torchao-int8", "quanto-int8"]
+_LIBRARIES = {
+    "bnb": ("bitsandbytes", "bitsandbytes"),
+    "torchao": ("torchao", "torchao"),
+    "quanto": ("optimum.quanto", "optimum-quanto"),
+}
+
+
+def check_quantization(kind: Quantization) -> None:
+    """
+    Raises:
+        ValueError: the library is not installed, or it needs a GPU that is not there.
+    """
+    module, package = _LIBRARIES[kind.partition("-")[0]]
+    if find_spec(module.partition(".")[0]) is None or find_spec(module) is None:
+        raise ValueError(f"--quantization {kind}: it needs {package}; python -m pip install {package}")
+    if kind.startswith("bnb") and not torch.cuda.is_available():
+        raise ValueError(f"--quantization {kind}: bitsandbytes needs a GPU; torchao-int8 works on processors too")
+
+
+@contextmanager
+def loading_quantised(kind: Quantization, component: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Arguments of a pipeline's `from_pretrained`, to be called in here, with which one component is quantised.
+
+    Args:
+        component: such as unet or transformer.
+        dtype: that layers compute in, and that all other weights have.
+
+    Raises:
+        ValueError: this version of diffusers cannot quantise components of a pipeline.
+    """
+    import diffusers
+
+    if not hasattr(diffusers, "PipelineQuantizationConfig"):
+        raise ValueError(f"--quantization: diffusers {diffusers.__version__} cannot quantise a pipeline; a newer version can")
+    with catch_warnings():  # of the names that one version has and another gives up
+        simplefilter("ignore", FutureWarning)
+        config = diffusers.PipelineQuantizationConfig(quant_mapping={component: _config(kind, dtype)})
+        yield {"quantization_config": config, "torch_dtype": dtype}
+
+
+def _config(kind: Quantization, dtype: torch.dtype) -> Any:
+    import diffusers
+
+    if kind == "bnb-nf4":
+        return diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    if kind == "bnb-int8":
+        return diffusers.BitsAndBytesConfig(load_in_8bit=True)
+    if kind == "quanto-int8":
+        return diffusers.QuantoConfig(weights_dtype="int8")
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return diffusers.TorchAoConfig(Int8WeightOnlyConfig())
