@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from loca_vision.recipes.diffusion.families.family import Family, Process, Texts, output_of
-
-_FRAME = {"tokenize": True, "return_dict": False, "add_generation_prompt": True, "enable_thinking": False}
+from loca_vision.recipes.diffusion.families.family import Call, Family, Process, Texts, output_of
 
 
 class _Packed(Family):
@@ -53,9 +52,7 @@ class Flux(_Packed):
         )
         return {"text": text, "pooled": pooled}
 
-    def predict(
-        self, model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, texts: Texts, sizes: Tensor | None
-    ) -> Tensor:
+    def predict(self, model: Call, noisy: Tensor, timesteps: Tensor, texts: Texts, sizes: Tensor | None) -> Tensor:
         count, channels, height, width = noisy.shape
         factor = self.pipe.vae_scale_factor
         ids = self.pipe._prepare_latent_image_ids(count, height // 2, width // 2, noisy.device, noisy.dtype)
@@ -86,18 +83,9 @@ class Flux2(_Packed):
 
     def token_counts(self, tokenizer: str, prompts: Sequence[str]) -> list[int]:
         """In the frame of a conversation, in which the language model is given a text."""
-        read = getattr(self.pipe, tokenizer)
-        return [len(read.apply_chat_template(self._conversation(text), **_FRAME)) for text in prompts]
-
-    def _conversation(self, text: str) -> list[dict[str, Any]]:
-        said = [{"role": "user", "content": text}]
-        system = getattr(self.pipe, "system_message", None)  # of Flux.2; its klein has none
-        if system is None:
-            return said
-        parts = (
-            {"role": role, "content": [{"type": "text", "text": words}]} for role, words in (("system", system), ("user", text))
-        )
-        return list(parts)
+        read, system = getattr(self.pipe, tokenizer), getattr(self.pipe, "system_message", None)
+        count = _tokens_of_klein if system is None else partial(_tokens_of_flux2, system=system)
+        return [count(read, text) for text in prompts]
 
     def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         channels, height, width = shape
@@ -111,9 +99,7 @@ class Flux2(_Packed):
         normal: Tensor = (patches - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
         return normal
 
-    def predict(
-        self, model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, texts: Texts, sizes: Tensor | None
-    ) -> Tensor:
+    def predict(self, model: Call, noisy: Tensor, timesteps: Tensor, texts: Texts, sizes: Tensor | None) -> Tensor:
         answer = model(
             hidden_states=self.pipe._pack_latents(noisy),
             timestep=timesteps / 1000,
@@ -123,3 +109,16 @@ class Flux2(_Packed):
             img_ids=self.pipe._prepare_latent_ids(noisy).to(noisy.device),
         )
         return output_of(answer).transpose(1, 2).reshape(noisy.shape)
+
+
+def _tokens_of_klein(tokenizer: Any, text: str) -> int:
+    said = [{"role": "user", "content": text}]
+    whole = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return len(tokenizer(whole, truncation=False, verbose=False).input_ids)
+
+
+def _tokens_of_flux2(processor: Any, text: str, *, system: str) -> int:
+    spoken = (("system", system), ("user", text))
+    said = [{"role": role, "content": [{"type": "text", "text": words}]} for role, words in spoken]
+    tokens = processor.apply_chat_template(said, tokenize=True, return_dict=False, add_generation_prompt=False)
+    return torch.as_tensor(tokens).numel()  # a processor answers for one as for several

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
-from loca_vision.recipes.diffusion.families.family import Family, Texts, output_of
+from loca_vision.recipes.diffusion.families.family import Call, Family, Texts, output_of
 
 
 class StableDiffusion(Family):
@@ -20,9 +20,7 @@ class StableDiffusion(Family):
         found = encode(list(prompts), self._device(), 1, False)
         return {"text": found[0] if isinstance(found, tuple) else found}
 
-    def predict(
-        self, model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, texts: Texts, sizes: Tensor | None
-    ) -> Tensor:
+    def predict(self, model: Call, noisy: Tensor, timesteps: Tensor, texts: Texts, sizes: Tensor | None) -> Tensor:
         return output_of(model(noisy, timesteps, texts["text"]))
 
 
@@ -48,9 +46,7 @@ class StableDiffusionXL(Family):
         moved: Tensor = (found - mean * config.scaling_factor) / deviation
         return moved
 
-    def predict(
-        self, model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, texts: Texts, sizes: Tensor | None
-    ) -> Tensor:
+    def predict(self, model: Call, noisy: Tensor, timesteps: Tensor, texts: Texts, sizes: Tensor | None) -> Tensor:
         assert sizes is not None
         added = {"text_embeds": texts["pooled"], "time_ids": sizes}
         return output_of(model(noisy, timesteps, texts["text"], added_cond_kwargs=added))

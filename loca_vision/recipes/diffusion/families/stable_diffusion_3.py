@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
-from loca_vision.recipes.diffusion.families.family import Family, Texts, output_of
+from loca_vision.recipes.diffusion.families.family import Call, Family, Texts, output_of
 
 
 class StableDiffusion3(Family):
@@ -46,9 +46,7 @@ class StableDiffusion3(Family):
         )
         return {"text": text, "pooled": pooled}
 
-    def predict(
-        self, model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, texts: Texts, sizes: Tensor | None
-    ) -> Tensor:
+    def predict(self, model: Call, noisy: Tensor, timesteps: Tensor, texts: Texts, sizes: Tensor | None) -> Tensor:
         answer = model(
             hidden_states=noisy, timestep=timesteps, encoder_hidden_states=texts["text"], pooled_projections=texts["pooled"]
         )
