@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loca_vision.recipes.diffusion.checks import differences
 from loca_vision.recipes.diffusion.settings import Recipe
 from loca_vision.recipes.settings.command_line import as_json_dict
 from loca_vision.storage.run_checkpoint import latest_checkpoint
@@ -65,3 +66,15 @@ def check_same_samples(place: Path, before: Mapping[str, str] | None, now: Mappi
             f"{place}: the run there began with other {noun}: texts, or names or sizes of files, differ in "
             f"{', '.join(changed)}; put the {noun} back, or start a new run in another folder"
         )
+
+
+def check_same_settings(path: Path, state: Mapping[str, Any], recipe: Recipe) -> None:
+    """
+    Args:
+        path, state: of the checkpoint that a run is to go on from.
+
+    Raises:
+        ValueError: another trainer wrote it, or a run with other settings.
+    """
+    for difference in differences(recipe, settings_in(path, state, recipe), saved_settings(recipe)):
+        raise ValueError(f"{path}: the run there has other settings: {difference}")

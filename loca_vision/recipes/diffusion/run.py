@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from loca_vision.data.images import as_png
 from loca_vision.data.sampling import loader, stream_seed
-from loca_vision.recipes.diffusion.checks import batch_of, differences, phases_of
-from loca_vision.recipes.diffusion.resuming import check_same_samples, checkpoint_of, saved_settings, settings_in
+from loca_vision.recipes.diffusion.checks import batch_of, phases_of
+from loca_vision.recipes.diffusion.resuming import check_same_samples, check_same_settings, checkpoint_of, saved_settings
 from loca_vision.recipes.diffusion.task import Task
 from loca_vision.recipes.training.ema import EMA, Decay, locations_among
 from loca_vision.recipes.training.stepper import Progress, Stepper
@@ -190,8 +190,7 @@ class Run:
         return {self.task.noun: len(self.task.samples), "batch_size": self.sampler.batch_size}
 
     def _check_same(self, path: Path, state: Mapping[str, Any]) -> None:
-        for difference in differences(self.recipe, settings_in(path, state, self.recipe), saved_settings(self.recipe)):
-            raise ValueError(f"{path}: the run there has other settings: {difference}")
+        check_same_settings(path, state, self.recipe)
         for name, now in self._taken().items():
             before = state["taken"].get(name)
             if before != now:

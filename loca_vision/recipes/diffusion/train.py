@@ -13,7 +13,13 @@ from accelerate.utils import broadcast_object_list, set_seed
 from loca_vision.pipeline.save import save_pipeline_adapter
 from loca_vision.recipes.diffusion.checks import batch_of, differences
 from loca_vision.recipes.diffusion.models import NAME
-from loca_vision.recipes.diffusion.resuming import check_same_samples, checkpoint_of, saved_settings, settings_in
+from loca_vision.recipes.diffusion.resuming import (
+    check_same_samples,
+    check_same_settings,
+    checkpoint_of,
+    saved_settings,
+    settings_in,
+)
 from loca_vision.recipes.diffusion.run import Run
 from loca_vision.recipes.diffusion.settings import METHODS, Recipe
 from loca_vision.recipes.diffusion.task import Task
@@ -47,6 +53,8 @@ def train(recipe: Recipe, kind: type[Task]) -> dict[str, Any]:
     recipe = _with_seed(recipe)
     metrics = _finished(recipe, kind, accelerator)
     if metrics is None:
+        if (path := checkpoint_of(recipe)) is not None:  # before models are loaded and images encoded
+            check_same_settings(path, read_checkpoint(path)[1], recipe)
         torch.backends.cuda.matmul.allow_tf32 = recipe.allow_tf32
         set_seed(recipe.seed or 0)
         metrics = _trained(Run(kind(recipe, accelerator), accelerator))
