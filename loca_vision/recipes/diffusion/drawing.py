@@ -88,16 +88,17 @@ def pictures(
 
 @contextmanager
 def untouched(pipe: Any) -> Iterator[None]:
-    """Evaluation mode, no progress bar and a scheduler of one's own in here; a call leaves its timesteps in it."""
+    """Evaluation mode, no progress bar, a scheduler of one's own, and an autoencoder that autocast leaves alone in here."""
     modes = [(module, module.training) for model in models_in(pipe).values() for module in model.modules()]
     left = {name: vars(pipe)[name] for name in _LEFT_BY_A_CALL if name in vars(pipe)}
     scheduler = pipe.scheduler
     try:
         for module, _ in modes:
             module.training = False
-        pipe.scheduler = copy.deepcopy(scheduler)
+        pipe.scheduler = copy.deepcopy(scheduler)  # a call leaves its timesteps in it
         pipe.set_progress_bar_config(disable=True)
-        yield
+        with in_its_own_dtype(pipe.vae):
+            yield
     finally:
         pipe.scheduler = scheduler
         for name in _LEFT_BY_A_CALL:
@@ -105,6 +106,28 @@ def untouched(pipe: Any) -> Iterator[None]:
         vars(pipe).update(left)
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def in_its_own_dtype(vae: Any) -> Iterator[None]:
+    """An autoencoder computes in its own dtype in here: XL's, kept in float32, overflows in the float16 of autocast."""
+    before = {name: vars(vae)[name] for name in ("encode", "decode") if name in vars(vae)}
+
+    def exact(method: Any) -> Any:
+        def call(given: torch.Tensor, *more: Any, **named: Any) -> Any:
+            with torch.autocast(given.device.type, enabled=False):
+                return method(given.to(vae.dtype), *more, **named)
+
+        return call
+
+    methods = {name: exact(getattr(vae, name)) for name in ("encode", "decode")}
+    try:
+        vars(vae).update(methods)
+        yield
+    finally:
+        for name in methods:
+            vars(vae).pop(name, None)
+        vars(vae).update(before)
 
 
 @contextmanager

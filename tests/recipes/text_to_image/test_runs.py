@@ -10,6 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
+from loca_vision.recipes.diffusion.drawing import Picture, pictures
 from loca_vision.recipes.text_to_image import class_pictures
 from loca_vision.recipes.text_to_image.model_card import image_card
 from support.edit_training import ADAPTER, METHODS, tensors, weights
@@ -75,6 +76,22 @@ def same_files(one, other):
         with Image.open(one / name) as mine, Image.open(other / name) as theirs:
             assert np.abs(np.asarray(mine, int) - np.asarray(theirs, int)).max() <= 1
     return len(names)
+
+
+def test_the_autoencoder_of_xl_is_exact_under_autocast(base_of, tmp_path):
+    """In pictures too: latents go through it in float32."""
+    pipe, how = pipeline(base_of("xl")), Picture(16, 16, 1)
+    seen, decode = [], type(pipe.vae.decoder).forward
+
+    def spy(decoder, latents, *more):
+        seen.append((latents.dtype, torch.is_autocast_enabled("cpu"), decode(decoder, latents, *more)))
+        return seen[-1][2]
+
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(type(pipe.vae.decoder), "forward", spy)
+        pictures(pipe, "a cat", [1], how)
+    assert [one[:2] for one in seen] == [(torch.float32, False)] and seen[0][2].dtype == torch.float32
+    assert "decode" not in vars(pipe.vae) and "encode" not in vars(pipe.vae)
 
 
 def test_only_missing_class_images_are_drawn_and_those_that_are_there_count(dreambooth, tmp_path, monkeypatch):
