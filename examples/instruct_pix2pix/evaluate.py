@@ -8,29 +8,12 @@
 It writes evaluation.json, contact_sheet.png and edits/. Started again, it goes on where it was stopped.
 """
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Sequence
+from functools import partial
 
-from loca_vision.recipes.settings.command_line import parse
-from loca_vision.recipes.settings.console import guarded
+from loca_vision.commands.evaluate_edit import main as evaluate_edit
 
-PROG = "evaluate.py"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate as the command line says; returns the exit status."""
-    return guarded(PROG, lambda: _main(sys.argv[1:] if arguments is None else list(arguments)), extra="edit")
-
-
-def _main(arguments: list[str]) -> None:
-    from loca_vision.recipes.editing.evaluation.evaluate import evaluate
-    from loca_vision.recipes.editing.evaluation.settings import EditEvaluation
-
-    parsed = parse(EditEvaluation, arguments, prog=PROG, presets={})
-    evaluate(parsed.settings, parsed.given)
-
+main = partial(evaluate_edit, prog="evaluate.py")
 
 if __name__ == "__main__":
     sys.exit(main())
