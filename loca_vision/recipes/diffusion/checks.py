@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from typing import Any, TypeVar
@@ -41,7 +41,7 @@ _MAYBE = {
 }  # fmt: skip
 
 
-def check_given(recipe: Recipe, given: Collection[str], presets: Mapping[str, Mapping[str, Any]]) -> None:
+def check_given(recipe: Recipe, given: Collection[str]) -> None:
     """Refuse settings that contradict each other.
 
     Args:
@@ -51,9 +51,6 @@ def check_given(recipe: Recipe, given: Collection[str], presets: Mapping[str, Ma
         ValueError: one sentence.
     """
     METHODS.check(recipe.method, given)
-    if recipe.preset is not None and presets[recipe.preset]["method"] != recipe.method:
-        method = presets[recipe.preset]["method"]
-        raise ValueError(f"preset={recipe.preset!r} is for the method {method}, and --method says {recipe.method}")
     if recipe.together and recipe.learning_steps == 0:
         raise ValueError("--together moves locations, and learning_steps=0 keeps them from moving: choose one")
     if "ema_decay" in given and not recipe.use_ema:

@@ -61,8 +61,6 @@ class Images:
 class Method:
     """What is trained: the method and its settings"""
 
-    preset: str | None = None
-    """Settings under one name; flags win over them."""
     method: Annotated[str, METHODS.help_of_method()] = LoCAConfig.method
     """What is trained."""
     imports: Imports = ()

@@ -107,7 +107,7 @@ def resolve(recipe: EditRecipe, given: Collection[str]) -> EditRecipe:
     Raises:
         ValueError: a value out of range, or settings that contradict each other; one sentence.
     """
-    check_given(recipe, given, EDIT_PRESETS)
+    check_given(recipe, given)
     _check_contradictions(recipe, given)
     recipe = settled(recipe, given)
     recipe = replace(recipe, cache_latents=recipe.cache_latents and recipe.center_crop)
@@ -131,6 +131,9 @@ def sampling_of(recipe: EditRecipe) -> Sampling:
 
 
 def _check_contradictions(recipe: EditRecipe, given: Collection[str]) -> None:
+    if recipe.preset is not None and EDIT_PRESETS[recipe.preset]["method"] != recipe.method:
+        method = EDIT_PRESETS[recipe.preset]["method"]
+        raise ValueError(f"preset={recipe.preset!r} is for the method {method}, and --method says {recipe.method}")
     if (recipe.dataset_name is None) == (recipe.train_data_dir is None):
         said = "nothing" if recipe.dataset_name is None else "both"
         raise ValueError(f"--dataset_name or --train_data_dir says where the pairs are; {said} was given")

@@ -40,7 +40,7 @@ def image_card(metrics: Mapping[str, Any], repository: str) -> str:
         f"pipe = {kind}.from_pretrained({source_of(config, base)})",
         *scheduler_of(config),
         f'pipe.load_loca_weights("{repository}")',
-        f"picture = pipe(prompt={metrics['example_prompt']!r}, {_sampling(config)}).images[0]",
+        f"picture = pipe(prompt={metrics['example_prompt']!r}, {_sampling(metrics)}).images[0]",
         "```",
         "",
         "The adapter has the licence of the base model at least, and the data's: neither is in here.",
@@ -66,10 +66,12 @@ def _table(metrics: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _sampling(config: Mapping[str, Any]) -> str:
+def _sampling(metrics: Mapping[str, Any]) -> str:
     """As in the picture."""
+    config = metrics["config"]
     return arguments_of(
-        {
+        metrics["call_settings"]
+        | {
             "height": config["resolution"],
             "width": config["resolution"],
             "num_inference_steps": config["validation_inference_steps"],

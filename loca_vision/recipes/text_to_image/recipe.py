@@ -15,7 +15,6 @@ from loca_vision.recipes.diffusion.settings import Recipe
 
 # What diffusers' DreamBooth scripts have in the place of their text-to-image script's defaults.
 DREAMBOOTH: dict[str, Any] = {"train_batch_size": 4, "num_train_epochs": 1, "validation_epochs": 50}
-PRESETS: dict[str, dict[str, Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -112,8 +111,6 @@ class ImageRecipe(Noise, Texts, Subject, Captions, Recipe):
 
     pretrained_model_name_or_path: str
     """A text-to-image pipeline in a folder or on the hub."""
-    preset: str | None = None
-    """There is none yet."""
     validation_prompt: str | None = None
     """Text of the validation pictures; without one, none are drawn."""
     validation_inference_steps: int = 25
@@ -143,7 +140,7 @@ def resolve(recipe: ImageRecipe, given: Collection[str]) -> ImageRecipe:
     Raises:
         ValueError: a value out of range, or settings that contradict each other; one sentence.
     """
-    check_given(recipe, given, PRESETS)
+    check_given(recipe, given)
     _check_source(recipe, given)
     _check_subject(recipe, given)
     if recipe.aspect_ratio_buckets is not None and not recipe.use_aspect_ratio_buckets:

@@ -55,6 +55,8 @@ class Plan:
 
     def bucket(self, index: int) -> int:
         """The bucket of a sample: that of the image to learn."""
+        if len(self.buckets) == 1:  # no header need be read
+            return 0
         return nearest_bucket(self.images.sizes[index % len(self.images)], self.buckets)
 
     def view(self, index: int) -> BucketView:

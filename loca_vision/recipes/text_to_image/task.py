@@ -40,6 +40,7 @@ class ImageTask(Task):
         draw_class_images(recipe, self.models, accelerator)
         self.data = ImageData(recipe, self.models.encoders, accelerator)
         self.samples, self.digests = self.data.samples, self.data.digests
+        self.constant: dict[str, Texts] = {}
         self.validation = Validation(self.models, recipe, accelerator.device) if recipe.validation_prompt else None
         self.models.encoders.rest(images=recipe.cache_latents, texts=not recipe.train_text_encoder)
 
@@ -89,19 +90,25 @@ class ImageTask(Task):
     def _texts(self, batch: Mapping[str, Any], parts: int, dropped: Tensor) -> Texts | list[str]:
         """What the denoiser is given of the captions, or themselves where text encoders are trained."""
         captions, prompt = batch["caption"], self.recipe.class_prompt or ""
-        known = self.data.texts
-        if known is None:
+        if self.data.texts is None:
             shown = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
             return shown + [prompt] * len(captions) * (parts - 1)
-        empty, of_class = known[""], known[prompt]
+        empty, of_class = self._known(""), self._known(prompt)
         found = {}
         for name, nothing in empty.items():
             own = batch[name].to(self.device)
             mask = dropped.to(own.device).view(-1, *[1] * (own.ndim - 1))
-            own = torch.where(mask, nothing.to(own), own)
-            others = of_class[name].to(own).expand(len(own) * (parts - 1), *own.shape[1:])
+            own = torch.where(mask, nothing, own)
+            others = of_class[name].expand(len(own) * (parts - 1), *own.shape[1:])
             found[name] = torch.cat([own, others]).float()
         return found
+
+    def _known(self, text: str) -> Texts:
+        """What stands for the class or for the empty text, on the device; every step needs both."""
+        if text not in self.constant:
+            assert self.data.texts is not None
+            self.constant[text] = {name: value.to(self.device) for name, value in self.data.texts[text].items()}
+        return self.constant[text]
 
     @property
     def has_pictures(self) -> bool:
@@ -119,6 +126,7 @@ class ImageTask(Task):
             "cut_captions": len(self.data.cut_captions),
             "example_prompt": self.recipe.validation_prompt or self.recipe.instance_prompt or images.captions[0],
             "pipeline": type(self.models.pipe).__name__,
+            "call_settings": self.models.family.call_settings(),
             **prior,
         }
 

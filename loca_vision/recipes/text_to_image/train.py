@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from loca_vision.recipes.diffusion.train import train
 from loca_vision.recipes.settings.command_line import parse
 from loca_vision.recipes.settings.console import guarded
-from loca_vision.recipes.text_to_image.recipe import PRESETS, ImageRecipe, resolve
+from loca_vision.recipes.text_to_image.recipe import ImageRecipe, resolve
 from loca_vision.recipes.text_to_image.task import ImageTask
 
 
@@ -18,5 +18,5 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> i
 
 
 def _main(arguments: list[str], prog: str) -> None:
-    parsed = parse(ImageRecipe, arguments, prog=prog, presets=PRESETS)
+    parsed = parse(ImageRecipe, arguments, prog=prog, presets={})
     train(resolve(parsed.settings, parsed.given), ImageTask)

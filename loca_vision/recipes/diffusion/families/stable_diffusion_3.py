@@ -21,6 +21,7 @@ class StableDiffusion3(Family):
     }
     trainable: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     flow: ClassVar[bool] = True
+    keeps_vae_exact: ClassVar[bool] = True
     usual_length: ClassVar[int | None] = 77
 
     @property
