@@ -88,8 +88,8 @@ class Benchmark(Protocol, Method):
     """Learning rate of the coefficients, or factors: the benchmark's for LoRA; spectra want larger ones."""
     targets: tuple[Literal["q", "k", "v", "out", "fc1", "fc2", "proj_in", "proj_out", "linear"], ...] = _TARGETS
     """Adapted projections; by default in all attention and feed-forward layers."""
-    learning_steps: Annotated[int | None, METHODS.help("learning_steps")] = 562
-    """B_s, after which the locations are final: here three quarters of the steps."""
+    learning_steps: Annotated[int | None, METHODS.help("learning_steps")] = 75
+    """B_s, after which the locations are final: here a tenth of the steps, as in the paper."""
     compare: Path | None = None
     """A folder of result files: print them as a table, and the run of --output_dir where it is finished; nothing is trained."""
     dry_run: bool = False
