@@ -18,6 +18,7 @@ from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
 from loca_vision.formats.lora_files.writer import write_diffusers_lora
 from support import pipelines as tiny
 from support.image_folders import write_oxford_pets
+from support.image_training import captioned, photographs
 
 SMALL = {"embed_dim": 96, "depth": 1, "num_heads": 3}
 CREATE = timm.create_model
@@ -36,6 +37,9 @@ def saved_adapters(tmp_path_factory):
         pipe = tiny.instruct_pix2pix()
         inject(pipe.unet, LoCAConfig(n_components=5))
         loca_vision.diffusers.save_loca_weights(pipe, folder / name)
+    pipe = tiny.stable_diffusion()
+    inject(pipe.unet, LoCAConfig(n_components=5))
+    loca_vision.diffusers.save_loca_weights(pipe, folder / "dog-loca")
     return folder
 
 
@@ -46,6 +50,7 @@ def page_folder(saved_adapters, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **kwargs: CREATE(name, **SMALL, **kwargs))
     monkeypatch.setattr(StableDiffusionInstructPix2PixPipeline, "from_pretrained", lambda name: tiny.instruct_pix2pix())
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda name: tiny.quiet(tiny.stable_diffusion()))
     return tmp_path
 
 
@@ -75,6 +80,9 @@ def command_folder(tmp_path, monkeypatch):
     write_oxford_pets(tmp_path / "data")
     _write_checkpoints()
     tiny.instruct_pix2pix().save_pretrained("edit-base")
+    tiny.small(tiny.stable_diffusion()).save_pretrained("image-base")
+    photographs(tmp_path / "dog")
+    captioned(tmp_path / "paintings")
     return tmp_path
 
 

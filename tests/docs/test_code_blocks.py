@@ -49,11 +49,14 @@ STUDY = "--photographs photos --methods loca --resolution 16 --channels 8 --base
 STUDY += "--n_components 8 --batch_size 2 --crops 1 --num_inference_steps 1"
 CLASSIFIER = "--model test_vit --weights none --image_size 160 --epochs 1 --batch_size 2"
 EDIT = f"{EDITED} --n_components 10 --max_train_steps 2 --train_batch_size 1"
+IMAGE = "--pretrained_model_name_or_path image-base --resolution 16 --n_components 10 --max_train_steps 2 --train_batch_size 1"
+IMAGE += " --num_validation_images 1 --validation_inference_steps 1"
 EDITS = f"{EDITED} --clip_model None --no_lpips --num_inference_steps 1"
 SHORT_COMMANDS = {
     "demo": "--model test_vit --weights none --image-size 160 --steps 2 --batch-size 2",
     "train-classifier": CLASSIFIER,
     "train-edit": EDIT,
+    "train-image": IMAGE,
     "evaluate-edit": EDITS,
 }
 SHORT_SCRIPTS = {
@@ -71,6 +74,7 @@ SHORT_SCRIPTS = {
     "instruct_pix2pix/train.py": EDIT,
     "instruct_pix2pix/evaluate.py": EDITS,
     "instruct_pix2pix/study.py": STUDY,
+    "text_to_image/train.py": f"{IMAGE} --num_class_images 2",
 }
 
 
