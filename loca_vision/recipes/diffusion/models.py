@@ -39,7 +39,6 @@ class Models:
     Args:
         recipe: settled.
         family: of the pipeline, whose models are frozen already and have their adapters.
-        accelerator: says the device.
         encoding: text encoders that are trained too, by name; none for the denoiser alone.
 
     Attributes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -67,7 +68,22 @@ class Family:
         return {"max_sequence_length": self.length} if self.length else {}
 
     def texts(self, prompts: Sequence[str]) -> Texts:
-        """What the denoiser is given of texts, padded or cut to the length that is read."""
+        """What the denoiser is given of texts, padded or cut to the length that is read.
+
+        Pipelines warn of each text that they cut, each time; a run has said once how many there are.
+        """
+        loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+        levels = [logger.level for logger in loggers]
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            return self.encode(list(prompts))
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+    def encode(self, prompts: list[str]) -> Texts:
+        """`texts`, by the pipeline's own means."""
         raise NotImplementedError
 
     def lengths(self) -> dict[str, int]:

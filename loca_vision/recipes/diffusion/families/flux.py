@@ -46,9 +46,9 @@ class Flux(_Packed):
         assert self.length is not None
         return {"tokenizer_2": self.length}
 
-    def texts(self, prompts: Sequence[str]) -> Texts:
+    def encode(self, prompts: list[str]) -> Texts:
         text, pooled, _ = self.pipe.encode_prompt(
-            list(prompts), None, device=self._device(), num_images_per_prompt=1, max_sequence_length=self.length
+            prompts, None, device=self._device(), num_images_per_prompt=1, max_sequence_length=self.length
         )
         return {"text": text, "pooled": pooled}
 
@@ -75,9 +75,9 @@ class Flux2(_Packed):
     text_names: ClassVar[tuple[str, ...]] = ("text",)
     trainable: ClassVar[tuple[str, ...]] = ()
 
-    def texts(self, prompts: Sequence[str]) -> Texts:
+    def encode(self, prompts: list[str]) -> Texts:
         text, _ = self.pipe.encode_prompt(
-            list(prompts), device=self._device(), num_images_per_prompt=1, max_sequence_length=self.length
+            prompts, device=self._device(), num_images_per_prompt=1, max_sequence_length=self.length
         )
         return {"text": text}
 

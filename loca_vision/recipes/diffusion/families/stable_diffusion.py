@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -15,9 +14,9 @@ class StableDiffusion(Family):
 
     text_names: ClassVar[tuple[str, ...]] = ("text",)
 
-    def texts(self, prompts: Sequence[str]) -> Texts:
+    def encode(self, prompts: list[str]) -> Texts:
         encode = getattr(self.pipe, "encode_prompt", None) or self.pipe._encode_prompt  # of its InstructPix2Pix
-        found = encode(list(prompts), self._device(), 1, False)
+        found = encode(prompts, self._device(), 1, False)
         return {"text": found[0] if isinstance(found, tuple) else found}
 
     def predict(self, model: Call, noisy: Tensor, timesteps: Tensor, texts: Texts, sizes: Tensor | None) -> Tensor:
@@ -32,9 +31,9 @@ class StableDiffusionXL(Family):
     keeps_vae_exact: ClassVar[bool] = True
     sized: ClassVar[bool] = True
 
-    def texts(self, prompts: Sequence[str]) -> Texts:
+    def encode(self, prompts: list[str]) -> Texts:
         text, _, pooled, _ = self.pipe.encode_prompt(
-            list(prompts), device=self._device(), num_images_per_prompt=1, do_classifier_free_guidance=False
+            prompts, device=self._device(), num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return {"text": text, "pooled": pooled}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -34,12 +33,11 @@ class StableDiffusion3(Family):
             return {"tokenizer_3": self.length}
         return {name: int(getattr(self.pipe, name).model_max_length) for name in ("tokenizer", "tokenizer_2")}
 
-    def texts(self, prompts: Sequence[str]) -> Texts:
-        same = list(prompts)
+    def encode(self, prompts: list[str]) -> Texts:
         text, _, pooled, _ = self.pipe.encode_prompt(
-            same,
-            same,
-            same,
+            prompts,
+            prompts,
+            prompts,
             device=self._device(),
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
