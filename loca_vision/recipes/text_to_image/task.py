@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +41,6 @@ class ImageTask(Task):
         draw_class_images(recipe, self.models, accelerator)
         self.data = ImageData(recipe, self.models.encoders, accelerator)
         self.samples, self.digests = self.data.samples, self.data.digests
-        self.constant: dict[str, Texts] = {}
         self.validation = Validation(self.models, recipe, accelerator.device) if recipe.validation_prompt else None
         self.models.encoders.rest(images=recipe.cache_latents, texts=not recipe.train_text_encoder)
 
@@ -105,10 +105,14 @@ class ImageTask(Task):
 
     def _known(self, text: str) -> Texts:
         """What stands for the class or for the empty text, on the device; every step needs both."""
-        if text not in self.constant:
+        if text not in self._constant:
             assert self.data.texts is not None
-            self.constant[text] = {name: value.to(self.device) for name, value in self.data.texts[text].items()}
-        return self.constant[text]
+            self._constant[text] = {name: value.to(self.device) for name, value in self.data.texts[text].items()}
+        return self._constant[text]
+
+    @cached_property
+    def _constant(self) -> dict[str, Texts]:
+        return {}
 
     @property
     def has_pictures(self) -> bool:
