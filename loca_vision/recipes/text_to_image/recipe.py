@@ -194,6 +194,11 @@ def _check_subject(recipe: ImageRecipe, given: Collection[str]) -> None:
         raise ValueError("--class_prompt is missing: the caption of the class images of --with_prior_preservation")
     if recipe.instance_prompt is None:
         raise ValueError("--with_prior_preservation is for a subject: say --instance_prompt too")
+    folder = recipe.class_folder.expanduser().resolve()
+    source = Path(recipe.source).expanduser().resolve()
+    if source.is_dir() and (folder == source or source in folder.parents):
+        fault = "images of the class in there would be taken for images to learn; choose another folder"
+        raise ValueError(f"{recipe.class_folder}: {fault}")
 
 
 def _check_numbers(recipe: ImageRecipe) -> None:

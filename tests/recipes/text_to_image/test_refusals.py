@@ -69,6 +69,12 @@ def test_settings_of_a_subject(case, dreambooth, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("place", ["", "out/class"])
+def test_class_images_among_those_to_learn(place, dreambooth, subject, tmp_path, capsys):
+    assert run(tmp_path / "out", *dreambooth, *PRIOR, "--class_data_dir", subject / place) == 2
+    assert "images of the class in there would be taken for images to learn" in capsys.readouterr().err
+
+
 def test_settings_of_the_other_noise(base_of, subject, tmp_path, capsys):
     named = ("--pretrained_model_name_or_path", base_of("flux"), "--instance_data_dir", subject, "--instance_prompt", "a")
     for more in (("--snr_gamma", "5"), ("--noise_offset", "0.1"), ("--prediction_type", "v_prediction")):
