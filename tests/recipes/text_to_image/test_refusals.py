@@ -54,7 +54,9 @@ def offline(monkeypatch):
 def test_contradictions(case, base_of, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     more, sentence = REFUSED[case]
-    given = ["train-image", "--pretrained_model_name_or_path", str(base_of("sd")), *FEW, *more, "--output_dir", "out"]
+    base = base_of("sd")
+    capsys.readouterr()  # its bar, where it is made here
+    given = ["train-image", "--pretrained_model_name_or_path", str(base), *FEW, *more, "--output_dir", "out"]
     assert command(given) == 2
     said = capsys.readouterr().err
     assert sentence in said and said.startswith("loca-vision train-image: ") and said.count("\n") == 1, said
