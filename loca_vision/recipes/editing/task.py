@@ -39,6 +39,7 @@ class EditTask(Task):
         drawn = Validation(self.models.pipe, cases, sampling, recipe.validation_scales, recipe.method) if cases else None
         self.validation = drawn
         self.null_text = self.models.encoders.texts([""])["text"]
+        self.models.encoders.rest(images=recipe.cache_latents, texts=recipe.cache_latents)
 
     @property
     def recipe(self) -> EditRecipe:
@@ -84,7 +85,8 @@ class EditTask(Task):
 
     def sheet(self) -> Image.Image:
         assert self.validation is not None
-        return self.validation.sheet()
+        with self.models.encoders.back(self.device):
+            return self.validation.sheet()
 
     def facts(self) -> dict[str, Any]:
         pairs = self.data.pairs

@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 from loca_vision.recipes.diffusion.drawing import Picture, pictures
+from loca_vision.recipes.diffusion.encoders import Encoders
 from loca_vision.recipes.text_to_image import class_pictures
 from loca_vision.recipes.text_to_image.model_card import image_card
 from support.edit_training import ADAPTER, METHODS, tensors, weights
@@ -92,6 +93,23 @@ def test_the_autoencoder_of_xl_is_exact_under_autocast(base_of, tmp_path):
         pictures(pipe, "a cat", [1], how)
     assert [one[:2] for one in seen] == [(torch.float32, False)] and seen[0][2].dtype == torch.float32
     assert "decode" not in vars(pipe.vae) and "encode" not in vars(pipe.vae)
+
+
+@pytest.mark.parametrize(
+    ("more", "rest"),
+    [((), ["vae", "text_encoder"]), (("--no-cache_latents",), ["text_encoder"]), (("--train_text_encoder",), ["vae"])],
+)
+def test_what_has_encoded_everything_leaves_the_device(more, rest, dreambooth, tmp_path, monkeypatch):
+    """And is there again for pictures."""
+    moved = []
+
+    def move(encoders, device):
+        names = {id(getattr(encoders.family.pipe, name)): name for name in ("vae", "text_encoder")}
+        moved.append((str(device), [names[id(model)] for model in encoders.resting]))
+
+    monkeypatch.setattr(Encoders, "_move", move)
+    trained(tmp_path / "out", *dreambooth, *more, "--validation_prompt", "a cat", "--validation_steps", "2")
+    assert moved == [("cpu", rest)] * 5  # at the start, and to the device and back for each of two pictures
 
 
 def test_only_missing_class_images_are_drawn_and_those_that_are_there_count(dreambooth, tmp_path, monkeypatch):
