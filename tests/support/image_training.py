@@ -17,7 +17,7 @@ from support.scripts import main
 TRAIN = "text_to_image/train"
 FAMILIES = {
     "sd": lambda: tiny.small(tiny.stable_diffusion()),
-    "xl": tiny.stable_diffusion_xl,
+    "xl": lambda: tiny.small(tiny.stable_diffusion_xl()),
     "sd3": flow.stable_diffusion_3,
     "flux": flow.flux,
     "klein": flow.flux2_klein,

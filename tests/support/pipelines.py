@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,8 @@ def small_unet(seed: int = 0, *, channels: int = 4) -> UNet2DConditionModel:
     return unet(seed, channels=channels, **one)
 
 
-def xl_unet(seed: int = 0, *, channels: int = 4) -> UNet2DConditionModel:
-    settings = {
+def xl_unet(seed: int = 0, *, channels: int = 4, **more: Any) -> UNet2DConditionModel:
+    settings: dict[str, Any] = {
         "cross_attention_dim": 40,
         "attention_head_dim": (2, 4),
         "use_linear_projection": True,
@@ -111,7 +111,13 @@ def xl_unet(seed: int = 0, *, channels: int = 4) -> UNet2DConditionModel:
         "transformer_layers_per_block": (1, 2),
         "projection_class_embeddings_input_dim": 64,
     }
-    return unet(seed, channels=channels, **settings)
+    return unet(seed, channels=channels, **settings | more)
+
+
+def small_xl_unet(channels: int = 4) -> UNet2DConditionModel:
+    """One resolution instead of two, as `small_unet`."""
+    one = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (16,)}
+    return xl_unet(channels=channels, **one, attention_head_dim=2, transformer_layers_per_block=1)
 
 
 def vae() -> AutoencoderKL:
@@ -146,7 +152,8 @@ def instruct_pix2pix(cls: Any = StableDiffusionInstructPix2PixPipeline) -> Any:
 
 def small(pipe: Any) -> Any:
     """The pipeline with a UNet of one resolution: for what trains it or draws with it many times."""
-    pipe.unet = small_unet(channels=pipe.unet.config.in_channels)
+    made = small_xl_unet if pipe.unet.config.addition_embed_type else partial(small_unet, 0)
+    pipe.unet = made(channels=pipe.unet.config.in_channels)
     return pipe
 
 

@@ -18,7 +18,7 @@ def base(tmp_path_factory):
     """Of 8 channels: noise and image."""
     folder = tmp_path_factory.mktemp("xl")
     pipe = tiny.stable_diffusion_xl()
-    pipe.unet = tiny.xl_unet(channels=8)
+    pipe.unet = tiny.small_xl_unet(channels=8)
     pipe.save_pretrained(folder)
     return folder
 
