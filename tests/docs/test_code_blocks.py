@@ -65,6 +65,7 @@ SHORT_SCRIPTS = {
     "your_own_update.py": "",
     "hf_trainer.py": "--images 32 --epochs 2 --n_components 20",
     "benchmarks/tables.py": "",
+    "benchmarks/step_memory.py": "--dry_run --bases klein --n_components 20",
     "benchmarks/gpu.py": "--dry_run --threads 1 --parts costs",
     "hardening/mutate_files.py": "--count 5",
     "hardening/kill_saves.py": "--kills 1 --longest 0.01",

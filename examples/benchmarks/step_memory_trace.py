@@ -1,0 +1,212 @@
+"""A training step with LoCA of a model whose tensors have shapes and no memory: bytes that are alive, and operations."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from loca_vision import LoCAConfig, explain, inject
+from loca_vision.layers.targets import Target, find_targets
+from loca_vision.model.traversal import all_updates
+from step_memory_bases import Base
+
+BYTES_OF_A_TRAINED_NUMBER = 16
+
+
+@dataclass(frozen=True)
+class Step:
+    """Bytes and operations of a training step.
+
+    Args:
+        title, resolution: of the base, and whether activations are computed again in the backward pass.
+        weights: bytes of the frozen weights.
+        built: bytes of the adapted weights.
+        trained: numbers, locations included.
+        kept: bytes of what waits for the backward pass.
+        peak: bytes alive at most besides weights and trained numbers.
+        forward, backward: operations of the frozen base, two for a multiply-add.
+        added: operations of LoCA, both ways.
+    """
+
+    title: str
+    resolution: int
+    checkpointing: bool
+    weights: int
+    built: int
+    trained: int
+    kept: int
+    peak: int
+    forward: float
+    backward: float
+    added: float
+
+    @property
+    def total(self) -> int:
+        """Bytes of everything counted."""
+        return self.weights + self.built + BYTES_OF_A_TRAINED_NUMBER * self.trained + self.peak
+
+
+class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the tensors that operations in here make, as long as they are alive.
+
+    Args:
+        besides: storages, by address, that do not count.
+    """
+
+    def __init__(self, besides: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sizes: dict[int, int] = {}
+        self.besides, self.now, self.peak = besides, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: Any) -> None:
+        address = storage._cdata
+        if address in self.sizes or address in self.besides:
+            return
+        self.sizes[address] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, address)
+
+    def _forget(self, address: int) -> None:
+        self.now -= self.sizes.pop(address)
+
+
+@contextmanager
+def _bfloat16() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _attention(q: Any, k: Any, v: Any, *_: Any, **more: Any) -> int:
+    operations: int = sdpa_flop_count(q, k, v)  # type: ignore[no-untyped-call]
+    return operations
+
+
+def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **more: Any) -> int:
+    operations: int = sdpa_backward_flop_count(grad, q, k, v)  # type: ignore[no-untyped-call]
+    return operations
+
+
+_ATTENTION = {  # which torch counts on GPUs alone
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def traced(
+    base: Base, config: LoCAConfig, *, batch_size: int = 1, resolution: int | None = None, checkpointing: bool = False
+) -> Step:
+    """One training step of one base.
+
+    Args:
+        config: of the adapter.
+        batch_size: images.
+        resolution: pixels a side; by default the base's.
+        checkpointing: compute activations again in the backward pass.
+
+    Raises:
+        ValueError: the adapter does not fit the base.
+    """
+    resolution = resolution or base.resolution
+    with torch.device("meta"):
+        with_loca = base.build()
+    inject(with_loca, config)
+    with FakeTensorMode():
+        with _bfloat16():
+            model = base.build().train()
+        adapted = find_targets(model, config.targets)
+        _learning(adapted)
+        if checkpointing:
+            model.enable_gradient_checkpointing()  # type: ignore[operator]
+        tokens = _watch_tokens(adapted)
+        step = partial(_step, model, *base.call(batch_size, resolution))
+        kept, peak = _bytes(model, step)  # by themselves: what counts operations holds on to tensors
+        forward, both = _operations(step)
+    return Step(
+        base.title,
+        resolution,
+        checkpointing,
+        2 * sum(parameter.numel() for parameter in model.parameters()),
+        2 * sum(math.prod(target.shape) for target in adapted),
+        sum(p.numel() for one in all_updates(with_loca) for p in (*one.trainable(), *one.location_parameters())),
+        kept,
+        peak,
+        forward,
+        both - forward - _of_gradients(adapted, tokens),
+        sum(row.forward.flops + row.backward.flops for row in explain(with_loca, dict(tokens))),  # coefficients learn
+    )
+
+
+def _step(model: nn.Module, positional: tuple[Any, ...], named: Mapping[str, Any], between: Callable[[], None]) -> None:
+    """Forward and backward, and something between them."""
+    with torch.autocast("cpu", torch.bfloat16):
+        error = model(*positional, **named).sample.float().square().mean()
+    between()
+    error.backward()
+
+
+def _bytes(model: nn.Module, step: Callable[..., None]) -> tuple[int, int]:
+    """Of tensors that are alive between forward and backward, and at most."""
+    alive, kept = Alive({parameter.untyped_storage()._cdata for parameter in model.parameters()}), []
+    with alive:
+        step(lambda: kept.append(alive.now))
+    return kept[0], alive.peak
+
+
+def _operations(step: Callable[..., None]) -> tuple[int, int]:
+    """Of the forward pass, and of both."""
+    counted: Any = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+    forward: list[int] = []
+    with counted:
+        step(lambda: forward.append(counted.get_total_flops()))
+    return forward[0], counted.get_total_flops()
+
+
+def _learning(adapted: list[Target]) -> None:
+    """Ask for the gradients of adapted weights, from which LoCA takes its own; each goes at once, as there."""
+    for target in adapted:
+        weight: Any = target.layer.weight
+        weight.requires_grad_(True)
+        weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+
+
+def _watch_tokens(adapted: list[Target]) -> dict[str, int]:
+    """Vectors that each projection sees, by name; filled in by a forward pass."""
+    tokens: dict[str, int] = {}
+
+    def seen(name: str, layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        tokens[name] = given[0].numel() // given[0].shape[-1]
+
+    for target in adapted:
+        target.layer.register_forward_pre_hook(partial(seen, target.name))
+    return tokens
+
+
+def _of_gradients(adapted: list[Target], tokens: Mapping[str, int]) -> int:
+    """Operations of the products dY^T X, which are LoCA's; of a layer that holds several projections once."""
+    layers = {target.layer_path: target for target in adapted}
+    weights: dict[str, Any] = {path: target.layer.weight for path, target in layers.items()}
+    return sum(2 * tokens[target.name] * int(weights[path].numel()) for path, target in layers.items())
