@@ -52,7 +52,7 @@ from loca_vision.recipes.settings.console import guarded
 from loca_vision.recipes.text_to_image.recipe import ImageRecipe, resolve
 from loca_vision.storage.atomic_file import write_atomically
 from loca_vision.storage.output_folder import claim
-from peft_image_gen_log import Log
+from peft_image_gen_log import START, Log
 from peft_image_gen_measures import Dino, Drawer, drift, encoded, pictures, similarity
 from peft_image_gen_needs import Needs, needs_of
 from peft_image_gen_protocol import (
@@ -134,12 +134,12 @@ def run(parsed: Parsed[Benchmark]) -> Path | None:
         return _shown(_file(of))
     log = Log(of.output_dir / "log.jsonl")
     log.add(started=datetime.now(timezone.utc).replace(microsecond=0).isoformat())
-    with log.stage("prepare"):
+    with log.stage(START):
         parts = prepared(of, of.output_dir / "images")
-    metrics = train(recipe, task_of(of, parts, log))
-    if not log.last("drift"):
-        measure(of, recipe, parts, log)
-    return _written(of, recipe, metrics, log, needs)
+        metrics = train(recipe, task_of(of, parts, log))
+        if not log.last("drift"):
+            measure(of, recipe, parts, log)
+        return _written(of, recipe, metrics, log, needs)
 
 
 def _about(of: Benchmark) -> dict[str, Any]:
@@ -156,8 +156,7 @@ def _recipe(parsed: Parsed[Benchmark]) -> ImageRecipe:
 
 def measure(of: Benchmark, recipe: ImageRecipe, parts: Parts, log: Log) -> None:
     """Test, drift and samples by the trained file; pictures that are there already are not drawn again."""
-    with log.stage("load"):
-        drawer, dino = _trained(of, recipe, parts)
+    drawer, dino = _trained(of, recipe, parts)
     folder, seed = of.output_dir / "pictures", of.seed
     with log.stage("test"):
         drawn = pictures(drawer, parts.test.prompts, seed + SCORE_SEED, folder, name="test-", repeats=TEST_REPEATS)

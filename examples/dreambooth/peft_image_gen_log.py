@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+START = "start"  # the stage that is a whole start of a run
+
 
 class Log:
     """Lines of JSON. Of two about the same step the later counts; a last line that was cut off does not.
@@ -20,7 +22,7 @@ class Log:
     """
 
     def __init__(self, file: Path) -> None:
-        self.file = file
+        self.file, self._began = file, time.perf_counter()
         lines = file.read_bytes().split(b"\n") if file.exists() else []
         self.entries: list[dict[str, Any]] = [json.loads(line) for line in lines[:-1]]
         if lines and lines[-1]:
@@ -55,9 +57,12 @@ class Log:
             self.add(stage=name, seconds=time.perf_counter() - began)
 
     def seconds(self, *stages: str) -> float:
-        """Of these stages, or of all, over all starts of the run."""
-        told = [entry for entry in self.entries if "stage" in entry]
-        return float(sum(entry["seconds"] for entry in told if not stages or entry["stage"] in stages))
+        """Of these stages, over all starts of the run."""
+        return float(sum(entry["seconds"] for entry in self.entries if entry.get("stage") in stages))
+
+    def total(self) -> float:
+        """Seconds of all starts, of which each is a stage of that name, with this one until now."""
+        return self.seconds(START) + time.perf_counter() - self._began
 
 
 class Meter:

@@ -49,7 +49,7 @@ def result_of(
     return {
         "run_info": {
             "created_at": log.first("started")["started"],
-            "total_time": log.seconds() + spent,
+            "total_time": log.total() - log.seconds("samples"),  # which theirs draws afterwards
             "experiment_name": name,
             "peft_branch": f"loca-vision {__version__}",
             "train_config": protocol.train_config(learning_rate),

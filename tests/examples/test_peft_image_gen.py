@@ -142,10 +142,15 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def flags(place):
+def common(place):
     given = ["--base", place / "base", "--dino", place / "dino", "--dataset", place / "cats", "--instance_prompts", *PROMPTS]
     given += ["--valid_size", 1, "--test_size", 2, "--resolution", 16, "--num_inference_steps", 1, "--max_sequence_length", 24]
-    return [*given, "--n_components", 5, "--coefficient_steps", 1, "--location_steps", 1, "--learning_rate", 0.1, *STEPS]
+    return [*given, "--learning_rate", 0.1]
+
+
+@pytest.fixture(scope="module")
+def flags(common):
+    return [*common, "--n_components", 5, "--coefficient_steps", 1, "--location_steps", 1, *STEPS]
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +314,28 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(finished, flags, tmp_path, mo
     assert main(NAME, "--output_dir", out, *flags) == 0
     assert before.items() <= {file: file.stat().st_mtime_ns for file in (out / "pictures").iterdir()}.items()
     assert timeless(result(out)) == timeless(result(finished))
+
+
+def test_another_method_and_texts_of_the_benchmarks_layers(common, tmp_path, monkeypatch):
+    """Query and value of the 8 and 3 matrices of attention in two blocks, 32 wide, with factors of rank 2."""
+    encode, layers = Flux2KleinPipeline.encode_prompt, []
+
+    def watched(pipe, prompt=None, *given, prompt_embeds=None, text_encoder_out_layers=(9, 18, 27), **more):
+        layers.extend([text_encoder_out_layers] if prompt_embeds is None else [])
+        return encode(
+            pipe, prompt, *given, prompt_embeds=prompt_embeds, text_encoder_out_layers=text_encoder_out_layers, **more
+        )
+
+    monkeypatch.setattr(Flux2KleinPipeline, "encode_prompt", watched)
+    method = ("--method", "lora", "--rank", 2, "--targets", "q", "v", "--max_steps", 2, "--eval_steps", 2)
+    assert main(NAME, "--output_dir", tmp_path / "out", *common, *method) == 0
+    assert layers and set(layers) == {(10, 20, 30)}
+    found = json.loads((tmp_path / "out" / "lora--out.json").read_text())
+    same_schema(found, SCHEMA)
+    assert found["run_info"]["peft_config"]["peft_type"] == "LORA" and found["run_info"]["peft_config"]["r"] == 2
+    assert found["train_info"]["num_trainable_params"] == 6 * 2 * (32 + 32)
+    train, total = found["train_info"]["train_time"], found["run_info"]["total_time"]
+    assert 0 < found["train_info"]["metrics"][0]["train time"] < train < total
 
 
 def test_a_finished_run_is_not_made_again(finished, flags, monkeypatch, capsys):
