@@ -18,7 +18,8 @@ What differs from it:
 * Which images a batch has, noise and timesteps are drawn by other generators, as functions of (seed, step, place).
 * Latents, noise and targets are float32, and products bfloat16 by autocast; there all but the adapter is bfloat16 without
   autocast, and `use_amp` is true in the result file. Validation pictures are drawn by autocast, too.
-* Locations of LoCA have a rate of their own, no weight decay, and an alternating schedule.
+* Locations of LoCA have a rate of their own, no weight decay, and an alternating schedule. They count among the trained
+  numbers of the result file.
 * --targets adapts q, k, v, out, fc1 and fc2, each part of a fused matrix by itself: 160 projections of FLUX.2 klein 4B. peft
   adapts 80 matrices: that of q, k, v and fc1 of a single-stream block as a whole, and not the one behind it.
 * The text encoder is on the GPU beside the transformer while it encodes; the peak of training is measured after it has left.

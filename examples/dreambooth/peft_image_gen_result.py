@@ -42,10 +42,6 @@ def result_of(
         log: of all starts of the run, with its test and drift.
         base_numbers: of the transformer without its adapter.
     """
-    steps = [entry for _, entry in sorted(log.by_step("reserved").items())]
-    reserved = [entry["reserved"] for entry in steps]
-    trained = metrics["trained_parameters"] + metrics["location_parameters"]
-    spent = fmean(entry["seconds"] for entry in steps) * metrics["steps"]
     return {
         "run_info": {
             "created_at": log.first("started")["started"],
@@ -56,17 +52,7 @@ def result_of(
             "peft_config": adapter_of_result(adapter, projections),
             "error_msg": "",
         },
-        "train_info": {
-            "accelerator_memory_reserved_avg": int(fmean(reserved)),
-            "accelerator_memory_max": max(entry["peak"] for entry in steps),
-            "accelerator_memory_reserved_99th": int(np.percentile(reserved, 99)),
-            "train_time": log.seconds(*_TRAINING) + spent,
-            "file_size": metrics["adapter_bytes"],
-            "num_trainable_params": trained,
-            "num_total_params": base_numbers + trained,
-            "status": "success",
-            "metrics": [*_validations(protocol, log, metrics), _last(protocol, log, metrics)],
-        },
+        "train_info": _train_info(protocol, metrics, log, base_numbers),
         "meta_info": {
             "model_info": _on_hub("model_info", protocol.base),
             "dataset_info": _on_hub("dataset_info", protocol.dataset),
@@ -74,6 +60,23 @@ def result_of(
             "system_info": _system(),
             "pytorch_info": torch.__config__.show(),
         },
+    }
+
+
+def _train_info(protocol: Protocol, metrics: Mapping[str, Any], log: Log, base_numbers: int) -> dict[str, Any]:
+    steps = [entry for _, entry in sorted(log.by_step("reserved").items())]
+    reserved = [entry["reserved"] for entry in steps]
+    trained = metrics["trained_parameters"] + metrics["location_parameters"]
+    return {
+        "accelerator_memory_reserved_avg": int(fmean(reserved)),
+        "accelerator_memory_max": max(entry["peak"] for entry in steps),
+        "accelerator_memory_reserved_99th": int(np.percentile(reserved, 99)),
+        "train_time": log.seconds(*_TRAINING) + fmean(entry["seconds"] for entry in steps) * metrics["steps"],
+        "file_size": metrics["adapter_bytes"],
+        "num_trainable_params": trained,
+        "num_total_params": base_numbers + trained,
+        "status": "success",
+        "metrics": [*_validations(protocol, log, metrics), _last(protocol, log, metrics)],
     }
 
 
