@@ -45,6 +45,7 @@ from torch import nn
 import loca_vision.diffusers  # noqa: F401  the pipelines' methods
 from loca_vision.recipes.diffusion.checks import adapter_of
 from loca_vision.recipes.diffusion.drawing import without_adapters
+from loca_vision.recipes.diffusion.families.flux import Flux2
 from loca_vision.recipes.diffusion.loading import Source
 from loca_vision.recipes.diffusion.settings import METHODS, Method
 from loca_vision.recipes.diffusion.train import train
@@ -176,9 +177,7 @@ def _trained(of: Benchmark, recipe: ImageRecipe, parts: Parts) -> tuple[Drawer, 
     """The pipeline with the trained file on the device, its language model gone, and DINOv2."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = Source(of.base, what="a text-to-image pipeline")
-    pipe = source.load(Flux2KleinPipeline)
-    for part in (pipe.vae, pipe.text_encoder, pipe.transformer):
-        nn.Module.to(part, getattr(torch, of.dtype))
+    pipe = source.load(Flux2KleinPipeline, Flux2, getattr(torch, of.dtype))
     nn.Module.to(pipe.text_encoder, device)
     texts = encoded(pipe, [*parts.test.prompts, *DRIFT_PROMPTS, *SAMPLE_PROMPTS], of)
     pipe.text_encoder = None

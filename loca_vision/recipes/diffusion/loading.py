@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import torch
 from huggingface_hub import hf_hub_download
 
 from loca_vision.data.pair_sources import is_missing
-from loca_vision.recipes.diffusion.quantised import Quantization, loading_quantised
+from loca_vision.recipes.diffusion.families.family import Family
+from loca_vision.recipes.diffusion.quantised import Quantization, quantized
 from loca_vision.storage.strict_json import read_json
 
 INDEX = "model_index.json"
@@ -68,41 +70,35 @@ class Source:
         wanted = {name: value for name, value in self.wanted.items() if name != "variant"}
         return Path(hf_hub_download(self.place, INDEX, **wanted))
 
-    def load_quantised(self, cls: Any, kind: Quantization | None, component: str, dtype: torch.dtype, **more: Any) -> Any:
-        """The pipeline, one component of it quantised unless `kind` is None; as `load` otherwise."""
-        if kind is None:
-            return self.load(cls, **more)
-        with loading_quantised(kind, component, dtype) as how:
-            return self.load(cls, **how, **more)
-
-    def load(self, cls: Any, **more: Any) -> Any:
-        """The pipeline, on the CPU.
+    def load(
+        self, cls: Any, family: type[Family], dtype: torch.dtype, quantization: Quantization | None = None, **more: Any
+    ) -> Any:
+        """The pipeline, on the CPU, in a dtype; an autoencoder that must be exact in float32.
 
         Without a safety checker, which would put black pictures among those that nobody shows to anybody.
 
         Args:
             cls: of the pipeline.
-            more: arguments of `from_pretrained`, such as torch_dtype.
+            family: of the class.
+            quantization: of the denoiser.
+            more: arguments of `from_pretrained`.
 
         Raises:
             OSError: it cannot be had, or is no such pipeline in safetensors files.
+            ValueError: this version of diffusers cannot quantise.
         """
-        unsafe = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in _parts(cls) else {}
+        if "safety_checker" in inspect.signature(cls.__init__).parameters:
+            more |= {"safety_checker": None, "requires_safety_checker": False}
+        if dtype != torch.float32 or quantization is not None:
+            more["torch_dtype"] = {"vae": torch.float32, "default": dtype} if family.keeps_vae_exact else dtype
+        if quantization is not None:
+            more["quantization_config"] = quantized(quantization, family.denoiser, dtype)
         try:
-            return cls.from_pretrained(self.place, **self.wanted, **unsafe, use_safetensors=True, **more)
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            KeyError,
-            ImportError,
-        ) as error:  # diffusers tells a fault in several ways
+            with catch_warnings():  # of a name of an argument that newer versions give up
+                simplefilter("ignore", FutureWarning)
+                return cls.from_pretrained(self.place, **self.wanted, use_safetensors=True, **more)
+        except _FAULTS as error:
             raise OSError(f"{self.name}: it cannot be loaded as {self.what} ({_reason(error)})") from error
-
-
-def _parts(cls: Any) -> set[str]:
-    return set(inspect.signature(cls.__init__).parameters)
 
 
 def _reason(error: BaseException) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, Literal
 from warnings import catch_warnings, simplefilter
@@ -30,13 +28,12 @@ def check_quantization(kind: Quantization) -> None:
         raise ValueError(f"--quantization {kind}: bitsandbytes needs a GPU; torchao-int8 works on processors too")
 
 
-@contextmanager
-def loading_quantised(kind: Quantization, component: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """Arguments of a pipeline's `from_pretrained`, to be called in here, with which one component is quantised.
+def quantized(kind: Quantization, component: str, dtype: torch.dtype) -> Any:
+    """The argument `quantization_config` of a pipeline's `from_pretrained`, with which one component is quantised.
 
     Args:
         component: such as unet or transformer.
-        dtype: that layers compute in, and that all other weights have.
+        dtype: that its layers compute in.
 
     Raises:
         ValueError: this version of diffusers cannot quantise components of a pipeline.
@@ -45,10 +42,9 @@ def loading_quantised(kind: Quantization, component: str, dtype: torch.dtype) ->
 
     if not hasattr(diffusers, "PipelineQuantizationConfig"):
         raise ValueError(f"--quantization: diffusers {diffusers.__version__} cannot quantise a pipeline; a newer version can")
-    with catch_warnings():  # of the names that one version has and another gives up
+    with catch_warnings():  # diffusers gives up optimum-quanto
         simplefilter("ignore", FutureWarning)
-        config = diffusers.PipelineQuantizationConfig(quant_mapping={component: _config(kind, dtype)})
-        yield {"quantization_config": config, "torch_dtype": dtype}
+        return diffusers.PipelineQuantizationConfig(quant_mapping={component: _config(kind, dtype)})
 
 
 def _config(kind: Quantization, dtype: torch.dtype) -> Any:

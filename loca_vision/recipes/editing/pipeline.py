@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionXLInstructPix2PixPipeline
 
+from loca_vision.recipes.diffusion.families.by_pipeline import EDITING
 from loca_vision.recipes.diffusion.loading import Source
 from loca_vision.recipes.diffusion.quantised import Quantization
 
@@ -21,7 +22,7 @@ def pipeline_of(
     quantization: Quantization | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """A pipeline of InstructPix2Pix, on the CPU, from safetensors files alone; in float32 unless it is quantised.
+    """A pipeline of InstructPix2Pix, on the CPU, from safetensors files alone.
 
     Without a safety checker, which would put black pictures among those that nobody shows to anybody.
 
@@ -31,7 +32,7 @@ def pipeline_of(
         variant: of the files, such as fp16.
         cache_dir: of what comes from the hub.
         quantization: of the UNet.
-        dtype: of everything else, where the UNet is quantised.
+        dtype: of the weights.
 
     Raises:
         OSError: it cannot be had, or is no such pipeline in safetensors files.
@@ -40,4 +41,5 @@ def pipeline_of(
     found = Source(source, revision=revision, variant=variant, cache_dir=cache_dir, what=what)
     xl = found.class_name().startswith("StableDiffusionXL")
     cls = StableDiffusionXLInstructPix2PixPipeline if xl else StableDiffusionInstructPix2PixPipeline
-    return found.load_quantised(cls, quantization, "unet", dtype, **({"add_watermarker": False} if xl else {}))
+    family = EDITING[cls.__name__]
+    return found.load(cls, family, dtype, quantization, **({"add_watermarker": False} if xl else {}))

@@ -50,7 +50,7 @@ class ImageModels(Models):
         kind = family_of(name, source.name)
         _check_process(recipe, kind, source.name)
         more = {"add_watermarker": False} if "XL" in name else {}
-        pipe = source.load_quantised(_class(name, source.name), recipe.quantization, kind.denoiser, dtype, **more)
+        pipe = source.load(_class(name, source.name), kind, dtype, recipe.quantization, **more)
         family = _family(kind, pipe, recipe)
         encoding = _encoders_to_train(recipe, family)
         freeze(pipe, family, accelerator.device, dtype, quantised=recipe.quantization is not None)
