@@ -52,6 +52,20 @@ class BaseSettings:
     learning_rate: float
     seed: int
 
+    def check(self) -> None:
+        """Before anything is made.
+
+        Raises:
+            ValueError: a setting is out of range.
+        """
+        if len(self.channels) < 2:
+            raise ValueError(f"channels={list(self.channels)}: they are two or more, of which the first does not attend")
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate={self.learning_rate}: it is a number between 0 and 1")
+        if self.resolution % 8 or self.resolution < 16:
+            raise ValueError(f"resolution={self.resolution}: it is a multiple of 8 from 16 up")
+        Shape(self.resolution, self.channels)
+
 
 def trained_base(of: BaseSettings, checkpoints: Path, about: dict[str, Any]) -> Any:
     """The pipeline, trained; what was done before, and is in the folder of checkpoints, is not done again.

@@ -75,6 +75,12 @@ class Study:
     seed: int = 0
     """Of everything that is drawn."""
 
+    @property
+    def base(self) -> BaseSettings:
+        """What the base depends on."""
+        same = ("resolution", "channels", "drawings", "autoencoder_steps", "batch_size", "learning_rate", "seed")
+        return BaseSettings(steps=self.base_steps, **{name: getattr(self, name) for name in same})
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing of the study; returns the exit status."""
@@ -114,8 +120,9 @@ def _check(study: Study) -> None:
         sizes = getattr(study, name)
         if not sizes or any(size < 1 for size in sizes) or len(set(sizes)) < len(sizes):
             raise ValueError(f"{name}={list(sizes)}: one or more different whole numbers from 1 up")
-    if study.resolution % 8 or study.resolution < 16:
-        raise ValueError(f"resolution={study.resolution}: it is a multiple of 8 from 16 up")
+    check_count("seed", study.seed, 0)
+    study.base.check()
+    Picture(study.resolution, study.resolution, study.num_inference_steps, study.guidance_scale)
 
 
 @dataclass(frozen=True)
@@ -153,9 +160,7 @@ class Steps:
         of, out = self.study, self.study.output / "base"
         if (out / "model_index.json").exists():
             return
-        same = ("resolution", "channels", "drawings", "autoencoder_steps", "batch_size", "learning_rate", "seed")
-        settings = BaseSettings(steps=of.base_steps, **{name: getattr(of, name) for name in same})
-        trained_base(settings, of.output / "checkpoints", self.about).save_pretrained(out)
+        trained_base(of.base, of.output / "checkpoints", self.about).save_pretrained(out)
 
     @cached_property
     def studio(self) -> Studio:
