@@ -38,7 +38,7 @@ def test_from_nothing_to_a_table_and_again(trained, tmp_path, capsys):
     study, out = script("dreambooth/study"), tmp_path / "study"
     command = [str(out), *SMALL, "--methods", "loca", "lora"]
     assert study.main(command) == 0
-    subjects = ["subject-loca-5", "subject-loca-5-alone", "subject-lora-1", "subject-lora-1-alone"]
+    subjects = ["subject-loca-5", "subject-loca-5-alone", "subject-lora-1"]
     assert trained == [*subjects, "style-loca-5", "style-lora-1"]
     results = json.loads((out / "results.json").read_text())
     assert [one["arm"] and one["arm"]["name"] for one in results["subject"]] == [None, *subjects]

@@ -34,6 +34,7 @@ QUESTIONS: dict[str, tuple[Any, ...]] = {
 }
 _SCENES, _BATCHES = 61, 62  # keys of streams of random numbers
 _WIDTH = 64
+DRAWINGS = 4000  # that it learns from, at most
 
 
 class Eye(nn.Module):

@@ -25,12 +25,12 @@ from loca_vision.storage.safetensors_file import open_safetensors, write_safeten
 from loca_vision.storage.strict_json import read_json
 from subject_study.arms import Arm, Task, Training, write_drawings
 from subject_study.base import BaseSettings, drawn_scenes, trained_base
-from subject_study.likeness import Eye, accuracies, trained_eye
+from subject_study.likeness import DRAWINGS, Eye, accuracies, trained_eye
 from subject_study.measures import Studio, ceiling, measured, prompts_followed
 from subject_study.report import Result, as_json, class_sheet, draw_numbers, scales_sheet, table
 
 PROG = "study.py"
-RATES: dict[str, float] = {"loca": 2e-2, "fourierft": 2e-2, "sdctft": 2e-2, "lora": 5e-3, "selora": 5e-3}
+RATES: dict[str, float] = {"loca": 0.2, "fourierft": 0.2, "sdctft": 0.2, "lora": 3e-2, "selora": 3e-2}
 TASKS: tuple[Task, ...] = ("subject", "style")
 
 
@@ -46,9 +46,9 @@ class Study:
     """Of each projection, of methods that count them."""
     ranks: tuple[int, ...] = (1, 4)
     """Of the others."""
-    steps: int = 300
+    steps: int = 150
     """Optimiser steps of every adapter, of 4 drawings, and of as many of the class where it is preserved."""
-    class_images: int = 64
+    class_images: int = 32
     """That the base draws, for prior preservation."""
     resolution: int = 40
     """Pixels a side."""
@@ -58,15 +58,15 @@ class Study:
     """That the base is trained on."""
     base_steps: int = 2600
     """Optimiser steps of the base's UNet and text encoder."""
-    autoencoder_steps: int = 300
+    autoencoder_steps: int = 150
     """Optimiser steps of its autoencoder."""
     batch_size: int = 16
     """Drawings in a step of the base."""
     learning_rate: float = 1e-3
     """The base's highest."""
-    likeness_steps: int = 1200
+    likeness_steps: int = 900
     """Optimiser steps of the network that measures."""
-    pictures: int = 4
+    pictures: int = 2
     """That are measured, for each prompt."""
     num_inference_steps: int = 20
     """Of every picture."""
@@ -171,7 +171,7 @@ class Steps:
             with open_safetensors(file) as opened:
                 eye = Eye.holding(opened.tensors())
         else:
-            eye = trained_eye(pipe.vae, of.resolution, of.drawings, of.likeness_steps, of.seed)
+            eye = trained_eye(pipe.vae, of.resolution, min(of.drawings, DRAWINGS), of.likeness_steps, of.seed)
             write_safetensors(file, eye.state_dict(), {})
         how = Picture(of.resolution, of.resolution, of.num_inference_steps, of.guidance_scale)
         return Studio(pipe, eye, how, of.pictures, of.seed)
@@ -183,12 +183,13 @@ class Steps:
         return Training(of.output, of.steps, of.resolution, of.class_images, of.num_inference_steps, of.guidance_scale, of.seed)
 
     def _arms(self, task: Task) -> list[Arm]:
-        """Every method at every size; of the subject the largest of each again, without prior preservation."""
+        """Every method at every size; of the subject the first one's largest again, without prior preservation."""
         found = []
         for method in self.study.methods:
             sizes = self.study.ranks if Arm(task, method, 1, 0).by_rank else self.study.n_components
             arms = [Arm(task, method, size, RATES[method]) for size in sorted(sizes)]
-            found += [*arms, *([replace(arms[-1], prior=False)] if task == "subject" else [])]
+            again = task == "subject" and method == self.study.methods[0]
+            found += [*arms, *([replace(arms[-1], prior=False)] if again else [])]
         return found
 
     def _measured(self, task: Task, arm: Arm | None) -> Result:
