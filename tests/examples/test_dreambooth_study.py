@@ -38,7 +38,7 @@ def test_from_nothing_to_a_table_and_again(trained, tmp_path, capsys):
     study, out = script("dreambooth/study"), tmp_path / "study"
     command = [str(out), *SMALL, "--methods", "loca", "lora"]
     assert study.main(command) == 0
-    subjects = ["subject-loca-5", "subject-loca-5-alone", "subject-lora-1"]
+    subjects = ["subject-loca-5", "subject-loca-5-prior", "subject-lora-1"]
     assert trained == [*subjects, "style-loca-5", "style-lora-1"]
     results = json.loads((out / "results.json").read_text())
     assert [one["arm"] and one["arm"]["name"] for one in results["subject"]] == [None, *subjects]
@@ -163,11 +163,11 @@ def test_a_table_has_a_row_for_each_adapter_and_names_what_is_missing():
         "subject",
         [
             report.Result(None, found),
-            report.Result(arms.Arm("subject", "lora", 4, 5e-3, prior=False), found, 1000, 2000, 0.1),
+            report.Result(arms.Arm("subject", "lora", 4, 5e-3, prior=True), found, 1000, 2000, 0.1),
         ],
     ).splitlines()
     assert len(rows) == 4 and rows[2].startswith("| base | 0.25 | 25 |") and rows[2].endswith("| - | - | - |")
-    assert rows[3].startswith("| LoRA, r = 4, without prior preservation |") and "| 1,000 | 2,000 | 0.005 |" in rows[3]
+    assert rows[3].startswith("| LoRA, r = 4, with prior preservation |") and "| 1,000 | 2,000 | 0.005 |" in rows[3]
 
 
 class _Through:

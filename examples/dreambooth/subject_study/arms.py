@@ -32,19 +32,19 @@ class Arm:
         method: a name that `loca-vision train-image --method` takes.
         size: coefficients of each projection, or the rank.
         rate: of learning.
-        prior: whether it is trained on the class too; the style has none.
+        prior: whether it is trained on the subject's class too, as the base draws it.
     """
 
     task: Task
     method: str
     size: int
     rate: float
-    prior: bool = True
+    prior: bool = False
 
     @property
     def name(self) -> str:
         """Of its folder."""
-        return f"{self.task}-{self.method}-{self.size}" + ("" if self.prior or self.task == "style" else "-alone")
+        return f"{self.task}-{self.method}-{self.size}" + ("-prior" if self.prior else "")
 
     @property
     def title(self) -> str:
@@ -90,7 +90,7 @@ class Training:
             told = self._common(arm) | self._images(arm) | self._method(arm)
             told |= {"output_dir": out, "seed": self.seed if seed is None else seed}
             switches = ["--center_crop", "--random_flip"]
-            if arm.task == "subject" and arm.prior:
+            if arm.prior:
                 switches.append("--with_prior_preservation")
             _run([*switches, *(word for name, value in told.items() for word in (f"--{name}", str(value)))])
         return out

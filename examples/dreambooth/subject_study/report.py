@@ -89,7 +89,7 @@ def table(task: str, results: Sequence[Result]) -> str:
 def _title(arm: Arm | None) -> str:
     if arm is None:
         return "base"
-    return arm.title + ("" if arm.prior or arm.task == "style" else ", without prior preservation")
+    return arm.title + (", with prior preservation" if arm.prior else "")
 
 
 def _cell(name: str, value: float) -> str:
@@ -104,7 +104,7 @@ def draw_numbers(path: Path, results: Mapping[Task, Sequence[Result]], ceilings:
     panels = figure.subplots(1, len(results), squeeze=False).flat
     titles = {"subject": f'"{SUBJECT} …"', "style": f'"… {STYLE}", things never shown in it'}
     for panel, (task, found) in zip(panels, results.items(), strict=True):
-        arms = [one for one in found if one.arm is not None and one.arm.prior]
+        arms = [one for one in found if one.arm is not None and not one.arm.prior]
         for colour, method in zip(COLOURS[1:], dict.fromkeys(one.arm.method for one in arms if one.arm), strict=False):
             of = sorted((one for one in arms if one.arm and one.arm.method == method), key=lambda one: one.trained)
             likeness = [one.measured["likeness"] for one in of]

@@ -46,8 +46,8 @@ class Study:
     """Of each projection, of methods that count them."""
     ranks: tuple[int, ...] = (1, 4)
     """Of the others."""
-    steps: int = 150
-    """Optimiser steps of every adapter, of 4 drawings, and of as many of the class where it is preserved."""
+    steps: int = 100
+    """Optimiser steps of every adapter, of 4 drawings, and of 4 of the class where it is preserved."""
     class_images: int = 32
     """That the base draws, for prior preservation."""
     resolution: int = 40
@@ -58,7 +58,7 @@ class Study:
     """That the base is trained on."""
     base_steps: int = 2600
     """Optimiser steps of the base's UNet and text encoder."""
-    autoencoder_steps: int = 150
+    autoencoder_steps: int = 100
     """Optimiser steps of its autoencoder."""
     batch_size: int = 16
     """Drawings in a step of the base."""
@@ -68,7 +68,7 @@ class Study:
     """Optimiser steps of the network that measures."""
     pictures: int = 2
     """That are measured, for each prompt."""
-    num_inference_steps: int = 20
+    num_inference_steps: int = 12
     """Of every picture."""
     guidance_scale: float = 3.0
     """Of every picture."""
@@ -183,13 +183,16 @@ class Steps:
         return Training(of.output, of.steps, of.resolution, of.class_images, of.num_inference_steps, of.guidance_scale, of.seed)
 
     def _arms(self, task: Task) -> list[Arm]:
-        """Every method at every size; of the subject the first one's largest again, without prior preservation."""
+        """Of the subject every method at every size, and the first one's largest with prior preservation too; of the style
+        every method at its largest."""
         found = []
         for method in self.study.methods:
             sizes = self.study.ranks if Arm(task, method, 1, 0).by_rank else self.study.n_components
             arms = [Arm(task, method, size, RATES[method]) for size in sorted(sizes)]
-            again = task == "subject" and method == self.study.methods[0]
-            found += [*arms, *([replace(arms[-1], prior=False)] if again else [])]
+            if task == "style":
+                found.append(arms[-1])
+            else:
+                found += [*arms, *([replace(arms[-1], prior=True)] if method == self.study.methods[0] else [])]
         return found
 
     def _measured(self, task: Task, arm: Arm | None) -> Result:
@@ -218,11 +221,8 @@ class Steps:
 
     def _pictures(self) -> None:
         """Of the first method: the subject and the style by scales, and the class with and without prior preservation."""
-        subject, style = self._arms("subject"), self._arms("style")
-        first = self.study.methods[0]
-        alone = next(arm for arm in subject if arm.method == first and not arm.prior)
-        kept = replace(alone, prior=True)
-        styled = next(arm for arm in reversed(style) if arm.method == first)
+        kept = next(arm for arm in self._arms("subject") if arm.prior)
+        styled, alone = self._arms("style")[0], replace(kept, prior=False)
         of, folder = self.training, self.study.output
         write_atomically(folder / "scales.png", as_png(scales_sheet(self.studio, of.adapter(kept), of.adapter(styled))))
         shown = {"base": None, "without prior preservation": of.adapter(alone), "with prior preservation": of.adapter(kept)}
