@@ -30,7 +30,7 @@ from subject_study.measures import Studio, ceiling, measured, prompts_followed
 from subject_study.report import Result, as_json, class_sheet, draw_numbers, scales_sheet, table
 
 PROG = "study.py"
-RATES: dict[str, float] = {"loca": 0.2, "fourierft": 0.2, "sdctft": 0.2, "lora": 3e-2, "selora": 3e-2}
+RATES: dict[str, float] = {"loca": 0.2, "fourierft": 0.2, "sdctft": 0.2, "lora": 1e-2, "selora": 1e-2}
 TASKS: tuple[Task, ...] = ("subject", "style")
 
 
@@ -58,7 +58,7 @@ class Study:
     """That the base is trained on."""
     base_steps: int = 2600
     """Optimiser steps of the base's UNet and text encoder."""
-    autoencoder_steps: int = 100
+    autoencoder_steps: int = 300
     """Optimiser steps of its autoencoder."""
     batch_size: int = 16
     """Drawings in a step of the base."""
@@ -100,7 +100,8 @@ def run(study: Study) -> dict[str, Any]:
         ValueError: a setting out of range, another than the folder was begun with, or a step that failed.
     """
     _check(study)
-    about = json.loads(json.dumps({name: value for name, value in asdict(study).items() if name != "output"}))
+    told = {name: value for name, value in asdict(study).items() if name != "output"}
+    about = json.loads(json.dumps(told | {"rates": {method: RATES[method] for method in study.methods}}))
     claim(study.output, "settings.json", about, "results")
     return Steps(study, about).results()
 
