@@ -52,6 +52,8 @@ EDIT = f"{EDITED} --n_components 10 --max_train_steps 2 --train_batch_size 1"
 IMAGE = "--pretrained_model_name_or_path image-base --resolution 16 --n_components 10 --max_train_steps 2 --train_batch_size 1"
 IMAGE += " --num_validation_images 1 --validation_inference_steps 1"
 EDITS = f"{EDITED} --clip_model None --no_lpips --num_inference_steps 1"
+SUBJECTS = "--methods lora --resolution 16 --channels 8 16 --drawings 64 --base_steps 1 --autoencoder_steps 1 --steps 1 "
+SUBJECTS += "--ranks 1 --class_images 1 --likeness_steps 1 --pictures 1 --batch_size 2"
 SHORT_COMMANDS = {
     "demo": "--model test_vit --weights none --image-size 160 --steps 2 --batch-size 2",
     "train-classifier": CLASSIFIER,
@@ -71,6 +73,7 @@ SHORT_SCRIPTS = {
     "hardening/kill_saves.py": "--kills 1 --longest 0.01",
     "benchmarks/training_step.py": "--model test_vit --batch_size 2 --n_components 50 --rank 4 --rounds 1 --threads 1",
     "image_classification/train.py": CLASSIFIER,
+    "dreambooth/study.py": SUBJECTS,
     "instruct_pix2pix/build_pairs.py": "--size 16 --crops 1",
     "instruct_pix2pix/train.py": EDIT,
     "instruct_pix2pix/evaluate.py": EDITS,

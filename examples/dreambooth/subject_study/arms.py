@@ -1,0 +1,184 @@
+"""What is compared, and how each of it is trained: runs of `loca-vision train-image`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from loca_vision.data.images import as_png
+from loca_vision.methods.by_name import title_of
+from loca_vision.recipes.reports.metrics import METRICS
+from loca_vision.storage.atomic_file import write_atomically
+from subject_study.objects import KINDS
+from subject_study.scenes import CLASS, COLOURS, PLACES, SUBJECT, Scene, in_style, subject_scene
+
+Task = Literal["subject", "style"]
+SHOWN_PLACES = ("on a white background", "on a blue background", "in a meadow", "in the snow")  # with the subject
+SHOWN_KINDS = ("fish", "cup", "house", "mushroom")  # in the style
+SUBJECT_POSES, STYLE_POSES, HELD_POSES = 1_000, 2_000, 3_000  # first seeds of the poses of drawings
+SHOWN = 8  # drawings of the subject, and of the style
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One adapter.
+
+    Args:
+        task: what it learns.
+        method: a name that `loca-vision train-image --method` takes.
+        size: coefficients of each projection, or the rank.
+        rate: of learning.
+        prior: whether it is trained on the subject's class too, as the base draws it.
+    """
+
+    task: Task
+    method: str
+    size: int
+    rate: float
+    prior: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.task}-{self.method}-{self.size}" + ("-prior" if self.prior else "")
+
+    @property
+    def title(self) -> str:
+        """As people call it."""
+        return f"{title_of(self.method)}, r = {self.size}" if self.by_rank else title_of(self.method)
+
+    @property
+    def by_rank(self) -> bool:
+        """Whether its size is a rank."""
+        return self.method in ("lora", "selora")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What all adapters have in common.
+
+    Args:
+        folder: of the study, with the base in base/ and drawings in drawings/.
+        steps: of the optimiser.
+        resolution: pixels a side.
+        class_images: that the base draws, for prior preservation.
+        num_inference_steps: of class images.
+        guidance_scale: likewise.
+        seed: of all random numbers.
+    """
+
+    folder: Path
+    steps: int
+    resolution: int
+    class_images: int
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+
+    def adapter(self, arm: Arm, into: str = "adapters", seed: int | None = None) -> Path:
+        """The folder of the adapter, which is trained where it is not there.
+
+        Raises:
+            ValueError: training failed.
+        """
+        out = self.folder / into / arm.name
+        if not (out / METRICS).exists():
+            told = self._common(arm) | self._images(arm) | self._method(arm)
+            told |= {"output_dir": out, "seed": self.seed if seed is None else seed}
+            switches = ["--center_crop", "--random_flip"]
+            if arm.prior:
+                switches.append("--with_prior_preservation")
+            _run([*switches, *(word for name, value in told.items() for word in (f"--{name}", str(value)))])
+        return out
+
+    def _common(self, arm: Arm) -> dict[str, Any]:
+        return {
+            "pretrained_model_name_or_path": self.folder / "base",
+            "resolution": self.resolution,
+            "train_batch_size": 4,
+            "max_train_steps": self.steps,
+            "learning_rate": arm.rate,
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": 0,
+            "latents_dir": self.folder / "latents",
+            "cache_dir": self.folder / "cache",
+            "mixed_precision": "no",
+            "checkpointing_steps": 100,
+            "checkpoints_total_limit": 1,
+            "resume_from_checkpoint": "latest",
+            "report_to": "none",
+        }
+
+    def _images(self, arm: Arm) -> dict[str, Any]:
+        drawings = self.folder / "drawings" / arm.task
+        if arm.task == "style":
+            return {"train_data_dir": drawings}
+        told: dict[str, Any] = {"instance_data_dir": drawings, "instance_prompt": SUBJECT}
+        if arm.prior:
+            told |= {"class_prompt": CLASS, "class_data_dir": self.folder / "class", "num_class_images": self.class_images}
+            told |= {"sample_batch_size": 16, "validation_inference_steps": self.num_inference_steps}
+            told |= {"validation_guidance_scale": self.guidance_scale}
+        return told
+
+    def _method(self, arm: Arm) -> dict[str, Any]:
+        told: dict[str, Any] = {"method": arm.method, "rank" if arm.by_rank else "n_components": arm.size}
+        return told | ({"learning_steps": self.steps // 2} if arm.method == "loca" else {})
+
+
+def _run(arguments: list[str]) -> None:
+    """The installed trainer, in a process of its own, whose bars and sentences are seen.
+
+    Raises:
+        ValueError: it failed.
+    """
+    out = Path(arguments[arguments.index("--output_dir") + 1])
+    print(f"train-image: {out.name}", flush=True)
+    done = subprocess.run([sys.executable, "-m", "loca_vision.commands.train_image", *arguments], check=False)
+    if done.returncode:
+        raise ValueError(f"train-image: {out.name} ended with status {done.returncode}; what it said is above")
+
+
+# Drawings
+
+
+def subject_drawings() -> list[Scene]:
+    """The eight from which the subject is learned: two in each of four places."""
+    places = [SHOWN_PLACES[number % len(SHOWN_PLACES)] for number in range(SHOWN)]
+    return [subject_scene(place, SUBJECT_POSES + number) for number, place in enumerate(places)]
+
+
+def style_drawings() -> list[Scene]:
+    """The eight from which the style is learned: two of each of four kinds."""
+    return [_in_neon(number, SHOWN_KINDS, STYLE_POSES) for number in range(SHOWN)]
+
+
+def held_subjects(place: str, count: int) -> list[Scene]:
+    """Drawings of the subject that nobody is trained on, in one place."""
+    first = HELD_POSES + 100 * PLACES.index(place)
+    return [subject_scene(place, first + number) for number in range(count)]
+
+
+def style_scenes(count: int) -> list[Scene]:
+    """Scenes in the style, of kinds and poses that no adapter has seen in it."""
+    unseen = [kind for kind in KINDS if kind not in SHOWN_KINDS]
+    return [_in_neon(number, unseen, HELD_POSES) for number in range(count)]
+
+
+def _in_neon(number: int, kinds: Iterable[str], poses: int) -> Scene:
+    """Every kind in turn; colours and places as the number says."""
+    choices, colours = tuple(kinds), tuple(COLOURS)
+    scene = Scene(choices[number % len(choices)], colours[(number + number // len(choices)) % len(colours)], PLACES[0])
+    return in_style(Scene(scene.kind, scene.colour, scene.place, pose=poses + number))
+
+
+def write_drawings(folder: Path, size: int) -> None:
+    """The drawings that adapters learn from, in folder/subject and folder/style; those of the style with captions."""
+    for number, scene in enumerate(subject_drawings()):
+        write_atomically(folder / "subject" / f"{number}.png", as_png(scene.picture(size)))
+    for number, scene in enumerate(style_drawings()):
+        write_atomically(folder / "style" / f"{number}.png", as_png(scene.picture(size)))
+        write_atomically(folder / "style" / f"{number}.txt", scene.caption(place=False).encode())

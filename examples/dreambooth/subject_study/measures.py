@@ -1,0 +1,164 @@
+"""What adapters draw, and how like the held-out drawings it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import loca_vision.diffusers  # noqa: F401  the pipelines' methods
+from loca_vision.data.sampling import stream_seed
+from loca_vision.recipes.diffusion.drawing import Picture, pictures
+from subject_study.arms import SHOWN_PLACES, Task, held_subjects, style_scenes
+from subject_study.likeness import MARKS, Eye, Seen, seen
+from subject_study.scenes import CLASS, PLACES, SUBJECT, Scene
+
+_PICTURE = 71  # a key of the stream of random numbers
+STYLE_PROMPTS = 8
+
+
+@dataclass(frozen=True)
+class Studio:
+    """The base, and how pictures are drawn with it.
+
+    Args:
+        pipe: the base, to which adapters are given for a while.
+        eye: which looks at the pictures.
+        how: sizes, steps and guidance.
+        count: pictures for each prompt.
+        seed: of the noise.
+    """
+
+    pipe: Any
+    eye: Eye
+    how: Picture
+    count: int
+    seed: int
+
+    @contextmanager
+    def adapted(self, folder: Path | None) -> Iterator[None]:
+        """With an adapter in here, or with none."""
+        if folder is not None:
+            self.pipe.load_loca_weights(folder)
+        try:
+            yield
+        finally:
+            if folder is not None:
+                self.pipe.unload_loca_weights()
+
+    @cached_property
+    def _drawn_before(self) -> dict[str, list[Image.Image]]:
+        return {}
+
+    def of_base(self, prompt: str) -> list[Image.Image]:
+        """What the base draws, once for all adapters."""
+        if prompt not in self._drawn_before:
+            self._drawn_before[prompt] = self.draw(prompt, scale=0)
+        return self._drawn_before[prompt]
+
+    def draw(self, prompt: str, scale: float = 1.0, count: int | None = None, start: int = 0) -> list[Image.Image]:
+        """`count` pictures; with the same seeds for every adapter and every prompt."""
+        numbers = range(start, start + (self.count if count is None else count))
+        seeds = [stream_seed(self.seed, number, _PICTURE) for number in numbers]
+        return pictures(self.pipe, prompt, seeds, self.how, scale=scale)
+
+    def look(self, scenes: Sequence[Scene]) -> Seen:
+        """At drawings."""
+        return seen(self.eye, [scene.picture(self.how.width) for scene in scenes])
+
+
+def measured(studio: Studio, task: Task, folder: Path | None) -> dict[str, float]:
+    """Of one adapter, or of the base alone."""
+    with studio.adapted(folder):
+        return subject_measures(studio) if task == "subject" else style_measures(studio)
+
+
+def subject_measures(studio: Studio) -> dict[str, float]:
+    """Of pictures of the subject and of its class, in all places.
+
+    Returns:
+        likeness: mean cosine to drawings of the subject in the same place, -1 to 1.
+        marks: share of stripes, crown, single eye and orange body that are seen where the prompt names the subject.
+        new_places: share of the right places, of those in which the subject was never shown.
+        class_marks: the marks where the prompt names the class: what ought to stay as the base has it.
+        class_change: mean absolute difference of pixels from the base's pictures of the class, 0 to 255.
+    """
+    of = [seen(studio.eye, studio.draw(f"{SUBJECT} {place}")) for place in PLACES]
+    held = [studio.look(held_subjects(place, studio.count)) for place in PLACES]
+    classes = [studio.draw(f"{CLASS} {place}") for place in PLACES]
+    before = [studio.of_base(f"{CLASS} {place}") for place in PLACES]
+    new = [one.share("place", place) for one, place in zip(of, PLACES, strict=True) if place not in SHOWN_PLACES]
+    return {
+        "likeness": fmean(one.likeness(other) for one, other in zip(of, held, strict=True)),
+        "marks": fmean(marks_of(one) for one in of),
+        "new_places": fmean(new),
+        "class_marks": fmean(marks_of(seen(studio.eye, drawn)) for drawn in classes),
+        "class_change": fmean(_apart(one, other) for one, other in zip(classes, before, strict=True)),
+    }
+
+
+def style_measures(studio: Studio) -> dict[str, float]:
+    """Of pictures in the style, of kinds that were never shown in it; and without its words.
+
+    Returns:
+        likeness: mean cosine to drawings of the same kind and colour in the style, -1 to 1.
+        neon: share of the pictures that are seen as neon.
+        kinds: share of the right kinds.
+        plain_neon: share of neon where the prompt does not ask for it.
+        plain_change: mean absolute difference of pixels from the base's pictures of those prompts, 0 to 255.
+    """
+    scenes = style_scenes(STYLE_PROMPTS)
+    of = [seen(studio.eye, studio.draw(scene.caption(place=False))) for scene in scenes]
+    held = [studio.look(_other_poses(scene, studio.count)) for scene in scenes]
+    prompts = [f"a {scene.colour} {scene.kind} {place}" for scene, place in zip(scenes, PLACES, strict=True)]
+    plain = [studio.draw(prompt) for prompt in prompts]
+    before = [studio.of_base(prompt) for prompt in prompts]
+    return {
+        "likeness": fmean(one.likeness(other) for one, other in zip(of, held, strict=True)),
+        "neon": fmean(one.share("neon", True) for one in of),
+        "kinds": fmean(one.share("kind", scene.kind) for one, scene in zip(of, scenes, strict=True)),
+        "plain_neon": fmean(seen(studio.eye, drawn).share("neon", True) for drawn in plain),
+        "plain_change": fmean(_apart(one, other) for one, other in zip(plain, before, strict=True)),
+    }
+
+
+def ceiling(studio: Studio, task: Task) -> float:
+    """The likeness of drawings to other drawings of the same: what a perfect adapter would have."""
+    if task == "subject":
+        pairs = [(held_subjects(place, 2 * studio.count)) for place in PLACES]
+    else:
+        pairs = [_other_poses(scene, 2 * studio.count) for scene in style_scenes(STYLE_PROMPTS)]
+    return fmean(studio.look(one[: studio.count]).likeness(studio.look(one[studio.count :])) for one in pairs)
+
+
+def prompts_followed(studio: Studio, scenes: Sequence[Scene]) -> dict[str, float]:
+    """Of the base: shares of right kinds, colours, places and numbers, a picture for each scene's caption."""
+    found = [seen(studio.eye, studio.draw(scene.caption(), 0, 1, number)) for number, scene in enumerate(scenes)]
+    names = ("kind", "colour", "place", "two")
+    return {
+        name: fmean(one.share(name, getattr(scene, name)) for one, scene in zip(found, scenes, strict=True)) for name in names
+    }
+
+
+def marks_of(one: Seen) -> float:
+    """The mean share of the subject's four marks."""
+    return fmean([*(one.share(mark, True) for mark in MARKS), one.share("colour", "orange")])
+
+
+def _other_poses(scene: Scene, count: int) -> list[Scene]:
+    return [
+        Scene(scene.kind, scene.colour, scene.place, neon=True, pose=scene.pose + 1000 * (number + 1))
+        for number in range(count)
+    ]
+
+
+def _apart(some: Sequence[Image.Image], others: Sequence[Image.Image]) -> float:
+    pairs = zip(some, others, strict=True)
+    return fmean(float(np.abs(np.asarray(one, np.float64) - np.asarray(other, np.float64)).mean()) for one, other in pairs)

@@ -1,0 +1,230 @@
+"""The whole study: drawings, base, the network that measures, adapters, what came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from diffusers import StableDiffusionPipeline
+
+from loca_vision.checks import check_count
+from loca_vision.data.images import as_png
+from loca_vision.methods.registry import config_class
+from loca_vision.recipes.diffusion.drawing import Picture
+from loca_vision.recipes.reports.environment import environment
+from loca_vision.recipes.reports.metrics import read_metrics
+from loca_vision.recipes.settings.console import guarded, usage_in_one_line
+from loca_vision.storage.atomic_file import write_atomically
+from loca_vision.storage.output_folder import claim
+from loca_vision.storage.safetensors_file import open_safetensors, write_safetensors
+from loca_vision.storage.strict_json import read_json
+from subject_study.arms import Arm, Task, Training, write_drawings
+from subject_study.base import BaseSettings, drawn_scenes, trained_base
+from subject_study.likeness import DRAWINGS, Eye, accuracies, trained_eye
+from subject_study.measures import Studio, ceiling, measured, prompts_followed
+from subject_study.report import Result, as_json, class_sheet, draw_numbers, scales_sheet, table
+
+PROG = "study.py"
+RATES: dict[str, float] = {"loca": 0.2, "fourierft": 0.2, "sdctft": 0.2, "lora": 1e-2, "selora": 1e-2}
+TASKS: tuple[Task, ...] = ("subject", "style")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Make a small pipeline that draws, teach it a subject and a style with adapters, and measure them."""
+
+    output: Annotated[Path, tyro.conf.Positional]
+    """Where everything goes: results.json, study.md, numbers.png, scales.png, class.png, and a folder for each step."""
+    methods: tuple[str, ...] = ("loca", "fourierft", "lora")
+    """What is compared."""
+    n_components: tuple[int, ...] = (5, 20, 80)
+    """Of each projection, of methods that count them."""
+    ranks: tuple[int, ...] = (1, 4)
+    """Of the others."""
+    steps: int = 100
+    """Optimiser steps of every adapter, of 4 drawings, and of 4 of the class where it is preserved."""
+    class_images: int = 32
+    """That the base draws, for prior preservation."""
+    resolution: int = 40
+    """Pixels a side."""
+    channels: tuple[int, ...] = (32, 64, 128)
+    """Of the base's UNet."""
+    drawings: int = 10000
+    """That the base is trained on."""
+    base_steps: int = 2600
+    """Optimiser steps of the base's UNet and text encoder."""
+    autoencoder_steps: int = 300
+    """Optimiser steps of its autoencoder."""
+    batch_size: int = 16
+    """Drawings in a step of the base."""
+    learning_rate: float = 1e-3
+    """The base's highest."""
+    likeness_steps: int = 900
+    """Optimiser steps of the network that measures."""
+    pictures: int = 2
+    """That are measured, for each prompt."""
+    num_inference_steps: int = 12
+    """Of every picture."""
+    guidance_scale: float = 3.0
+    """Of every picture."""
+    seed: int = 0
+    """Of everything that is drawn."""
+
+    @property
+    def base(self) -> BaseSettings:
+        """What the base depends on."""
+        same = ("resolution", "channels", "drawings", "autoencoder_steps", "batch_size", "learning_rate", "seed")
+        return BaseSettings(steps=self.base_steps, **{name: getattr(self, name) for name in same})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing of the study; returns the exit status."""
+
+    def command() -> None:
+        with usage_in_one_line(PROG):
+            study = tyro.cli(Study, prog=PROG, args=arguments, use_underscores=True)
+        run(study)
+
+    return guarded(PROG, command, extra="train,diffusers")
+
+
+def run(study: Study) -> dict[str, Any]:
+    """All steps, then what came out; returns what results.json holds.
+
+    Raises:
+        ValueError: a setting out of range, another than the folder was begun with, or a step that failed.
+    """
+    _check(study)
+    told = {name: value for name, value in asdict(study).items() if name != "output"}
+    about = json.loads(json.dumps(told | {"rates": {method: RATES[method] for method in study.methods}}))
+    claim(study.output, "settings.json", about, "results")
+    return Steps(study, about).results()
+
+
+def _check(study: Study) -> None:
+    names = ("steps", "class_images", "base_steps", "autoencoder_steps", "batch_size", "likeness_steps", "pictures")
+    for name in (*names, "num_inference_steps"):
+        check_count(name, getattr(study, name))
+    check_count("drawings", study.drawings, 64)
+    if not study.methods or len(set(study.methods)) < len(study.methods):
+        raise ValueError(f"methods={list(study.methods)}: at least one, and none twice")
+    for method in study.methods:
+        config_class(method)
+        if method not in RATES:
+            raise ValueError(f"methods={method!r}: the study has a rate for {', '.join(RATES)}")
+    for name in ("n_components", "ranks"):
+        sizes = getattr(study, name)
+        if not sizes or any(size < 1 for size in sizes) or len(set(sizes)) < len(sizes):
+            raise ValueError(f"{name}={list(sizes)}: one or more different whole numbers from 1 up")
+    check_count("seed", study.seed, 0)
+    study.base.check()
+    Picture(study.resolution, study.resolution, study.num_inference_steps, study.guidance_scale)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of a study, each in a folder of its own."""
+
+    study: Study
+    about: dict[str, Any]
+
+    def results(self) -> dict[str, Any]:
+        """Everything that is missing; then the table, the pictures and the record."""
+        of, folder = self.study, self.study.output
+        self.base()
+        write_drawings(folder / "drawings", of.resolution)
+        arms: dict[Task, list[Arm | None]] = {task: [None, *self._arms(task)] for task in TASKS}
+        found = {task: [self._measured(task, arm) for arm in arms[task]] for task in TASKS}
+        ceilings = {task: ceiling(self.studio, task) for task in TASKS}
+        self._pictures()
+        draw_numbers(folder / "numbers.png", found, ceilings)
+        said = "\n".join(table(task, found[task]) for task in TASKS)
+        write_atomically(folder / "study.md", said.encode())
+        record: dict[str, Any] = {
+            "settings": self.about,
+            "base": self._base_measures(),
+            "ceilings": ceilings,
+            **{task: [as_json(one) for one in found[task]] for task in TASKS},
+            "environment": environment(),
+        }
+        write_atomically(folder / "results.json", (json.dumps(record, indent=1) + "\n").encode())
+        print(said)
+        return record
+
+    def base(self) -> None:
+        """The pipeline, in base/."""
+        of, out = self.study, self.study.output / "base"
+        if (out / "model_index.json").exists():
+            return
+        trained_base(of.base, of.output / "checkpoints", self.about).save_pretrained(out)
+
+    @cached_property
+    def studio(self) -> Studio:
+        """The base with the network that measures, which is trained where it is not there."""
+        of, file = self.study, self.study.output / "likeness.safetensors"
+        pipe = StableDiffusionPipeline.from_pretrained(of.output / "base", safety_checker=None)
+        if file.exists():
+            with open_safetensors(file) as opened:
+                eye = Eye.holding(opened.tensors())
+        else:
+            eye = trained_eye(pipe.vae, of.resolution, min(of.drawings, DRAWINGS), of.likeness_steps, of.seed)
+            write_safetensors(file, eye.state_dict(), {})
+        how = Picture(of.resolution, of.resolution, of.num_inference_steps, of.guidance_scale)
+        return Studio(pipe, eye, how, of.pictures, of.seed)
+
+    @cached_property
+    def training(self) -> Training:
+        """What all adapters have in common."""
+        of = self.study
+        return Training(of.output, of.steps, of.resolution, of.class_images, of.num_inference_steps, of.guidance_scale, of.seed)
+
+    def _arms(self, task: Task) -> list[Arm]:
+        """Of the subject every method at every size, and the first one's largest with prior preservation too; of the style
+        every method at its largest."""
+        found = []
+        for method in self.study.methods:
+            sizes = self.study.ranks if Arm(task, method, 1, 0).by_rank else self.study.n_components
+            arms = [Arm(task, method, size, RATES[method]) for size in sorted(sizes)]
+            if task == "style":
+                found.append(arms[-1])
+            else:
+                found += [*arms, *([replace(arms[-1], prior=True)] if method == self.study.methods[0] else [])]
+        return found
+
+    def _measured(self, task: Task, arm: Arm | None) -> Result:
+        folder = None if arm is None else self.training.adapter(arm)
+        file = self.study.output / "measures" / f"{task if arm is None else arm.name}.json"
+        if not file.exists():
+            write_atomically(file, (json.dumps(measured(self.studio, task, folder), indent=1) + "\n").encode())
+        found = read_json(file)
+        if arm is None or folder is None:
+            return Result(None, found)
+        metrics = read_metrics(folder)
+        return Result(arm, found, metrics["trained_parameters"], metrics["adapter_bytes"], metrics["seconds_per_step"])
+
+    def _base_measures(self) -> dict[str, Any]:
+        """How well the base follows captions, and how well the network that measures knows drawings."""
+        of, file = self.study, self.study.output / "measures" / "base.json"
+        if not file.exists():
+            scenes = drawn_scenes(16 * of.pictures, of.seed + 1)
+            told = {
+                "followed": prompts_followed(self.studio, scenes),
+                "likeness": accuracies(self.studio.eye, self.studio.pipe.vae, of.resolution, 1000, of.seed),
+            }
+            write_atomically(file, (json.dumps(told, indent=1) + "\n").encode())
+        found: dict[str, Any] = read_json(file)
+        return found
+
+    def _pictures(self) -> None:
+        """Of the first method: the subject and the style by scales, and the class with and without prior preservation."""
+        kept = next(arm for arm in self._arms("subject") if arm.prior)
+        styled, alone = self._arms("style")[0], replace(kept, prior=False)
+        of, folder = self.training, self.study.output
+        write_atomically(folder / "scales.png", as_png(scales_sheet(self.studio, of.adapter(kept), of.adapter(styled))))
+        shown = {"base": None, "without prior preservation": of.adapter(alone), "with prior preservation": of.adapter(kept)}
+        write_atomically(folder / "class.png", as_png(class_sheet(self.studio, shown)))
