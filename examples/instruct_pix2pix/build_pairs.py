@@ -153,7 +153,7 @@ def _card(wanted: Pairs, rows: dict[str, list[Any]]) -> str:
         f"Pairs of {wanted.size} x {wanted.size} pixels: `original_image`, `edit_prompt`, `cartoonized_image`.",
         "",
         f"The cartoons are targets made by a fixed OpenCV filter (version {VERSION}, OpenCV {opencv().__version__}):",
-        "flat colours by k-means, ink by an adaptive threshold. No artist and no network drew them.",
+        "flat paints of fixed lightness and hue, ink between those that differ much. No artist and no network drew them.",
         f"The {len(INSTRUCTIONS)} instructions were written for this purpose.",
         f"Parts were split by photograph (seed {wanted.seed}): crops of one are never in two of them.",
         "",

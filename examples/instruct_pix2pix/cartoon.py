@@ -8,18 +8,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-VERSION = 1  # of the filter; another picture for the same photograph is another version
-COLOURS = 14
+VERSION = 2  # of the filter; another picture for the same photograph is another version
 SMALLEST = 16  # pixels a side
-_WORKING = 256  # pixels of the short side, at least: where lines have a width that can be smoothed
-_SEED = 7
-_HUES = np.array([1, 2, 2], np.float32)  # L, a, b
+_WORKING = 256  # pixels of the short side, at least: where forms can be smoothed and lines have a width
+_LIGHTNESS = np.array([16, 42, 66, 90], np.float32)  # of paints, in Lab: 0 to 100
+_HUE = 26.0  # steps of a and b; grey is one of the paints
+_STRONGER = 1.25  # hues, before they become paint
+_REALLY_DIFFERENT = 28.0  # a step of lightness alone is not, one of lightness and hue is
 
 Pixels = np.ndarray[Any, Any]
 
 
 def cartoon(photograph: Image.Image) -> Image.Image:
-    """The photograph in at most `COLOURS` colours of its own with dark outlines: RGB of the same size.
+    """The photograph in flat, vivid paints with dark outlines between those that differ much: RGB of the same size.
 
     A function of the pixels alone: the same bits at every call, in every process, with one version of OpenCV. Small
     photographs are enlarged for the filter and the result is shrunk, so that lines are as wide for the eye at every size.
@@ -38,7 +39,8 @@ def cartoon(photograph: Image.Image) -> Image.Image:
     cv2.setNumThreads(1)  # sums in one order
     try:
         large = _enlarged(cv2, pixels)
-        drawn = _inked(_flat(cv2, large), _ink(cv2, large))
+        paints = _flat(cv2, large)
+        drawn = _inked(paints, _ink(cv2, paints))
         return Image.fromarray(cv2.resize(drawn, photograph.size, interpolation=cv2.INTER_AREA))
     finally:
         cv2.setNumThreads(threads)
@@ -62,49 +64,47 @@ def opencv() -> ModuleType:
 def _enlarged(cv2: Any, pixels: Pixels) -> Pixels:
     factor = max(1.0, _WORKING / min(pixels.shape[:2]))
     size = [round(factor * side) for side in pixels.shape[1::-1]]
-    enlarged: Pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_LANCZOS4)
+    enlarged: Pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC)
     return enlarged
 
 
 def _flat(cv2: Any, pixels: Pixels) -> Pixels:
-    """Without texture, every pixel in the nearest of a few colours: means in Lab, where distances are those of the eye.
+    """Without texture, every pixel in the nearest of the paints, which are the same for all photographs.
 
-    Hues count double there, so that a small red roof is not lost in a large brown wood.
+    A few steps of lightness and of hue, in Lab, where distances are those of the eye. Paints that depended on the photograph
+    as a whole would be harder to foresee for who learns from a few of them.
     """
-    smooth = cv2.edgePreservingFilter(pixels, flags=cv2.RECURS_FILTER, sigma_s=20, sigma_r=0.3)
-    lab = cv2.cvtColor(smooth, cv2.COLOR_RGB2LAB).astype(np.float32) * _HUES
-    sample = cv2.resize(lab, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA).reshape(-1, 3)
-    cv2.setRNGSeed(_SEED)
-    until = (cv2.TERM_CRITERIA_EPS + cv2.TERM_CRITERIA_MAX_ITER, 20, 0.5)
-    _, _, centres = cv2.kmeans(sample, COLOURS, None, until, 2, cv2.KMEANS_PP_CENTERS)
-    distances = [((lab - centre) ** 2).sum(axis=2) for centre in centres]
-    colours = (centres / _HUES).round().clip(0, 255).astype(np.uint8)[np.argmin(distances, axis=0)]
-    return _vivid(cv2, cv2.medianBlur(cv2.cvtColor(colours, cv2.COLOR_LAB2RGB), 5))
+    scale = min(pixels.shape[:2]) / _WORKING
+    smooth = cv2.edgePreservingFilter(pixels, flags=cv2.RECURS_FILTER, sigma_s=20 * scale, sigma_r=0.3)
+    smooth = cv2.pyrMeanShiftFiltering(smooth, 10 * scale, 22, maxLevel=1)
+    lab = cv2.cvtColor(smooth.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    lab[..., 0] = _LIGHTNESS[np.abs(lab[..., :1] - _LIGHTNESS).argmin(-1)]
+    lab[..., 1:] = (_STRONGER * lab[..., 1:] / _HUE).round() * _HUE
+    paints = (255 * cv2.cvtColor(lab, cv2.COLOR_LAB2RGB).clip(0, 1)).round().astype(np.uint8)
+    flat: Pixels = cv2.medianBlur(paints, _odd(9 * scale))
+    return flat
 
 
-def _vivid(cv2: Any, pixels: Pixels) -> Pixels:
-    """Colours stronger and lighter, as paint is."""
-    colours = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV).astype(np.int32)
-    colours[..., 1] = np.minimum(255, colours[..., 1] * 13 // 10)
-    colours[..., 2] = np.minimum(255, colours[..., 2] * 11 // 10 + 8)
-    vivid: Pixels = cv2.cvtColor(colours.astype(np.uint8), cv2.COLOR_HSV2RGB)
-    return vivid
-
-
-def _ink(cv2: Any, pixels: Pixels) -> Pixels:
-    """How much ink: (h, w) float32, 1 on lines, which are where it is darker than around; specks are left out."""
-    smooth = cv2.edgePreservingFilter(pixels, flags=cv2.RECURS_FILTER, sigma_s=8, sigma_r=0.25)
-    grey = cv2.medianBlur(cv2.cvtColor(smooth, cv2.COLOR_RGB2GRAY), 3)
-    short = min(grey.shape)
-    lines = cv2.adaptiveThreshold(grey, 255, cv2.ADAPTIVE_THRESH_MEAN_C, cv2.THRESH_BINARY_INV, (short // 24) | 1, 9)
+def _ink(cv2: Any, paints: Pixels) -> Pixels:
+    """Where ink is: (h, w) of bool, between paints that are really different; specks are left out."""
+    scale = min(paints.shape[:2]) / _WORKING
+    lab = cv2.cvtColor(paints.astype(np.float32) / 255, cv2.COLOR_RGB2LAB) * np.array([1, 0.6, 0.6], np.float32)
+    pen = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, [_odd(7 * scale)] * 2)
+    steps = [cv2.dilate(part, pen) - cv2.erode(part, pen) for part in cv2.split(lab)]
+    lines = (np.sqrt(sum(step**2 for step in steps)) > _REALLY_DIFFERENT).astype(np.uint8)
     _, labels, facts, _ = cv2.connectedComponentsWithStats(lines, connectivity=8)
-    drawn = np.maximum(facts[:, cv2.CC_STAT_WIDTH], facts[:, cv2.CC_STAT_HEIGHT]) >= short // 24
+    drawn = np.maximum(facts[:, cv2.CC_STAT_WIDTH], facts[:, cv2.CC_STAT_HEIGHT]) >= 32 * scale
     drawn[0] = False  # the paper
-    ink: Pixels = cv2.GaussianBlur(drawn[labels].astype(np.float32), (3, 3), 0)
+    ink: Pixels = drawn[labels]
     return ink
+
+
+def _odd(width: float) -> int:
+    """A width of pixels as one with a middle."""
+    return round((width - 1) / 2) * 2 + 1
 
 
 def _inked(colours: Pixels, ink: Pixels) -> Pixels:
     """Lines in nearly black over the colours."""
-    inked: Pixels = (colours * (1 - 0.85 * ink[..., None])).round().astype(np.uint8)
+    inked: Pixels = (colours * (1 - 0.9 * ink[..., None])).round().astype(np.uint8)
     return inked

@@ -59,6 +59,8 @@ class Study:
     """A folder. By default those in the packages scikit-image and scikit-learn, and Debian's wallpapers."""
     methods: tuple[str, ...] = ("loca", "lora", "fourierft")
     """What is compared."""
+    targets: tuple[str, ...] = ("q", "k", "v", "out")
+    """The layers of the base's transformers that are adapted; fc1, fc2, proj_in and proj_out are others."""
     n_components: int = 700
     """Of each projection, of methods that count them."""
     rank: int = 4
@@ -270,6 +272,7 @@ class Steps:
             "lr_warmup_steps": 0,
             "conditioning_dropout_prob": 0.05,
             "method": method,
+            "targets": of.targets,
             **kind,
             "latents_dir": self._folder("latents"),
             "cache_dir": self._folder("cache"),

@@ -1,4 +1,4 @@
-"""The cartoon filter: repeatable, few colours, ink at the edges of forms, at every size."""
+"""The cartoon filter: repeatable, few paints, ink at the edges of forms, at every size."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cartoon import COLOURS, cartoon
+from cartoon import cartoon
 from support.photographs import scene
 
 cv2 = pytest.importorskip("cv2")
@@ -45,15 +45,31 @@ def test_it_is_flat_with_ink_around_forms(side):
         assert grey[side // 8 : side // 3].min() < 0.75 * min(grey[: side // 16].mean(), grey[side // 2])
 
 
-def test_colours_are_few():
+def test_paints_are_few():
     _, counts = np.unique(np.asarray(cartoon(scene(256))).reshape(-1, 3), axis=0, return_counts=True)
-    assert counts[np.argsort(counts)[-COLOURS:]].sum() > 0.85 * 256 * 256  # the others are where ink begins
+    assert np.sort(counts)[-7:].sum() > 0.95 * 256 * 256
+
+
+def test_paints_do_not_depend_on_what_else_is_in_the_photograph():
+    first, other = scene(256), scene(256)
+    other.paste((250, 20, 200), (200, 0, 256, 256))
+    drawn, changed = (np.asarray(cartoon(image))[:, :100] for image in (first, other))
+    assert (drawn == changed).all(-1).mean() > 0.99
+
+
+@pytest.mark.parametrize(("left", "right", "inked"), [((200, 40, 40), (40, 60, 200), True), ((120,) * 3, (140,) * 3, False)])
+def test_ink_is_between_paints_that_differ_much(left, right, inked):
+    image = Image.new("RGB", (64, 64), left)
+    image.paste(right, (32, 0, 64, 64))
+    drawn = np.asarray(cartoon(image)).astype(int).sum(-1)
+    line, beside = drawn[:, 30:34].min(1), np.minimum(drawn[:, 8], drawn[:, 56])
+    assert ((line < 0.5 * beside) == inked).all()  # at every height: it is closed
 
 
 def test_any_shape_and_kind_of_image():
     assert cartoon(scene().crop((0, 0, 64, 20))).size == (64, 20)
     assert cartoon(scene().convert("L")).mode == "RGB"
-    assert cartoon(Image.new("RGB", (32, 32), "red")).size == (32, 32)  # fewer colours than there may be
+    assert cartoon(Image.new("RGB", (32, 32), "red")).size == (32, 32)
     with pytest.raises(ValueError, match="pixels a side, got 10 x 64"):
         cartoon(Image.new("RGB", (10, 64)))
 

@@ -8,6 +8,7 @@ from PIL import Image
 from loca_vision import KINDS
 from loca_vision.data.photographs import photographs_in
 from loca_vision.recipes.reports import plots
+from loca_vision.recipes.reports.metrics import METRICS
 from support.photographs import photograph
 from support.scripts import main, script
 
@@ -44,10 +45,12 @@ def photos(tmp_path_factory):
 def test_from_photographs_to_a_table_and_again(study, photos, tmp_path, capsys):
     module, ran = study
     out = tmp_path / "study"
-    command = [str(out), "--photographs", str(photos), *SMALL, "--methods", "loca", "lora"]
+    command = [str(out), "--photographs", str(photos), *SMALL, "--methods", "loca", "lora", "--targets", "q", "fc1", "proj_in"]
     assert module.main(command) == 0
     names = [name for name, _ in ran]
     assert names == ["build_pairs.py", "pretrain.py", "train.py", "train.py", "evaluate.py"]
+    adapted = json.loads((out / "adapters" / "lora" / METRICS).read_text())["config"]["targets"]
+    assert adapted == ["q", "fc1", "proj_in"]
     results = json.loads((out / "results.json").read_text())
     arms = {arm["name"]: arm for arm in results["results"]}
     assert list(arms) == ["photograph", "base", "loca", "lora"] and results["test_pairs"] >= 1
