@@ -179,6 +179,8 @@ class Pictures:
     """Scales of the adapter in them; the base model is always drawn."""
     validation_inference_steps: int = 20
     """Denoising steps of each."""
+    validation_guidance_scale: float | None = None
+    """How strongly they follow the text; by default as the pipeline does by itself."""
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,6 @@ class EditPictures:
     """The expected edits, to be shown in the picture."""
     val_image_url: str | None = None
     """One image to edit, under the name of diffusers' flag."""
-    validation_guidance_scale: float = 7.0
-    """How strongly they follow the instruction."""
     validation_image_guidance_scale: float = 1.5
     """How strongly they keep to the image."""
 
@@ -91,6 +89,8 @@ class EditRecipe(EditPictures, FirstConvolution, Pairs, Recipe):
     """Instruction for validation images."""
     num_validation_images: int = 4
     """Seeds of each validation image, or images of the split."""
+    validation_guidance_scale: float = 7.0
+    """How strongly they follow the instruction."""
     output_dir: Path = Path("instruct-pix2pix-model")
     """Where the adapter, metrics.json, loss.png, validation pictures, config.yaml and checkpoints go."""
 

@@ -115,8 +115,6 @@ class ImageRecipe(Noise, Texts, Subject, Captions, Recipe):
     """Text of the validation pictures; without one, none are drawn."""
     validation_inference_steps: int = 25
     """Denoising steps of each."""
-    validation_guidance_scale: float | None = None
-    """How strongly they follow the text; by default as the pipeline does by itself."""
     output_dir: Path = Path("text-to-image-model")
     """Where the adapter, metrics.json, loss.png, validation pictures, config.yaml and checkpoints go."""
 
