@@ -124,7 +124,7 @@ def test_the_settings_of_a_run_make_the_same_run(name, runs, tmp_path):
 # Resumption
 
 DROPPING = ("--augment", "crop", "--workers", "2", "--checkpoint_steps", "1")
-RESUMED = {"loca": LOCA, "fourierft": METHODS["fourierft"], "full": METHODS["full"]}
+RESUMED = {"loca": LOCA, "full": METHODS["full"]}
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def without_key_bias(tensors):
 
 
 @forks
-@pytest.mark.parametrize("name", ["loca", "lora", "full"])
+@pytest.mark.parametrize("name", ["loca", "full"])
 def test_two_processes_are_one(name, tmp_path):
     """The same global batch, shared; and a run of two processes goes on, to the same bits."""
     flags = (*METHODS[name], "--augment", "crop", "--weights", write_weights(tmp_path / "weights.safetensors"))
