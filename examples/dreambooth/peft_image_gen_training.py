@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loca_vision.recipes.diffusion.settings import Method
 from loca_vision.recipes.reports.contact_sheet import contact_sheet
-from loca_vision.recipes.text_to_image.data import ImageData
+from loca_vision.recipes.text_to_image.data import ImageData, images_of
 from loca_vision.recipes.text_to_image.models import ImageModels
 from loca_vision.recipes.text_to_image.recipe import ImageRecipe
 from loca_vision.recipes.text_to_image.task import ImageTask
@@ -84,7 +84,7 @@ class BenchmarkTask(ImageTask):
         pipe = self.models.pipe
         with self.log.stage("encode"):
             pipe.encode_prompt = partial(pipe.encode_prompt, text_encoder_out_layers=self.protocol.text_encoder_out_layers)
-            self.data = ImageData(recipe, self.models.encoders, accelerator)
+            self.data = ImageData(recipe, images_of(recipe), self.models.encoders, accelerator)
             self.drawer = Drawer(pipe, encoded(pipe, self.parts.valid.prompts, self.protocol), self.protocol)
         self.samples, self.digests = self.data.samples, self.data.digests
         self.models.encoders.rest(images=True, texts=True)

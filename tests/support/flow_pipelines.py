@@ -59,20 +59,8 @@ def t5() -> T5EncoderModel:
     return T5EncoderModel(config).eval()
 
 
-def vae(channels: int = 4) -> AutoencoderKL:
-    torch.default_generator.manual_seed(2)
-    return AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=channels,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=1.5,
-        shift_factor=0.06,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
+def vae() -> AutoencoderKL:
+    return tiny.vae(scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
 
 
 def scheduler(**settings: Any) -> FlowMatchEulerDiscreteScheduler:

@@ -120,7 +120,7 @@ def small_xl_unet(channels: int = 4) -> UNet2DConditionModel:
     return xl_unet(channels=channels, **one, attention_head_dim=2, transformer_layers_per_block=1)
 
 
-def vae() -> AutoencoderKL:
+def vae(**more: Any) -> AutoencoderKL:
     torch.default_generator.manual_seed(2)
     return AutoencoderKL(
         block_out_channels=(8, 16),
@@ -129,6 +129,7 @@ def vae() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=4,
         sample_size=16,
+        **more,
     ).eval()
 
 

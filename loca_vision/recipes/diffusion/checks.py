@@ -53,6 +53,8 @@ def check_given(recipe: Recipe, given: Collection[str]) -> None:
     METHODS.check(recipe.method, given)
     if recipe.together and recipe.learning_steps == 0:
         raise ValueError("--together moves locations, and learning_steps=0 keeps them from moving: choose one")
+    if "cache_latents" in given and recipe.cache_latents and not recipe.center_crop:
+        raise ValueError("--cache_latents: latents of random crops cannot be kept; say --center_crop too")
     if "ema_decay" in given and not recipe.use_ema:
         raise ValueError(f"ema_decay={recipe.ema_decay}: say --use_ema too")
     for name in ("hub_model_id", "hub_private", "hub_token"):
@@ -66,13 +68,14 @@ def check_given(recipe: Recipe, given: Collection[str]) -> None:
 
 
 def settled(recipe: R, given: Collection[str]) -> R:
-    """The recipe with the method's own settings instead of None, and with whole paths."""
+    """The recipe with the method's settings instead of None and whole paths; of random crops no latents are kept."""
     usual = METHODS.defaults(recipe.method, METHODS.chosen(recipe.method, recipe))
     recipe = replace(recipe, **{name: value for name, value in usual.items() if getattr(recipe, name) is None})
     own = as_assignments(assigned(recipe.set))
     recipe = replace(recipe, set=own, imports=tuple(dict.fromkeys(recipe.imports)))
     if "validation_epochs" in given and "validation_steps" not in given:  # which a preset may have set
         recipe = replace(recipe, validation_steps=None)
+    recipe = replace(recipe, cache_latents=recipe.cache_latents and recipe.center_crop)
     paths = {name: value for name, value in vars(recipe).items() if hasattr(value, "expanduser")}
     return replace(recipe, **{name: path.expanduser() for name, path in paths.items()})
 

@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from loca_vision.data.pair_sources import is_missing
 from loca_vision.recipes.diffusion.families.family import Family
 from loca_vision.recipes.diffusion.quantised import Quantization, quantized
+from loca_vision.recipes.diffusion.settings import BaseModel
 from loca_vision.storage.strict_json import read_json
 
 INDEX = "model_index.json"
@@ -103,3 +104,16 @@ class Source:
 
 def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
+
+
+def source_of(recipe: BaseModel, what: str) -> Source:
+    """Where the base of a recipe is.
+
+    Args:
+        what: the pipeline should be, for sentences.
+
+    Raises:
+        OSError: there is no such folder.
+    """
+    of = recipe
+    return Source(of.pretrained_model_name_or_path, revision=of.revision, variant=of.variant, cache_dir=of.cache_dir, what=what)

@@ -110,7 +110,6 @@ def resolve(recipe: EditRecipe, given: Collection[str]) -> EditRecipe:
     check_given(recipe, given)
     _check_contradictions(recipe, given)
     recipe = settled(recipe, given)
-    recipe = replace(recipe, cache_latents=recipe.cache_latents and recipe.center_crop)
     if recipe.val_image_url is not None:
         recipe = replace(recipe, validation_image=(recipe.val_image_url, *recipe.validation_image), val_image_url=None)
     check_values(recipe)
@@ -137,8 +136,6 @@ def _check_contradictions(recipe: EditRecipe, given: Collection[str]) -> None:
     if (recipe.dataset_name is None) == (recipe.train_data_dir is None):
         said = "nothing" if recipe.dataset_name is None else "both"
         raise ValueError(f"--dataset_name or --train_data_dir says where the pairs are; {said} was given")
-    if "cache_latents" in given and recipe.cache_latents and not recipe.center_crop:
-        raise ValueError("--cache_latents: latents of random crops cannot be kept; say --center_crop too")
     if recipe.latents_dir is not None and not (recipe.cache_latents and recipe.center_crop):
         raise ValueError("--latents_dir is for latents that are kept; say --center_crop and not --no-cache_latents")
     if "conv_in_lr" in given and not recipe.train_conv_in:

@@ -21,12 +21,12 @@ class ImageData:
 
     Args:
         recipe: settled, with its seed.
+        images: those to learn.
         encoders: of the pipeline.
         accelerator: of several processes the first fills the cache, and the others find everything there.
 
     Attributes:
-        images: those to learn.
-        prior: those of the class; None without prior preservation.
+        prior: images of the class; None without prior preservation.
         samples: the data set; `set_epoch` changes its views.
         texts: of the captions, of the class and of the empty text; None where text encoders are trained.
         cut_captions: of captions that are longer than is read: tokens, and how many are read, by position.
@@ -35,12 +35,11 @@ class ImageData:
         OSError, ValueError, ModuleNotFoundError: as `read_captioned` and `kept`.
     """
 
-    def __init__(self, recipe: ImageRecipe, encoders: Encoders, accelerator: Accelerator) -> None:
-        self.recipe, self.encoders = recipe, encoders
+    def __init__(self, recipe: ImageRecipe, images: CaptionedImages, encoders: Encoders, accelerator: Accelerator) -> None:
+        self.recipe, self.images, self.encoders = recipe, images, encoders
         divisor = encoders.family.divisor
         buckets = buckets_of(recipe, divisor)
         with accelerator.main_process_first():
-            self.images = images_of(recipe)
             self.prior = prior_of(recipe)
             self.cut_captions = encoders.cut(self.images.captions)
             if accelerator.is_main_process:

@@ -15,7 +15,7 @@ from loca_vision.recipes.diffusion.families.by_pipeline import family_of
 from loca_vision.recipes.diffusion.families.family import Family, Process
 from loca_vision.recipes.diffusion.families.stable_diffusion_3 import StableDiffusion3
 from loca_vision.recipes.diffusion.flow import Flow
-from loca_vision.recipes.diffusion.loading import Source
+from loca_vision.recipes.diffusion.loading import source_of
 from loca_vision.recipes.diffusion.models import NAME, Models, denoising_of, dtype_of, freeze, prepare_denoiser
 from loca_vision.recipes.text_to_image.recipe import ImageRecipe
 
@@ -39,13 +39,7 @@ class ImageModels(Models):
 
     def __init__(self, recipe: ImageRecipe, accelerator: Accelerator) -> None:
         dtype = dtype_of(accelerator)
-        source = Source(
-            recipe.pretrained_model_name_or_path,
-            revision=recipe.revision,
-            variant=recipe.variant,
-            cache_dir=recipe.cache_dir,
-            what="a text-to-image pipeline",
-        )
+        source = source_of(recipe, "a text-to-image pipeline")
         name = source.class_name()
         kind = family_of(name, source.name)
         _check_process(recipe, kind, source.name)
@@ -85,12 +79,11 @@ def _check_process(recipe: ImageRecipe, kind: type[Family], place: str) -> None:
 
 
 def _family(kind: type[Family], pipe: Any, recipe: ImageRecipe) -> Family:
-    more: dict[str, Any] = {"max_sequence_length": recipe.max_sequence_length}
-    if recipe.max_sequence_length is not None and kind.usual_length is None:
-        raise ValueError(f"max_sequence_length={recipe.max_sequence_length}: the tokenizer of {type(pipe).__name__} decides")
-    if "guidance_scale" in kind.__init__.__code__.co_varnames:
-        more["guidance_scale"] = recipe.guidance_scale
-    return kind(pipe, _process(kind, pipe, recipe), **more)
+    length = recipe.max_sequence_length
+    if length is not None and kind.usual_length is None:
+        raise ValueError(f"max_sequence_length={length}: the tokenizer of {type(pipe).__name__} decides")
+    process = _process(kind, pipe, recipe)
+    return kind(pipe, process, max_sequence_length=length, guidance_scale=recipe.guidance_scale)
 
 
 def _process(kind: type[Family], pipe: Any, recipe: ImageRecipe) -> Process:

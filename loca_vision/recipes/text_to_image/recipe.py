@@ -145,12 +145,9 @@ def resolve(recipe: ImageRecipe, given: Collection[str]) -> ImageRecipe:
         raise ValueError("--aspect_ratio_buckets: say --use_aspect_ratio_buckets too")
     if recipe.text_encoder_lr is not None and not recipe.train_text_encoder:
         raise ValueError(f"text_encoder_lr={recipe.text_encoder_lr}: say --train_text_encoder too")
-    if "cache_latents" in given and recipe.cache_latents and not recipe.center_crop:
-        raise ValueError("--cache_latents: latents of random crops cannot be kept; say --center_crop too")
     if recipe.instance_prompt is not None:
         recipe = replace(recipe, **{name: value for name, value in DREAMBOOTH.items() if name not in given})
     recipe = settled(recipe, given)
-    recipe = replace(recipe, cache_latents=recipe.cache_latents and recipe.center_crop)
     check_values(recipe)
     _check_numbers(recipe)
     return recipe

@@ -36,10 +36,11 @@ class ImageTask(Task):
 
     def __init__(self, recipe: ImageRecipe, accelerator: Accelerator) -> None:
         self._recipe, self.device = recipe, accelerator.device
+        with accelerator.main_process_first():  # and before models are loaded and the class is drawn, which takes a while
+            images = images_of(recipe)
         self.models = ImageModels(recipe, accelerator)
-        images_of(recipe)  # before the class is drawn, which takes a while
         draw_class_images(recipe, self.models, accelerator)
-        self.data = ImageData(recipe, self.models.encoders, accelerator)
+        self.data = ImageData(recipe, images, self.models.encoders, accelerator)
         self.samples, self.digests = self.data.samples, self.data.digests
         self.validation = Validation(self.models, recipe, accelerator.device) if recipe.validation_prompt else None
         self.models.encoders.rest(images=recipe.cache_latents, texts=not recipe.train_text_encoder)

@@ -27,6 +27,7 @@ class Family:
         pipe: a text-to-image pipeline, or one of InstructPix2Pix.
         process: how noise is added, and what is to be predicted.
         max_sequence_length: of the texts in tokens, for families in which it can be chosen; None for the usual one.
+        guidance_scale: what models are told in training that have learned guided predictions.
 
     Attributes:
         denoiser: the name of the component that predicts.
@@ -48,8 +49,10 @@ class Family:
     sized: ClassVar[bool] = False
     usual_length: ClassVar[int | None] = None
 
-    def __init__(self, pipe: Any, process: Process, *, max_sequence_length: int | None = None) -> None:
-        self.pipe, self.process = pipe, process
+    def __init__(
+        self, pipe: Any, process: Process, *, max_sequence_length: int | None = None, guidance_scale: float = 3.5
+    ) -> None:
+        self.pipe, self.process, self.guidance_scale = pipe, process, guidance_scale
         self.length = max_sequence_length or self.usual_length
 
     @property

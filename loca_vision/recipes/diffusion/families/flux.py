@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from loca_vision.recipes.diffusion.families.family import Call, Family, Process, Texts, output_of
+from loca_vision.recipes.diffusion.families.family import Call, Family, Texts, output_of
 
 
 class _Packed(Family):
@@ -18,12 +18,6 @@ class _Packed(Family):
     denoiser: ClassVar[str] = "transformer"
     flow: ClassVar[bool] = True
     usual_length: ClassVar[int | None] = 512
-
-    def __init__(
-        self, pipe: Any, process: Process, *, max_sequence_length: int | None = None, guidance_scale: float = 3.5
-    ) -> None:
-        super().__init__(pipe, process, max_sequence_length=max_sequence_length)
-        self.guidance_scale = guidance_scale
 
     @property
     def divisor(self) -> int:
