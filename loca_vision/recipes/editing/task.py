@@ -94,6 +94,7 @@ class EditTask(Task):
             "pairs": len(pairs),
             "cut_instructions": len(self.data.cut_prompts),
             "example_prompt": self.recipe.validation_prompt or pairs[0].prompt,
+            "pipeline": type(self.models.pipe).__name__,
         }
 
     @classmethod

@@ -7,6 +7,7 @@ from diffusers import StableDiffusionXLInstructPix2PixPipeline
 
 from loca_vision.recipes.diffusion.families.by_pipeline import EDITING
 from loca_vision.recipes.editing import validation
+from loca_vision.recipes.editing.model_card import edit_card
 from loca_vision.recipes.editing.recipe import EditRecipe, resolve, sampling_of
 from loca_vision.recipes.settings.command_line import parse
 from support import pipelines as tiny
@@ -31,6 +32,8 @@ def asked(flags, base):
 def test_what_is_saved_draws_what_training_drew(asked, base, tmp_path, pictures):
     out = tmp_path / "out"
     metrics = trained(out, *asked)
+    card = edit_card(metrics, "me/adapter")
+    assert "pipe = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(" in card and "height=16, width=16)" in card
     assert metrics["steps"] == 6 and np.isfinite(metrics["curves"]["loss"]).all()
     assert any(value.any() for name, value in tensors(out / ADAPTER).items() if name.endswith("coefficients"))
     recipe = resolve(parse(EditRecipe, list(map(str, asked)), prog="", presets={}).settings, ())
