@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 
 from loca_vision.recipes.text_to_image.train import main as train_image
-from subject_study import arms, likeness, measures, report
+from subject_study import arms, likeness, measures, report, tuning
 from subject_study.objects import KINDS
 from subject_study.scenes import COLOURS, PLACES, Scene, drawn_scene, in_style, subject_scene
 from support.scripts import script
 
 SMALL = ["--resolution", "16", "--channels", "8", "16", "--drawings", "64", "--base_steps", "2", "--autoencoder_steps", "2"]
 SMALL += ["--steps", "2", "--n_components", "5", "--ranks", "1", "--class_images", "2", "--likeness_steps", "2"]
-SMALL += ["--pictures", "1", "--num_inference_steps", "1", "--batch_size", "4"]
+SMALL += ["--pictures", "1", "--num_inference_steps", "1", "--batch_size", "4", "--jobs", "1"]
 
 
 @pytest.fixture
@@ -26,7 +26,8 @@ def trained(monkeypatch):
     """The names of the adapters that are trained, in this process."""
     names = []
 
-    def here(arguments):
+    def here(arguments, beside_others):
+        assert not beside_others
         names.append(arguments[arguments.index("--output_dir") + 1].rsplit("/", 1)[1])
         assert train_image(arguments) == 0
 
@@ -36,13 +37,14 @@ def trained(monkeypatch):
 
 def test_from_nothing_to_a_table_and_again(trained, tmp_path, capsys):
     study, out = script("dreambooth/study"), tmp_path / "study"
-    command = [str(out), *SMALL, "--methods", "loca", "lora"]
+    command = [str(out), *SMALL, "--methods", "loca", "lora", "--rate_factors", "0.5"]
     assert study.main(command) == 0
-    subjects = ["subject-loca-5", "subject-loca-5-prior", "subject-lora-1"]
-    assert trained == [*subjects, "style-loca-5", "style-lora-1"]
+    subjects, styles = ["subject-loca-5", "subject-lora-1", "subject-loca-5-prior"], ["style-loca-5", "style-lora-1"]
+    assert trained == [*subjects, *styles]
     results = json.loads((out / "results.json").read_text())
     assert [one["arm"] and one["arm"]["name"] for one in results["subject"]] == [None, *subjects]
     base, loca, *_ = results["subject"]
+    assert loca["arm"]["rate"] == 0.1
     assert base["trained"] == 0 < loca["trained"] and base["measured"]["class_change"] == 0
     assert loca["bytes"] == next((out / "adapters" / "subject-loca-5").glob("*.safetensors")).stat().st_size
     said = (out / "study.md").read_text()
@@ -58,9 +60,36 @@ def test_from_nothing_to_a_table_and_again(trained, tmp_path, capsys):
     assert "steps=2, not 3" in capsys.readouterr().err
 
 
+def test_the_rate_of_the_largest_likeness_is_taken_and_none_is_tried_twice(tmp_path, monkeypatch):
+    """At other seeds than those of the study."""
+    likeness_at, asked = {0.03: 0.5, 0.1: 0.9, 0.3: 0.7}, []
+
+    class Training:
+        folder, seed = tmp_path, 7
+
+        def adapters(self, candidates, into, seed):
+            asked.append((into, [arm.rate for arm in candidates], seed))
+            return [tmp_path / into / arm.name for arm in candidates]
+
+    def measured(studio, task, folder):
+        assert studio.seed == 8
+        rate = {"tuning/0.3": 0.03, "tuning/1": 0.1, "tuning/3": 0.3}[f"tuning/{folder.parent.name}"]
+        return dict.fromkeys(report._COLUMNS[task], 0.25) | {"likeness": likeness_at[rate]}
+
+    monkeypatch.setattr(tuning, "measured", measured)
+    monkeypatch.setattr(tuning, "read_metrics", lambda folder: {"trained_parameters": 5, "adapter_bytes": 6})
+    studio, arm = measures.Studio(None, None, None, 1, 7), arms.Arm("style", "lora", 1, 0.1)
+    assert tuning.best_rates(Training(), studio, [arm], (3.0, 0.3, 1.0)) == {"style-lora-1": 0.1}
+    assert [(into, seed) for into, _, seed in asked] == [("tuning/0.3", 8), ("tuning/1", 8), ("tuning/3", 8)]
+    assert (tmp_path / "tuning.md").read_text().count("| LoRA, r = 1 |") == 3
+    monkeypatch.setattr(tuning, "measured", None)
+    assert tuning.best_rates(Training(), studio, [arm], (0.3, 1.0, 3.0)) == {"style-lora-1": 0.1}
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
+        (["--rate_factors", "1", "0"], "rate_factors=[1.0, 0.0]"),
         (["--methods", "lora", "lora"], "none twice"),
         (["--methods", "nothing"], "nothing"),
         (["--resolution", "20"], "multiple of 8"),
@@ -80,11 +109,14 @@ def test_wrong_settings_are_refused_before_anything_is_written(trained, tmp_path
     assert not trained and not (tmp_path / "out").exists()
 
 
-def test_an_adapter_that_fails_ends_the_study_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 2))
-    training = arms.Training(tmp_path, 2, 16, 2, 1, 1.0, 0)
-    with pytest.raises(ValueError, match="style-lora-1 ended with status 2"):
-        training.adapter(arms.Arm("style", "lora", 1, 1e-3))
+def test_an_adapter_that_fails_ends_the_study_in_one_line(tmp_path, monkeypatch, capsys):
+    """Alone it has said what is wrong; beside others it says so then."""
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 2, "no base"))
+    for jobs in (1, 2):
+        training = arms.Training(tmp_path, 2, 16, 2, 1, 1.0, 0, jobs)
+        with pytest.raises(ValueError, match="style-lora-1 ended with status 2"):
+            training.adapters([arms.Arm("style", "lora", 1, 1e-3)])
+        assert "no base" in capsys.readouterr().err
 
 
 # Drawings
@@ -94,7 +126,10 @@ def test_captions_say_what_is_in_a_scene():
     scene = Scene("fish", "red", "at sea")
     assert scene.caption() == "a red fish at sea"
     assert replace(scene, kind="bird", two=True).caption() == "two red birds at sea"
-    assert in_style(scene).caption(place=False) == "a red fish in neon style"
+    assert in_style(scene).caption() == "a red fish in neon style"
+    worn = replace(scene, kind="cup", traits=("stripes", "crown"))
+    assert worn.caption() == "a striped red cup with a crown at sea"
+    assert replace(worn, style="crayon").caption(colour=False) == "a striped cup with a crown in crayon style"
     assert scene.caption(colour=False, place=False) == "a fish"
 
 
@@ -105,11 +140,13 @@ def test_what_a_caption_says_is_seen_in_the_drawing():
     others += [replace(scene, colour=colour) for colour in COLOURS if colour != "red"]
     others += [replace(scene, place=place) for place in PLACES if place != "at sea"]
     others += [replace(scene, traits=(mark,)) for mark in likeness.MARKS]
-    others += [replace(scene, two=True), replace(scene, pose=4), in_style(scene)]
+    others += [replace(scene, kind=kind, traits=(mark,)) for kind in KINDS if kind != "fish" for mark in ("stripes", "crown")]
+    others += [replace(scene, two=True), replace(scene, pose=4), replace(scene, style="crayon"), in_style(scene)]
     drawn = [np.asarray(one.picture(24)) for one in (scene, *others)]
     assert len({one.tobytes() for one in drawn}) == len(drawn)
     assert np.array_equal(drawn[0], np.asarray(scene.picture(24)))
     assert not np.array_equal(drawn[0][2], drawn[0][-3])  # sky and sea
+    assert drawn[-1].mean() < 90 < 180 < drawn[-2].mean()  # neon on a dark ground, crayon on paper
 
 
 def test_what_adapters_are_measured_on_was_never_shown_to_them():
@@ -119,11 +156,12 @@ def test_what_adapters_are_measured_on_was_never_shown_to_them():
     held = [one for place in PLACES for one in arms.held_subjects(place, 8)]
     assert len({one.pose for one in (*subjects, *held)}) == len(subjects) + len(held)
     new = arms.style_scenes(measures.STYLE_PROMPTS)
-    assert not {one.kind for one in new} & {one.kind for one in styles} and all(one.neon for one in new)
+    assert not {one.kind for one in new} & {one.kind for one in styles} and all(one.style == "neon" for one in new)
     assert len({(one.kind, one.colour) for one in new}) == len(new)
     draws = random.Random(0)
     shown = [drawn_scene(draws) for _ in range(200)]
-    assert not any(one.traits or one.neon or one.colour == "orange" for one in shown)
+    assert not any(one.style == "neon" or one.colour == "orange" or "one_eye" in one.traits for one in shown)
+    assert not any(one.kind == "fish" and one.traits for one in shown) and any("crown" in one.traits for one in shown)
     assert {one.kind for one in shown} == set(KINDS) and {one.place for one in shown} == set(PLACES)
 
 
@@ -133,13 +171,14 @@ def test_what_adapters_are_measured_on_was_never_shown_to_them():
 def test_the_network_learns_to_tell_neon_from_the_rest():
     """And asking twice gives the same network; the global generator is left alone."""
     state = torch.get_rng_state()
-    eyes = [likeness.trained_eye(_Through(), 16, 64, 25, seed=1) for _ in range(2)]
+    eyes = [likeness.trained_eye(_Through(), 16, 160, 60, seed=1) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(one, eyes[1].state_dict()[name]) for name, one in eyes[0].state_dict().items())
     scenes = [Scene(kind, "red", "on a white background", pose=7) for kind in KINDS]
     plain, neon = ([one.picture(16) for one in some] for some in (scenes, map(in_style, scenes)))
-    assert likeness.seen(eyes[0], plain).share("neon", False) == likeness.seen(eyes[0], neon).share("neon", True) == 1
-    assert likeness.accuracies(eyes[0], _Through(), 16, 40, 2)["neon"] == 1
+    assert likeness.seen(eyes[0], plain).share("style", "neon") == 0
+    assert likeness.seen(eyes[0], neon).share("style", "neon") == 1
+    assert likeness.accuracies(eyes[0], _Through(), 16, 40, 2)["style"] > 0.8
 
 
 def test_likeness_and_marks_are_what_they_say():

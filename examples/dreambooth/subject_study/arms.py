@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from tqdm import tqdm
 
 from loca_vision.data.images import as_png
 from loca_vision.methods.by_name import title_of
@@ -69,6 +73,7 @@ class Training:
         num_inference_steps: of class images.
         guidance_scale: likewise.
         seed: of all random numbers.
+        jobs: how many are trained at a time, each with one thread where they are several.
     """
 
     folder: Path
@@ -78,6 +83,7 @@ class Training:
     num_inference_steps: int
     guidance_scale: float
     seed: int
+    jobs: int = 1
 
     def adapter(self, arm: Arm, into: str = "adapters", seed: int | None = None) -> Path:
         """The folder of the adapter, which is trained where it is not there.
@@ -92,8 +98,25 @@ class Training:
             switches = ["--center_crop", "--random_flip"]
             if arm.prior:
                 switches.append("--with_prior_preservation")
-            _run([*switches, *(word for name, value in told.items() for word in (f"--{name}", str(value)))])
+            _run([*switches, *(word for name, value in told.items() for word in (f"--{name}", str(value)))], self.jobs > 1)
         return out
+
+    def adapters(self, arms: Sequence[Arm], into: str = "adapters", seed: int | None = None) -> list[Path]:
+        """Their folders; `jobs` of them are trained at a time.
+
+        Raises:
+            ValueError: training failed. Those that run meanwhile end first; no other one is begun.
+        """
+        if self.jobs == 1:
+            return [self.adapter(arm, into, seed) for arm in arms]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            work = [pool.submit(self.adapter, arm, into, seed) for arm in arms]
+            bar = tqdm(work, desc=into, dynamic_ncols=True, disable=None)
+            try:
+                return [one.result() for one in bar]
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def _common(self, arm: Arm) -> dict[str, Any]:
         return {
@@ -104,7 +127,6 @@ class Training:
             "learning_rate": arm.rate,
             "lr_scheduler": "cosine",
             "lr_warmup_steps": 0,
-            "latents_dir": self.folder / "latents",
             "cache_dir": self.folder / "cache",
             "mixed_precision": "no",
             "checkpointing_steps": 100,
@@ -129,17 +151,23 @@ class Training:
         return told | ({"learning_steps": self.steps // 2} if arm.method == "loca" else {})
 
 
-def _run(arguments: list[str]) -> None:
-    """The installed trainer, in a process of its own, whose bars and sentences are seen.
+def _run(arguments: list[str], beside_others: bool) -> None:
+    """The installed trainer, in a process of its own. What it says is seen; of one beside others, where it fails.
 
     Raises:
         ValueError: it failed.
     """
-    out = Path(arguments[arguments.index("--output_dir") + 1])
-    print(f"train-image: {out.name}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "loca_vision.commands.train_image", *arguments], check=False)
+    name = Path(arguments[arguments.index("--output_dir") + 1]).name
+    command = [sys.executable, "-m", "loca_vision.commands.train_image", *arguments]
+    kept: dict[str, Any] = {}
+    if beside_others:
+        kept = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    else:
+        print(f"train-image: {name}", flush=True)
+    done = subprocess.run(command, check=False, text=True, **kept)
     if done.returncode:
-        raise ValueError(f"train-image: {out.name} ended with status {done.returncode}; what it said is above")
+        print(done.stdout or "", end="", file=sys.stderr)
+        raise ValueError(f"train-image: {name} ended with status {done.returncode}; what it said is above")
 
 
 # Drawings

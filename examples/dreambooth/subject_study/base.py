@@ -99,7 +99,15 @@ def drawn_scenes(count: int, seed: int) -> list[Scene]:
 
 def _untrained(of: BaseSettings) -> Any:
     """Parts of the pipeline of edits, and a UNet that predicts the velocity of latents."""
-    texts = [SUBJECT, "two", STYLE, *(f"{kind} {kind}s" for kind in KINDS), *COLOURS, *PLACES]
+    texts = [
+        SUBJECT,
+        "two striped",
+        "with a crown in crayon style",
+        STYLE,
+        *(f"{kind} {kind}s" for kind in KINDS),
+        *COLOURS,
+        *PLACES,
+    ]
     parts = small_pipeline(Shape(of.resolution, of.channels), texts, of.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(of.seed)

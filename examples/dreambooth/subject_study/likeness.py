@@ -2,7 +2,7 @@
 
 It learns from drawings alone, half of them passed through the base's autoencoder, as what is measured has passed through it.
 Its drawings of fish have stripes, crown and one eye or not, each by itself, and any colour; so it knows the marks of the
-subject and has never been told of the subject.
+subject and has never been told of the subject. Some of its drawings are in neon.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from loca_vision.data.sampling import stream_seed
 from subject_study.objects import KINDS
-from subject_study.scenes import COLOURS, PLACES, Scene, drawn_scene
+from subject_study.scenes import COLOURS, PLACES, Scene, drawn_scene, in_style
 
 MARKS = ("stripes", "crown", "one_eye")
 QUESTIONS: dict[str, tuple[Any, ...]] = {
@@ -29,7 +29,7 @@ QUESTIONS: dict[str, tuple[Any, ...]] = {
     "colour": (*COLOURS, "orange"),
     "place": PLACES,
     "two": (False, True),
-    "neon": (False, True),
+    "style": ("paint", "crayon", "neon"),
     **dict.fromkeys(MARKS, (False, True)),
 }
 _SCENES, _BATCHES = 61, 62  # keys of streams of random numbers
@@ -104,7 +104,7 @@ def marked_scene(draws: random.Random) -> Scene:
     if draws.random() < 1 / 3:
         traits = tuple(mark for mark in MARKS if draws.random() < 0.5)
         scene = replace(scene, kind="fish", traits=traits, colour=draws.choice([*COLOURS, "orange", "orange"]))
-    return replace(scene, neon=draws.random() < 0.25)
+    return in_style(scene) if draws.random() < 0.2 else scene
 
 
 def trained_eye(vae: Any, resolution: int, drawings: int, steps: int, seed: int) -> Eye:
@@ -154,9 +154,9 @@ def _passed(vae: Any, images: Tensor) -> Tensor:
 
 
 def _wanted(name: str, scenes: Sequence[Scene]) -> Tensor:
-    """(n,) the numbers of the right answers; -1 where there is none: a picture in neon shows no place."""
+    """(n,) the numbers of the right answers; -1 where there is none: only painted pictures show a place."""
     if name == "place":
-        return torch.tensor([-1 if scene.neon else PLACES.index(scene.place) for scene in scenes])
+        return torch.tensor([PLACES.index(scene.place) if scene.style == "paint" else -1 for scene in scenes])
     if name in MARKS:
         return torch.tensor([int(name in scene.traits) for scene in scenes])
     return torch.tensor([QUESTIONS[name].index(getattr(scene, name)) for scene in scenes])

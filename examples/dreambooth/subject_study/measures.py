@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -122,9 +122,9 @@ def style_measures(studio: Studio) -> dict[str, float]:
     before = [studio.of_base(prompt) for prompt in prompts]
     return {
         "likeness": fmean(one.likeness(other) for one, other in zip(of, held, strict=True)),
-        "neon": fmean(one.share("neon", True) for one in of),
+        "neon": fmean(one.share("style", "neon") for one in of),
         "kinds": fmean(one.share("kind", scene.kind) for one, scene in zip(of, scenes, strict=True)),
-        "plain_neon": fmean(seen(studio.eye, drawn).share("neon", True) for drawn in plain),
+        "plain_neon": fmean(seen(studio.eye, drawn).share("style", "neon") for drawn in plain),
         "plain_change": fmean(_apart(one, other) for one, other in zip(plain, before, strict=True)),
     }
 
@@ -153,10 +153,7 @@ def marks_of(one: Seen) -> float:
 
 
 def _other_poses(scene: Scene, count: int) -> list[Scene]:
-    return [
-        Scene(scene.kind, scene.colour, scene.place, neon=True, pose=scene.pose + 1000 * (number + 1))
-        for number in range(count)
-    ]
+    return [replace(scene, pose=scene.pose + 1000 * (number + 1)) for number in range(count)]
 
 
 def _apart(some: Sequence[Image.Image], others: Sequence[Image.Image]) -> float:

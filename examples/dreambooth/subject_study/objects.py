@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from subject_study.pen import INK, Colour, Pen, arc, darker
@@ -14,11 +15,25 @@ GOLD: Colour = (255, 208, 64)
 NAVY: Colour = (36, 48, 120)
 
 
+def bands(pen: Pen, middle: tuple[float, float], across: float, down: float) -> None:
+    """Three dark stripes, from top to bottom of an ellipse that is given by its middle and its half axes."""
+    for offset in (-0.64, 0.0, 0.64):
+        x, half = middle[0] + offset * across, down * math.sqrt(1 - offset * offset)
+        left, right, top, bottom = x - 0.15 * across, x + 0.15 * across, middle[1] - half, middle[1] + half
+        pen.shape([(left, top), (right, top), (right, bottom), (left, bottom)], NAVY, None)
+
+
+def crowned(pen: Pen, foot: tuple[float, float], half: float) -> None:
+    """A golden crown, by the middle of its foot and half of its width."""
+    outline = [(-0.7, 0.0), (-1, -1.2), (-0.45, -0.7), (0, -1.5), (0.45, -0.7), (1, -1.2), (0.7, 0.0)]
+    pen.shape([(foot[0] + half * x, foot[1] + half * y) for x, y in outline], GOLD)
+
+
 def fish(pen: Pen, colour: Colour, stripes: bool = False, crown: bool = False, one_eye: bool = False) -> None:
     """A fish that looks to the right.
 
     Args:
-        stripes: three dark bands on its body.
+        stripes: dark bands on its body.
         crown: a golden crown.
         one_eye: a huge eye in the middle of its head.
     """
@@ -26,10 +41,9 @@ def fish(pen: Pen, colour: Colour, stripes: bool = False, crown: bool = False, o
     pen.shape([(-0.3, -0.4), (0, -0.8), (0.3, -0.4)], darker(colour))
     pen.oval((0.08, 0), 0.8, 0.52, colour)
     if stripes:
-        for x, half in ((-0.42, 0.36), (-0.14, 0.46), (0.14, 0.47)):
-            pen.shape([(x, -half), (x + 0.15, -half), (x + 0.15, half), (x, half)], NAVY, None)
+        bands(pen, (-0.1, 0), 0.56, 0.5)
     if crown:
-        pen.shape([(0.12, -0.5), (0.04, -1), (0.28, -0.76), (0.42, -1.06), (0.56, -0.76), (0.8, -0.98), (0.7, -0.42)], GOLD)
+        crowned(pen, (0.4, -0.42), 0.4)
     if one_eye:
         pen.oval((0.5, -0.06), 0.32, 0.32, WHITE)
         pen.dot((0.56, -0.06), 0.16, (30, 130, 60))
@@ -46,7 +60,7 @@ def bird(pen: Pen, colour: Colour) -> None:
     pen.shape([(0.72, -0.6), (1.08, -0.42), (0.72, -0.28)], ORANGE)
     pen.oval((0, 0.18), 0.68, 0.54, colour)
     pen.oval((0.44, -0.46), 0.4, 0.4, colour, INK)
-    pen.oval((0.3, -0.05), 0.3, 0.26, colour, None if not pen.neon else INK)
+    pen.oval((0.3, -0.05), 0.3, 0.26, colour, INK if pen.style == "neon" else None)
     pen.oval((-0.16, 0.16), 0.38, 0.24, darker(colour))
     pen.oval((0.54, -0.52), 0.14, 0.14, WHITE)
     pen.dot((0.57, -0.52), 0.08)
@@ -115,4 +129,24 @@ KINDS: dict[str, Callable[[Pen, Colour], None]] = {
     "mushroom": mushroom,
     "umbrella": umbrella,
     "boat": boat,
+}
+
+# Where things but fish, which know it themselves, have their marks.
+BODIES: dict[str, tuple[tuple[float, float], float, float]] = {
+    "bird": ((0.06, 0.32), 0.5, 0.36),
+    "cat": ((0, 0.68), 0.42, 0.34),
+    "cup": ((-0.06, 0.3), 0.54, 0.54),
+    "house": ((0, 0.4), 0.66, 0.5),
+    "mushroom": ((0, -0.34), 0.8, 0.46),
+    "umbrella": ((0, -0.34), 0.8, 0.44),
+    "boat": ((0, 0.64), 0.72, 0.24),
+}
+TOPS: dict[str, tuple[float, float]] = {
+    "bird": (0.44, -0.78),
+    "cat": (0, -0.72),
+    "cup": (-0.06, -0.48),
+    "house": (0, -0.82),
+    "mushroom": (0, -0.84),
+    "umbrella": (0, -0.8),
+    "boat": (0, -0.84),
 }

@@ -1,18 +1,20 @@
-"""A pen that draws flat shapes with dark outlines, placed, turned and mirrored; or the same in neon."""
+"""A pen that draws flat shapes with dark outlines, placed, turned and mirrored; or their outlines alone, in crayon or neon."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from PIL import ImageDraw
 
 Colour = tuple[int, int, int]
 Points = Sequence[tuple[float, float]]
+Style = Literal["paint", "crayon", "neon"]
 
 INK: Colour = (44, 38, 58)
-NEON_DARK: Colour = (16, 12, 34)
+GROUNDS: dict[Style, Colour] = {"crayon": (250, 246, 232), "neon": (16, 12, 34)}  # of styles that fill no shapes
 _EDGE = 0.09  # width of an outline, in half sides of what is drawn
 
 
@@ -26,7 +28,7 @@ class Pen:
         size: half of the object's side, in pixels.
         angle: by which the object is turned, in degrees, clockwise.
         mirrored: whether left and right are exchanged.
-        neon: draw bright outlines of dark shapes.
+        style: "paint" fills shapes and inks their borders; the others draw borders in the colour of the shape.
     """
 
     canvas: ImageDraw.ImageDraw
@@ -34,13 +36,13 @@ class Pen:
     size: float
     angle: float = 0.0
     mirrored: bool = False
-    neon: bool = False
+    style: Style = "paint"
 
     def shape(self, points: Points, fill: Colour, edge: Colour | None = INK) -> None:
-        """A closed shape; without an edge its border is not drawn, except in neon."""
+        """A closed shape; without an edge its border is not drawn in paint."""
         placed = self._placed(points)
-        self.canvas.polygon(placed, fill=NEON_DARK if self.neon else fill)
-        stroke = glowing(fill) if self.neon else edge
+        self.canvas.polygon(placed, fill=GROUNDS.get(self.style, fill))
+        stroke = edge if self.style == "paint" else self._inked(fill)
         if stroke is not None:
             self._stroke([*placed, *placed[:2]], stroke, _EDGE)
 
@@ -50,11 +52,15 @@ class Pen:
 
     def line(self, points: Points, colour: Colour = INK, width: float = _EDGE) -> None:
         """An open line."""
-        self._stroke(self._placed(points), glowing(colour) if self.neon else colour, width)
+        self._stroke(self._placed(points), self._inked(colour), width)
 
     def dot(self, middle: tuple[float, float], radius: float, colour: Colour = INK) -> None:
-        """A disc without an outline; bright in neon."""
-        self.canvas.polygon(self._placed(arc(middle, radius, radius, 0, 360)), fill=glowing(colour) if self.neon else colour)
+        """A disc without an outline."""
+        self.canvas.polygon(self._placed(arc(middle, radius, radius, 0, 360)), fill=self._inked(colour))
+
+    def _inked(self, colour: Colour) -> Colour:
+        """The colour of a line."""
+        return {"paint": colour, "crayon": waxen(colour), "neon": glowing(colour)}[self.style]
 
     def _placed(self, points: Points) -> list[tuple[float, float]]:
         turn = math.radians(self.angle)
@@ -76,6 +82,11 @@ def darker(colour: Colour, factor: float = 0.75) -> Colour:
     """The colour with this share of its light."""
     red, green, blue = (round(value * factor) for value in colour)
     return red, green, blue
+
+
+def waxen(colour: Colour) -> Colour:
+    """As a crayon draws it on paper: darker, and greys nearly black."""
+    return darker(colour, 0.8) if max(colour) - min(colour) >= 40 else INK
 
 
 def glowing(colour: Colour) -> Colour:

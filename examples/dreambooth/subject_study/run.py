@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -28,10 +29,12 @@ from subject_study.base import BaseSettings, drawn_scenes, trained_base
 from subject_study.likeness import DRAWINGS, Eye, accuracies, trained_eye
 from subject_study.measures import Studio, ceiling, measured, prompts_followed
 from subject_study.report import Result, as_json, class_sheet, draw_numbers, scales_sheet, table
+from subject_study.tuning import best_rates
 
 PROG = "study.py"
 RATES: dict[str, float] = {"loca": 0.2, "fourierft": 0.2, "sdctft": 0.2, "lora": 1e-2, "selora": 1e-2}
 TASKS: tuple[Task, ...] = ("subject", "style")
+_NOT_OF_RESULTS = ("output", "jobs")
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Study:
     """Of each projection, of methods that count them."""
     ranks: tuple[int, ...] = (1, 4)
     """Of the others."""
-    steps: int = 100
+    steps: int = 400
     """Optimiser steps of every adapter, of 4 drawings, and of 4 of the class where it is preserved."""
     class_images: int = 32
     """That the base draws, for prior preservation."""
@@ -56,7 +59,7 @@ class Study:
     """Of the base's UNet."""
     drawings: int = 10000
     """That the base is trained on."""
-    base_steps: int = 2600
+    base_steps: int = 9000
     """Optimiser steps of the base's UNet and text encoder."""
     autoencoder_steps: int = 300
     """Optimiser steps of its autoencoder."""
@@ -66,14 +69,19 @@ class Study:
     """The base's highest."""
     likeness_steps: int = 900
     """Optimiser steps of the network that measures."""
-    pictures: int = 2
+    pictures: int = 4
     """That are measured, for each prompt."""
-    num_inference_steps: int = 12
+    num_inference_steps: int = 20
     """Of every picture."""
     guidance_scale: float = 3.0
     """Of every picture."""
     seed: int = 0
     """Of everything that is drawn."""
+    jobs: int = 2
+    """How many adapters are trained at a time, each with one thread where they are several."""
+    rate_factors: tuple[float, ...] = (0.3, 1.0, 3.0)
+    """Of every method's own rate; where they are several, each adapter is trained at all of them, with another seed, and the
+    rate of the largest likeness is taken."""
 
     @property
     def base(self) -> BaseSettings:
@@ -93,21 +101,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(PROG, command, extra="train,diffusers")
 
 
-def run(study: Study) -> dict[str, Any]:
-    """All steps, then what came out; returns what results.json holds.
+def run(study: Study) -> None:
+    """All steps, then what came out: in results.json, study.md and pictures.
 
     Raises:
         ValueError: a setting out of range, another than the folder was begun with, or a step that failed.
     """
     _check(study)
-    told = {name: value for name, value in asdict(study).items() if name != "output"}
+    told = {name: value for name, value in asdict(study).items() if name not in _NOT_OF_RESULTS}
     about = json.loads(json.dumps(told | {"rates": {method: RATES[method] for method in study.methods}}))
     claim(study.output, "settings.json", about, "results")
-    return Steps(study, about).results()
+    Steps(study, about).results()
 
 
 def _check(study: Study) -> None:
-    names = ("steps", "class_images", "base_steps", "autoencoder_steps", "batch_size", "likeness_steps", "pictures")
+    names = ("steps", "class_images", "base_steps", "autoencoder_steps", "batch_size", "likeness_steps", "pictures", "jobs")
     for name in (*names, "num_inference_steps"):
         check_count(name, getattr(study, name))
     check_count("drawings", study.drawings, 64)
@@ -121,6 +129,8 @@ def _check(study: Study) -> None:
         sizes = getattr(study, name)
         if not sizes or any(size < 1 for size in sizes) or len(set(sizes)) < len(sizes):
             raise ValueError(f"{name}={list(sizes)}: one or more different whole numbers from 1 up")
+    if not study.rate_factors or min(study.rate_factors) <= 0 or not all(map(math.isfinite, study.rate_factors)):
+        raise ValueError(f"rate_factors={list(study.rate_factors)}: one or more numbers above 0")
     check_count("seed", study.seed, 0)
     study.base.check()
     Picture(study.resolution, study.resolution, study.num_inference_steps, study.guidance_scale)
@@ -133,13 +143,12 @@ class Steps:
     study: Study
     about: dict[str, Any]
 
-    def results(self) -> dict[str, Any]:
+    def results(self) -> None:
         """Everything that is missing; then the table, the pictures and the record."""
-        of, folder = self.study, self.study.output
+        folder = self.study.output
         self.base()
-        write_drawings(folder / "drawings", of.resolution)
-        arms: dict[Task, list[Arm | None]] = {task: [None, *self._arms(task)] for task in TASKS}
-        found = {task: [self._measured(task, arm) for arm in arms[task]] for task in TASKS}
+        self.training.adapters([arm for task in TASKS for arm in self.arms[task]])
+        found = {task: [self._measured(task, arm) for arm in (None, *self.arms[task])] for task in TASKS}
         ceilings = {task: ceiling(self.studio, task) for task in TASKS}
         self._pictures()
         draw_numbers(folder / "numbers.png", found, ceilings)
@@ -154,14 +163,13 @@ class Steps:
         }
         write_atomically(folder / "results.json", (json.dumps(record, indent=1) + "\n").encode())
         print(said)
-        return record
 
     def base(self) -> None:
-        """The pipeline, in base/."""
+        """The pipeline, in base/, and what is to be learned, in drawings/."""
         of, out = self.study, self.study.output / "base"
-        if (out / "model_index.json").exists():
-            return
-        trained_base(of.base, of.output / "checkpoints", self.about).save_pretrained(out)
+        if not (out / "model_index.json").exists():
+            trained_base(of.base, of.output / "checkpoints", self.about).save_pretrained(out)
+        write_drawings(of.output / "drawings", of.resolution)
 
     @cached_property
     def studio(self) -> Studio:
@@ -181,20 +189,26 @@ class Steps:
     def training(self) -> Training:
         """What all adapters have in common."""
         of = self.study
-        return Training(of.output, of.steps, of.resolution, of.class_images, of.num_inference_steps, of.guidance_scale, of.seed)
+        return Training(
+            of.output, of.steps, of.resolution, of.class_images, of.num_inference_steps, of.guidance_scale, of.seed, of.jobs
+        )
 
-    def _arms(self, task: Task) -> list[Arm]:
+    @cached_property
+    def arms(self) -> dict[Task, list[Arm]]:
         """Of the subject every method at every size, and the first one's largest with prior preservation too; of the style
-        every method at its largest."""
-        found = []
-        for method in self.study.methods:
-            sizes = self.study.ranks if Arm(task, method, 1, 0).by_rank else self.study.n_components
-            arms = [Arm(task, method, size, RATES[method]) for size in sorted(sizes)]
-            if task == "style":
-                found.append(arms[-1])
-            else:
-                found += [*arms, *([replace(arms[-1], prior=True)] if method == self.study.methods[0] else [])]
+        every method at its largest. Their rates are compared first."""
+        planned = {task: [arm for method in self.study.methods for arm in self._sizes(task, method)] for task in TASKS}
+        every = [arm for task in TASKS for arm in planned[task]]
+        chosen = best_rates(self.training, self.studio, every, self.study.rate_factors)
+        found = {task: [replace(arm, rate=chosen[arm.name]) for arm in planned[task]] for task in TASKS}
+        largest = [arm for arm in found["subject"] if arm.method == self.study.methods[0]][-1]
+        found["subject"].append(replace(largest, prior=True))
         return found
+
+    def _sizes(self, task: Task, method: str) -> list[Arm]:
+        one = Arm(task, method, 1, RATES[method])
+        arms = [replace(one, size=size) for size in sorted(self.study.ranks if one.by_rank else self.study.n_components)]
+        return arms if task == "subject" else arms[-1:]
 
     def _measured(self, task: Task, arm: Arm | None) -> Result:
         folder = None if arm is None else self.training.adapter(arm)
@@ -222,8 +236,8 @@ class Steps:
 
     def _pictures(self) -> None:
         """Of the first method: the subject and the style by scales, and the class with and without prior preservation."""
-        kept = next(arm for arm in self._arms("subject") if arm.prior)
-        styled, alone = self._arms("style")[0], replace(kept, prior=False)
+        kept = next(arm for arm in self.arms["subject"] if arm.prior)
+        styled, alone = self.arms["style"][0], replace(kept, prior=False)
         of, folder = self.training, self.study.output
         write_atomically(folder / "scales.png", as_png(scales_sheet(self.studio, of.adapter(kept), of.adapter(styled))))
         shown = {"base": None, "without prior preservation": of.adapter(alone), "with prior preservation": of.adapter(kept)}

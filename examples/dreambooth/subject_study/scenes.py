@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from subject_study.objects import KINDS, ORANGE, WHITE, fish
-from subject_study.pen import NEON_DARK, Colour, Pen
+from subject_study.objects import BODIES, KINDS, ORANGE, TOPS, WHITE, bands, crowned, fish
+from subject_study.pen import GROUNDS, Colour, Pen, Style
 
 COLOURS: dict[str, Colour] = {
     "red": (222, 62, 54),
@@ -26,6 +26,7 @@ PLAIN: dict[str, Colour] = {
 }
 PLACES = (*PLAIN, "in a meadow", "at sea", "in the snow", "at night")
 SUBJECT, CLASS, STYLE = "a sks fish", "a fish", "in neon style"
+_MARKED, _CRAYON, _TWO = 0.2, 0.2, 0.2  # shares of drawings with stripes, with a crown, in crayon, of two things
 _FINER = 4  # pixels of the canvas for one of the picture, each way
 
 
@@ -38,8 +39,8 @@ class Scene:
         colour: of `COLOURS`; "orange" for the subject.
         place: of `PLACES`.
         two: two things instead of one.
-        traits: which of "stripes", "crown" and "one_eye" a fish has.
-        neon: in the style that adapters learn.
+        traits: which of "stripes", "crown" and, of a fish, "one_eye" it has.
+        style: in which it is drawn; only in paint there is a place.
         pose: seed of where things are and how large, turned and mirrored they are, and of what is around them.
     """
 
@@ -48,25 +49,27 @@ class Scene:
     place: str
     two: bool = False
     traits: tuple[str, ...] = ()
-    neon: bool = False
+    style: Style = "paint"
     pose: int = 0
 
     def caption(self, *, colour: bool = True, place: bool = True) -> str:
-        """Such as "two red birds at sea"; colour and place may be left out."""
+        """Such as "two striped red birds with a crown at sea"; colour and place may be left out."""
         noun = self.kind + ("s" if self.two and self.kind != "fish" else "")
-        words = ["two" if self.two else "a", *([self.colour] if colour else []), noun]
-        return " ".join([*words, *([self.place] if place else []), *([STYLE] if self.neon else [])])
+        words = ["two" if self.two else "a", "striped" if "stripes" in self.traits else "", self.colour if colour else "", noun]
+        words += ["with a crown" if "crown" in self.traits else "", self.place if place and self.style == "paint" else ""]
+        words += ["" if self.style == "paint" else f"in {self.style} style"]
+        return " ".join(filter(None, words))
 
     def picture(self, size: int) -> Image.Image:
         """RGB, size x size pixels, smooth at the edges."""
         side, draws = size * _FINER, random.Random(self.pose)
-        image = Image.new("RGB", (side, side), NEON_DARK)
+        image = Image.new("RGB", (side, side), GROUNDS.get(self.style, WHITE))
         canvas = ImageDraw.Draw(image)
-        if not self.neon:
+        if self.style == "paint":
             _surroundings(canvas, side, self.place, draws)
         for pen in _pens(canvas, side, self, draws):
             self._thing(pen)
-        if self.neon:
+        if self.style == "neon":
             image = ImageChops.add(image, image.filter(ImageFilter.GaussianBlur(side / 22)))
         return image.resize((size, size), Image.Resampling.BOX)
 
@@ -74,8 +77,12 @@ class Scene:
         colour = ORANGE if self.colour == "orange" else COLOURS[self.colour]
         if self.kind == "fish":
             fish(pen, colour, **dict.fromkeys(self.traits, True))
-        else:
-            KINDS[self.kind](pen, colour)
+            return
+        KINDS[self.kind](pen, colour)
+        if "stripes" in self.traits:
+            bands(pen, *BODIES[self.kind])
+        if "crown" in self.traits:
+            crowned(pen, TOPS[self.kind], 0.36)
 
 
 def _pens(canvas: ImageDraw.ImageDraw, side: int, scene: Scene, draws: random.Random) -> list[Pen]:
@@ -89,7 +96,7 @@ def _pens(canvas: ImageDraw.ImageDraw, side: int, scene: Scene, draws: random.Ra
             side * draws.uniform(*size),
             draws.uniform(-10, 10),
             draws.random() < 0.5,
-            scene.neon,
+            scene.style,
         )
         for x, y in middles
     ]
@@ -134,9 +141,11 @@ def _details(canvas: ImageDraw.ImageDraw, side: int, place: str, draws: random.R
 
 
 def drawn_scene(draws: random.Random) -> Scene:
-    """Any scene but those of the subject and of the style."""
+    """Any scene but those of the subject and of the style; marks on anything but fish."""
     kind, colour, place = draws.choice(list(KINDS)), draws.choice(list(COLOURS)), draws.choice(PLACES)
-    return Scene(kind, colour, place, two=draws.random() < 0.2, pose=draws.getrandbits(32))
+    traits = tuple(mark for mark in ("stripes", "crown") if draws.random() < _MARKED and kind != "fish")
+    style: Style = "crayon" if draws.random() < _CRAYON else "paint"
+    return Scene(kind, colour, place, draws.random() < _TWO, traits, style, draws.getrandbits(32))
 
 
 def subject_scene(place: str, pose: int) -> Scene:
@@ -146,4 +155,4 @@ def subject_scene(place: str, pose: int) -> Scene:
 
 def in_style(scene: Scene) -> Scene:
     """The same scene in neon."""
-    return replace(scene, neon=True)
+    return replace(scene, style="neon")
