@@ -14,8 +14,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from loca_vision import FourierFTConfig, LoCAConfig, LoRAConfig, SDCTFTConfig, SeLoRAConfig, adapters, inject
+from loca_vision import (
+    FourierFTConfig,
+    LoCAConfig,
+    LoRAConfig,
+    SDCTFTConfig,
+    SeLoRAConfig,
+    SHiRAConfig,
+    WaveFTConfig,
+    adapters,
+    inject,
+)
 from loca_vision.dct import dct2, dct_matrix, idct2
+from loca_vision.functional.cosine_atoms import Cells
+from loca_vision.functional.patches import scattered
 
 FOLDER = Path(__file__).parent / "images"
 SIZE, COMPONENTS, PROJECTION = 96, 120, "blocks.0.attn.q"
@@ -146,6 +158,29 @@ def selora() -> Figure:
     return figure
 
 
+def waveft() -> Figure:
+    update, _ = update_of(WaveFTConfig(n_components=COMPONENTS, wavelet="db2"))
+    figure, (spectrum, atom, delta) = panels(3)
+    cells(spectrum, update.cells, f"S: {COMPONENTS} cells of {SIZE} x {SIZE}")
+    for line in (spectrum.axhline, spectrum.axvline):
+        line(SIZE / 2, color="#8c8c8c", linewidth=1)
+    one = update.patches(Cells(torch.tensor([[12, 70]]), update.shape))
+    near = scattered(torch.ones(1), one, update.shape)[24:36, 40:52]
+    matrix(atom, near, "an atom of db2, near")
+    matrix(delta, update.delta(), "the update")
+    return figure
+
+
+def shira() -> Figure:
+    update, weight = update_of(SHiRAConfig(n_components=COMPONENTS))
+    figure, (at_random, by_size, delta) = panels(3)
+    cells(at_random, update.cells, f'{COMPONENTS} entries, mask="random"')
+    largest = weight.abs().flatten().topk(COMPONENTS).indices
+    cells(by_size, torch.stack([largest // SIZE, largest % SIZE], 1), 'mask="magnitude"', ENERGY)
+    matrix(delta, update.delta(), "the update")
+    return figure
+
+
 if __name__ == "__main__":
-    for draw in (loca, sdctft, fourierft, lora, selora):
+    for draw in (loca, sdctft, fourierft, lora, selora, waveft, shira):
         draw().savefig(FOLDER / f"{draw.__name__}.png", dpi=110)

@@ -10,8 +10,10 @@ from loca_vision.methods.lora import LoRAConfig
 from loca_vision.methods.registry import KINDS, kind
 from loca_vision.methods.sdctft import SDCTFTConfig
 from loca_vision.methods.selora import SeLoRAConfig
+from loca_vision.methods.shira import SHiRAConfig
 from loca_vision.methods.spectrum import Spectrum
 from loca_vision.methods.update import Update
+from loca_vision.methods.waveft import WaveFTConfig
 from loca_vision.model.adapters import (
     active_adapters,
     adapters,
@@ -39,9 +41,11 @@ __all__ = [
     "LoRAConfig",
     "Projection",
     "SDCTFTConfig",
+    "SHiRAConfig",
     "SeLoRAConfig",
     "Spectrum",
     "Update",
+    "WaveFTConfig",
     "__version__",
     "active_adapters",
     "adapters",

@@ -27,7 +27,7 @@ ROOMS = (
 FACES = {"dct", "paths", "datasets", "diffusers", "vit"}
 LIGHT = {"torch", "safetensors", "loca_vision"}
 HEAVY = ("data", "recipes", "commands", *FACES)  # the rooms that need more than torch
-LAZY = {"huggingface_hub", "transformers"}  # imported by light rooms only where a function needs them
+LAZY = {"pywt", "huggingface_hub", "transformers"}  # imported by light rooms only where a function needs them
 
 
 def imported(file):

@@ -12,7 +12,7 @@ from loca_vision.methods.by_name import setting_fields, title_of
 from loca_vision.methods.registry import KINDS, config_class, method_names
 
 PACKAGE = Path(loca_vision.__file__).parent
-NAMES = {"loca", "sdctft", "fourierft", "lora", "selora"}
+NAMES = {"loca", "sdctft", "fourierft", "lora", "selora", "waveft", "shira"}
 ALLOWED = {
     "recipes/classification/presets.py": {"loca", "fourierft", "lora"},  # the paper's Table 9
     "recipes/editing/presets.py": {"loca", "fourierft"},  # the paper's Table 11
@@ -43,8 +43,10 @@ def test_a_file_of_methods_names_its_own_alone():
 
 
 def test_methods_are_named_in_one_order():
-    assert list(KINDS)[:5] == ["loca", "sdctft", "fourierft", "lora", "selora"] == list(method_names())[:5]
-    assert [title_of(name) for name in (*list(KINDS)[:5], "mine")] == ["LoCA", "sDCTFT", "FourierFT", "LoRA", "SeLoRA", "mine"]
+    names = ["loca", "sdctft", "fourierft", "lora", "selora", "waveft", "shira"]
+    assert list(KINDS)[:7] == names == list(method_names())[:7]
+    titles = ["LoCA", "sDCTFT", "FourierFT", "LoRA", "SeLoRA", "WaveFT", "SHiRA", "mine"]
+    assert [title_of(name) for name in (*names, "mine")] == titles
     assert list(setting_fields(KINDS["lora"])) == ["r", "alpha", "use_dora"]
 
 

@@ -45,7 +45,7 @@ def test_gradients_go_to_each_adapter_from_its_own_samples() -> None:
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     for own, alone in zip(mine, theirs, strict=True):
         assert alone.abs().max() > 0
-        assert (own - alone).abs().max() <= 1e-5
+        torch.testing.assert_close(own, alone, atol=2e-5, rtol=1e-5)
 
 
 def test_one_step_teaches_every_adapter_what_its_own_step_would() -> None:

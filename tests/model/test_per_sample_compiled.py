@@ -22,7 +22,7 @@ def _fresh() -> None:
 @torch.no_grad()
 def test_other_names_compile_nothing_anew() -> None:
     model, x = with_adapters(tiny("vit").eval()), torch.randn(len(ENTRIES), 3, 32, 32)
-    lists = [ENTRIES, ENTRIES[::-1], ["loca"] * 8, [None, "dora"] * 4]
+    lists = [ENTRIES, ENTRIES[::-1], ["loca"] * len(ENTRIES), ([None, "dora"] * len(ENTRIES))[: len(ENTRIES)]]
     wanted = [one_by_one(model, x, own) for own in lists]
     set_adapters(model, ["loca", "lora"])
     usual = model(x)
@@ -37,7 +37,7 @@ def test_other_names_compile_nothing_anew() -> None:
         with per_sample(model, own):
             torch.testing.assert_close(compiled(x), right, atol=1e-5, rtol=1e-5)
     set_adapters(model, "selora")
-    torch.testing.assert_close(compiled(x), one_by_one(model, x, ["selora"] * 8), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(compiled(x), one_by_one(model, x, ["selora"] * len(ENTRIES)), atol=1e-5, rtol=1e-5)
     assert counter.frame_count == before
     with pytest.raises(ValueError, match="has 4 entries"), per_sample(model, ENTRIES[:4]):
         compiled(x)

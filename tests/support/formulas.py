@@ -10,7 +10,7 @@ import torch
 from scipy.fft import dct
 from torch import Tensor, nn
 
-from loca_vision import FourierFTConfig, LoCAConfig, LoRAConfig, SDCTFTConfig, SeLoRAConfig, adapters
+from loca_vision import FourierFTConfig, LoCAConfig, LoRAConfig, SDCTFTConfig, SeLoRAConfig, WaveFTConfig, adapters
 from loca_vision.model.target_checks import targets_for
 
 TARGETS = ("q", "v", "out", "fc1")
@@ -18,6 +18,7 @@ KINDS = {
     "loca": LoCAConfig(n_components=40, scale=1.5, targets=TARGETS),
     "sdctft": SDCTFTConfig(n_components=40, scale=1.5, targets=TARGETS),
     "fourierft": FourierFTConfig(n_components=40, scale=60.0, targets=TARGETS),
+    "waveft": WaveFTConfig(n_components=40, scale=1.5, targets=TARGETS),
     "lora": LoRAConfig(r=3, alpha=2.0, targets=TARGETS),
     "dora": LoRAConfig(r=3, alpha=2.0, use_dora=True, targets=TARGETS),
     "selora haar": SeLoRAConfig(r=3, alpha=2.0, eta=0.4, targets=TARGETS),
@@ -29,8 +30,8 @@ KINDS = {
 def changed(config: Any, values: dict[str, Tensor], weight: Tensor) -> Tensor:
     """W', (p, q) float64, from W and the named numbers of one update; differentiable in the numbers."""
     weight = weight.double()
-    if isinstance(config, (LoCAConfig, SDCTFTConfig, FourierFTConfig)):
-        inverse = fourier_inverse if isinstance(config, FourierFTConfig) else cosine_inverse
+    if isinstance(config, (LoCAConfig, SDCTFTConfig, FourierFTConfig, WaveFTConfig)):
+        inverse = INVERSES.get(type(config), cosine_inverse)
         rows, cols = (values["locations"].double() * (torch.tensor(weight.shape) - 1)).round().long().T
         return weight + config.scale * inverse(spread(values["coefficients"], rows * weight.shape[1] + cols, weight.shape))
     up, down = factors(config, values, weight.shape)
@@ -67,6 +68,23 @@ def fourier_inverse(spectrum: Tensor) -> Tensor:
         torch.exp(2j * torch.pi * torch.outer(torch.arange(n), torch.arange(n)).double() / n) / n for n in spectrum.shape
     )
     return (rows @ spectrum.to(torch.complex128) @ cols).real
+
+
+def wavelet_inverse(spectrum: Tensor) -> Tensor:
+    """One level of Haar's wavelet: the first half of an axis averages, the second one details. Odd sizes lose a border."""
+    sizes = [size + size % 2 for size in spectrum.shape]
+    rows, cols = (torch.from_numpy(haar_level(size)) for size in sizes)
+    padded = nn.functional.pad(spectrum, (0, sizes[1] - spectrum.shape[1], 0, sizes[0] - spectrum.shape[0]))
+    half = [size // 2 for size in sizes]
+    swapped = padded.clone()  # the upper right quarter has the details along the rows' axis
+    swapped[: half[0], half[1] :], swapped[half[0] :, : half[1]] = padded[half[0] :, : half[1]], padded[: half[0], half[1] :]
+    return (rows.T @ swapped @ cols)[: spectrum.shape[0], : spectrum.shape[1]]
+
+
+def haar_level(size: int) -> np.ndarray[Any, Any]:
+    """(n, n) of an even n: the averages of neighbours, then their differences."""
+    identity = np.eye(size)
+    return np.concatenate([identity[::2] + identity[1::2], identity[::2] - identity[1::2]]) / np.sqrt(2)
 
 
 def haar_inverse(spectrum: Tensor) -> Tensor:
@@ -122,3 +140,6 @@ def written(base: nn.Module, *terms: tuple[Any, dict[str, nn.Module], float]) ->
     for weight, rows, change in changes:
         weight[rows] = (weight[rows].double() + change).to(weight.dtype)
     return base
+
+
+INVERSES: dict[type, Any] = {FourierFTConfig: fourier_inverse, WaveFTConfig: wavelet_inverse}

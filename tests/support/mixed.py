@@ -16,6 +16,7 @@ from loca_vision import (
     LoRAConfig,
     SDCTFTConfig,
     SeLoRAConfig,
+    WaveFTConfig,
     adapters,
     inject,
     set_adapters,
@@ -31,6 +32,7 @@ KINDS: dict[str, AdapterConfig] = {
     "lora": LoRAConfig(r=2),
     "dora": LoRAConfig(r=2, use_dora=True),
     "selora": SeLoRAConfig(r=4),
+    "waveft": WaveFTConfig(n_components=20, scale=1.0),
 }
 ENTRIES: list[Entry] = [
     "loca",
@@ -40,6 +42,7 @@ ENTRIES: list[Entry] = [
     "fourierft",
     "dora",
     "selora",
+    "waveft",
     {},
 ]
 

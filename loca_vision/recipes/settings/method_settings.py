@@ -139,7 +139,11 @@ class MethodSettings:
             having = [method for method in self.known() if setting in self.of(method)]
             if default != "None":
                 return f"(default: {default}; {', '.join(having)})"
-            return f"(default: {', '.join(f'{self.defaults(method, {}).get(setting)} of {method}' for method in having)})"
+            by_default: dict[str, list[str]] = {}
+            for method in having:
+                by_default.setdefault(str(self.defaults(method, {}).get(setting)), []).append(method)
+            said = "; ".join(f"{value} of {', '.join(methods)}" for value, methods in by_default.items())
+            return f"(default: {said})"
 
         return tyro.conf.arg(help_behavior_hint=hint)
 

@@ -75,7 +75,10 @@ def test_the_table_of_fields():
 
 
 CONTRADICTIONS = [
-    (("--method", "lora", "--n_components", "5"), "--n_components is a setting of loca, sdctft, fourierft; the method is lora"),
+    (
+        ("--method", "lora", "--n_components", "5"),
+        "waveft, shira; the method is lora",
+    ),
     (("--r", "4"), "--r is a setting of lora, selora; the method is loca"),
     (("--method", "lp", "--lr", "1"), "--lr is a setting of loca"),
     (("--method", "full", "--targets", "q"), "--targets is a setting of"),

@@ -195,7 +195,7 @@ def test_what_matters_first(name, capsys):
 def test_the_ten_of_a_classifier_and_their_methods(capsys):
     said = " ".join(shown(capsys, Recipe, "--help", presets=PRESETS).split())
     assert len(Recipe.FIRST) == 10
-    assert "Coefficients of each projection. (default: 3000 of loca, 3000 of sdctft, 3000 of fourierft)" in said
+    assert "Coefficients of each projection. (default: 3000 of loca, sdctft, fourierft, waveft, shira)" in said
 
 
 @pytest.mark.parametrize("columns", ["1", "20", "60", "300"])

@@ -1,0 +1,41 @@
+"""Updates whose atoms are small patches of the weight, so that making one costs a few numbers for each coefficient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loca_vision.functional.cosine_atoms import Cells
+from loca_vision.functional.patches import Patches, scattered
+from loca_vision.functional.transforms import functional_only
+from loca_vision.methods.spectrum import Spectrum
+from loca_vision.methods.update import Update
+
+
+class PatchSpectrum(Spectrum):
+    """Delta W = scale * sum_k a_k P_k of shape (p, q), with B coefficients a at fixed cells; a subclass says what P_k is."""
+
+    def patches(self, layout: Cells) -> Patches:
+        """The atoms at the cells of a layout."""
+        raise NotImplementedError
+
+    def delta(self, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+        """`strength` times the update, (p, q) float32, differentiable in the coefficients."""
+        kept = not (torch.compiler.is_compiling() or functional_only())  # traced code works out its own
+        layout = self.layout if kept else Cells(self.cells, self.shape)
+        return scattered(self.coefficients * (self.scale * strength), self.patches(layout), self.shape)
+
+    def cosines(self, strength: float = 1.0) -> None:
+        """None: these are no cosines."""
+
+    def apply_to(self, x: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+        return Update.apply_to(self, x, strength)
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """Without building it: of what stands at each entry that a patch reaches."""
+        where, values = self.patches(self.layout)
+        reached, place = torch.unique(where, return_inverse=True)
+        terms = self.coefficients.double()[:, None] * values.double()
+        sums = terms.new_zeros(len(reached)).index_add(0, place.flatten(), terms.flatten())
+        return abs(self.scale) * float(torch.linalg.vector_norm(sums))

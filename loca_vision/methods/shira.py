@@ -1,0 +1,79 @@
+"""SHiRA: few entries of the weight itself are learned (sparse high-rank adapters, arXiv 2406.13175, NeurIPS 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from loca_vision.checks import check_choice, check_components, check_factor
+from loca_vision.functional.cosine_atoms import Cells
+from loca_vision.functional.patches import Patches, entries
+from loca_vision.methods.adapter_config import Projection
+from loca_vision.methods.locations import cell_locations, random_locations
+from loca_vision.methods.patch_spectrum import PatchSpectrum
+from loca_vision.methods.registry import kind
+from loca_vision.methods.sparse_config import SparseConfig
+
+
+class SparseEntries(PatchSpectrum):
+    """Delta W = scale * S of shape (p, q), S zero but for B coefficients."""
+
+    def patches(self, layout: Cells) -> Patches:
+        return layout.once(entries)
+
+
+@kind
+@dataclass(frozen=True)
+class SHiRAConfig(SparseConfig):
+    """The settings of SHiRA: W' = W0 + scale * S, with S sparse at fixed entries of the weight itself, in no other basis.
+
+    The paper trains 1 to 2 % of the weight. Its random mask and its mask by magnitude are here; those by gradient are not.
+
+    Args:
+        n_components: entries of each adapted projection, from 1 to p * q, or a mapping from a name pattern. peft's `r`
+            corresponds to r * (p + q).
+        scale: a factor of the update.
+        targets: which projections, as in `AdapterConfig`.
+        mask: "random" entries, or those of the largest "magnitude" in the pretrained weight (SHiRA-Rand and SHiRA-WM).
+        seed: of the random entries.
+        layers: name patterns of the layers to adapt, as in `AdapterConfig`; None: all.
+
+    Raises:
+        ValueError: naming the field, its value and the rule.
+    """
+
+    method: ClassVar[str] = "shira"
+    title: ClassVar[str] = "SHiRA"
+    summary: ClassVar[str] = "few entries of the weight itself"
+
+    n_components: int | Mapping[str, int] = 3000
+    scale: float = 1.0
+    targets: tuple[str, ...] = ("q", "v")
+    mask: Literal["random", "magnitude"] = "random"
+    seed: int = 0
+    layers: str | Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_components(self.n_components)
+        check_factor("scale", self.scale, "the factor of the update")
+        check_choice("mask", self.mask, ("random", "magnitude"))
+        object.__setattr__(self, "scale", float(self.scale))
+        if isinstance(self.n_components, Mapping):
+            object.__setattr__(self, "n_components", dict(self.n_components))
+
+    def spectrum(self, shape: tuple[int, int], coefficients: Tensor, locations: Tensor) -> SparseEntries:
+        made = SparseEntries(shape, coefficients, locations, scale=self.scale)
+        made.locations.requires_grad_(False)
+        made.final = True
+        return made
+
+    def first_locations(self, projection: Projection, count: int, generator: torch.Generator) -> Tensor:
+        if self.mask == "random":
+            return random_locations(projection.shape, count, generator)
+        sizes = projection.weight().detach().float().cpu().abs().flatten()
+        return cell_locations(sizes.argsort(descending=True, stable=True)[:count], projection.shape)

@@ -1,0 +1,126 @@
+"""WaveFT: coefficients of a wavelet transform at fixed random cells are learned (arXiv 2505.12532)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from loca_vision.checks import check_components, check_factor
+from loca_vision.functional.cosine_atoms import Cells
+from loca_vision.functional.patches import Bank, Patches, wavelet_atoms
+from loca_vision.messages import nearest
+from loca_vision.methods.adapter_config import Projection
+from loca_vision.methods.locations import random_locations
+from loca_vision.methods.patch_spectrum import PatchSpectrum
+from loca_vision.methods.registry import kind
+from loca_vision.methods.sparse_config import SparseConfig
+from loca_vision.methods.update import Update
+
+_HAAR = 0.5**0.5
+_LONGEST = 20  # filter: an atom has the square of it in numbers
+
+
+class WaveletSpectrum(PatchSpectrum):
+    """Delta W = scale * idwt2(S) of shape (p, q): a transform of one level, S zero but for B coefficients.
+
+    Atoms of orthogonal wavelets have Frobenius norm 1, less where they reach beyond the border.
+    """
+
+    def __init__(self, *arguments: Any, wavelet: str, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.wavelet = wavelet
+
+    def patches(self, layout: Cells) -> Patches:
+        return layout.once(wavelet_atoms, filters(self.wavelet))
+
+    def copy_from(self, other: Update | None) -> None:
+        super().copy_from(other)
+        if isinstance(other, WaveletSpectrum):
+            self.wavelet = other.wavelet
+
+
+@cache
+def filters(wavelet: str) -> Bank:
+    """The filters of a wavelet by its name in PyWavelets, which only others than "haar" and "db1" need.
+
+    Raises:
+        ValueError: there is none of that name, or its filters have more than 20 numbers.
+        ModuleNotFoundError: PyWavelets is not installed.
+    """
+    if wavelet in ("haar", "db1"):
+        return Bank((_HAAR, _HAAR), (_HAAR, -_HAAR))
+    try:
+        import pywt
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"wavelet={wavelet!r}: PyWavelets has its filters and is missing: python -m pip install 'loca-vision[wavelets]'",
+            name="pywt",
+        ) from error
+    known = pywt.wavelist(kind="discrete")
+    if wavelet not in known:
+        raise ValueError(f"wavelet={wavelet!r}: it is none of PyWavelets' discrete wavelets{nearest(wavelet, known)}")
+    found = pywt.Wavelet(wavelet)
+    if len(found.rec_lo) > _LONGEST:
+        raise ValueError(f"wavelet={wavelet!r}: its filters have {len(found.rec_lo)} numbers, of at most {_LONGEST}")
+    return Bank(tuple(found.rec_lo), tuple(found.rec_hi))
+
+
+@kind
+@dataclass(frozen=True)
+class WaveFTConfig(SparseConfig):
+    """The settings of WaveFT: W' = W0 + scale * idwt2(S), with coefficients at fixed random cells of one level of wavelets.
+
+    Args:
+        n_components: coefficients of each adapted projection (`n_frequency` in peft), from 1 to p * q, or a mapping from a
+            name pattern.
+        scale: `scaling` in peft, whose default this is. Atoms have norm 1 before it, as LoCA's have.
+        targets: which projections, as in `AdapterConfig`.
+        wavelet: a discrete wavelet's name in PyWavelets (`wavelet_family` in peft), whose filters have at most 20 numbers.
+            Others than "db1", Haar's, need that package.
+        seed: of the cells.
+        layers: name patterns of the layers to adapt, as in `AdapterConfig`; None: all.
+
+    Raises:
+        ValueError: naming the field, its value and the rule.
+        ModuleNotFoundError: a wavelet that needs PyWavelets, which is not installed.
+    """
+
+    method: ClassVar[str] = "waveft"
+    title: ClassVar[str] = "WaveFT"
+    summary: ClassVar[str] = "wavelet coefficients at random locations"
+    # LoCA's rates, divided by the scale.
+    lr: ClassVar[float] = 2e-3
+    lr_grid: ClassVar[tuple[float, ...]] = (6e-5, 2e-4, 6e-4)
+    edit_lr: ClassVar[float] = 8e-4
+
+    n_components: int | Mapping[str, int] = 3000
+    scale: float = 25.0
+    targets: tuple[str, ...] = ("q", "v")
+    wavelet: str = "db1"
+    seed: int = 0
+    layers: str | Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_components(self.n_components)
+        check_factor("scale", self.scale, "the factor of the update")
+        if not isinstance(self.wavelet, str):
+            raise ValueError(f"wavelet={self.wavelet!r}: it is the name of a wavelet")
+        filters(self.wavelet)
+        object.__setattr__(self, "scale", float(self.scale))
+        if isinstance(self.n_components, Mapping):
+            object.__setattr__(self, "n_components", dict(self.n_components))
+
+    def spectrum(self, shape: tuple[int, int], coefficients: Tensor, locations: Tensor) -> WaveletSpectrum:
+        made = WaveletSpectrum(shape, coefficients, locations, scale=self.scale, wavelet=self.wavelet)
+        made.locations.requires_grad_(False)
+        made.final = True
+        return made
+
+    def first_locations(self, projection: Projection, count: int, generator: torch.Generator) -> Tensor:
+        return random_locations(projection.shape, count, generator)
