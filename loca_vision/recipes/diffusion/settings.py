@@ -101,7 +101,7 @@ class Method:
     basis: Annotated[Literal["haar", "fft"], METHODS.help("basis")] = "haar"
     """The transform of the spectra."""
     adapter_dtype: AdapterDtype = "float32"
-    """Coefficients in the saved file, which are trained in float32; in 16 or 8 bits, those of LoCA and its like are packed."""
+    """Precision of the coefficients in the saved file; they are trained in float32."""
 
 
 @dataclass(frozen=True)
