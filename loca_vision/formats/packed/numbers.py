@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import zlib
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ _MOST = 127  # of an 8-bit coefficient
 def deflated(*parts: Tensor) -> Tensor:
     """One zlib stream (n,) uint8 of bytes, each part in a block of its own, with a code that suits it."""
     stream = zlib.compressobj(9)
-    pieces = [stream.compress(bytes(part.tolist())) + stream.flush(zlib.Z_BLOCK) for part in parts]
+    pieces = [stream.compress(_bytes_of(part)) + stream.flush(zlib.Z_BLOCK) for part in parts]
     return in_bytes(b"".join(pieces) + stream.flush())
 
 
@@ -29,7 +30,7 @@ def inflated(key: str, data: Tensor, most: int) -> bytes:
     """
     stream = zlib.decompressobj()
     try:
-        found = stream.decompress(bytes(data.tolist()), most + 1)
+        found = stream.decompress(_bytes_of(data), most + 1)
     except zlib.error as error:
         raise ValueError(f"{key} is no sound zlib stream: {error}") from None
     if len(found) > most:
@@ -39,6 +40,17 @@ def inflated(key: str, data: Tensor, most: int) -> bytes:
     if stream.unused_data:
         raise ValueError(f"{key} has {len(stream.unused_data)} bytes behind its zlib stream")
     return found
+
+
+def most_deflated(size: int) -> int:
+    """Bytes that a stream of so many may take, with room for any writer: a file of padding is refused before it is read."""
+    return 2 * size + 1024
+
+
+def _bytes_of(data: Tensor) -> bytes:
+    """Of (n,) uint8, without numpy, which the core does not need, and without a list of objects."""
+    held = data.contiguous()
+    return ctypes.string_at(held.data_ptr(), len(held)) if len(held) else b""
 
 
 def in_bytes(data: bytes) -> Tensor:

@@ -23,7 +23,7 @@ from loca_vision.formats.adapter_file import (
 )
 from loca_vision.formats.opened import InMemory, Opened
 from loca_vision.formats.packed.gaps import Row, check_size, unpacked_cells
-from loca_vision.formats.packed.numbers import MAX_TABLE, NUMBERS, from_planes, in_bytes, inflated
+from loca_vision.formats.packed.numbers import MAX_TABLE, NUMBERS, from_planes, in_bytes, inflated, most_deflated
 from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.methods.sparse_config import SparseConfig
 from loca_vision.storage.safetensors_file import Entry, OpenFile, open_safetensors
@@ -110,6 +110,7 @@ def _opened(source: OpenFile | InMemory, said: dict[str, Any]) -> PackedFile:
     if not isinstance(stored, str) or stored not in NUMBERS:
         raise ValueError(f"coefficients={stored!r}: they are stored as {' or '.join(NUMBERS)}")
     _check_keys(source.entries, stored)
+    _check_stream(source.entries, TABLE, MAX_TABLE)
     table = _table(inflated(TABLE, source.tensor(TABLE), MAX_TABLE))
     counts = {name: row[-1] for name, row in table.items()}
     said |= {"format_version": FORMAT_VERSION, "shapes": {name: row[:-1] for name, row in table.items()}}
@@ -119,7 +120,7 @@ def _opened(source: OpenFile | InMemory, said: dict[str, Any]) -> PackedFile:
         raise ValueError(f"method={about.method!r}: version 2 is for coefficients at locations")
     rows = tuple(Row(name, about.shapes[name], counts[name]) for name in about.shapes)
     entries = _entries(about, rows, stored)
-    _check_sizes(source.entries, rows)
+    _check_sizes(source.entries, rows, stored)
     whole = {key: replace(entry, start=0, end=0) for key, entry in source.entries.items() if key.startswith("full.")}
     return PackedFile(source, whole | entries, {METADATA_KEY: json.dumps(said)}, rows, stored)
 
@@ -178,8 +179,14 @@ def _entries(about: Description, rows: tuple[Row, ...], stored: str) -> dict[str
     return {key: Entry("I32" if must.cells_of else numbers, must.shape, 0, 0) for key, must in layout.items()}
 
 
-def _check_sizes(entries: Mapping[str, Entry], rows: tuple[Row, ...]) -> None:
+def _check_sizes(entries: Mapping[str, Entry], rows: tuple[Row, ...], stored: str) -> None:
     """As far as headers tell, the bytes are as many as the components take: before they are read."""
     check_size(entries[CELLS].shape[0], rows)
+    _check_stream(entries, COEFFICIENTS, sum(row.count for row in rows) * NUMBERS[stored].itemsize)
     if SCALES in entries and entries[SCALES].shape != (len(rows),):
         raise ValueError(f"{SCALES} has shape {entries[SCALES].shape}: the file has {len(rows)} projections")
+
+
+def _check_stream(entries: Mapping[str, Entry], key: str, size: int) -> None:
+    if entries[key].shape[0] > most_deflated(size):
+        raise ValueError(f"{key} has {entries[key].shape[0]} bytes: a stream of {size} takes at most {most_deflated(size)}")

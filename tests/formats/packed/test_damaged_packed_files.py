@@ -137,6 +137,7 @@ BROKEN: dict[str, tuple[Breaker, str]] = {
     "coefficients in no stream": (raw_bytes("coefficients", lambda data: b"x" + data), "coefficients is no sound zlib stream"),
     "coefficients cut": (raw_bytes("coefficients", lambda data: data[:-1]), "coefficients is no sound zlib stream: it is cut"),
     "bytes behind": (raw_bytes("coefficients", lambda data: data + b"x"), "coefficients has 1 bytes behind its zlib stream"),
+    "padded": (raw_bytes("coefficients", lambda data: data + bytes(1400)), "a stream of 160 takes at most 1344"),
     "one byte short": (in_stream("coefficients", lambda data: data[:-1]), "coefficients has 159 bytes in its zlib stream"),
     "one byte long": (in_stream("coefficients", lambda data: data + b"x"), "coefficients has more than 160 bytes"),
     "a checksum that is wrong": (raw_bytes("coefficients", bit(-1)), "coefficients is no sound zlib stream"),
