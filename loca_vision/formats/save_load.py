@@ -182,7 +182,8 @@ def write_adapter(file: Path, about: Description, tensors: dict[str, Tensor], dt
     check_values(tensors, about)
     metadata = {METADATA_KEY: json.dumps(as_json(about))}  # of several keys the order is random
     if dtype != torch.float32 and all(map(can_be_packed, about.configs.values())):
-        tensors, metadata = packed(about, tensors, dtype)
+        with torch.device("cpu"):  # whatever device the caller has chosen for new tensors
+            tensors, metadata = packed(about, tensors, dtype)
     write_safetensors(file, tensors, metadata)
 
 

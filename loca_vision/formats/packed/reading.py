@@ -85,7 +85,10 @@ class PackedFile:
         Raises:
             ValueError: the packed numbers are not sound.
         """
-        held = self.source.tensors()
+        with torch.device("cpu"):  # whatever device the caller has chosen for new tensors
+            return self._unpacked(self.source.tensors())
+
+    def _unpacked(self, held: dict[str, Tensor]) -> dict[str, Tensor]:
         cells, values = unpacked_cells(held.pop(CELLS), self.rows), self._coefficients(held.pop(COEFFICIENTS))
         if self.stored == "int8":
             values = [one.float() * scale for one, scale in zip(values, held.pop(SCALES), strict=True)]

@@ -36,7 +36,7 @@ def packed(about: Description, tensors: Mapping[str, Tensor], dtype: torch.dtype
     rows = [Row(name, shape, len(tensors[f"{name}.locations"])) for name, shape in about.shapes.items()]
     order = {row.name: tensors[f"{row.name}.locations"].long().sort(stable=True) for row in rows}
     values = [tensors[f"{row.name}.coefficients"][order[row.name].indices] for row in rows]
-    found = {key: value for key, value in tensors.items() if key.startswith("full.")}
+    found = {f"full.{name}": tensors[f"full.{name}"] for name in about.whole}
     found |= {TABLE: _table(about, rows), CELLS: packed_cells([order[row.name].values for row in rows], rows)}
     if dtype == torch.int8:
         whole, scales = in_eight_bits(values)
@@ -48,7 +48,7 @@ def packed(about: Description, tensors: Mapping[str, Tensor], dtype: torch.dtype
     check_values(read, about)
     if dtype == torch.int8:
         lost = _lost(about, {row.name: own for row, own in zip(rows, values, strict=True)}, read)
-        _LOG.warning("wrote 8-bit coefficients: they differ by %.2f %% (root mean square) from those in memory", 100 * lost)
+        _LOG.warning("in 8 bits the coefficients differ by %.2f %% (root mean square) from those in memory", 100 * lost)
     return found, metadata
 
 

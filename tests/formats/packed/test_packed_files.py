@@ -165,7 +165,7 @@ def test_eight_bits_say_what_they_lose(tmp_path: Path, caplog: pytest.LogCapture
     pairs = [(adapters(model)[name].delta().detach(), adapters(copy)[name].delta().detach()) for name in PROJECTIONS]
     lost = sum(float((a - b).square().sum()) for a, b in pairs) / sum(float(a.square().sum()) for a, _ in pairs)
     assert 1e-4 < lost**0.5 < 0.01
-    said = f"wrote 8-bit coefficients: they differ by {100 * lost**0.5:.2f} % (root mean square) from those in memory"
+    said = f"in 8 bits the coefficients differ by {100 * lost**0.5:.2f} % (root mean square) from those in memory"
     assert [record.getMessage() for record in caplog.records] == [said]
 
 
@@ -178,6 +178,17 @@ def test_extreme_values_in_eight_bits(value: float, tmp_path: Path) -> None:
     load_adapter(copy, save_adapter(model, tmp_path / NAME, dtype=torch.int8))
     found = adapters(copy)[Q].coefficients.abs().max()
     torch.testing.assert_close(found, torch.tensor(value).abs(), rtol=1e-5, atol=1e-43)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
+def test_new_tensors_are_on_the_cpu_whatever_is_chosen_outside(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, copy = trained(), tiny()
+    wanted = save_adapter(model, tmp_path / "wanted.safetensors", dtype=dtype)
+    with torch.device("meta"), torch.inference_mode():
+        load_adapter(copy, save_adapter(model, tmp_path / NAME, dtype=dtype))
+    assert (tmp_path / NAME).read_bytes() == wanted.read_bytes()
+    assert all(update.coefficients.device.type == "cpu" and update.learns() for update in adapters(copy).values())
+    copy(IMAGES).sum().backward()  # what was made in inference mode would refuse
 
 
 def test_methods_of_other_layouts(tmp_path: Path) -> None:
