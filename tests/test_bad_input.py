@@ -103,7 +103,10 @@ CALLS = {
         lambda m: AlternatingSchedule(m, coefficient_steps=0, location_steps=0),
         "a period has at least one step",
     ),
-    "precision of the file": (lambda m: save_adapter(m, "x", dtype=torch.int8), "dtype=torch.int8: coefficients are stored as"),
+    "precision of the file": (
+        lambda m: save_adapter(m, "x", dtype=torch.int16),
+        "dtype=torch.int16: coefficients are stored as",
+    ),
     "ending of the file": (lambda m: save_adapter(m, "adapter.bin"), "path='adapter.bin': an adapter is a file that ends in"),
     "length of a transform": (lambda m: dct_matrix(0), "n=0: the length of a transform is a whole number from 1 up"),
     "form of a transform": (lambda m: dct2(torch.ones(2, 2), method="fft"), "method='fft': it is 'auto', 'matrix' or 'fast'"),

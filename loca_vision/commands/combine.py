@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from loca_vision.commands.convert import KINDS, OutputOptions, write_form
 from loca_vision.commands.named_model import model_named
 from loca_vision.formats.conversion.combine_adapters import Spectra, combine_spectra, combined, read_spectra
@@ -36,7 +38,7 @@ def combine(command: Combine) -> str:
     if len(given) < 2:
         raise ValueError(f"expected two adapters or more and the output, got {len(command.paths)} paths")
     if form.to == "loca" and form.rank is None and all(getattr(form, kind) is None for kind in KINDS):
-        return _without_loss(given, output, overwrite=form.overwrite)
+        return _without_loss(given, output, getattr(torch, form.dtype), overwrite=form.overwrite)
     form.check(output)
     places, base_model = model_named(form.model)
     sources = [(read_source(path, places, skip=form.skip, component=command.component), strength) for path, strength in given]
@@ -44,7 +46,7 @@ def combine(command: Combine) -> str:
     return "\n".join([*lines, write_form(output, form, combined(sources), places, base_model)])
 
 
-def _without_loss(given: list[tuple[Path, float]], output: Path, *, overwrite: bool) -> str:
+def _without_loss(given: list[tuple[Path, float]], output: Path, dtype: torch.dtype, *, overwrite: bool) -> str:
     if output.suffix in PICKLES and not output.is_dir():
         raise ValueError(f"{output}: the output is a file that ends in .safetensors, or a folder for one")
     written = file_of(output, new=True)
@@ -59,7 +61,7 @@ def _without_loss(given: list[tuple[Path, float]], output: Path, *, overwrite: b
                 "of --count, --threshold, --ratio and --energy, or --to lora"
             )
         sources.append((spectra, strength))
-    losses = combine_spectra(sources, output)
+    losses = combine_spectra(sources, output, dtype=dtype)
     lines = _warning([source.about.base_model for source, _ in sources])
     return "\n".join([*lines, loss_table(losses, "components"), f"{output}: written"])
 

@@ -52,6 +52,8 @@ class OutputOptions:
     """timm's name of the model, or a folder of transformers, for updates of an image classifier."""
     half: bool = False
     """LoRA and full: numbers in float16."""
+    dtype: Literal["float32", "float16", "int8"] = "float32"
+    """LoCA: of the coefficients; in 16 or 8 bits they are packed, which loca-vision 0.1.0 does not read."""
     sdxl: bool = False
     """kohya and full: it is for Stable Diffusion XL, where a text encoder alone does not tell."""
     skip: bool = False
@@ -77,6 +79,8 @@ class OutputOptions:
                 raise ValueError("--rank and --half are for LoRA: say which with --to")
         elif self.shared or any(getattr(self, kind) is not None for kind in KINDS):
             raise ValueError(f"--to {self.to}: a LoRA has a --rank, no number of components")
+        if self.to != "loca" and self.dtype != "float32":
+            raise ValueError(f"--to {self.to}: --dtype is for LoCA; of others --half may make smaller files")
         if self.to == "full" and self.rank is not None:
             raise ValueError("--to full: it is the whole update, which has no --rank")
         if self.half and self.to in ("lora", "peft"):
@@ -184,7 +188,8 @@ def write_form(
     losses: list[LayerFidelity]
     skip, dtype = form.skip, torch.float16 if form.half else None
     if form.to == "loca":
-        losses = to_loca(source, form.budget(), output, places=places, base_model=base_model, skip=skip)
+        kept: torch.dtype = getattr(torch, form.dtype)
+        losses = to_loca(source, form.budget(), output, places=places, base_model=base_model, skip=skip, dtype=kept)
     elif form.to == "lora":
         losses = to_lora_adapter(source, output, rank=form.rank, places=places, base_model=base_model, skip=skip)
     elif form.to == "full":

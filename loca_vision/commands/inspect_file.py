@@ -12,11 +12,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loca_vision.formats.adapter_file import METADATA_KEY, Description, check_values, component_of, read_description
+from loca_vision.formats.adapter_file import (
+    FORMAT_VERSION,
+    METADATA_KEY,
+    Description,
+    check_values,
+    component_of,
+    read_description,
+)
 from loca_vision.formats.conversion.base_tensors import matrices_in
 from loca_vision.formats.lora_files.layer_tensors import LoraFile
 from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
 from loca_vision.formats.lora_files.reader import has_lora, read_lora
+from loca_vision.formats.opened import Opened
+from loca_vision.formats.packed.reading import PACKED_VERSION, PackedFile, open_adapter
 from loca_vision.formats.save_load import file_to_read
 from loca_vision.functional.dct import dct2
 from loca_vision.messages import aligned
@@ -90,14 +99,16 @@ def contents_of(path: str | os.PathLike[str], base: str | os.PathLike[str] | Non
     file = Path(path)
     if has_lora(file) or (file.is_file() and not _is_adapter(file)):
         return _of_lora(file, matrices_in(base) if base is not None else None)
-    with open_safetensors(file_to_read(path)) as opened:
+    file = file_to_read(path)
+    with open_adapter(file) as opened:
         about = read_description(opened.metadata, opened.entries)
         tensors = opened.tensors()
-        size = opened.path.stat().st_size
+        size = file.stat().st_size
         check_values(tensors, about)
     whole = {key.removeprefix("full."): tuple(value.shape) for key, value in tensors.items() if key.startswith("full.")}
     head = [
-        f"{opened.path}: {size:,} bytes, adapter {about.name!r} of {about.base_model}, by loca-vision {about.library_version}",
+        f"{file}: {size:,} bytes, adapter {about.name!r} of {about.base_model}, by loca-vision {about.library_version}",
+        _storage(opened, tensors, size),
         *(
             f"{f'{component}: ' if component else ''}{config.method}; {_settings(config)}"
             for component, config in about.configs.items()
@@ -105,6 +116,19 @@ def contents_of(path: str | os.PathLike[str], base: str | os.PathLike[str] | Non
         *(f"trained whole: {name} {shape}" for name, shape in whole.items()),
     ]
     return Contents(head, lambda: _updates(about, tensors))
+
+
+def _storage(opened: Opened, tensors: Mapping[str, Tensor], size: int) -> str:
+    """The version of the format, and of components how many bytes each takes: of all that is not trained whole."""
+    packed = opened if isinstance(opened, PackedFile) else None
+    coefficients = [value for key, value in tensors.items() if key.endswith(".coefficients") and not key.startswith("full.")]
+    version = f"format version {PACKED_VERSION if packed else FORMAT_VERSION}"
+    if not coefficients:
+        return version
+    count = sum(map(len, coefficients))
+    rest = size - sum(value.nbytes for key, value in tensors.items() if key.startswith("full."))
+    stored = packed.stored if packed else str(coefficients[0].dtype).removeprefix("torch.")
+    return f"{version}: {count:,} components in {stored}, {rest / count:.1f} bytes each, with settings and names"
 
 
 def describe(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> str:

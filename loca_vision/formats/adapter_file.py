@@ -22,7 +22,7 @@ from loca_vision.storage.strict_json import strict_json
 FILE_NAME = "pytorch_loca_weights.safetensors"
 METADATA_KEY = "loca_adapter_metadata"
 FORMAT_VERSION = 1
-_FIELDS = {"format_version", "method", "name", "config", "shapes", "whole", "base_model", "library_version"}
+FIELDS = {"format_version", "method", "name", "config", "shapes", "whole", "base_model", "library_version"}
 FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -160,20 +160,39 @@ def as_json(about: Description) -> dict[str, Any]:
 
 
 def read_description(metadata: dict[str, str], entries: dict[str, Entry]) -> Description:
-    """Check header and metadata against each other, without a model.
+    """Check header and metadata against each other, without a model: of version 1, or of what `unpacked` makes of version 2.
 
     Raises:
         ValueError: naming the key and the rule.
+    """
+    about = description_of(said_in(metadata))
+    _check_tensors(entries, about)
+    return about
+
+
+def said_in(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What the metadata says, of any version.
+
+    Raises:
+        ValueError: it says nothing of an adapter, or is no object with a version.
     """
     if METADATA_KEY not in metadata:
         raise ValueError(f"it is no LoCA adapter: the header has no {METADATA_KEY}")
     said = strict_json(metadata[METADATA_KEY])
     if not isinstance(said, dict) or type(said.get("format_version")) is not int:
         raise ValueError(f"{METADATA_KEY}: it is not an object with a format_version")
+    return said
+
+
+def description_of(said: Mapping[str, Any]) -> Description:
+    """The description in metadata of version 1, whatever tensors there are.
+
+    Raises:
+        ValueError: naming the field and the rule.
+    """
     if said["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"format_version={said['format_version']}: this library reads version {FORMAT_VERSION}")
-    if set(said) != _FIELDS:
-        raise ValueError(f"{METADATA_KEY}: the fields {sorted(set(said) ^ _FIELDS)} are missing or unknown")
+        raise ValueError(f"format_version={said['format_version']}: this library reads versions 1 and 2")
+    check_fields(said, FIELDS)
     if not isinstance(said["method"], str) or said["method"] not in KINDS:
         raise ValueError(
             f"method={said['method']!r}: this library reads {', '.join(map(repr, sorted(KINDS)))}; import the module that "
@@ -184,9 +203,13 @@ def read_description(metadata: dict[str, str], entries: dict[str, Entry]) -> Des
             raise ValueError(f"{field}={said[field]!r}: it is a text")
     (shapes, convolutions), whole = _shapes(said["shapes"]), _whole(said["whole"])
     configs = _configs(KINDS[said["method"]], said["config"], shapes, whole)
-    about = Description(configs, shapes, whole, said["name"], said["base_model"], said["library_version"], convolutions)
-    _check_tensors(entries, about)
-    return about
+    return Description(configs, shapes, whole, said["name"], said["base_model"], said["library_version"], convolutions)
+
+
+def check_fields(said: Mapping[str, Any], fields: Collection[str]) -> None:
+    """Raise unless the metadata has these fields and no others."""
+    if set(said) != set(fields):
+        raise ValueError(f"{METADATA_KEY}: the fields {sorted(set(said) ^ set(fields))} are missing or unknown")
 
 
 def _shapes(fields: Any) -> tuple[dict[str, tuple[int, int]], frozenset[str]]:

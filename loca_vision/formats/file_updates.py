@@ -11,11 +11,11 @@ from torch import Tensor
 
 from loca_vision.formats.adapter_file import Description, check_values, part_of, read_description
 from loca_vision.formats.lora_files.keys import canonical
+from loca_vision.formats.packed.reading import open_adapter
 from loca_vision.formats.save_load import file_to_read
 from loca_vision.functional.transforms import ordinary_tensors
 from loca_vision.layers.projection_rows import rows_of_target
 from loca_vision.methods.update import Update
-from loca_vision.storage.safetensors_file import open_safetensors
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def read_updates(path: str | os.PathLike[str]) -> FileUpdates:
         ValueError: it is no sound adapter file, or not of a pipeline, or does not tell which weights it is for.
     """
     file = file_to_read(Path(path))
-    with open_safetensors(file) as opened, ordinary_tensors():
+    with open_adapter(file) as opened, ordinary_tensors():
         about = read_description(opened.metadata, opened.entries)
         tensors = opened.tensors()
         check_values(tensors, about)

@@ -23,6 +23,8 @@ from loca_vision.formats.adapter_file import (
 )
 from loca_vision.formats.match_model import base_model_name, is_of_head, match, may_be_the_same
 from loca_vision.formats.module_names import as_in_files, as_in_model, renamed, renamed_keys
+from loca_vision.formats.packed.reading import can_be_packed, open_adapter
+from loca_vision.formats.packed.writing import packed
 from loca_vision.formats.sources import Request, locate, may_be_a_repository
 from loca_vision.functional.transforms import ordinary_tensors
 from loca_vision.layers.called_layers import CalledConvolution
@@ -36,7 +38,7 @@ from loca_vision.model.target_checks import check_new_name
 from loca_vision.model.traversal import own_tensors, sites, unwrap
 from loca_vision.model.whole_tensors import whole_tensors
 from loca_vision.offload import device_for
-from loca_vision.storage.safetensors_file import PICKLES, open_safetensors, pickle_hint, write_safetensors
+from loca_vision.storage.safetensors_file import PICKLES, pickle_hint, write_safetensors
 from loca_vision.version import __version__
 
 OwnTensors = Callable[[Mapping[str, Any]], dict[str, Any]]  # of the tensors of a file, those of one model, by its names
@@ -52,13 +54,16 @@ def save_adapter(
         path: a file name that ends in `.safetensors`, or a folder, in which the file is `pytorch_loca_weights.safetensors`.
             Folders are made. A crash leaves the old file or the new one.
         name: of the adapter.
-        dtype: of the stored coefficients, float32 or float16.
+        dtype: of the stored coefficients: float32, float16 or int8. In float16 and int8 the components of spectra are packed,
+            to some 3 and 2 bytes each instead of 8 (format version 2, which version 0.1.0 does not read). What the 8 bits lose
+            is logged. Other methods have no int8.
 
     Returns:
         The path of the file.
 
     Raises:
-        ValueError: no such adapter, another dtype, a value no file may hold, or a path that is neither of the two.
+        ValueError: no such adapter, a dtype that its method does not have, a value no file may hold, or a path that is neither
+            of the two.
         OSError: the file could not be written; what was there is as it was.
     """
     check_stored(dtype)
@@ -66,7 +71,7 @@ def save_adapter(
     about, tensors = contents(model, name, dtype)
     with one_writer(unwrap(model)) as writes:
         if writes:
-            write_adapter(file, about, tensors)
+            write_adapter(file, about, tensors, dtype)
     return file
 
 
@@ -95,7 +100,7 @@ def load_adapter(
         ValueError: anything in the file that is not as it must be for this model: the sentence names file, key and rule.
             In each case before the model is touched.
     """
-    with open_safetensors(file_to_read(path)) as opened:
+    with open_adapter(file_to_read(path)) as opened:
         about = read_description(opened.metadata, opened.entries)
         name = about.name if name is None else name
         model = unwrap(model)
@@ -135,8 +140,8 @@ def in_model(model: nn.Module, part: Description, component: str) -> tuple[Descr
 
 def check_stored(dtype: torch.dtype) -> None:
     """Raise unless coefficients are stored in that dtype."""
-    if dtype not in (torch.float32, torch.float16):
-        raise ValueError(f"dtype={dtype}: coefficients are stored as torch.float32 or torch.float16")
+    if dtype not in (torch.float32, torch.float16, torch.int8):
+        raise ValueError(f"dtype={dtype}: coefficients are stored as torch.float32, torch.float16 or torch.int8")
 
 
 def contents(
@@ -145,11 +150,12 @@ def contents(
     """What the file of an adapter holds, for a model by itself.
 
     Args:
+        dtype: in which it is to be written. What is to be packed into int8 is in float32 until then.
         state: a state dict of the model, whose values are taken in the place of the model's. Without one, all processes that
             share a sharded model call this together.
 
     Raises:
-        ValueError: no such adapter, or a value no file may hold.
+        ValueError: no such adapter, or a value no file may hold, or int8 for a method that is not packed.
     """
     values = Values(unwrap(model), state)
     updates = {projection: values.of(update) for projection, update in adapters(model, name).items() if not update.inactive}
@@ -158,15 +164,27 @@ def contents(
     shapes = {projection: update.shape for projection, update in updates.items()}
     base, convolutions = base_model_name(unwrap(model)), _convolutions(unwrap(model), updates)
     about = Description({"": config}, shapes, tuple(sorted(whole)), name, base, __version__, convolutions)
-    tensors = {f"full.{key}": value for key, value in whole.items()} | config.to_tensors(updates, dtype)
+    if dtype == torch.int8 and not can_be_packed(config):
+        raise ValueError(f"dtype=torch.int8: {about.method} is stored as torch.float32 or torch.float16")
+    held = config.to_tensors(updates, torch.float32 if dtype == torch.int8 else dtype)
+    tensors = {f"full.{key}": value for key, value in whole.items()} | held
     rename = as_in_files(unwrap(model))
     return renamed(about, rename), renamed_keys(tensors, about, rename)
 
 
-def write_adapter(file: Path, about: Description, tensors: dict[str, Tensor]) -> None:
-    """Write the file, after a check of every value."""
+def write_adapter(file: Path, about: Description, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+    """Write the file, after a check of every value.
+
+    Args:
+        tensors: as version 1 of the format has them.
+        dtype: float32 writes them as they are, and so does float16 where they cannot be packed; what can be is packed.
+    """
     check_values(tensors, about)
-    write_safetensors(file, tensors, {METADATA_KEY: json.dumps(as_json(about))})  # of several keys the order is random
+    metadata = {METADATA_KEY: json.dumps(as_json(about))}  # of several keys the order is random
+    if dtype != torch.float32 and all(map(can_be_packed, about.configs.values())):
+        with torch.device("cpu"):  # whatever device the caller has chosen for new tensors
+            tensors, metadata = packed(about, tensors, dtype)
+    write_safetensors(file, tensors, metadata)
 
 
 def prepared(

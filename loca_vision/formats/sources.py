@@ -9,29 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from loca_vision.formats.adapter_file import FILE_NAME, METADATA_KEY, as_json, described
-from loca_vision.storage.safetensors_file import Entry, may_be_read, open_safetensors, pickle_hint
+from loca_vision.formats.opened import InMemory, Opened
+from loca_vision.formats.packed.reading import CELLS, TABLE, open_adapter, unpacked
+from loca_vision.storage.safetensors_file import may_be_read, pickle_hint
 
 _LOG = logging.getLogger(__name__)
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-
-
-class Opened(Protocol):
-    """An adapter whose description can be checked before its tensors are read."""
-
-    @property
-    def entries(self) -> dict[str, Entry]: ...
-    @property
-    def metadata(self) -> dict[str, str]: ...
-    def tensors(self) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -58,47 +43,22 @@ def opened(source: Any, request: Request) -> Iterator[Opened]:
     """
     if isinstance(source, Mapping):
         try:
-            yield _InMemory.of(source)
+            yield unpacked(InMemory.of(source))
         except (ValueError, TypeError) as error:
             raise ValueError(f"state dict: {error}") from None
     elif isinstance(source, (str, os.PathLike)):
-        with open_safetensors(locate(source, request)) as file:
+        with open_adapter(locate(source, request)) as file:
             yield file
     else:
         raise TypeError(f"source is a {type(source).__name__}: expected a folder, a file, a hub id or a state dict")
 
 
-# Tensors in memory
-
-
-@dataclass(frozen=True)
-class _InMemory:
-    entries: dict[str, Entry]
-    metadata: dict[str, str]
-    held: dict[str, Tensor]
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in self.held.items()}
-
-    @staticmethod
-    def of(state: Mapping[str, Any]) -> _InMemory:
-        held = {key: value for key, value in state.items() if key != METADATA_KEY}
-        for key, value in held.items():
-            plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta"
-            if not isinstance(key, str) or not plain or value.dtype not in _DTYPES:
-                what = f"{value.layout} {value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"{key!r} holds a {what}: expected plain tensors of coefficients and locations")
-        entries = {key: Entry(_DTYPES[value.dtype], tuple(value.shape), 0, 0) for key, value in held.items()}
-        about = state.get(METADATA_KEY)
-        if about is None:
-            return _InMemory(entries, {}, held)
-        return _InMemory(entries, {METADATA_KEY: about if isinstance(about, str) else json.dumps(about)}, held)
-
-
 def with_description(source: Opened, shapes: Callable[[], Mapping[str, tuple[int, int]]]) -> dict[str, str]:
     """The metadata; of a state dict that carries none, what its tensors say, given the shapes of a pipeline's projections."""
-    if METADATA_KEY in source.metadata or not isinstance(source, _InMemory):
+    if METADATA_KEY in source.metadata or not isinstance(source, InMemory):
         return source.metadata
+    if {TABLE, CELLS} <= source.entries.keys():
+        raise ValueError(f"its components are packed, and only {METADATA_KEY!r} says how: load the file itself")
     about = described(source.entries, shapes())
     _LOG.warning("a state dict without %r does not say its scale: 1.0 is taken", METADATA_KEY)
     return {METADATA_KEY: json.dumps(as_json(about))}

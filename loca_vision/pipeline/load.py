@@ -12,8 +12,9 @@ from torch import nn
 from loca_vision.formats.adapter_file import Description, check_values, read_description
 from loca_vision.formats.match_model import base_model_name, match
 from loca_vision.formats.module_names import as_in_files
+from loca_vision.formats.opened import Opened
 from loca_vision.formats.save_load import OwnTensors, in_model, prepared
-from loca_vision.formats.sources import Opened, Request, opened, with_description
+from loca_vision.formats.sources import Request, opened, with_description
 from loca_vision.layers.linear_layouts import features
 from loca_vision.layers.targets import Target, find_targets
 from loca_vision.methods.update import Update

@@ -84,7 +84,12 @@ class LoCALoaderMixin:
         load(self, source, request, adapter_name, hotswap=hotswap)
 
     def save_loca_weights(
-        self, directory: str | os.PathLike[str], adapter_name: str | None = None, *, weight_name: str | None = None
+        self,
+        directory: str | os.PathLike[str],
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Path:
         """Write one adapter, of all components it is in, as one file; a crash leaves the old file or the new one.
 
@@ -92,15 +97,17 @@ class LoCALoaderMixin:
             directory: made where it is missing.
             adapter_name: by default the active one.
             weight_name: by default `pytorch_loca_weights.safetensors`.
+            dtype: of the stored coefficients: float32, float16 or int8, as in `save_adapter`.
 
         Returns:
             The path of the file.
 
         Raises:
-            ValueError: no such adapter, or none or several active where none is named; a name with a folder in it.
+            ValueError: no such adapter, or none or several active where none is named; a name with a folder in it; a dtype
+                that its method does not have, or that overflows.
             OSError: the file could not be written; what was there is as it was.
         """
-        return save_pipeline_adapter(self, directory, adapter_name, weight_name)
+        return save_pipeline_adapter(self, directory, adapter_name, weight_name, dtype)
 
     def unload_loca_weights(self) -> None:
         """Take all adapters out, fused ones too: the pipeline is as it was before the first, bit for bit."""

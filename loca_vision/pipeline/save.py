@@ -25,10 +25,10 @@ def save_pipeline_adapter(
     weight_name: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """`save_loca_weights`, with coefficients in float32 or float16.
+    """`save_loca_weights`.
 
     Raises:
-        ValueError, OSError: as there; or another dtype.
+        ValueError, OSError: as there.
     """
     check_stored(dtype)
     file = Path(directory) / safe_name(weight_name)
@@ -46,7 +46,8 @@ def save_pipeline_adapter(
     parts = {component: contents(model, adapter_name, dtype) for component, model in models.items()}
     parts = {component: part for component, part in parts.items() if part[0].shapes}  # all of another may have been swapped in
     about = joined({component: part for component, (part, _) in parts.items()}, _base_name(pipe, models))
-    write_adapter(file, about, {k: v for c, (_, tensors) in parts.items() for k, v in with_prefix(tensors, c).items()})
+    tensors = {key: value for c, (_, own) in parts.items() for key, value in with_prefix(own, c).items()}
+    write_adapter(file, about, tensors, dtype)
     return file
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from loca_vision.formats.adapter_file import Description, check_values, read_description
 from loca_vision.formats.match_model import match
+from loca_vision.formats.opened import Opened
+from loca_vision.formats.packed.reading import open_adapter
 from loca_vision.formats.save_load import OwnTensors, in_dtypes, part_for_model
 from loca_vision.functional.transforms import ordinary_tensors
 from loca_vision.layers.mixtures import HeldAdapter, PlacedUpdate, handle_of
@@ -24,7 +26,7 @@ from loca_vision.offload import device_for, split_path
 from loca_vision.pipeline.components import models_in
 from loca_vision.pipeline.load import assigned_parts, naming
 from loca_vision.serving.held_updates import Held, held_updates
-from loca_vision.storage.safetensors_file import OpenFile, open_safetensors, tensors_like
+from loca_vision.storage.safetensors_file import OpenFile, tensors_like
 
 _FORMS = 8  # that are remembered
 
@@ -65,7 +67,7 @@ class _Part:
 class _Form:
     """All that a header says of a file, checked against the base."""
 
-    file: OpenFile
+    file: Opened
     about: Description
     parts: tuple[_Part, ...]
 
@@ -103,18 +105,25 @@ class FileReader:
 
     def _opened(self, file: Path) -> tuple[_Form, dict[str, Tensor]]:
         for form in self._forms:
-            tensors = tensors_like(file, form.file)
+            tensors = tensors_like(file, form.file) if isinstance(form.file, OpenFile) else None
             if tensors is not None:
                 return form, tensors
-        with open_safetensors(file) as opened:
-            about = read_description(opened.metadata, opened.entries)
-            with WALKING:
-                form = _Form(opened, about, tuple(self._parts(about, opened)))
-            tensors = opened.tensors()
-        self._forms = (form, *self._forms[: _FORMS - 1])
-        return form, tensors
+        with open_adapter(file) as opened:
+            known = self._form_of(opened)
+            return known, opened.tensors()
 
-    def _parts(self, about: Description, file: OpenFile) -> list[_Part]:
+    def _form_of(self, opened: Opened) -> _Form:
+        """Of packed files the headers differ, and what they say may still be the same."""
+        for form in self._forms:
+            if (form.file.metadata, form.file.entries) == (opened.metadata, opened.entries):
+                return form
+        about = read_description(opened.metadata, opened.entries)
+        with WALKING:
+            form = _Form(opened, about, tuple(self._parts(about, opened)))
+        self._forms = (form, *self._forms[: _FORMS - 1])
+        return form
+
+    def _parts(self, about: Description, file: Opened) -> list[_Part]:
         if isinstance(self.base, nn.Module):
             model = unwrap(self.base)
             assigned = {"": (model, *part_for_model(model, about))}

@@ -10,6 +10,7 @@ from loca_vision import LoCAConfig, LoRAConfig, SDCTFTConfig, adapters, inject, 
 from loca_vision.commands import combine
 from loca_vision.commands.main import main
 from loca_vision.diffusers import load_loca_weights
+from loca_vision.formats.conversion.weight_deltas import read_source
 from loca_vision.formats.lora_files.kohya_writer import write_kohya_lora
 from loca_vision.formats.lora_files.reader import read_lora
 from loca_vision.formats.lora_files.writer import write_diffusers_lora
@@ -78,6 +79,37 @@ def test_components_of_a_pipeline(tmp_path):
         ]  # as transformers 5 has it
         expected = delta.float() + 0.25 * made[1].updates[name].float()
         torch.testing.assert_close(update.delta(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 1e-3), ("int8", 1e-2)])
+def test_packed_adapters_are_read_and_written(dtype, error, tmp_path, capsys, caplog):
+    a = saved(LoCAConfig(n_components=400, targets=("q", "v"), seed=1), tmp_path / "a")
+    b = saved(LoCAConfig(n_components=400, targets=("q", "fc1"), seed=2), tmp_path / "b", 1)
+    assert main(f"combine {tmp_path}/a {tmp_path}/b:0 {tmp_path}/whole".split()) == 0
+    assert main(f"combine {tmp_path}/a {tmp_path}/b:0 {tmp_path}/packed --dtype {dtype}".split()) == 0
+    assert ("in 8 bits the coefficients differ" in caplog.text) == (dtype == "int8")
+    sizes = [(tmp_path / name / "pytorch_loca_weights.safetensors").stat().st_size for name in ("whole", "packed")]
+    assert sizes[0] > 2 * sizes[1]
+    assert main(f"combine {tmp_path}/packed {tmp_path}/b:-0.5 {tmp_path}/both".split()) == 0
+    got, zeros = updates_in(tmp_path / "both"), torch.zeros(1)
+    for name, update in got.items():
+        wanted = a.get(name, zeros) - 0.5 * b.get(name, zeros)
+        assert (update.delta() - wanted).norm() < error * wanted.norm()
+    assert main(f"inspect {tmp_path}/packed".split()) == 0
+    assert f" components in {dtype}, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_lora_converted_to_packed_components(dtype, tmp_path, caplog):
+    write_diffusers_lora(tmp_path / "lora.safetensors", made_up(stable_diffusion()))
+    for name, more in (("whole", ""), ("packed", f" --dtype {dtype}")):
+        assert main(f"convert {tmp_path}/lora.safetensors {tmp_path}/{name}.safetensors --count 200{more}".split()) == 0
+    whole, packed = (read_source(tmp_path / f"{name}.safetensors") for name in ("whole", "packed"))
+    assert whole.shapes == packed.shapes and whole.shapes
+    for module in whole.shapes:
+        difference = whole.matrix(module) - packed.matrix(module)
+        assert 0 < difference.norm() < (0.02 if dtype == "int8" else 1e-3) * whole.matrix(module).norm()
+    assert len(caplog.records) == (dtype == "int8")
 
 
 @pytest.mark.parametrize("to", ["--to lora", "--ratio 1.0"])

@@ -23,6 +23,7 @@ LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
         ("convert {}/lora.safetensors {}/out --count 10000000", "cells"),
         ("convert {}/lora.safetensors {}/out.safetensors --to full --rank 3", "it is the whole update, which has no --rank"),
         ("convert {}/lora.safetensors {}/out --to lora --half", "--half is for --to diffusers, kohya and full"),
+        ("convert {}/lora.safetensors {}/out --to lora --dtype int8", "--to lora: --dtype is for LoCA; of others --half"),
         ("convert {}/lora.safetensors {}/out --to diffusers --sdxl", "--sdxl is for --to kohya and full"),
         ("convert {}/lora.safetensors {}/out.safetensors --to kohya --base {}/b", "b: there is no such file"),
         ("convert {}/lora.safetensors {}/out --to full", "a file that ends in .safetensors"),

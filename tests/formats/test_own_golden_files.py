@@ -20,6 +20,7 @@ import loca_vision.diffusers as loca
 from loca_vision import active_adapters, adapters, load_adapter
 from loca_vision.commands.main import main
 from loca_vision.formats.conversion.weight_deltas import read_source
+from support.packed_files import unpacked_by_hand
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 OWN = GOLDEN / "own"
@@ -49,7 +50,23 @@ def test_a_file_of_each_method(method: str, capsys: pytest.CaptureFixture[str]) 
     assert "blocks.0.attn.q" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "file"), [("pipeline", "expected"), ("layers", "layers-expected")])
+@pytest.mark.parametrize("stored", ["float16", "int8"])
+def test_a_packed_file(stored: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model, file = made["vit"](), OWN / f"packed-{stored}.safetensors"
+    load_adapter(model, file)
+    assert_same(made["products"](model), expected(f"packed-{stored}", "packed-expected"))
+    assert torch.equal(model.head.weight, torch.full_like(model.head.weight, 0.25))
+    for name, (values, cells) in unpacked_by_hand(file.read_bytes()).items():
+        update = adapters(model)[name]
+        assert torch.equal(update.coefficients, torch.tensor(values))
+        assert (update.cells[:, 0] * update.shape[1] + update.cells[:, 1]).tolist() == cells
+    assert main(["inspect", str(file)]) == 0
+    assert f"format version 2: 47 components in {stored}, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("pipeline", "expected"), ("layers", "layers-expected"), ("packed", "packed-expected")]
+)
 def test_a_file_of_a_pipeline(name: str, file: str) -> None:
     """Of 0.1.0, which wrote the names of the installed transformers, and of later ones."""
     pipe = made["Pipeline"]()

@@ -1,6 +1,6 @@
-"""Adapter files of this library, format version 1. They were made once and are never made again: users have such files.
+"""Adapter files of this library, format versions 1 and 2. They were made once and are never made again: users have such files.
 
-Run with the set and the folder for it: python make_own.py first|layers FOLDER
+Run with the set and the folder for it: python make_own.py first|layers|packed FOLDER
 """
 
 import sys
@@ -13,7 +13,17 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import loca_vision.diffusers as loca
-from loca_vision import FourierFTConfig, LoCAConfig, LoRAConfig, SDCTFTConfig, SeLoRAConfig, adapters, inject, save_adapter
+from loca_vision import (
+    FourierFTConfig,
+    LoCAConfig,
+    LoRAConfig,
+    SDCTFTConfig,
+    SeLoRAConfig,
+    adapters,
+    inject,
+    load_adapter,
+    save_adapter,
+)  # fmt: skip
 
 METHODS = {
     "loca": LoCAConfig(n_components=7, scale=0.5),
@@ -94,13 +104,32 @@ def layers(folder):
     save_expected(folder / "layers-expected.safetensors", expected)
 
 
-def save_pipeline(folder, name, settings, expected):
+def packed(folder):
+    """Format version 2; what is expected is what the files give, for they round."""
+    expected = {}
+    for dtype in (torch.float16, torch.int8):
+        model, read, name = vit(), vit(), f"packed-{dtype}".replace("torch.", "")
+        inject(model, LoCAConfig(n_components={"*.q": 7, "*": 40}, scale=0.5))
+        stirred(model, 1)
+        torch.nn.init.constant_(model.head.weight, 0.25)
+        load_adapter(read, save_adapter(model, folder / f"{name}.safetensors", dtype=dtype))
+        expected |= {f"{name}.{key}": value for key, value in products(read).items()}
+    patterns = {"unet": ("*attn*", "*.ff", "*.proj_in"), "text_encoder": ("*attn*", "*.mlp")}
+    save_pipeline(folder, "packed", {"targets": ("q", "fc1"), "layers": patterns}, {}, dtype=torch.float16)
+    read = Pipeline()
+    loca.load_loca_weights(read, folder / "packed.safetensors")
+    for component, model in read.components.items():
+        expected |= {f"packed.{component}.{key}": value for key, value in products(model, "default_0").items()}
+    save_expected(folder / "packed-expected.safetensors", expected)
+
+
+def save_pipeline(folder, name, settings, expected, **saving):
     pipe = Pipeline()
     for component, model in pipe.components.items():
         chosen = settings | ({"layers": settings["layers"][component]} if "layers" in settings else {})
         inject(model, LoCAConfig(n_components=7, seed=3, **chosen))
         expected |= {f"{name}.{component}.{key}": value for key, value in stirred(model, 2).items()}
-    loca.save_loca_weights(pipe, folder, "default", weight_name=f"{name}.safetensors")
+    loca.save_loca_weights(pipe, folder, "default", weight_name=f"{name}.safetensors", **saving)
 
 
 def save_expected(file, expected):
@@ -108,4 +137,4 @@ def save_expected(file, expected):
 
 
 if __name__ == "__main__":
-    {"first": first, "layers": layers}[sys.argv[1]](Path(sys.argv[2]))
+    {"first": first, "layers": layers, "packed": packed}[sys.argv[1]](Path(sys.argv[2]))

@@ -20,11 +20,11 @@ from loca_vision.formats.adapter_file import (
 from loca_vision.formats.conversion.conversion_error import LayerFidelity
 from loca_vision.formats.conversion.weight_deltas import WeightDeltas, file_of, is_adapter
 from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
+from loca_vision.formats.packed.reading import open_adapter
 from loca_vision.formats.save_load import write_adapter
 from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.methods.loca import LoCAConfig
 from loca_vision.methods.spectrum import Spectrum
-from loca_vision.storage.safetensors_file import open_safetensors
 from loca_vision.version import __version__
 
 
@@ -52,7 +52,7 @@ def read_spectra(path: str | os.PathLike[str]) -> Spectra | None:
     file = file_of(path)
     if file.is_dir() or not is_adapter(file):
         return None
-    with open_safetensors(file) as opened:
+    with open_adapter(file) as opened:
         about = read_description(opened.metadata, opened.entries)
         tensors = opened.tensors()
         check_values(tensors, about)
@@ -69,9 +69,15 @@ def read_spectra(path: str | os.PathLike[str]) -> Spectra | None:
 
 @torch.no_grad()
 def combine_spectra(
-    sources: Sequence[tuple[Spectra, float]], path: str | os.PathLike[str], name: str = "default"
+    sources: Sequence[tuple[Spectra, float]],
+    path: str | os.PathLike[str],
+    name: str = "default",
+    dtype: torch.dtype = torch.float32,
 ) -> list[LayerFidelity]:
     """Write the LoCA adapter of scale 1 whose update is the sum of strength times each: at the cells of all, without loss.
+
+    Args:
+        dtype: of the coefficients in the file, as in `save_adapter`; less than float32 rounds the sums.
 
     Raises:
         ValueError: a projection has different shapes, a whole tensor different values, or some are of a pipeline and some are
@@ -96,7 +102,8 @@ def combine_spectra(
     base_model = base_of([about.base_model for about in abouts])
     convolutions = frozenset[str]().union(*(about.convolutions for about in abouts))
     about = Description(configs, shapes, tuple(sorted(whole)), name, base_model, __version__, convolutions)
-    write_adapter(file_of(path, new=True), about, {f"full.{key}": value for key, value in whole.items()} | tensors)
+    tensors |= {f"full.{key}": value for key, value in whole.items()}
+    write_adapter(file_of(path, new=True), about, tensors, dtype)
     return losses
 
 

@@ -40,6 +40,7 @@ def to_loca(
     base_model: str | None = None,
     name: str | None = None,
     skip: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> list[LayerFidelity]:
     """Write the LoCA adapter closest to an update, at scale 1.
 
@@ -49,9 +50,10 @@ def to_loca(
         base_model: what the file says it is for.
         skip: leave out what an adapter has no room for: modules that are no projection (larger convolutions among them),
             updates that depend on the weight, differences of biases and norms.
+        dtype: of the coefficients in the file, as in `save_adapter`.
 
     Returns:
-        What each projection keeps, and what is left out.
+        What each projection keeps, before it is rounded to `dtype`, and what is left out.
 
     Raises:
         ValueError: something without room is there, and `skip` is not; a module of which rows belong to no projection; the
@@ -75,7 +77,7 @@ def to_loca(
         same = set(mine.values())
         return LoCAConfig(n_components=same.pop() if len(same) == 1 else mine, targets=targets)
 
-    _write(path, source, found, shapes, tensors, config, (base_model or source.base_model, name or source.name))
+    _write(path, source, found, shapes, tensors, config, (base_model or source.base_model, name or source.name), dtype)
     losses = [LayerFidelity(layer, part.shape, len(part.cells), part.norm, part.error) for layer, part in kept.items()]
     return [*losses, *dropped]
 
@@ -147,6 +149,7 @@ def _write(
     tensors: Mapping[str, Tensor],
     config: Callable[[str, tuple[str, ...]], AdapterConfig],
     names: tuple[str, str],
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """One adapter file; `config` makes the settings of each component, given the parts it adapts."""
     of_pipeline = bool(projections_of_modules(source.shapes))
@@ -159,7 +162,7 @@ def _write(
     convolutions = frozenset(place.projection for place in places if place.module in source.kernels)
     about = Description(configs, dict(shapes), tuple(sorted(source.whole)), name, base_model, __version__, convolutions)
     whole = {f"full.{key}": value.contiguous() for key, value in source.whole.items()}
-    write_adapter(_file_of_adapter(path), about, whole | {key: value.contiguous() for key, value in tensors.items()})
+    write_adapter(_file_of_adapter(path), about, whole | {key: value.contiguous() for key, value in tensors.items()}, dtype)
 
 
 def _file_of_adapter(path: str | os.PathLike[str]) -> Path:

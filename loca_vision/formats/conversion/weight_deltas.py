@@ -27,6 +27,7 @@ from loca_vision.formats.lora_files.layer_tensors import LoraFile
 from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
 from loca_vision.formats.lora_files.module_update import ModuleUpdate
 from loca_vision.formats.lora_files.reader import read_lora
+from loca_vision.formats.packed.reading import open_adapter
 from loca_vision.layers.projection_rows import ProjectionRows, rows_of_target
 from loca_vision.methods.update import Update
 from loca_vision.storage.safetensors_file import open_safetensors
@@ -98,7 +99,7 @@ def read_source(
     if file.is_dir() or not is_adapter(file):
         known = {place.module: place.size for place in places or () if place.size is not None}
         return _of_lora(read_lora(file, skip=skip, sizes=known or sizes), component, Spelling(known))
-    with open_safetensors(file) as opened:
+    with open_adapter(file) as opened:
         about = read_description(opened.metadata, opened.entries)
         tensors = opened.tensors()
         check_values(tensors, about)

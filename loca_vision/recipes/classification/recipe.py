@@ -12,6 +12,7 @@ from loca_vision.data.load import EVERYWHERE
 from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.recipes.classification.presets import PRESETS
 from loca_vision.recipes.classification.recipe_groups import METHODS, Data, Method, Model, Optimisation, Reports, RunFolder
+from loca_vision.recipes.settings.adapter_dtype import check_adapter_dtype
 from loca_vision.recipes.settings.method_settings import as_assignments, assigned
 
 
@@ -33,7 +34,9 @@ class Recipe(Reports, RunFolder, Optimisation, Method, Model, Data):  # fields c
 _RATES = {"full": {"lr": 5e-5, "head_lr": 1e-3}, "lp": {"head_lr": 1e-2}}  # usual ones: the paper has none of its own
 DEFAULT_BATCH = 128
 # Settings that earlier versions did not have, as they were then.
-EARLIER: dict[str, Any] = {"set": [], "layers": [], "label_smoothing": 0.0, "mixup": 0.0, "class_weights": "none"}
+EARLIER: dict[str, Any] = {
+    "set": [], "layers": [], "label_smoothing": 0.0, "mixup": 0.0, "class_weights": "none", "adapter_dtype": "float32",
+}  # fmt: skip
 # What may differ between a run and its continuation.
 MAY_DIFFER_ON_RESUME = {
     "output_dir", "resume", "checkpoint_steps", "keep_checkpoints", "report_to", "push_to_hub", "hub_model_id", "hub_private",
@@ -55,7 +58,7 @@ def resolve(recipe: Recipe, given: Collection[str]) -> Recipe:
     own = as_assignments(assigned(recipe.set))
     recipe = replace(recipe, **missing, set=own, imports=tuple(dict.fromkeys(recipe.imports)))
     _check_numbers(recipe)
-    adapter_config(recipe, recipe.seed)
+    check_adapter_dtype(recipe.adapter_dtype, adapter_config(recipe, recipe.seed))
     return recipe
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from loca_vision.data.load import NAMES
 from loca_vision.methods.loca import LoCAConfig
+from loca_vision.recipes.settings.adapter_dtype import AdapterDtype
 from loca_vision.recipes.settings.method_settings import Assignments, MethodSettings
 from loca_vision.recipes.settings.plugins import Imports
 
@@ -17,7 +18,7 @@ else:  # the choices of the command line are those of the catalogue
     Dataset = Literal[NAMES]
 METHODS = MethodSettings(
     flags={name: name for name in ("n_components", "scale", "location_gradient", "r", "alpha", "use_dora", "eta", "basis")},
-    adapters=frozenset({"targets", "layers", "set", "lr"}),
+    adapters=frozenset({"targets", "layers", "set", "lr", "adapter_dtype"}),
     schedule=frozenset({"coefficient_steps", "location_steps", "learning_steps", "together", "location_lr"}),
     others={"full": frozenset({"lr"}), "lp": frozenset({"cache_features"})},
 )
@@ -101,6 +102,8 @@ class Method:
     """The share of each factor's spectrum that is zero."""
     basis: Annotated[Literal["haar", "fft"], METHODS.help("basis")] = "haar"
     """The transform of the spectra."""
+    adapter_dtype: AdapterDtype = "float32"
+    """Coefficients in the saved file; they are trained, and tested, in float32."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from loca_vision.recipes.reports.environment import environment
 from loca_vision.recipes.reports.hub_upload import push
 from loca_vision.recipes.reports.metrics import METRICS, read_metrics, summary, write_metrics
 from loca_vision.recipes.reports.plots import draw_run
+from loca_vision.recipes.settings.adapter_dtype import dtype_of
 from loca_vision.recipes.settings.command_line import as_json_dict, as_yaml, parse
 from loca_vision.recipes.settings.console import guarded
 from loca_vision.recipes.training.stepper import accelerator_for, end_trackers, peak_memory
@@ -159,7 +160,8 @@ def _begin(recipe: Recipe, whole: Recipe, accelerator: Accelerator) -> None:
 def _written(run: Run, model: nn.Module, metrics: dict[str, Any]) -> dict[str, Any]:
     """Adapter, picture, and, as the last, the metrics, which say that the run is finished."""
     recipe, folder, splits, progress = run.recipe, run.folder, run.task.splits, run.progress
-    saved = save_trained(model, folder, trained_tensors(model, run.groups), adapter=adapter_config(recipe, 0) is not None)
+    adapter, dtype = adapter_config(recipe, 0) is not None, dtype_of(recipe.adapter_dtype)
+    saved = save_trained(model, folder, trained_tensors(model, run.groups), adapter=adapter, dtype=dtype)
     draw_run(folder / "curves.png", f"{recipe.dataset}, {recipe.method}", progress.curve, progress.epochs)
     metrics = {"config": as_json_dict(recipe), "seed": recipe.seed, "licence": splits.licence, **metrics}
     metrics |= {"adapter_file": saved.name, "adapter_bytes": saved.stat().st_size, "classes": list(splits.classes)}

@@ -18,10 +18,12 @@ TRAINED = "trained_weights.safetensors"  # of methods without an adapter: the he
 _TRAINED_KEY = "loca_vision_trained_weights"
 
 
-def save_trained(model: nn.Module, folder: Path, tensors: Mapping[str, Tensor], *, adapter: bool) -> Path:
-    """The adapter with the head; of a method without one, what it trained."""
+def save_trained(
+    model: nn.Module, folder: Path, tensors: Mapping[str, Tensor], *, adapter: bool, dtype: torch.dtype = torch.float32
+) -> Path:
+    """The adapter with the head, its coefficients in a dtype; of a method without one, what it trained."""
     if adapter:
-        return save_adapter(model, folder)
+        return save_adapter(model, folder, dtype=dtype)
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if tensor.is_floating_point()}
     about = {_TRAINED_KEY: json.dumps({"format_version": 1, "base_model": base_model_name(model), "tensors": sorted(kept)})}
     write_safetensors(folder / TRAINED, kept, about)

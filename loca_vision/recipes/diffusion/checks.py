@@ -14,6 +14,7 @@ from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.recipes.diffusion.denoising import min_snr_weights
 from loca_vision.recipes.diffusion.quantised import check_quantization
 from loca_vision.recipes.diffusion.settings import METHODS, PHASES, Recipe
+from loca_vision.recipes.settings.adapter_dtype import check_adapter_dtype
 from loca_vision.recipes.settings.command_line import as_json_dict
 from loca_vision.recipes.settings.method_settings import as_assignments, assigned
 
@@ -102,7 +103,7 @@ def check_values(recipe: Recipe) -> None:
     if recipe.snr_gamma is not None:
         min_snr_weights(_NONE, recipe.snr_gamma, "epsilon")
     _check_installed(recipe)
-    adapter_of(recipe)
+    check_adapter_dtype(recipe.adapter_dtype, adapter_of(recipe))
 
 
 def check_rates(recipe: Recipe, names: Collection[str], *, or_zero: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from loca_vision.methods.loca import LoCAConfig
 from loca_vision.recipes.diffusion.quantised import Quantization
+from loca_vision.recipes.settings.adapter_dtype import AdapterDtype
 from loca_vision.recipes.settings.method_settings import Assignments, MethodSettings
 from loca_vision.recipes.settings.plugins import Imports
 
@@ -99,7 +100,7 @@ class Method:
     """The share of each factor's spectrum that is zero."""
     basis: Annotated[Literal["haar", "fft"], METHODS.help("basis")] = "haar"
     """The transform of the spectra."""
-    adapter_dtype: Literal["float32", "float16"] = "float32"
+    adapter_dtype: AdapterDtype = "float32"
     """Precision of the coefficients in the saved file; they are trained in float32."""
 
 

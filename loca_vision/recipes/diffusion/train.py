@@ -27,6 +27,7 @@ from loca_vision.recipes.reports.environment import environment
 from loca_vision.recipes.reports.hub_upload import push
 from loca_vision.recipes.reports.metrics import METRICS, read_metrics, write_metrics
 from loca_vision.recipes.reports.plots import draw_loss
+from loca_vision.recipes.settings.adapter_dtype import dtype_of
 from loca_vision.recipes.settings.command_line import as_yaml
 from loca_vision.recipes.training.stepper import accelerator_for, end_trackers, peak_memory
 from loca_vision.storage.atomic_file import write_atomically
@@ -152,7 +153,7 @@ def _written(run: Run, numbers: dict[str, int]) -> dict[str, Any]:
     """Adapter, picture, and, as the last, the metrics, which say that the run is finished."""
     recipe, folder, progress = run.recipe, run.recipe.output_dir, run.progress
     with run.averaged():
-        saved = save_pipeline_adapter(run.models.pipe, folder, NAME, dtype=getattr(torch, recipe.adapter_dtype))
+        saved = save_pipeline_adapter(run.models.pipe, folder, NAME, dtype=dtype_of(recipe.adapter_dtype))
     draw_loss(folder / "loss.png", f"{recipe.method}, {numbers['trained_parameters']:,} numbers", progress.curve)
     picture = f"validation-{progress.step}.png"
     metrics: dict[str, Any] = {

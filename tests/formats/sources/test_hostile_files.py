@@ -96,7 +96,7 @@ HOSTILE: dict[str, tuple[Callable[[Made], Made], str]] = {
     "bfloat16 coefficients": (tensor(C, lambda t: t.bfloat16()), f"{C} has dtype BF16"),
     "another count": (tensor(C, lambda t: t[:-1].clone()), f"{C} has shape (11,): by the settings it is (12,)"),
     "10**9 components": (about(lambda f: f["config"]["unet"].update(n_components=10**9)), "1000000000 components, of"),
-    "an unknown version": (lambda m: m.but(format_version=2), "format_version=2"),
+    "an unknown version": (lambda m: m.but(format_version=3), "format_version=3"),
     "another method": (lambda m: m.but(method="lokr"), "method='lokr'"),
     "a field more": (lambda m: m.but(auto_map="x"), "['auto_map']"),
     "scale 0": (about(lambda f: f["config"]["unet"].update(scale=0)), "scale=0"),

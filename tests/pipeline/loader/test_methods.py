@@ -33,7 +33,7 @@ from support.reference_weights import (
 METHODS = {
     "load_loca_weights": "source, adapter_name=None, *, weight_name=None, subfolder=None, revision=None, token=None, "
     "cache_dir=None, local_files_only=None, force_download=False, hotswap=False",
-    "save_loca_weights": "directory, adapter_name=None, *, weight_name=None",
+    "save_loca_weights": "directory, adapter_name=None, *, weight_name=None, dtype=torch.float32",
     "unload_loca_weights": "",
     "delete_loca_adapters": "names",
     "set_loca_adapters": "names, weights=None",

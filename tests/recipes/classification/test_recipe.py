@@ -103,6 +103,8 @@ CONTRADICTIONS = [
     (("--scale", "0"), "scale=0.0"),
     (("--method", "selora", "--eta", "1"), "eta=1.0"),
     (("--workers", "-1"), "workers=-1"),
+    (("--method", "lora", "--adapter_dtype", "int8"), "adapter_dtype='int8': lora is stored in float32 or float16"),
+    (("--method", "lp", "--adapter_dtype", "int8"), "--adapter_dtype is a setting of loca"),
     (("--checkpoint_steps", "0"), "checkpoint_steps=0"),
     (("--epoch", "3"), "epoch"),
     (("--method", "locs"), "method"),

@@ -8,6 +8,7 @@ from accelerate import tracking
 from accelerate.utils import LoggerType
 from torch import nn
 
+from loca_vision.formats.packed.reading import open_adapter
 from loca_vision.recipes.training import stepper
 from loca_vision.storage.safetensors_file import open_safetensors
 from support.scripts import DIGITS, LOCA, main, trained, weights, write_weights
@@ -81,6 +82,24 @@ def test_bf16(method, tmp_path):
     assert json.loads((out / "evaluation.json").read_text())["test_accuracy"] == metrics["test_accuracy"]
     with open_safetensors(next(out.glob("*.safetensors"))) as file:
         assert {entry.dtype for entry in file.entries.values()} <= {"F32", "I32"}
+
+
+def test_a_packed_adapter(base, tmp_path):
+    """It is evaluated, and a run with another dtype than the finished one is another run."""
+    plain, flags, metrics = base
+    found, out = trained(tmp_path / "out", *flags, "--adapter_dtype", "int8"), tmp_path / "out"
+    assert found["curves"]["loss"] == metrics["curves"]["loss"] and found["adapter_bytes"] < metrics["adapter_bytes"]
+    name = "pytorch_loca_weights.safetensors"
+    with open_adapter(plain / name) as mine, open_adapter(out / name) as theirs:
+        wanted, tensors = mine.tensors(), theirs.tensors()
+    for key, value in tensors.items():
+        torch.testing.assert_close(
+            value.sort().values, wanted[key].sort().values, rtol=0, atol=float(wanted[key].abs().max()) / 200
+        )
+    assert main("evaluate", "--adapter", out) == 0
+    accuracy = json.loads((out / "evaluation.json").read_text())["test_accuracy"]
+    assert accuracy == pytest.approx(metrics["test_accuracy"], abs=0.05)
+    assert main("train", *flags, "--output_dir", out, "--resume") == 2
 
 
 def accuracies(monkeypatch, values):

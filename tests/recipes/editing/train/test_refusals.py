@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import loca_vision.diffusers  # noqa: F401  the pipelines' methods
+from loca_vision.formats.packed.reading import open_adapter
 from loca_vision.storage.run_checkpoint import write_checkpoint
-from loca_vision.storage.safetensors_file import open_safetensors
 from support.edit_training import ADAPTER, LOCA, SMOOTH, TRAIN, trained
 from support.scripts import main
 
@@ -132,7 +132,7 @@ def test_a_finished_run_says_so_and_may_be_saved_in_another_dtype(whole, flags, 
     assert main(TRAIN, *flags, *LOCA, *SMOOTH, *again) == 0
     assert "finished, after step 6" in capsys.readouterr().out
     assert main(TRAIN, *flags, *LOCA, *SMOOTH, *again, "--adapter_dtype", "float16") == 0
-    with open_safetensors(tmp_path / "out" / ADAPTER) as file:
+    with open_adapter(tmp_path / "out" / ADAPTER) as file:
         assert {entry.dtype for name, entry in file.entries.items() if name.endswith("coefficients")} == {"F16"}
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["curves"] == metrics["curves"]
 

@@ -9,6 +9,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 import loca_vision.diffusers  # noqa: F401  the pipelines' methods
+from loca_vision.formats.packed.reading import open_adapter
 from loca_vision.recipes.diffusion import train as training
 from loca_vision.recipes.editing import task, validation
 from loca_vision.recipes.editing.recipe import EditRecipe, resolve
@@ -128,10 +129,21 @@ def test_steps_that_overflow_are_skipped(flags, tmp_path, monkeypatch):
     assert scalers[0].state_dict() == scalers[1].state_dict()
 
 
-def test_files_of_half_the_size(flags, tmp_path):
-    trained(tmp_path / "out", *flags, *LOCA, "--adapter_dtype", "float16")
-    with open_safetensors(tmp_path / "out" / ADAPTER) as file:
-        assert {entry.dtype for name, entry in file.entries.items() if name.endswith("coefficients")} == {"F16"}
+def test_packed_files(flags, tmp_path, capsys):
+    sizes = [
+        trained(tmp_path / name, *flags, *LOCA, "--adapter_dtype", name)["adapter_bytes"]
+        for name in ("float32", "float16", "int8")
+    ]
+    assert sizes[0] > 2 * sizes[1] > 2 * sizes[2]
+    whole, exact = tensors(tmp_path / "float32" / ADAPTER), 0
+    with open_adapter(tmp_path / "float16" / ADAPTER) as file:
+        for key, value in file.tensors().items():
+            if key.endswith(".locations"):
+                exact += torch.equal(value, whole[key].sort().values)
+    assert exact == sum(key.endswith(".locations") for key in whole)
+    assert main(TRAIN, *flags, "--method", "lora", "--adapter_dtype", "int8", "--output_dir", tmp_path / "lora") == 2
+    assert "adapter_dtype='int8': lora is stored in float32 or float16" in capsys.readouterr().err
+    assert not (tmp_path / "lora").exists()
 
 
 def test_a_base_of_four_channels(flags, plain_base, tmp_path, pictures, capsys):
