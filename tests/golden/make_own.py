@@ -1,6 +1,6 @@
 """Adapter files of this library, format versions 1 and 2. They were made once and are never made again: users have such files.
 
-Run with the set and the folder for it: python make_own.py first|layers|packed FOLDER
+Run with the set and the folder for it: python make_own.py first|layers|packed|later FOLDER
 """
 
 import sys
@@ -19,6 +19,8 @@ from loca_vision import (
     LoRAConfig,
     SDCTFTConfig,
     SeLoRAConfig,
+    SHiRAConfig,
+    WaveFTConfig,
     adapters,
     inject,
     load_adapter,
@@ -33,6 +35,9 @@ METHODS = {
     "dora": LoRAConfig(r=2, use_dora=True),
     "selora": SeLoRAConfig(r=2),
 }
+
+
+LATER = {"waveft": WaveFTConfig(n_components=7, wavelet="db2"), "shira": SHiRAConfig(n_components=7)}
 
 
 def vit():
@@ -85,15 +90,26 @@ def products(model, name="default"):
 
 def first(folder):
     """What 0.1.0 wrote in November 2026, before files could be of chosen layers."""
+    expected = methods(folder, METHODS)
+    save_pipeline(folder, "pipeline", {"targets": ("q", "out")}, expected)
+    save_expected(folder / "expected.safetensors", expected)
+
+
+def later(folder):
+    """Methods that came after 0.1.0."""
+    save_expected(folder / "later-expected.safetensors", methods(folder, LATER))
+
+
+def methods(folder, configs):
+    """A file of each; what is expected of them."""
     expected = {}
-    for name, config in METHODS.items():
+    for name, config in configs.items():
         model = vit()
         inject(model, config)
         expected |= {f"{name}.{key}": value for key, value in stirred(model, 1).items()}
         torch.nn.init.constant_(model.head.weight, 0.25)
         save_adapter(model, folder / f"{name}.safetensors")
-    save_pipeline(folder, "pipeline", {"targets": ("q", "out")}, expected)
-    save_expected(folder / "expected.safetensors", expected)
+    return expected
 
 
 def layers(folder):
@@ -137,4 +153,4 @@ def save_expected(file, expected):
 
 
 if __name__ == "__main__":
-    {"first": first, "layers": layers, "packed": packed}[sys.argv[1]](Path(sys.argv[2]))
+    {"first": first, "layers": layers, "packed": packed, "later": later}[sys.argv[1]](Path(sys.argv[2]))
