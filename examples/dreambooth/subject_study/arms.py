@@ -129,6 +129,7 @@ class Training:
             "lr_warmup_steps": 0,
             "cache_dir": self.folder / "cache",
             "mixed_precision": "no",
+            "adapter_dtype": "float16",
             "checkpointing_steps": 100,
             "checkpoints_total_limit": 1,
             "resume_from_checkpoint": "latest",

@@ -32,7 +32,7 @@ from subject_study.report import Result, as_json, class_sheet, draw_numbers, sca
 from subject_study.tuning import best_rates
 
 PROG = "study.py"
-RATES: dict[str, float] = {"loca": 0.2, "fourierft": 0.2, "sdctft": 0.2, "lora": 1e-2, "selora": 1e-2}
+RATES = {"loca": 0.2, "fourierft": 0.2, "sdctft": 0.2, "waveft": 8e-3, "shira": 0.2, "lora": 1e-2, "selora": 1e-2}
 TASKS: tuple[Task, ...] = ("subject", "style")
 _NOT_OF_RESULTS = ("output", "jobs")
 
@@ -43,7 +43,7 @@ class Study:
 
     output: Annotated[Path, tyro.conf.Positional]
     """Where everything goes: results.json, study.md, numbers.png, scales.png, class.png, and a folder for each step."""
-    methods: tuple[str, ...] = ("loca", "fourierft", "lora")
+    methods: tuple[str, ...] = ("loca", "fourierft", "waveft", "lora")
     """What is compared."""
     n_components: tuple[int, ...] = (5, 20, 80)
     """Of each projection, of methods that count them."""
