@@ -27,6 +27,7 @@ from loca_vision.model.inject import inject
 from loca_vision.model.per_sample import head_logits, per_sample
 from loca_vision.model.remove import remove
 from loca_vision.model.schedule import AlternatingSchedule, parameter_groups
+from loca_vision.model.select_locations import select_locations
 from loca_vision.serving.adapter_store import AdapterStore
 from loca_vision.version import __version__
 
@@ -62,5 +63,6 @@ __all__ = [
     "remove",
     "rename_adapter",
     "save_adapter",
+    "select_locations",
     "set_adapters",
 ]

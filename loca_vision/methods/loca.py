@@ -16,7 +16,7 @@ from loca_vision.methods.registry import kind
 from loca_vision.methods.sparse_config import SparseConfig
 from loca_vision.methods.spectrum import Spectrum
 
-LOCATION_INITS = ("uniform",)
+LOCATION_INITS = ("uniform", "gradient")
 LOCATION_GRADIENTS = ("central", "forward", "backward")
 
 
@@ -30,7 +30,8 @@ class LoCAConfig(SparseConfig):
             (`"blocks.0.*"`, as in `fnmatch`, over names like `blocks.0.attn.q`) to such a count, the first match counts.
         scale: alpha. Every atom has Frobenius norm 1, so it means the same at every width.
         targets: which projections, as in `AdapterConfig`.
-        location_init: "uniform" draws different cells, every cell as likely as any other.
+        location_init: "uniform" draws different cells, every cell as likely as any other. "gradient" leaves them open until
+            `select_locations` has chosen cells by the gradient of a few batches; nothing can be trained or saved before.
         location_gradient: "central", "forward" or "backward" difference (the last two are V4 and V5 of Table 5).
         seed: of the first locations. Each projection draws from (seed, its name), so targets do not disturb each other.
         layers: name patterns of the layers to adapt, as in `AdapterConfig`; None: all.
@@ -47,7 +48,7 @@ class LoCAConfig(SparseConfig):
     n_components: int | Mapping[str, int] = 3000
     scale: float = 1.0
     targets: tuple[str, ...] = ("q", "v")
-    location_init: Literal["uniform"] = "uniform"
+    location_init: Literal["uniform", "gradient"] = "uniform"
     location_gradient: Literal["central", "forward", "backward"] = "central"
     seed: int = 0
     layers: str | Sequence[str] | None = None
@@ -63,7 +64,11 @@ class LoCAConfig(SparseConfig):
             object.__setattr__(self, "n_components", dict(self.n_components))
 
     def spectrum(self, shape: tuple[int, int], coefficients: Tensor, locations: Tensor) -> Spectrum:
-        return Spectrum(shape, coefficients, locations, scale=self.scale, difference=self.location_gradient)
+        made = Spectrum(shape, coefficients, locations, scale=self.scale, difference=self.location_gradient)
+        made.awaited = self.location_init == "gradient"
+        return made
 
     def first_locations(self, projection: Projection, count: int, generator: torch.Generator) -> Tensor:
+        if self.location_init == "gradient":
+            return torch.full((count, 2), torch.nan)
         return random_locations(projection.shape, count, generator)

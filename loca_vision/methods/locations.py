@@ -16,8 +16,12 @@ def random_locations(shape: tuple[int, int], count: int, generator: torch.Genera
     Each lies somewhere within its cell, not at the centre, so that some are about to cross into the next cell and others
     are not.
     """
-    flat = distinct(count, shape[0] * shape[1], generator)
-    jitter = (torch.rand(count, 2, generator=generator, dtype=torch.float32) - 0.5) * _JITTER
+    return jittered(distinct(count, shape[0] * shape[1], generator), shape, generator)
+
+
+def jittered(flat: Tensor, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """(B, 2) float32 locations somewhere within flat cells row * q + column (B,)."""
+    jitter = (torch.rand(len(flat), 2, generator=generator, dtype=torch.float32) - 0.5) * _JITTER
     locations = cell_locations(flat, shape) + jitter / torch.tensor(shape).sub(1).clamp(min=1)
     return locations.clamp(0, 1)
 

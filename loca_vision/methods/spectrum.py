@@ -49,6 +49,7 @@ class Spectrum(Update):
         self.difference = difference
         self.count = len(coefficients)  # of them that mean something: behind may be zeros, room for another adapter
         self.final = False  # whether the locations are, for good
+        self.awaited = False  # whether locations may be NaN still, until somebody has chosen them
         self.scheduled = False  # whether a schedule decides what moves: a half that is frozen may learn again
         self._kept: tuple[Snapshot, Cells] | None = None
         self.coefficients = nn.Parameter(coefficients)
@@ -169,8 +170,17 @@ class Spectrum(Update):
 
     def _confine_what_moves(self) -> None:
         """For those who train without a schedule, which does it too."""
+        if self.awaited and self.coefficients.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._refuse_unchosen()
         if self.locations.requires_grad and not (torch.compiler.is_compiling() or functional_only()):
             self.confine()
+
+    def _refuse_unchosen(self) -> None:
+        if torch.isnan(self.locations).any():
+            raise RuntimeError(
+                "location_init='gradient': the locations are not chosen yet; call select_locations(model, losses) first"
+            )
+        self.awaited = False
 
     def check_fits(self, other: Update, place: str) -> None:
         if type(other) is not type(self) or not isinstance(other, Spectrum):

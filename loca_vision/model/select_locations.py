@@ -1,0 +1,200 @@
+"""Where the first components stand: at the cells of the largest accumulated gradient, from a few losses before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from loca_vision.checks import check_choice
+from loca_vision.functional.dct import dct2
+from loca_vision.methods.adapter_config import generator_of
+from loca_vision.methods.loca import LoCAConfig
+from loca_vision.methods.locations import jittered
+from loca_vision.methods.spectrum import Spectrum
+from loca_vision.methods.update import Update
+from loca_vision.model.activation import strengthen
+from loca_vision.model.atomic import atomic
+from loca_vision.model.state import AdapterState, refuse_fused, state_of
+from loca_vision.model.traversal import sites, unwrap
+from loca_vision.offload import stored
+
+BUDGETS = ("projection", "model")
+
+
+class _Probe(Update):
+    """A matrix of zeros in the place of an update, whose gradient is that of the weight."""
+
+    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
+        super().__init__(shape)
+        self.matrix = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
+
+    def delta(self, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
+        return self.matrix * strength
+
+
+def select_locations(
+    model: nn.Module,
+    losses: Iterable[Tensor],
+    *,
+    name: str = "default",
+    budget: Literal["projection", "model"] = "projection",
+) -> dict[str, Tensor]:
+    """Put the components of an adapter with `location_init="gradient"` where |sum of Z| is largest.
+
+    Z = C G D^T is the spectrum of the gradient G of a projection's weight: the gradient of a coefficient, were it there. It is
+    summed over the losses, a few batches of the data that follows, before anything is trained. Parameters of the model and
+    their gradients stay as they are. Each loss costs a forward and a backward pass, and while this runs a gradient of each
+    adapted weight is held in float32. With torch.distributed, the gradients of all processes are added.
+
+    Args:
+        model: with the adapter, acting; in the mode in which it will be trained.
+        losses: scalars, each computed when it is asked for: a generator, not a list.
+        name: of the adapter.
+        budget: "projection" keeps the number of components of each; "model" divides all of them anew, at least one to each.
+            The latter makes new parameters: call it before an optimiser or a schedule is made.
+
+    Returns:
+        (B, 2) int64 rows and columns by projection, on the CPU, in the order of their size.
+
+    Raises:
+        ValueError: no such adapter, one of other settings, one that was trained or does not act, or no loss, one that is no
+            finite scalar, or one that does not depend on the adapter; the model is as it was.
+    """
+    check_choice("budget", budget, BUDGETS)
+    inner = unwrap(model)
+    record = _record_of(inner, name)
+    found = _spectra(inner, name)
+    with atomic(inner):
+        with _probed(inner, record, name) as probes:
+            _accumulate(losses, list(probes.values()))
+            energy = {projection: dct2(_gradient(probe)).abs().flatten() for projection, probe in probes.items()}
+        chosen = _largest(energy, {projection: update.count for projection, update in found.items()}, budget)
+        for projection, flat in chosen.items():
+            _place(found[projection], flat, projection, record.adapters[name].config.seed)
+        if budget == "model":
+            counts = {projection: len(flat) for projection, flat in chosen.items()}
+            config = record.adapters[name].config
+            assert isinstance(config, LoCAConfig)
+            record.adapters[name].config = replace(config, n_components=counts)
+        strengthen(inner, record)
+    return {name: _cells(flat, found[name].shape).cpu() for name, flat in chosen.items()}
+
+
+def _record_of(model: nn.Module, name: str) -> AdapterState:
+    """The model's record, if the adapter may be placed."""
+    record = state_of(model)
+    if record is None or name not in record.adapters:
+        raise ValueError(f"name={name!r}: the model has no such adapter")
+    refuse_fused(record, record.fused.adapters)
+    init = getattr(record.adapters[name].config, "location_init", None)
+    if init != "gradient":
+        raise ValueError(f"adapter {name!r} has location_init={init!r}: expected one with LoCAConfig(location_init='gradient')")
+    if name not in record.effective:
+        raise ValueError(f"adapter {name!r} does not act: call set_adapters first")
+    return record
+
+
+def _spectra(model: nn.Module, name: str) -> dict[str, Spectrum]:
+    found: dict[str, Spectrum] = {}
+    for site in sites(model):
+        for slot, update in site.updates.entries():
+            if slot.adapter == name:
+                assert isinstance(update, Spectrum)
+                if stored(update, "coefficients").any():
+                    raise ValueError(f"adapter {name!r} has been trained: the coefficients of {slot.projection} are not zero")
+                found[slot.projection] = update
+    return found
+
+
+@contextmanager
+def _probed(model: nn.Module, record: AdapterState, name: str) -> Iterator[dict[str, _Probe]]:
+    """Inside, the adapter's updates are probes, and nothing else of the model learns."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    probes: dict[str, _Probe] = {}
+    places = []
+    for site in sites(model):
+        for place, (slot, update) in enumerate(site.updates.entries()):
+            if slot.adapter == name:
+                probes[slot.projection] = _Probe(update.shape, stored(update, "coefficients").device)
+                places.append((site.updates.updates, place, update, probes[slot.projection].train(update.training)))
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    for updates, place, _, probe in places:
+        updates[place] = probe
+    strengthen(model, record)
+    try:
+        yield probes
+    finally:
+        for updates, place, update, _ in places:
+            updates[place] = update
+        for parameter, learned in flags:
+            parameter.requires_grad_(learned)
+        strengthen(model, record)
+
+
+def _accumulate(losses: Iterable[Tensor], probes: list[_Probe]) -> None:
+    count = 0
+    for count, loss in enumerate(losses, start=1):
+        if not isinstance(loss, Tensor) or loss.shape != ():
+            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"type {type(loss).__name__}"
+            raise ValueError(f"losses: number {count} has {what}: expected a scalar tensor")
+        if not torch.isfinite(loss):
+            raise ValueError(f"losses: number {count} is {float(loss.detach())}")
+        if not loss.requires_grad:
+            raise _independent()
+        loss.backward()  # type: ignore[no-untyped-call]
+    if not count:
+        raise ValueError("losses: there is none")
+    if all(probe.matrix.grad is None for probe in probes):
+        raise _independent()
+
+
+def _independent() -> ValueError:
+    return ValueError(
+        "losses: they do not depend on the adapter; expected a generator, which computes a loss with the model when it is asked"
+    )
+
+
+def _gradient(probe: _Probe) -> Tensor:
+    """Summed over all processes; zeros where no loss depends on the weight."""
+    gradient = torch.zeros_like(probe.matrix) if probe.matrix.grad is None else probe.matrix.grad
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(gradient)
+    if not torch.isfinite(gradient).all():
+        raise ValueError("losses: a gradient is not finite; with float16, scale the losses")
+    return gradient.detach()
+
+
+def _largest(energy: Mapping[str, Tensor], counts: Mapping[str, int], budget: str) -> dict[str, Tensor]:
+    """The flat cells of each projection, from the largest on."""
+    if budget == "projection":
+        return {name: values.topk(counts[name]).indices for name, values in energy.items()}
+    total = sum(counts.values())
+    best = {name: values.topk(min(total, len(values))) for name, values in energy.items()}
+    rest = torch.cat([found.values[1:].cpu() for found in best.values()])  # each has its first one
+    of = torch.arange(len(best)).repeat_interleave(torch.tensor([len(found.values) - 1 for found in best.values()]))
+    taken = of[rest.topk(total - len(best)).indices].bincount(minlength=len(best)) + 1
+    return {name: found.indices[:number] for (name, found), number in zip(best.items(), taken.tolist(), strict=True)}
+
+
+@torch.no_grad()
+def _place(update: Spectrum, flat: Tensor, projection: str, seed: int) -> None:
+    """Let the components stand at these cells, not at their centres but somewhere within, as random ones do."""
+    held: Any = stored(update, "locations")
+    locations = jittered(flat.cpu(), update.shape, generator_of(seed, projection)).to(held.device)
+    if len(locations) == len(held):
+        held.copy_(locations)
+    else:
+        update.coefficients = nn.Parameter(locations.new_zeros(len(locations)), update.coefficients.requires_grad)
+        update.locations = nn.Parameter(locations, update.locations.requires_grad)
+        update.count = len(locations)
+    update.awaited = False
+
+
+def _cells(flat: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.stack([flat // shape[1], flat % shape[1]], 1)
