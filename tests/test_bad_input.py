@@ -29,7 +29,7 @@ CONFIGS = [
     ({"targets": ()}, "targets=(): name at least one of q, k, v, out, fc1, fc2"),
     ({"targets": ("query",)}, "'query' is not one of q, k, v, out, fc1, fc2"),
     ({"targets": ("q", "q")}, "targets=('q', 'q'): a part is named twice"),
-    ({"location_init": "grid"}, "location_init='grid': the choices are 'uniform'"),
+    ({"location_init": "grid"}, "location_init='grid': the choices are 'uniform', 'gradient'"),
     ({"location_gradient": "centre"}, "location_gradient='centre': the choices are 'central', 'forward', 'backward'"),
     ({"seed": -1}, "seed=-1: a seed is a whole number from 0"),
     ({"seed": 1.0}, "seed=1.0: a seed is a whole number from 0"),

@@ -14,6 +14,7 @@ from loca_vision.recipes.classification.presets import PRESETS
 from loca_vision.recipes.classification.recipe_groups import METHODS, Data, Method, Model, Optimisation, Reports, RunFolder
 from loca_vision.recipes.settings.adapter_dtype import check_adapter_dtype
 from loca_vision.recipes.settings.method_settings import as_assignments, assigned
+from loca_vision.recipes.training.first_locations import check_location_init
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ DEFAULT_BATCH = 128
 # Settings that earlier versions did not have, as they were then.
 EARLIER: dict[str, Any] = {
     "set": [], "layers": [], "label_smoothing": 0.0, "mixup": 0.0, "class_weights": "none", "adapter_dtype": "float32",
+    "location_init": "uniform", "location_batches": 16,
 }  # fmt: skip
 # What may differ between a run and its continuation.
 MAY_DIFFER_ON_RESUME = {
@@ -99,6 +101,7 @@ def _check_contradictions(recipe: Recipe, given: Collection[str]) -> None:
         raise ValueError(f"preset={recipe.preset!r} is for the method {method}, and --method says {recipe.method}")
     if recipe.together and recipe.learning_steps == 0:
         raise ValueError("--together moves locations, and learning_steps=0 keeps them from moving: choose one")
+    check_location_init(recipe.location_init, given)
     if recipe.cache_features and recipe.augment not in (None, "none"):
         raise ValueError(f"--cache_features keeps what the head sees, and augment={recipe.augment!r} changes it every epoch")
     if recipe.cache_features and recipe.mixup:
@@ -118,6 +121,7 @@ def _check_numbers(recipe: Recipe) -> None:
     counts = {
         "epochs": 1,
         "accumulate": 1,
+        "location_batches": 1,
         "keep_checkpoints": 1,
         "warmup_steps": 0,
         "split_seed": 0,

@@ -17,9 +17,14 @@ if TYPE_CHECKING:
 else:  # the choices of the command line are those of the catalogue
     Dataset = Literal[NAMES]
 METHODS = MethodSettings(
-    flags={name: name for name in ("n_components", "scale", "location_gradient", "r", "alpha", "use_dora", "eta", "basis")},
+    flags={
+        name: name
+        for name in ("n_components", "scale", "location_init", "location_gradient", "r", "alpha", "use_dora", "eta", "basis")
+    },
     adapters=frozenset({"targets", "layers", "set", "lr", "adapter_dtype"}),
-    schedule=frozenset({"coefficient_steps", "location_steps", "learning_steps", "together", "location_lr"}),
+    schedule=frozenset(
+        {"location_batches", "coefficient_steps", "location_steps", "learning_steps", "together", "location_lr"}
+    ),
     others={"full": frozenset({"lr"}), "lp": frozenset({"cache_features"})},
 )
 
@@ -82,6 +87,10 @@ class Method:
     """Coefficients of each projection."""
     scale: Annotated[float | None, METHODS.help("scale")] = None
     """The factor of the update."""
+    location_init: Annotated[Literal["uniform", "gradient"], METHODS.help("location_init")] = "uniform"
+    """Where components begin: anywhere, or at the cells where the gradient of the first batches is largest."""
+    location_batches: Annotated[int, METHODS.help("location_batches")] = 16
+    """Steps that the latter takes of the run."""
     location_gradient: Annotated[Literal["central", "forward", "backward"], METHODS.help("location_gradient")] = "central"
     """The difference for the gradient of the locations (Table 5, V4 and V5)."""
     coefficient_steps: Annotated[int, METHODS.help("coefficient_steps")] = 10

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from loca_vision.recipes.classification.accuracy import accuracy_of, confusion
 from loca_vision.recipes.classification.recipe import Recipe, differences
 from loca_vision.recipes.classification.task import Task, class_weights_of, groups_of
 from loca_vision.recipes.settings.command_line import as_json_dict
+from loca_vision.recipes.training.first_locations import spent_on_locations
 from loca_vision.recipes.training.stepper import Progress, Stepper
 from loca_vision.storage.run_checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
 
@@ -59,6 +63,7 @@ class Run:
         )
         self.epoch_steps = len(self.sampler)
         self.total = self.epoch_steps * recipe.epochs
+        self.spent = spent_on_locations(recipe.location_init, recipe.location_batches, self.epoch_steps, "an epoch")
         self.model, self.progress = model, EpochProgress()
         self.groups = groups_of(model, recipe)
         self.stepper = Stepper(
@@ -80,8 +85,8 @@ class Run:
 
     def _rate(self, step: int) -> float:
         """The share of the rates at a step: up in a line while it warms up, then down to zero."""
-        warm = self.recipe.warmup_steps
-        return (step + 1) / (warm + 1) if step < warm else max(0.0, (self.total - step) / max(1, self.total - warm))
+        warm, total = self.recipe.warmup_steps, self.total - self.spent
+        return (step + 1) / (warm + 1) if step < warm else max(0.0, (total - step) / max(1, total - warm))
 
     # Steps
 
@@ -94,6 +99,8 @@ class Run:
             dynamic_ncols=True,
             disable=not self.accelerator.is_main_process,
         ) as bar:
+            if self.progress.step < self.spent:
+                self._choose_locations(bar)
             while self.progress.step < self.total and not self._enough():
                 self._epoch(bar)
         if self.best:
@@ -104,14 +111,29 @@ class Run:
         """Whether to stop early."""
         return self.recipe.early_stop is not None and self.progress.stale >= self.recipe.early_stop
 
-    def _epoch(self, bar: Any) -> None:
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those that are left of the epoch, with the model in training."""
         epoch, done = divmod(self.progress.step, self.epoch_steps)
         if hasattr(self.task.train, "set_epoch"):
             self.task.train.set_epoch(epoch)
         self.sampler.set_epoch(epoch, start=done)
         self.stepper.wrapped.train()
-        for images, labels in self.stepper.timed(loader(self.task.train, self.sampler, workers=self.task.workers)):
-            self._step(images, labels)
+        return self.stepper.timed(loader(self.task.train, self.sampler, workers=self.task.workers))
+
+    def _choose_locations(self, bar: Any) -> None:
+        """By the first batches of the first epoch."""
+
+        def batches() -> Iterator[list[Callable[[], Tensor]]]:
+            for images, labels in islice(self._batches(), self.spent):
+                yield self._parts(self.model, images, labels)
+                bar.update()
+
+        self.stepper.choose_locations(batches())
+
+    def _epoch(self, bar: Any) -> None:
+        epoch = self.progress.step // self.epoch_steps
+        for images, labels in self._batches():
+            self.stepper.step(self._parts(self.stepper.wrapped, images, labels))
             bar.update()
             last = self.progress.step % self.epoch_steps == 0
             self.stepper.flush(bar, now=last or self._checkpoint_due())
@@ -120,18 +142,19 @@ class Run:
         self._judge(epoch)
         self._save()
 
-    def _step(self, images: Tensor, labels: Tensor) -> None:
+    def _parts(self, model: nn.Module, images: Tensor, labels: Tensor) -> list[Callable[[], Tensor]]:
+        """The losses of the parts of a batch, whose sum is that of this process's share."""
         torch.manual_seed(stream_seed(self.seed, self.progress.step, self.accelerator.process_index, _DROPOUT))
         device, whole = self.accelerator.device, len(images)
 
         def loss(some: Tensor, theirs: Tensor) -> Tensor:
-            answers = self.stepper.wrapped(some.to(device, non_blocking=True))
+            answers = model(some.to(device, non_blocking=True))
             targets = theirs.to(device, non_blocking=True)
             lost: Tensor = self.cross_entropy(answers.float(), targets)
             return lost / whole
 
         parts = zip(images.chunk(self.recipe.accumulate), labels.chunk(self.recipe.accumulate), strict=True)
-        self.stepper.step([lambda part=part: loss(*part) for part in parts])  # type: ignore[misc]
+        return [partial(loss, *part) for part in parts]
 
     # Epochs
 

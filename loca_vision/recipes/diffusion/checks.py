@@ -17,6 +17,7 @@ from loca_vision.recipes.diffusion.settings import METHODS, PHASES, Recipe
 from loca_vision.recipes.settings.adapter_dtype import check_adapter_dtype
 from loca_vision.recipes.settings.command_line import as_json_dict
 from loca_vision.recipes.settings.method_settings import as_assignments, assigned
+from loca_vision.recipes.training.first_locations import check_location_init, spent_on_locations
 
 R = TypeVar("R", bound=Recipe)
 
@@ -34,7 +35,7 @@ _NONE = torch.zeros(0)  # to ask functions of samples whether they take a settin
 _COUNTS = {
     "resolution": 1, "train_batch_size": 1, "num_train_epochs": 1, "gradient_accumulation_steps": 1,
     "num_validation_images": 1, "validation_epochs": 1, "validation_inference_steps": 1, "checkpointing_steps": 1,
-    "lr_warmup_steps": 0, "dataloader_num_workers": 0,
+    "lr_warmup_steps": 0, "dataloader_num_workers": 0, "location_batches": 1,
 }  # fmt: skip
 _MAYBE = {
     "max_train_samples": 1, "max_train_steps": 1, "validation_steps": 1, "checkpoints_total_limit": 1, "seed": 0,
@@ -54,6 +55,7 @@ def check_given(recipe: Recipe, given: Collection[str]) -> None:
     METHODS.check(recipe.method, given)
     if recipe.together and recipe.learning_steps == 0:
         raise ValueError("--together moves locations, and learning_steps=0 keeps them from moving: choose one")
+    check_location_init(recipe.location_init, given)
     if "cache_latents" in given and recipe.cache_latents and not recipe.center_crop:
         raise ValueError("--cache_latents: latents of random crops cannot be kept; say --center_crop too")
     if "ema_decay" in given and not recipe.use_ema:
@@ -102,6 +104,8 @@ def check_values(recipe: Recipe) -> None:
             raise ValueError(f"validation_scales={scale!r}: each is a finite number")
     if recipe.snr_gamma is not None:
         min_snr_weights(_NONE, recipe.snr_gamma, "epsilon")
+    if recipe.max_train_steps is not None:
+        spent_on_locations(recipe.location_init, recipe.location_batches, recipe.max_train_steps, "the run")
     _check_installed(recipe)
     check_adapter_dtype(recipe.adapter_dtype, adapter_of(recipe))
 

@@ -23,6 +23,7 @@ from loca_vision.recipes.diffusion.checks import batch_of, phases_of
 from loca_vision.recipes.diffusion.resuming import check_same_samples, check_same_settings, checkpoint_of, saved_settings
 from loca_vision.recipes.diffusion.task import Task
 from loca_vision.recipes.training.ema import EMA, Decay, locations_among
+from loca_vision.recipes.training.first_locations import spent_on_locations
 from loca_vision.recipes.training.stepper import Progress, Stepper
 from loca_vision.storage.atomic_file import write_atomically
 from loca_vision.storage.run_checkpoint import read_checkpoint, write_checkpoint
@@ -54,6 +55,7 @@ class Run:
         )
         self.epoch_steps = len(self.sampler)
         self.total = self.recipe.max_train_steps or self.epoch_steps * self.recipe.num_train_epochs
+        self.spent = spent_on_locations(self.recipe.location_init, self.recipe.location_batches, self.total, "the run")
         self.stepper = self._stepper()
         taken = locations_among(self.models.trained, self.stepper.moved)
         decay = Decay(self.recipe.ema_decay)
@@ -61,7 +63,7 @@ class Run:
 
     def _stepper(self) -> Stepper:
         recipe = self.recipe
-        rates = {"num_warmup_steps": recipe.lr_warmup_steps, "num_training_steps": self.total}
+        rates = {"num_warmup_steps": recipe.lr_warmup_steps, "num_training_steps": self.total - self.spent}
         return Stepper(
             self.models.trained,
             self.models.optimizer(self.accelerator.num_processes),
@@ -83,20 +85,34 @@ class Run:
             dynamic_ncols=True,
             disable=None if self.accelerator.is_main_process else True,
         ) as bar:
+            if self.progress.step < self.spent:
+                self.stepper.choose_locations(self._first_batches(bar))
             while self.progress.step < self.total:
                 self._epoch(bar)
         return self.progress
 
-    def _epoch(self, bar: Any) -> None:
+    def _batches(self, until: int) -> Iterator[Mapping[str, Any]]:
+        """Those of the epoch up to a step of the run; random numbers of the denoiser are drawn for each."""
         epoch, done = divmod(self.progress.step, self.epoch_steps)
         samples: Any = self.task.samples
         samples.set_epoch(epoch)
         self.sampler.set_epoch(epoch, start=done)
         self.stepper.wrapped.train()
         batches = loader(samples, self.sampler, workers=self.recipe.dataloader_num_workers)
-        for batch in self.stepper.timed(islice(batches, self.total - self.progress.step)):
+        for batch in self.stepper.timed(islice(batches, until - self.progress.step)):
             torch.manual_seed(stream_seed(self.seed, self.progress.step, self.accelerator.process_index, _DROPOUT))
-            self.stepper.step(self._parts(batch))
+            yield batch
+
+    def _first_batches(self, bar: Any) -> Iterator[list[Callable[[], Tensor]]]:
+        """By which locations are chosen."""
+        while self.progress.step < self.spent:
+            for batch in self._batches(self.spent):
+                yield self._parts(self.stepper.model, batch)
+                bar.update()
+
+    def _epoch(self, bar: Any) -> None:
+        for batch in self._batches(self.total):
+            self.stepper.step(self._parts(self.stepper.wrapped, batch))
             if self.ema:
                 self.ema.step()
             bar.update()
@@ -109,17 +125,18 @@ class Run:
                 if self._pictures_due() and not last:
                     self.draw()
 
-    def _parts(self, batch: Mapping[str, Any]) -> list[Callable[[], Tensor]]:
+    def _parts(self, model: Any, batch: Mapping[str, Any]) -> list[Callable[[], Tensor]]:
         """The losses of the accumulated parts, their mean being the batch's."""
         size, count = self.recipe.train_batch_size, self.recipe.gradient_accumulation_steps
         first = self.accelerator.process_index * size * count
         cuts = range(0, size * count, size)
         return [
-            partial(self._loss, {name: value[cut : cut + size] for name, value in batch.items()}, first + cut) for cut in cuts
+            partial(self._loss, model, {name: value[cut : cut + size] for name, value in batch.items()}, first + cut)
+            for cut in cuts
         ]
 
-    def _loss(self, batch: Mapping[str, Any], first: int) -> Tensor:
-        loss = self.task.loss(self.stepper.wrapped, batch, step=self.progress.step, first=first)
+    def _loss(self, model: Any, batch: Mapping[str, Any], first: int) -> Tensor:
+        loss = self.task.loss(model, batch, step=self.progress.step, first=first)
         return loss / self.recipe.gradient_accumulation_steps
 
     # Pictures

@@ -15,9 +15,9 @@ from loca_vision.recipes.settings.plugins import Imports
 Rates = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 PHASES = ("coefficient_steps", "location_steps", "learning_steps", "together")
 METHODS = MethodSettings(
-    flags={name: name for name in ("n_components", "location_gradient", "use_dora", "eta", "basis")}
+    flags={name: name for name in ("n_components", "location_init", "location_gradient", "use_dora", "eta", "basis")}
     | {"scale": "loca_scale", "r": "rank", "alpha": "lora_alpha"},
-    schedule=frozenset({*PHASES, "location_lr"}),
+    schedule=frozenset({*PHASES, "location_batches", "location_lr"}),
     task=lambda config, chosen: config.editing_defaults(chosen),
 )
 
@@ -78,6 +78,10 @@ class Method:
     """The factor of the update."""
     location_lr: Annotated[float, METHODS.help("location_lr")] = 1e-4
     """Learning rate of the locations, in units of the whole axis."""
+    location_init: Annotated[Literal["uniform", "gradient"], METHODS.help("location_init")] = "uniform"
+    """Where components begin: anywhere, or at the cells where the gradient of the first batches is largest."""
+    location_batches: Annotated[int, METHODS.help("location_batches")] = 16
+    """Steps that the latter takes of the run."""
     location_gradient: Annotated[Literal["central", "forward", "backward"], METHODS.help("location_gradient")] = "central"
     """The difference for the gradient of the locations."""
     coefficient_steps: Annotated[int, METHODS.help("coefficient_steps")] = 10

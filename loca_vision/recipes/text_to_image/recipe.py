@@ -145,6 +145,8 @@ def resolve(recipe: ImageRecipe, given: Collection[str]) -> ImageRecipe:
         raise ValueError("--aspect_ratio_buckets: say --use_aspect_ratio_buckets too")
     if recipe.text_encoder_lr is not None and not recipe.train_text_encoder:
         raise ValueError(f"text_encoder_lr={recipe.text_encoder_lr}: say --train_text_encoder too")
+    if recipe.location_init == "gradient" and recipe.train_text_encoder:
+        raise ValueError("--location_init gradient: it chooses for the denoiser alone, and --train_text_encoder adapts more")
     if recipe.instance_prompt is not None:
         recipe = replace(recipe, **{name: value for name, value in DREAMBOOTH.items() if name not in given})
     recipe = settled(recipe, given)

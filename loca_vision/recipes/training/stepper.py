@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from loca_vision.model.schedule import AlternatingSchedule
+from loca_vision.model.select_locations import select_locations
 from loca_vision.recipes.training.optimizer_state import optimizer_tensors, restore_optimizer
 from loca_vision.recipes.training.trained_tensors import checksum, has_locations, trained_tensors
 
@@ -157,6 +158,28 @@ class Stepper:
         self.optimizer.zero_grad()
         self._fetched.append(total)
         self.progress.step += 1
+
+    def choose_locations(self, batches: Iterable[Sequence[Callable[[], Tensor]]]) -> None:
+        """Spend a step on each batch, in which nothing is trained: components go where the gradient is largest.
+
+        Args:
+            batches: of each the losses of its parts, as of `step`, computed with `model` and not with `wrapped`.
+        """
+
+        def losses() -> Iterator[Tensor]:
+            for parts in batches:
+                self.progress.curve["lr"].append(0.0)
+                self.progress.curve["phase"].append(None)
+                total = torch.zeros((), device=self.accelerator.device)
+                for part in parts:
+                    with self.accelerator.autocast():
+                        loss = part()
+                    total += loss.detach()
+                    yield loss
+                self._fetched.append(total)
+                self.progress.step += 1
+
+        select_locations(self.model, losses())
 
     def _sharing(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients go to the other processes with the last part of a batch only."""

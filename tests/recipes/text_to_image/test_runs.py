@@ -54,6 +54,16 @@ def test_killed_runs_go_on_to_the_same_bits(dreambooth, tmp_path):
     assert again["curves"] == metrics["curves"] and weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
+def test_locations_by_the_gradient(dreambooth, tmp_path):
+    """The first of three steps chooses; a run goes on from there to the same bits."""
+    chosen = (*dreambooth, "--max_train_steps", "3", "--location_init", "gradient", "--location_batches", "1")
+    metrics = trained(tmp_path / "whole", *chosen)
+    assert len(metrics["curves"]["loss"]) == 3 and metrics["curves"]["lr"][0] == 0 and metrics["curves"]["phase"][0] is None
+    killed(tmp_path / "out", 2, 0.0, *chosen, "--checkpointing_steps", "1", command=(TRAIN,))
+    again = trained(tmp_path / "out", *chosen, "--checkpointing_steps", "1", "--resume_from_checkpoint", "latest")
+    assert again["curves"] == metrics["curves"] and weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("more", [(), ("--train_text_encoder",)])
 def test_two_processes_are_one(more, dreambooth, tmp_path):
     """Of a subject with images of the class, which they draw together, in several shapes."""
