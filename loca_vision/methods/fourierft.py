@@ -10,16 +10,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from loca_vision.checks import check_choice, check_components, check_factor
+from loca_vision.checks import check_choice
 from loca_vision.functional.cosine_atoms import AtomSettings, Cells
 from loca_vision.functional.fourier import inverse_real
 from loca_vision.functional.sample_spectra import SampleSpectrum
 from loca_vision.functional.token_bases import WAVES, TokenBasis
 from loca_vision.functional.transforms import functional_only
-from loca_vision.methods.adapter_config import Projection
-from loca_vision.methods.locations import by_cell, random_locations
+from loca_vision.methods.locations import by_cell
 from loca_vision.methods.registry import kind
-from loca_vision.methods.sparse_config import SparseConfig
+from loca_vision.methods.sparse_config import SparseConfig, fixed
 from loca_vision.methods.spectrum import Spectrum
 from loca_vision.methods.update import Update
 
@@ -89,25 +88,14 @@ class FourierFTConfig(SparseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_components(self.n_components)
-        check_factor("scale", self.scale, "the factor of the update")
         check_choice("coefficient_init", self.coefficient_init, ("zero", "normal"))
-        object.__setattr__(self, "scale", float(self.scale))
-        if isinstance(self.n_components, Mapping):
-            object.__setattr__(self, "n_components", dict(self.n_components))
 
     @classmethod
     def editing_defaults(cls, chosen: Mapping[str, Any]) -> dict[str, Any]:
         return {"scale": 64.0}  # LoCA, Table 11
 
     def spectrum(self, shape: tuple[int, int], coefficients: Tensor, locations: Tensor) -> FourierSpectrum:
-        made = FourierSpectrum(shape, coefficients, locations, scale=self.scale)
-        made.locations.requires_grad_(False)
-        made.final = True
-        return made
-
-    def first_locations(self, projection: Projection, count: int, generator: torch.Generator) -> Tensor:
-        return random_locations(projection.shape, count, generator)
+        return fixed(FourierSpectrum(shape, coefficients, locations, scale=self.scale))
 
     def first_coefficients(self, count: int, generator: torch.Generator) -> Tensor:
         if self.coefficient_init == "zero":

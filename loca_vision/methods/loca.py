@@ -9,9 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from loca_vision.checks import check_choice, check_components, check_factor
+from loca_vision.checks import check_choice
 from loca_vision.methods.adapter_config import Projection
-from loca_vision.methods.locations import random_locations
 from loca_vision.methods.registry import kind
 from loca_vision.methods.sparse_config import SparseConfig
 from loca_vision.methods.spectrum import Spectrum
@@ -44,6 +43,7 @@ class LoCAConfig(SparseConfig):
     title: ClassVar[str] = "LoCA"
     summary: ClassVar[str] = "cosine coefficients at learned locations"
     moves_locations: ClassVar[bool] = True
+    scale_is: ClassVar[str] = "alpha"
 
     n_components: int | Mapping[str, int] = 3000
     scale: float = 1.0
@@ -55,13 +55,8 @@ class LoCAConfig(SparseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_components(self.n_components)
-        check_factor("scale", self.scale, "alpha")
         check_choice("location_init", self.location_init, LOCATION_INITS)
         check_choice("location_gradient", self.location_gradient, LOCATION_GRADIENTS)
-        object.__setattr__(self, "scale", float(self.scale))
-        if isinstance(self.n_components, Mapping):
-            object.__setattr__(self, "n_components", dict(self.n_components))
 
     def spectrum(self, shape: tuple[int, int], coefficients: Tensor, locations: Tensor) -> Spectrum:
         made = Spectrum(shape, coefficients, locations, scale=self.scale, difference=self.location_gradient)
@@ -71,4 +66,4 @@ class LoCAConfig(SparseConfig):
     def first_locations(self, projection: Projection, count: int, generator: torch.Generator) -> Tensor:
         if self.location_init == "gradient":
             return torch.full((count, 2), torch.nan)
-        return random_locations(projection.shape, count, generator)
+        return super().first_locations(projection, count, generator)

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from loca_vision.checks import check_components, check_count, check_factor, check_share, is_finite
+from loca_vision.checks import check_count, check_share, is_finite
 from loca_vision.functional.dct import dct2
 from loca_vision.methods.adapter_config import Projection
 from loca_vision.methods.locations import cell_locations
 from loca_vision.methods.registry import kind
-from loca_vision.methods.sparse_config import SparseConfig
+from loca_vision.methods.sparse_config import SparseConfig, fixed
 from loca_vision.methods.spectrum import Spectrum
 
 _MOST_BANDS = 1000
@@ -61,22 +61,14 @@ class SDCTFTConfig(SparseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_components(self.n_components)
-        check_factor("scale", self.scale, "the factor of the update")
         check_count("n_bands", self.n_bands, most=_MOST_BANDS)
         check_share("energy_share", self.energy_share)
         _check_budgets(self.budgets, self.n_bands)
-        object.__setattr__(self, "scale", float(self.scale))
         if self.budgets is not None:
             object.__setattr__(self, "budgets", tuple(map(float, self.budgets)))
-        if isinstance(self.n_components, Mapping):
-            object.__setattr__(self, "n_components", dict(self.n_components))
 
     def spectrum(self, shape: tuple[int, int], coefficients: Tensor, locations: Tensor) -> Spectrum:
-        made = Spectrum(shape, coefficients, locations, scale=self.scale)
-        made.locations.requires_grad_(False)
-        made.final = True
-        return made
+        return fixed(Spectrum(shape, coefficients, locations, scale=self.scale))
 
     def first_locations(self, projection: Projection, count: int, generator: torch.Generator) -> Tensor:
         energy = dct2(projection.weight().detach().float().cpu()).square().flatten()

@@ -9,14 +9,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from loca_vision.checks import check_choice, check_components, check_factor
+from loca_vision.checks import check_choice
 from loca_vision.functional.cosine_atoms import Cells
 from loca_vision.functional.patches import Patches, entries
 from loca_vision.methods.adapter_config import Projection
-from loca_vision.methods.locations import cell_locations, random_locations
+from loca_vision.methods.locations import cell_locations
 from loca_vision.methods.patch_spectrum import PatchSpectrum
 from loca_vision.methods.registry import kind
-from loca_vision.methods.sparse_config import SparseConfig
+from loca_vision.methods.sparse_config import SparseConfig, fixed
 
 
 class SparseEntries(PatchSpectrum):
@@ -59,21 +59,13 @@ class SHiRAConfig(SparseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_components(self.n_components)
-        check_factor("scale", self.scale, "the factor of the update")
         check_choice("mask", self.mask, ("random", "magnitude"))
-        object.__setattr__(self, "scale", float(self.scale))
-        if isinstance(self.n_components, Mapping):
-            object.__setattr__(self, "n_components", dict(self.n_components))
 
     def spectrum(self, shape: tuple[int, int], coefficients: Tensor, locations: Tensor) -> SparseEntries:
-        made = SparseEntries(shape, coefficients, locations, scale=self.scale)
-        made.locations.requires_grad_(False)
-        made.final = True
-        return made
+        return fixed(SparseEntries(shape, coefficients, locations, scale=self.scale))
 
     def first_locations(self, projection: Projection, count: int, generator: torch.Generator) -> Tensor:
         if self.mask == "random":
-            return random_locations(projection.shape, count, generator)
+            return super().first_locations(projection, count, generator)
         sizes = projection.weight().detach().float().cpu().abs().flatten()
         return cell_locations(sizes.argsort(descending=True, stable=True)[:count], projection.shape)

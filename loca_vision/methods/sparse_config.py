@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from loca_vision.checks import counts_by_name
+from loca_vision.checks import check_components, check_factor, counts_by_name
 from loca_vision.functional.transforms import ordinary_tensors
 from loca_vision.methods.adapter_config import AdapterConfig, Projection, TensorSpec, generator_of
-from loca_vision.methods.locations import cell_locations, cells_at
+from loca_vision.methods.locations import cell_locations, cells_at, random_locations
 from loca_vision.methods.spectrum import Spectrum
 from loca_vision.methods.update import Update
 from loca_vision.offload import stored
@@ -28,8 +28,17 @@ class SparseConfig(AdapterConfig):
     lr: ClassVar[float] = 5e-2
     lr_grid: ClassVar[tuple[float, ...]] = (1.5e-3, 5e-3, 1.5e-2)  # for atoms of norm 1
     edit_lr: ClassVar[float] = 2e-2
+    scale_is: ClassVar[str] = "the factor of the update"
     n_components: int | Mapping[str, int]
     scale: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_components(self.n_components)
+        check_factor("scale", self.scale, self.scale_is)
+        object.__setattr__(self, "scale", float(self.scale))
+        if isinstance(self.n_components, Mapping):
+            object.__setattr__(self, "n_components", dict(self.n_components))
 
     @classmethod
     def at_budget(cls, numbers: int, shape: tuple[int, int]) -> dict[str, Any]:
@@ -40,8 +49,8 @@ class SparseConfig(AdapterConfig):
         raise NotImplementedError
 
     def first_locations(self, projection: Projection, count: int, generator: torch.Generator) -> Tensor:
-        """(B, 2) where the components of a new update stand."""
-        raise NotImplementedError
+        """(B, 2) where the components of a new update stand: at different cells, every cell as likely as any other."""
+        return random_locations(projection.shape, count, generator)
 
     def components(self, names: list[str]) -> dict[str, int]:
         """The count of every projection named.
@@ -131,6 +140,16 @@ class SparseConfig(AdapterConfig):
     def as_json(self) -> dict[str, Any]:
         counts = self.n_components
         return super().as_json() | {"n_components": dict(counts) if isinstance(counts, Mapping) else counts}
+
+
+S = TypeVar("S", bound=Spectrum)
+
+
+def fixed(spectrum: S) -> S:
+    """The same, with locations that stay where they are."""
+    spectrum.locations.requires_grad_(False)
+    spectrum.final = True
+    return spectrum
 
 
 def _flat(projection: str, shape: tuple[int, int], locations: Tensor) -> Tensor:

@@ -7,18 +7,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from loca_vision.checks import check_components, check_factor
 from loca_vision.functional.cosine_atoms import Cells
 from loca_vision.functional.patches import Bank, Patches, wavelet_atoms
 from loca_vision.messages import nearest
-from loca_vision.methods.adapter_config import Projection
-from loca_vision.methods.locations import random_locations
 from loca_vision.methods.patch_spectrum import PatchSpectrum
 from loca_vision.methods.registry import kind
-from loca_vision.methods.sparse_config import SparseConfig
+from loca_vision.methods.sparse_config import SparseConfig, fixed
 from loca_vision.methods.update import Update
 
 _HAAR = 0.5**0.5
@@ -107,20 +103,9 @@ class WaveFTConfig(SparseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_components(self.n_components)
-        check_factor("scale", self.scale, "the factor of the update")
         if not isinstance(self.wavelet, str):
             raise ValueError(f"wavelet={self.wavelet!r}: it is the name of a wavelet")
         filters(self.wavelet)
-        object.__setattr__(self, "scale", float(self.scale))
-        if isinstance(self.n_components, Mapping):
-            object.__setattr__(self, "n_components", dict(self.n_components))
 
     def spectrum(self, shape: tuple[int, int], coefficients: Tensor, locations: Tensor) -> WaveletSpectrum:
-        made = WaveletSpectrum(shape, coefficients, locations, scale=self.scale, wavelet=self.wavelet)
-        made.locations.requires_grad_(False)
-        made.final = True
-        return made
-
-    def first_locations(self, projection: Projection, count: int, generator: torch.Generator) -> Tensor:
-        return random_locations(projection.shape, count, generator)
+        return fixed(WaveletSpectrum(shape, coefficients, locations, scale=self.scale, wavelet=self.wavelet))
