@@ -202,9 +202,13 @@ def test_saved_and_loaded_it_is_the_same_bit_for_bit(kind, tmp_path):
     assert first == second
 
 
+def in_order(update):
+    return (update.cells[:, 0] * update.shape[1] + update.cells[:, 1]).argsort(stable=True)
+
+
 @every_kind
 def test_stored_in_float16_it_is_nearly_the_same(kind, tmp_path):
-    """And exactly so what would change the whole weight: the magnitudes of DoRA, whole numbers."""
+    """And exactly so what would change the whole weight: the magnitudes of DoRA, whole numbers. Cells come in their order."""
     model, fresh = adapted(kind), tiny("vit")
     full = save_adapter(model, tmp_path / "full").stat().st_size
     file = save_adapter(model, tmp_path, dtype=torch.float16)
@@ -213,6 +217,8 @@ def test_stored_in_float16_it_is_nearly_the_same(kind, tmp_path):
     for name, update in adapters(fresh).items():
         for key, value in numbers(update).items():
             exact = numbers(adapters(model)[name])[key]
+            if key == "coefficients":
+                exact = exact[in_order(adapters(model)[name])]
             if key == "magnitude" or not value.is_floating_point():
                 assert torch.equal(value, exact)
             elif key != "locations":
