@@ -117,39 +117,26 @@ def _check_contradictions(recipe: Recipe, given: Collection[str]) -> None:
             raise ValueError(f"{name}={getattr(recipe, name)!r}: say --push_to_hub too")
 
 
+# Whole numbers, and the least that each may be.
+_COUNTS = {
+    "epochs": 1, "accumulate": 1, "location_batches": 1, "keep_checkpoints": 1, "warmup_steps": 0, "split_seed": 0, "seed": 0,
+}  # fmt: skip
+_MAYBE = {
+    "batch_size": 1, "train_images": 1, "validation_images": 1, "test_images": 1, "image_size": 1, "early_stop": 1,
+    "checkpoint_steps": 1, "workers": 0,
+}  # fmt: skip
+
+
 def _check_numbers(recipe: Recipe) -> None:
-    counts = {
-        "epochs": 1,
-        "accumulate": 1,
-        "location_batches": 1,
-        "keep_checkpoints": 1,
-        "warmup_steps": 0,
-        "split_seed": 0,
-        "seed": 0,
-    }
-    for name, least in counts.items():
-        check_count(name, getattr(recipe, name), least)
-    maybe = {
-        "batch_size": 1,
-        "train_images": 1,
-        "validation_images": 1,
-        "test_images": 1,
-        "image_size": 1,
-        "early_stop": 1,
-        "checkpoint_steps": 1,
-        "workers": 0,
-    }
-    for name, least in maybe.items():
-        if getattr(recipe, name) is not None:
+    for name, least in (_COUNTS | _MAYBE).items():
+        if name in _COUNTS or getattr(recipe, name) is not None:
             check_count(name, getattr(recipe, name), least)
-    for name in ("lr", "location_lr", "head_lr", "weight_decay"):
+    for name in ("lr", "location_lr", "head_lr", "weight_decay", "mixup"):
         if name == "lr" and recipe.method == "lp":
             continue
         if not is_finite(getattr(recipe, name)) or getattr(recipe, name) < 0:
             raise ValueError(f"{name}={getattr(recipe, name)!r}: it is a finite number from 0 up")
     check_share("label_smoothing", recipe.label_smoothing, open_end=True)
-    if not is_finite(recipe.mixup) or recipe.mixup < 0:
-        raise ValueError(f"mixup={recipe.mixup!r}: it must be a finite number from 0 up")
     if recipe.clip is not None and not (is_finite(recipe.clip) and recipe.clip > 0):
         raise ValueError(f"clip={recipe.clip!r}: it is a finite number above 0")
     batch_size = recipe.batch_size or DEFAULT_BATCH
