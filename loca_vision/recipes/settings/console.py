@@ -27,12 +27,13 @@ def guarded(prog: str, function: Callable[[], object], *, extra: str) -> int:
         prog: the command's name, which begins every line about it.
         function: the command. An error of the kinds that a user can make (ValueError, TypeError, OSError, or a module that is
             missing) is told in one line; any other is a fault of the program and passes through, traceback and all.
-        extra: what installs a missing module, as in `pip install 'loca-vision[EXTRA]'`.
+        extra: what installs a missing module, as in `pip install 'loca-vision[EXTRA]'`, where the error does not say it.
     """
     try:
         function()
     except ModuleNotFoundError as error:
-        return _told(prog, f"{error.name or error} is missing: python -m pip install 'loca-vision[{extra}]'")
+        own = str(error) if "pip install" in str(error) else None  # it knows better what installs it
+        return _told(prog, own or f"{error.name or error} is missing: python -m pip install 'loca-vision[{extra}]'")
     except BrokenPipeError:  # as when the reader, `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

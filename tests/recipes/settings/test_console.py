@@ -27,6 +27,7 @@ def raising(error):
         (FileNotFoundError("x: there is no such file"), 2, "train: x: there is no such file\n"),
         (ModuleNotFoundError("No module", name="yaml"), 2, f"train: yaml is missing: {INSTALL}\n"),
         (ModuleNotFoundError("yaml is gone"), 2, f"train: yaml is gone is missing: {INSTALL}\n"),
+        (ModuleNotFoundError("a: python -m pip install b", name="a"), 2, "train: a: python -m pip install b\n"),
         (KeyboardInterrupt(), 130, "\ntrain: interrupted; every file that is there is whole\n"),
         (SystemExit(), 0, ""),
         (SystemExit(0), 0, ""),
