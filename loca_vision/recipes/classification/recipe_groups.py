@@ -112,7 +112,7 @@ class Method:
     basis: Annotated[Literal["haar", "fft"], METHODS.help("basis")] = "haar"
     """The transform of the spectra."""
     adapter_dtype: AdapterDtype = "float32"
-    """Coefficients in the saved file; they are trained, and tested, in float32."""
+    """Coefficients in the saved file, which is what is tested; they are trained in float32."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
@@ -16,6 +18,8 @@ from loca_vision.data.check_images import check_images
 from loca_vision.data.description import described
 from loca_vision.data.images import ImageSplits
 from loca_vision.data.same_images import check_same_images, images_in
+from loca_vision.formats.save_load import load_adapter
+from loca_vision.model.remove import remove
 from loca_vision.recipes.classification.accuracy import accuracy_of, balanced_accuracy_of
 from loca_vision.recipes.classification.model_card import classifier_card
 from loca_vision.recipes.classification.models import check_model_name
@@ -136,12 +140,13 @@ def _one(recipe: Recipe, whole: Recipe, splits: ImageSplits, accelerator: Accele
         print(f"{folder}: going on after step {run.progress.step} of {run.total}")
     _begin(recipe, whole, accelerator)
     run.train()
+    saved = _saved(run, model)
     matrix = run.matrix(task.test)
     metrics = numbers | _measured(run) | {"test_accuracy": accuracy_of(matrix)}
     metrics |= {"balanced_accuracy": balanced_accuracy_of(matrix)}
     accelerator.log({"test_accuracy": metrics["test_accuracy"]}, step=run.progress.step)
     if accelerator.is_main_process:
-        metrics = _written(run, model, metrics)
+        metrics = _written(run, saved, metrics)
     end_trackers(accelerator)
     return metrics
 
@@ -157,11 +162,23 @@ def _begin(recipe: Recipe, whole: Recipe, accelerator: Accelerator) -> None:
         accelerator.init_trackers("loca-vision", config=settings, init_kwargs={"wandb": {"dir": str(recipe.output_dir)}})
 
 
-def _written(run: Run, model: nn.Module, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Adapter, picture, and, as the last, the metrics, which say that the run is finished."""
+def _saved(run: Run, model: nn.Module) -> Path:
+    """What was trained, in the folder. Where the file rounds it, the model becomes what the file says: that is tested."""
+    adapter, dtype = adapter_config(run.recipe, 0) is not None, dtype_of(run.recipe.adapter_dtype)
+    rounds, writes = adapter and dtype != torch.float32, run.accelerator.is_main_process
+    with TemporaryDirectory() as elsewhere:
+        saved = folder = run.folder if writes else Path(elsewhere)
+        if writes or rounds:
+            saved = save_trained(model, folder, trained_tensors(model, run.groups), adapter=adapter, dtype=dtype)
+        if rounds:
+            remove(model)
+            load_adapter(model, saved)
+    return saved
+
+
+def _written(run: Run, saved: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+    """A picture, and, as the last, the metrics, which say that the run is finished."""
     recipe, folder, splits, progress = run.recipe, run.folder, run.task.splits, run.progress
-    adapter, dtype = adapter_config(recipe, 0) is not None, dtype_of(recipe.adapter_dtype)
-    saved = save_trained(model, folder, trained_tensors(model, run.groups), adapter=adapter, dtype=dtype)
     draw_run(folder / "curves.png", f"{recipe.dataset}, {recipe.method}", progress.curve, progress.epochs)
     metrics = {"config": as_json_dict(recipe), "seed": recipe.seed, "licence": splits.licence, **metrics}
     metrics |= {"adapter_file": saved.name, "adapter_bytes": saved.stat().st_size, "classes": list(splits.classes)}

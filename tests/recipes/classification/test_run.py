@@ -3,12 +3,15 @@
 import json
 
 import pytest
+import timm
 import torch
 from accelerate import tracking
 from accelerate.utils import LoggerType
 from torch import nn
 
+from loca_vision import adapters, load_adapter
 from loca_vision.formats.packed.reading import open_adapter
+from loca_vision.recipes.classification.run import Run
 from loca_vision.recipes.training import stepper
 from loca_vision.storage.safetensors_file import open_safetensors
 from support.scripts import DIGITS, LOCA, main, trained, weights, write_weights
@@ -60,6 +63,28 @@ def test_phases_and_rates_are_as_documented(base, tmp_path):
     warm = trained(tmp_path / "warm", *flags, "--warmup_steps", "3")
     shares = [1 / 4, 2 / 4, 3 / 4, 5 / 5, 4 / 5, 3 / 5, 2 / 5, 1 / 5]
     assert warm["curves"]["lr"] == pytest.approx([2e-2 * share for share in shares])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_what_is_tested_is_what_the_file_says(dtype, base, tmp_path, monkeypatch):
+    """Rounded, and with the head that was trained."""
+    _, flags, _ = base
+    tested, matrix = [], Run.matrix
+
+    def looked(run, images):
+        tested.append({name: update.delta().detach() for name, update in adapters(run.model).items()})
+        tested.append(run.model.head.weight.detach().clone())
+        return matrix(run, images)
+
+    monkeypatch.setattr(Run, "matrix", looked)
+    trained(tmp_path / "out", *flags, "--adapter_dtype", dtype, "--train_images", "32", "--epochs", "1")
+    *_, before, _, deltas, head = tested
+    fresh = timm.create_model("test_vit", num_classes=10, img_size=32)
+    load_adapter(fresh, tmp_path / "out")
+    assert torch.equal(fresh.head.weight, head)
+    for name, update in adapters(fresh).items():
+        torch.testing.assert_close(deltas[name], update.delta().detach(), rtol=0, atol=1e-6)
+        assert not torch.equal(deltas[name], before[name])
 
 
 def test_clipping_clips(base, tmp_path, norms):
