@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from loca_vision.checks import check_choice
-from loca_vision.functional.cosine_atoms import AtomSettings, Cells
+from loca_vision.functional.cosine_atoms import AtomSettings
 from loca_vision.functional.fourier import inverse_real
 from loca_vision.functional.sample_spectra import SampleSpectrum
 from loca_vision.functional.token_bases import WAVES, TokenBasis
-from loca_vision.functional.transforms import functional_only
 from loca_vision.methods.locations import by_cell
 from loca_vision.methods.registry import kind
 from loca_vision.methods.sparse_config import SparseConfig, fixed
@@ -32,9 +31,7 @@ class FourierSpectrum(Spectrum):
 
     def delta(self, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         """`strength` times the update, (p, q) float32, differentiable in the coefficients."""
-        kept = not (torch.compiler.is_compiling() or functional_only())  # traced code works out its own
-        layout = self.layout if kept else Cells(self.cells, self.shape)
-        return inverse_real(self.coefficients * (self.scale * strength), layout)
+        return inverse_real(self.coefficients * (self.scale * strength), self.layout_now())
 
     def cosines(self, strength: float = 1.0) -> None:
         """None: Fourier atoms have no cosine fast path."""

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from loca_vision.functional.cosine_atoms import Cells
 from loca_vision.functional.patches import Patches, scattered
-from loca_vision.functional.transforms import functional_only
 from loca_vision.methods.spectrum import Spectrum
 from loca_vision.methods.update import Update
 
@@ -21,9 +20,7 @@ class PatchSpectrum(Spectrum):
 
     def delta(self, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         """`strength` times the update, (p, q) float32, differentiable in the coefficients."""
-        kept = not (torch.compiler.is_compiling() or functional_only())  # traced code works out its own
-        layout = self.layout if kept else Cells(self.cells, self.shape)
-        return scattered(self.coefficients * (self.scale * strength), self.patches(layout), self.shape)
+        return scattered(self.coefficients * (self.scale * strength), self.patches(self.layout_now()), self.shape)
 
     def cosines(self, strength: float = 1.0) -> None:
         """None: these are no cosines."""

@@ -117,6 +117,10 @@ class Spectrum(Update):
             self._kept = kept = Snapshot(held, held), self._layout_like(kept and kept[1])
         return kept[1]
 
+    def layout_now(self) -> Cells:
+        """The layout; traced code works out its own."""
+        return Cells(self.cells, self.shape) if torch.compiler.is_compiling() or functional_only() else self.layout
+
     def _layout_like(self, known: Cells | None) -> Cells:
         """The one that is known, where locations moved and no component came to another cell."""
         cells, cpu = self.cells, torch.device("cpu")

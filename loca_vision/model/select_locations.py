@@ -82,7 +82,7 @@ def select_locations(
             assert isinstance(config, LoCAConfig)
             record.adapters[name].config = replace(config, n_components=counts)
         strengthen(inner, record)
-    return {name: _cells(flat, found[name].shape).cpu() for name, flat in chosen.items()}
+    return {projection: _cells(flat, found[projection].shape).cpu() for projection, flat in chosen.items()}
 
 
 def _record_of(model: nn.Module, name: str) -> AdapterState:
