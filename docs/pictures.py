@@ -165,7 +165,7 @@ def waveft() -> Figure:
     for line in (spectrum.axhline, spectrum.axvline):
         line(SIZE / 2, color="#8c8c8c", linewidth=1)
     one = update.patches(Cells(torch.tensor([[12, 70]]), update.shape))
-    near = scattered(torch.ones(1), one, update.shape)[24:36, 40:52]
+    near = scattered(torch.ones(1), one, update.shape)[20:32, 38:50]
     matrix(atom, near, "an atom of db2, near")
     matrix(delta, update.delta(), "the update")
     return figure
