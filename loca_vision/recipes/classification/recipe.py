@@ -102,10 +102,7 @@ def _check_contradictions(recipe: Recipe, given: Collection[str]) -> None:
     if recipe.together and recipe.learning_steps == 0:
         raise ValueError("--together moves locations, and learning_steps=0 keeps them from moving: choose one")
     check_location_init(recipe.location_init, given)
-    if recipe.cache_features and recipe.augment not in (None, "none"):
-        raise ValueError(f"--cache_features keeps what the head sees, and augment={recipe.augment!r} changes it every epoch")
-    if recipe.cache_features and recipe.mixup:
-        raise ValueError(f"--cache_features keeps what the head sees, and mixup={recipe.mixup} changes it every epoch")
+    _check_cached(recipe)
     if "seed" in given and recipe.seeds:
         raise ValueError(f"--seed {recipe.seed} and --seeds contradict each other: choose one")
     if recipe.dataset in EVERYWHERE and recipe.root:
@@ -115,6 +112,16 @@ def _check_contradictions(recipe: Recipe, given: Collection[str]) -> None:
     for name in ("hub_model_id", "hub_private"):
         if getattr(recipe, name) and not recipe.push_to_hub:
             raise ValueError(f"{name}={getattr(recipe, name)!r}: say --push_to_hub too")
+
+
+def _check_cached(recipe: Recipe) -> None:
+    changing = {"augment": recipe.augment not in (None, "none"), "mixup": bool(recipe.mixup)}
+    for name in [name for name, changes in changing.items() if changes and recipe.cache_features]:
+        raise ValueError(
+            f"--cache_features computes features once, and {name}={getattr(recipe, name)!r} changes them every epoch"
+        )
+    if recipe.cache_features and recipe.checkpointing:
+        raise ValueError("--cache_features and --checkpointing contradict each other: choose one")
 
 
 # Whole numbers, and the least that each may be.

@@ -21,7 +21,7 @@ METHODS = MethodSettings(
         name: name
         for name in ("n_components", "scale", "location_init", "location_gradient", "r", "alpha", "use_dora", "eta", "basis")
     },
-    adapters=frozenset({"targets", "layers", "set", "lr", "adapter_dtype"}),
+    adapters=frozenset({"targets", "layers", "set", "lr", "adapter_dtype", "cache_features"}),
     schedule=frozenset(
         {"location_batches", "coefficient_steps", "location_steps", "learning_steps", "together", "location_lr"}
     ),
@@ -150,7 +150,7 @@ class Optimisation:
     early_stop: int | None = None
     """Stop after this many epochs without a better validation accuracy."""
     cache_features: bool = False
-    """lp without augmentation: compute what the head sees once, and train on that."""
+    """Without augmentation: compute what the lowest trained block or, with lp, the head sees once, and train on that."""
     workers: int | None = None
     """Processes that decode images; none for images in memory."""
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 
 from loca_vision.data.catalogue import SETS
 from loca_vision.data.images import Augment, Images, ImageSplits, first
@@ -201,39 +200,3 @@ def counts(model: nn.Module, recipe: Recipe) -> dict[str, int]:
         trained = sum(p.numel() for update in updates for p in update.trainable())
     locations = sum(p.numel() for update in updates for p in update.location_parameters())
     return {"trained_parameters": trained, "location_parameters": locations, "head_parameters": head}
-
-
-# The linear probe on what it sees
-
-
-@torch.no_grad()
-def with_features(
-    model: nn.Module, task: Task, *, device: torch.device, computing: AbstractContextManager[Any], batch_size: int = 64
-) -> tuple[nn.Module, Task]:
-    """The head alone, and in the place of the images what it sees of them, computed once.
-
-    Args:
-        device: to compute on; the model stays there.
-        computing: autocast, or a context that does nothing.
-
-    Raises:
-        ValueError: the model's head is not one linear layer.
-    """
-    head = model.get_classifier()  # type: ignore[operator]
-    if not isinstance(head, nn.Linear):
-        raise ValueError(f"--cache_features: the head of {task.spec.name} is a {type(head).__name__}, not a linear layer")
-
-    def features(images: Dataset[tuple[Tensor, int]]) -> Dataset[tuple[Tensor, int]]:
-        loaded = torch.utils.data.DataLoader(images, batch_size, num_workers=task.workers)
-        seen = [(_seen_by_head(model, x.to(device)).cpu(), y) for x, y in loaded]
-        return TensorDataset(*(torch.cat(part) for part in zip(*seen, strict=True)))  # type: ignore[return-value]
-
-    model.to(device).eval()
-    with computing:
-        train, validation, test = features(task.train), features(task.validation), features(task.test)
-    return head, replace(task, train=train, validation=validation, test=test, workers=0)
-
-
-def _seen_by_head(model: Any, images: Tensor) -> Tensor:
-    features: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
-    return features

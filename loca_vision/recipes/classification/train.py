@@ -21,13 +21,14 @@ from loca_vision.data.same_images import check_same_images, images_in
 from loca_vision.formats.save_load import load_adapter
 from loca_vision.model.remove import remove
 from loca_vision.recipes.classification.accuracy import accuracy_of, balanced_accuracy_of
+from loca_vision.recipes.classification.cached_features import Kept, with_features
 from loca_vision.recipes.classification.model_card import classifier_card
 from loca_vision.recipes.classification.models import check_model_name
 from loca_vision.recipes.classification.presets import PRESETS
 from loca_vision.recipes.classification.recipe import Recipe, adapter_config, differences, resolve, with_batch_size
 from loca_vision.recipes.classification.recipe_groups import METHODS
 from loca_vision.recipes.classification.run import Run
-from loca_vision.recipes.classification.task import build, counts, splits_of, task_of, with_features
+from loca_vision.recipes.classification.task import build, counts, splits_of, task_of
 from loca_vision.recipes.classification.trained_weights import save_trained
 from loca_vision.recipes.reports.environment import environment
 from loca_vision.recipes.reports.hub_upload import push
@@ -51,8 +52,12 @@ def _main(arguments: list[str], prog: str) -> None:
     train(resolve(parsed.settings, parsed.given))
 
 
-def train(recipe: Recipe) -> dict[str, Any]:
-    """Every seed of a recipe; returns, in the main process, the metrics of the run, or of several their summary."""
+def train(recipe: Recipe, kept: Kept | None = None) -> dict[str, Any]:
+    """Every seed of a recipe; returns, in the main process, the metrics of the run, or of several their summary.
+
+    Args:
+        kept: features that runs of this process have computed; with `cache_features`, more are added.
+    """
     accelerator = accelerator_for(
         precision="no" if recipe.precision == "float32" else recipe.precision,
         report_to=recipe.report_to,
@@ -63,7 +68,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
     accelerator.wait_for_everyone()  # before the first of the processes writes
     splits = _images(recipe, accelerator)
     recipe = with_batch_size(recipe, len(splits.train), accelerator.num_processes)
-    metrics = _several(recipe, splits, accelerator) if recipe.seeds else _one(recipe, recipe, splits, accelerator)
+    kept = {} if kept is None else kept
+    several = bool(recipe.seeds)
+    metrics = _several(recipe, splits, accelerator, kept) if several else _one(recipe, recipe, splits, accelerator, kept)
     if recipe.push_to_hub and accelerator.is_main_process:
         print(_pushed(recipe, metrics))
     accelerator.end_training()
@@ -93,12 +100,12 @@ def _pushed(recipe: Recipe, metrics: dict[str, Any]) -> str:
     )
 
 
-def _several(recipe: Recipe, splits: ImageSplits, accelerator: Accelerator) -> dict[str, Any]:
+def _several(recipe: Recipe, splits: ImageSplits, accelerator: Accelerator, kept: Kept) -> dict[str, Any]:
     """A run for each seed in a folder of its own, and their mean."""
     runs = []
     for seed in recipe.seeds:
         one = replace(recipe, seed=seed, seeds=(), output_dir=recipe.output_dir / f"seed-{seed}")
-        runs.append(_one(one, recipe, splits, accelerator))
+        runs.append(_one(one, recipe, splits, accelerator, kept))
     if not accelerator.is_main_process:
         return {}
     metrics = {"config": as_json_dict(recipe), **summary(runs)}
@@ -123,7 +130,7 @@ def _check_folder(recipe: Recipe) -> None:
         raise ValueError(f"output_dir={str(folder)!r}: {kind} is in there; choose another folder")
 
 
-def _one(recipe: Recipe, whole: Recipe, splits: ImageSplits, accelerator: Accelerator) -> dict[str, Any]:
+def _one(recipe: Recipe, whole: Recipe, splits: ImageSplits, accelerator: Accelerator, kept: Kept) -> dict[str, Any]:
     """Train with one seed, test the best epoch, write everything down. `whole` is what the user asked for."""
     folder = recipe.output_dir
     if (folder / METRICS).exists():  # with --resume: this seed is done
@@ -134,7 +141,8 @@ def _one(recipe: Recipe, whole: Recipe, splits: ImageSplits, accelerator: Accele
     numbers = counts(model, recipe)
     trained = model
     if recipe.cache_features:
-        trained, task = with_features(model, task, device=accelerator.device, computing=accelerator.autocast())
+        device, computing = accelerator.device, accelerator.autocast()
+        trained, task = with_features(model, task, recipe, device=device, computing=computing, kept=kept)
     run = Run(task, trained, recipe, folder, accelerator)
     if recipe.resume and run.resume() and accelerator.is_main_process:
         print(f"{folder}: going on after step {run.progress.step} of {run.total}")

@@ -21,6 +21,7 @@ from support.forks import fork, joined
 from support.image_folders import WRITERS, accept_any_md5, write_folder
 from support.scripts import DIGITS, LOCA, MODEL, killed, main, together, trained, weights, write_weights
 
+UPPER = ("--layers", "blocks.[45]")
 METHODS = {
     "loca": LOCA,
     "sdctft": ("--method", "sdctft", "--n_components", "100", "--lr", "2e-2"),
@@ -30,6 +31,8 @@ METHODS = {
     "full": ("--method", "full", "--lr", "1e-3"),
     "lp": ("--method", "lp"),
     "lp-cached": ("--method", "lp", "--cache_features"),
+    "upper": (*LOCA, *UPPER),
+    "upper-cached": (*LOCA, *UPPER, "--cache_features"),
 }
 forks = pytest.mark.skipif(sys.platform == "win32" or torch.cuda.is_available(), reason="no fork there, or none with CUDA")
 WIDTH, PROJECTIONS = 64, 12  # query and value of six blocks
@@ -42,6 +45,8 @@ TRAINED = {
     "selora": 2 * WIDTH * PROJECTIONS,  # half of either factor's spectrum
     "lp": 0,
     "lp-cached": 0,
+    "upper": 100 * 4,
+    "upper-cached": 100 * 4,
 }
 FILES = {"metrics.json", "curves.png", "config.yaml", "checkpoint-4", "checkpoint-8"}
 
@@ -99,13 +104,29 @@ def test_every_method_learns_and_is_what_was_saved(name, runs, capsys):
     assert evaluated(out, capsys)[0]["test_accuracy"] == metrics["test_accuracy"] > 0.2
 
 
-def test_features_of_the_probe_may_be_kept(runs):
-    (plain, metrics), (cached, others) = runs["lp"], runs["lp-cached"]
+@pytest.mark.parametrize(("plain", "cached"), [("lp", "lp-cached"), ("upper", "upper-cached")])
+def test_features_may_be_kept(plain, cached, runs):
+    (out, metrics), (other, others) = runs[plain], runs[cached]
     assert metrics["curves"]["loss"] == pytest.approx(others["curves"]["loss"], rel=1e-4)
     assert metrics["test_accuracy"] == others["test_accuracy"]
-    name = "trained_weights.safetensors"
-    with open_safetensors(plain / name) as one, open_safetensors(cached / name) as other:
-        torch.testing.assert_close(one.tensors(), other.tensors(), rtol=1e-3, atol=1e-4)
+    name = metrics["adapter_file"]
+    with open_safetensors(out / name) as one, open_safetensors(other / name) as two:
+        torch.testing.assert_close(one.tensors(), two.tensors(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (LOCA, "--cache_features: nothing below what loca trains is frozen; adapt upper blocks only"),
+        ((*LOCA, *UPPER, "--model", "convit_tiny"), "--cache_features: expected a ViT of timm's, of blocks, a norm and a head"),
+        ((*LOCA, *UPPER, "--targets", "fc1", "--model", "cait_xxs24_224"), "cait_xxs24_224 does more than run blocks, a norm"),
+    ],
+    ids=["all blocks", "no ViT", "more than blocks"],
+)
+def test_features_that_cannot_be_kept(flags, said, tmp_path, capsys):
+    flags = ("--dataset", "digits", *MODEL, *flags, "--train_images", "8", "--cache_features", "--output_dir", tmp_path / "out")
+    assert main("train", *flags) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", METHODS)
