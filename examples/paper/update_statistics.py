@@ -1,0 +1,191 @@
+"""Are real weight updates like Gaussian matrices? The premise of LoCA's theory (Section 2, Appendices A and B, Figures 1, 5).
+
+For every matrix that two safetensors files share, the update trained - base is looked at in three ways:
+
+- entries: total variation to the normal distribution, and the p-value of the test with a perturbed null (normality.py);
+- eigenvalues of its correlation matrix against the Marchenko-Pastur law: the distance of the distribution functions, and the
+  largest eigenvalue over the law's upper bound; the same of Gaussian matrices of that shape, and of the update with its entries
+  shuffled, which keeps their distribution and destroys their order;
+- what follows from it: the squared errors of a rank-r approximation and of as many numbers in DCT coefficients. Of a Gaussian
+  matrix the DCT's is smaller (Theorem 1).
+
+Half a minute on one core for the 72 matrices of a ViT-S.
+
+    python examples/paper/update_statistics.py base.safetensors trained.safetensors --output updates
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+
+from common import measure_parts, run, write_report
+from loca_vision.checks import check_count, check_seed
+from loca_vision.messages import aligned
+from marchenko_pastur import bounds, cumulative, eigenvalues
+from normality import check_epsilon, null_statistics, p_value, statistic
+from reconstruction import svd_and_dct_errors
+from update_pictures import draw
+from weight_updates import WeightUpdates
+
+SCRIPT = "update_statistics.py"
+LEVEL = 0.05
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Weight updates between two files against Gaussian matrices: entries, eigenvalues, errors of approximations."""
+
+    base: tyro.conf.Positional[Path]
+    """safetensors file of the weights before training."""
+    trained: tyro.conf.Positional[Path]
+    """safetensors file of the weights after it."""
+    layers: tuple[str, ...] = ("*",)
+    """Name patterns of the tensors to look at; any of them is enough."""
+    rank: int = 8
+    """r, from which the budget of the approximations follows."""
+    epsilon: float = 0.05
+    """The total variation to the normal distribution that the test still accepts."""
+    distributions: int = 100
+    """Perturbed distributions of the test, ten samples of each."""
+    gaussians: int = 20
+    """Gaussian matrices of each shape, for comparison of the eigenvalues."""
+    seed: int = 0
+    """Of everything that is simulated."""
+    output: Path = Path("update_statistics")
+    """Folder for update_statistics.json and update_statistics.png."""
+
+    def __post_init__(self) -> None:
+        check_count("rank", self.rank)
+        if not 0 < self.epsilon < 1:
+            raise ValueError(f"epsilon={self.epsilon}: it is a number between 0 and 1")
+        check_count("distributions", self.distributions)
+        check_count("gaussians", self.gaussians)
+        check_seed(self.seed)
+
+
+def spectrum_statistics(matrix: Array) -> dict[str, float]:
+    """Of the eigenvalues: the largest difference to the law's distribution function, and the largest over the law's bound."""
+    values, aspect = eigenvalues(matrix)
+    law, count = cumulative(values, aspect), len(values)
+    distance = max(np.max(np.arange(1, count + 1) / count - law), np.max(law - np.arange(count) / count))
+    return {"distance_to_law": float(distance), "largest_over_bound": float(values[-1] / bounds(aspect)[1])}
+
+
+class Simulations:
+    """What is compared with, simulated once for each shape."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.null = lru_cache(None)(self._null)
+        self.gaussian = lru_cache(None)(self._gaussian)
+
+    def _null(self, count: int) -> Array:
+        random = np.random.default_rng([self.settings.seed, 0, count])
+        return null_statistics(count, self.settings.epsilon, self.settings.distributions, random)
+
+    def _gaussian(self, shape: tuple[int, int]) -> dict[str, float]:
+        """The largest of each statistic among the Gaussian matrices."""
+        random = np.random.default_rng([self.settings.seed, 1, *shape])
+        found = [spectrum_statistics(random.standard_normal(shape)) for _ in range(self.settings.gaussians)]
+        return {name: max(one[name] for one in found) for name in found[0]}
+
+
+def measure(update: Array, simulations: Simulations) -> dict[str, Any]:
+    """All statistics of one update."""
+    settings = simulations.settings
+    scaled = (update - update.mean()) / update.std()
+    observed = statistic(update)
+    shuffled = np.random.default_rng([settings.seed, 2]).permutation(scaled.ravel()).reshape(update.shape)
+    (by_rank,), (by_dct,) = svd_and_dct_errors(update, [settings.rank])
+    entries = {
+        "deviation": float(update.std()),
+        "excess_kurtosis": float(np.mean(scaled**4) - 3),
+        "total_variation": observed,
+        "p_value": p_value(observed, simulations.null(update.size)),
+    }
+    return {
+        "shape": list(update.shape),
+        **_rounded(entries),
+        "spectrum": _rounded(spectrum_statistics(update)),
+        "spectrum_shuffled": _rounded(spectrum_statistics(shuffled)),
+        "spectrum_gaussian_at_most": _rounded(simulations.gaussian(update.shape)),
+        "errors": _rounded({"rank": by_rank, "dct": by_dct}),
+    }
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.5g}") for name, value in values.items()}
+
+
+def summary(parts: dict[str, dict[str, Any]], kinds: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Of each kind of matrix and of all: how many the tests accept, and medians."""
+    groups = {kind: [parts[name] for name in parts if kinds[name] == kind] for kind in dict.fromkeys(kinds.values())}
+    return {kind: _summary(own) for kind, own in (groups | {"all": list(parts.values())}).items()}
+
+
+def _summary(own: list[dict[str, Any]]) -> dict[str, Any]:
+    def law_holds(part: dict[str, Any], key: str) -> bool:
+        return all(part[key][name] <= most for name, most in part["spectrum_gaussian_at_most"].items())
+
+    return {
+        "matrices": len(own),
+        "normality_accepted": sum(part["p_value"] >= LEVEL for part in own),
+        "total_variation": median(part["total_variation"] for part in own),
+        "law_accepted": sum(law_holds(part, "spectrum") for part in own),
+        "law_accepted_shuffled": sum(law_holds(part, "spectrum_shuffled") for part in own),
+        "largest_over_bound": median(part["spectrum"]["largest_over_bound"] for part in own),
+        "dct_better": sum(part["errors"]["dct"] < part["errors"]["rank"] for part in own),
+        "error_rank": mean(part["errors"]["rank"] for part in own),
+        "error_dct": mean(part["errors"]["dct"] for part in own),
+    }
+
+
+def table(groups: dict[str, dict[str, Any]], rank: int) -> str:
+    head = ["", "matrices", "normal", "TV", "MP law", "shuffled", "largest / bound", "DCT better", f"error r = {rank}", "DCT"]
+    rows = [head]
+    for kind, own in groups.items():
+        counted = [str(own[name]) for name in ("matrices", "normality_accepted")]
+        law = [str(own[name]) for name in ("law_accepted", "law_accepted_shuffled")]
+        errors = [str(own["dct_better"]), f"{own['error_rank']:.3f}", f"{own['error_dct']:.3f}"]
+        rows.append([kind, *counted, f"{own['total_variation']:.4f}", *law, f"{own['largest_over_bound']:.2f}", *errors])
+    return aligned(rows, str.rjust)
+
+
+def reproduce(settings: Settings) -> None:
+    file = settings.output / "update_statistics.json"
+    with ExitStack() as stack:
+        updates = WeightUpdates(settings.base, settings.trained, settings.layers, stack)
+        for place in updates.places.values():
+            check_epsilon(settings.epsilon, place.shape[0] * place.cols)
+            check_count("rank", settings.rank, 1, min(place.shape))
+        simulations = Simulations(settings)
+        measured = measure_parts(
+            file, settings, list(updates.places), lambda name: measure(updates.update(name), simulations), **updates.digests()
+        )
+        kinds = {name: place.kind for name, place in updates.places.items()}
+        measured["summary"] = summary(measured["parts"], kinds)
+        write_report(file, measured)
+        draw(measured, kinds, updates, settings.output / "update_statistics.png")
+    print(table(measured["summary"], settings.rank))
+    print(f"normal: p >= {LEVEL:g} with epsilon = {settings.epsilon:g}; MP law: no farther from it than {settings.gaussians}")
+    print("Gaussian matrices of the shape; TV and largest / bound are medians, errors means over ||update||².")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(SCRIPT, Settings, reproduce, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
