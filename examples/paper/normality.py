@@ -78,6 +78,11 @@ def null_statistics(count: int, epsilon: float, distributions: int, random: np.r
     return np.sort(found)
 
 
+def normal_statistics(count: int, samples: int, random: np.random.Generator) -> Array:
+    """The statistic of exactly normal entries, (samples,), from small to large."""
+    return np.sort([statistic(random.standard_normal(count)) for _ in range(samples)])
+
+
 def p_value(observed: float, null: Array) -> float:
     """The share of the sorted null statistics that are at least the observed one."""
     return float(1 - np.searchsorted(null, observed) / len(null))

@@ -3,7 +3,7 @@
 Five approximations of W in R^{K x K}, independent N(0, 1), cost as many numbers as a rank r, 2 K r, where an index counts as
 one: the rank-r SVD, 2 K r / 3 random cells of the DFT's non-redundant half (F1), its 2 K r / 3 largest cells (F2), its K r
 largest single real or imaginary parts (F3), the K r largest DCT coefficients. Theorem 1: error of F3 < F2 < SVD < F1, for
-r <= K / 3; Theorem 2: DCT = F3. Both by simulation and by integrals (expected_errors.py). About a minute on one core.
+r <= K / 3; Theorem 2: DCT = F3. Both by simulation and by integrals (expected_errors.py). Half a minute on one core.
 
     python examples/paper/theorems.py --output theorems
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ class WeightUpdates:
         """
         self.paths = base, trained
         self.files: tuple[OpenFile, OpenFile] = tuple(stack.enter_context(open_safetensors(path)) for path in self.paths)  # type: ignore[assignment]
-        self.places = {place.name: place for tensor in self._shared(layers) for place in self._places(tensor)}
+        shared = sorted(self._shared(layers), key=_in_order)
+        self.places = {place.name: place for tensor in shared for place in self._places(tensor)}
         if not self.places:
             raise ValueError(
                 f"{base} and {trained}: they share no matrix of at least {SMALLEST_SIDE} x {SMALLEST_SIDE} whose name fits "
@@ -99,6 +101,11 @@ class WeightUpdates:
         if kind != "qkv" or rows != 3 * cols:
             return [Place(name, tensor, (0, rows), cols)]
         return [Place(f"{stem}.{part}", tensor, (i * cols, (i + 1) * cols), cols) for i, part in enumerate(PARTS)]
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """As a key for sorting: block 2 before block 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _digest(path: Path) -> str:
