@@ -17,9 +17,9 @@ A minute on one core for the 72 matrices of a ViT-S.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -191,19 +191,19 @@ def table(groups: dict[str, dict[str, Any]]) -> str:
 
 def reproduce(settings: Settings) -> None:
     file = settings.output / "update_statistics.json"
-    with ExitStack() as stack:
-        updates = WeightUpdates(settings.base, settings.trained, settings.layers, stack)
-        for place in updates.places.values():
-            check_epsilon(settings.epsilon, place.shape[0] * place.cols)
-            check_count("rank", settings.rank, 1, min(place.shape))
-        simulations = Simulations(settings)
-        measured = measure_parts(
-            file, settings, list(updates.places), lambda name: measure(updates.update(name), simulations), **updates.digests()
-        )
-        kinds = {name: place.kind for name, place in updates.places.items()}
-        measured["summary"] = summary(measured["parts"], kinds)
-        write_report(file, measured)
-        draw(measured, kinds, updates, settings.output / "update_statistics.png")
+    updates = WeightUpdates(settings.base, settings.trained, settings.layers)
+    names = updates.changed()
+    kinds = {name: updates.places[name].kind for name in names}
+    smallest = min((updates.places[name].shape for name in names), key=math.prod)
+    check_epsilon(settings.epsilon, math.prod(smallest))
+    check_count("rank", settings.rank, 1, min(min(updates.places[name].shape) for name in names) // 2)
+    simulations = Simulations(settings)
+    measured = measure_parts(
+        file, settings, names, lambda name: measure(updates.update(name), simulations), **updates.digests()
+    )
+    measured["summary"] = summary(measured["parts"], kinds)
+    write_report(file, measured)
+    draw(measured, kinds, updates, settings.output / "update_statistics.png")
     print(table(measured["summary"]))
     print(f"normal: p >= {LEVEL:g} with epsilon = {settings.epsilon:g}; MP law: no farther from it than {settings.gaussians}")
     print("Gaussian matrices of the shape; TV and largest / bound are medians, errors means over ||update||².")

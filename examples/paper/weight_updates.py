@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from loca_vision.storage.safetensors_file import OpenFile, open_safetensors
+from loca_vision.storage.safetensors_file import Entry, open_safetensors
 
 Array = NDArray[np.float64]
 SMALLEST_SIDE = 16
@@ -42,18 +41,17 @@ class Place:
 class WeightUpdates:
     """The matrices that two files share, as updates: trained - base, in float64."""
 
-    def __init__(self, base: Path, trained: Path, layers: Sequence[str], stack: ExitStack) -> None:
+    def __init__(self, base: Path, trained: Path, layers: Sequence[str]) -> None:
         """
         Args:
             layers: patterns of tensor names; any of them is enough.
-            stack: closes the files.
 
         Raises:
             OSError: a file cannot be read.
             ValueError: a file is no safetensors file, or they share no matrix of at least 16 x 16 with such a name.
         """
         self.paths = base, trained
-        self.files: tuple[OpenFile, OpenFile] = tuple(stack.enter_context(open_safetensors(path)) for path in self.paths)  # type: ignore[assignment]
+        self.entries = [_entries(path) for path in self.paths]
         shared = sorted(self._shared(layers), key=_in_order)
         self.places = {place.name: place for tensor in shared for place in self._places(tensor)}
         if not self.places:
@@ -65,24 +63,33 @@ class WeightUpdates:
     def update(self, name: str) -> Array:
         """
         Raises:
-            ValueError: the matrix holds numbers that are not finite, or was not changed.
+            ValueError: the matrix holds numbers that are not finite.
         """
         place = self.places[name]
         rows = slice(*place.rows)
-        before, after = (file.tensor(place.tensor)[rows].double().numpy() for file in self.files)
+        before, after = (_tensor(path, place.tensor)[rows] for path in self.paths)
         update = after - before
         if not np.isfinite(update).all():
             raise ValueError(f"{name}: it has entries that are not finite")
-        if update.std() == 0:
-            raise ValueError(f"{name}: both files have the same weights; leave it out with --layers")
         return np.asarray(update)
+
+    def changed(self) -> list[str]:
+        """The names of the matrices that training has changed; what it left alone has no statistics.
+
+        Raises:
+            ValueError: a matrix holds numbers that are not finite, or no matrix was changed.
+        """
+        names = [name for name in self.places if self.update(name).std() > 0]
+        if not names:
+            raise ValueError(f"{self.paths[0]} and {self.paths[1]}: all matrices that they share are the same")
+        return names
 
     def digests(self) -> dict[str, str]:
         """The beginning of each file's SHA-256."""
         return {role: _digest(path) for role, path in zip(("base", "trained"), self.paths, strict=True)}
 
     def _shared(self, layers: Sequence[str]) -> list[str]:
-        before, after = (file.entries for file in self.files)
+        before, after = self.entries
         return [
             name
             for name, entry in before.items()
@@ -95,12 +102,22 @@ class WeightUpdates:
 
     def _places(self, tensor: str) -> list[Place]:
         """The tensor; of a fused qkv its three parts."""
-        rows, cols = self.files[0].entries[tensor].shape
+        rows, cols = self.entries[0][tensor].shape
         name = tensor.removesuffix(".weight")
         stem, _, kind = name.rpartition(".")
         if kind != "qkv" or rows != 3 * cols:
             return [Place(name, tensor, (0, rows), cols)]
         return [Place(f"{stem}.{part}", tensor, (i * cols, (i + 1) * cols), cols) for i, part in enumerate(PARTS)]
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    with open_safetensors(path) as file:
+        return file.entries
+
+
+def _tensor(path: Path, name: str) -> Array:
+    with open_safetensors(path) as file:
+        return np.asarray(file.tensor(name).double())
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
