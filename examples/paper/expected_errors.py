@@ -71,7 +71,14 @@ def expected_errors(size: int, rank: int) -> dict[str, float]:
     """The error of each method over K^2; of the SVD the limit of large K at the same rank / K (Marchenko-Pastur)."""
     cells, parts = budgets((size, size), rank)
     half, single = size * size // 2, largest(normal_tail, parts, size * size)
-    kept = (min(1.0, cells / half), top_energy(rank / size), largest(exponential_tail, min(cells, half), half), single, single)
+    real_cells = 2 - size % 2  # beyond half of K^2 of them: four cells of an even K are their own mirror image, one of an odd K
+    kept = (
+        min(1.0, cells / (half + real_cells)),
+        top_energy(rank / size),
+        largest(exponential_tail, min(cells, half), half),
+        single,
+        single,
+    )
     return {method: 1 - share for method, share in zip(METHODS, kept, strict=True)}
 
 

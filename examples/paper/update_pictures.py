@@ -23,7 +23,7 @@ RIGHT = 6.0  # of the eigenvalues' axis: half as much again as the law's largest
 
 
 def draw(report: dict[str, Any], kinds: Mapping[str, str], updates: WeightUpdates, path: Path) -> None:
-    figure = Figure(figsize=(13, 7.4), layout="constrained")
+    figure = Figure(figsize=(11.5, 6.6), layout="constrained")
     ((entries, variation, p_values), (spectra, largest, errors)) = figure.subplots(2, 3)
     parts = report["parts"]
     draw_shown(entries, spectra, parts, updates)
