@@ -12,10 +12,12 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from classifier_study.arms import arms
+from classifier_study.settings import Study
 from loca_vision import KINDS, AdapterConfig, Update, adapters, inject, kind, load_adapter, save_adapter
 from loca_vision.commands.inspect_file import describe
 from support.image_folders import write_folder
-from support.scripts import MODEL, main, script
+from support.scripts import MODEL, main
 from support.timm_models import batch, tiny
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "your_own_update.py"
@@ -148,10 +150,9 @@ def test_help_and_the_study_know_it(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     assert main("train", "--import", EXAMPLE, "--help") == 0
     assert "kronecker (sums of Kronecker products)" in capsys.readouterr().out
-    study = script("study")
-    arms = {arm.name: arm for arm in study.arms(study.Study("digits"))}
-    assert arms["kronecker"].flags == ("--method", "kronecker", "--head_lr", "0.01")
-    assert arms["kronecker"].rates == pytest.approx((1e-3, 3e-3, 1e-2))
+    found = {arm.name: arm for arm in arms(Study("digits"))}
+    assert found["kronecker"].flags == ("--method", "kronecker", "--adapter_dtype", "float32", "--head_lr", "0.01")
+    assert found["kronecker"].rates == pytest.approx((1e-3, 3e-3, 1e-2))
 
 
 class Picked(Update):

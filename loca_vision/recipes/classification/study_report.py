@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loca_vision.recipes.reports import plots
 
 _MARKS = "osv^DP*X<>"  # of the methods with an adapter, in their order
+_WHOLE = {"lp": ":", "full": "--"}  # lines of what has no adapter
 
 
 @dataclass(frozen=True)
@@ -77,32 +80,78 @@ def study_table(points: Sequence[Point], seeds: Sequence[int]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def study_text(points: Sequence[Point], seeds: Sequence[int], against: str) -> str:
+    """Markdown: the table of all points, and where there are several seeds, differences to one method and to fixed locations.
+
+    Args:
+        against: the method; its point of the fewest numbers counts.
+    """
+    text = study_table(points, seeds)
+    floors = sorted((point for point in points if point.method == against), key=lambda point: point.trained)
+    if len(seeds) > 1 and floors:
+        others = [point for point in points if point is not floors[0]]
+        text += f"\n{_DIFFERENCES} {floors[0].name}\n\n" + _differences([(point, floors[0]) for point in others])
+    fixed = {point.trained: point for point in points if point.method.endswith("-fixed")}
+    pairs = [(point, fixed[point.trained]) for point in points if f"{point.method}-fixed" in {one.method for one in points}]
+    if len(seeds) > 1 and pairs:
+        text += f"\n{_DIFFERENCES} fixed locations of as many numbers\n\n" + _differences(pairs)
+    return text
+
+
+_DIFFERENCES = "Accuracy in points, seed by seed, less that of"
+
+
+def _differences(pairs: Sequence[tuple[Point, Point]]) -> str:
+    lines = ["| method | trained numbers | mean difference | 95 % interval |", "|---|---|---|---|"]
+    for point, other in pairs:
+        mean, half = paired_difference(point.test, other.test)
+        low, high = 100 * (mean - half), 100 * (mean + half)
+        lines.append(f"| {point.method} | {point.trained:,} | {100 * mean:+.2f} | {low:+.2f} to {high:+.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def paired_difference(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """The mean of the differences of two runs of each seed, and half the width of its 95 % interval by Student's t."""
+    from scipy.stats import t
+
+    differences = [a - b for a, b in zip(one, other, strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.fmean(differences), float(t.ppf(0.975, len(differences) - 1)) * error
+
+
 def draw_study(path: Path, title: str, points: Sequence[Point]) -> None:
-    """Mean test accuracy, with one standard deviation, against trained numbers; methods without an adapter as lines."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    adapters = list(dict.fromkeys(point.method for point in points if point.method not in ("lp", "full")))
-    for method in dict.fromkeys(point.method for point in points):
+    """Mean test accuracy, with one standard deviation, against trained numbers and against bytes of the file; methods without
+    an adapter as lines."""
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw(left, points, "trained")
+    _draw(right, points, "size")
+    left.set(ylabel="test accuracy, %", xlabel="trained numbers beside the head")
+    right.set(xlabel="bytes of the file, head included")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
+    figure.suptitle(title)
+    plots.save(figure, path)
+
+
+def _draw(axes: Axes, points: Sequence[Point], measure: Literal["trained", "size"]) -> None:
+    adapters = list(dict.fromkeys(point.method for point in points if point.method not in _WHOLE))
+    for whole in (point for point in points if point.method in _WHOLE):
+        label = f"full, {whole.trained / 1e6:.1f} M" if whole.method == "full" else "head alone"
+        axes.axhline(100 * whole.mean, color="#7f7f7f", linestyle=_WHOLE[whole.method], label=label)
+    for number, method in enumerate(adapters):
         mine = sorted((point for point in points if point.method == method), key=lambda point: point.trained)
-        if method in ("lp", "full"):
-            style = ":" if method == "lp" else "--"
-            label = "head alone" if method == "lp" else f"full, {mine[0].trained / 1e6:.1f} M"
-            axes.axhline(100 * mine[0].mean, color="#7f7f7f", linestyle=style, label=label)
-            continue
-        aside = 1.04 ** (adapters.index(method) - (len(adapters) - 1) / 2)  # of those at the same place
+        aside = 1.03 ** (number - (len(adapters) - 1) / 2)  # of those at the same place
         axes.errorbar(
-            [point.trained * aside for point in mine],
+            [getattr(point, measure) * aside for point in mine],
             [100 * point.mean for point in mine],
             yerr=[100 * point.deviation for point in mine],
-            marker=_MARKS[adapters.index(method) % len(_MARKS)],
-            capsize=3,
+            marker=_MARKS[number % len(_MARKS)],
+            color=f"C{number}",
+            markersize=5,
+            linewidth=1.2,
+            capsize=2,
             label=method,
         )
-    axes.set(xscale="log", xlabel="trained numbers beside the head", ylabel="test accuracy, %", title=title)
-    budgets = sorted({point.trained for point in points if point.method in adapters})
-    if budgets:
-        axes.set_xlim(budgets[0] / 1.4, budgets[-1] * 1.4)
-        axes.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
-        axes.set_xticks([], minor=True)
-    figure.legend(loc="outside right upper")
-    plots.save(figure, path)
+    axes.set_xscale("log")
+    axes.grid(alpha=0.3)

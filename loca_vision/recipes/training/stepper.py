@@ -32,6 +32,10 @@ _WAITING = timedelta(days=2)
 Batch = TypeVar("Batch")
 
 
+class Diverged(ValueError):
+    """The loss is not finite."""
+
+
 @dataclass
 class Progress:
     """How far a run has come; all of it goes into a checkpoint.
@@ -192,7 +196,7 @@ class Stepper:
         """Fetch the losses of the last steps, the mean over processes; unless `now`, only where there are enough of them.
 
         Raises:
-            ValueError: one is not finite.
+            Diverged: one is not finite.
         """
         if not self._fetched or (not now and len(self._fetched) < FLUSH):
             return
@@ -202,7 +206,7 @@ class Stepper:
         first = len(curve["loss"])
         for number, loss in enumerate(losses, start=first + 1):
             if not math.isfinite(loss):
-                raise ValueError(f"the loss is {loss} at step {number}: training has diverged; try smaller learning rates")
+                raise Diverged(f"the loss is {loss} at step {number}: training has diverged; try smaller learning rates")
         curve["loss"] += losses
         bar.set_postfix(loss=f"{losses[-1]:.3f}", phase=curve["phase"][-1] or "-", refresh=False)
         for number, loss in enumerate(losses, start=first):

@@ -1,20 +1,17 @@
-"""report.py makes the paper's table of runs; study.py tunes and compares; a finished run is uploaded to the hub."""
+"""report.py makes the paper's table of runs; a finished run is uploaded to the hub."""
 
 import csv
 import io
 import json
-import subprocess
-import types
 
 import huggingface_hub
 import pytest
 import yaml
 
-from loca_vision.recipes.classification.presets import PRESETS
 from loca_vision.recipes.classification.recipe import Recipe, resolve
 from loca_vision.recipes.classification.table import COLUMNS
 from loca_vision.recipes.reports.redaction import redact
-from loca_vision.recipes.settings.command_line import as_json_dict, parse
+from loca_vision.recipes.settings.command_line import as_json_dict
 from support.scripts import DIGITS, LOCA, main, script, trained
 
 
@@ -85,73 +82,6 @@ def test_runs_that_do_not_go_together_are_refused(tmp_path, capsys):
         assert sentence in said and said.count("\n") == 1
     write_run(tmp_path / "f", 0.25)
     assert "| 25.00 |" in table(capsys, tmp_path / "f", tmp_path / "c" / ".." / "f")  # one run, found twice
-
-
-# The study
-
-
-@pytest.fixture
-def study(tmp_path, monkeypatch):
-    """The study of two arms whose runs are made up; what it starts must be what train.py takes."""
-    module = script("study")
-    started = []
-    best = {"lp": 3e-2, "loca-73728": 5e-3}
-
-    def run(command, **_):
-        parsed = parse(Recipe, command[2:], prog="train.py", presets=PRESETS)
-        recipe = resolve(parsed.settings, parsed.given)
-        started.append(recipe.output_dir.parent.name + "/" + recipe.output_dir.name)
-        rate = recipe.head_lr if recipe.method == "lp" else recipe.lr
-        accuracy = 0.9 - abs(rate - best[recipe.output_dir.parent.name])
-        metrics = {"config": as_json_dict(recipe), "seed": recipe.seed, "validation_accuracy": accuracy, "adapter_bytes": 9}
-        metrics |= {"test_accuracy": 0.5 + recipe.seed / 100, "trained_parameters": 7, "seconds_per_step": 0.1}
-        (recipe.output_dir / "metrics.json").write_text(json.dumps(metrics))
-        (recipe.output_dir / "checkpoint-1").mkdir()
-        (recipe.output_dir / "checkpoint-1" / "manifest.json").write_text("{}")
-        return types.SimpleNamespace(returncode=1 if rate > 0.5 else 0)
-
-    every = module.arms(module.Study("digits"))
-    monkeypatch.setattr(module, "arms", lambda study: [arm for arm in every if arm.name in best])
-    monkeypatch.setattr(subprocess, "run", run)
-    return ("--dataset", "digits", "--output_dir", tmp_path / "study"), started, best
-
-
-def test_a_study_tunes_on_validation_and_goes_on(study, tmp_path, rendered, capsys):
-    flags, started, _ = study
-    assert main("study", *flags) == 0
-    # The best rate of the probe is the last one of its grid, beyond which one more is tried; once.
-    lp = ["rate-0.003-seed-0", "rate-0.01-seed-0", "rate-0.03-seed-0", "rate-0.09-seed-0"]
-    loca = ["rate-0.0015-seed-0", "rate-0.005-seed-0", "rate-0.015-seed-0"]
-    assert started == [f"lp/{name}" for name in (*lp, "rate-0.03-seed-1", "rate-0.03-seed-2")] + [
-        f"loca-73728/{name}" for name in (*loca, "rate-0.005-seed-1", "rate-0.005-seed-2")
-    ]
-    text = (tmp_path / "study" / "study.md").read_text()
-    assert "| lp | 7 | 0.03 |" in text and "| loca | 7 | 0.005 |" in text
-    assert "50.0 / 51.0 / 52.0 | 51.00 ± 1.00" in text
-    assert (tmp_path / "study" / "study.png").stat().st_size > 0
-    assert not list((tmp_path / "study").rglob("checkpoint-*"))
-    before = started[:]
-    assert main("study", *flags) == 0 and started == before  # nothing is left to run
-    capsys.readouterr()
-    assert main("study", *flags, "--epochs", "5") == 2
-    assert "the run there has epochs=2, the study 5" in capsys.readouterr().err
-
-
-def test_a_study_whose_run_fails(study, capsys, monkeypatch):
-    flags, _, _ = study
-    run = subprocess.run
-
-    def failing(command, stdout, **more):
-        stdout.write("some lines\ntrain.py: it is odd\n")
-        run(command)
-        return types.SimpleNamespace(returncode=2)
-
-    monkeypatch.setattr(subprocess, "run", failing)
-    assert main("study", *flags) == 2
-    assert "log.txt: the run failed: train.py: it is odd" in capsys.readouterr().err
-    monkeypatch.undo()
-    assert main("study", *flags, "--budgets", "100") == 2
-    assert "budgets=100: LoRA on this model has multiples of 18432 numbers" in capsys.readouterr().err
 
 
 # The hub
