@@ -217,3 +217,18 @@ class _Through:
 
     def decode(self, latents):
         return type("Decoded", (), {"sample": latents})
+
+
+def test_every_method_has_a_line_in_the_picture(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(report, "save", lambda figure, path: shown.append(figure))
+    methods = ("loca", "fourierft", "waveft", "shira", "lora")
+    every = [arms.Arm("subject", method, size, 1e-3) for method in methods for size in (1, 4)]
+    results = [report.Result(arm, {"likeness": 0.5}, 100 * arm.size) for arm in every]
+    results.append(report.Result(None, {"likeness": 0.1}))
+    report.draw_numbers(tmp_path / "numbers.png", {"subject": results}, {"subject": 0.9})
+    (axes,) = shown[0].axes
+    lines = [line for line in axes.get_lines() if len(line.get_xdata()) == 2 and line.get_marker() == "o"]
+    assert [line.get_label() for line in lines] == ["LoCA", "FourierFT", "WaveFT", "SHiRA", "LoRA"]
+    assert len({line.get_color() for line in lines}) == 5
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["100", "400"]

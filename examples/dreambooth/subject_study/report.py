@@ -12,7 +12,7 @@ from PIL import Image
 
 from loca_vision.methods.by_name import title_of
 from loca_vision.recipes.reports.contact_sheet import contact_sheet
-from loca_vision.recipes.reports.plots import COLOURS, save
+from loca_vision.recipes.reports.plots import save
 from subject_study.arms import Arm, Task
 from subject_study.measures import Studio
 from subject_study.scenes import CLASS, STYLE, SUBJECT
@@ -105,14 +105,17 @@ def draw_numbers(path: Path, results: Mapping[Task, Sequence[Result]], ceilings:
     titles = {"subject": f'"{SUBJECT} …"', "style": f'"… {STYLE}", things never shown in it'}
     for panel, (task, found) in zip(panels, results.items(), strict=True):
         arms = [one for one in found if one.arm is not None and not one.arm.prior]
-        for colour, method in zip(COLOURS[1:], dict.fromkeys(one.arm.method for one in arms if one.arm), strict=False):
+        for number, method in enumerate(dict.fromkeys(one.arm.method for one in arms if one.arm)):
             of = sorted((one for one in arms if one.arm and one.arm.method == method), key=lambda one: one.trained)
             likeness = [one.measured["likeness"] for one in of]
-            panel.plot([one.trained for one in of], likeness, "o-", color=colour, label=title_of(method))
+            panel.plot([one.trained for one in of], likeness, "o-", color=f"C{number}", label=title_of(method))
         (base,) = (one.measured["likeness"] for one in found if one.arm is None)
         panel.axhline(ceilings[task], color="#555555", linestyle=":", label="other drawings of the same")
         panel.axhline(base, color="#555555", linestyle="--", label="the base without an adapter")
         panel.set(xscale="log", xlabel="trained numbers", title=titles[task])
+        sizes = sorted({one.trained for one in arms})
+        panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        panel.set_xticks([], minor=True)
     figure.axes[0].set_ylabel("likeness to held-out drawings")
     figure.axes[-1].legend(fontsize=8)
     save(figure, path)
