@@ -127,7 +127,8 @@ def with_features(
         seen = [(parts.lower(x.to(device)).cpu(), y) for x, y in loaded]
         return TensorDataset(*(torch.cat(part) for part in zip(*seen, strict=True)))  # type: ignore[return-value]
 
-    key = (*(str(getattr(recipe, name)) for name in (*_DATA, *_MODEL)), parts.first)
+    random = task.spec.seed if task.spec.weights == "none" else None  # the seed of the weights, where they are drawn
+    key = (*(str(getattr(recipe, name)) for name in (*_DATA, *_MODEL)), random, parts.first)
     with computing:
         _check(model, parts, next(iter(DataLoader(task.test, 2)))[0].to(device), recipe)
         if key not in kept:

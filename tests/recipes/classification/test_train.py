@@ -114,6 +114,15 @@ def test_features_may_be_kept(plain, cached, runs):
         torch.testing.assert_close(one.tensors(), two.tensors(), rtol=1e-3, atol=1e-4)
 
 
+def test_features_of_random_weights_are_those_of_their_seed(tmp_path):
+    """Seeds of one command share features only where the weights are the same."""
+    flags = ("--method", "lp", "--cache_features", "--epochs", "1")
+    trained(tmp_path / "both", *flags, "--seeds", "0", "1")
+    alone = trained(tmp_path / "alone", *flags, "--seed", "1")
+    together = json.loads((tmp_path / "both" / "seed-1" / "metrics.json").read_text())
+    assert together["curves"]["loss"] == alone["curves"]["loss"]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
