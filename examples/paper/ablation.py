@@ -12,7 +12,7 @@ moved, how far, and whether they formed a pattern (Appendix N, location_patterns
 
 A run takes half a minute on one quiet core, and there are 76. What is in runs.json is not run again.
 
-    python examples/paper/ablation.py --root photographs --output ablation --jobs 2
+    python examples/paper/ablation.py --root photos --output ablation --jobs 2
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def loss_differences(ablation: Ablation, name: str) -> dict[str, Any]:
     """
     ours, others = ablation.losses(name), ablation.losses(STILL)
     steps = ours.shape[1]
-    ends = [min(10, steps), min(CYCLE, steps), max(CYCLE, steps // 2), steps]
+    ends = [min(end, steps) for end in (10, CYCLE, max(CYCLE, steps // 2), steps)]
     windows = {f"{begin + 1} to {end}": slice(begin, end) for begin, end in pairwise(ends) if begin < end}
     return {
         "windows": {w: difference(ours[:, at].mean(1), others[:, at].mean(1), 5) for w, at in windows.items()},
