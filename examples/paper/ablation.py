@@ -149,6 +149,7 @@ def reported(ablation: Ablation, best: Variant) -> dict[str, Any]:
         "validation_by_rate": ablation.tried,
         "loca": best.name,
         "variants": {name: described(ablation, name) for name in ablation.results},
+        "loss_of_still": ablation.losses(STILL).mean(0).round(4).tolist(),
         "loss_less_still": {name: loss_differences(ablation, name) for name in (*locas, "V2")},
         "patterns": {
             name: patterns(ablation.moves(name), settings.simulations, settings.seeds[0]) for name in (FIXED, *locas, "V2")
@@ -176,7 +177,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def reproduce(settings: Settings) -> None:
-    claim(settings.output, "settings.json", settings.about, "runs")
+    claim(settings.output, "settings.json", settings.about_runs, "runs")
     variants = 6 + len(settings.location_rates) + len(settings.alphas) + len(settings.more_learning_steps)
     planned = variants * len(settings.seeds) + 2 * (len(settings.rates) - 1)
     with Runs(settings.output, settings.flags, planned, settings.jobs) as runs:

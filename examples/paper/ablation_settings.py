@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from loca_vision.checks import check_count
 
-_FREE = ("output", "root", "jobs")  # what runs of one folder may differ in
+_UNTOLD = ("output", "root", "jobs")
+_GROWING = ("location_rates", "alphas", "more_learning_steps", "seeds", "simulations")  # of one folder
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,14 @@ class Settings:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What every run and every number depends on, as JSON has it."""
-        told = {name: value for name, value in asdict(self).items() if name not in _FREE}
+        """What the results depend on, as JSON has it."""
+        told = {name: value for name, value in asdict(self).items() if name not in _UNTOLD}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
+
+    @property
+    def about_runs(self) -> dict[str, Any]:
+        """What every single run depends on: seeds, and variants of Figure 4, may be added later."""
+        return {name: value for name, value in self.about.items() if name not in _GROWING}
 
     @property
     def flags(self) -> list[str]:

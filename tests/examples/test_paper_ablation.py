@@ -227,7 +227,8 @@ def test_the_whole_ablation(made_up, tmp_path, capsys):
     assert report["variants"]["LoCA 0.01"]["locations"]["mean_distance"] > best["locations"]["mean_distance"] > 0
     losses = report["loss_less_still"]["LoCA 0.01"]
     assert losses["windows"] == {"11 to 30": pytest.approx([-0.0095] * 3), "31 to 40": pytest.approx([-0.01] * 3)}
-    assert len(losses["by_step"]) == 40
+    assert losses["by_step"][:11] == [0] * 11
+    assert report["loss_of_still"] == pytest.approx([2.0 - 0.01 * step for step in range(40)])
     assert report["patterns"]["V1"]["frequency"]["p_value"] == 1
     assert str(tmp_path) not in json.dumps(report)
     for name in ("ablation", "locations"):
@@ -240,6 +241,8 @@ def test_the_whole_ablation(made_up, tmp_path, capsys):
     assert ablation.main([*command, "--jobs", "2"]) == 0
     assert not made_up
     assert (tmp_path / "out" / "ablation.json").read_bytes() == before
+    assert ablation.main([*command, "--more_learning_steps", "20", "25"]) == 0
+    assert {name.partition("/")[0] for name in made_up} == {"B_s-25"}
     assert ablation.main([*command, "--epochs", "3"]) == 2
     assert "the runs there were made with epochs=1, not 3" in capsys.readouterr().err
 
