@@ -140,7 +140,7 @@ def _check(study: Study) -> None:
     for method in study.methods:
         config_class(method)
     if study.resolution % 8 or study.resolution < 16:
-        raise ValueError(f"resolution={study.resolution}: it is a multiple of 8 from 16 up")
+        raise ValueError(f"resolution={study.resolution}: expected a multiple of 8 from 16 up")
 
 
 # Photographs

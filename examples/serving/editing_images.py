@@ -51,7 +51,7 @@ class Editor:
         self.pipe = _pipeline(settings.pipeline).to("cuda" if settings.gpus_per_replica else "cpu")
         self.pipe.set_progress_bar_config(disable=True)
         if self.size % self.pipe.vae_scale_factor:
-            raise ValueError(f"image_size={self.size}: for this pipeline it is a multiple of {self.pipe.vae_scale_factor}")
+            raise ValueError(f"image_size={self.size}: expected a multiple of {self.pipe.vae_scale_factor} for this pipeline")
         self.shelf = AdapterShelf(settings.adapters, settings.capacity, self.pipe, list(models_in(self.pipe).values()))
 
     def asked(self, adapter: str, body: bytes, options: Options) -> EditAsked:

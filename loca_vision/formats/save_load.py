@@ -236,7 +236,7 @@ def _whole_tensors(model: nn.Module, name: str, values: Values) -> dict[str, Ten
 def _file_to_write(path: str | os.PathLike[str]) -> Path:
     file = Path(path)
     if file.suffix in PICKLES and not file.is_dir():
-        raise ValueError(f"path={str(path)!r}: an adapter is a file that ends in .safetensors, or a folder for one")
+        raise ValueError(f"path={str(path)!r}: expected a file that ends in .safetensors, or a folder for one")
     return file if file.suffix == ".safetensors" and not file.is_dir() else file / FILE_NAME
 
 

@@ -37,7 +37,7 @@ def opened(source: Any, request: Request) -> Iterator[Opened]:
     """The adapter at a source; what is found wrong with it inside the `with` says where it came from.
 
     Raises:
-        TypeError: the source is no path, name or mapping.
+        TypeError: the source is not a path, name or mapping.
         FileNotFoundError, OSError: it cannot be found, or not be reached.
         ValueError: a name that leaves its folder, or an unsound file.
     """
@@ -72,7 +72,7 @@ def locate(source: str | os.PathLike[str], request: Request) -> Path:
     for what, name in (("weight_name", request.weight_name), ("subfolder", request.subfolder)):
         _refuse_escape(what, name)
     if request.weight_name is not None and (len(PurePosixPath(request.weight_name).parts) != 1 or "\\" in request.weight_name):
-        raise ValueError(f"weight_name={request.weight_name!r}: it is the name of a file, without a folder; see subfolder")
+        raise ValueError(f"weight_name={request.weight_name!r}: expected the name of a file, without a folder; see subfolder")
     text = os.fspath(source)
     if not isinstance(text, str) or not text or "\0" in text:
         raise ValueError(f"source={source!r}: expected a folder, a file or a hub id")
@@ -98,7 +98,7 @@ def safe_name(name: str | None) -> str:
         return FILE_NAME
     _refuse_escape("weight_name", name)
     if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-        raise ValueError(f"weight_name={name!r}: it is the name of a file that ends in .safetensors, without a folder")
+        raise ValueError(f"weight_name={name!r}: expected the name of a file that ends in .safetensors, without a folder")
     return name
 
 
@@ -125,7 +125,7 @@ def _in_folder(folder: Path, request: Request) -> Path:
 
 
 def may_be_a_repository(text: str) -> bool:
-    """Whether a text that is no path here could be the name of a repository on the hub."""
+    """Whether a text that is not a path here could be the name of a repository on the hub."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

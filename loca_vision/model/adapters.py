@@ -63,7 +63,7 @@ def _strengths(names: list[str], weights: Any) -> list[float]:
         raise ValueError(f"weights={list(weights)!r}: {len(weights)} weights for {len(names)} adapters")
     numbers = [as_number(weight) for weight in weights]
     if None in numbers:
-        raise ValueError(f"weights={list(weights)!r}: a weight is a finite number")
+        raise ValueError(f"weights={list(weights)!r}: expected a finite number")
     return numbers  # type: ignore[return-value]
 
 

@@ -58,7 +58,7 @@ def _what_is_named(model: nn.Module, patterns: Sequence[str], head: Container[in
 
 
 def _names_all_it_has(part: str, found: Sequence[Target], config: AdapterConfig) -> bool:
-    """Whether a part without a projection is no mistake: "linear" stands for all, and patterns may name other parts' layers."""
+    """Whether a part may lack a projection: "linear" stands for all, and patterns may name layers of other parts."""
     if part == "linear":
         return bool(found)
     return bool(found) and not any(target.part in config.targets for target in found)

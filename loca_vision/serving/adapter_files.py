@@ -27,7 +27,7 @@ class AdapterFolder:
         return sorted({name for name in found if _NAME.fullmatch(name)})
 
     def find(self, name: str) -> Path | None:
-        """The file of an adapter; None if there is none, or its name is no name of an adapter."""
+        """The file of an adapter; None if there is none, or its name is not a name of an adapter."""
         if not _NAME.fullmatch(name):
             return None
         for file in (self.folder / f"{name}{_SUFFIX}", self.folder / name / FILE_NAME):
@@ -71,8 +71,8 @@ def adapter_files(source: str | os.PathLike[str]) -> AdapterFolder | AdapterRepo
     """The adapters at a source.
 
     Raises:
-        TypeError: it is no path and no name.
-        FileNotFoundError: it is no folder here, and no repository.
+        TypeError: it is not a path and no name.
+        FileNotFoundError: it is not a folder here, and no repository.
     """
     if not isinstance(source, (str, os.PathLike)) or isinstance(source, bytes):
         raise TypeError(f"source is a {type(source).__name__}: expected a folder of adapters, or a repository on the hub")

@@ -46,7 +46,7 @@ def _target(path: Path) -> Path:
     """The regular file, there or not, that `path` means at the end of all links."""
     target = Path(os.path.realpath(path))  # `resolve` has another error for a circle of links in every Python
     if os.path.lexists(target) and not target.is_file():  # a device would be exchanged for a file
-        raise OSError(errno.EINVAL, "what is there is no regular file")
+        raise OSError(errno.EINVAL, "something other than a regular file is there")
     return target
 
 
@@ -67,7 +67,7 @@ def machine() -> str:
 
 
 def abandoned(mark: str) -> bool:
-    """Whether the writer of that mark is no more; False where it cannot be known, and for what is no mark."""
+    """Whether the writer of that mark is no more; False where it cannot be known, and for what is not a mark."""
     owner = re.fullmatch(rf"{machine()}-([0-9]+)-[0-9a-f]+", mark)
     return owner is not None and mark not in _writing and not _alive(int(owner[1]))
 
@@ -105,7 +105,7 @@ def _alive(process: int) -> bool:
     """Whether another process of that number runs."""
     if process == os.getpid():
         return False
-    if os.name != "posix":  # elsewhere signal 0 is no question
+    if os.name != "posix":  # elsewhere signal 0 is not a question
         return True
     try:
         os.kill(process, 0)

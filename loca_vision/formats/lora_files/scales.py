@@ -154,7 +154,7 @@ def read_settings(fields: Any) -> PeftSettings:
         _check_start(fields.get("init_lora_weights"))
     whole, bias = fields.get("modules_to_save") or [], fields.get("bias") or "none"
     if not isinstance(whole, list) or not all(isinstance(name, str) for name in whole):
-        raise ValueError(f"modules_to_save={whole!r}: it is a list of names")
+        raise ValueError(f"modules_to_save={whole!r}: expected a list of names")
     biases = bias != "none"
     return _of_fourier(fields, tuple(whole), biases) if kind == "FOURIERFT" else _of_lora(fields, tuple(whole), biases)
 

@@ -85,7 +85,7 @@ class Source:
             more: arguments of `from_pretrained`.
 
         Raises:
-            OSError: it cannot be had, or is no such pipeline in safetensors files.
+            OSError: it cannot be had, or is not such a pipeline in safetensors files.
             ValueError: this version of diffusers cannot quantise.
         """
         if "safety_checker" in inspect.signature(cls.__init__).parameters:

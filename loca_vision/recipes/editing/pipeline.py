@@ -35,7 +35,7 @@ def pipeline_of(
         dtype: of the weights.
 
     Raises:
-        OSError: it cannot be had, or is no such pipeline in safetensors files.
+        OSError: it cannot be had, or is not such a pipeline in safetensors files.
     """
     what = "a pipeline of InstructPix2Pix"
     found = Source(source, revision=revision, variant=variant, cache_dir=cache_dir, what=what)

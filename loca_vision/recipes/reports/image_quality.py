@@ -80,7 +80,7 @@ class Clip:
 
     Raises:
         ModuleNotFoundError: transformers is missing.
-        OSError: it cannot be had, or is no CLIP model in safetensors files.
+        OSError: it cannot be had, or is not a CLIP model in safetensors files.
     """
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:

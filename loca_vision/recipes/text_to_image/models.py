@@ -32,7 +32,7 @@ class ImageModels(Models):
 
     Raises:
         OSError: the pipeline cannot be had.
-        ValueError: it is none that can be trained here, or a setting does not fit it.
+        ValueError: it is not one that can be trained here, or a setting does not fit it.
     """
 
     recipe: ImageRecipe
