@@ -109,7 +109,10 @@ CALLS = {
     ),
     "ending of the file": (lambda m: save_adapter(m, "adapter.bin"), "path='adapter.bin': expected a file that ends in"),
     "length of a transform": (lambda m: dct_matrix(0), "n=0: expected a whole number from 1 up"),
-    "form of a transform": (lambda m: dct2(torch.ones(2, 2), method="fft"), "method='fft': expected 'auto', 'matrix' or 'fast'"),
+    "form of a transform": (
+        lambda m: dct2(torch.ones(2, 2), method="fft"),
+        "method='fft': expected 'auto', 'matrix' or 'fast'",
+    ),
     "transform of whole numbers": (lambda m: dct2(torch.ones(2, 2).long()), "x has dtype torch.int64"),
     "transform of nothing": (lambda m: dct2(torch.ones(2, 0)), "x has shape (2, 0): the transformed axis -1 is empty"),
     "unknown model": (lambda m: build_model(ModelSpec("vit_smal", 2)), "model='vit_smal': timm has no model of that name"),

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loca_vision.formats.adapter_file import FILE_NAME, METADATA_KEY, as_json, described
+from loca_vision.formats.hub import hub_file, may_be_a_repository
 from loca_vision.formats.opened import InMemory, Opened
 from loca_vision.formats.packed.reading import CELLS, TABLE, open_adapter, unpacked
 from loca_vision.storage.safetensors_file import may_be_read, pickle_hint
@@ -85,7 +86,16 @@ def locate(source: str | os.PathLike[str], request: Request) -> Path:
         return path
     if not isinstance(source, str) or not may_be_a_repository(text):
         raise FileNotFoundError(f"{text}: there is no such file or folder")
-    return _from_hub(text, request)
+    return hub_file(
+        text,
+        request.weight_name or FILE_NAME,
+        subfolder=request.subfolder,
+        revision=request.revision,
+        token=request.token,
+        cache_dir=None if request.cache_dir is None else str(request.cache_dir),
+        force_download=request.force_download,
+        local_files_only=bool(request.local_files_only),
+    )
 
 
 def safe_name(name: str | None) -> str:
@@ -122,59 +132,3 @@ def _in_folder(folder: Path, request: Request) -> Path:
     if not may_be_read(file, folder):
         raise ValueError(f"{file}: it is a link that leaves the folder")
     return file
-
-
-def may_be_a_repository(text: str) -> bool:
-    """Whether a text that is not a path here could be the name of a repository on the hub."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    if text.startswith((".", "~", "/")) or text.endswith((".safetensors", ".bin", ".pt")):
-        return False
-    try:
-        validate_repo_id(text)
-    except HFValidationError:
-        return False
-    return text.count("/") == 1
-
-
-def _from_hub(repository: str, request: Request) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    name = request.weight_name or FILE_NAME
-    where = f"{repository}{f'/{request.subfolder}' if request.subfolder else ''}"
-    try:
-        fetched = hf_hub_download(
-            repository,
-            name,
-            subfolder=request.subfolder,
-            revision=request.revision,
-            token=request.token,
-            cache_dir=None if request.cache_dir is None else str(request.cache_dir),
-            force_download=request.force_download,
-            local_files_only=bool(request.local_files_only),  # HF_HUB_OFFLINE holds in either case
-        )
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{where}: there is no such folder here, and {name} of a hub repository of that name is not in the cache "
-            "and cannot be fetched now (offline, or no connection)"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{repository}: there is no such folder here, and no such repository on the hub that this token may read"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{repository}: it has no revision {request.revision!r}") from error
-    except EntryNotFoundError as error:
-        raise FileNotFoundError(f"{where}: there is no {name} in that repository") from error
-    except (HfHubHTTPError, OSError) as error:
-        reason = (str(error).splitlines() or [repr(error)])[0]
-        raise OSError(f"{where}: the hub answered with an error: {reason}") from error
-    return Path(fetched)
