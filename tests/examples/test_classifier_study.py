@@ -9,9 +9,9 @@ import pytest
 from scipy import stats
 
 from classifier_study import run as study_run
-from classifier_study import runs as study_runs
 from classifier_study.arms import arms
 from classifier_study.settings import Study
+from loca_vision.recipes.classification import recorded_runs
 from loca_vision.recipes.classification.presets import PRESETS
 from loca_vision.recipes.classification.recipe import Recipe, resolve
 from loca_vision.recipes.classification.study_report import Point, draw_study, paired_difference, study_text
@@ -73,8 +73,8 @@ def made_up(monkeypatch):
         accuracy = {"validation_accuracy": 0.9 - abs(rate - BEST.get(name, 5e-3)), "test_accuracy": 0.5 + recipe.seed / 100}
         return {**measures, **accuracy, "seconds": 3.0}
 
-    monkeypatch.setattr(study_runs, "trained", trained)
-    monkeypatch.setattr(study_runs, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(recorded_runs, "trained", trained)
+    monkeypatch.setattr(recorded_runs, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(study_run, "arms", lambda study: [arm for arm in arms(study) if arm.name != "full"])
     return started
 
@@ -136,15 +136,15 @@ def test_a_record_of_other_flags_is_refused(made_up, tmp_path, capsys):
 
 
 def test_a_real_run_and_one_that_diverges(tmp_path, monkeypatch):
-    monkeypatch.setattr(study_runs, "_KEPT", {})
+    monkeypatch.setattr(recorded_runs, "_KEPT", {})
     words = ["--dataset", "digits", "--model", "test_vit", "--weights", "none", "--image_size", "32", "--train_images", "32"]
     words += ["--epochs", "1", "--batch_size", "16", "--test_images", "20", "--workers", "0", "--cache_features"]
     words += ["--layers", "blocks.[45]", "--n_components", "20"]
-    found = [study_runs.trained([*words, "--output_dir", str(tmp_path / out)], tmp_path / out) for out in ("a", "b")]
+    found = [recorded_runs.trained([*words, "--output_dir", str(tmp_path / out)], tmp_path / out) for out in ("a", "b")]
     measured = [{**one, "seconds": 0, "seconds_per_step": 0} for one in found]
     assert measured[0] == measured[1] and measured[0]["trained_parameters"] == 20 * 4  # the second on kept features
-    assert len(study_runs._KEPT) == 1 and not [*(tmp_path / "a").glob("checkpoint-*")]
-    worse = study_runs.trained([*words, "--lr", "1e30", "--output_dir", str(tmp_path / "c")], tmp_path / "c")
+    assert len(recorded_runs._KEPT) == 1 and not [*(tmp_path / "a").glob("checkpoint-*")]
+    worse = recorded_runs.trained([*words, "--lr", "1e30", "--output_dir", str(tmp_path / "c")], tmp_path / "c")
     assert worse["validation_accuracy"] == 0 and "training has diverged" in (tmp_path / "c" / "log.txt").read_text()
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import tyro
 
 from classifier_study.arms import Arm, arms
-from classifier_study.runs import Run, Runs
 from classifier_study.settings import Study
+from loca_vision.recipes.classification.recorded_runs import Run, Runs, tune
 from loca_vision.recipes.classification.study_report import Point, draw_study, study_text
 from loca_vision.recipes.settings.console import guarded, usage_in_one_line
 from loca_vision.recipes.settings.plugins import import_modules
@@ -17,7 +17,6 @@ from loca_vision.storage.atomic_file import write_atomically
 from loca_vision.storage.output_folder import claim
 
 PROG = "study.py"
-_MOST = 4  # rates beyond the ends of a grid
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,9 +41,9 @@ def run(study: Study) -> list[Point]:
     chosen = arms(study)
     claim(study.output_dir, "settings.json", study.about, "results")
     planned = sum(len(arm.rates) + len(study.seeds) - 1 for arm in chosen)
-    with Runs(study, planned) as runs, ThreadPoolExecutor(study.jobs) as each:
-        _say_how_long(runs, chosen, planned)
-        points = list(each.map(lambda arm: compared(runs, arm), chosen))
+    with Runs(study.output_dir, study.flags, planned, study.jobs) as runs, ThreadPoolExecutor(study.jobs) as each:
+        _say_how_long(runs, study, chosen, planned)
+        points = list(each.map(lambda arm: compared(runs, arm, study.seeds), chosen))
     text = study_text(points, study.seeds, study.against)
     write_atomically(study.output_dir / "study.md", text.encode())
     draw_study(study.output_dir / "study.png", f"{study.title or study.dataset}, {study.image_size} pixels", points)
@@ -52,39 +51,22 @@ def run(study: Study) -> list[Point]:
     return points
 
 
-def _say_how_long(runs: Runs, chosen: Sequence[Arm], planned: int) -> None:
+def _say_how_long(runs: Runs, study: Study, chosen: Sequence[Arm], planned: int) -> None:
     """Measured by the last arm's first run, an adapter's, which is one of the study."""
-    arm, study = chosen[-1], runs.study
-    seconds = runs.finished(arm, arm.rates[0], study.seeds[0])["seconds"]
+    arm = chosen[-1]
+    seconds = _finished(runs, arm, arm.rates[0], study.seeds[0])["seconds"]
     hours = planned * seconds / study.jobs / 3600
     print(f"{len(chosen)} methods and budgets, at least {planned} runs of about {seconds:.0f} s: {hours:.1f} h from nothing")
 
 
-def compared(runs: Runs, arm: Arm) -> Point:
+def compared(runs: Runs, arm: Arm, seeds: Sequence[int]) -> Point:
     """Tune the rate with the first seed, then run the others at the best one."""
-    seeds = runs.study.seeds
-    tried: dict[float, Run] = {}
-    for rate in _grid(arm.rates, tried):
-        tried[rate] = runs.finished(arm, rate, seeds[0])
-    best = _best(tried)
-    found = [tried[best], *(runs.finished(arm, best, seed) for seed in seeds[1:])]
+    best, tried = tune(arm.rates, lambda rate: _finished(runs, arm, rate, seeds[0]))
+    found = [tried[best], *(_finished(runs, arm, best, seed) for seed in seeds[1:])]
     validation = {rate: one["validation_accuracy"] for rate, one in tried.items()}
     return Point.of(arm.name, best, validation, found)
 
 
-def _best(tried: dict[float, Run]) -> float:
-    """Of equally good rates the smallest."""
-    return max(sorted(tried), key=lambda rate: float(tried[rate]["validation_accuracy"]))
-
-
-def _grid(rates: tuple[float, ...], tried: dict[float, Run]) -> Iterator[float]:
-    """The grid, and rates beyond the end where the best one is, until it is not at an end."""
-    yield from rates
-    for _ in range(_MOST):
-        best, known = _best(tried), sorted(tried)
-        if best == known[0]:
-            yield float(f"{known[0] ** 2 / known[1]:.2g}")
-        elif best == known[-1]:
-            yield float(f"{known[-1] ** 2 / known[-2]:.2g}")
-        else:
-            return
+def _finished(runs: Runs, arm: Arm, rate: float, seed: int) -> Run:
+    flags = [*arm.flags, arm.tuned, f"{rate:.6g}"]
+    return runs.finished(f"{arm.name}/rate-{rate:.2g}-seed-{seed}", flags, seed, arm=arm.name, rate=rate)

@@ -1,11 +1,10 @@
-"""The runs of a study of classifiers: done in worker processes, written down, and never done twice."""
+"""Runs of `train` for a study: done in worker processes, written down, and never done twice; and rates tuned by them."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
@@ -17,8 +16,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from classifier_study.arms import Arm
-from classifier_study.settings import Study
 from loca_vision.recipes.classification.cached_features import Kept
 from loca_vision.recipes.classification.presets import PRESETS
 from loca_vision.recipes.classification.recipe import Recipe, resolve
@@ -30,6 +27,7 @@ from loca_vision.storage.strict_json import read_json
 
 RUNS, LOG = "runs.json", "log.txt"
 _MEASURES = ("trained_parameters", "adapter_bytes", "validation_accuracy", "test_accuracy", "seconds_per_step")
+_MOST = 4  # rates beyond the ends of a grid
 _KEPT: Kept = {}  # features that earlier runs of a worker have computed
 
 Run = dict[str, Any]
@@ -39,22 +37,24 @@ class Runs:
     """What has been run, and workers for what has not.
 
     Args:
-        study: whose folder holds the record.
+        folder: of the record, and of a folder for each run.
+        flags: for train.py, what all runs have in common.
         planned: how many runs there are to be, at least.
+        jobs: runs at a time, each with its share of this process's threads.
 
     Raises:
         ValueError: the record is not one of a study.
     """
 
-    def __init__(self, study: Study, planned: int) -> None:
-        self.study, self.file = study, study.output_dir / RUNS
+    def __init__(self, folder: Path, flags: Sequence[str], planned: int, jobs: int = 1) -> None:
+        self.folder, self.flags, self.file = folder, list(flags), folder / RUNS
         self._there: dict[str, Run] = read_json(self.file) if self.file.exists() else {}
         if not all(isinstance(run, dict) and run.keys() >= {"flags", *_MEASURES} for run in self._there.values()):
             raise ValueError(f"{self.file}: it is not the record of a study")
         self._lock = Lock()
         self._bar = tqdm(total=planned, initial=len(self._there), desc="runs", dynamic_ncols=True)
-        threads = max(1, (os.cpu_count() or 1) // study.jobs)
-        self._workers = ProcessPoolExecutor(study.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+        threads = max(1, torch.get_num_threads() // jobs)
+        self._workers = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
 
     def __enter__(self) -> Runs:
         return self
@@ -63,22 +63,26 @@ class Runs:
         self._workers.shutdown(cancel_futures=True)
         self._bar.close()
 
-    def finished(self, arm: Arm, rate: float, seed: int) -> Run:
+    def finished(self, name: str, flags: Sequence[str], seed: int, **about: Any) -> Run:
         """What came out of a run, which is started, or goes on, where it has not finished.
+
+        Args:
+            name: of its folder and in the record.
+            flags: for train.py, beside those of all runs.
+            about: is written into the record too.
 
         Raises:
             ValueError: it failed, or the one that is recorded had other settings.
         """
-        name = f"{arm.name}/rate-{rate:.2g}-seed-{seed}"
-        flags = [*arm.flags, arm.tuned, f"{rate:.6g}"]
+        flags = list(flags)
         if name not in self._there:
-            folder = self.study.output_dir / name
-            words = [*self.study.flags, *flags, "--seed", str(seed), "--output_dir", str(folder), "--resume"]
+            folder = self.folder / name
+            words = [*self.flags, *flags, "--seed", str(seed), "--output_dir", str(folder), "--resume"]
             try:
                 found = self._workers.submit(trained, words, folder).result()
             except (ValueError, OSError) as error:
                 raise ValueError(f"{folder / LOG}: the run failed: {error}") from None
-            self._record(name, {"arm": arm.name, "rate": rate, "seed": seed, "flags": flags, **found})
+            self._record(name, {**about, "seed": seed, "flags": flags, **found})
         if self._there[name]["flags"] != flags:
             raise ValueError(f"{self.file}: {name} was run with {self._there[name]['flags']}, not {flags}")
         return self._there[name]
@@ -114,3 +118,28 @@ def _remove(checkpoint: Path) -> None:
     for file in checkpoint.iterdir():
         file.unlink()
     checkpoint.rmdir()
+
+
+def tune(rates: Sequence[float], attempt: Callable[[float], Run]) -> tuple[float, dict[float, Run]]:
+    """Try every rate of a grid, and rates beyond the end where the best one is, until it is not at an end.
+
+    Args:
+        rates: two or more, from small to large.
+        attempt: rate -> what came out of a run with it.
+
+    Returns:
+        the rate with the best validation accuracy, of equally good ones the smallest; and the runs by their rates.
+    """
+    tried = {rate: attempt(rate) for rate in rates}
+    for _ in range(_MOST):
+        best, known = _best(tried), sorted(tried)
+        if best not in (known[0], known[-1]):
+            break
+        inwards = known[1] if best == known[0] else known[-2]
+        further = float(f"{best**2 / inwards:.2g}")
+        tried[further] = attempt(further)
+    return _best(tried), tried
+
+
+def _best(tried: Mapping[float, Run]) -> float:
+    return max(sorted(tried), key=lambda rate: float(tried[rate]["validation_accuracy"]))
