@@ -25,7 +25,7 @@ def methods(job: Job, only: tuple[str, ...] = ()) -> dict[str, Method]:
 
     Args:
         job: a settled one.
-        only: some of the names, beside the floor; all by default.
+        only: some of the names, in addition to the floor; all by default.
 
     Raises:
         ValueError: `only` has a name that no contender has.

@@ -39,7 +39,7 @@ class Editor:
     """Answers batches of edits, each by its own adapter; those with the same steps and guidance are drawn together.
 
     Raises:
-        ValueError, OSError: the pipeline cannot be had, or does not take the size.
+        ValueError, OSError: the pipeline is not available, or does not take the size.
     """
 
     route = "edit"
@@ -108,7 +108,7 @@ def _pipeline(source: str) -> Any:
     """The pipeline with all its components, a safety checker too, from safetensors files alone.
 
     Raises:
-        OSError: it cannot be had.
+        OSError: it is not available.
     """
     from diffusers import StableDiffusionInstructPix2PixPipeline
 

@@ -1,4 +1,4 @@
-"""Files in repositories on the hub, and what to say when one cannot be had."""
+"""Files in repositories on the hub, and what to say when one is not available."""
 
 from __future__ import annotations
 

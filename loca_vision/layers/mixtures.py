@@ -107,7 +107,7 @@ class Mixture:
         """A layer is called with x.
 
         Raises:
-            ValueError: nobody called the model's own `forward`, and this is not a batch of the right size.
+            ValueError: the model's own `forward` was not called, and this is not a batch of the right size.
         """
         if not self.fits_model and self.differs():
             self.fit(len(x) if x.dim() else 1, "a layer of the model")

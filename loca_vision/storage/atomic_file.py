@@ -67,7 +67,7 @@ def machine() -> str:
 
 
 def abandoned(mark: str) -> bool:
-    """Whether the writer of that mark is no more; False where it cannot be known, and for what is not a mark."""
+    """Whether the process that left the mark has ended; False where it cannot be known, and for what is not a mark."""
     owner = re.fullmatch(rf"{machine()}-([0-9]+)-[0-9a-f]+", mark)
     return owner is not None and mark not in _writing and not _alive(int(owner[1]))
 
@@ -92,7 +92,7 @@ def write_synced(path: Path, data: Content) -> None:
 
 
 def _clean(target: Path) -> None:
-    """Remove the temporary files of processes that are no more."""
+    """Remove the temporary files of processes that have ended."""
     pattern = re.compile(re.escape(f".{target.name}.") + r"(.+)\.tmp")
     with suppress(OSError):  # a folder closed to reading, a file of another user
         for left in target.parent.iterdir():
@@ -127,7 +127,7 @@ def sync_folder(folder: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):  # not to be had in this folder
+        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):  # not available in this folder
             raise
 
 

@@ -77,7 +77,7 @@ def to_lora(
 def refuse_unless(skip: bool, dropped: Iterable[LayerFidelity]) -> None:
     """
     Raises:
-        ValueError: something would be left out, and nobody asked for it: naming the first, and the reason.
+        ValueError: something would be left out without `skip`: naming the first, and the reason.
     """
     first = next(iter(dropped), None)
     if first is not None and not skip:

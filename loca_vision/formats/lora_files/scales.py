@@ -14,7 +14,7 @@ from loca_vision.checks import is_finite
 from loca_vision.storage.strict_json import strict_json
 
 METADATA_KEY = "lora_adapter_metadata"
-# With any of these the update is another one than scale * B A, or one of other weights.
+# With any of these the update is not scale * B A, or belongs to other weights.
 _OTHERWISE = (
     *("use_qalora", "fan_in_fan_out", "layer_replication", "target_parameters"),
     *("alora_invocation_tokens", "arrow_config", "velora_config", "monteclora_config", "trainable_token_indices"),

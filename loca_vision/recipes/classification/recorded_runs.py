@@ -69,7 +69,7 @@ class Runs:
 
         Args:
             name: of its folder and in the record.
-            flags: for train.py, beside those of all runs.
+            flags: for train.py, besides those of all runs.
             about: is written into the record too.
 
         Raises:
