@@ -60,7 +60,7 @@ class Settings:
     def __post_init__(self) -> None:
         for field in ("base_steps", "steps", "n_components", "batch_size"):
             if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)}: it is a whole number from 1 up")
+                raise ValueError(f"{field}={getattr(self, field)}: expected a whole number from 1 up")
 
 
 class Pixels(ModelMixin, ConfigMixin):  # type: ignore[misc]

@@ -66,7 +66,7 @@ class Settings:
     def __post_init__(self) -> None:
         for field in ("seeds", "steps"):
             if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)}: it is a whole number from 1 up")
+                raise ValueError(f"{field}={getattr(self, field)}: expected a whole number from 1 up")
 
     @property
     def learning_steps(self) -> int:

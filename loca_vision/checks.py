@@ -48,31 +48,31 @@ def check_layers(layers: object) -> tuple[str, ...] | None:
     return tuple(patterns)
 
 
-def check_factor(field: str, value: object, meaning: str) -> None:
+def check_factor(field: str, value: object) -> None:
     """Raise unless it is a finite number other than 0."""
     if not is_finite(value) or value == 0:
-        raise ValueError(f"{field}={value!r}: {meaning} is a finite number other than 0")
+        raise ValueError(f"{field}={value!r}: expected a finite number other than 0")
 
 
 def check_seed(seed: object) -> None:
     if not is_whole(seed) or not 0 <= seed < 2**63:  # type: ignore[operator]
-        raise ValueError(f"seed={seed!r}: a seed is a whole number from 0 to 2**63 - 1")
+        raise ValueError(f"seed={seed!r}: expected a whole number from 0 to 2**63 - 1")
 
 
 def check_count(field: str, value: object, least: int = 1, most: int | None = None) -> None:
     if not is_whole(value) or value < least or (most is not None and value > most):  # type: ignore[operator]
-        raise ValueError(f"{field}={value!r}: it is a whole number from {least} {'up' if most is None else f'to {most}'}")
+        raise ValueError(f"{field}={value!r}: expected a whole number from {least} {'up' if most is None else f'to {most}'}")
 
 
 def check_share(field: str, value: object, *, open_end: bool = False) -> None:
     """Raise unless it is a number from 0 to 1, 1 itself left out with `open_end`."""
     if not is_finite(value) or not 0 <= value <= 1 or (open_end and value == 1):  # type: ignore[operator]
-        raise ValueError(f"{field}={value!r}: it is a number from 0 to 1{', 1 not included' if open_end else ''}")
+        raise ValueError(f"{field}={value!r}: expected a number from 0 to 1{', 1 not included' if open_end else ''}")
 
 
 def check_flag(field: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise ValueError(f"{field}={value!r}: it is True or False")
+        raise ValueError(f"{field}={value!r}: expected True or False")
 
 
 def check_choice(field: str, value: object, choices: Collection[object]) -> None:
@@ -84,14 +84,14 @@ def check_components(counts: object) -> None:
     """Raise unless it is a count, or a mapping from name patterns to counts."""
     if isinstance(counts, Mapping):
         if not counts:
-            raise ValueError("n_components={}: a mapping names at least one pattern")
+            raise ValueError("n_components={}: expected at least one pattern")
         for pattern, count in counts.items():
             if not isinstance(pattern, str):
-                raise ValueError(f"n_components: the key {pattern!r} is not a name pattern such as 'blocks.0.*'")
+                raise ValueError(f"n_components: expected a name pattern such as 'blocks.0.*', got {pattern!r}")
             if not is_whole(count) or count < 1:
-                raise ValueError(f"n_components[{pattern!r}]={count!r}: a count is a whole number from 1 up")
+                raise ValueError(f"n_components[{pattern!r}]={count!r}: expected a whole number from 1 up")
     elif not is_whole(counts) or counts < 1:  # type: ignore[operator]
-        raise ValueError(f"n_components={counts!r}: a count is a whole number from 1 up, or a mapping from patterns to counts")
+        raise ValueError(f"n_components={counts!r}: expected a whole number from 1 up, or a mapping from patterns to counts")
 
 
 def counts_by_name(counts: int | Mapping[str, int], names: list[str], field: str = "n_components") -> dict[str, int]:
@@ -124,7 +124,8 @@ def is_finite(value: object) -> bool:
 def as_number(value: Any) -> float | None:
     """The finite real number that a value is: any `numbers.Real`, or the element of a 0-d array or 0-d tensor; else None.
 
-    A tensor on a device is none, since reading it waits for the device, nor one that requires gradients, which would get none.
+    Tensors on a device do not count, since reading one waits for the device, and neither do those that require gradients, which
+    would get none.
     """
     if isinstance(value, Tensor) and (value.device.type != "cpu" or value.requires_grad):
         return None
@@ -139,7 +140,7 @@ def as_number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def finite_number(value: object, where: str, rule: str = "expected a finite number") -> float:
+def finite_number(value: object, where: str) -> float:
     """The value as a float.
 
     Raises:
@@ -147,5 +148,5 @@ def finite_number(value: object, where: str, rule: str = "expected a finite numb
     """
     number = as_number(value)
     if number is None:
-        raise ValueError(f"{where}={value!r}: {rule}")
+        raise ValueError(f"{where}={value!r}: expected a finite number")
     return number

@@ -25,10 +25,10 @@ def methods(job: Job, only: tuple[str, ...] = ()) -> dict[str, Method]:
 
     Args:
         job: a settled one.
-        only: some of the names, beside the floor; all by default.
+        only: some of the names, in addition to the floor; all by default.
 
     Raises:
-        ValueError: a name in `only` that is none.
+        ValueError: `only` has a name that no contender has.
     """
     count, rank = int(job.n_components or 0), job.rank
     found: dict[str, Method] = {

@@ -14,7 +14,7 @@ from loca_vision.functional.cost_model import Strategy
 from steps import Step
 from workloads import Job, Workload
 
-WAYS: tuple[Strategy, ...] = ("whole",)  # beside the one that is chosen
+WAYS: tuple[Strategy, ...] = ("whole",)  # besides the one that is chosen
 Made = Callable[[Workload], Step]
 
 

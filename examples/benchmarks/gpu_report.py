@@ -124,7 +124,7 @@ def screen(found: Run) -> str:
 
 
 def _notes(found: Run) -> Iterator[str]:
-    """What is no table: the tests, and the line of costs."""
+    """What is not a table: the tests, and the line of costs."""
     tests = found["parts"].get("tests", {})
     if "outcomes" in tests:
         counts = ", ".join(f"{count} {outcome.lower()}" for outcome, count in tests["outcomes"].items())

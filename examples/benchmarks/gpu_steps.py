@@ -94,7 +94,7 @@ def _going(session: Session, end: float) -> Callable[[], bool]:
 
 
 def _first(session: Session, make: Made, work: Workload, base: int, row: Found) -> Step:
-    """A contender that has been made and warmed up, and what one of its steps takes beside time."""
+    """A contender that has been made and warmed up, and what one of its steps takes besides time."""
     others = _allocated(work) - base  # which the contenders before it hold
     on_gpu = device_here().type == "cuda"
     if on_gpu:

@@ -112,7 +112,7 @@ class Timed:
 def _shape(size: str) -> tuple[int, int]:
     rows, _, cols = size.partition("x")
     if not (rows.isdecimal() and cols.isdecimal() and int(rows) and int(cols)):
-        raise ValueError(f"sizes: {size!r} is no pair of whole numbers from 1 up such as 768x768")
+        raise ValueError(f"sizes: {size!r} is not a pair of whole numbers from 1 up such as 768x768")
     return int(rows), int(cols)
 
 

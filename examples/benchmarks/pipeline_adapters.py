@@ -62,7 +62,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_positive(self, "batch_size", "size", "rounds", "n_components", "rank", "widths", "threads")
         if self.dtype not in ("float32", "float16", "bfloat16"):
-            raise ValueError(f"dtype={self.dtype}: it is float32, float16 or bfloat16")
+            raise ValueError(f"dtype={self.dtype}: expected float32, float16 or bfloat16")
 
 
 def pipeline(model: nn.Module) -> Any:

@@ -71,7 +71,7 @@ def reports_in(folder: Path) -> list[Report]:
     """Those with a table.
 
     Raises:
-        ValueError: a file that is no report of a benchmark.
+        ValueError: a file that is not a report of a benchmark.
     """
     found = []
     for file in sorted(folder.glob("*.json")):

@@ -36,7 +36,7 @@ class Settings(Job):
     rounds: int = 7
     """Turns of each method, after one that does not count."""
     only: tuple[str, ...] = ()
-    """Some of the methods, by the names they have in the table, beside the floor; all by default."""
+    """Some of the methods, by the names they have in the table, in addition to the floor; all by default."""
     memory: bool = False
     """Measure the peak memory of each method's step too."""
     operators: bool = False

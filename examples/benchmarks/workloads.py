@@ -68,7 +68,7 @@ class Workload:
         base: the model, frozen but for its head; never trained itself.
         inputs: of the batch, asking for a gradient, so that no backward pass stops halfway.
         loss: of a model on the batch.
-        head: the name of the module trained beside adapters, or None.
+        head: the name of the module trained along with adapters, or None.
         targets: the projections this library adapts; `layers`: those of peft.
     """
 

@@ -117,7 +117,7 @@ def run(parsed: Parsed[Benchmark]) -> Path | None:
         The result file; None of a dry run.
 
     Raises:
-        OSError: base, images or DINOv2 cannot be had.
+        OSError: base, images or DINOv2 are not available.
         ValueError: a setting out of range, another than the folder was begun with, or a machine that is too small.
     """
     of = parsed.settings

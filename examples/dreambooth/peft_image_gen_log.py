@@ -70,7 +70,7 @@ class Meter:
 
     Args:
         log: written to.
-        device: of training; of one that is no GPU memory is 0.
+        device: of training; of one that is not a GPU memory is 0.
     """
 
     def __init__(self, log: Log, device: torch.device) -> None:
@@ -104,7 +104,7 @@ class Meter:
         self._began = 0.0
 
     def forget_pictures(self) -> None:
-        """The memory that pictures took is given back, and is no peak."""
+        """The memory that pictures took is given back, and is not a peak."""
         if self.gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

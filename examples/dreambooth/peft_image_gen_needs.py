@@ -79,8 +79,8 @@ def needs_of(protocol: Protocol, recipe: ImageRecipe) -> Needs:
         recipe: settled, whose adapter is counted.
 
     Raises:
-        OSError: a configuration cannot be had, as without a network.
-        ValueError: the base is no pipeline of FLUX.2 klein, or the adapter does not fit it.
+        OSError: a configuration is not available, as without a network.
+        ValueError: the base is not a pipeline of FLUX.2 klein, or the adapter does not fit it.
     """
     place = Source(protocol.base, what="a text-to-image pipeline")
     if (name := place.class_name()) != KLEIN:

@@ -55,7 +55,7 @@ def read_row(file: Path, *, ours: bool = False) -> Row | None:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is none of the benchmark's.
+        ValueError: it is not a result of the benchmark.
     """
     with file.open("rb") as opened:
         raw = opened.read(_LARGEST + 1)

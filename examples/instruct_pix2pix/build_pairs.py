@@ -66,7 +66,7 @@ def build(wanted: Pairs) -> dict[str, list[dict[str, str]]]:
     """Make what is missing of the data set, and its tables and card anew; returns the rows of every part.
 
     Raises:
-        ValueError: a setting out of range, another than the folder was begun with, or a file that is no image.
+        ValueError: a setting out of range, another than the folder was begun with, or a file that is not an image.
         FileNotFoundError: there is no photograph.
         OSError: something cannot be written.
     """

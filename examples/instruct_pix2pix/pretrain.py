@@ -137,12 +137,12 @@ def _check(wanted: Pretrain) -> Shape:
         check_count(name, getattr(wanted, name), least)
     for name in ("autoencoder_learning_rate", "learning_rate"):
         if not 0 < getattr(wanted, name) < 1:
-            raise ValueError(f"{name}={getattr(wanted, name)}: it is a number between 0 and 1")
+            raise ValueError(f"{name}={getattr(wanted, name)}: expected a number between 0 and 1")
     check_share("conditioning_dropout_prob", wanted.conditioning_dropout_prob)
     if wanted.conditioning_dropout_prob > 1 / 3:
-        raise ValueError(f"conditioning_dropout_prob={wanted.conditioning_dropout_prob}: it is at most 1/3")
+        raise ValueError(f"conditioning_dropout_prob={wanted.conditioning_dropout_prob}: expected a number up to 1/3")
     if not 0 <= wanted.image_noise <= 10:
-        raise ValueError(f"image_noise={wanted.image_noise}: it is a number from 0 to 10")
+        raise ValueError(f"image_noise={wanted.image_noise}: expected a number from 0 to 10")
     return Shape(wanted.resolution, wanted.channels, wanted.autoencoder_channels)
 
 

@@ -28,6 +28,7 @@ from loca_vision.checks import check_count, check_share
 from loca_vision.data.images import as_png, open_image
 from loca_vision.data.pairs import CARTOONIZATION, read_pairs
 from loca_vision.data.photographs import Photograph, photographs_in
+from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.methods.registry import config_class
 from loca_vision.recipes.editing.edit import squares
 from loca_vision.recipes.reports.metrics import METRICS, read_metrics
@@ -140,7 +141,7 @@ def _check(study: Study) -> None:
     for method in study.methods:
         config_class(method)
     if study.resolution % 8 or study.resolution < 16:
-        raise ValueError(f"resolution={study.resolution}: it is a multiple of 8 from 16 up")
+        raise ValueError(f"resolution={study.resolution}: expected a multiple of 8 from 16 up")
 
 
 # Photographs
@@ -253,12 +254,6 @@ class Steps:
         if (folder / METRICS).exists():
             return folder
         of = self.study
-        config = config_class(method)
-        like_lora = config.at_budget(2 * of.rank, (1, 1))  # as many numbers as LoRA's factors have, a row and a column
-        kind: dict[str, int] = {"rank": like_lora["r"]} if "r" in like_lora else {}
-        kind |= {"n_components": of.n_components} if "n_components" in like_lora else {}
-        if config.moves_locations:
-            kind |= {"learning_steps": 3 * of.steps // 4}
         told: dict[str, Any] = {
             "pretrained_model_name_or_path": self._folder("base"),
             "train_data_dir": self._folder("pairs"),
@@ -273,7 +268,7 @@ class Steps:
             "conditioning_dropout_prob": 0.05,
             "method": method,
             "targets": of.targets,
-            **kind,
+            **_size(config_class(method), of),
             "latents_dir": self._folder("latents"),
             "cache_dir": self._folder("cache"),
             "mixed_precision": of.mixed_precision,
@@ -311,6 +306,14 @@ class Steps:
             _run("evaluate.py", ["--no_lpips", *others], told)
         found: dict[str, Any] = read_json(folder / "evaluation.json")
         return found
+
+
+def _size(config: type[AdapterConfig], of: Study) -> dict[str, int]:
+    """How many numbers a method trains, and of one whose locations move for how long."""
+    like_lora = config.at_budget(2 * of.rank, (1, 1))  # as many numbers as LoRA's factors have, a row and a column
+    size: dict[str, int] = {"rank": like_lora["r"]} if "r" in like_lora else {}
+    size |= {"n_components": of.n_components} if "n_components" in like_lora else {}
+    return size | ({"learning_steps": 3 * of.steps // 4} if config.moves_locations else {})
 
 
 def _run(script: str, arguments: Sequence[str], told: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ class Settings:
             check_count("ranks", rank, 1, self.size // 3)
         check_share("rho_step", self.rho_step)
         if not 0.001 <= self.rho_step <= 0.5:
-            raise ValueError(f"rho_step={self.rho_step}: it is a number from 0.001 to 0.5")
+            raise ValueError(f"rho_step={self.rho_step}: expected a number from 0.001 to 0.5")
         check_count("trials", self.trials, 2)
         check_count("null_trials", self.null_trials, 20)
         check_seed(self.seed)

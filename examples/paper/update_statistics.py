@@ -70,7 +70,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_count("rank", self.rank)
         if not 0 < self.epsilon < 1:
-            raise ValueError(f"epsilon={self.epsilon}: it is a number between 0 and 1")
+            raise ValueError(f"epsilon={self.epsilon}: expected a number between 0 and 1")
         check_count("distributions", self.distributions)
         check_count("gaussians", self.gaussians)
         check_seed(self.seed)

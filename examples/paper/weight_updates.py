@@ -48,7 +48,7 @@ class WeightUpdates:
 
         Raises:
             OSError: a file cannot be read.
-            ValueError: a file is no safetensors file, or they share no matrix of at least 16 x 16 with such a name.
+            ValueError: a file is not a safetensors file, or they share no matrix of at least 16 x 16 with such a name.
         """
         self.paths = base, trained
         self.entries = [_entries(path) for path in self.paths]

@@ -142,7 +142,7 @@ def _head_names(model: nn.Module) -> set[str]:
 def _reply(asked: ImageAsked, logits: Tensor, classes: Sequence[str] | None) -> Reply:
     """
     Raises:
-        Refusal: the head has another number of classes than the run wrote down, or its outputs are no numbers.
+        Refusal: the head has another number of classes than the run wrote down, or its outputs are not numbers.
     """
     if classes is not None and len(classes) != len(logits):
         raise Refusal(422, f"adapter {asked.adapter!r}: its head has {len(logits)} classes, and its {METRICS} {len(classes)}")

@@ -103,7 +103,7 @@ def engine_of(settings: Settings) -> Any:
     """What answers the server's requests.
 
     Raises:
-        ValueError, OSError: the model or pipeline cannot be had.
+        ValueError, OSError: the model or pipeline is not available.
     """
     if settings.model is not None:
         from classifying import Classifier

@@ -39,7 +39,7 @@ class Editor:
     """Answers batches of edits, each by its own adapter; those with the same steps and guidance are drawn together.
 
     Raises:
-        ValueError, OSError: the pipeline cannot be had, or does not take the size.
+        ValueError, OSError: the pipeline is not available, or does not take the size.
     """
 
     route = "edit"
@@ -51,7 +51,7 @@ class Editor:
         self.pipe = _pipeline(settings.pipeline).to("cuda" if settings.gpus_per_replica else "cpu")
         self.pipe.set_progress_bar_config(disable=True)
         if self.size % self.pipe.vae_scale_factor:
-            raise ValueError(f"image_size={self.size}: for this pipeline it is a multiple of {self.pipe.vae_scale_factor}")
+            raise ValueError(f"image_size={self.size}: expected a multiple of {self.pipe.vae_scale_factor} for this pipeline")
         self.shelf = AdapterShelf(settings.adapters, settings.capacity, self.pipe, list(models_in(self.pipe).values()))
 
     def asked(self, adapter: str, body: bytes, options: Options) -> EditAsked:
@@ -108,7 +108,7 @@ def _pipeline(source: str) -> Any:
     """The pipeline with all its components, a safety checker too, from safetensors files alone.
 
     Raises:
-        OSError: it cannot be had.
+        OSError: it is not available.
     """
     from diffusers import StableDiffusionInstructPix2PixPipeline
 

@@ -35,7 +35,7 @@ def image_of(body: bytes, limits: ImageLimits) -> Image.Image:
     """The image as RGB, upright.
 
     Raises:
-        Refusal: it is none, of another format, too large, or broken.
+        Refusal: it is not an image, of another format, too large, or broken.
     """
     if not body:
         raise Refusal(400, "expected an image as the body of the request, got nothing")

@@ -40,21 +40,21 @@ class Options:
         """A whole number.
 
         Raises:
-            Refusal: it is none, or out of its range.
+            Refusal: it is not a number, or out of its range.
         """
         value = self._take(name)
         if value is None:
             return default
         number = int(value) if value.isascii() and value.isdigit() and len(value) <= 20 else -1
         if not least <= number <= most:
-            raise Refusal(400, f"{name}={_shown(value)}: it is a whole number from {least} to {most}")
+            raise Refusal(400, f"{name}={_shown(value)}: expected a whole number from {least} to {most}")
         return number
 
     def number(self, name: str, default: float, *, least: float, most: float) -> float:
         """A finite number.
 
         Raises:
-            Refusal: it is none, or out of its range.
+            Refusal: it is not a number, or out of its range.
         """
         value = self._take(name)
         if value is None:
@@ -64,7 +64,7 @@ class Options:
         except ValueError:
             number = math.nan
         if not least <= number <= most:
-            raise Refusal(400, f"{name}={_shown(value)}: it is a number from {least:g} to {most:g}")
+            raise Refusal(400, f"{name}={_shown(value)}: expected a number from {least:g} to {most:g}")
         return number
 
     def finish(self) -> None:

@@ -78,7 +78,7 @@ class Settings:
         _check_seconds("timeout", self.timeout, least=0.1, most=3600.0)
         gpus = self.gpus_per_replica
         if not is_finite(gpus) or gpus < 0 or (gpus > 1 and gpus != math.floor(gpus)):
-            raise ValueError(f"gpus_per_replica={gpus!r}: it is a share of a GPU from 0 to 1, or a whole number of them")
+            raise ValueError(f"gpus_per_replica={gpus!r}: expected a share of a GPU from 0 to 1, or a whole number of them")
 
     def check_folder(self) -> None:
         """
@@ -91,4 +91,4 @@ class Settings:
 
 def _check_seconds(name: str, value: object, *, least: float, most: float) -> None:
     if not is_finite(value) or not least <= value <= most:  # type: ignore[operator]
-        raise ValueError(f"{name}={value!r}: it is a number of seconds from {least:g} to {most:g}")
+        raise ValueError(f"{name}={value!r}: expected a number of seconds from {least:g} to {most:g}")

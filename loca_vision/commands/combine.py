@@ -57,7 +57,7 @@ def _without_loss(given: list[tuple[Path, float]], output: Path, dtype: torch.dt
         spectra = read_spectra(path)
         if spectra is None:
             raise ValueError(
-                f"{path}: its updates are no cosines, so that the sum is only close to LoCA: say how much is to be kept by one "
+                f"{path}: its updates are not cosines, so that the sum is only close to LoCA: say how much to keep by one "
                 "of --count, --threshold, --ratio and --energy, or --to lora"
             )
         sources.append((spectra, strength))

@@ -133,7 +133,7 @@ def _check(config: Demo) -> None:
     if config.workers < 0:
         raise ValueError(f"workers must be a whole number from 0 up, got {config.workers}")
     if config.image_size is not None and config.image_size < 1:
-        raise ValueError(f"image_size={config.image_size}: it is a number of pixels from 1 up")
+        raise ValueError(f"image_size={config.image_size}: expected a number of pixels from 1 up")
     if config.dataset == "digits" and config.root:
         raise ValueError(f"root={str(config.root)!r}: the digits are inside scikit-learn; say --dataset for a set of your own")
     if config.dataset != "digits" and not config.root:

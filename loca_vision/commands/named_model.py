@@ -40,7 +40,7 @@ def _of_timm(name: str) -> nn.Module:
 
 def _of_transformers(folder: Path) -> nn.Module:
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: it is no folder of a transformers model: it has no config.json")
+        raise ValueError(f"{folder}: it is not a folder of a transformers model: it has no config.json")
     from transformers import AutoConfig, AutoModelForImageClassification
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

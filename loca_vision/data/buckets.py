@@ -29,7 +29,7 @@ def parse_buckets(text: str, divisor: int) -> tuple[Size, ...]:
         divisor: of all sides, as the model needs it.
 
     Raises:
-        ValueError: it is no list of sizes, a side is not a multiple of `divisor`, or a size comes twice.
+        ValueError: it is not a list of sizes, a side is not a multiple of `divisor`, or a size comes twice.
     """
     check_count("divisor", divisor)
     sizes: list[Size] = []
@@ -59,7 +59,7 @@ def buckets_for(resolution: int, divisor: int, *, most: float = 2.0) -> tuple[Si
     check_count("divisor", divisor)
     check_count("resolution", resolution, divisor)
     if not is_finite(most) or most < 1:
-        raise ValueError(f"most={most!r}: it is a number from 1 up")
+        raise ValueError(f"most={most!r}: expected a number from 1 up")
     square = resolution // divisor * divisor
     least = min(square, -(-_LEAST_SIDE // divisor) * divisor)
     sizes = {(square, square)}

@@ -48,7 +48,7 @@ def in_folder(folder: Path, split: str, caption: str | None) -> InFolder | None:
     notes = (
         *_note("images outside of the split", [image for image in whole.images if part not in image.parents], folder),
         *_note(unread, strays, folder),
-        *_note("files that are no images", [file for file in others if not _has_captions(file)], folder),
+        *_note("files that are not images", [file for file in others if not _has_captions(file)], folder),
         *_note("hidden, of the system or of a run", listing.left_out, folder),
     )
     return InFolder(FolderImages(listing.images, folder), captions, notes)

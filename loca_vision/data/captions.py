@@ -110,7 +110,7 @@ def read_captioned(
 
     Raises:
         ModuleNotFoundError: the library `datasets`, which reads all but images with .txt, is not installed.
-        OSError: the data set cannot be had, or cannot be read.
+        OSError: the data set is not available, or cannot be read.
         ValueError: it is not as described, an image has no caption, max_samples is not a number from 1 up, or as `place_of`.
     """
     if max_samples is not None:

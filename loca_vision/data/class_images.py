@@ -35,7 +35,7 @@ class ClassImages:
             Its file, such as `class-00012.png`.
 
         Raises:
-            ValueError: the number is none of those that are missing.
+            ValueError: the number is not that of a missing image.
             OSError: it could not be written.
         """
         if number not in self.missing:

@@ -102,7 +102,7 @@ def _classes(path: Path, root: Path) -> ImageSet:
     if not folders_in(path):
         raise FileNotFoundError(f"{path}: it has no folder; {LAYOUT}")
     listings = {entry.name: list_images(entry) for entry in folders_in(path)}
-    # A folder in which everything is left out, such as runs/ with the output of training, is no class.
+    # A folder in which everything is left out, such as runs/ with the output of training, is not a class.
     listings = {name: listing for name, listing in listings.items() if listing.images or not listing.left_out}
     for name in listings:
         _check_name(name, path)
@@ -164,7 +164,7 @@ def _notes(path: Path, root: Path) -> Iterable[str]:
     loose = [file for file in (*listing.images, *listing.others) if file.parent == path]
     others = tuple(sorted({*listing.others, *loose}))
     if others:
-        yield f"not read, {len(others)} files that are no images of a class: {relative_names(others, root)}"
+        yield f"not read, {len(others)} files that are not images of a class: {relative_names(others, root)}"
     if listing.left_out:
         yield f"left out, {len(listing.left_out)} hidden, of the system or of a run: {relative_names(listing.left_out, root)}"
 

@@ -38,7 +38,7 @@ def load(
         OSError: the download failed.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed={seed!r}: a seed is a whole number from 0 up")
+        raise ValueError(f"seed={seed!r}: expected a whole number from 0 up")
     published = read(name, root, source=source, download=download)
     train, test, test_rule = held_out(published.train, published.test, published.test_share, seed)
     train, validation, validation_rule = held_out(train, published.validation, published.validation_share, seed)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loca_vision.data.image_files import list_images
-from loca_vision.formats.sources import may_be_a_repository
+from loca_vision.formats.hub import may_be_a_repository
 
 _SAVED_TO_DISK = ("dataset_dict.json", "state.json")
 

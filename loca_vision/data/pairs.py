@@ -100,7 +100,7 @@ def read_pairs(
 
     Raises:
         ModuleNotFoundError: the library `datasets` is not installed.
-        OSError: the data set cannot be had, or cannot be read.
+        OSError: the data set is not available, or cannot be read.
         ValueError: it is not as `Pairs` expects it, max_samples is not a number from 1 up, or as `place_of`.
     """
     if max_samples is not None:

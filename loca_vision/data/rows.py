@@ -39,7 +39,7 @@ def load_rows(source: object, place: tuple[str, dict[str, Any]], split: str, cac
 
     Raises:
         ModuleNotFoundError: the library `datasets` is not installed.
-        OSError: the data set cannot be had, or cannot be read.
+        OSError: the data set is not available, or cannot be read.
     """
     library = datasets_library()
     try:

@@ -84,7 +84,7 @@ def _permutation(size: int, *keys: int) -> list[int]:
 
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: it is a whole number from 1 up")
+        raise ValueError(f"batch_size={batch_size}: expected a whole number from 1 up")
 
 
 def _check_start(start: int, count: int) -> None:
@@ -108,7 +108,7 @@ class SharedBatches(Sampler[list[int]], ABC):
 
     def __init__(self, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank}: it is a whole number from 0 to {world_size - 1}, of {world_size} processes")
+            raise ValueError(f"rank={rank}: expected a whole number from 0 to {world_size - 1}, of {world_size} processes")
         if batch_size % world_size:
             raise ValueError(f"batch_size={batch_size}: {world_size} processes cannot share it equally")
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size

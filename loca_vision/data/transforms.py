@@ -60,7 +60,7 @@ def evaluation_transform(
         ValueError: crop_pct is out of its range.
     """
     if not 0 < crop_pct <= 1:
-        raise ValueError(f"crop_pct={crop_pct}: it is a share of the image, above 0 and at most 1")
+        raise ValueError(f"crop_pct={crop_pct}: expected a share of the image, above 0 and at most 1")
     resize = v2.Resize(int(size / crop_pct), interpolation=v2.InterpolationMode(interpolation), antialias=True)
     return _composed([resize, v2.CenterCrop(size)], mean, std)
 

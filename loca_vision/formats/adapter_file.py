@@ -103,7 +103,7 @@ def described(entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, int]
     """
     names = [key.removesuffix(".coefficients") for key in entries if key.endswith(".coefficients")]
     if not names:
-        raise ValueError("it is no LoCA adapter: no key ends in .coefficients")
+        raise ValueError("it is not a LoCA adapter: no key ends in .coefficients")
     for name in names:
         if name not in shapes:
             raise ValueError(f"the pipeline has no projection {name}{nearest(name, shapes)}")
@@ -174,10 +174,10 @@ def said_in(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What the metadata says, of any version.
 
     Raises:
-        ValueError: it says nothing of an adapter, or is no object with a version.
+        ValueError: it says nothing of an adapter, or is not an object with a version.
     """
     if METADATA_KEY not in metadata:
-        raise ValueError(f"it is no LoCA adapter: the header has no {METADATA_KEY}")
+        raise ValueError(f"it is not a LoCA adapter: the header has no {METADATA_KEY}")
     said = strict_json(metadata[METADATA_KEY])
     if not isinstance(said, dict) or type(said.get("format_version")) is not int:
         raise ValueError(f"{METADATA_KEY}: it is not an object with a format_version")
@@ -200,7 +200,7 @@ def description_of(said: Mapping[str, Any]) -> Description:
         )
     for field in ("name", "base_model", "library_version"):
         if not isinstance(said[field], str):
-            raise ValueError(f"{field}={said[field]!r}: it is a text")
+            raise ValueError(f"{field}={said[field]!r}: expected a text")
     (shapes, convolutions), whole = _shapes(said["shapes"]), _whole(said["whole"])
     configs = _configs(KINDS[said["method"]], said["config"], shapes, whole)
     return Description(configs, shapes, whole, said["name"], said["base_model"], said["library_version"], convolutions)
@@ -241,7 +241,7 @@ def _configs(
         component_of(name, names)
     for component, projections in names.items():
         if not component.isidentifier() or not projections:
-            raise ValueError(f"config: {component!r} is no component that the file has projections for")
+            raise ValueError(f"config: {component!r} is not a component that the file has projections for")
     return {component: _config(kind, said[component], names[component]) for component in said}
 
 
@@ -271,7 +271,7 @@ def _check_tensors(entries: dict[str, Entry], about: Description) -> None:
             raise ValueError(f"the tensor {key} is unknown{nearest(key, wanted)}")
     for key, must in layout.items():
         if entries[key].dtype not in must.dtypes:
-            raise ValueError(f"{key} has dtype {entries[key].dtype}: it is {' or '.join(must.dtypes)}")
+            raise ValueError(f"{key} has dtype {entries[key].dtype}: expected {' or '.join(must.dtypes)}")
         if entries[key].shape != must.shape:
             raise ValueError(f"{key} has shape {entries[key].shape}: by the settings it is {must.shape}")
 

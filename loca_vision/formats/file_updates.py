@@ -43,7 +43,7 @@ def read_updates(path: str | os.PathLike[str]) -> FileUpdates:
 
     Raises:
         FileNotFoundError: it is not there.
-        ValueError: it is no sound adapter file, or not of a pipeline, or does not tell which weights it is for.
+        ValueError: it is not a sound adapter file, or not of a pipeline, or does not tell which weights it is for.
     """
     file = file_to_read(Path(path))
     with open_adapter(file) as opened, ordinary_tensors():

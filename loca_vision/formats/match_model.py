@@ -66,7 +66,7 @@ def _match_projections(model: nn.Module, about: Description) -> list[Target]:
     config = about.configs[""]
     for target in targets:
         if config.layers is None and target.part not in config.targets and "linear" not in config.targets:
-            raise ValueError(f"{target.name} is none of targets={config.targets!r}, which the file's settings say it has")
+            raise ValueError(f"{target.name} is not one of the file's targets={config.targets!r}")
         if target.shape != about.shapes[target.name]:
             shape = about.shapes[target.name]
             raise ValueError(f"{target.name} is {shape} in the file and {target.shape} in the model")
@@ -78,7 +78,7 @@ def _match_whole_tensors(model: nn.Module, about: Description, entries: dict[str
     for name in about.whole:
         entry = entries[f"full.{name}"]
         if entry.dtype not in FLOATS:
-            raise ValueError(f"full.{name} has dtype {entry.dtype}: it is one of {', '.join(FLOATS)}")
+            raise ValueError(f"full.{name} has dtype {entry.dtype}: expected one of {', '.join(FLOATS)}")
         if name not in parameters:
             hint = (
                 "; build it with num_classes, or leave the head out with load_adapter(..., head=False)"

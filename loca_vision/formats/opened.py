@@ -47,7 +47,7 @@ class InMemory:
     def of(state: Mapping[str, Any]) -> InMemory:
         """
         Raises:
-            ValueError: something in it is no plain tensor.
+            ValueError: something in it is not a plain tensor.
         """
         held = {key: value for key, value in state.items() if key != METADATA_KEY}
         for key, value in held.items():

@@ -21,11 +21,12 @@ from loca_vision.formats.adapter_file import (
     part_of,
     read_description,
 )
+from loca_vision.formats.hub import may_be_a_repository
 from loca_vision.formats.match_model import base_model_name, is_of_head, match, may_be_the_same
 from loca_vision.formats.module_names import as_in_files, as_in_model, renamed, renamed_keys
 from loca_vision.formats.packed.reading import can_be_packed, open_adapter
 from loca_vision.formats.packed.writing import packed
-from loca_vision.formats.sources import Request, locate, may_be_a_repository
+from loca_vision.formats.sources import Request, locate
 from loca_vision.functional.transforms import ordinary_tensors
 from loca_vision.layers.called_layers import CalledConvolution
 from loca_vision.layers.targets import Target, readable_weight
@@ -236,7 +237,7 @@ def _whole_tensors(model: nn.Module, name: str, values: Values) -> dict[str, Ten
 def _file_to_write(path: str | os.PathLike[str]) -> Path:
     file = Path(path)
     if file.suffix in PICKLES and not file.is_dir():
-        raise ValueError(f"path={str(path)!r}: an adapter is a file that ends in .safetensors, or a folder for one")
+        raise ValueError(f"path={str(path)!r}: expected a file that ends in .safetensors, or a folder for one")
     return file if file.suffix == ".safetensors" and not file.is_dir() else file / FILE_NAME
 
 

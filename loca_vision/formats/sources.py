@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loca_vision.formats.adapter_file import FILE_NAME, METADATA_KEY, as_json, described
+from loca_vision.formats.hub import hub_file, may_be_a_repository
 from loca_vision.formats.opened import InMemory, Opened
 from loca_vision.formats.packed.reading import CELLS, TABLE, open_adapter, unpacked
 from loca_vision.storage.safetensors_file import may_be_read, pickle_hint
@@ -37,7 +38,7 @@ def opened(source: Any, request: Request) -> Iterator[Opened]:
     """The adapter at a source; what is found wrong with it inside the `with` says where it came from.
 
     Raises:
-        TypeError: the source is no path, name or mapping.
+        TypeError: the source is not a path, name or mapping.
         FileNotFoundError, OSError: it cannot be found, or not be reached.
         ValueError: a name that leaves its folder, or an unsound file.
     """
@@ -72,7 +73,7 @@ def locate(source: str | os.PathLike[str], request: Request) -> Path:
     for what, name in (("weight_name", request.weight_name), ("subfolder", request.subfolder)):
         _refuse_escape(what, name)
     if request.weight_name is not None and (len(PurePosixPath(request.weight_name).parts) != 1 or "\\" in request.weight_name):
-        raise ValueError(f"weight_name={request.weight_name!r}: it is the name of a file, without a folder; see subfolder")
+        raise ValueError(f"weight_name={request.weight_name!r}: expected the name of a file, without a folder; see subfolder")
     text = os.fspath(source)
     if not isinstance(text, str) or not text or "\0" in text:
         raise ValueError(f"source={source!r}: expected a folder, a file or a hub id")
@@ -85,7 +86,16 @@ def locate(source: str | os.PathLike[str], request: Request) -> Path:
         return path
     if not isinstance(source, str) or not may_be_a_repository(text):
         raise FileNotFoundError(f"{text}: there is no such file or folder")
-    return _from_hub(text, request)
+    return hub_file(
+        text,
+        request.weight_name or FILE_NAME,
+        subfolder=request.subfolder,
+        revision=request.revision,
+        token=request.token,
+        cache_dir=None if request.cache_dir is None else str(request.cache_dir),
+        force_download=request.force_download,
+        local_files_only=bool(request.local_files_only),
+    )
 
 
 def safe_name(name: str | None) -> str:
@@ -98,7 +108,7 @@ def safe_name(name: str | None) -> str:
         return FILE_NAME
     _refuse_escape("weight_name", name)
     if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-        raise ValueError(f"weight_name={name!r}: it is the name of a file that ends in .safetensors, without a folder")
+        raise ValueError(f"weight_name={name!r}: expected the name of a file that ends in .safetensors, without a folder")
     return name
 
 
@@ -122,59 +132,3 @@ def _in_folder(folder: Path, request: Request) -> Path:
     if not may_be_read(file, folder):
         raise ValueError(f"{file}: it is a link that leaves the folder")
     return file
-
-
-def may_be_a_repository(text: str) -> bool:
-    """Whether a text that is no path here could be the name of a repository on the hub."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    if text.startswith((".", "~", "/")) or text.endswith((".safetensors", ".bin", ".pt")):
-        return False
-    try:
-        validate_repo_id(text)
-    except HFValidationError:
-        return False
-    return text.count("/") == 1
-
-
-def _from_hub(repository: str, request: Request) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    name = request.weight_name or FILE_NAME
-    where = f"{repository}{f'/{request.subfolder}' if request.subfolder else ''}"
-    try:
-        fetched = hf_hub_download(
-            repository,
-            name,
-            subfolder=request.subfolder,
-            revision=request.revision,
-            token=request.token,
-            cache_dir=None if request.cache_dir is None else str(request.cache_dir),
-            force_download=request.force_download,
-            local_files_only=bool(request.local_files_only),  # HF_HUB_OFFLINE holds in either case
-        )
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{where}: there is no such folder here, and {name} of a hub repository of that name is not in the cache "
-            "and cannot be fetched now (offline, or no connection)"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{repository}: there is no such folder here, and no such repository on the hub that this token may read"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{repository}: it has no revision {request.revision!r}") from error
-    except EntryNotFoundError as error:
-        raise FileNotFoundError(f"{where}: there is no {name} in that repository") from error
-    except (HfHubHTTPError, OSError) as error:
-        reason = (str(error).splitlines() or [repr(error)])[0]
-        raise OSError(f"{where}: the hub answered with an error: {reason}") from error
-    return Path(fetched)

@@ -1,7 +1,7 @@
 """Batches with many components: products over the frequencies.
 
 The spectra S are scattered into dense matrices. Then Delta W = C^T S D, and the gradient is Z = C G D^T, read at the cells and,
-for the locations, beside them.
+for the locations, next to them.
 """
 
 from __future__ import annotations

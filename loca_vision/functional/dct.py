@@ -45,7 +45,7 @@ def dct_matrix(n: int, *, device: torch.device | str | None = None, dtype: torch
         ValueError: n is not a positive whole number.
     """
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise ValueError(f"n={n!r}: the length of a transform is a whole number from 1 up")
+        raise ValueError(f"n={n!r}: expected a whole number from 1 up")
     return matrix_for(n, torch.device(device or "cpu"), dtype).clone()
 
 
@@ -71,7 +71,7 @@ def idct2(x: Tensor, *, method: Method = "auto") -> Tensor:
 
 def _transform(x: Tensor, dim: int, method: Method, *, inverse: bool) -> Tensor:
     if method not in ("auto", "matrix", "fast"):
-        raise ValueError(f"method={method!r}: it is 'auto', 'matrix' or 'fast'")
+        raise ValueError(f"method={method!r}: expected 'auto', 'matrix' or 'fast'")
     if not x.is_floating_point():
         raise TypeError(f"x has dtype {x.dtype}: a cosine transform needs a real floating-point tensor")
     n = x.shape[dim]

@@ -29,7 +29,7 @@ def spectra_at(
     offsets: list[list[Offset]],
     backs: Sequence[Tensor | None],
 ) -> tuple[list[dict[Offset, Tensor]], list[Tensor]]:
-    """Values of Z = C (dY^T X) D^T at cells and beside them, and the gradient of the frequencies of X.
+    """Values of Z = C (dY^T X) D^T at cells and next to them, and the gradient of the frequencies of X.
 
     Args:
         right: the frequencies of the activations X (n, q), which all share.

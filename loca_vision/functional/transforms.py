@@ -58,7 +58,7 @@ def untraced() -> Iterator[None]:
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """Inside, new tensors record no history and are no inference tensors, whatever mode the caller is in.
+    """Inside, new tensors record no history and are not inference tensors, whatever mode the caller is in.
 
     What is made in inference mode could never be trained, nor written to outside of it.
     """

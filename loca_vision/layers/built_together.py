@@ -82,7 +82,7 @@ class BuiltTogether:
             self._batches = {key: batch for key, batch in tuple(self._batches.items()) if not batch.spent[0]}
 
     def take(self, weight: EffectiveWeight, base: Tensor, dtype: torch.dtype) -> Built | None:
-        """The effective weight for activations of this dtype; None if it is none that is built with others."""
+        """The effective weight for activations of this dtype; None if it is not built together with others."""
         member = self._member(weight, base)
         if member is None:
             return None

@@ -67,7 +67,7 @@ class CallSettings(nn.Module):
             return
         self._scale = scale
         if not exported():  # which would take the write for a part of the program
-            if not transformed():  # torch.func lets nobody write to what it did not make; compiled code there sets its own
+            if not transformed():  # torch.func forbids writing to what it did not make; compiled code there sets its own
                 self.scale_tensor.fill_(scale)
             living = {key: found for key, found in _SET_HERE.get().items() if key() is not None}
             _SET_HERE.set({**living, weakref.ref(self): (scale, current_call())})

@@ -9,7 +9,7 @@ from loca_vision.layers.targets import Target
 from loca_vision.messages import nearest
 
 # Modules that other code hangs into a model: the image projection and the processors of an IP-Adapter, the motion modules of
-# AnimateDiff. They are no part of the model that an adapter is for, so that only a pattern with such a name in it reaches them.
+# AnimateDiff. They are not part of the model that an adapter is for: only a pattern with such a name in it reaches them.
 GUESTS = ("encoder_hid_proj", "image_proj", "motion_modules", "processor")
 
 

@@ -50,7 +50,7 @@ def with_updates_of_call(weight: EffectiveWeight, x: Tensor, result: Tensor, bas
     """
     if not compiled():
         return _added(weight, x, result, base, in_place)
-    if torch.is_grad_enabled():  # what is learned is no input of an operator, which would hide it from autograd
+    if torch.is_grad_enabled():  # what is learned is not an input of an operator, which would hide it from autograd
         return _added_outside(weight, x, result, base)
     needs_base = any([update.needs_weight for update in weight.all_updates()])
     term: Tensor = _mixed_call(x, base() if needs_base else None, result.shape[-1], weight._loca_handle)

@@ -107,7 +107,7 @@ class Mixture:
         """A layer is called with x.
 
         Raises:
-            ValueError: nobody called the model's own `forward`, and this is no batch of the right size.
+            ValueError: the model's own `forward` was not called, and this is not a batch of the right size.
         """
         if not self.fits_model and self.differs():
             self.fit(len(x) if x.dim() else 1, "a layer of the model")
@@ -141,7 +141,7 @@ def handle_of(module: nn.Module) -> int:
 
 
 def module_handle(module: nn.Module) -> int:
-    """The handle that the module has, 0 for none: a copy has that of another module, which is none of its own."""
+    """The module's own handle, or 0: a copy has the handle of the module it was copied from, which does not count."""
     handle: int = module.__dict__.get(_HANDLE, 0)
     return handle if owner_of(handle) is module else 0
 

@@ -59,7 +59,7 @@ def is_of_pipeline(name: str) -> bool:
 def projections_of_modules(modules: Iterable[str]) -> dict[str, ProjectionRows]:
     """The projections that modules of a pipeline's components are, by module name; modules of other models are left out.
 
-    What is no part of an attention or feed-forward layer goes by its own path.
+    What is not part of an attention or feed-forward layer goes by its own path.
     """
     return {module: ProjectionRows(_projection_of(module), module) for module in modules if is_of_pipeline(module)}
 

@@ -133,7 +133,7 @@ def with_whole_layers(targets: Sequence[Target]) -> dict[str, Target]:
 
 
 def _called_by_block(block: nn.Module) -> set[int]:
-    """Layers that are no business of the attention layer that holds them."""
+    """Layers that an attention layer holds and the block around it calls."""
     attention, path = CALLED_BY_BLOCK.get(type(block).__name__, ("", ""))
     holder = block._modules.get(attention)
     return set() if holder is None else {id(base_of(genuine_child(holder, path)))}

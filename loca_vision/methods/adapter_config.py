@@ -62,7 +62,7 @@ class AdapterConfig:
         summary: a few words for `--help`.
         settings: the fields that a trainer's user may set; by default all but `targets`, `layers` and `seed`.
         moves_locations: whether the alternating schedule and its settings are for this method.
-        lr, head_lr: learning rates of the adapter and of the classifier head, where nobody sets them.
+        lr, head_lr: learning rates of the adapter and of the classifier head, where the user sets none.
         lr_grid: rates that a study of classifiers tries, from small to large; by default up to `lr`.
         edit_lr: the rate in a study of edits.
         targets: which projections: "q", "k", "v", "out" of attention layers, "fc1", "fc2" of feed-forward layers (the MLPs of a
@@ -101,7 +101,7 @@ class AdapterConfig:
 
     @classmethod
     def editing_defaults(cls, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields whose default in teaching edits is another than the class's; `chosen` are those that somebody has set."""
+        """The defaults in teaching edits that differ from the class's; `chosen` are the fields that the user has set."""
         return {}
 
     @classmethod

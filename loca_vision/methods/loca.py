@@ -43,7 +43,6 @@ class LoCAConfig(SparseConfig):
     title: ClassVar[str] = "LoCA"
     summary: ClassVar[str] = "cosine coefficients at learned locations"
     moves_locations: ClassVar[bool] = True
-    scale_is: ClassVar[str] = "alpha"
 
     n_components: int | Mapping[str, int] = 3000
     scale: float = 1.0

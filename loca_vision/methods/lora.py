@@ -109,7 +109,7 @@ class LoRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("r", self.r)
-        check_factor("alpha", self.alpha, "the factor of the update, times r,")
+        check_factor("alpha", self.alpha)
         check_flag("use_dora", self.use_dora)
         object.__setattr__(self, "alpha", float(self.alpha))
 

@@ -23,7 +23,7 @@ class PatchSpectrum(Spectrum):
         return scattered(self.coefficients * (self.scale * strength), self.patches(self.layout_now()), self.shape)
 
     def cosines(self, strength: float = 1.0) -> None:
-        """None: these are no cosines."""
+        """None: these are not cosines."""
 
     def apply_to(self, x: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         return Update.apply_to(self, x, strength)

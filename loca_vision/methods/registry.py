@@ -29,7 +29,7 @@ def kind(cls: type[_Config]) -> type[_Config]:
 
 
 def method_names() -> tuple[str, ...]:
-    """Registered methods, and those of installed packages that nobody has imported yet."""
+    """Registered methods, and those of installed packages that are not imported yet."""
     return tuple(dict.fromkeys((*KINDS, *(point.name for point in entry_points(group=GROUP)))))
 
 

@@ -115,7 +115,7 @@ class SeLoRAConfig(AdapterConfig):
         check_count("r", self.r)
         check_share("eta", self.eta, open_end=True)
         check_choice("basis", self.basis, ("haar", "fft"))
-        check_factor("alpha", self.alpha, "the factor of the update, times r,")
+        check_factor("alpha", self.alpha)
         check_flag("use_dora", self.use_dora)
         object.__setattr__(self, "eta", float(self.eta))
         object.__setattr__(self, "alpha", float(self.alpha))

@@ -28,14 +28,13 @@ class SparseConfig(AdapterConfig):
     lr: ClassVar[float] = 5e-2
     lr_grid: ClassVar[tuple[float, ...]] = (1.5e-3, 5e-3, 1.5e-2)  # for atoms of norm 1
     edit_lr: ClassVar[float] = 2e-2
-    scale_is: ClassVar[str] = "the factor of the update"
     n_components: int | Mapping[str, int]
     scale: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_components(self.n_components)
-        check_factor("scale", self.scale, self.scale_is)
+        check_factor("scale", self.scale)
         object.__setattr__(self, "scale", float(self.scale))
         if isinstance(self.n_components, Mapping):
             object.__setattr__(self, "n_components", dict(self.n_components))

@@ -49,7 +49,7 @@ class Spectrum(Update):
         self.difference = difference
         self.count = len(coefficients)  # of them that mean something: behind may be zeros, room for another adapter
         self.final = False  # whether the locations are, for good
-        self.awaited = False  # whether locations may be NaN still, until somebody has chosen them
+        self.awaited = False  # whether locations may be NaN still, until they are chosen
         self.scheduled = False  # whether a schedule decides what moves: a half that is frozen may learn again
         self._kept: tuple[Snapshot, Cells] | None = None
         self.coefficients = nn.Parameter(coefficients)

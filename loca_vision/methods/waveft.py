@@ -45,7 +45,7 @@ def filters(wavelet: str) -> Bank:
     """The filters of a wavelet by its name in PyWavelets, which only others than "haar" and "db1" need.
 
     Raises:
-        ValueError: there is none of that name, or its filters have more than 20 numbers.
+        ValueError: there is no wavelet of that name, or its filters have more than 20 numbers.
         ModuleNotFoundError: PyWavelets is not installed.
     """
     if wavelet in ("haar", "db1"):
@@ -59,7 +59,7 @@ def filters(wavelet: str) -> Bank:
         ) from error
     known = pywt.wavelist(kind="discrete")
     if wavelet not in known:
-        raise ValueError(f"wavelet={wavelet!r}: it is none of PyWavelets' discrete wavelets{nearest(wavelet, known)}")
+        raise ValueError(f"wavelet={wavelet!r}: expected one of PyWavelets' discrete wavelets{nearest(wavelet, known)}")
     found = pywt.Wavelet(wavelet)
     if len(found.rec_lo) > _LONGEST:
         raise ValueError(f"wavelet={wavelet!r}: its filters have {len(found.rec_lo)} numbers, of at most {_LONGEST}")
@@ -104,7 +104,7 @@ class WaveFTConfig(SparseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.wavelet, str):
-            raise ValueError(f"wavelet={self.wavelet!r}: it is the name of a wavelet")
+            raise ValueError(f"wavelet={self.wavelet!r}: expected the name of a wavelet")
         filters(self.wavelet)
 
     def spectrum(self, shape: tuple[int, int], coefficients: Tensor, locations: Tensor) -> WaveletSpectrum:

@@ -46,7 +46,7 @@ def set_adapters(
         _known(record, name)
     if len(set(names)) < len(names):
         raise ValueError(f"names={names!r}: an adapter is named twice")
-    refuse_fused(record, names or record.fused.adapters)  # the base model is not to be had then
+    refuse_fused(record, names or record.fused.adapters)  # the base model is not available then
     strengths: list[Strength] = [*_strengths(names, weights)]
     activate(unwrap(model), record, dict(zip(names, strengths, strict=True)), enabled=True)
 
@@ -63,7 +63,7 @@ def _strengths(names: list[str], weights: Any) -> list[float]:
         raise ValueError(f"weights={list(weights)!r}: {len(weights)} weights for {len(names)} adapters")
     numbers = [as_number(weight) for weight in weights]
     if None in numbers:
-        raise ValueError(f"weights={list(weights)!r}: a weight is a finite number")
+        raise ValueError(f"weights={list(weights)!r}: expected a finite number")
     return numbers  # type: ignore[return-value]
 
 

@@ -98,14 +98,14 @@ def scale_in(settings: Any) -> float | None:
     """The `scale` of keyword arguments for attention, None where they have none.
 
     Raises:
-        ValueError: it is no finite number.
+        ValueError: it is not a finite number.
     """
     if not isinstance(settings, Mapping) or "scale" not in settings:
         return None
-    scale, rule = settings["scale"], "the scale of a call is a finite number"
+    scale = settings["scale"]
     if not torch.compiler.is_compiling():
-        return finite_number(scale, "scale", rule)
+        return finite_number(scale, "scale")
     # compiled code takes numbers as symbols, which nothing may be asked that depends on their value but this
     if isinstance(scale, (bool, str)) or scale is None or (isinstance(scale, (int, float)) and scale - scale != 0):
-        raise ValueError(f"scale={scale!r}: {rule}")
+        raise ValueError(f"scale={scale!r}: expected a finite number")
     return scale  # type: ignore[no-any-return]

@@ -26,8 +26,8 @@ def widen_conv_in(unet: nn.Module, channels: int = 8) -> bool:
     The first weights and the bias stay, the others are zero (Brooks et al., 2023, section 3.2). `config.in_channels`
     says so. The new weight is as trainable as the old one.
 
-    To train it beside an adapter, call this, then `inject(unet, config, modules_to_save=("conv_in",))`: it is saved with the
-    adapter as `full.conv_in.weight` and `full.conv_in.bias`. To load that file, nothing of this is needed: loading widens the
+    To train it along with an adapter, call this, then `inject(unet, config, modules_to_save=("conv_in",))`: it is saved with
+    the adapter as `full.conv_in.weight` and `full.conv_in.bias`. Loading that file needs none of this: it widens the
     `conv_in` of a plain UNet as the file asks, and gives the old one back when the adapter goes.
 
     Returns:

@@ -48,7 +48,7 @@ def inject(
 
     Returns:
         The names of the adapted projections, in the order of the model's modules: "<path of the attention or feed-forward
-        layer>.<part>", or, of linear layers that are no part of one, their own paths.
+        layer>.<part>", or, of linear layers that are not part of one, their own paths.
 
     Raises:
         ValueError: the name is in use, a part of `config.targets`, a pattern of `config.layers` or a module to save is nowhere

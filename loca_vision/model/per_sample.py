@@ -114,7 +114,7 @@ def _entry(entry: Any, place: str) -> dict[str, float]:
         return {} if entry is None else {entry: 1.0}
     if not isinstance(entry, Mapping) or not all(isinstance(name, str) for name in entry):
         raise TypeError(f"{place}={entry!r}: expected the name of an adapter, None, or a mapping from names to weights")
-    return {name: finite_number(weight, f"{place}[{name!r}]", "a weight is a finite number") for name, weight in entry.items()}
+    return {name: finite_number(weight, f"{place}[{name!r}]") for name, weight in entry.items()}
 
 
 def names_in(entries: Sequence[Mapping[str, float]]) -> list[str]:

@@ -160,7 +160,7 @@ def parameter_groups(
     rates = {"lr": lr, "location_lr": location_lr, "head_lr": lr if head_lr is None else head_lr}
     for field, value in (rates | {"weight_decay": weight_decay}).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ValueError(f"{field}={value!r}: it is a finite number from 0 up")
+            raise ValueError(f"{field}={value!r}: expected a finite number from 0 up")
     learned = trainable_updates(model)
     check_sharding(model)
     moving = [p for u in learned for p in u.location_parameters()]
@@ -179,4 +179,4 @@ def _check_steps(**steps: object) -> None:
         if value is None and field == "learning_steps":
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{field}={value!r}: a number of optimiser steps is a whole number from 0 up")
+            raise ValueError(f"{field}={value!r}: expected a whole number from 0 up")

@@ -149,7 +149,7 @@ def _accumulate(losses: Iterable[Tensor], probes: list[_Probe]) -> None:
             raise _independent()
         loss.backward()  # type: ignore[no-untyped-call]
     if not count:
-        raise ValueError("losses: there is none")
+        raise ValueError("losses: expected at least one, got none")
     if all(probe.matrix.grad is None for probe in probes):
         raise _independent()
 

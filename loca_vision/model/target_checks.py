@@ -58,7 +58,7 @@ def _what_is_named(model: nn.Module, patterns: Sequence[str], head: Container[in
 
 
 def _names_all_it_has(part: str, found: Sequence[Target], config: AdapterConfig) -> bool:
-    """Whether a part without a projection is no mistake: "linear" stands for all, and patterns may name other parts' layers."""
+    """Whether a part may lack a projection: "linear" stands for all, and patterns may name layers of other parts."""
     if part == "linear":
         return bool(found)
     return bool(found) and not any(target.part in config.targets for target in found)
@@ -133,7 +133,7 @@ def _check_in_attention(target: Target) -> None:
     hooked = any(hasattr(attention, name) for name in ("_hf_hook", "_diffusers_hook"))
     if mine is not None and not hooked and getattr(mine, "__func__", None) is not type(attention).forward:
         raise TypeError(
-            f"{target.name}: somebody has put a forward of their own on that attention layer, which would go around it"
+            f"{target.name}: other code has replaced the `forward` of that attention layer, and would bypass the adapter"
         )
     sizes = [getattr(target.layer, name, None) for name in ("in_features", "out_features")]
     if not all(isinstance(size, int) for size in sizes):

@@ -15,7 +15,7 @@ _LOCK = Lock()  # two threads must not give a module two hooks
 
 
 class Watch:
-    """A hook that knows whom it watches for, by handle; one in a copy watches for nobody, until the copy is watched."""
+    """A hook that knows whom it watches for, by handle; one in a copy does nothing, until the copy is watched."""
 
     def __init__(self) -> None:
         self.handle = 0

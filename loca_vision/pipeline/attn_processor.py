@@ -32,7 +32,7 @@ class LoCAAttnProcessor(nn.Module):
 
     Raises:
         ValueError: an unknown projection, or none.
-        TypeError: something that is no processor or no spectrum.
+        TypeError: something that is not a processor or no spectrum.
     """
 
     def __init__(self, processor: Any, spectra: Mapping[str, Update], scale: float = 1.0) -> None:

@@ -24,7 +24,7 @@ def block_strengths(model: nn.Module, weights: Any, projections: Sequence[str], 
         where: how to call the weights in a sentence.
 
     Raises:
-        ValueError: anything that names no attention of the model, or is no finite number.
+        ValueError: anything that names no attention of the model, or is not a finite number.
     """
     if not isinstance(weights, Mapping):
         return finite_number(weights, where)

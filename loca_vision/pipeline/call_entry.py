@@ -58,7 +58,7 @@ def _call_of(pipe: Any, arguments: Mapping[str, Any], *, nested: bool) -> Pipeli
     """The call that begins with these arguments, or the one it is a part of.
 
     Raises:
-        ValueError: its scale is no finite number, and the pipeline has adapters.
+        ValueError: its scale is not a finite number, and the pipeline has adapters.
     """
     around = current_call()
     mappings = [value for value in map(arguments.get, KEYWORDS) if isinstance(value, Mapping)]

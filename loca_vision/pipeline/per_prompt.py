@@ -95,7 +95,7 @@ def _expansion(model: nn.Module, prompts: int, images: int) -> Callable[[int], S
         if batch % len(once):
             raise ValueError(
                 f"{KEYWORD} has {prompts} entries, and {called} was called with a batch of {batch}, "
-                f"which is no multiple of {len(once)}"
+                f"which is not a multiple of {len(once)}"
             )
         return once * (batch // len(once))
 

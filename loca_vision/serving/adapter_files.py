@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from loca_vision.formats.adapter_file import FILE_NAME
-from loca_vision.formats.sources import Request, locate, may_be_a_repository
+from loca_vision.formats.hub import may_be_a_repository, no_repository
+from loca_vision.formats.sources import Request, locate
 from loca_vision.storage.safetensors_file import may_be_read
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
@@ -27,7 +28,7 @@ class AdapterFolder:
         return sorted({name for name in found if _NAME.fullmatch(name)})
 
     def find(self, name: str) -> Path | None:
-        """The file of an adapter; None if there is none, or its name is no name of an adapter."""
+        """The file of an adapter; None if there is none, or its name is not a name of an adapter."""
         if not _NAME.fullmatch(name):
             return None
         for file in (self.folder / f"{name}{_SUFFIX}", self.folder / name / FILE_NAME):
@@ -71,8 +72,8 @@ def adapter_files(source: str | os.PathLike[str]) -> AdapterFolder | AdapterRepo
     """The adapters at a source.
 
     Raises:
-        TypeError: it is no path and no name.
-        FileNotFoundError: it is no folder here, and no repository.
+        TypeError: it is neither a path nor a name.
+        FileNotFoundError: it is neither a folder here nor a repository.
     """
     if not isinstance(source, (str, os.PathLike)) or isinstance(source, bytes):
         raise TypeError(f"source is a {type(source).__name__}: expected a folder of adapters, or a repository on the hub")
@@ -102,9 +103,7 @@ def _listed(repository: str) -> set[str]:
         if not constants.HF_HUB_OFFLINE:
             return set(HfApi().list_repo_files(repository))
     except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{repository}: there is no such folder here, and no such repository on the hub that this token may read"
-        ) from error
+        raise FileNotFoundError(no_repository(repository)) from error
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
         pass  # the cache may have it
     try:

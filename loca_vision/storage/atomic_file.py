@@ -46,7 +46,7 @@ def _target(path: Path) -> Path:
     """The regular file, there or not, that `path` means at the end of all links."""
     target = Path(os.path.realpath(path))  # `resolve` has another error for a circle of links in every Python
     if os.path.lexists(target) and not target.is_file():  # a device would be exchanged for a file
-        raise OSError(errno.EINVAL, "what is there is no regular file")
+        raise OSError(errno.EINVAL, "something other than a regular file is there")
     return target
 
 
@@ -67,7 +67,7 @@ def machine() -> str:
 
 
 def abandoned(mark: str) -> bool:
-    """Whether the writer of that mark is no more; False where it cannot be known, and for what is no mark."""
+    """Whether the process that left the mark has ended; False where it cannot be known, and for what is not a mark."""
     owner = re.fullmatch(rf"{machine()}-([0-9]+)-[0-9a-f]+", mark)
     return owner is not None and mark not in _writing and not _alive(int(owner[1]))
 
@@ -92,7 +92,7 @@ def write_synced(path: Path, data: Content) -> None:
 
 
 def _clean(target: Path) -> None:
-    """Remove the temporary files of processes that are no more."""
+    """Remove the temporary files of processes that have ended."""
     pattern = re.compile(re.escape(f".{target.name}.") + r"(.+)\.tmp")
     with suppress(OSError):  # a folder closed to reading, a file of another user
         for left in target.parent.iterdir():
@@ -105,7 +105,7 @@ def _alive(process: int) -> bool:
     """Whether another process of that number runs."""
     if process == os.getpid():
         return False
-    if os.name != "posix":  # elsewhere signal 0 is no question
+    if os.name != "posix":  # elsewhere signal 0 is not a question
         return True
     try:
         os.kill(process, 0)
@@ -127,7 +127,7 @@ def sync_folder(folder: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):  # not to be had in this folder
+        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):  # not available in this folder
             raise
 
 

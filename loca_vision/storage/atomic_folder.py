@@ -33,7 +33,7 @@ def write_folder(target: Path, files: Mapping[str, Content]) -> None:
         aside = target.with_name(f"{target.name}.old-{mark}")
         try:
             if os.path.lexists(target) and (target.is_symlink() or not target.is_dir()):
-                raise OSError(errno.ENOTDIR, "what is there is no folder")
+                raise OSError(errno.ENOTDIR, "something other than a folder is there")
             target.parent.mkdir(parents=True, exist_ok=True)
             _make(target.with_name(f"{target.name}.tmp-{mark}"), target, aside, files)
         except OSError as error:
@@ -77,7 +77,7 @@ def check_replaceable(target: Path, *, overwrite: bool, ours: Callable[[Path], b
     if not os.path.lexists(target):
         return
     if target.is_symlink() or not target.is_dir():
-        raise FileExistsError(f"{target}: what is there is no folder")
+        raise FileExistsError(f"{target}: something other than a folder is there")
     there = sorted(target.iterdir())
     if there and not overwrite:
         raise FileExistsError(f"{target}: that folder is not empty; choose another, or say that it may be overwritten")

@@ -101,9 +101,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
 
 def _check_numbers(step: object, keep: object) -> None:
     if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 10**18:
-        raise ValueError(f"step={step!r}: a step is a whole number from 0 up, below 10^18")
+        raise ValueError(f"step={step!r}: expected a whole number from 0 up, below 10^18")
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
-        raise ValueError(f"keep={keep!r}: a number of checkpoints is a whole number from 1 up, or None for all")
+        raise ValueError(f"keep={keep!r}: expected a whole number from 1 up, or None for all")
 
 
 def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:

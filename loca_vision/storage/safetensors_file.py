@@ -84,7 +84,7 @@ def open_safetensors(path: Path, *, eight_bits: bool = False) -> Iterator[OpenFi
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: what is there is no regular file, or not a sound safetensors file; the sentence says where.
+        ValueError: it is not a regular file, or not a sound safetensors file; the sentence says where.
     """
     _check_regular(path)
     dtypes = _SIZES | dict.fromkeys(EIGHT_BITS if eight_bits else (), 1)

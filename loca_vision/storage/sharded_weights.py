@@ -158,7 +158,7 @@ def write_weights_files(
     if not entries:
         raise ValueError("there is no tensor to write")
     if shard_size < 1:
-        raise ValueError(f"shard_size={shard_size!r}: it is a number of bytes from 1 up")
+        raise ValueError(f"shard_size={shard_size!r}: expected a number of bytes from 1 up")
     if target.suffix == ".safetensors" and not target.is_dir():
         if extra:
             raise ValueError(f"{target}: a single file has no room for {', '.join(extra)}")

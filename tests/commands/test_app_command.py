@@ -20,7 +20,7 @@ def told(capsys, *arguments):
     [
         ((), "expected an adapter, as in: loca-vision app loca-demo"),
         (("a", "b"), "expected one adapter, got 2; several go with --pipeline"),
-        (("a", "--port", "0"), "port=0: it is a whole number from 1 to 65535"),
+        (("a", "--port", "0"), "port=0: expected a whole number from 1 to 65535"),
         (("a", "--port", "65536"), "port=65536"),
         (("a", "--pipeline", "b", "--model", "c"), "--model: it is for classifiers"),
         (("a", "--no-such"), "Unrecognized options: --no-such"),

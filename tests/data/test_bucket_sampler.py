@@ -84,10 +84,10 @@ def test_it_works_in_a_loader_and_leaves_the_global_generator():
 
 WRONG = {
     "none": (lambda: BucketSampler([], batch_size=1, seed=0), "buckets: there are no images"),
-    "batch": (lambda: BucketSampler([0], batch_size=0, seed=0), "batch_size=0: it is a whole number from 1 up"),
+    "batch": (lambda: BucketSampler([0], batch_size=0, seed=0), "batch_size=0: expected a whole number from 1 up"),
     "rank": (
         lambda: BucketSampler([0], batch_size=2, seed=0, rank=2, world_size=2),
-        "rank=2: it is a whole number from 0 to 1",
+        "rank=2: expected a whole number from 0 to 1",
     ),
     "shares": (lambda: BucketSampler([0], batch_size=3, seed=0, world_size=2), "batch_size=3: 2 processes cannot share it"),
     "start": (lambda: bucket_batches([0] * 5, batch_size=2, seed=0, epoch=0, start=4), "start=4: the epoch has 3 batches"),

@@ -78,7 +78,7 @@ def test_automatic_sizes_of_stable_diffusion():
 
 @pytest.mark.parametrize("most", [0.9, float("nan"), float("inf"), "2"])
 def test_a_stretch_below_one(most):
-    with pytest.raises(ValueError, match="it is a number from 1 up"):
+    with pytest.raises(ValueError, match="expected a number from 1 up"):
         buckets_for(512, 64, most=most)
 
 

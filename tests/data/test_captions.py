@@ -215,7 +215,7 @@ def test_what_beside_captions_is_not_read_is_told(tmp_path):
         (folder / name).write_text("y")
     assert read(folder, tmp_path).notes == (
         "not read, .txt files without an image: readme.txt",
-        "not read, files that are no images: b.heic",
+        "not read, files that are not images: b.heic",
     )
 
 

@@ -71,7 +71,7 @@ def test_they_are_read_with_one_caption(tmp_path):
 
 
 def test_wrong_calls(tmp_path):
-    with pytest.raises(ValueError, match="wanted=0: it is a whole number from 1 up"):
+    with pytest.raises(ValueError, match="wanted=0: expected a whole number from 1 up"):
         class_images(tmp_path, 0)
     (tmp_path / "file").write_text("x")
     with pytest.raises(NotADirectoryError, match="file: expected a folder of class images, got a file"):

@@ -104,13 +104,13 @@ def test_every_format_that_pil_reads_is_read(tmp_path):
     splits = load("folder", tmp_path)
     assert sum(sizes(splits)[:2]) == 6 + len(FORMATS)
     assert all(image.mode == "RGB" for image, _ in (splits.train[i] for i in range(len(splits.train))))
-    assert "not read, 2 files that are no images of a class: train/cat/movie.mpg, train/cat/notes.txt" in described(splits)
+    assert "not read, 2 files that are not images of a class: train/cat/movie.mpg, train/cat/notes.txt" in described(splits)
 
 
 def test_images_outside_a_class_are_named(tmp_path):
     write_folder(tmp_path, flat=10)
     save(tmp_path / "loose.png", 0, 0)
-    assert "no images of a class: loose.png" in described(load("folder", tmp_path))
+    assert "files that are not images of a class: loose.png" in described(load("folder", tmp_path))
 
 
 def test_what_is_next_to_the_parts_is_named(tmp_path):

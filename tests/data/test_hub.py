@@ -156,7 +156,7 @@ def test_without_a_network(monkeypatch):
         raise ConnectionError("Couldn't reach\nthe hub")
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    sentence = "https://huggingface.co/datasets/timm/resisc45: train cannot be had from the hub (Couldn't reach the hub)"
+    sentence = "https://huggingface.co/datasets/timm/resisc45: train is not on the hub (Couldn't reach the hub)"
     with pytest.raises(OSError, match=re.escape(sentence)):
         load("resisc45", None, source="hub")
 

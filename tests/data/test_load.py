@@ -281,8 +281,8 @@ CALLS = {
     "name": (("mnist", "."), {}, "dataset='mnist': the sets are oxford_pets, stanford_cars"),
     "source": (("cifar10", "."), {"source": "web"}, "source='web': the choices are 'torchvision' and 'hub'"),
     "root": (("cifar10", None), {}, "root=None: say in which folder CIFAR-10 lies"),
-    "negative seed": (("digits", None), {"seed": -1}, "seed=-1: a seed is a whole number from 0 up"),
-    "seed of another kind": (("digits", None), {"seed": 1.0}, "seed=1.0: a seed is a whole number from 0 up"),
+    "negative seed": (("digits", None), {"seed": -1}, "seed=-1: expected a whole number from 0 up"),
+    "seed of another kind": (("digits", None), {"seed": 1.0}, "seed=1.0: expected a whole number from 0 up"),
 }
 
 

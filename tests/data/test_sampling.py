@@ -100,13 +100,16 @@ def test_the_share_that_a_crop_keeps():
 
 
 WRONG = {
-    "crop": (lambda: evaluation_transform(8, *HALF, crop_pct=1.5), "crop_pct=1.5: it is a share of the image"),
-    "no crop": (lambda: evaluation_transform(8, *HALF, crop_pct=0), "crop_pct=0: it is a share of the image"),
+    "crop": (lambda: evaluation_transform(8, *HALF, crop_pct=1.5), "crop_pct=1.5: expected a share of the image"),
+    "no crop": (lambda: evaluation_transform(8, *HALF, crop_pct=0), "crop_pct=0: expected a share of the image"),
     "augment": (lambda: training_transform(8, *HALF, augment="mix"), "augment='mix': the choices are 'none', 'flip', 'crop'"),
-    "batch": (lambda: batches(8, batch_size=0, seed=0, epoch=0), "batch_size=0: it is a whole number from 1 up"),
+    "batch": (lambda: batches(8, batch_size=0, seed=0, epoch=0), "batch_size=0: expected a whole number from 1 up"),
     "too few": (lambda: batches(8, batch_size=9, seed=0, epoch=0), "batch_size=9: there are 8 images, too few for one batch"),
     "start": (lambda: batches(8, batch_size=2, seed=0, epoch=0, start=5), "start=5: the epoch has 4 batches"),
-    "rank": (lambda: EpochSampler(8, batch_size=2, seed=0, rank=2, world_size=2), "rank=2: it is a whole number from 0 to 1"),
+    "rank": (
+        lambda: EpochSampler(8, batch_size=2, seed=0, rank=2, world_size=2),
+        "rank=2: expected a whole number from 0 to 1",
+    ),
     "shares": (lambda: EpochSampler(8, batch_size=3, seed=0, world_size=2), "batch_size=3: 2 processes cannot share it"),
 }
 

@@ -119,10 +119,10 @@ def test_what_is_open_is_settled_by_the_workload():
         ),
         (training_step.main, ["--only", "LoRA"], "only='LoRA': the methods are floor, "),
         (inference.main, ["--loads", "0"], "loads=0: whole numbers from 1 up"),
-        (pipeline_adapters.main, ["--dtype", "int8"], "dtype=int8: it is float32, float16 or bfloat16"),
+        (pipeline_adapters.main, ["--dtype", "int8"], "dtype=int8: expected float32, float16 or bfloat16"),
         (scaling.main, ["--widths", "0"], "widths=(0,): whole numbers from 1 up"),
         (path_costs.main, ["--device", "cuda"], "device='cuda': expected a GPU that torch can use, got none"),
-        (path_costs.main, ["--sizes", "12"], "sizes: '12' is no pair of whole numbers"),
+        (path_costs.main, ["--sizes", "12"], "sizes: '12' is not a pair of whole numbers"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(main, arguments, said, capsys):

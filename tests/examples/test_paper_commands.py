@@ -142,12 +142,12 @@ def test_another_training_is_not_taken_for_the_first(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("main", "words", "sentence"),
     [
-        (theorems.main, ["--sizes", "8"], "sizes=8: it is a whole number from 12 up"),
-        (theorems.main, ["--sizes", "40", "--ranks", "31"], "ranks=31: it is a whole number from 1 to 30"),
-        (theorems.main, ["--trials", "1"], "trials=1: it is a whole number from 2 up"),
-        (theorems.main, ["--seed", "-1"], "seed=-1: a seed is"),
-        (critical_correlation.main, ["--rho_step", "0"], "rho_step=0.0: it is a number from 0.001 to 0.5"),
-        (critical_correlation.main, ["--ranks", "101"], "ranks=101: it is a whole number from 1 to 100"),
+        (theorems.main, ["--sizes", "8"], "sizes=8: expected a whole number from 12 up"),
+        (theorems.main, ["--sizes", "40", "--ranks", "31"], "ranks=31: expected a whole number from 1 to 30"),
+        (theorems.main, ["--trials", "1"], "trials=1: expected a whole number from 2 up"),
+        (theorems.main, ["--seed", "-1"], "seed=-1: expected"),
+        (critical_correlation.main, ["--rho_step", "0"], "rho_step=0.0: expected a number from 0.001 to 0.5"),
+        (critical_correlation.main, ["--ranks", "101"], "ranks=101: expected a whole number from 1 to 100"),
         (critical_correlation.main, ["--size", "many"], "size: expected a whole number, got 'many'"),
     ],
 )
@@ -163,8 +163,8 @@ def test_bad_settings(main, words, sentence, tmp_path, capsys):
     ("words", "sentence"),
     [
         (["--epsilon", "0.05"], "update_statistics.py: epsilon=0.05: 400 normal numbers already differ"),
-        (["--epsilon", "1.5"], "epsilon=1.5: it is a number between 0 and 1"),
-        (["--rank", "11", "--epsilon", "0.4"], "update_statistics.py: rank=11: it is a whole number from 1 to 10"),
+        (["--epsilon", "1.5"], "epsilon=1.5: expected a number between 0 and 1"),
+        (["--rank", "11", "--epsilon", "0.4"], "update_statistics.py: rank=11: expected a whole number from 1 to 10"),
         (["--layers", "decoder.*"], "they share no matrix of at least 16 x 16 whose name fits decoder.*"),
         (["--layers", "*proj*"], "all matrices that they share are the same"),
     ],

@@ -41,10 +41,10 @@ def refused(capsys, *arguments):
     ("arguments", "words"),
     [
         (["--adapters", "missing"], "adapters='missing': there is no such folder"),
-        (["--adapters", ".", "--port", "70000"], "port=70000: it is a whole number from 1 to 65535"),
+        (["--adapters", ".", "--port", "70000"], "port=70000: expected a whole number from 1 to 65535"),
         (["--adapters", ".", "--replicas", "0"], "replicas=0"),
-        (["--adapters", ".", "--most_pixels", "90000000"], "most_pixels=90000000: it is a whole number from 1 to 80000000"),
-        (["--adapters", ".", "--timeout", "nan"], "timeout=nan: it is a number of seconds from 0.1 to 3600"),
+        (["--adapters", ".", "--most_pixels", "90000000"], "most_pixels=90000000: expected a whole number from 1 to 80000000"),
+        (["--adapters", ".", "--timeout", "nan"], "timeout=nan: expected a number of seconds from 0.1 to 3600"),
         (["--adapters", ".", "--gpus_per_replica", "1.5"], "gpus_per_replica=1.5"),
         (["--adapters", ".", "--pipeline", "base"], "either --model or --pipeline, got both"),
         (["--adapters", ".", "--model", "vit_tinny"], "vit_tiny"),

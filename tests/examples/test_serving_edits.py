@@ -135,7 +135,7 @@ def test_options_out_of_range_are_refused(editor, more, words):
 
 
 def test_a_size_that_the_pipeline_does_not_take_is_refused(folder, editor):
-    with pytest.raises(ValueError, match="image_size=17: for this pipeline it is a multiple of"):
+    with pytest.raises(ValueError, match="image_size=17: expected a multiple of"):
         Editor(Settings(folder, pipeline="base", image_size=17))
 
 

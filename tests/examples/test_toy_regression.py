@@ -46,5 +46,5 @@ def test_a_bad_value_is_one_line_and_status_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, "--seeds", 0, "--output", tmp_path / "new") == 2
-    assert capsys.readouterr().err == "seeds=0: it is a whole number from 1 up\n"
+    assert capsys.readouterr().err == "seeds=0: expected a whole number from 1 up\n"
     assert not (tmp_path / "new").exists()

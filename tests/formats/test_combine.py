@@ -143,7 +143,7 @@ def test_loras_are_put_side_by_side(tmp_path):
     ("words", "sentence"),
     [
         ("combine {}/a {}/out", "expected two adapters or more and the output, got 2 paths"),
-        ("combine {}/a {}/b {}/out", "b: its updates are no cosines, so that the sum is only close to LoCA: say how much"),
+        ("combine {}/a {}/b {}/out", "b: its updates are not cosines, so that the sum is only close to LoCA: say how much"),
         ("combine {}/a:nan {}/a {}/out", "its strength is nan, expected a finite number"),
         ("combine {}/a {}/none {}/out", "no such file"),
         ("combine {}/a {}/a {}/a", "it is there; choose another name, or say --overwrite"),

@@ -208,7 +208,7 @@ def test_modules_that_loca_does_not_adapt_are_refused_or_left_out(tmp_path):
     pairs = attention_lora(pipe) | {other: LowRankPair(torch.randn(2, 288), torch.randn(32, 2))}
     write_diffusers_lora(tmp_path / "lora.safetensors", pairs, kernels={other: (3, 3)})
     source = read_source(tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match=r"conv1: a convolution of 3 x 3 is no projection that LoCA adapts.*\(skip\)"):
+    with pytest.raises(ValueError, match=r"conv1: a convolution of 3 x 3 is not a projection that LoCA adapts.*\(skip\)"):
         to_loca(source, Budget("count", 3), tmp_path / "loca")
     assert not (tmp_path / "loca").exists()
     losses = to_loca(source, Budget("count", 3), tmp_path / "loca", skip=True)

@@ -117,7 +117,7 @@ def test_peft_reads_the_magnitudes_of_convolutions(tmp_path):
 def test_what_is_not_exact_is_refused(tmp_path, capsys):
     layers = [f"unet.mid_block.attentions.0.transformer_blocks.0.attn1.{part}" for part in ("to_q", "to_k")]
     pairs = {layer: LowRankPair(torch.ones(2, 32), torch.ones(32, 2)) for layer in layers}
-    with pytest.raises(ValueError, match=r"attn1.to_k is no DoRA where others are"):
+    with pytest.raises(ValueError, match=r"attn1.to_k is not a DoRA where others are"):
         write_diffusers_lora(tmp_path / "x.safetensors", pairs, magnitudes={layers[0]: torch.ones(32)})
     pipe = stable_diffusion()
     trained(pipe.unet, LoRAConfig(r=3, use_dora=True))

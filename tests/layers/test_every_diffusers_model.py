@@ -32,7 +32,7 @@ REFUSED = {
     ("UniDiffuserTextDecoder", "linear"): "transformer.lm_head shares its weight with transformer.transformer.wte",
 }
 ROUNDED = {"AceStepAudioTokenizer"}  # to a few levels: small updates vanish
-# Linear layers in attention layers that are no projection: reachable as "linear", or by their names.
+# Linear layers in attention layers that are not projections: reachable as "linear", or by their names.
 GATES_AND_KIN = {
     ("Krea2Attention", "to_gate"),
     ("RFD4ProteinaPairAttention", "to_g"),
@@ -52,7 +52,7 @@ def test_every_class_is_in_the_zoo_or_left_out_with_a_reason() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _not_collected() -> Iterator[None]:
-    """What is here already is no garbage: to look through it takes as long as all of the tests."""
+    """What is here already is not garbage: to look through it takes as long as all of the tests."""
     gc.freeze()
     yield
     gc.unfreeze()

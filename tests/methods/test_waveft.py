@@ -79,10 +79,10 @@ def test_the_wavelet_is_in_the_file_and_in_what_is_swapped(vit, build, tmp_path)
     [
         ("scale", 0, "scale=0"),
         ("n_components", 0, "n_components=0"),
-        ("wavelet", "db", "wavelet='db': it is none of PyWavelets' discrete wavelets; perhaps db"),
-        ("wavelet", 2, "wavelet=2: it is the name"),
+        ("wavelet", "db", "wavelet='db': expected one of PyWavelets' discrete wavelets; perhaps db"),
+        ("wavelet", 2, "wavelet=2: expected the name"),
         ("wavelet", "db11", "wavelet='db11': its filters have 22 numbers, of at most 20"),
-        ("wavelet", "morl", "wavelet='morl': it is none"),
+        ("wavelet", "morl", "wavelet='morl': expected one of"),
     ],
 )
 def test_wrong_settings_are_refused(field, value, sentence):

@@ -1,4 +1,4 @@
-"""Adapted models are no reference circles: what nobody refers to is freed at once, without the garbage collector."""
+"""Adapted models form no reference cycles: what nobody refers to is freed at once, without the garbage collector."""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     ([], ValueError, r"names=\[\]: expected one entry for each sample"),
     ("loca", TypeError, "names is a str: expected a list with one entry for each sample"),
     ([1, None], TypeError, r"names\[0\]=1: expected the name of an adapter, None, or a mapping"),
-    ([{"loca": float("nan")}, None], ValueError, r"names\[0\]\['loca'\]=nan: a weight is a finite number"),
+    ([{"loca": float("nan")}, None], ValueError, r"names\[0\]\['loca'\]=nan: expected a finite number"),
     ([{"loca": "much"}, None], ValueError, r"names\[0\]\['loca'\]='much'"),
 ]
 

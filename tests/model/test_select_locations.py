@@ -151,7 +151,7 @@ def test_a_unet_with_checkpointing():
 REFUSED = {
     "computed before": (lambda model: [answer(model, images(0)).sum()], {}, "do not depend on the adapter"),
     "of another model": (lambda model: (p.sum() for p in [torch.ones(2, requires_grad=True)]), {}, "do not depend"),
-    "none": (lambda model: [], {}, "losses: there is none"),
+    "none": (lambda model: [], {}, "losses: expected at least one"),
     "no scalar": (lambda model: (model(images(0)) for _ in range(1)), {}, r"number 1 has shape \(2, 3\)"),
     "no tensor": (lambda model: [1.0], {}, "number 1 has type float"),
     "not finite": (lambda model: (model(images(0)).sum() * torch.inf for _ in range(1)), {}, "number 1 is "),

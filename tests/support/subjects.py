@@ -103,7 +103,7 @@ SUBJECTS = {
     ),
 }
 INTERLEAVED = of_timm("maxvit", ("q", "v", "out"))
-"""Of whose fused weights a projection is no range of rows, but an index."""
+"""Of whose fused weights a projection is not a range of rows, but an index."""
 
 
 def optimiser(model: nn.Module, **settings: Any) -> torch.optim.AdamW:

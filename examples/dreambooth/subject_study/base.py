@@ -61,9 +61,9 @@ class BaseSettings:
         if len(self.channels) < 2:
             raise ValueError(f"channels={list(self.channels)}: they are two or more, of which the first does not attend")
         if not 0 < self.learning_rate < 1:
-            raise ValueError(f"learning_rate={self.learning_rate}: it is a number between 0 and 1")
+            raise ValueError(f"learning_rate={self.learning_rate}: expected a number between 0 and 1")
         if self.resolution % 8 or self.resolution < 16:
-            raise ValueError(f"resolution={self.resolution}: it is a multiple of 8 from 16 up")
+            raise ValueError(f"resolution={self.resolution}: expected a multiple of 8 from 16 up")
         Shape(self.resolution, self.channels)
 
 

@@ -55,7 +55,7 @@ def _arms_of(study: Study, config: type[AdapterConfig]) -> Iterator[Arm]:
         for field, value in chosen.items():
             flags += [f"--{METHODS.flags[field]}", str(value)] if field in METHODS.flags else ["--set", f"{field}={value}"]
         flags += ["--head_lr", f"{config.head_lr:g}"]
-        rates = _rates(config, chosen)
+        rates = rates_of(config, chosen)
         if not config.moves_locations:
             yield Arm(name.format(config.method), rates, tuple(flags))
             continue
@@ -76,7 +76,7 @@ def _sizes(study: Study, config: type[AdapterConfig]) -> dict[int, dict[str, Any
     return {budget: chosen for budget, chosen in found.items() if budget}
 
 
-def _rates(config: type[AdapterConfig], chosen: dict[str, Any]) -> tuple[float, ...]:
+def rates_of(config: type[AdapterConfig], chosen: dict[str, Any]) -> tuple[float, ...]:
     """The method's grid; of one that counts components, for steps of the same length in the space of the weights."""
     rates: Sequence[float] = config.lr_grid or (config.lr / 10, 0.3 * config.lr, config.lr)
     longer = math.sqrt(TUNED_AT / chosen["n_components"]) if "n_components" in chosen else 1.0

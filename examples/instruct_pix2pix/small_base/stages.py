@@ -35,7 +35,7 @@ PHRASES = (
     "Change nothing",
 )
 _WARMUP = 50  # steps in which the rate rises
-_KL, _ABSOLUTE = 1e-6, 0.1  # weights beside the squared error of pixels
+_KL, _ABSOLUTE = 1e-6, 0.1  # weights of terms besides the squared error of pixels
 _LATENT_NOISE, _IMAGE_NOISE = 32, 33  # keys of streams of random numbers
 _UNSEEN = 10**9  # a step that no training reaches, for batches to measure on
 

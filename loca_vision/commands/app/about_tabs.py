@@ -1,4 +1,4 @@
-"""The lower part of every page: what the file of an adapter says, and its spectra, drawn when somebody wants to see them."""
+"""The lower part of every page: what the file of an adapter says, and its spectra, drawn when they are first shown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def about_tabs(source: Path, scratch: Path, of: str = "") -> None:
         of: the adapter's name, where a page has several.
     """
 
-    @cache  # drawn once, for whoever is the first to look
+    @cache  # drawn once, when first shown
     def spectra() -> str | None:
         picture = Path(tempfile.mkdtemp(dir=scratch)) / "spectra.png"
         return str(picture) if picture_of(source, picture) else None

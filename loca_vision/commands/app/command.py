@@ -26,7 +26,7 @@ class App:
     pipeline: str | None = None
     """The pipeline of diffusers that the adapters are for: a folder, or a repository of the hub."""
     host: str = "127.0.0.1"
-    """The address to serve at. By default nobody but this machine can open the page."""
+    """The address to serve at. By default only this machine can open the page."""
     port: int = 7860
     """The port to serve at."""
     open: bool = False

@@ -59,10 +59,10 @@ def write_for_the_page(
 
 
 def read_demo_folder(folder: Path) -> DemoFolder | None:
-    """None for a folder that is none of the demonstration's.
+    """None for a folder that the demo did not write.
 
     Raises:
-        ValueError: what its metrics say is not what `write_for_the_page` writes, or an example is no image.
+        ValueError: what its metrics say is not what `write_for_the_page` writes, or an example is not an image.
         FileNotFoundError: a file that they name is missing.
     """
     if not (folder / METRICS).is_file():

@@ -27,7 +27,7 @@ def write_mix(
     Args:
         sources: the files or folders of the adapters, by name.
         form: one of `FORMS`.
-        rank: of a LoRA; from 1 up. An adapter of this library is a LoRA where some update is no sum of cosines.
+        rank: of a LoRA; from 1 up. An adapter of this library is a LoRA where some update is not a sum of cosines.
         folder: for the file.
 
     Returns:

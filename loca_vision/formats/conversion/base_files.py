@@ -38,7 +38,7 @@ def _is_kept(file: Path, folder: Path) -> bool:
 def with_classes(config: bytes, before: int, after: int) -> bytes:
     """`config.json` of a classifier of `before` classes as that of one of `after`; of another model as it was.
 
-    Names of the classes are those of the base, so that there are none: transformers calls them LABEL_0, LABEL_1, ...
+    The base's names of classes no longer fit, so that the new classes have none: transformers calls them LABEL_0, LABEL_1, ...
 
     Raises:
         ValueError: it is not sound JSON.

@@ -89,7 +89,7 @@ def open_difference(
 def _refuse(rest: list[str], component: str) -> None:
     more = f", and {len(rest) - 1} more" if len(rest) > 1 else ""
     raise ValueError(
-        f"{_told(rest[0], component)} changed as well{more}, and is no weight of a projection that can be adapted: "
+        f"{_told(rest[0], component)} changed as well{more}, and is not a weight of a projection that can be adapted: "
         "leave such tensors out, or keep them whole"
     )
 

@@ -111,13 +111,13 @@ def combined(sources: Sequence[tuple[WeightDeltas, float]]) -> WeightDeltas:
     """The sum of strength times each update, by module: factors stay factors.
 
     Raises:
-        ValueError: an update depends on the weight (DoRA), or is no matrix; shapes or whole tensors do not agree.
+        ValueError: an update depends on the weight (DoRA), or is not a matrix; shapes or whole tensors do not agree.
     """
     for source, _ in sources:
         for module in source.needs_weight:
             raise ValueError(f"{module}: its update (DoRA) depends on the weight; merge one after the other instead")
         for parameter in source.differences:
-            raise ValueError(f"{parameter}: what is added to it is no update of a matrix; merge one after the other instead")
+            raise ValueError(f"{parameter}: its update is not one of a matrix; merge one after the other instead")
 
     def read(module: str, _: Tensor | None) -> Tensor | LowRankPair:
         there = [(source.read(module, None), strength) for source, strength in sources if module in source.shapes]

@@ -46,13 +46,13 @@ class Budget:
         if self.kind not in get_args(BudgetRule):
             raise ValueError(f"kind={self.kind!r}: the choices are {', '.join(get_args(BudgetRule))}")
         if not is_finite(self.amount):
-            raise ValueError(f"{self.kind}={self.amount!r}: it is a finite number")
+            raise ValueError(f"{self.kind}={self.amount!r}: expected a finite number")
         if self.kind == "count" and (self.amount < 1 or self.amount != int(self.amount)):
-            raise ValueError(f"count={self.amount!r}: a count is a whole number from 1 up")
+            raise ValueError(f"count={self.amount!r}: expected a whole number from 1 up")
         if self.kind == "threshold" and self.amount <= 0:
-            raise ValueError(f"threshold={self.amount!r}: it is above 0")
+            raise ValueError(f"threshold={self.amount!r}: expected a number above 0")
         if self.kind in ("ratio", "energy") and not 0 < self.amount <= 1:
-            raise ValueError(f"{self.kind}={self.amount!r}: it is a share, above 0 and at most 1")
+            raise ValueError(f"{self.kind}={self.amount!r}: expected a share, above 0 and at most 1")
 
 
 @dataclass(frozen=True)

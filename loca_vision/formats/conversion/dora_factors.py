@@ -22,7 +22,7 @@ def dora_of(updates: Sequence[tuple[ProjectionRows, Update]], shape: tuple[int, 
         shape: (p, q) of the weight.
 
     Returns:
-        None where an update is no DoRA, or where some rows have none: their magnitude is their norm in the weight.
+        None where an update is not a DoRA, or where some rows have none: their magnitude is their norm in the weight.
     """
     magnitudes = torch.full(shape[:1], torch.nan)
     ups, downs = [], []

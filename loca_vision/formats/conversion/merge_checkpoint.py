@@ -177,7 +177,7 @@ def _check_whole_head(name: str, classes: int, before: Mapping[str, Entry], chan
         if other in before and brought != [classes]:
             raise ValueError(f"{name} is for {classes} classes, and the adapter does not bring {other} for as many")
     if f"{layer}.weight" not in before:
-        raise ValueError(f"{name} has another shape in the base, {before[name].shape}, and is no part of a classifier's head")
+        raise ValueError(f"{name} has another shape in the base, {before[name].shape}, and is not part of a classifier's head")
 
 
 def _extra(base: Path, before: Mapping[str, Entry], after: Mapping[str, Entry]) -> dict[str, bytes]:

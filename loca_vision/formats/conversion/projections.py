@@ -37,7 +37,7 @@ class Projections(Mapping[str, Tensor]):
 def places_of(
     source: WeightDeltas, places: Sequence[ProjectionRows] | None, *, skip: bool
 ) -> tuple[list[ProjectionRows], list[LayerFidelity]]:
-    """Where the projections that this source updates lie, and what of it is no projection.
+    """Where the projections that this source updates lie, and what of it is not a projection.
 
     Parts of a fused projection whose update is zero are left out, as the key where query and value are adapted.
 
@@ -46,7 +46,7 @@ def places_of(
             `text_model` in them then, as in all files, whatever the installed transformers has.
 
     Raises:
-        ValueError: something is no projection and `skip` is not set, or nothing is one; an update of another shape than the
+        ValueError: something is not a projection and `skip` is not set, or nothing is one; an update of another shape than the
             model's weight, or with rows that belong to no projection.
     """
     by_module: dict[str, list[ProjectionRows]] = {}
@@ -85,7 +85,7 @@ def _without_room(source: WeightDeltas, known: Mapping[str, list[ProjectionRows]
         if why:
             norm = math.nan if module in source.needs_weight else norm_of(source.matrix(module))
             dropped.append(left_out_entirely(module, shape, norm, why))
-    why = "it is the difference of a parameter that is no matrix, for which an adapter has no room"
+    why = "it is the difference of a parameter that is not a matrix, for which an adapter has no room"
     return dropped + [
         left_out_entirely(name, tuple(tensor.shape), norm_of(tensor), why) for name, tensor in source.differences.items()
     ]
@@ -95,9 +95,9 @@ def _why_not(source: WeightDeltas, module: str, known: Mapping[str, list[Project
     """Why a module cannot be adapted; "" where it can."""
     kernel = source.kernels.get(module, (1, 1))
     if kernel != (1, 1):
-        return f"a convolution of {kernel[0]} x {kernel[1]} is no projection that LoCA adapts"
+        return f"a convolution of {kernel[0]} x {kernel[1]} is not a projection that LoCA adapts"
     if not known.get(module):
-        return f"it is no projection that LoCA adapts{nearest(module, known)}"
+        return f"it is not a projection that LoCA adapts{nearest(module, known)}"
     if module in source.needs_weight:
         return "its update (DoRA) depends on the weight; name the weights (--base), or merge it into them"
     return ""

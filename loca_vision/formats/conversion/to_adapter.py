@@ -48,7 +48,7 @@ def to_loca(
         places: of the model's projections (`projections_in`), for a model by itself. Without, the modules are those of a
             pipeline's components. Only projections with an update get into the file.
         base_model: what the file says it is for.
-        skip: leave out what an adapter has no room for: modules that are no projection (larger convolutions among them),
+        skip: leave out what an adapter has no room for: modules that are not projections (larger convolutions among them),
             updates that depend on the weight, differences of biases and norms.
         dtype: of the coefficients in the file, as in `save_adapter`.
 

@@ -42,7 +42,7 @@ def to_lora(
         dtype: of the factors.
         base_model: what the file says it is for, for "peft" as the hub names it; by default what the source says.
         skip: leave out what has no room in these keys: tensors trained whole (but for "peft"), differences of biases and
-            norms, modules without a name, updates that depend on the weight and are no DoRA of whole rows.
+            norms, modules without a name, updates that depend on the weight and are not DoRAs of whole rows.
         xl: "kohya": it is for Stable Diffusion XL, where its modules do not tell.
 
     Returns:
@@ -53,7 +53,7 @@ def to_lora(
         OSError: as `write_atomically`.
     """
     if rank is not None and rank < 1:
-        raise ValueError(f"rank={rank}: it is a whole number from 1 up")
+        raise ValueError(f"rank={rank}: expected a whole number from 1 up")
     dropped = _without_room(source, layout)
     refuse_unless(skip, dropped)
     gone = {loss.layer for loss in dropped}
@@ -77,7 +77,7 @@ def to_lora(
 def refuse_unless(skip: bool, dropped: Iterable[LayerFidelity]) -> None:
     """
     Raises:
-        ValueError: something would be left out, and nobody asked for it: naming the first, and the reason.
+        ValueError: something would be left out without `skip`: naming the first, and the reason.
     """
     first = next(iter(dropped), None)
     if first is not None and not skip:
@@ -134,7 +134,7 @@ def _without_room(source: WeightDeltas, layout: KeyFormat) -> list[LayerFidelity
     if layout != "peft":
         why = f"it was trained whole, for which {layout} keys have no room"
         dropped += [left_out_entirely(name, tuple(tensor.shape), math.nan, why) for name, tensor in source.whole.items()]
-    why = f"it is the difference of a parameter that is no matrix, for which {layout} keys have no room"
+    why = f"it is the difference of a parameter that is not a matrix, for which {layout} keys have no room"
     return dropped + [
         left_out_entirely(name, tuple(tensor.shape), norm_of(tensor), why) for name, tensor in source.differences.items()
     ]

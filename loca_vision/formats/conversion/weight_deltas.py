@@ -44,7 +44,7 @@ class WeightDeltas:
         read: the update of one, as a matrix or as its factors. Updates in `needs_weight` need the weight (p, q).
         whole: tensors trained whole, which replace those of the base, by the parameter's name.
         kernels: (kh, kw) of the modules that are convolutions, (1, 1) included; the others are linear.
-        differences: what is to be added to parameters that are no matrix of an update, such as biases, by name.
+        differences: what is to be added to parameters other than matrices, such as biases, by name.
         needs_weight: the modules whose update depends on the weight (DoRA).
         decomposed: of those, as far as they are DoRA with a magnitude for each row: scale * B A, and the magnitudes (p,).
         left_out: what is not in here, by key, and why.
@@ -153,7 +153,7 @@ def _without_empty_kinds(updates: Mapping[str, ModuleUpdate]) -> dict[str, Modul
 
 
 def _is_zero(update: ModuleUpdate) -> bool:
-    """Whether it is a LoRA of zeros; of other kinds there are none for the sake of anybody."""
+    """Whether it is a LoRA of zeros. Nobody writes zeros of another kind."""
     if update.kind != "LoRA":
         return False
     pair = update.make()

@@ -74,7 +74,7 @@ class Key:
     Args:
         path: of the layer, "" where it has none: `unet.mid_block.attentions.0...attn1.to_q`, `blocks.0.attn.qkv`; of one that
             is several modules in diffusers, the first of them, and how many more.
-        role: "down" (A), "up" (B), "mid", "alpha", "diff", "hada_w1_a", ..., or "foreign" for what is no part of an update
+        role: "down" (A), "up" (B), "mid", "alpha", "diff", "hada_w1_a", ..., or "foreign" for what is not part of an update
             that is read here.
         what: of the foreign ones, a word for a message.
         layer: the modules that the layer is, and their rows.

@@ -70,7 +70,7 @@ def add_layer(
         sizes: as in `read_lora`.
 
     Raises:
-        ValueError: the tensors are no whole update, or the rows are not those of the layer's modules.
+        ValueError: the tensors do not make a whole update, or the rows are not those of the layer's modules.
     """
     rest, layer, columns = dict(parts), of.layer, None
     if "set_weight" in rest:

@@ -32,7 +32,7 @@ class LowRankPair:
                 f"up is {tuple(self.up.shape)} and down {tuple(self.down.shape)}: expected (p, r) and (r, q) with r >= 1"
             )
         if not math.isfinite(self.scale):
-            raise ValueError(f"scale={self.scale!r}: it is a finite number")
+            raise ValueError(f"scale={self.scale!r}: expected a finite number")
 
     @property
     def rank(self) -> int:

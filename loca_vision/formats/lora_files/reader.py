@@ -49,7 +49,7 @@ def read_lora(
     A layer's scale is its `.alpha` by its rank, or else what the header or `adapter_config.json` says, or else 1.
 
     Args:
-        skip: leave out the layers whose update is of another kind (OFT, IA3, ...), and keys that are no part of any, and list
+        skip: leave out the layers whose update is of another kind (OFT, IA3, ...), and keys that are not part of any, and list
             them in the result. Without, the first of them is refused.
         sizes: (p, q) of the model's weights by module, which peft's FourierFT needs.
 
@@ -146,7 +146,7 @@ def _check_dtypes(entries: Mapping[str, Entry], layers: Mapping[str, Mapping[str
     for keys in layers.values():
         for role, key in keys.items():
             if role != "alpha" and entries[key].dtype not in (*FLOATS, *EIGHT_BITS):
-                raise ValueError(f"{key} has dtype {entries[key].dtype}: it is one of {', '.join((*FLOATS, *EIGHT_BITS))}")
+                raise ValueError(f"{key} has dtype {entries[key].dtype}: expected one of {', '.join((*FLOATS, *EIGHT_BITS))}")
             if role == "alpha" and any(size != 1 for size in entries[key].shape):
                 raise ValueError(f"{key} has shape {entries[key].shape}: expected one number")
 

@@ -55,7 +55,7 @@ def role_of(key: str) -> tuple[str, str, str]:
     """The layer that a key stands for, and its role: "down", "up", "alpha", "hada_w1_a", ...
 
     Returns:
-        Layer, role, and "". For what is no part of an update that is read here: the layer as far as one can tell, "foreign",
+        Layer, role, and "". For what is not part of an update that is read here: the layer as far as one can tell, "foreign",
         and a word for a message.
     """
     plain = _of_xlabs(_NAMED.sub(r".\1.weight", key))

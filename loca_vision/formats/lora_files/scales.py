@@ -14,7 +14,7 @@ from loca_vision.checks import is_finite
 from loca_vision.storage.strict_json import strict_json
 
 METADATA_KEY = "lora_adapter_metadata"
-# With any of these the update is another one than scale * B A, or one of other weights.
+# With any of these the update is not scale * B A, or belongs to other weights.
 _OTHERWISE = (
     *("use_qalora", "fan_in_fan_out", "layer_replication", "target_parameters"),
     *("alora_invocation_tokens", "arrow_config", "velora_config", "monteclora_config", "trainable_token_indices"),
@@ -154,7 +154,7 @@ def read_settings(fields: Any) -> PeftSettings:
         _check_start(fields.get("init_lora_weights"))
     whole, bias = fields.get("modules_to_save") or [], fields.get("bias") or "none"
     if not isinstance(whole, list) or not all(isinstance(name, str) for name in whole):
-        raise ValueError(f"modules_to_save={whole!r}: it is a list of names")
+        raise ValueError(f"modules_to_save={whole!r}: expected a list of names")
     biases = bias != "none"
     return _of_fourier(fields, tuple(whole), biases) if kind == "FOURIERFT" else _of_lora(fields, tuple(whole), biases)
 

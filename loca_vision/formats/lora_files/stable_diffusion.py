@@ -32,7 +32,7 @@ def family_of(shapes: Mapping[str, tuple[int, int]], base_model: str = "unknown"
         xl: that it is Stable Diffusion XL was said by the user.
 
     Raises:
-        ValueError: the modules are those of another one than was said.
+        ValueError: the modules are those of another version than the one given.
     """
     told = next((family for module, shape in shapes.items() if (family := _by_module(module, shape)) is not None), None)
     if xl and told not in (None, "sdxl"):

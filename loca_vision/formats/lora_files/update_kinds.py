@@ -36,7 +36,7 @@ def update_of(name: str, parts: Mapping[str, Tensor], scale: Scale) -> ModuleUpd
         scale: alpha by rank, whatever says so.
 
     Raises:
-        ValueError: they are no whole set, or their shapes do not fit each other.
+        ValueError: they are not a whole set, or their shapes do not fit each other.
     """
     roles = set(parts) - _BESIDE
     if roles in ({"down", "up"}, {"down", "up", "mid"}):
@@ -61,7 +61,7 @@ def _what_is_missing(name: str, roles: set[str]) -> str:
         if roles < whole and len(whole - roles) == 1:
             (missing,) = whole - roles
             return f"the {missing}{' half' if missing in ('down', 'up') else ''} of {name} is missing"
-    return f"{name} has {', '.join(sorted(roles))}, which are no update that is whole, or more than one"
+    return f"{name} has {', '.join(sorted(roles))}, which are not exactly one whole update"
 
 
 def _check(fits: bool, expected: str, **shapes: Tensor) -> None:

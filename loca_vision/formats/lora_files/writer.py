@@ -157,5 +157,5 @@ def _is_dora(names: Collection[str], layers: LoraLayers) -> bool:
     without = [name for name in names if name not in layers.magnitudes]
     dora = len(without) < len(names)
     if dora and without:
-        raise ValueError(f"{without[0]} is no DoRA where others are: peft and diffusers know one of both for a whole model")
+        raise ValueError(f"{without[0]} is not a DoRA where others are: peft and diffusers know one of both for a whole model")
     return dora

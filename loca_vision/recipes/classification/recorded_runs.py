@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Thread
 from types import TracebackType
 from typing import Any
 
@@ -54,7 +55,7 @@ class Runs:
         self._lock = Lock()
         self._bar = tqdm(total=planned, initial=len(self._there), desc="runs", dynamic_ncols=True)
         threads = max(1, torch.get_num_threads() // jobs)
-        self._workers = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+        self._workers = ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker, (threads,))
 
     def __enter__(self) -> Runs:
         return self
@@ -68,7 +69,7 @@ class Runs:
 
         Args:
             name: of its folder and in the record.
-            flags: for train.py, beside those of all runs.
+            flags: for train.py, besides those of all runs.
             about: is written into the record too.
 
         Raises:
@@ -94,6 +95,22 @@ class Runs:
             write_atomically(self.file, f"{{\n{lines}\n}}\n".encode())
             self._bar.total = max(self._bar.total, len(self._there))
             self._bar.update()
+
+
+def begin_worker(threads: int) -> None:
+    """Before the first run of a worker: its threads, and that it ends with the study, however that ends.
+
+    A worker that outlived a killed study would go on in folders in which the study, given again, has begun anew.
+    """
+    torch.set_num_threads(threads)
+    Thread(target=_end_with_the_study, daemon=True).start()
+
+
+def _end_with_the_study() -> None:
+    study = parent_process()
+    assert study is not None
+    study.join()
+    os._exit(1)
 
 
 def trained(words: list[str], folder: Path) -> Mapping[str, Any]:

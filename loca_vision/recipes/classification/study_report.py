@@ -126,7 +126,7 @@ def draw_study(path: Path, title: str, points: Sequence[Point]) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     _draw(left, points, "trained")
     _draw(right, points, "size")
-    left.set(ylabel="test accuracy, %", xlabel="trained numbers beside the head")
+    left.set(ylabel="test accuracy, %", xlabel="trained numbers without the head")
     right.set(xlabel="bytes of the file, head included")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")

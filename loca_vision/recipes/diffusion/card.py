@@ -117,7 +117,7 @@ def _source(config: Mapping[str, Any], base: str) -> str:
 
 
 def _scheduler(config: Mapping[str, Any]) -> list[str]:
-    """Where the adapter was trained to predict another thing than the base's scheduler says, it has to be told."""
+    """A line of code for the scheduler, where the adapter was trained to predict something else than it expects."""
     kind = config["prediction_type"]
     told = f'pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type="{kind}")'
     return [told] if kind else []

@@ -93,7 +93,7 @@ def check_values(recipe: Recipe) -> None:
         if name in _COUNTS or getattr(recipe, name) is not None:
             check_count(name, getattr(recipe, name), least)
     if recipe.seed is not None and recipe.seed >= 2**32:
-        raise ValueError(f"seed={recipe.seed}: it is below 2^32, as numpy's are")
+        raise ValueError(f"seed={recipe.seed}: expected a seed below 2^32, as numpy's are")
     check_rates(recipe, ("learning_rate", "location_lr", "adam_weight_decay"), or_zero=True)
     check_rates(recipe, ("adam_epsilon", "max_grad_norm"), or_zero=False)
     for name in ("adam_beta1", "adam_beta2"):
@@ -101,7 +101,7 @@ def check_values(recipe: Recipe) -> None:
     check_share("ema_decay", recipe.ema_decay)
     for scale in recipe.validation_scales:
         if not is_finite(scale):
-            raise ValueError(f"validation_scales={scale!r}: each is a finite number")
+            raise ValueError(f"validation_scales={scale!r}: expected a finite number")
     if recipe.snr_gamma is not None:
         min_snr_weights(_NONE, recipe.snr_gamma, "epsilon")
     if recipe.max_train_steps is not None:

@@ -74,7 +74,7 @@ def min_snr_weights(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
         ValueError: gamma is not above 0.
     """
     if not gamma > 0:
-        raise ValueError(f"snr_gamma={gamma!r}: it is a number above 0")
+        raise ValueError(f"snr_gamma={gamma!r}: expected a number above 0")
     if prediction_type == "epsilon":
         return (gamma / snr).clamp(max=1)
     least = snr.clamp(max=gamma)

@@ -46,7 +46,7 @@ class Picture:
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
         if self.guidance_scale is not None and (not is_finite(self.guidance_scale) or self.guidance_scale < 0):
-            raise ValueError(f"guidance_scale={self.guidance_scale!r}: it is a finite number from 0 up")
+            raise ValueError(f"guidance_scale={self.guidance_scale!r}: expected a finite number from 0 up")
 
 
 def pictures(
@@ -68,7 +68,7 @@ def pictures(
     for seed in seeds:
         check_seed(seed)
     if not is_finite(scale):
-        raise ValueError(f"scale={scale!r}: it is a finite number")
+        raise ValueError(f"scale={scale!r}: expected a finite number")
     told = {"guidance_scale": how.guidance_scale} if how.guidance_scale is not None else {}
     with ExitStack() as around:
         around.enter_context(untouched(pipe))

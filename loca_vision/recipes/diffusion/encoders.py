@@ -110,7 +110,7 @@ class Encoders:
 
 
 def identity_of(model: nn.Module) -> str:
-    """Class, settings, dtype, weights and, where it works in tiles, their sizes; the name a model goes by is no part of it."""
+    """Class, settings, dtype, weights and, where it works in tiles, their sizes; the name a model goes by is not part of it."""
     weights = sha256()
     for name, value in sorted(model.state_dict().items()):
         weights.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())

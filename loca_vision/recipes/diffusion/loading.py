@@ -76,7 +76,7 @@ class Source:
     ) -> Any:
         """The pipeline, on the CPU, in a dtype; an autoencoder that must be exact in float32.
 
-        Without a safety checker, which would put black pictures among those that nobody shows to anybody.
+        Without a safety checker, which would replace pictures by black ones, though nobody publishes them.
 
         Args:
             cls: of the pipeline.
@@ -85,7 +85,7 @@ class Source:
             more: arguments of `from_pretrained`.
 
         Raises:
-            OSError: it cannot be had, or is no such pipeline in safetensors files.
+            OSError: it is not available, or is not such a pipeline in safetensors files.
             ValueError: this version of diffusers cannot quantise.
         """
         if "safety_checker" in inspect.signature(cls.__init__).parameters:

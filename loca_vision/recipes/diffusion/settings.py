@@ -211,7 +211,7 @@ class Output:
     hub_private: bool = False
     """Make a new repository private."""
     hub_token: str | None = None
-    """Token for the upload, if nobody is logged in; it is never written to a file."""
+    """Token for the upload, if you are not logged in; it is never written to a file."""
     config: Path | None = None
     """A YAML file of these settings, as every run writes one."""
 

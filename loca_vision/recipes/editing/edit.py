@@ -45,7 +45,7 @@ class Sampling:
         for name in ("guidance_scale", "image_guidance_scale"):
             value = getattr(self, name)
             if not is_finite(value) or value < 1:
-                raise ValueError(f"{name}={value!r}: it is a finite number from 1 up")
+                raise ValueError(f"{name}={value!r}: expected a finite number from 1 up")
 
 
 def square(photo: Image.Image, size: int) -> Image.Image:
@@ -87,7 +87,7 @@ def edit(pipe: Any, photo: Image.Image, prompt: str, sampling: Sampling, *, seed
             these count in full.
 
     Raises:
-        TypeError: the prompt is no text.
+        TypeError: the prompt is not a text.
         ValueError: a seed, a scale or a photograph that cannot be taken; or a scale of 0 where an adapter is fused.
     """
     _check(pipe, photo, prompt, seed, scale)
@@ -136,7 +136,7 @@ def _check(pipe: Any, photo: Image.Image, prompt: str, seed: int, scale: float) 
     if not isinstance(prompt, str):
         raise TypeError(f"prompt must be one text, got a {type(prompt).__name__}")
     if not is_finite(scale):
-        raise ValueError(f"scale={scale!r}: it is a finite number")
+        raise ValueError(f"scale={scale!r}: expected a finite number")
     factor = pipe.vae_scale_factor
     if any(side % factor for side in photo.size):
         raise ValueError(f"a photograph of {photo.width} x {photo.height} pixels: its sides are multiples of {factor}")

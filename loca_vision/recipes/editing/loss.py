@@ -15,7 +15,7 @@ def dropped(uniform: Tensor, probability: float) -> tuple[Tensor, Tensor]:
         ValueError: a probability that is not from 0 to 1/3.
     """
     if not 0 <= probability <= 1 / 3:
-        raise ValueError(f"conditioning_dropout_prob={probability!r}: it is a number from 0 to 1/3, for three kinds of dropout")
+        raise ValueError(f"conditioning_dropout_prob={probability!r}: expected a number from 0 to 1/3, for 3 kinds of dropout")
     return uniform < 2 * probability, (uniform >= probability) & (uniform < 3 * probability)
 
 

@@ -29,7 +29,7 @@ class EditModels(Models):
         pipe: of InstructPix2Pix, with Stable Diffusion 1, 2 or XL.
 
     Raises:
-        OSError: the pipeline cannot be had.
+        OSError: the pipeline is not available.
         ValueError: it is not a pipeline of InstructPix2Pix, or the adapter or the resolution does not fit it.
     """
 

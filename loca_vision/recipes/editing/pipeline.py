@@ -24,7 +24,7 @@ def pipeline_of(
 ) -> Any:
     """A pipeline of InstructPix2Pix, on the CPU, from safetensors files alone.
 
-    Without a safety checker, which would put black pictures among those that nobody shows to anybody.
+    Without a safety checker, which would replace pictures by black ones, though nobody publishes them.
 
     Args:
         source: a folder, or a name on the hub; also of a plain Stable Diffusion, 1, 2 or XL.
@@ -35,7 +35,7 @@ def pipeline_of(
         dtype: of the weights.
 
     Raises:
-        OSError: it cannot be had, or is no such pipeline in safetensors files.
+        OSError: it is not available, or is not such a pipeline in safetensors files.
     """
     what = "a pipeline of InstructPix2Pix"
     found = Source(source, revision=revision, variant=variant, cache_dir=cache_dir, what=what)

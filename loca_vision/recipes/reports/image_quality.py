@@ -57,7 +57,7 @@ class Perceptual:
         try:
             self.metric = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(self.device)
         except (OSError, RuntimeError) as error:  # no connection, a full disk, or another hash than torchvision's
-            raise OSError(f"the weights of AlexNet cannot be had ({one_line(error, 200)})") from error
+            raise OSError(f"the weights of AlexNet are not available ({one_line(error, 200)})") from error
 
     @torch.no_grad()
     def __call__(self, one: Image.Image, other: Image.Image) -> float:
@@ -80,7 +80,7 @@ class Clip:
 
     Raises:
         ModuleNotFoundError: transformers is missing.
-        OSError: it cannot be had, or is no CLIP model in safetensors files.
+        OSError: it is not available, or is not a CLIP model in safetensors files.
     """
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu") -> None:

@@ -31,7 +31,7 @@ _FIELDS = {"import": "imports"}  # of a flag that no field can be called
 
 @dataclass(frozen=True)
 class Parsed(Generic[S]):
-    """Settings, and the fields that somebody has set: by a flag, or in a file, to another value than without."""
+    """Settings, and the fields whose values the user has changed, by a flag or in a file."""
 
     settings: S
     given: frozenset[str]

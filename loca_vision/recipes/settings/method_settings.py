@@ -167,7 +167,7 @@ def assigned(assignments: Sequence[str]) -> dict[str, str]:
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not (equals and name and text):
-            raise ValueError(f"--set {assignment}: it is NAME=VALUE, as in --set terms=4")
+            raise ValueError(f"--set {assignment}: expected NAME=VALUE, as in --set terms=4")
         values[name.replace("-", "_")] = text
     return values
 

@@ -15,7 +15,7 @@ from loca_vision.messages import nearest
 from loca_vision.recipes.settings.yaml_value import scalar, shown, value_of
 
 MAX_BYTES = 2**20
-_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*")  # a text that needs no quotes, if it is no word of YAML
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*")  # a text that needs no quotes, if it is not a word of YAML
 
 
 def read_settings(cls: Any, path: Path) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def read_settings(cls: Any, path: Path) -> dict[str, Any]:
         if name not in types_of or name == "config":
             known = types_of.keys() - {"config"}
             raise ValueError(
-                f"{place}: {name[:80]!r} is no setting{nearest(name[:80], known) or f'; there are {_listed(known)}'}"
+                f"{place}: {name[:80]!r} is not a setting{nearest(name[:80], known) or f'; there are {_listed(known)}'}"
             )
         if name in values:
             raise ValueError(f"{place}: {name!r} comes twice")
@@ -102,7 +102,7 @@ def _table(path: Path, text: str) -> list[tuple[Any, Any]]:
         raise ValueError(f"{path}: it is not a table of settings, as in `name: value`")
     for key, _ in root.value:
         if not isinstance(key, yaml.ScalarNode):
-            raise ValueError(f"{path}, line {key.start_mark.line + 1}: a key is the name of a setting")
+            raise ValueError(f"{path}, line {key.start_mark.line + 1}: expected the name of a setting as the key")
     return list(root.value)
 
 

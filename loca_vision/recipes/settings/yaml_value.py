@@ -45,7 +45,7 @@ def value_of(node: Any, kind: Any) -> Any:
     choices = [choice for one in kinds if get_origin(one) is Literal for choice in get_args(one)]
     close = nearest(node.value, map(str, choices)) if choices and node.id == "scalar" else ""
     quotes = "; a text that looks like something else stands in quotes" if _looks_otherwise(node, kinds) else ""
-    raise ValueError(f"it is {' or '.join(map(_described, kinds))}{close or quotes}")
+    raise ValueError(f"expected {' or '.join(map(_described, kinds))}{close or quotes}")
 
 
 def value_of_text(text: str, kind: Any) -> Any:

@@ -97,7 +97,7 @@ def buckets_of(recipe: ImageRecipe, divisor: int) -> tuple[Size, ...]:
     """The shapes that images are brought to.
 
     Raises:
-        ValueError: sides that are no multiples of the divisor, or no shapes.
+        ValueError: sides that are not multiples of the divisor, or no shapes.
     """
     if recipe.aspect_ratio_buckets is not None:
         return parse_buckets(recipe.aspect_ratio_buckets, divisor)

@@ -31,8 +31,8 @@ class ImageModels(Models):
         accelerator: says device and precision. Frozen weights are kept in that precision; what is trained is float32.
 
     Raises:
-        OSError: the pipeline cannot be had.
-        ValueError: it is none that can be trained here, or a setting does not fit it.
+        OSError: the pipeline is not available.
+        ValueError: it is not one that can be trained here, or a setting does not fit it.
     """
 
     recipe: ImageRecipe

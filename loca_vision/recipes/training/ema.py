@@ -43,7 +43,7 @@ class Decay:
         check_count("update_after_step", self.update_after_step, 0)
         for name in ("inv_gamma", "power"):
             if not is_finite(getattr(self, name)) or getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}: it is a finite number above 0")
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a finite number above 0")
 
     def at(self, step: int) -> float:
         """Of the update after optimiser step `step`, counted from 1."""

@@ -113,7 +113,7 @@ def _whole(value: Any, tensors: dict[str, Tensor]) -> Any:
         return tuple(_whole(content, tensors))
     if kind == "table":
         return {key: _whole(item, tensors) for key, item in content}
-    raise TypeError(f"{kind!r} is no kind of value")
+    raise TypeError(f"{kind!r} is not a kind of value")
 
 
 def _unflattened(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:

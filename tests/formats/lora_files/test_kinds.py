@@ -139,7 +139,7 @@ def test_what_has_no_place_in_an_adapter_is_refused_or_listed(tmp_path, capsys):
     tensors = {f"{FLAT}_attn1_to_q.diff": torch.randn(4, 4), f"{FLAT}_norm1.w_norm": torch.randn(4)}
     words = f"convert {written(tmp_path / 'x.safetensors', tensors)} {tmp_path}/out --ratio 1.0".split()
     assert main(words) == 2
-    assert "norm1.weight: it is the difference of a parameter that is no matrix" in capsys.readouterr().err
+    assert "norm1.weight: it is the difference of a parameter that is not a matrix" in capsys.readouterr().err
     assert main([*words, "--skip"]) == 0
     assert f"left out: unet.{BLOCK}.norm1.weight: it is the difference" in capsys.readouterr().out
     magnitude = {f"{FLAT}_attn1_to_k.dora_scale": torch.ones(4, 1), f"{FLAT}_attn1_to_k.lora_up.weight": torch.ones(4, 1)}

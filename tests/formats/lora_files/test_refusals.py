@@ -38,7 +38,7 @@ def state_of(**more):
         ({"LAYER.alpha": torch.tensor(torch.inf)}, r"alpha holds NaN or infinity"),
         ({"LAYER.alpha": torch.ones(2)}, r"expected one number"),
         ({"LAYER.lora.down.weight": torch.ones(2, 4)}, r"has that part twice, in .*lora.down.weight as well"),
-        ({"LAYER.hada_w1_a": torch.ones(2)}, r"to_q has down, hada_w1_a, up, which are no update that is whole, or more"),
+        ({"LAYER.hada_w1_a": torch.ones(2)}, r"to_q has down, hada_w1_a, up, which are not exactly one whole update"),
         ({"other.lokr_w1": torch.ones(2, 2)}, r"other.lokr_w1: the lokr_w2 of other is missing"),
         (
             {"LAYER.lora_magnitude_vector": torch.ones(2)},
@@ -47,7 +47,7 @@ def state_of(**more):
         ({"LAYER.dora_scale": torch.ones(1, 0, 1, 1)}, r"dora_scale \(1, 0, 1, 1\): expected the norms of 3 rows"),
         ({"LAYER.dora_scale": torch.ones(2)}, r"dora_scale \(2,\): expected the norms of 3 rows"),
         ({"LAYER.lora_A.bias": torch.ones(2)}, r"lora_A.bias: a bias in the middle of a LoRA; only updates"),
-        ({"LAYER.diff": torch.ones(3, 4)}, r"to_q has diff, down, up, which are no update that is whole, or more"),
+        ({"LAYER.diff": torch.ones(3, 4)}, r"to_q has diff, down, up, which are not exactly one whole update"),
         ({"emb_params": torch.ones(3)}, r"emb_params: a textual inversion"),
         ({"lora_unet_foo.lora_down.weight": torch.ones(3)}, r"a name with its dots lost"),
         ({"unet.conv_in.weight": torch.ones(3)}, r"unet.conv_in.weight: no part of a LoRA"),

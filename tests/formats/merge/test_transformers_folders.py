@@ -224,4 +224,4 @@ def test_one_module_by_both_its_names_is_refused(tmp_path, capsys):
 
 def test_a_folder_of_no_model(tmp_path, capsys):
     assert main(f"convert {tmp_path} {tmp_path}/out --ratio 1.0 --model {tmp_path}".split()) == 2
-    assert "it is no folder of a transformers model: it has no config.json" in capsys.readouterr().err
+    assert "it is not a folder of a transformers model: it has no config.json" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""save_adapter and load_adapter: paths that are no adapter file."""
+"""save_adapter and load_adapter: paths that are not adapter files."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_other_dtypes_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
 
 def test_where_a_file_may_go(tmp_path: Path) -> None:
     model = trained()
-    with pytest.raises(ValueError, match=r"adapter\.bin': an adapter is a file that ends in \.safetensors"):
+    with pytest.raises(ValueError, match=r"adapter\.bin': expected a file that ends in \.safetensors"):
         save_adapter(model, tmp_path / "adapter.bin")
     with pytest.raises(ValueError, match="no adapter 'other'"):
         save_adapter(model, tmp_path, "other")

@@ -55,7 +55,7 @@ HOSTILE: dict[str, tuple[Callable[[Made], Made], str]] = {
         lambda m: moved(m, "unet", "transformer"),
         "the component transformer, but the pipeline only has",
     ),
-    "a component that is no model": (
+    "a component that is not a model": (
         lambda m: moved(m, "unet", "tokenizer"),
         "the component tokenizer, but the pipeline only has",
     ),
@@ -76,7 +76,7 @@ HOSTILE: dict[str, tuple[Callable[[Made], Made], str]] = {
     "a projection more": (with_projection("unet.mid_block.attn.q"), "the model has no projection mid_block.attn.q"),
     "a projection of no component": (with_projection("mid_block.attn.q"), "mid_block.attn.q belongs to none of the components"),
     "a projection that is a layer": (with_projection("unet.conv_in"), "the model has no projection conv_in"),
-    "a target less": (about(lambda f: f["config"]["unet"]["targets"].remove("v")), "is none of targets="),
+    "a target less": (about(lambda f: f["config"]["unet"]["targets"].remove("v")), "is not one of the file's targets="),
     "another shape": (wide, "is (32, 64) in the file and (32, 32) in the model"),
     "coefficients missing": (tensor(C, lambda t: None), f"{C} is missing"),
     "locations missing": (tensor(L, lambda t: None), f"{L} is missing"),

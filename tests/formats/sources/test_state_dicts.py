@@ -119,12 +119,12 @@ BARE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a tensor without values": (lambda s: s.update({C: s[C].to("meta")}), C),
     "a sparse tensor": (lambda s: s.update({C: s[C].to_sparse()}), C),
     "a list for a tensor": (lambda s: s.update({C: s[C].tolist()}), f"{C!r} holds a list"),
-    "a key that is no text": (lambda s: s.update({3: torch.ones(1)}), "3 holds a"),
+    "a key that is not a text": (lambda s: s.update({3: torch.ones(1)}), "3 holds a"),
     "an unknown whole tensor": (lambda s: s.update({"full.unet.conv.weight": torch.ones(1)}), "no parameter conv.weight"),
     "a whole tensor of another shape": (lambda s: s.update({"full.unet.conv_in.bias": torch.ones(3)}), "conv_in.bias is (3,)"),
     "a whole tensor of no component": (lambda s: s.update({"full.conv_in.bias": torch.ones(16)}), "conv_in"),
     "metadata of no use": (lambda s: s.update({METADATA_KEY: "{}"}), f"{METADATA_KEY}: it is not an object with"),
-    "metadata that is no text": (lambda s: s.update({METADATA_KEY: 7}), f"{METADATA_KEY}: it is not an object with"),
+    "metadata that is not a text": (lambda s: s.update({METADATA_KEY: 7}), f"{METADATA_KEY}: it is not an object with"),
     "metadata that is a tensor": (lambda s: s.update({METADATA_KEY: torch.ones(2)}), "state dict"),
 }
 

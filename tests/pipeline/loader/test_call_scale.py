@@ -99,7 +99,7 @@ def test_prompts_encoded_beforehand_have_a_strength_too(pipe: Any, first: Made) 
 def test_a_strength_that_is_no_number_is_refused(scale: Any, pipe: Any, first: Made) -> None:
     pipe.load_loca_weights(first.state())
     before = facts(pipe)
-    with pytest.raises(ValueError, match=r"scale=.*: the scale of a call is a finite number"):
+    with pytest.raises(ValueError, match=r"scale=.*: expected a finite number"):
         picture(pipe, cross_attention_kwargs={"scale": scale})
     assert_same(pipe, before)
 

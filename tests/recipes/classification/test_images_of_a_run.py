@@ -153,7 +153,7 @@ def test_what_was_understood_is_said(photos, tmp_path, capsys):
     assert train(photos, tmp_path / "out") == 0
     said = capsys.readouterr().out
     assert "images: 16 for training, 2 for validation (1/10 of 18, drawn by the seed), 9 for testing" in said
-    assert "classes: blue (" in said and "no images of a class: train/red/notes.txt" in said
+    assert "classes: blue (" in said and "files that are not images of a class: train/red/notes.txt" in said
 
 
 # Small and uneven sets

@@ -93,7 +93,7 @@ def test_mistakes(run, tmp_path, capsys):
         (run / "out", "missing.png"): "missing.png: there is no such image or folder",
         (run / "out", tmp_path / "broken.png"): "broken.png: it cannot be read as an image",
         (run / "out", tmp_path / "empty"): "empty: there is no image in this folder",
-        (run / "out", image, "--top_k", 4): "top_k=4: it is a whole number from 1 to 3",
+        (run / "out", image, "--top_k", 4): "top_k=4: expected a whole number from 1 to 3",
         (run / "out", image, "--top_k", 0): "top_k=0",
         (run / "nowhere", image): "nowhere: there is no such folder",
         (run / "out",): "images",

@@ -351,7 +351,7 @@ MISTAKES = [
     ((*FOLDER, "--lp"), "--lp"),
     ((*FOLDER, "--epochs", "two"), "epochs"),
     (("--root", "photos"), "dataset"),
-    (("--config", "broken.yaml"), "broken.yaml, line 2: 'learning_rate' is no setting"),
+    (("--config", "broken.yaml"), "broken.yaml, line 2: 'learning_rate' is not a setting"),
     (("--config", "none.yaml"), "none.yaml: there is no such file"),
     ((*FOLDER, "--preset", "vit-base-loca"), "preset='vit-base-loca': the presets are vit-base-fourierft-10000"),
     ((*FOLDER, "--report_to", "wandb"), "report_to='wandb': it is not installed; python -m pip install wandb"),

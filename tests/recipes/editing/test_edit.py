@@ -159,9 +159,9 @@ def test_an_edit_while_training_is_that_of_evaluation(adapted, photo):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"steps": 0}, "steps=0: it is a whole number from 1 up"),
-        ({"guidance_scale": 0.5}, "guidance_scale=0.5: it is a finite number from 1 up"),
-        ({"image_guidance_scale": float("nan")}, "image_guidance_scale=nan: it is a finite number from 1 up"),
+        ({"steps": 0}, "steps=0: expected a whole number from 1 up"),
+        ({"guidance_scale": 0.5}, "guidance_scale=0.5: expected a finite number from 1 up"),
+        ({"image_guidance_scale": float("nan")}, "image_guidance_scale=nan: expected a finite number from 1 up"),
         ({"image_guidance_scale": True}, "image_guidance_scale=True"),
     ],
 )
@@ -176,7 +176,7 @@ def test_what_cannot_be_edited_is_refused_first(adapted, photo):
         edit(pipe, photo, "a cat", QUICK, seed=-1)
     with pytest.raises(TypeError, match="prompt must be one text, got a list"):
         edit(pipe, photo, ["a cat"], QUICK, seed=1)
-    with pytest.raises(ValueError, match="scale=inf: it is a finite number"):
+    with pytest.raises(ValueError, match="scale=inf: expected a finite number"):
         edit(pipe, photo, "a cat", QUICK, seed=1, scale=float("inf"))
     with pytest.raises(ValueError, match="15 x 16 pixels: its sides are multiples of 2"):
         edit(pipe, photo.crop((0, 0, 15, 16)), "a cat", QUICK, seed=1)

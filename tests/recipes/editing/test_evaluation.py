@@ -254,14 +254,17 @@ def test_resumed_equals_uninterrupted(run, tmp_path, monkeypatch):
         (["--photographs", "photos", "--prompt", " "], "prompt must be an instruction"),
         (["--photographs", "photos", *PROMPT, "--split", "test"], "--split is a setting of --pairs"),
         (["--photographs", "nowhere", *PROMPT], "nowhere: there is no such folder of photographs"),
-        (["--photographs", "photos", *PROMPT, "--resolution", "12"], "resolution=12: it is a multiple of 8 from 16 up"),
+        (["--photographs", "photos", *PROMPT, "--resolution", "12"], "resolution=12: expected a multiple of 8 from 16 up"),
         (["--photographs", "photos", *PROMPT, "--scales", "1", "1.0"], "one comes twice"),
         (["--photographs", "photos", *PROMPT, "--scales", "nan"], "scales must be finite numbers, at least one"),
-        (["--photographs", "photos", *PROMPT, "--guidance_scale", "0"], "guidance_scale=0.0: it is a finite number from 1 up"),
-        (["--photographs", "photos", *PROMPT, "--num_inference_steps", "0"], "steps=0: it is a whole number from 1 up"),
+        (
+            ["--photographs", "photos", *PROMPT, "--guidance_scale", "0"],
+            "guidance_scale=0.0: expected a finite number from 1",
+        ),
+        (["--photographs", "photos", *PROMPT, "--num_inference_steps", "0"], "steps=0: expected a whole number from 1 up"),
         (["--photographs", "photos", *PROMPT, "--max_photographs", "0"], "max_photographs=0"),
         (["--photographs", "photos", *PROMPT, "--seed", "-1"], "seed=-1"),
-        (["--photographs", "photos", *PROMPT, "--device", "abacus"], "device='abacus': it is auto, cpu, cuda"),
+        (["--photographs", "photos", *PROMPT, "--device", "abacus"], "device='abacus': expected auto, cpu, cuda"),
         (["--photographs", "photos", *PROMPT, "--dtype", "fp16"], "dtype='fp16': it is for GPUs"),
         (["--photographs", "photos", *PROMPT, "--adapter", "nowhere"], "nowhere: there is no such file or folder"),
         (
@@ -315,7 +318,7 @@ def test_settings_from_a_file(run, tmp_path):
     found = run("--config", tmp_path / "e.yaml")
     assert list(found["means"]) == ["photograph", "base", "cartoon at 1"]
     (tmp_path / "e.yaml").write_text("photograph: photos\n")
-    assert "'photograph' is no setting; perhaps photographs" in run("--config", tmp_path / "e.yaml", status=2)
+    assert "'photograph' is not a setting; perhaps photographs" in run("--config", tmp_path / "e.yaml", status=2)
 
 
 def test_what_cannot_be_had_is_said(run):

@@ -103,7 +103,7 @@ def test_lpips_that_cannot_be_had(monkeypatch):
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
-    with pytest.raises(OSError, match=r"the weights of AlexNet cannot be had \(.*no route"):
+    with pytest.raises(OSError, match=r"the weights of AlexNet are not available \(.*no route"):
         Perceptual()
 
 

@@ -127,7 +127,7 @@ def test_defaults_are_those_of_the_preset_and_of_the_file(capsys, tmp_path):
 
 def test_what_the_class_says_of_its_help_is_no_setting(tmp_path):
     (tmp_path / "run.yaml").write_text("FIRST: [root]\n")
-    with pytest.raises(ValueError, match="'FIRST' is no setting"):
+    with pytest.raises(ValueError, match="'FIRST' is not a setting"):
         parse(Run, ["--root", "photos", "--config", str(tmp_path / "run.yaml")], prog="train", presets={})
 
 

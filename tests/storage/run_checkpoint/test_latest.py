@@ -118,7 +118,7 @@ def test_what_is_no_folder_is_no_checkpoint(kind: str, tmp_path: Path) -> None:
         odd.write_text("x") if kind == "file" else os.mkfifo(odd)
     with within(10):
         assert latest_checkpoint(run) == good
-        with pytest.raises(OSError, match=r"checkpoint-2: it could not be written \(what is there is no folder\)"):
+        with pytest.raises(OSError, match=r"checkpoint-2: it could not be written \(something other than a folder is there\)"):
             write(run, 2)
         write(run, 3, keep=1)
     assert names(run) == {"checkpoint-3", "checkpoint-2"} and latest_checkpoint(elsewhere.parent) == elsewhere

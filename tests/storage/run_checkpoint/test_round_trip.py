@@ -43,11 +43,11 @@ def test_state_comes_back_unchanged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"step": -1}, "step=-1: a step is a whole number"),
+        ({"step": -1}, "step=-1: expected a whole number"),
         ({"step": True}, "step=True"),
         ({"step": 1.0}, "step=1.0"),
         ({"step": 10**18}, "below 10"),
-        ({"keep": 0}, "keep=0: a number of checkpoints"),
+        ({"keep": 0}, "keep=0: expected a whole number"),
         ({"keep": True}, "keep=True"),
         ({"state": {"a": (1, 2)}}, "state: it would come back changed"),
         ({"state": {1: 2}}, "state: it would come back changed"),

@@ -30,7 +30,7 @@ def family_of(name: str, place: str) -> type[Family]:
         place: where the pipeline is from, for the sentence.
 
     Raises:
-        ValueError: it is none of those that can be trained.
+        ValueError: it is not one of those that can be trained.
     """
     if name not in TEXT_TO_IMAGE:
         raise ValueError(

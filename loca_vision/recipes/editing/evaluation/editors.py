@@ -77,7 +77,7 @@ def files_of(sources: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Of each adapter, by name, the facts of its file, fetched from the hub where it is there.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: it cannot be had.
+        FileNotFoundError, OSError, ValueError: it is not available.
     """
     files: dict[str, dict[str, Any]] = {}
     for name, source in sources.items():

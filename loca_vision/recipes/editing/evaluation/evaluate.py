@@ -72,7 +72,7 @@ def pipeline(wanted: EditEvaluation, device: torch.device) -> Any:
     """The base, in its dtype on its device.
 
     Raises:
-        OSError: it cannot be had, or is no such pipeline in safetensors files.
+        OSError: it is not available, or is not such a pipeline in safetensors files.
     """
     source = wanted.pretrained_model_name_or_path
     pipe = pipeline_of(source, revision=wanted.revision, variant=wanted.variant)

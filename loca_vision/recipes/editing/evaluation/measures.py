@@ -50,7 +50,7 @@ def measures_of(pictures: Mapping[str, Image.Image], prompt: str, using: Tools) 
 
     `psnr_to_X`, `ssim_to_X`, `lpips_to_X` and `clip_to_X` compare with photograph and target; `clip_to_prompt` is the cosine
     to the instruction, which is not a caption: it tells which of two edits of one photograph is nearer to the words. None
-    where the weights cannot be had, and for the PSNR of equal pictures. None is compared with itself.
+    where the weights are not available, and for the PSNR of equal pictures. None is compared with itself.
     """
     directions = {name: using.clip.image(picture) for name, picture in pictures.items()} if using.clip else {}
     text = using.clip.text(prompt) if using.clip else None

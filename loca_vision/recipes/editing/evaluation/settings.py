@@ -140,7 +140,7 @@ def _check_numbers(wanted: EditEvaluation) -> None:
     if wanted.max_photographs is not None:
         check_count("max_photographs", wanted.max_photographs)
     if wanted.resolution < SMALLEST or wanted.resolution % 8:
-        raise ValueError(f"resolution={wanted.resolution!r}: it is a multiple of 8 from 16 up")
+        raise ValueError(f"resolution={wanted.resolution!r}: expected a multiple of 8 from 16 up")
     if not wanted.scales or not all(map(is_finite, wanted.scales)):
         raise ValueError(f"scales must be finite numbers, at least one, got {wanted.scales!r}")
     if len({f"{scale:g}" for scale in wanted.scales}) < len(wanted.scales):
@@ -154,7 +154,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device={name!r}: it is auto, cpu, cuda, one of these with its number, or mps") from None
+        raise ValueError(f"device={name!r}: expected auto, cpu, cuda, one of these with its number, or mps") from None
     there: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if device.type in there and not there[device.type]():
         raise ValueError(f"device={name!r}: this machine has no such device")

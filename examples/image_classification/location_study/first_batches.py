@@ -1,0 +1,43 @@
+"""The gradients of a run's first batches."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from loca_vision import adapters, remove
+from loca_vision.data.sampling import EpochSampler, loader
+from loca_vision.recipes.classification.cached_features import Kept, with_features
+from loca_vision.recipes.classification.presets import PRESETS
+from loca_vision.recipes.classification.recipe import Recipe, resolve
+from loca_vision.recipes.classification.task import build, splits_of, task_of
+from loca_vision.recipes.classification.trained_weights import load_trained
+from loca_vision.recipes.settings.command_line import parse
+from location_study.gradient_spectra import GradientSpectrum, gradient_spectra
+from location_study.settings import RuleStudy
+
+_KEPT: Kept = {}  # what the blocks below see, which is the same for all seeds
+
+
+def spectra_of_run(study: RuleStudy, seed: int, probe: Path) -> dict[str, GradientSpectrum]:
+    """By the first batches of a run with this seed, in float32.
+
+    The head is the one that a linear probe has learned: with the random head of a new run, gradients say how to please that.
+    """
+    words = [*study.flags, *study.adapter_flags, "--method", "loca", "--n_components", "1", "--seed", str(seed)]
+    parsed = parse(Recipe, words, prog="location_rules.py", presets=PRESETS)
+    recipe = resolve(parsed.settings, parsed.given)
+    task = task_of(recipe, seed, splits_of(recipe))
+    model = build(task, recipe)
+    projections = [*adapters(model, "default")]
+    trained = model
+    if recipe.cache_features:
+        trained, task = with_features(model, task, recipe, device=torch.device("cpu"), computing=nullcontext(), kept=_KEPT)
+    remove(model)
+    load_trained(model, probe)
+    sampler = EpochSampler(len(task.train), batch_size=study.batch_size, seed=seed)  # type: ignore[arg-type]
+    batches = islice(loader(task.train, sampler, workers=0), study.location_batches)
+    return gradient_spectra(trained.eval(), batches, projections)

@@ -1,0 +1,60 @@
+"""Spectra of the gradient of each query's and value's weight, over a few batches, before an adapter is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loca_vision.dct import dct2
+
+
+@dataclass(frozen=True)
+class GradientSpectrum:
+    """Of one projection: Z = C G D^T of each batch, G the gradient of the mean loss by the weight.
+
+    Args:
+        total: (p, q), the sum over the batches.
+        squares: (p, q), the sum of the squares.
+    """
+
+    total: Tensor
+    squares: Tensor
+
+
+def gradient_spectra(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], projections: Collection[str]
+) -> dict[str, GradientSpectrum]:
+    """By projection, of a ViT of timm's with fused weights; nothing is trained.
+
+    Args:
+        model: images or features -> logits.
+        batches: what `model` takes, and classes.
+        projections: `blocks.<i>.attn.q` and `.v`.
+    """
+    paths = sorted({name.rpartition(".")[0] for name in projections})
+    weights = [model.get_parameter(f"{path}.qkv.weight") for path in paths]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    found: dict[str, GradientSpectrum] = {}
+    for inputs, classes in batches:
+        gradients = torch.autograd.grad(F.cross_entropy(model(inputs), classes), weights)
+        for path, gradient in zip(paths, gradients, strict=True):
+            for part, own in zip("qkv", gradient.chunk(3), strict=True):
+                if f"{path}.{part}" in projections:
+                    _add(found, f"{path}.{part}", dct2(own))
+    for parameter, learned in flags:
+        parameter.requires_grad_(learned)
+    return found
+
+
+def _add(found: dict[str, GradientSpectrum], name: str, spectrum: Tensor) -> None:
+    if name not in found:
+        found[name] = GradientSpectrum(torch.zeros_like(spectrum), torch.zeros_like(spectrum))
+    found[name].total.add_(spectrum)
+    found[name].squares.addcmul_(spectrum, spectrum)

@@ -1,0 +1,131 @@
+"""The whole study: gradients once for each seed, cells by each rule, runs, the table and the picture."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from classifier_study.arms import Arm, rates_of
+from classifier_study.run import compared
+from loca_vision import LoCAConfig
+from loca_vision.recipes.classification.recorded_runs import Runs
+from loca_vision.recipes.classification.study_report import Point, draw_study, study_text
+from loca_vision.recipes.classification.trained_weights import TRAINED
+from loca_vision.recipes.settings.console import guarded, usage_in_one_line
+from loca_vision.recipes.settings.plugins import import_modules
+from loca_vision.storage.atomic_file import write_atomically
+from loca_vision.storage.output_folder import claim
+from loca_vision.storage.safetensors_file import write_safetensors
+from loca_vision.storage.strict_json import read_json
+from location_study.chosen_cells import ChosenCellsConfig
+from location_study.first_batches import spectra_of_run
+from location_study.gradient_spectra import GradientSpectrum
+from location_study.rules import RULES, chosen
+from location_study.settings import RuleStudy
+
+PROG = "location_rules.py"
+PLUGIN = ChosenCellsConfig.__module__
+PROBE = ("--method", "lp", "--cache_features", "--head_lr", "0.01")
+HEAD_RATE = "0.01"  # of adapters; theirs begins anew
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the study; returns the exit status."""
+
+    def command() -> None:
+        with usage_in_one_line(PROG):
+            study = tyro.cli(RuleStudy, prog=PROG, args=arguments, use_underscores=True)
+        run(study)
+
+    return guarded(PROG, command, extra="train")
+
+
+def run(study: RuleStudy) -> list[Point]:
+    """Every rule at every budget, then the table and the picture.
+
+    Raises:
+        ValueError: a setting out of range, another than the folder was begun with, or a run that failed.
+    """
+    study.check()
+    import_modules(study.imports)
+    claim(study.output_dir, "settings.json", study.about, "results")
+    cells = study.output_dir / "cells"
+    _choose(study, cells)
+    arms = [_arm(study, rule, budget) for budget in study.budgets for rule in study.rules]
+    planned = sum(len(arm.rates) + len(study.seeds) - 1 for arm in arms)
+    flags = [*study.flags, "--import", PLUGIN, "--set", f"folder={cells}"]
+    with Runs(study.output_dir, flags, planned, study.jobs) as runs, ThreadPoolExecutor(study.jobs) as each:
+        points = list(each.map(lambda arm: compared(runs, arm, study.seeds), arms))
+    text = _text(study, points, cells)
+    write_atomically(study.output_dir / "study.md", text.encode())
+    draw_study(study.output_dir / "study.png", f"{study.title or study.dataset}, {study.image_size} pixels", points)
+    print(text)
+    return points
+
+
+def _arm(study: RuleStudy, rule: str, budget: int) -> Arm:
+    flags = ("--method", "chosen-cells", *study.adapter_flags, "--set", f"rule={_name(rule, budget)}", "--head_lr", HEAD_RATE)
+    return Arm(_name(rule, budget), rates_of(LoCAConfig, {"n_components": budget}), flags)
+
+
+def _name(rule: str, budget: int) -> str:
+    return f"{rule}-{budget}"
+
+
+# Cells
+
+
+def _choose(study: RuleStudy, cells: Path) -> None:
+    """Write the cells of every rule and budget, for each seed, with the share of the gradient's energy that they have."""
+    wanted = [(rule, budget) for budget in study.budgets for rule in study.rules]
+    with Runs(study.output_dir / "probes", study.flags, len(study.seeds), study.jobs) as probes:
+        for seed in tqdm(study.seeds, desc="gradients", disable=None):
+            missing = [(rule, budget) for rule, budget in wanted if not _energy_file(cells, rule, budget, seed).exists()]
+            if not missing:
+                continue
+            name = f"seed-{seed}"
+            probes.finished(name, PROBE, seed)
+            spectra = spectra_of_run(study, seed, study.output_dir / "probes" / name / TRAINED)
+            for rule, budget in missing:
+                found = chosen(RULES[rule], spectra, budget, seed)
+                write_safetensors(_energy_file(cells, rule, budget, seed).with_suffix(".safetensors"), found, {})
+                share = json.dumps({"energy": energy_share(spectra, found)})
+                write_atomically(_energy_file(cells, rule, budget, seed), share.encode())  # the last: both are there
+
+
+def _energy_file(cells: Path, rule: str, budget: int, seed: int) -> Path:
+    return cells / _name(rule, budget) / f"seed-{seed}.json"
+
+
+def energy_share(spectra: dict[str, GradientSpectrum], cells: dict[str, Tensor]) -> float:
+    """Of the squared norm of the gradients, summed over the batches: what lies in the cells."""
+    every = sum(float(of.total.square().sum()) for of in spectra.values())
+    held = sum(float(of.total.flatten()[cells[name]].square().sum()) for name, of in spectra.items())
+    return held / every
+
+
+# What came out
+
+
+def _text(study: RuleStudy, points: Sequence[Point], cells: Path) -> str:
+    """Markdown: for each budget accuracies and differences, and then what the rules chose."""
+    parts = []
+    for number, budget in enumerate(study.budgets):
+        own = points[number * len(study.rules) : (number + 1) * len(study.rules)]
+        parts.append(f"{budget} components a projection\n\n{study_text(own, study.seeds, study.against)}")
+    lines = ["| rule | takes | the gradient's energy in its cells |", "|---|---|---|"]
+    for rule in study.rules:
+        shares = [f"{budget}: {100 * _mean_share(study, cells, rule, budget):.2f} %" for budget in study.budgets]
+        lines.append(f"| {rule} | {RULES[rule].about} | {', '.join(shares)} |")
+    return "\n".join([*parts, *lines]) + "\n"
+
+
+def _mean_share(study: RuleStudy, cells: Path, rule: str, budget: int) -> float:
+    return statistics.fmean(read_json(_energy_file(cells, rule, budget, seed))["energy"] for seed in study.seeds)
