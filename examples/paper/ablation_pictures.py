@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from ablation_settings import FIXED, STILL
+from ablation_settings import FIXED, STILL, WHOLE
 from common import plain
 from loca_vision.recipes.reports.plots import save
 from location_moves import Moves
@@ -33,7 +33,7 @@ def draw_ablation(report: dict[str, Any], path: Path) -> None:
     _draw_choice(alphas, by_alpha | {1.0: variants[loca]}, "alpha (at one learning rate)")
     alphas.set_xscale("log")
     by_steps = {float(name.split()[1]): own for name, own in variants.items() if name.startswith("B_s ")}
-    ends = {0.0: variants[FIXED], float(total): variants["V2"]}
+    ends = {0.0: variants[FIXED], float(total): variants[WHOLE]}
     _draw_choice(steps, ends | by_steps | {float(report["settings"]["learning_steps"]): variants[loca]}, "B_s (0: V1, all: V2)")
     save(figure, path)
 
@@ -45,7 +45,7 @@ def _draw_table(axes: Axes, report: dict[str, Any]) -> None:
     base = np.array(variants[FIXED]["test"])
     for place, name in enumerate(names):
         mean, low, high = variants[name]["test_less_v1"]
-        colour = GREY if name == STILL else BLUE
+        colour = GREY if name.endswith(STILL) else BLUE
         axes.errorbar([place], [mean], [[mean - low], [high - mean]], fmt="o", color=colour, capsize=4)
         seeds = np.array(variants[name]["test"]) - base
         axes.plot([place + 0.2] * len(seeds), seeds, ".", color=colour, alpha=0.5, markersize=4)

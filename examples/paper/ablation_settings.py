@@ -123,7 +123,7 @@ class Variant:
         return words + (["--together"] if self.together else [])
 
 
-FIXED, STILL = "V1", "still"
+FIXED, STILL, WHOLE = "V1", "still", "V2"
 
 
 def fixed(settings: Settings) -> Variant:
@@ -142,9 +142,10 @@ def learned(settings: Settings, location_lr: float) -> Variant:
 
 
 def table_5(loca: Variant) -> list[Variant]:
-    """What differs from LoCA in one thing each."""
+    """What differs from LoCA in one thing each; and V2's schedule with locations that do not move."""
     return [
-        replace(loca, name="V2", learning_steps=None),
+        replace(loca, name=WHOLE, learning_steps=None),
+        replace(loca, name=f"{WHOLE} {STILL}", learning_steps=None, location_lr=0.0),
         replace(loca, name="V3", together=True),
         replace(loca, name="V4", difference="forward"),
         replace(loca, name="V5", difference="backward"),

@@ -79,6 +79,6 @@ def test_the_command(tmp_path, capsys):
 def test_bad_settings(tmp_path, capsys):
     assert implementations.main(["--sizes", "16", "--components", "257", "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert "components=257: it is a whole number from 1 to 256" in error
+    assert "components=257: expected a whole number from 1 to 256" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
