@@ -218,6 +218,7 @@ def test_the_whole_ablation(made_up, tmp_path, capsys):
     best = report["variants"]["LoCA 0.001"]
     interval = ttest_rel(best["test"], report["variants"]["V1"]["test"]).confidence_interval(0.95)
     assert best["test_less_v1"] == pytest.approx([1.1, interval.low, interval.high], abs=2e-3)
+    assert report["loca_v4_and_v5"]["test_less_v1"] == best["test_less_v1"]  # V4 and V5 are as good here
     assert best["settings"] == {
         "location_lr": 1e-3, "learning_steps": 30, "together": False, "difference": "central", "alpha": 1.0, "rate": 0.015,
     }  # fmt: skip
