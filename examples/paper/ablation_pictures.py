@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from ablation_settings import FIXED, STILL
+from ablation_settings import FIXED, STILL, WHOLE
 from common import plain
 from loca_vision.recipes.reports.plots import save
 from location_moves import Moves
@@ -30,11 +30,12 @@ def draw_ablation(report: dict[str, Any], path: Path) -> None:
     loca, variants = report["loca"], report["variants"]
     total = len(report["loss_less_still"][loca]["by_step"])
     by_alpha = {float(name.split()[1]): own for name, own in variants.items() if name.startswith("alpha ")}
-    _draw_choice(alphas, by_alpha | {1.0: variants[loca]}, "alpha (at one learning rate)")
     alphas.set_xscale("log")
+    _draw_choice(alphas, by_alpha | {1.0: variants[loca]}, "alpha, at one learning rate")
     by_steps = {float(name.split()[1]): own for name, own in variants.items() if name.startswith("B_s ")}
-    ends = {0.0: variants[FIXED], float(total): variants["V2"]}
-    _draw_choice(steps, ends | by_steps | {float(report["settings"]["learning_steps"]): variants[loca]}, "B_s (0: V1, all: V2)")
+    ends = {0.0: variants[FIXED], float(total): variants[WHOLE]}
+    own = {float(report["settings"]["learning_steps"]): variants[loca]}
+    _draw_choice(steps, ends | by_steps | own, f"B_s; 0: V1, {total}: V2")
     save(figure, path)
 
 
@@ -45,7 +46,7 @@ def _draw_table(axes: Axes, report: dict[str, Any]) -> None:
     base = np.array(variants[FIXED]["test"])
     for place, name in enumerate(names):
         mean, low, high = variants[name]["test_less_v1"]
-        colour = GREY if name == STILL else BLUE
+        colour = GREY if name.endswith(STILL) else BLUE
         axes.errorbar([place], [mean], [[mean - low], [high - mean]], fmt="o", color=colour, capsize=4)
         seeds = np.array(variants[name]["test"]) - base
         axes.plot([place + 0.2] * len(seeds), seeds, ".", color=colour, alpha=0.5, markersize=4)
@@ -61,7 +62,7 @@ def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
     axes.axvspan(10.5, 30.5, color="#f3e3b3", zorder=0, linewidth=0)
     axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
     axes.legend(frameon=False)
-    title = f"Figure 2: mean over seeds and {WINDOW} steps; shaded: LoCA's locations move"
+    title = f"Figure 2: mean over seeds and {WINDOW} steps; shaded: LoCA moves"
     plain(axes).set(xlabel="step", ylabel='training loss less that of "still"', title=title)
 
 
@@ -85,22 +86,20 @@ def _draw_choice(axes: Axes, variants: Mapping[float, Mapping[str, Any]], label:
 
 
 def draw_moves(name: str, run: Sequence[Moves], path: Path) -> None:
-    """Cells of one run before (grey) and after (coloured by distance), by projection; low frequencies at the top left."""
-    across = min(len(run), 6)
-    down = -(-len(run) // across)
-    figure = Figure(figsize=(2.1 * across + 1, 2.3 * down + 0.6), layout="constrained")
-    panels = list(figure.subplots(down, across, squeeze=False).flat)
-    # Projections of one layer below each other, where the parts alternate as q and v do.
-    order = [*run[::2], *run[1::2]] if down == 2 and len(run) == 2 * across else run
-    farthest = max(1, *(int(moves.distance.max()) for moves in run))
-    for panel, moves in zip(panels, order, strict=False):
+    """Cells of one run before (grey) and after (coloured by distance), of up to six layers; low frequencies at the top left."""
+    shown = [run[i] for i in sorted({round(place) for place in np.linspace(0, len(run) - 1, 6)})]
+    across = -(-len(shown) // 2)
+    figure = Figure(figsize=(1.8 * across + 1, 4.3), layout="constrained")
+    panels = list(figure.subplots(2, across, squeeze=False).flat)
+    farthest = max(1, *(int(moves.distance.max()) for moves in shown))
+    for panel, moves in zip(panels, shown, strict=False):
         segments = np.stack([moves.start[:, ::-1], moves.end[:, ::-1]], 1)
-        panel.add_collection(LineCollection(list(segments), colors=GREY, linewidths=0.4))
+        panel.add_collection(LineCollection(list(segments), colors="#c4c4c4", linewidths=0.4, antialiaseds=False))
         panel.scatter(*moves.start.T[::-1], s=1, color=GREY, linewidths=0)
         drawn = panel.scatter(*moves.end.T[::-1], s=5, c=moves.distance, cmap="viridis_r", vmin=0, vmax=farthest, linewidths=0)
         panel.set(xlim=(-2, moves.shape[1] + 1), ylim=(moves.shape[0] + 1, -2), xticks=[], yticks=[], aspect="equal")
         panel.set_title(f"{moves.name}\n{100 * (moves.distance > 0).mean():.0f} % moved", fontsize=8)
-    for empty in panels[len(run) :]:
+    for empty in panels[len(shown) :]:
         empty.set_axis_off()
     figure.suptitle(f"{name}: start (grey) and end of every component", fontsize=10)
     figure.colorbar(drawn, ax=panels, label="cells moved", shrink=0.7, pad=0.01)

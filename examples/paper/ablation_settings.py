@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from loca_vision.checks import check_count
 
-_FREE = ("output", "root", "jobs")  # what runs of one folder may differ in
+_UNTOLD = ("output", "root", "jobs")
+_GROWING = ("location_rates", "alphas", "more_learning_steps", "seeds", "simulations")  # of one folder
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,14 @@ class Settings:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What every run and every number depends on, as JSON has it."""
-        told = {name: value for name, value in asdict(self).items() if name not in _FREE}
+        """What the results depend on, as JSON has it."""
+        told = {name: value for name, value in asdict(self).items() if name not in _UNTOLD}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
+
+    @property
+    def about_runs(self) -> dict[str, Any]:
+        """What every single run depends on: seeds, and variants of Figure 4, may be added later."""
+        return {name: value for name, value in self.about.items() if name not in _GROWING}
 
     @property
     def flags(self) -> list[str]:
@@ -117,7 +123,7 @@ class Variant:
         return words + (["--together"] if self.together else [])
 
 
-FIXED, STILL = "V1", "still"
+FIXED, STILL, WHOLE = "V1", "still", "V2"
 
 
 def fixed(settings: Settings) -> Variant:
@@ -136,9 +142,10 @@ def learned(settings: Settings, location_lr: float) -> Variant:
 
 
 def table_5(loca: Variant) -> list[Variant]:
-    """What differs from LoCA in one thing each."""
+    """What differs from LoCA in one thing each; and V2's schedule with locations that do not move."""
     return [
-        replace(loca, name="V2", learning_steps=None),
+        replace(loca, name=WHOLE, learning_steps=None),
+        replace(loca, name=f"{WHOLE} {STILL}", learning_steps=None, location_lr=0.0),
         replace(loca, name="V3", together=True),
         replace(loca, name="V4", difference="forward"),
         replace(loca, name="V5", difference="backward"),

@@ -68,6 +68,7 @@ SHORT_SCRIPTS = {
     "paper/theorems.py": "--sizes 24 --ranks 2 --trials 2",
     "paper/critical_correlation.py": "--size 36 --ranks 2 --rho_step 0.25 --trials 2 --null_trials 20",
     "paper/update_statistics.py": "--rank 1 --epsilon 0.5 --distributions 1 --gaussians 1",
+    "paper/implementations.py": "--sizes 24 --components 9 --rounds 1",
     "hf_trainer.py": "--images 32 --epochs 2 --n_components 20",
     "benchmarks/tables.py": "",
     "benchmarks/step_memory.py": "--dry_run --bases klein --n_components 20",

@@ -207,12 +207,12 @@ def made_up(monkeypatch):
 def test_the_whole_ablation(made_up, tmp_path, capsys):
     command = [*TINY, *FEW, "--output", str(tmp_path / "out")]
     assert ablation.main(command) == 0
-    assert len(made_up) == len(set(made_up)) == 11 * 2 + 2 * 2
+    assert len(made_up) == len(set(made_up)) == 12 * 2 + 2 * 2
     tuning = ["rate-0.005-seed-0", "rate-0.015-seed-0", "rate-0.045-seed-0"]
     assert made_up[:4] == [*(f"V1/{name}" for name in tuning), "V1/rate-0.015-seed-1"]
     report = json.loads((tmp_path / "out" / "ablation.json").read_text())
     assert list(report["variants"]) == [
-        "V1", "LoCA 0.0001", "LoCA 0.001", "LoCA 0.01", "still", "V2", "V3", "V4", "V5", "alpha 2", "B_s 20",
+        "V1", "LoCA 0.0001", "LoCA 0.001", "LoCA 0.01", "still", "V2", "V2 still", "V3", "V4", "V5", "alpha 2", "B_s 20",
     ]  # fmt: skip
     assert report["loca"] == "LoCA 0.001"  # by validation
     best = report["variants"]["LoCA 0.001"]
@@ -222,12 +222,14 @@ def test_the_whole_ablation(made_up, tmp_path, capsys):
         "location_lr": 1e-3, "learning_steps": 30, "together": False, "difference": "central", "alpha": 1.0, "rate": 0.015,
     }  # fmt: skip
     assert report["variants"]["V2"]["settings"]["learning_steps"] is None
+    assert report["variants"]["V2 still"]["settings"]["location_lr"] == 0
     assert [report["variants"][name]["settings"]["difference"] for name in ("V4", "V5")] == ["forward", "backward"]
     assert report["variants"]["V1"]["locations"]["moved"] == report["variants"]["still"]["locations"]["moved"] == [0, 0]
     assert report["variants"]["LoCA 0.01"]["locations"]["mean_distance"] > best["locations"]["mean_distance"] > 0
     losses = report["loss_less_still"]["LoCA 0.01"]
     assert losses["windows"] == {"11 to 30": pytest.approx([-0.0095] * 3), "31 to 40": pytest.approx([-0.01] * 3)}
-    assert len(losses["by_step"]) == 40
+    assert losses["by_step"][:11] == [0] * 11
+    assert report["loss_of_still"] == pytest.approx([2.0 - 0.01 * step for step in range(40)])
     assert report["patterns"]["V1"]["frequency"]["p_value"] == 1
     assert str(tmp_path) not in json.dumps(report)
     for name in ("ablation", "locations"):
@@ -240,6 +242,8 @@ def test_the_whole_ablation(made_up, tmp_path, capsys):
     assert ablation.main([*command, "--jobs", "2"]) == 0
     assert not made_up
     assert (tmp_path / "out" / "ablation.json").read_bytes() == before
+    assert ablation.main([*command, "--more_learning_steps", "20", "25"]) == 0
+    assert {name.partition("/")[0] for name in made_up} == {"B_s-25"}
     assert ablation.main([*command, "--epochs", "3"]) == 2
     assert "the runs there were made with epochs=1, not 3" in capsys.readouterr().err
 
@@ -251,7 +255,7 @@ def test_the_whole_ablation(made_up, tmp_path, capsys):
         (["--seeds", "0", "0"], "seeds=[0, 0]: expected 2 or more different values"),
         (["--location_rates", "0.1", "0.01"], "location_rates=[0.1, 0.01]: expected them from small to large"),
         (["--alphas", "-1"], "alphas=[-1.0]: expected finite numbers above 0"),
-        (["--n_components", "0"], "n_components=0: it is a whole number from 1 up"),
+        (["--n_components", "0"], "n_components=0: expected a whole number from 1 up"),
         (["--dataset", "flowers"], "dataset"),
     ],
 )
