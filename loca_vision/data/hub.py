@@ -124,7 +124,5 @@ def _load(part: Split, cache: Path | None) -> HubImages:
         rows = load_dataset(repository, split=split, cache_dir=str(cache) if cache else None)
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise OSError(
-            f"https://huggingface.co/datasets/{repository}: {split} is not on the hub ({reason})"
-        ) from error
+        raise OSError(f"https://huggingface.co/datasets/{repository}: {split} is not on the hub ({reason})") from error
     return HubImages(rows, f"{repository} ({split})")

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from scipy import stats
@@ -46,6 +47,11 @@ def test_ranks_and_rates():
     longer = [b / a for a, b in zip(every["waveft-3072"].rates, every["waveft-30"].rates, strict=True)]
     assert longer == pytest.approx([math.sqrt(3072 / 30)] * 3, rel=0.05)
     assert every["lora-768"].rates == every["lora-12288"].rates
+
+
+def test_images_may_move():
+    one, other = (Study("folder", root=Path(place), layers=("blocks.1?",)) for place in ("here", "there"))
+    assert one.about == other.about == json.loads(json.dumps(one.about))
 
 
 def test_layers_and_features():

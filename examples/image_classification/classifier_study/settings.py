@@ -11,7 +11,7 @@ from loca_vision.recipes.classification.recipe_groups import METHODS
 from loca_vision.recipes.settings.adapter_dtype import AdapterDtype
 from loca_vision.recipes.settings.plugins import Imports
 
-_GROWING = ("output_dir", "methods", "budgets", "ranks", "seeds", "against", "title", "imports", "jobs")  # of one study
+_FREE = ("root", "output_dir", "methods", "budgets", "ranks", "seeds", "against", "title", "imports", "jobs")  # in one study
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,9 @@ class Study:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What every run depends on, as JSON has it; methods, budgets and seeds may be added later."""
-        settings = {name: value for name, value in asdict(self).items() if name not in _GROWING}
-        return {
-            name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-            for name, value in settings.items()
-        }
+        """What every run depends on, as JSON has it: the images may move, and methods, budgets and seeds come later."""
+        settings = {name: value for name, value in asdict(self).items() if name not in _FREE}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
     @property
     def flags(self) -> list[str]:
