@@ -53,7 +53,7 @@ class Runs:
         if not all(isinstance(run, dict) and run.keys() >= {"flags", *_MEASURES} for run in self._there.values()):
             raise ValueError(f"{self.file}: it is not the record of a study")
         self._lock = Lock()
-        self._bar = tqdm(total=planned, initial=len(self._there), desc="runs", dynamic_ncols=True)
+        self._bar = tqdm(total=max(planned, len(self._there)), initial=len(self._there), desc="runs", dynamic_ncols=True)
         threads = max(1, torch.get_num_threads() // jobs)
         self._workers = ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker, (threads,))
 
