@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 from classifier_study.settings import Study
-from loca_vision import LoCAConfig, adapters, inject, load_adapter, save_adapter, select_locations
+from loca_vision import KINDS, LoCAConfig, adapters, inject, load_adapter, save_adapter, select_locations
 from loca_vision.recipes.classification import recorded_runs
 from loca_vision.storage.safetensors_file import open_safetensors, write_safetensors
 from location_study.chosen_cells import ChosenCellsConfig
@@ -20,12 +20,19 @@ from location_study.settings import RuleStudy
 from support.scripts import main
 from support.timm_models import tiny
 
+KINDS.pop(ChosenCellsConfig.method)  # of which only the tests below know
+
 NAMES = [f"blocks.{block}.attn.{part}" for block in (0, 1) for part in "qv"]
 
 
 def spectrum(total, squares=None):
     total = torch.as_tensor(total, dtype=torch.float32)
     return GradientSpectrum(total, total.square() if squares is None else torch.as_tensor(squares, dtype=torch.float32))
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch):
+    monkeypatch.setitem(KINDS, ChosenCellsConfig.method, ChosenCellsConfig)
 
 
 @pytest.fixture
