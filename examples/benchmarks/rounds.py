@@ -18,11 +18,10 @@ from statistics import median
 from typing import Any, TypeVar
 
 import torch
-import tyro
 from tqdm import tqdm
 
 from loca_vision.recipes.reports.environment import environment
-from loca_vision.recipes.settings.console import guarded, usage_in_one_line
+from loca_vision.recipes.settings.console import run_command
 from loca_vision.storage.atomic_file import write_atomically
 
 Settings = TypeVar("Settings")
@@ -31,13 +30,7 @@ Name = TypeVar("Name", bound=str)
 
 def run(script: str, kind: type[Settings], work: Callable[[Settings], object], arguments: Sequence[str] | None = None) -> int:
     """A script to its exit status: 2 and one line for a user's mistake. `kind` is the dataclass of its settings."""
-
-    def everything() -> None:
-        with usage_in_one_line(script):
-            settings = tyro.cli(kind, args=arguments, prog=script, description=kind.__doc__, use_underscores=True)
-        work(settings)
-
-    return guarded(script, everything, extra="benchmark")
+    return run_command(script, kind, work, arguments, extra="benchmark")
 
 
 def check_positive(settings: Any, *names: str) -> None:

@@ -22,7 +22,7 @@ from cartoon import VERSION, cartoon, opencv
 from loca_vision.checks import check_count, check_share
 from loca_vision.data.images import as_png
 from loca_vision.data.photographs import Photograph, photographs_in
-from loca_vision.recipes.settings.console import guarded, usage_in_one_line
+from loca_vision.recipes.settings.console import run_command
 from loca_vision.storage.atomic_file import write_atomically
 from loca_vision.storage.output_folder import claim
 from photo_pairs import INSTRUCTIONS, SPLITS, crops_of, instruction_for, split_of
@@ -53,13 +53,7 @@ class Pairs:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build as the command line says; returns the exit status."""
-
-    def command() -> None:
-        with usage_in_one_line(PROG):
-            wanted = tyro.cli(Pairs, prog=PROG, args=arguments, use_underscores=True)
-        build(wanted)
-
-    return guarded(PROG, command, extra="pairs")
+    return run_command(PROG, Pairs, build, arguments, extra="pairs")
 
 
 def build(wanted: Pairs) -> dict[str, list[dict[str, str]]]:

@@ -31,7 +31,7 @@ from loca_vision.data.photographs import Photograph, photographs_in
 from loca_vision.recipes.editing.edit import Sampling, edit, square
 from loca_vision.recipes.reports.environment import environment
 from loca_vision.recipes.reports.image_quality import psnr
-from loca_vision.recipes.settings.console import guarded, usage_in_one_line
+from loca_vision.recipes.settings.console import run_command
 from loca_vision.storage.atomic_file import write_atomically
 from loca_vision.storage.atomic_folder import remove_folder
 from loca_vision.storage.output_folder import claim
@@ -94,13 +94,7 @@ class Pretrain:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; returns the exit status."""
-
-    def command() -> None:
-        with usage_in_one_line(PROG):
-            wanted = tyro.cli(Pretrain, prog=PROG, args=arguments, use_underscores=True)
-        pretrain(wanted)
-
-    return guarded(PROG, command, extra="edit")
+    return run_command(PROG, Pretrain, pretrain, arguments, extra="edit")
 
 
 def pretrain(wanted: Pretrain) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.methods.registry import config_class
 from loca_vision.recipes.editing.edit import squares
 from loca_vision.recipes.reports.metrics import METRICS, read_metrics
-from loca_vision.recipes.settings.console import guarded, usage_in_one_line
+from loca_vision.recipes.settings.console import run_command
 from loca_vision.storage.atomic_file import write_atomically
 from loca_vision.storage.output_folder import claim
 from loca_vision.storage.strict_json import read_json
@@ -100,13 +100,7 @@ class Study:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing of the study; returns the exit status."""
-
-    def command() -> None:
-        with usage_in_one_line(PROG):
-            study = tyro.cli(Study, prog=PROG, args=arguments, use_underscores=True)
-        run(study)
-
-    return guarded(PROG, command, extra="edit,pairs")
+    return run_command(PROG, Study, run, arguments, extra="edit,pairs")
 
 
 def run(study: Study) -> dict[str, Any]:

@@ -10,12 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
 from matplotlib.axes import Axes
 from tqdm import tqdm
 
 from loca_vision.recipes.reports.environment import environment
-from loca_vision.recipes.settings.console import guarded, usage_in_one_line
+from loca_vision.recipes.settings.console import run_command
 from loca_vision.storage.atomic_file import write_atomically
 from loca_vision.storage.strict_json import strict_json
 
@@ -24,13 +23,7 @@ Settings = TypeVar("Settings")
 
 def run(script: str, kind: type[Settings], work: Callable[[Settings], object], arguments: Sequence[str] | None = None) -> int:
     """A script to its exit status: 2 and one line for a user's mistake. `kind` is the dataclass of its settings."""
-
-    def everything() -> None:
-        with usage_in_one_line(script):
-            settings = tyro.cli(kind, args=arguments, prog=script, description=kind.__doc__, use_underscores=True)
-        work(settings)
-
-    return guarded(script, everything, extra="train")
+    return run_command(script, kind, work, arguments, extra="train")
 
 
 def measure_parts(

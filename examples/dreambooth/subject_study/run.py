@@ -19,7 +19,7 @@ from loca_vision.methods.registry import config_class
 from loca_vision.recipes.diffusion.drawing import Picture
 from loca_vision.recipes.reports.environment import environment
 from loca_vision.recipes.reports.metrics import read_metrics
-from loca_vision.recipes.settings.console import guarded, usage_in_one_line
+from loca_vision.recipes.settings.console import run_command
 from loca_vision.storage.atomic_file import write_atomically
 from loca_vision.storage.output_folder import claim
 from loca_vision.storage.safetensors_file import open_safetensors, write_safetensors
@@ -92,13 +92,7 @@ class Study:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing of the study; returns the exit status."""
-
-    def command() -> None:
-        with usage_in_one_line(PROG):
-            study = tyro.cli(Study, prog=PROG, args=arguments, use_underscores=True)
-        run(study)
-
-    return guarded(PROG, command, extra="train,diffusers")
+    return run_command(PROG, Study, run, arguments, extra="train,diffusers")
 
 
 def run(study: Study) -> None:

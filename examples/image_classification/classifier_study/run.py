@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import tyro
-
 from classifier_study.arms import Arm, arms
 from classifier_study.settings import Study
 from loca_vision.recipes.classification.recorded_runs import Run, Runs, tune
 from loca_vision.recipes.classification.study_report import Point, draw_study, study_text
-from loca_vision.recipes.settings.console import guarded, usage_in_one_line
+from loca_vision.recipes.settings.console import run_command
 from loca_vision.recipes.settings.plugins import import_modules
 from loca_vision.storage.atomic_file import write_atomically
 from loca_vision.storage.output_folder import claim
@@ -21,13 +19,7 @@ PROG = "study.py"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study; returns the exit status."""
-
-    def command() -> None:
-        with usage_in_one_line(PROG):
-            study = tyro.cli(Study, prog=PROG, args=arguments, use_underscores=True)
-        run(study)
-
-    return guarded(PROG, command, extra="train")
+    return run_command(PROG, Study, run, arguments, extra="train")
 
 
 def run(study: Study) -> list[Point]:

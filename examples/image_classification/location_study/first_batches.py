@@ -30,7 +30,8 @@ def spectra_of_run(study: RuleStudy, seed: int, probe: Path) -> dict[str, Gradie
     words = [*study.flags, *study.adapter_flags, "--method", "loca", "--n_components", "1", "--seed", str(seed)]
     parsed = parse(Recipe, words, prog="location_rules.py", presets=PRESETS)
     recipe = resolve(parsed.settings, parsed.given)
-    task = task_of(recipe, seed, splits_of(recipe))
+    splits = splits_of(recipe)
+    task = task_of(recipe, seed, splits)
     model = build(task, recipe)
     projections = [*adapters(model, "default")]
     trained = model
@@ -38,6 +39,6 @@ def spectra_of_run(study: RuleStudy, seed: int, probe: Path) -> dict[str, Gradie
         trained, task = with_features(model, task, recipe, device=torch.device("cpu"), computing=nullcontext(), kept=_KEPT)
     remove(model)
     load_trained(model, probe)
-    sampler = EpochSampler(len(task.train), batch_size=study.batch_size, seed=seed)  # type: ignore[arg-type]
+    sampler = EpochSampler(len(splits.train), batch_size=study.batch_size, seed=seed)
     batches = islice(loader(task.train, sampler, workers=0), study.location_batches)
     return gradient_spectra(trained.eval(), batches, projections)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,12 +16,11 @@ from loca_vision import LoCAConfig
 from loca_vision.recipes.classification.recorded_runs import Runs
 from loca_vision.recipes.classification.study_report import Point, draw_study, study_text
 from loca_vision.recipes.classification.trained_weights import TRAINED
-from loca_vision.recipes.settings.console import guarded, usage_in_one_line
+from loca_vision.recipes.settings.console import run_command
 from loca_vision.recipes.settings.plugins import import_modules
 from loca_vision.storage.atomic_file import write_atomically
 from loca_vision.storage.output_folder import claim
-from loca_vision.storage.safetensors_file import write_safetensors
-from loca_vision.storage.strict_json import read_json
+from loca_vision.storage.safetensors_file import open_safetensors, write_safetensors
 from location_study.chosen_cells import ChosenCellsConfig
 from location_study.first_batches import spectra_of_run
 from location_study.gradient_spectra import GradientSpectrum
@@ -32,19 +29,13 @@ from location_study.settings import RuleStudy
 
 PROG = "location_rules.py"
 PLUGIN = ChosenCellsConfig.__module__
+_ENERGY = "energy_share"  # in the header of a file of cells
 PROBE = ("--method", "lp", "--cache_features", "--head_lr", "0.01")
-HEAD_RATE = "0.01"  # of adapters; theirs begins anew
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study; returns the exit status."""
-
-    def command() -> None:
-        with usage_in_one_line(PROG):
-            study = tyro.cli(RuleStudy, prog=PROG, args=arguments, use_underscores=True)
-        run(study)
-
-    return guarded(PROG, command, extra="train")
+    return run_command(PROG, RuleStudy, run, arguments, extra="train")
 
 
 def run(study: RuleStudy) -> list[Point]:
@@ -71,8 +62,9 @@ def run(study: RuleStudy) -> list[Point]:
 
 
 def _arm(study: RuleStudy, rule: str, budget: int) -> Arm:
-    flags = ("--method", "chosen-cells", *study.adapter_flags, "--set", f"rule={_name(rule, budget)}", "--head_lr", HEAD_RATE)
-    return Arm(_name(rule, budget), rates_of(LoCAConfig, {"n_components": budget}), flags)
+    flags = ["--method", "chosen-cells", *study.adapter_flags, "--set", f"rule={_name(rule, budget)}"]
+    flags += ["--head_lr", f"{LoCAConfig.head_lr:g}"]
+    return Arm(_name(rule, budget), rates_of(LoCAConfig, {"n_components": budget}), tuple(flags))
 
 
 def _name(rule: str, budget: int) -> str:
@@ -87,7 +79,7 @@ def _choose(study: RuleStudy, cells: Path) -> None:
     wanted = [(rule, budget) for budget in study.budgets for rule in study.rules]
     with Runs(study.output_dir / "probes", study.flags, len(study.seeds), study.jobs) as probes:
         for seed in tqdm(study.seeds, desc="gradients", disable=None):
-            missing = [(rule, budget) for rule, budget in wanted if not _energy_file(cells, rule, budget, seed).exists()]
+            missing = [(rule, budget) for rule, budget in wanted if not _file(cells, rule, budget, seed).exists()]
             if not missing:
                 continue
             name = f"seed-{seed}"
@@ -95,13 +87,11 @@ def _choose(study: RuleStudy, cells: Path) -> None:
             spectra = spectra_of_run(study, seed, study.output_dir / "probes" / name / TRAINED)
             for rule, budget in missing:
                 found = chosen(RULES[rule], spectra, budget, seed)
-                write_safetensors(_energy_file(cells, rule, budget, seed).with_suffix(".safetensors"), found, {})
-                share = json.dumps({"energy": energy_share(spectra, found)})
-                write_atomically(_energy_file(cells, rule, budget, seed), share.encode())  # the last: both are there
+                write_safetensors(_file(cells, rule, budget, seed), found, {_ENERGY: repr(energy_share(spectra, found))})
 
 
-def _energy_file(cells: Path, rule: str, budget: int, seed: int) -> Path:
-    return cells / _name(rule, budget) / f"seed-{seed}.json"
+def _file(cells: Path, rule: str, budget: int, seed: int) -> Path:
+    return cells / _name(rule, budget) / f"seed-{seed}.safetensors"
 
 
 def energy_share(spectra: dict[str, GradientSpectrum], cells: dict[str, Tensor]) -> float:
@@ -128,4 +118,9 @@ def _text(study: RuleStudy, points: Sequence[Point], cells: Path) -> str:
 
 
 def _mean_share(study: RuleStudy, cells: Path, rule: str, budget: int) -> float:
-    return statistics.fmean(read_json(_energy_file(cells, rule, budget, seed))["energy"] for seed in study.seeds)
+    return statistics.fmean(_share(_file(cells, rule, budget, seed)) for seed in study.seeds)
+
+
+def _share(file: Path) -> float:
+    with open_safetensors(file) as opened:
+        return float(opened.metadata[_ENERGY])

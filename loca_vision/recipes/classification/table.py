@@ -14,7 +14,7 @@ import tyro
 
 from loca_vision.recipes.classification.recipe import EARLIER, MAY_DIFFER_ON_RESUME
 from loca_vision.recipes.reports.metrics import METRICS, read_metrics
-from loca_vision.recipes.settings.console import guarded, usage_in_one_line
+from loca_vision.recipes.settings.console import run_command
 from loca_vision.storage.atomic_file import write_atomically
 
 COLUMNS = ("oxford_pets", "stanford_cars", "cifar10", "dtd", "eurosat", "fgvc_aircraft", "resisc45", "cifar100")
@@ -65,13 +65,7 @@ class Row:
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "report.py") -> int:
     """Report as the command line says; returns the exit status."""
-
-    def command() -> None:
-        with usage_in_one_line(prog):
-            wanted = tyro.cli(Report, prog=prog, args=arguments, use_underscores=True)
-        print_report(wanted)
-
-    return guarded(prog, command, extra="train")
+    return run_command(prog, Report, print_report, arguments, extra="train")
 
 
 def print_report(wanted: Report) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
+from typing import TypeVar
 
 from loca_vision.messages import nearest
+
+Settings = TypeVar("Settings")
 
 USAGE, INTERRUPTED = 2, 130
 _PLAINER = (  # what tyro and Python say of a value, and the same in plain words
@@ -47,6 +50,26 @@ def guarded(prog: str, function: Callable[[], object], *, extra: str) -> int:
             return _told(prog, stop.code)
         return stop.code or 0
     return 0
+
+
+def run_command(
+    prog: str, kind: type[Settings], work: Callable[[Settings], object], arguments: Sequence[str] | None, *, extra: str
+) -> int:
+    """A whole command to its exit status, as `guarded` has it: settings from the command line, then the work.
+
+    Args:
+        kind: the dataclass of the settings; its docstring is what `--help` begins with.
+        arguments: of the command line; None for those of this process.
+    """
+
+    def command() -> None:
+        import tyro
+
+        with usage_in_one_line(prog):
+            settings = tyro.cli(kind, prog=prog, args=arguments, description=kind.__doc__, use_underscores=True)
+        work(settings)
+
+    return guarded(prog, command, extra=extra)
 
 
 @contextmanager
