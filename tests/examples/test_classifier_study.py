@@ -129,6 +129,13 @@ def test_a_study_that_cannot_be(flags, said, made_up, tmp_path, capsys):
     assert said in captured and captured.startswith("study.py: ")
 
 
+def test_without_its_images_a_study_writes_nothing(tmp_path, capsys):
+    for script in ("study", "location_rules"):
+        out = tmp_path / script
+        assert main(script, "--dataset", "folder", "--root", tmp_path / "nowhere", "--output_dir", out) == 2
+        assert "nowhere': there is no such folder" in capsys.readouterr().err and not out.exists()
+
+
 def test_a_record_of_other_flags_is_refused(made_up, tmp_path, capsys):
     flags = ("--dataset", "digits", "--methods", "lora", "--output_dir", tmp_path / "study")
     assert main("study", *flags) == 0

@@ -69,7 +69,10 @@ class Study:
         """
         Raises:
             ValueError: a count out of range, or a value named twice.
+            FileNotFoundError: the images' folder is not there.
         """
+        if self.root is not None and not self.root.is_dir():
+            raise FileNotFoundError(f"root={str(self.root)!r}: there is no such folder")
         check_count("jobs", self.jobs)
         for name in ("methods", "budgets", "ranks", "seeds"):
             values = getattr(self, name)

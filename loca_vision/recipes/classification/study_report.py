@@ -154,7 +154,9 @@ def _draw(axes: Axes, points: Sequence[Point], measure: Literal["trained", "size
             capsize=2,
             label=method,
         )
+    places = [getattr(point, measure) for point in points if point.method not in _WHOLE]
     axes.set_xscale("log")
+    axes.set_xlim(min(places, default=1) / 1.5, max(places, default=1) * 1.5)  # far wider than what stands aside
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter(NullFormatter())
