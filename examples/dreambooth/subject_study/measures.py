@@ -54,20 +54,25 @@ class Studio:
                 self.pipe.unload_loca_weights()
 
     @cached_property
-    def _drawn_before(self) -> dict[str, list[Image.Image]]:
+    def _drawn_before(self) -> dict[tuple[str, ...], list[list[Image.Image]]]:
         return {}
 
-    def of_base(self, prompt: str) -> list[Image.Image]:
+    def of_base(self, prompts: Sequence[str]) -> list[list[Image.Image]]:
         """What the base draws, once for all adapters."""
-        if prompt not in self._drawn_before:
-            self._drawn_before[prompt] = self.draw(prompt, scale=0)
-        return self._drawn_before[prompt]
+        if tuple(prompts) not in self._drawn_before:
+            self._drawn_before[tuple(prompts)] = self.draw(prompts, scale=0)
+        return self._drawn_before[tuple(prompts)]
 
-    def draw(self, prompt: str, scale: float = 1.0, count: int | None = None, start: int = 0) -> list[Image.Image]:
-        """`count` pictures; with the same seeds for every adapter and every prompt."""
-        numbers = range(start, start + (self.count if count is None else count))
+    def draw(self, prompts: Sequence[str], scale: float = 1.0) -> list[list[Image.Image]]:
+        """`count` pictures for each prompt, in one batch; with the same seeds for every adapter and every prompt."""
+        numbers = range(self.count)
+        drawn = self.draw_one([prompt for prompt in prompts for _ in numbers], [*numbers] * len(prompts), scale)
+        return [drawn[start : start + self.count] for start in range(0, len(drawn), self.count)]
+
+    def draw_one(self, prompts: Sequence[str], numbers: Sequence[int], scale: float = 1.0) -> list[Image.Image]:
+        """A picture for each prompt, whose noise the number beside it gives."""
         seeds = [stream_seed(self.seed, number, _PICTURE) for number in numbers]
-        return pictures(self.pipe, prompt, seeds, self.how, scale=scale)
+        return pictures(self.pipe, list(prompts), seeds, self.how, scale=scale)
 
     def look(self, scenes: Sequence[Scene]) -> Seen:
         """At drawings."""
@@ -90,10 +95,10 @@ def subject_measures(studio: Studio) -> dict[str, float]:
         class_marks: the marks where the prompt names the class: what ought to stay as the base has it.
         class_change: mean absolute difference of pixels from the base's pictures of the class, 0 to 255.
     """
-    of = [seen(studio.eye, studio.draw(f"{SUBJECT} {place}")) for place in PLACES]
+    of = [seen(studio.eye, drawn) for drawn in studio.draw([f"{SUBJECT} {place}" for place in PLACES])]
     held = [studio.look(held_subjects(place, studio.count)) for place in PLACES]
-    classes = [studio.draw(f"{CLASS} {place}") for place in PLACES]
-    before = [studio.of_base(f"{CLASS} {place}") for place in PLACES]
+    prompts = [f"{CLASS} {place}" for place in PLACES]
+    classes, before = studio.draw(prompts), studio.of_base(prompts)
     new = [one.share("place", place) for one, place in zip(of, PLACES, strict=True) if place not in SHOWN_PLACES]
     return {
         "likeness": fmean(one.likeness(other) for one, other in zip(of, held, strict=True)),
@@ -115,11 +120,10 @@ def style_measures(studio: Studio) -> dict[str, float]:
         plain_change: mean absolute difference of pixels from the base's pictures of those prompts, 0 to 255.
     """
     scenes = style_scenes(STYLE_PROMPTS)
-    of = [seen(studio.eye, studio.draw(scene.caption(place=False))) for scene in scenes]
+    of = [seen(studio.eye, drawn) for drawn in studio.draw([scene.caption(place=False) for scene in scenes])]
     held = [studio.look(_other_poses(scene, studio.count)) for scene in scenes]
     prompts = [f"a {scene.colour} {scene.kind} {place}" for scene, place in zip(scenes, PLACES, strict=True)]
-    plain = [studio.draw(prompt) for prompt in prompts]
-    before = [studio.of_base(prompt) for prompt in prompts]
+    plain, before = studio.draw(prompts), studio.of_base(prompts)
     return {
         "likeness": fmean(one.likeness(other) for one, other in zip(of, held, strict=True)),
         "neon": fmean(one.share("style", "neon") for one in of),
@@ -140,7 +144,8 @@ def ceiling(studio: Studio, task: Task) -> float:
 
 def prompts_followed(studio: Studio, scenes: Sequence[Scene]) -> dict[str, float]:
     """Of the base: shares of right kinds, colours, places and numbers, a picture for each scene's caption."""
-    found = [seen(studio.eye, studio.draw(scene.caption(), 0, 1, number)) for number, scene in enumerate(scenes)]
+    drawn = studio.draw_one([scene.caption() for scene in scenes], range(len(scenes)), scale=0)
+    found = [seen(studio.eye, [picture]) for picture in drawn]
     names = ("kind", "colour", "place", "two")
     return {
         name: fmean(one.share(name, getattr(scene, name)) for one, scene in zip(found, scenes, strict=True)) for name in names

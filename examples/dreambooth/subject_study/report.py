@@ -123,12 +123,12 @@ def draw_numbers(path: Path, results: Mapping[Task, Sequence[Result]], ceilings:
 
 def scales_sheet(studio: Studio, subject: Path, style: Path) -> Image.Image:
     """Prompts across, scales down; every column has one seed."""
-    columns: list[list[Image.Image]] = []
+    rows: list[list[Image.Image]] = [[] for _ in SCALES]
     for folder, prompts in ((subject, SUBJECT_PROMPTS), (style, STYLE_PROMPTS)):
+        numbers = range(len(rows[0]), len(rows[0]) + len(prompts))
         with studio.adapted(folder):
-            for prompt in prompts:
-                columns.append([studio.draw(prompt, scale, 1, len(columns))[0] for scale in SCALES])
-    rows = [list(row) for row in zip(*columns, strict=True)]
+            for row, scale in zip(rows, SCALES, strict=True):
+                row += studio.draw_one(prompts, numbers, scale)
     labels = [f"scale {scale:g}" + (", the base" if scale == 0 else "") for scale in SCALES]
     return contact_sheet(rows, columns=[*SUBJECT_PROMPTS, *STYLE_PROMPTS], labels=labels, side=_CELL)
 
@@ -138,7 +138,7 @@ def class_sheet(studio: Studio, adapters: Mapping[str, Path | None]) -> Image.Im
     rows = []
     for folder in adapters.values():
         with studio.adapted(folder):
-            rows.append([studio.draw(prompt, 1, 1, 100 + number)[0] for number, prompt in enumerate(CLASS_PROMPTS)])
+            rows.append(studio.draw_one(CLASS_PROMPTS, range(100, 100 + len(CLASS_PROMPTS))))
     return contact_sheet(rows, columns=CLASS_PROMPTS, labels=list(adapters), side=_CELL)
 
 

@@ -50,7 +50,7 @@ class Picture:
 
 
 def pictures(
-    pipe: Any, prompt: str, seeds: list[int], how: Picture, *, scale: float = 1.0, progress: bool = False
+    pipe: Any, prompt: str | list[str], seeds: list[int], how: Picture, *, scale: float = 1.0, progress: bool = False
 ) -> list[Image.Image]:
     """A picture for each seed, RGB: one batch.
 
@@ -59,6 +59,7 @@ def pictures(
 
     Args:
         pipe: a text-to-image pipeline, with or without adapters.
+        prompt: one for all seeds, or a list with one for each.
         seeds: each from 0 to 2**63 - 1.
         scale: how strongly the pipeline's adapters act, times their weights. At 0 they stand aside: the base, bit for bit.
 
@@ -78,7 +79,7 @@ def pictures(
             height=how.height,
             width=how.width,
             num_inference_steps=how.steps,
-            num_images_per_prompt=len(seeds),
+            num_images_per_prompt=len(seeds) if isinstance(prompt, str) else 1,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             **told,
             **(how.more or {}),
