@@ -6,23 +6,31 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy import stats
+from scipy import fft, stats
 
 from classifier_study.settings import Study
 from loca_vision import KINDS, LoCAConfig, adapters, inject, load_adapter, save_adapter, select_locations
+from loca_vision.dct import dct2, idct2
 from loca_vision.recipes.classification import recorded_runs
 from loca_vision.storage.safetensors_file import open_safetensors, write_safetensors
+from location_study import informed_rules
 from location_study.chosen_cells import ChosenCellsConfig
 from location_study.gradient_spectra import GradientSpectrum, gradient_spectra
-from location_study.rules import RULES, chosen
-from location_study.run import energy_share
+from location_study.informed_cells import InformedCellsConfig
+from location_study.informed_rules import INFORMED
+from location_study.rules import RULES, chosen, energy_share
 from location_study.settings import RuleStudy
 from support.scripts import main
 from support.timm_models import tiny
 
-KINDS.pop(ChosenCellsConfig.method)  # of which only the tests below know
+PLUGINS = (ChosenCellsConfig, InformedCellsConfig)
+for config in PLUGINS:
+    KINDS.pop(config.method)  # of which only the tests below know
 
 NAMES = [f"blocks.{block}.attn.{part}" for block in (0, 1) for part in "qv"]
+
+
+WITH_FEWER = ("gradient-model", "squares-model", "directions")  # in some projections
 
 
 def spectrum(total, squares=None):
@@ -32,7 +40,8 @@ def spectrum(total, squares=None):
 
 @pytest.fixture(autouse=True)
 def _known(monkeypatch):
-    monkeypatch.setitem(KINDS, ChosenCellsConfig.method, ChosenCellsConfig)
+    for config in PLUGINS:
+        monkeypatch.setitem(KINDS, config.method, config)
 
 
 @pytest.fixture
@@ -43,13 +52,15 @@ def random_spectra():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_takes_different_cells_and_as_many_as_it_may(rule, random_spectra):
-    cells = chosen(RULES[rule], random_spectra, 4, seed=3)
-    assert {name: len(own) for name, own in cells.items()} == dict.fromkeys(NAMES, 4) or RULES[rule].whole
-    assert sum(map(len, cells.values())) == 16
+    found = chosen(RULES[rule], random_spectra, 4, seed=3)
+    cells = {name: found[name] for name in NAMES}
+    assert {name: len(own) for name, own in cells.items()} == dict.fromkeys(NAMES, 4) or rule in WITH_FEWER
+    assert sum(map(len, cells.values())) == 12 if rule == "directions" else 16
     for own in cells.values():
         assert len(own.unique()) == len(own) >= 1 and own.min() >= 0 and own.max() < 30
     again = chosen(RULES[rule], random_spectra, 4, seed=3)  # nothing has changed the spectra
-    assert all(torch.equal(cells[name], again[name]) for name in NAMES)
+    assert found.keys() == again.keys() and all(torch.equal(found[name], again[name]) for name in found)
+    assert 0 < energy_share(random_spectra, found) <= 1
 
 
 @pytest.mark.parametrize(("rule", "part"), [("gradient-model", "total"), ("squares-model", "squares")])
@@ -126,6 +137,78 @@ def test_an_adapter_has_its_cells_and_its_file_needs_no_other(tmp_path):
         inject(tiny("vit"), config)
 
 
+def test_an_order_of_rows_and_columns_gathers_the_energy_of_a_gradient_of_rank_one():
+    """A smooth gradient whose rows and columns are shuffled: sorted again, a few cells have nearly all of it."""
+    draws = torch.Generator().manual_seed(0)
+    rows, columns = torch.randperm(24, generator=draws), torch.randperm(20, generator=draws)
+    gradient = torch.linspace(-1, 2, 24)[rows, None] * torch.linspace(-2, 1, 20)[columns]
+    of = {NAMES[0]: spectrum(dct2(gradient))}
+    plain, sorted_ = (chosen(RULES[rule], of, 4, 0) for rule in ("gradient", "reordered"))
+    assert energy_share(of, plain) < 0.4 < 0.9 < energy_share(of, sorted_)
+    one = InformedCellsConfig(n_components=4).build((24, 20))
+    for part, value in sorted_.items():
+        getattr(one, part.removeprefix(NAMES[0]).removeprefix(".") or "cells").copy_(value)
+    (pulled,) = torch.autograd.grad((one.delta() * gradient).sum(), one.coefficients)
+    assert float(pulled.square().sum() / gradient.square().sum()) == pytest.approx(energy_share(of, sorted_), rel=1e-4)
+
+
+def test_directions_have_the_largest_singular_values(random_spectra):
+    found = chosen(RULES["directions"], random_spectra, 13, 0)
+    of = random_spectra[NAMES[0]]
+    left, right = (found[f"{NAMES[0]}.{part}"] for part in ("left", "right"))
+    core = left.T @ idct2(of.total) @ right
+    torch.testing.assert_close(core, torch.diag(torch.linalg.svdvals(of.total)[:2]), atol=1e-4, rtol=1e-4)
+    assert len(found[NAMES[0]]) == 9 and energy_share({NAMES[0]: of}, found) >= float(
+        core.square().sum() / of.total.square().sum()
+    )
+
+
+def test_an_informed_update_is_its_formula_and_its_file_needs_no_other(tmp_path, random_spectra):
+    (tmp_path / "some").mkdir()
+    draws = torch.Generator().manual_seed(0)
+    parts = {"rows": torch.randperm(48, generator=draws), "columns": torch.randperm(48, generator=draws)}
+    parts |= {part: torch.linalg.qr(torch.randn(48, 2, generator=draws))[0].contiguous() for part in ("left", "right")}
+    held = {name: torch.arange(number, 2000, 500 + number) for number, name in enumerate(NAMES)}
+    held = {name: cells[:4] for name, cells in held.items()}
+    held |= {f"{name}.{part}": value.clone() for name in NAMES for part, value in parts.items()}
+    write_safetensors(tmp_path / "some" / "seed-0.safetensors", held, {})
+    config = InformedCellsConfig(n_components=4, directions=2, scale=0.5, folder=str(tmp_path), rule="some")
+    model, x = tiny("vit"), torch.randn(2, 3, 32, 32)
+    before = model(x)
+    inject(model, config)
+    assert torch.equal(model(x), before)
+    for name, update in adapters(model).items():
+        torch.nn.init.normal_(update.coefficients)
+        torch.nn.init.normal_(update.core)
+        sparse = torch.zeros(48 * 48)
+        sparse[held[name]] = update.coefficients.detach()
+        basis = torch.as_tensor(fft.idctn(sparse.view(48, 48).numpy(), norm="ortho"))
+        wanted = basis[parts["rows"]][:, parts["columns"]] + parts["left"] @ update.core @ parts["right"].T
+        torch.testing.assert_close(update.delta(), 0.5 * wanted, atol=1e-5, rtol=1e-5)
+    save_adapter(model, tmp_path / "adapter")
+    (tmp_path / "some" / "seed-0.safetensors").unlink()
+    loaded = tiny("vit")
+    load_adapter(loaded, tmp_path / "adapter")
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+
+
+def test_the_smallest_components_go_where_the_gradient_is_largest():
+    """Every second step, of 20 cells 10: a cosine later the share is smaller, and after the last step nothing moves."""
+    one = InformedCellsConfig(n_components=20, relocate_every=2, relocate_until=4).build((8, 8)).train()
+    one.cells.copy_(torch.arange(20))
+    one.coefficients.data.copy_(torch.arange(1.0, 21))
+    wanted = torch.zeros(64)
+    wanted[[40, 50, 60]] = torch.tensor([3.0, -2.0, 1.0])
+    direction = idct2(wanted.view(8, 8))
+    for step, moved in enumerate([[], [], [40, 50, 60], [40, 50, 60], [40, 50, 60]]):
+        (one.delta() * direction).sum().backward()
+        assert one.cells.tolist() == [*moved, *range(len(moved), 20)], step
+    assert one.coefficients[:3].tolist() == [0, 0, 0] and one.coefficients[3] == 4 and int(one.steps) == 5
+    still = one.cells.clone()
+    one.eval().delta()
+    assert torch.equal(one.cells, still) and not InformedCellsConfig(n_components=20).build((8, 8)).seen.numel()
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Runs of a tiny ViT, in this process."""
@@ -156,6 +239,25 @@ def test_from_images_to_a_table_and_again(small, tmp_path, capsys):
     before = (out / "runs.json").read_bytes()
     assert main("location_rules", *flags, "--rules", "random", "gradient-model") == 0
     assert (out / "runs.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("rule", INFORMED)
+def test_informed_rules_train_as_many_numbers(rule, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(informed_rules, "_EVERY", 1)
+    out = tmp_path / "rules"
+    flags = ("--output_dir", out, "--budgets", 12, "--layers", "blocks.5", "--seeds", 0, "--location_batches", 2)
+    flags += ("--batch_size", 8, "--train_images", 16, "--epochs", 1)
+    assert main("location_rules", *flags, "--rules", rule, "--against", rule) == 0
+    runs = json.loads((out / "runs.json").read_text())
+    assert len(runs) >= 3 and {run["trained_parameters"] for run in runs.values()} == {24}
+    with open_safetensors(out / next(iter(runs)) / "pytorch_loca_weights.safetensors") as saved:
+        held = saved.tensors()
+    with open_safetensors(next((out / "cells").glob("*/seed-0.safetensors"))) as wanted:
+        cells = wanted.tensors()
+    moved = [
+        not torch.equal(held[f"{name}.cells"], own) for name, own in cells.items() if "." not in name.partition("attn.")[2]
+    ]
+    assert len(moved) == 2 and set(moved) == {rule == "relocated"}
 
 
 @pytest.mark.parametrize(

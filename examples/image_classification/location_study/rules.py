@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from loca_vision.methods.adapter_config import generator_of
+from location_study.chosen_cells import ChosenCellsConfig
 from location_study.gradient_spectra import GradientSpectrum
+from location_study.informed_rules import CELLS, INFORMED, InformedRule, energy
 
 Score = Callable[[GradientSpectrum, torch.Generator], Tensor]
 
@@ -26,6 +28,10 @@ class Rule:
     score: Score
     about: str
     whole: bool = False
+
+    def flags(self, budget: int, steps: int) -> list[str]:
+        """For train.py."""
+        return ["--method", ChosenCellsConfig.method]
 
 
 def _random(of: GradientSpectrum, draws: torch.Generator) -> Tensor:
@@ -65,7 +71,7 @@ def _sampled(power: float) -> Score:
     return score
 
 
-RULES = {
+RULES: dict[str, Rule | InformedRule] = {
     "random": Rule(_random, "any cell as likely as any other"),
     "low": Rule(_low, "the lowest frequencies"),
     "gradient": Rule(_gradient, "largest abs(sum Z)"),
@@ -76,19 +82,33 @@ RULES = {
     "curvature": Rule(_curvature, "largest abs(sum Z) over the root of its factored second moment"),
     "gradient-model": Rule(_gradient, "largest abs(sum Z) of all projections together", whole=True),
     "squares-model": Rule(_squares, "largest sum Z^2 of all projections together", whole=True),
+    **INFORMED,
 }
 
 
-def chosen(rule: Rule, spectra: Mapping[str, GradientSpectrum], budget: int, seed: int) -> dict[str, Tensor]:
-    """Flat cells row * q + column by projection, `budget` each on average; without `rule.whole`, exactly.
+def chosen(rule: Rule | InformedRule, spectra: Mapping[str, GradientSpectrum], budget: int, seed: int) -> dict[str, Tensor]:
+    """What a file of the rule holds for a seed: flat cells row * q + column by projection, and other parts by `<name>.<part>`.
+
+    Of cells there are `budget` each on average; without `rule.whole`, exactly.
 
     Raises:
         ValueError: a projection has fewer cells than that.
     """
+    for name, of in spectra.items():
+        if budget > of.total.numel():
+            raise ValueError(f"budgets={budget}: {name} has {of.total.numel()} cells")
+    if isinstance(rule, Rule):
+        return _cells(rule, spectra, budget, seed)
+    parts = {name: rule.parts(of, budget, generator_of(seed, name)) for name, of in spectra.items()}
+    return {_key(name, part): value.contiguous() for name, own in parts.items() for part, value in own.items()}
+
+
+def _key(name: str, part: str) -> str:
+    return name if part == CELLS else f"{name}.{part}"
+
+
+def _cells(rule: Rule, spectra: Mapping[str, GradientSpectrum], budget: int, seed: int) -> dict[str, Tensor]:
     scores = {name: rule.score(of, generator_of(seed, name)).flatten().clone() for name, of in spectra.items()}
-    for name, own in scores.items():
-        if budget > len(own):
-            raise ValueError(f"budgets={budget}: {name} has {len(own)} cells")
     if not rule.whole:
         return {name: own.topk(budget).indices for name, own in scores.items()}
     first = {name: own.argmax() for name, own in scores.items()}
@@ -99,3 +119,11 @@ def chosen(rule: Rule, spectra: Mapping[str, GradientSpectrum], budget: int, see
     which = torch.bucketize(best, ends, right=True)
     starts = torch.cat([torch.zeros(1, dtype=torch.long), ends[:-1]])
     return {name: (best - starts[number])[which == number] for number, name in enumerate(scores)}
+
+
+def energy_share(spectra: Mapping[str, GradientSpectrum], found: Mapping[str, Tensor]) -> float:
+    """Of the squared norm of the gradients, summed over the batches: what lies in what was chosen."""
+    every = sum(float(of.total.square().sum()) for of in spectra.values())
+    names = (CELLS, "rows", "columns", "left", "right")
+    parts = {name: {part: found[_key(name, part)] for part in names if _key(name, part) in found} for name in spectra}
+    return sum(energy(of, parts[name]) for name, of in spectra.items()) / every

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from torch import Tensor
 from tqdm import tqdm
 
 from classifier_study.arms import Arm, rates_of
@@ -23,12 +22,12 @@ from loca_vision.storage.output_folder import claim
 from loca_vision.storage.safetensors_file import open_safetensors, write_safetensors
 from location_study.chosen_cells import ChosenCellsConfig
 from location_study.first_batches import spectra_of_run
-from location_study.gradient_spectra import GradientSpectrum
-from location_study.rules import RULES, chosen
+from location_study.informed_cells import InformedCellsConfig
+from location_study.rules import RULES, chosen, energy_share
 from location_study.settings import RuleStudy
 
 PROG = "location_rules.py"
-PLUGIN = ChosenCellsConfig.__module__
+PLUGINS = (ChosenCellsConfig.__module__, InformedCellsConfig.__module__)
 _ENERGY = "energy_share"  # in the header of a file of cells
 PROBE = ("--method", "lp", "--cache_features", "--head_lr", "0.01")
 
@@ -51,7 +50,7 @@ def run(study: RuleStudy) -> list[Point]:
     _choose(study, cells)
     arms = [_arm(study, rule, budget) for budget in study.budgets for rule in study.rules]
     planned = sum(len(arm.rates) + len(study.seeds) - 1 for arm in arms)
-    flags = [*study.flags, "--import", PLUGIN, "--set", f"folder={cells}"]
+    flags = [*study.flags, *(f"--import={module}" for module in PLUGINS), "--set", f"folder={cells}"]
     with Runs(study.output_dir, flags, planned, study.jobs) as runs, ThreadPoolExecutor(study.jobs) as each:
         points = list(each.map(lambda arm: compared(runs, arm, study.seeds), arms))
     text = _text(study, points, cells)
@@ -62,7 +61,8 @@ def run(study: RuleStudy) -> list[Point]:
 
 
 def _arm(study: RuleStudy, rule: str, budget: int) -> Arm:
-    flags = ["--method", "chosen-cells", *study.adapter_flags, "--set", f"rule={_name(rule, budget)}"]
+    steps = study.epochs * (study.train_images // study.batch_size)
+    flags = [*RULES[rule].flags(budget, steps), *study.adapter_flags, "--set", f"rule={_name(rule, budget)}"]
     flags += ["--head_lr", f"{LoCAConfig.head_lr:g}"]
     return Arm(_name(rule, budget), rates_of(LoCAConfig, {"n_components": budget}), tuple(flags))
 
@@ -92,13 +92,6 @@ def _choose(study: RuleStudy, cells: Path) -> None:
 
 def _file(cells: Path, rule: str, budget: int, seed: int) -> Path:
     return cells / _name(rule, budget) / f"seed-{seed}.safetensors"
-
-
-def energy_share(spectra: dict[str, GradientSpectrum], cells: dict[str, Tensor]) -> float:
-    """Of the squared norm of the gradients, summed over the batches: what lies in the cells."""
-    every = sum(float(of.total.square().sum()) for of in spectra.values())
-    held = sum(float(of.total.flatten()[cells[name]].square().sum()) for name, of in spectra.items())
-    return held / every
 
 
 # What came out
