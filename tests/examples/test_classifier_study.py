@@ -174,3 +174,9 @@ def test_one_seed_has_no_differences(tmp_path):
     assert "less that of" not in study_text(points, [0], "lora")
     draw_study(tmp_path / "study.png", "one", points)
     assert (tmp_path / "study.png").stat().st_size > 0
+
+
+def test_pictures_have_the_methods_titles():
+    names = ("loca-30", "loca-fixed-768", "lora", "waveft-300", "sampled-1-300", "kronecker-8")
+    titles = [Point(name, 5, 1e-3, {}, (0.5,), 0.1, 9).title for name in names]
+    assert titles == ["LoCA", "LoCA, fixed locations", "LoRA", "WaveFT", "sampled-1", "kronecker"]

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
+from loca_vision.methods.registry import KINDS
 from loca_vision.recipes.reports import plots
 
 _MARKS = "osv^DP*X<>"  # of the methods with an adapter, in their order
@@ -51,6 +52,13 @@ class Point:
     def method(self) -> str:
         """The name without the budget."""
         return self.name.rstrip("0123456789").rstrip("-")
+
+    @property
+    def title(self) -> str:
+        """The method as it is written in sentences; what is not a method, or more than one, keeps its name."""
+        name, fixed = self.method.removesuffix("-fixed"), self.method.endswith("-fixed")
+        title = KINDS[name].title or name if name in KINDS else name
+        return f"{title}, fixed locations" if fixed else title
 
     @property
     def mean(self) -> float:
@@ -152,7 +160,7 @@ def _draw(axes: Axes, points: Sequence[Point], measure: Literal["trained", "size
             markersize=5,
             linewidth=1.2,
             capsize=2,
-            label=method,
+            label=mine[0].title,
         )
     places = [getattr(point, measure) for point in points if point.method not in _WHOLE]
     axes.set_xscale("log")
