@@ -20,7 +20,7 @@ _NAME = "default"
 
 
 class LoCAAttnProcessor(nn.Module):
-    """Wrap any attention processor so that it sees the attention layer with adapted projections.
+    """An attention processor that runs any other one on a view of the attention layer with adapted projections.
 
     `unet.set_attn_processor({path: LoCAAttnProcessor.of(attention, config), ...})` makes the spectra parameters of the UNet.
     `loca_vision.inject` needs no processor and is unaffected by later calls that set processors; this class is for code that
@@ -122,7 +122,7 @@ def _updates(part: str, update: Update) -> WeightUpdates:
 
 
 class _Signature:
-    """The `processor.__call__` that diffusers inspects: it passes on only the arguments in the inner processor's signature."""
+    """`processor.__call__` as diffusers inspects it to see which arguments to pass on: with the inner processor's signature."""
 
     def __init__(self, owner: LoCAAttnProcessor) -> None:
         self._owner = weakref.ref(owner)  # weak: the owner has this as an attribute, and a cycle would keep its memory

@@ -53,7 +53,7 @@ def load(
                 if hotswap:
                     check_swap(model, name, made[component][1])
     if not all(takes_attention_kwargs(model) for model, _, _ in assigned.values()):
-        tell_scale(type(pipe))  # a no-op if the class is wrapped already, as it is unless `unregister` was called
+        tell_scale(type(pipe))  # the class is wrapped already, unless the methods are not registered
     if hotswap:
         _swap_all(pipe, name, made)
     else:

@@ -206,7 +206,7 @@ class LoCALoaderMixin:
 
         Raises:
             ValueError: a name is unknown, there is nothing to fuse, the adapters are disabled, or a weight cannot be written
-                to (because it is quantised).
+                to (for example because it is quantised).
         """
         fuse_components(self, components, scale=scale, check=safe_fusing, adapter_names=adapter_names)
 
