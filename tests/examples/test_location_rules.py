@@ -241,6 +241,18 @@ def test_from_images_to_a_table_and_again(small, tmp_path, capsys):
     assert (out / "runs.json").read_bytes() == before
 
 
+def test_gradients_may_be_those_of_a_new_head(small, tmp_path):
+    """Then no probe is trained, the first gradients are others, and the folder knows it."""
+    flags = ("--budgets", 3, "--layers", "blocks.5", "--seeds", 0, "--location_batches", 2, "--batch_size", 8)
+    flags += ("--rules", "gradient", "--against", "gradient")
+    for head in ("probe", "new"):
+        assert main("location_rules", "--output_dir", tmp_path / head, *flags, "--head", head) == 0
+    assert [(tmp_path / head / "probes").exists() for head in ("probe", "new")] == [True, False]
+    files = [tmp_path / head / "cells" / "gradient-3" / "seed-0.safetensors" for head in ("probe", "new")]
+    assert files[0].read_bytes() != files[1].read_bytes()
+    assert main("location_rules", "--output_dir", tmp_path / "new", *flags) == 2
+
+
 @pytest.mark.parametrize("rule", INFORMED)
 def test_informed_rules_train_as_many_numbers(rule, small, tmp_path, monkeypatch):
     monkeypatch.setattr(informed_rules, "_EVERY", 1)

@@ -22,10 +22,10 @@ from location_study.settings import RuleStudy
 _KEPT: Kept = {}  # what the blocks below see, which is the same for all seeds
 
 
-def spectra_of_run(study: RuleStudy, seed: int, probe: Path) -> dict[str, GradientSpectrum]:
+def spectra_of_run(study: RuleStudy, seed: int, probe: Path | None) -> dict[str, GradientSpectrum]:
     """By the first batches of a run with this seed, in float32.
 
-    The head is the one that a linear probe has learned: with the random head of a new run, gradients say how to please that.
+    The head is the one in `probe`; without it the random head of a new run, and gradients say how to please that.
     """
     words = [*study.flags, *study.adapter_flags, "--method", "loca", "--n_components", "1", "--seed", str(seed)]
     parsed = parse(Recipe, words, prog="location_rules.py", presets=PRESETS)
@@ -38,7 +38,8 @@ def spectra_of_run(study: RuleStudy, seed: int, probe: Path) -> dict[str, Gradie
     if recipe.cache_features:
         trained, task = with_features(model, task, recipe, device=torch.device("cpu"), computing=nullcontext(), kept=_KEPT)
     remove(model)
-    load_trained(model, probe)
+    if probe is not None:
+        load_trained(model, probe)
     sampler = EpochSampler(len(splits.train), batch_size=study.batch_size, seed=seed)
     batches = islice(loader(task.train, sampler, workers=0), study.location_batches)
     return gradient_spectra(trained.eval(), batches, projections)

@@ -77,17 +77,26 @@ def _name(rule: str, budget: int) -> str:
 def _choose(study: RuleStudy, cells: Path) -> None:
     """Write the cells of every rule and budget, for each seed, with the share of the gradient's energy that they have."""
     wanted = [(rule, budget) for budget in study.budgets for rule in study.rules]
-    with Runs(study.output_dir / "probes", study.flags, len(study.seeds), study.jobs) as probes:
-        for seed in tqdm(study.seeds, desc="gradients", disable=None):
-            missing = [(rule, budget) for rule, budget in wanted if not _file(cells, rule, budget, seed).exists()]
-            if not missing:
-                continue
-            name = f"seed-{seed}"
-            probes.finished(name, PROBE, seed)
-            spectra = spectra_of_run(study, seed, study.output_dir / "probes" / name / TRAINED)
-            for rule, budget in missing:
-                found = chosen(RULES[rule], spectra, budget, seed)
-                write_safetensors(_file(cells, rule, budget, seed), found, {_ENERGY: repr(energy_share(spectra, found))})
+    missing = {
+        seed: [(rule, budget) for rule, budget in wanted if not _file(cells, rule, budget, seed).exists()]
+        for seed in study.seeds
+    }
+    seeds = [seed for seed in study.seeds if missing[seed]]
+    probes = _probes(study, seeds) if study.head == "probe" else {}
+    for seed in tqdm(seeds, desc="gradients", disable=None):
+        spectra = spectra_of_run(study, seed, probes.get(seed))
+        for rule, budget in missing[seed]:
+            found = chosen(RULES[rule], spectra, budget, seed)
+            write_safetensors(_file(cells, rule, budget, seed), found, {_ENERGY: repr(energy_share(spectra, found))})
+
+
+def _probes(study: RuleStudy, seeds: Sequence[int]) -> dict[int, Path]:
+    """Linear probes, by seed: the files of their heads."""
+    folder = study.output_dir / "probes"
+    with Runs(folder, study.flags, len(study.seeds), study.jobs) as probes:
+        for seed in seeds:
+            probes.finished(f"seed-{seed}", PROBE, seed)
+    return {seed: folder / f"seed-{seed}" / TRAINED for seed in seeds}
 
 
 def _file(cells: Path, rule: str, budget: int, seed: int) -> Path:

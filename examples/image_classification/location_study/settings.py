@@ -31,6 +31,8 @@ class RuleStudy(Study):
     """Name patterns of the layers whose query and value are adapted, all of whole blocks."""
     location_batches: int = 16
     """Batches of training images whose gradient the rules see; no rule is charged for them."""
+    head: Literal["probe", "new"] = "probe"
+    """The classifier head with which gradients are computed: one that a linear probe has learned, or the run's own new one."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Runs at the best rate. Rates are tuned with the first."""
     image_size: int = 42
