@@ -47,7 +47,7 @@ def parse_buckets(text: str, divisor: int) -> tuple[Size, ...]:
 
 
 def buckets_for(resolution: int, divisor: int, *, most: float = 2.0) -> tuple[Size, ...]:
-    """Return sizes of at most about resolution x resolution pixels: first the square, then others, from nearly square to long.
+    """Return sizes with about resolution x resolution pixels, never more: first the square, then from nearly square to long.
 
     Args:
         divisor: the number that all sides are multiples of; sides have at least 64 pixels if the resolution does.
@@ -75,7 +75,7 @@ def nearest_bucket(size: tuple[int, int], buckets: Sequence[Size]) -> int:
     """Return the index of the bucket whose log(width / height) is nearest to the image's; among equals the first.
 
     Args:
-        size: (width, height) of the image, in the other order than the buckets.
+        size: (width, height) of the image; buckets have the opposite order.
     """
     width, height = size
 
