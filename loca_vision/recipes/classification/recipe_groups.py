@@ -23,7 +23,15 @@ METHODS = MethodSettings(
     },
     adapters=frozenset({"targets", "layers", "set", "lr", "adapter_dtype", "cache_features"}),
     schedule=frozenset(
-        {"location_batches", "coefficient_steps", "location_steps", "learning_steps", "together", "location_lr"}
+        {
+            "location_batches",
+            "location_rule",
+            "location_lr",
+            "coefficient_steps",
+            "location_steps",
+            "learning_steps",
+            "together",
+        }
     ),
     others={"full": frozenset({"lr"}), "lp": frozenset({"cache_features"})},
 )
@@ -91,6 +99,8 @@ class Method:
     """Where components begin: anywhere, or at the cells where the gradient of the first batches is largest."""
     location_batches: Annotated[int, METHODS.help("location_batches")] = 16
     """Steps that the latter takes of the run."""
+    location_rule: Annotated[Literal["largest", "sampled"], METHODS.help("location_rule")] = "largest"
+    """Take the cells of the largest gradients, or draw cells with probabilities in proportion to their squares."""
     location_gradient: Annotated[Literal["central", "forward", "backward"], METHODS.help("location_gradient")] = "central"
     """The difference for the gradient of the locations (Table 5, V4 and V5)."""
     coefficient_steps: Annotated[int, METHODS.help("coefficient_steps")] = 10

@@ -17,7 +17,7 @@ PHASES = ("coefficient_steps", "location_steps", "learning_steps", "together")
 METHODS = MethodSettings(
     flags={name: name for name in ("n_components", "location_init", "location_gradient", "use_dora", "eta", "basis")}
     | {"scale": "loca_scale", "r": "rank", "alpha": "lora_alpha"},
-    schedule=frozenset({*PHASES, "location_batches", "location_lr"}),
+    schedule=frozenset({*PHASES, "location_batches", "location_rule", "location_lr"}),
     task=lambda config, chosen: config.editing_defaults(chosen),
 )
 
@@ -82,6 +82,8 @@ class Method:
     """Where components begin: anywhere, or at the cells where the gradient of the first batches is largest."""
     location_batches: Annotated[int, METHODS.help("location_batches")] = 16
     """Steps that the latter takes of the run."""
+    location_rule: Annotated[Literal["largest", "sampled"], METHODS.help("location_rule")] = "largest"
+    """Take the cells of the largest gradients, or draw cells with probabilities in proportion to their squares."""
     location_gradient: Annotated[Literal["central", "forward", "backward"], METHODS.help("location_gradient")] = "central"
     """The difference for the gradient of the locations."""
     coefficient_steps: Annotated[int, METHODS.help("coefficient_steps")] = 10

@@ -13,10 +13,11 @@ def check_location_init(init: str, given: Collection[str]) -> None:
         given: the fields that the user has set.
 
     Raises:
-        ValueError: a number of batches that nothing would read.
+        ValueError: a setting of that choice which nothing would read.
     """
-    if "location_batches" in given and init != BY_GRADIENT:
-        raise ValueError(f"--location_batches: say --location_init {BY_GRADIENT} too")
+    for flag in ("location_batches", "location_rule"):
+        if flag in given and init != BY_GRADIENT:
+            raise ValueError(f"--{flag}: say --location_init {BY_GRADIENT} too")
 
 
 def spent_on_locations(init: str, batches: int, most: int, what: str) -> int:
