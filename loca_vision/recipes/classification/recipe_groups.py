@@ -23,7 +23,15 @@ METHODS = MethodSettings(
     },
     adapters=frozenset({"targets", "layers", "set", "lr", "adapter_dtype", "cache_features"}),
     schedule=frozenset(
-        {"location_batches", "coefficient_steps", "location_steps", "learning_steps", "together", "location_lr"}
+        {
+            "location_batches",
+            "location_rule",
+            "location_lr",
+            "coefficient_steps",
+            "location_steps",
+            "learning_steps",
+            "together",
+        }
     ),
     others={"full": frozenset({"lr"}), "lp": frozenset({"cache_features"})},
 )
@@ -88,9 +96,11 @@ class Method:
     scale: Annotated[float | None, METHODS.help("scale")] = None
     """Factor of the update."""
     location_init: Annotated[Literal["uniform", "gradient"], METHODS.help("location_init")] = "uniform"
-    """Where components start: anywhere, or at the cells with the largest gradient in the first batches."""
+    """Where components start: anywhere, or at cells chosen by the gradient of the first batches."""
     location_batches: Annotated[int, METHODS.help("location_batches")] = 16
     """Steps of the run that choosing locations by gradient takes."""
+    location_rule: Annotated[Literal["largest", "sampled"], METHODS.help("location_rule")] = "largest"
+    """Choose the cells with the largest gradients, or draw cells in proportion to their squared gradients."""
     location_gradient: Annotated[Literal["central", "forward", "backward"], METHODS.help("location_gradient")] = "central"
     """The finite difference for the gradient of the locations (Table 5, V4 and V5)."""
     coefficient_steps: Annotated[int, METHODS.help("coefficient_steps")] = 10

@@ -128,7 +128,7 @@ class Run:
                 yield self._parts(self.model, images, labels)
                 bar.update()
 
-        self.stepper.choose_locations(batches())
+        self.stepper.choose_locations(batches(), self.recipe.location_rule)
 
     def _epoch(self, bar: Any) -> None:
         epoch = self.progress.step // self.epoch_steps

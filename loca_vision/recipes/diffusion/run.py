@@ -86,7 +86,7 @@ class Run:
             disable=None if self.accelerator.is_main_process else True,
         ) as bar:
             if self.progress.step < self.spent:
-                self.stepper.choose_locations(self._first_batches(bar))
+                self.stepper.choose_locations(self._first_batches(bar), self.recipe.location_rule)
             while self.progress.step < self.total:
                 self._epoch(bar)
         return self.progress

@@ -17,7 +17,7 @@ PHASES = ("coefficient_steps", "location_steps", "learning_steps", "together")
 METHODS = MethodSettings(
     flags={name: name for name in ("n_components", "location_init", "location_gradient", "use_dora", "eta", "basis")}
     | {"scale": "loca_scale", "r": "rank", "alpha": "lora_alpha"},
-    schedule=frozenset({*PHASES, "location_batches", "location_lr"}),
+    schedule=frozenset({*PHASES, "location_batches", "location_rule", "location_lr"}),
     task=lambda config, chosen: config.editing_defaults(chosen),
 )
 
@@ -79,9 +79,11 @@ class Method:
     location_lr: Annotated[float, METHODS.help("location_lr")] = 1e-4
     """Learning rate of the locations, in units of the whole axis."""
     location_init: Annotated[Literal["uniform", "gradient"], METHODS.help("location_init")] = "uniform"
-    """Where components start: anywhere, or at the cells with the largest gradient in the first batches."""
+    """Where components start: anywhere, or at cells chosen by the gradient of the first batches."""
     location_batches: Annotated[int, METHODS.help("location_batches")] = 16
     """Steps of the run that choosing locations by gradient takes."""
+    location_rule: Annotated[Literal["largest", "sampled"], METHODS.help("location_rule")] = "largest"
+    """Choose the cells with the largest gradients, or draw cells in proportion to their squared gradients."""
     location_gradient: Annotated[Literal["central", "forward", "backward"], METHODS.help("location_gradient")] = "central"
     """The finite difference for the gradient of the locations."""
     coefficient_steps: Annotated[int, METHODS.help("coefficient_steps")] = 10

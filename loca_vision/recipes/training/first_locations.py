@@ -8,16 +8,17 @@ BY_GRADIENT = "gradient"
 
 
 def check_location_init(init: str, given: Collection[str]) -> None:
-    """Check that a number of batches is given only if it is used.
+    """Check that the settings for choosing locations by gradient are given only if they are used.
 
     Args:
         given: the fields that the user has set.
 
     Raises:
-        ValueError: a number of batches is given that nothing would use.
+        ValueError: one of these settings is given but would not be used.
     """
-    if "location_batches" in given and init != BY_GRADIENT:
-        raise ValueError(f"--location_batches: say --location_init {BY_GRADIENT} too")
+    for flag in ("location_batches", "location_rule"):
+        if flag in given and init != BY_GRADIENT:
+            raise ValueError(f"--{flag}: say --location_init {BY_GRADIENT} too")
 
 
 def spent_on_locations(init: str, batches: int, most: int, what: str) -> int:

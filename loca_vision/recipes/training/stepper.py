@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -163,11 +163,12 @@ class Stepper:
         self._fetched.append(total)
         self.progress.step += 1
 
-    def choose_locations(self, batches: Iterable[Sequence[Callable[[], Tensor]]]) -> None:
-        """Spend a step on each batch without training anything, then put components where the gradient is largest.
+    def choose_locations(self, batches: Iterable[Sequence[Callable[[], Tensor]]], rule: Literal["largest", "sampled"]) -> None:
+        """Spend a step on each batch without training anything, then put components at cells chosen by the gradient.
 
         Args:
             batches: for each batch the losses of its parts, as in `step`, computed with `model` and not with `wrapped`.
+            rule: how cells are chosen, as in `select_locations`.
         """
 
         def losses() -> Iterator[Tensor]:
@@ -183,7 +184,7 @@ class Stepper:
                 self._fetched.append(total)
                 self.progress.step += 1
 
-        select_locations(self.model, losses())
+        select_locations(self.model, losses(), rule=rule)
 
     def _sharing(self, last: bool) -> AbstractContextManager[Any]:
         """Share gradients with the other processes only at the last part of a batch."""
