@@ -93,7 +93,7 @@ class Mixture:
 
         Raises:
             ValueError: as in `fit`.
-            ValueError, RuntimeError: the model has changed in a way that would change its output.
+            ValueError, RuntimeError: the model has changed so that it can no longer compute what it would have.
         """
         self.keep_up(model)
         self.fit(batch, type(model).__name__)
