@@ -69,7 +69,10 @@ def split_path(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def device_for(module: nn.Module, name: str = "weight") -> torch.device:
-    """Return the device for what belongs to the tensor `name` of this module: the tensor's, or if offloaded, its computation's."""
+    """Return the device for what belongs to the tensor `name` of this module: its own, or where it is used if offloaded.
+
+    Without either, this is the CPU.
+    """
     tensor: Any = module._parameters.get(name)
     if isinstance(tensor, Tensor) and tensor.device.type != "meta":
         return tensor.device

@@ -132,7 +132,7 @@ class EffectiveWeight(CompiledDelta):
     def _linear_by_costs(
         self, x: Tensor, base: Tensor, bias: Tensor | None, updates: Updates, learned: Sequence[tuple[ActiveUpdate, Cosines]]
     ) -> Tensor:
-        """Do the same, computing each trained sum of cosines in the way that the cost model finds cheapest."""
+        """Compute `learned_linear` with each trained sum of cosines in the way that the cost model finds cheapest."""
         workloads = [workload_of(cosines) for _, cosines in learned]
         strategies = [decision.strategy for decision in choose(workloads, x.shape[:-1].numel(), x.device, computed_in(x))]
         if "together" in strategies:  # then it applies to all of them
@@ -147,7 +147,7 @@ class EffectiveWeight(CompiledDelta):
         return spectral_linear(x, weight, bias, [(active.rows, cosines) for active, cosines in learned], strategies)
 
     def _linear_together(self, x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Do the same with a weight that is built together with others; return None if that is impossible."""
+        """Compute `learned_linear` with a weight built together with others, or return None if that is impossible."""
         taken = None if self.together is None else self.together.take(self, base, computed_in(x))
         if taken is None:
             return None

@@ -120,7 +120,7 @@ class MixedCall:
         return result + total.view(result.shape).to(result.dtype)
 
     def _write(self, result: Tensor, x: Tensor, layer: _Layer) -> None:
-        """Do the same in place, for a result (M, t, n)."""
+        """Add each sample's updates in place to a result (M, t, n)."""
         for projection in layer.projections:
             rows = projection.rows
             own = None if isinstance(rows, Tensor) else result[..., rows or slice(None)]
