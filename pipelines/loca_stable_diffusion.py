@@ -1,4 +1,4 @@
-"""Stable Diffusion with LoCA: the stock pipeline, and the methods of `loca_vision` on this class alone; nothing is patched.
+"""Stable Diffusion with LoCA: the stock pipeline, with the methods of `loca_vision` on this class alone; nothing is patched.
 
 `DiffusionPipeline.from_pretrained(..., custom_pipeline="pipelines/loca_stable_diffusion.py", trust_remote_code=True)`
 """
@@ -10,4 +10,4 @@ from loca_vision.pipeline.loader import LoCALoaderMixin, saved_as_stock
 
 @saved_as_stock
 class LoCAStableDiffusionPipeline(LoCALoaderMixin, StableDiffusionPipeline):  # type: ignore[misc]
-    """`StableDiffusionPipeline` with `load_loca_weights` and its kin; saved, it is a `StableDiffusionPipeline`."""
+    """`StableDiffusionPipeline` with `load_loca_weights` and related methods; it is saved as a `StableDiffusionPipeline`."""

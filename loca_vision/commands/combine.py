@@ -1,4 +1,4 @@
-"""`loca-vision combine`: several adapters or LoRA files, each times its strength, as one."""
+"""`loca-vision combine`: combine several adapters or LoRA files, each times its strength, into one."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from loca_vision.storage.safetensors_file import PICKLES
 
 @dataclass(frozen=True)
 class Combine:
-    """Several adapters or LoRA files, each times its strength, as one; of LoCA adapters without loss."""
+    """Combine several adapters or LoRA files, each times its strength, into one; without loss for LoCA adapters."""
 
     paths: tuple[str, ...]
-    """The adapters: files or the folders they are in, each with its strength after a colon (cartoon-loca:0.8), or 1. Last the
-    output: a file that ends in .safetensors, or a folder."""
+    """The adapters: files or the folders they are in, each with its strength after a colon (cartoon-loca:0.8), or 1. The last
+    path is the output: a file that ends in .safetensors, or a folder."""
     component: str = ""
-    """Of the pipeline, for a LoRA whose names tell none: unet, transformer, text_encoder."""
+    """The component of the pipeline, for a LoRA whose names do not tell it: unet, transformer, text_encoder."""
     form: OutputOptions = field(default_factory=OutputOptions)
-    """What is to be made of them."""
+    """What to write."""
 
 
 def combine(command: Combine) -> str:
-    """
+    """Run the command and return its report.
+
     Raises:
         ValueError, OSError: as `read_source`, `combine_spectra`, `to_loca`, `to_lora`.
     """
@@ -72,7 +73,7 @@ def _warning(base_models: list[str]) -> list[str]:
 
 
 def _with_strength(text: str) -> tuple[Path, float]:
-    """The path and the number after the last colon, 1 where there is none."""
+    """Return the path and the number after the last colon, or 1 if there is none."""
     path, colon, number = text.rpartition(":")
     if not colon or Path(text).exists():
         return Path(text), 1.0

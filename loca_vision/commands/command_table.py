@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Command:
-    """A command, whose module is imported when it is asked for.
+    """A command, whose module is imported when it is used.
 
     Args:
         about: one line for the list of commands.
-        module: where it is, in loca_vision.
-        settings: the module's dataclass of its settings, which tyro reads; empty where the module has a `main` that reads the
-            words itself, as `main(words, prog=...)`.
-        run: the module's function of those settings. A text that it returns is printed.
-        extra: what installs the packages that it needs, as in `pip install 'loca-vision[EXTRA]'`.
+        module: the name of its module in loca_vision.
+        settings: the module's settings dataclass, which tyro reads; empty if the module has a `main` that reads the words
+            itself, as `main(words, prog=...)`.
+        run: the module's function that takes those settings. If it returns a text, that is printed.
+        extra: the extra that installs the packages it needs, as in `pip install 'loca-vision[EXTRA]'`.
     """
 
     about: str

@@ -1,4 +1,4 @@
-"""`loca-vision convert` and `extract`: adapters and weights from one form into another, and what is lost."""
+"""`loca-vision convert` and `extract`: convert adapters and weights between formats, and report what is lost."""
 
 from __future__ import annotations
 
@@ -31,38 +31,40 @@ KINDS: tuple[BudgetRule, ...] = ("count", "threshold", "ratio", "energy")
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """The form of the output, and how much of the updates to keep."""
+    """The format of the output, and how much of the updates to keep."""
 
     to: Literal["loca", "lora", "diffusers", "kohya", "peft", "full"] = "loca"
-    """LoCA or LoRA, as adapters of this library; a LoRA file of others, where kohya is for ComfyUI and A1111 (and is read by
-    diffusers too) and diffusers is for diffusers alone; or full, the whole update without loss, for ComfyUI and A1111."""
+    """loca or lora, as adapters of this library; a LoRA file for other programs, where kohya is for ComfyUI and A1111 (and
+    diffusers reads it too) and diffusers is for diffusers alone; or full, the whole update without loss, for ComfyUI and
+    A1111."""
     count: int | None = None
-    """LoCA: this many components."""
+    """LoCA: keep this many components."""
     threshold: float | None = None
-    """LoCA: the components of at least this magnitude."""
+    """LoCA: keep the components of at least this magnitude."""
     ratio: float | None = None
-    """LoCA: this share of all cells."""
+    """LoCA: keep this share of all cells."""
     energy: float | None = None
-    """LoCA: as few components as hold this share of the squared norm."""
+    """LoCA: keep as few components as hold this share of the squared norm."""
     shared: bool = False
-    """LoCA: one such budget over all layers, instead of one for each."""
+    """LoCA: use one such budget for all layers instead of one for each."""
     rank: int | None = None
-    """LoRA: of every module; by default the factors stay as they are."""
+    """LoRA: the rank of every module; by default the factors stay as they are."""
     model: str | None = None
     """timm's name of the model, or a folder of transformers, for updates of an image classifier."""
     half: bool = False
-    """LoRA and full: numbers in float16."""
+    """LoRA and full: store numbers in float16."""
     dtype: Literal["float32", "float16", "int8"] = "float32"
-    """LoCA: of the coefficients; in 16 or 8 bits they are packed, which loca-vision 0.1.0 does not read."""
+    """LoCA: dtype of the coefficients; in 16 or 8 bits they are packed, which loca-vision 0.1.0 does not read."""
     sdxl: bool = False
-    """kohya and full: it is for Stable Diffusion XL, where a text encoder alone does not tell."""
+    """kohya and full: the update is for Stable Diffusion XL, which a text encoder alone does not tell."""
     skip: bool = False
     """Skip tensors the target format cannot represent, and list them."""
     overwrite: bool = False
     """Replace an existing output."""
 
     def budget(self) -> Budget:
-        """
+        """Return the budget that the options give.
+
         Raises:
             ValueError: not exactly one kind is given, or its amount is out of range.
         """
@@ -72,7 +74,7 @@ class OutputOptions:
         return Budget(*given[0], self.shared)
 
     def check(self, output: Path) -> None:
-        """Raise where the options do not go together, or the output is there."""
+        """Raise ValueError if the options contradict each other, or the output exists."""
         if self.to == "loca":
             self.budget()
             if self.rank is not None or self.half:
@@ -98,25 +100,25 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class Convert:
-    """A LoRA or its kin (of peft, diffusers, kohya, LyCORIS, ...) or any adapter of this library into LoCA or LoRA; prints
-    what each layer loses."""
+    """Convert a LoRA or a related adapter (of peft, diffusers, kohya, LyCORIS, ...) or any adapter of this library to LoCA or
+    LoRA; print what each layer loses."""
 
     source: Path
     """The adapter: a file, or the folder it is in."""
     output: Path
     """A file that ends in .safetensors, or a folder; for peft a folder."""
     component: str = ""
-    """Of the pipeline, for a LoRA whose names tell none: unet, transformer, text_encoder."""
+    """The component of the pipeline, for a LoRA whose names do not tell it: unet, transformer, text_encoder."""
     base: Path | None = None
-    """The weights it is for, which DoRA depends on, and --to full for tensors trained whole: a file, an index of shards, or the
-    folder of either or of a pipeline."""
+    """The weights it is for, which DoRA depends on, and which --to full needs for tensors trained as a whole: a file, an index
+    of shards, or the folder of either or of a pipeline."""
     form: OutputOptions = field(default_factory=OutputOptions)
-    """What is to be made of it."""
+    """What to write."""
 
 
 @dataclass(frozen=True)
 class Extract:
-    """A fully fine-tuned checkpoint minus its base into LoCA or LoRA; prints what each layer loses."""
+    """Convert a fully fine-tuned checkpoint minus its base to LoCA or LoRA; print what each layer loses."""
 
     base: Path
     """Safetensors: a file, an index of shards, or the folder of either."""
@@ -125,15 +127,16 @@ class Extract:
     output: Path
     """A file that ends in .safetensors, or a folder; for peft a folder."""
     component: str = ""
-    """Of the pipeline whose weights they are: unet, transformer, text_encoder."""
+    """The component of the pipeline that the weights are of: unet, transformer, text_encoder."""
     others: Literal["refuse", "skip", "whole"] = "refuse"
-    """Other tensors that changed: refuse, leave them out and list them, or keep them whole."""
+    """What to do with other tensors that changed: refuse, leave them out and list them, or keep them whole."""
     form: OutputOptions = field(default_factory=OutputOptions)
-    """What is to be made of it."""
+    """What to write."""
 
 
 def convert(command: Convert) -> str:
-    """
+    """Run `loca-vision convert` and return its report.
+
     Raises:
         ValueError, OSError: as `read_source`, `to_loca`, `to_lora`, `to_full`.
     """
@@ -151,7 +154,8 @@ def convert(command: Convert) -> str:
 
 
 def extract(command: Extract) -> str:
-    """
+    """Run `loca-vision extract` and return its report.
+
     Raises:
         ValueError, OSError: as `open_difference`, `to_loca`, `to_lora`, `to_full`.
     """
@@ -178,7 +182,7 @@ def write_form(
     base_model: str | None,
     base: Path | None = None,
 ) -> str:
-    """Write an update in a form; what was left out and what is lost, in lines.
+    """Write an update in the requested format; return lines about what was left out and what is lost.
 
     Raises:
         ValueError, OSError: as `to_loca`, `to_lora`, `to_full`.

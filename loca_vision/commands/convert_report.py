@@ -1,4 +1,4 @@
-"""What `loca-vision convert` and `extract` say: what was left out, what each layer loses, and what to do about it."""
+"""The report of `loca-vision convert` and `extract`: what was left out, what each layer loses, and what to do about it."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _UNITS = {"loca": "components", "full": "numbers"}
 
 
 def table(losses: Sequence[LayerFidelity], to: str) -> str:
-    """A line for each layer, and one for all that was in the source."""
+    """Return a line for each layer, and one for everything in the source."""
     return loss_table(losses, _UNITS.get(to, "rank"))
 
 
 def left_out_lines(source: WeightDeltas, losses: Sequence[LayerFidelity]) -> list[str]:
-    """What the reader, the conversion or the writer left out, a line each."""
+    """Return a line for each thing that the reader, the conversion or the writer left out."""
     gone = [*source.left_out.items(), *((loss.layer, loss.why) for loss in losses if loss.why)]
     return [f"left out: {name}: {why}" for name, why in gone]
 
 
 def uncounted_lines(source: WeightDeltas, losses: Sequence[LayerFidelity]) -> list[str]:
-    """What the line for all layers does not count, because the size of its update is not known."""
+    """Return lines about what the total does not count because the size of its update is unknown."""
     lost = len(source.left_out) + sum(bool(loss.why) and not loss.counts for loss in losses)
     kept = sum(not loss.why and not loss.counts for loss in losses)
     said = {
@@ -48,7 +48,7 @@ def uncounted_lines(source: WeightDeltas, losses: Sequence[LayerFidelity]) -> li
 def advice(
     source: WeightDeltas, losses: Sequence[LayerFidelity], to: str, places: Sequence[ProjectionRows] | None
 ) -> list[str]:
-    """A warning where much is lost, with the rank or the number of components that would lose little."""
+    """Return a warning if much is lost, with the rank or the number of components that would lose little."""
     total = total_loss(losses)
     if total <= MUCH:
         return []
@@ -67,7 +67,7 @@ def advice(
 
 
 def warnings(source: WeightDeltas, losses: Sequence[LayerFidelity], to: str, *, xl: bool) -> list[str]:
-    """What of the file other programs read in another way, or not at all."""
+    """Return warnings about what other programs read differently or not at all."""
     gone = {loss.layer for loss in losses if loss.why}
     shapes = {canonical(module): shape for module, shape in source.shapes.items() if module not in gone}
     found = []
@@ -96,6 +96,6 @@ def warnings(source: WeightDeltas, losses: Sequence[LayerFidelity], to: str, *, 
 
 
 def size_of(output: Path) -> str:
-    """How large what was written is, in megabytes of 1,000,000 bytes."""
+    """Return the size of the output in megabytes of 1,000,000 bytes."""
     files = [output] if output.is_file() else [file for file in output.rglob("*") if file.is_file()]
     return f"{sum(file.stat().st_size for file in files) / 1e6:.4g} MB"

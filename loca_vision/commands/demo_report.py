@@ -19,7 +19,7 @@ from loca_vision.storage.atomic_file import write_atomically
 
 @dataclass(frozen=True)
 class Result:
-    """What one method came to. Trained numbers are counted as the paper does: coefficients, without the head."""
+    """The result of one method. Trained numbers are counted as in the paper: coefficients, without the head."""
 
     method: str
     trained_parameters: int
@@ -30,7 +30,7 @@ class Result:
 
 
 def table(results: list[Result], travels: list[Travel], adapter_bytes: int, difference: float) -> str:
-    """The comparison as text for a terminal, and what was checked."""
+    """Return the comparison as text for a terminal, and what was checked."""
     rows = [("method", "trained numbers", "test accuracy", "seconds a step", "adapter bytes")]
     for result in results:
         size = f"{adapter_bytes:,}" if result.trained_parameters else "-"
@@ -54,7 +54,7 @@ def write_metrics(
     difference: float,
     about: Mapping[str, Any],
 ) -> None:
-    """Everything a reader needs to repeat or plot the run, and to build its model again (`about`), as one JSON object."""
+    """Write everything needed to repeat or plot the run, and to rebuild its model (`about`), as one JSON object."""
     metrics = {
         **about,
         "config": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},

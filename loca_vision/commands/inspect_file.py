@@ -1,4 +1,4 @@
-"""What is in an adapter file, or in a LoRA, as text and as a picture; no model is needed."""
+"""Show the contents of an adapter file or a LoRA as text and as a picture; no model is needed."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ from loca_vision.messages import aligned
 from loca_vision.methods.adapter_config import AdapterConfig
 from loca_vision.storage.safetensors_file import open_safetensors
 
-_MOST_CELLS = 2**26  # of a matrix that is built to be looked at: 8192 x 8192, 256 MB
+_MOST_CELLS = 2**26  # of a matrix that is built for inspection: 8192 x 8192, 256 MB
 HEADER = ("projection", "shape", "trained", "norm", "energy", "low / middle / high")
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """Say what is in an adapter file or a LoRA, projection by projection."""
+    """Show the contents of an adapter file or a LoRA, projection by projection."""
 
     file: Path
     """The adapter, or the folder it is in."""
     base: Path | None = None
-    """The weights it is for, where only their sizes tell what a file means (FourierFT of peft)."""
+    """The weights it is for, if a file's meaning depends on their sizes (FourierFT of peft)."""
     picture: Path | None = None
-    """A PNG for the cosine spectra of the updates."""
+    """A PNG file for the cosine spectra of the updates."""
 
 
 def inspect(command: Inspect) -> str:
-    """The description; where a picture is asked for, it is drawn first.
+    """Return the description; if a picture is requested, it is drawn first.
 
     Raises:
         FileNotFoundError, ValueError, OSError: as `contents_of`; or the picture cannot be written.
@@ -69,8 +69,8 @@ class Layer:
 
     Args:
         trained: how many numbers it was made from.
-        norm: Frobenius; None where only a weight tells it.
-        delta: the matrix, or None there too, and for one that is too large to look at.
+        norm: Frobenius norm; None if only a weight tells it.
+        delta: the matrix; None in that case too, and if it is too large to look at.
     """
 
     name: str
@@ -82,19 +82,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file says of itself, line by line, and its updates, made one at a time."""
+    """A file's description, line by line, and its updates, made one at a time."""
 
     head: list[str]
     layers: Callable[[], Iterator[Layer]]
 
 
 def contents_of(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> Contents:
-    """
+    """Read a file's description and its updates.
+
     Args:
-        base: the weights it is for, whose sizes tell the cells of peft's FourierFT.
+        base: the weights it is for, whose sizes determine the cells of peft's FourierFT.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_adapter`, short of what only a model can tell; or, for a LoRA, as `read_lora`.
+        FileNotFoundError, ValueError: as `load_adapter`, except for what only a model can tell; or, for a LoRA, as `read_lora`.
     """
     file = Path(path)
     if has_lora(file) or (file.is_file() and not _is_adapter(file)):
@@ -119,7 +120,7 @@ def contents_of(path: str | os.PathLike[str], base: str | os.PathLike[str] | Non
 
 
 def _storage(opened: Opened, tensors: Mapping[str, Tensor], size: int) -> str:
-    """The version of the format, and of components how many bytes each takes: of all that is not trained whole."""
+    """Return the format version and the bytes per component, counting everything that is not trained as a whole."""
     packed = opened if isinstance(opened, PackedFile) else None
     coefficients = [value for key, value in tensors.items() if key.endswith(".coefficients") and not key.startswith("full.")]
     version = f"format version {PACKED_VERSION if packed else FORMAT_VERSION}"
@@ -132,10 +133,10 @@ def _storage(opened: Opened, tensors: Mapping[str, Tensor], size: int) -> str:
 
 
 def describe(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> str:
-    """The file's settings, then a line for each projection: (p, q), trained numbers, Frobenius norm of the update, its share of
-    the squared norm of all, and how that is spread over the lower, middle and upper third of the frequencies.
+    """Return the file's settings, then a line for each projection: (p, q), trained numbers, Frobenius norm of the update, its
+    share of the squared norm of all, and how that is spread over the lower, middle and upper third of the frequencies.
 
-    Of a weight-decomposed update only a model tells the last three, and an enormous one is not spread out.
+    The last three of a weight-decomposed update need a model, and the spread is not computed for an enormous one.
 
     Raises:
         FileNotFoundError, ValueError: as `contents_of`.
@@ -145,7 +146,7 @@ def describe(path: str | os.PathLike[str], base: str | os.PathLike[str] | None =
 
 
 def table_of(contents: Contents) -> list[tuple[str, ...]]:
-    """`HEADER`, then a row for each projection, as `describe` says."""
+    """Return `HEADER`, then a row for each projection, as in `describe`."""
     measured = [(layer.name, layer.shape, layer.trained, layer.norm, _bands(layer.delta)) for layer in contents.layers()]
     total = sum(norm**2 for *_, norm, _ in measured if norm is not None) or 1.0
     rows: list[tuple[str, ...]] = [HEADER]
@@ -190,7 +191,7 @@ def _of_lora(file: Path, sizes: Mapping[str, tuple[int, int]] | None) -> Content
 
 
 def _kinds(lora: LoraFile) -> str:
-    """How many modules have which kind of update, and the ranks of those that are LoRA."""
+    """Return how many modules have each kind of update, and the ranks of those that are LoRA."""
     counts = Counter(update.kind for update in lora.updates.values())
     ranks = sorted({pair.rank for pair in lora.pairs.values()})
     told = f", ranks {', '.join(map(str, ranks))}" if ranks else ""
@@ -198,7 +199,7 @@ def _kinds(lora: LoraFile) -> str:
 
 
 def _bands(delta: Tensor | None) -> tuple[float, ...]:
-    """The squared norm in the thirds of the distance from frequency zero; nothing where there is no matrix."""
+    """Return the squared norm in each third of the distance from frequency zero; nothing if there is no matrix."""
     if delta is None:
         return ()
     energy = dct2(delta).double().square()
@@ -208,6 +209,6 @@ def _bands(delta: Tensor | None) -> tuple[float, ...]:
 
 
 def _settings(config: AdapterConfig) -> str:
-    """All fields on one line; counts by projection are in the table."""
+    """Return all fields on one line; counts by projection are in the table."""
     fields = {name: value for name, value in config.as_json().items() if not isinstance(value, Mapping)}
     return "; ".join(f"{name} {', '.join(value) if name == 'targets' else value}" for name, value in fields.items())

@@ -14,7 +14,7 @@ PROG = "loca-vision"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command; return the exit status."""
     name, *words = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     command = COMMANDS.get(name)
     if command is None:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def list_of_commands() -> str:
-    """What `loca-vision --help` prints."""
+    """Return what `loca-vision --help` prints."""
     width = max(map(len, COMMANDS))
     lines = [f"usage: {PROG} COMMAND [settings]", "", "Adapters (LoCA, LoRA and others) for timm and diffusers."]
     for title, commands in GROUPS.items():
@@ -40,7 +40,7 @@ def _without_command(word: str) -> None:
 
 
 def _run(command: Command, prog: str, words: Sequence[str]) -> None:
-    """Parse the settings with tyro, and run."""
+    """Parse the settings with tyro, and run the command."""
     import tyro
 
     module = import_module(f"loca_vision.{command.module}")
@@ -53,7 +53,7 @@ def _run(command: Command, prog: str, words: Sequence[str]) -> None:
 
 
 def _run_main(command: Command, prog: str, words: Sequence[str]) -> None:
-    """Leave with the exit status of a command that reads its words itself."""
+    """Exit with the status of a command that reads its words itself."""
     raise SystemExit(import_module(f"loca_vision.{command.module}").main(words, prog=prog))
 
 

@@ -1,4 +1,4 @@
-"""`loca-vision merge`: an adapter or a LoRA folded into weights."""
+"""`loca-vision merge`: merge an adapter or a LoRA into weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loca_vision.formats.conversion.weight_deltas import read_source
 
 @dataclass(frozen=True)
 class Merge:
-    """Fold an adapter or a LoRA into weights: weights in, weights out, sharded as need be."""
+    """Merge an adapter or a LoRA into weights: weights in, weights out, sharded if necessary."""
 
     base: Path
     """Safetensors: a file, an index of shards, or the folder of either."""
@@ -23,21 +23,22 @@ class Merge:
     output: Path
     """A file that ends in .safetensors, or a folder."""
     component: str = ""
-    """Of the pipeline whose weights they are: unet, transformer, text_encoder."""
+    """The component of the pipeline that the weights are of: unet, transformer, text_encoder."""
     model: str | None = None
     """timm's name of the model, or a folder of transformers, for adapters of an image classifier."""
     strength: float = 1.0
-    """Times the update."""
+    """Factor of the update."""
     shard_size: float = 5.0
-    """Gigabytes of a shard at most."""
+    """Largest size of a shard in gigabytes."""
     skip: bool = False
-    """Leave out what of a LoRA is not understood, and list it."""
+    """Leave out the parts of a LoRA that are not understood, and list them."""
     overwrite: bool = False
-    """Replace an output that is there and was written so."""
+    """Replace an existing output that this command wrote."""
 
 
 def merged(command: Merge) -> str:
-    """
+    """Run the command and return its report.
+
     Raises:
         ValueError, OSError: as `read_source`, `merge`.
     """

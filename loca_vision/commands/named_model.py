@@ -1,4 +1,4 @@
-"""The model that `--model` names: its projections, of no weights."""
+"""The model that `--model` names: its projections, without any weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loca_vision.layers.projection_rows import ProjectionRows, projections_in
 
 
 def model_named(name: str | None) -> tuple[list[ProjectionRows] | None, str | None]:
-    """The projections of a model, which is built without any weights, and its full name; of None nothing.
+    """Return the projections of a model, which is built without weights, and its full name; (None, None) for None.
 
     Args:
         name: timm's name, or a folder of transformers with an image classifier's `config.json`.

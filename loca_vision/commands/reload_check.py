@@ -1,6 +1,6 @@
 """Load an adapter in this process and compare its logits: `python -m loca_vision.commands.reload_check REQUEST.json`.
 
-The proof that a file is all it takes: nothing of the process that trained it is here.
+This proves that the file is all that is needed: nothing from the process that trained it is used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from loca_vision.storage.safetensors_file import open_safetensors, write_safeten
 
 
 def difference_after_reload(model: nn.Module, spec: ModelSpec, adapter: Path, images: Tensor) -> float:
-    """The largest difference of logits between `model` and one built anew in another process from `spec` and the file.
+    """Return the largest difference of logits between `model` and one built from `spec` and the file in another process.
 
     Raises:
         ValueError: the other process could not build or load it.

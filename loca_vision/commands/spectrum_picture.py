@@ -18,14 +18,14 @@ from loca_vision.functional.dct import dct2
 from loca_vision.recipes.reports.plots import MOST_PANELS, save
 
 _PIXELS, _DECADES = 96, 4.0
-_LETTERS = 30  # of a title, as wide as its panel
+_LETTERS = 30  # in a title as wide as its panel
 
 
 def draw_spectra(path: Path, title: str, layers: Iterator[Layer]) -> None:
-    """|DCT| of each update on a logarithmic scale, low frequencies at the top left; the largest stands for its neighbours.
+    """Draw |DCT| of each update on a logarithmic scale, low frequencies at the top left; each pixel shows its largest value.
 
     Raises:
-        ValueError: not one update has a matrix of its own.
+        ValueError: no update has a matrix of its own.
         OSError: the picture could not be written.
     """
     drawn = list(islice(((layer.name, _shrunk(layer.delta)) for layer in layers if layer.delta is not None), MOST_PANELS))
@@ -50,7 +50,7 @@ def draw_spectra(path: Path, title: str, layers: Iterator[Layer]) -> None:
 
 
 def _in_lines(name: str) -> str:
-    """A name broken after dots, so that titles of neighbouring panels do not run into each other."""
+    """Break a name after dots, so that titles of neighbouring panels do not overlap."""
     lines = [""]
     for part in re.findall(r"[^.]+\.?", name):
         if lines[-1] and len(lines[-1]) + len(part) > _LETTERS:
@@ -60,7 +60,7 @@ def _in_lines(name: str) -> str:
 
 
 def _shrunk(delta: Tensor) -> Tensor:
-    """|DCT|, with a limited number of pixels a side: a lone coefficient must not vanish between them."""
+    """Return |DCT| with a limited number of pixels a side, by maxima so that a lone coefficient does not vanish."""
     magnitudes = dct2(delta.float()).abs()
     rows, cols = (min(size, _PIXELS) for size in magnitudes.shape)
     pooled: Tensor = F.adaptive_max_pool2d(magnitudes[None], (rows, cols))[0]

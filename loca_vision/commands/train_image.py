@@ -9,7 +9,7 @@ from loca_vision.commands import main as commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as the command line says; returns the exit status."""
+    """Train as the command line says; return the exit status."""
     return commands.main(["train-image", *(sys.argv[1:] if arguments is None else arguments)])
 
 

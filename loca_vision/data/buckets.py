@@ -1,4 +1,4 @@
-"""Images of several shapes: the sizes that they are brought to, which of them suits an image, and how it is looked at there."""
+"""Buckets for images of several shapes: the sizes, the one that suits an image, and the view of an image at its size."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _LEAST_SIDE = 64
 
 
 def parse_buckets(text: str, divisor: int) -> tuple[Size, ...]:
-    """The sizes in a text such as "1024,1024;768,1280", each height,width.
+    """Parse sizes from a text such as "1024,1024;768,1280", each height,width.
 
     Args:
-        divisor: of all sides, as the model needs it.
+        divisor: the number that every side must be a multiple of for the model.
 
     Raises:
-        ValueError: it is not a list of sizes, a side is not a multiple of `divisor`, or a size comes twice.
+        ValueError: it is not a list of sizes, a side is not a multiple of `divisor`, or a size occurs twice.
     """
     check_count("divisor", divisor)
     sizes: list[Size] = []
@@ -47,14 +47,15 @@ def parse_buckets(text: str, divisor: int) -> tuple[Size, ...]:
 
 
 def buckets_for(resolution: int, divisor: int, *, most: float = 2.0) -> tuple[Size, ...]:
-    """Sizes of about resolution x resolution pixels, none of more: first the square, then others, from nearly square to long.
+    """Return sizes with about resolution x resolution pixels, never more: first the square, then from nearly square to long.
 
     Args:
-        divisor: of all sides, which are 64 pixels or more where the resolution is.
-        most: times that a long side may have the short one.
+        divisor: the number that all sides are multiples of; sides have at least 64 pixels if the resolution does.
+        most: the largest ratio of a long side to the short one.
 
     Raises:
-        ValueError: a resolution or divisor that is not a number from 1 up, a resolution below the divisor, or `most` below 1.
+        ValueError: the resolution or divisor is not a number from 1 up, the resolution is below the divisor, or `most` is
+            below 1.
     """
     check_count("divisor", divisor)
     check_count("resolution", resolution, divisor)
@@ -71,15 +72,15 @@ def buckets_for(resolution: int, divisor: int, *, most: float = 2.0) -> tuple[Si
 
 
 def nearest_bucket(size: tuple[int, int], buckets: Sequence[Size]) -> int:
-    """The index of the bucket whose logarithm of width / height is nearest to that of an image; of equal ones the first.
+    """Return the index of the bucket whose log(width / height) is nearest to the image's; among equals the first.
 
     Args:
-        size: (width, height) of the image, unlike the buckets.
+        size: (width, height) of the image; buckets have the opposite order.
     """
     width, height = size
 
     def stretch(index: int) -> float:
-        """The logarithms differ by that of this ratio, which is computed of whole numbers, so that equal ones are equal."""
+        """Return the ratio whose logarithm is the difference; it is computed from whole numbers, so that ties are exact."""
         bucket_height, bucket_width = buckets[index]
         one, other = width * bucket_height, height * bucket_width
         return max(one, other) / min(one, other)
@@ -88,7 +89,7 @@ def nearest_bucket(size: tuple[int, int], buckets: Sequence[Size]) -> int:
 
 
 class Drawn(NamedTuple):
-    """Where the crop lies, as shares of the way from left to right and top to bottom, and whether it is mirrored."""
+    """The position of the crop, as shares of the way from left to right and from top to bottom, and whether it is mirrored."""
 
     across: float = 0.5
     down: float = 0.5
@@ -97,15 +98,15 @@ class Drawn(NamedTuple):
 
 @dataclass(frozen=True)
 class BucketView:
-    """How an image is looked at: resized so that it just covers `size`, then cropped to it, then mirrored or not.
+    """How an image is viewed: resized so that it just covers `size`, then cropped to it, then possibly mirrored.
 
     Args:
         size: (height, width) in pixels.
-        crop: "center", or "random", another part in each epoch.
+        crop: "center", or "random" for another part in each epoch.
         flip: mirror half of the images in each epoch.
 
     Raises:
-        ValueError: a side below 1, or another crop.
+        ValueError: a side is below 1, or the crop is unknown.
     """
 
     size: Size
@@ -120,26 +121,26 @@ class BucketView:
 
     @property
     def all(self) -> tuple[Drawn, ...]:
-        """Every view that there is of an image; none where they cannot be counted."""
+        """Every possible view of an image; none if they cannot be counted."""
         if self.crop == "random":
             return ()
         return (Drawn(), Drawn(flipped=True)) if self.flip else (Drawn(),)
 
     def drawn(self, seed: int, epoch: int, index: int) -> Drawn:
-        """The view of an image in an epoch: a function of the arguments alone."""
+        """Return the view of an image in an epoch, which depends on nothing but the arguments."""
         draws = random.Random(stream_seed(seed, epoch, index, _VIEW))
         flipped, across, down = draws.random() < 0.5, draws.random(), draws.random()
         at = (across, down) if self.crop == "random" else (0.5, 0.5)
         return Drawn(*at, flipped=self.flip and flipped)
 
     def pixels(self, image: Image.Image, drawn: Drawn) -> Tensor:
-        """(3, height, width) uint8."""
+        """Return the view's pixels, (3, height, width) uint8."""
         return self.part(image, self.whole(image.size), drawn)
 
     def place(self, image_size: tuple[int, int], drawn: Drawn) -> tuple[int, int]:
-        """(top, left) of the crop in the resized image, for SDXL's `crop_coords_top_left`.
+        """Return (top, left) of the crop in the resized image, for SDXL's `crop_coords_top_left`.
 
-        Where the view is mirrored, it is the place in the mirrored image, as in diffusers' script, which mirrors first.
+        If the view is mirrored, this is the place in the mirrored image, as in diffusers' script, which mirrors first.
 
         Args:
             image_size: (width, height) in pixels, before the image is resized.
@@ -149,13 +150,13 @@ class BucketView:
         return top, whole[0] - self.size[1] - left if drawn.flipped else left
 
     def whole(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """(width, height) of the resized image: both sides as long as those of the view or longer, one of them exactly."""
+        """Return (width, height) of the resized image: both sides at least as long as the view's, one of them exactly."""
         (width, height), (view_height, view_width) = image_size, self.size
         factor = max(view_width / width, view_height / height)
         return max(view_width, round(width * factor)), max(view_height, round(height * factor))
 
     def part(self, image: Image.Image, whole: tuple[int, int], drawn: Drawn) -> Tensor:
-        """(3, height, width) uint8 of an image that is resized to `whole`, (width, height), whatever its own size is."""
+        """Return (3, height, width) uint8 of an image after resizing it to `whole`, (width, height), from any size."""
         image = image if image.size == whole else image.resize(whole, Image.Resampling.BICUBIC)
         left, top = self._corner(whole, drawn)
         part = image.crop((left, top, left + self.size[1], top + self.size[0]))
@@ -163,6 +164,6 @@ class BucketView:
         return torch.from_numpy(np.array(part.convert("RGB"))).permute(2, 0, 1).contiguous()
 
     def _corner(self, whole: tuple[int, int], drawn: Drawn) -> tuple[int, int]:
-        """(left, top) of the crop before it is mirrored."""
+        """Return (left, top) of the crop before it is mirrored."""
         height, width = self.size
         return round(drawn.across * (whole[0] - width)), round(drawn.down * (whole[1] - height))

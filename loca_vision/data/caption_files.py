@@ -1,4 +1,4 @@
-"""Captions of the images in a folder: a .txt of the same name beside each, or one for all."""
+"""Captions of the images in a folder: a .txt file of the same name beside each, or one caption for all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ THREE_WAYS = (
 
 
 class InFolder(NamedTuple):
-    """Images with their captions, and sentences about what is not read."""
+    """Images with their captions, and sentences about files that are not read."""
 
     images: FolderImages
     captions: list[str]
@@ -26,11 +26,11 @@ class InFolder(NamedTuple):
 
 
 def in_folder(folder: Path, split: str, caption: str | None) -> InFolder | None:
-    """The images of a folder that need no table; None where there is one, and no caption for all.
+    """Return the images of a folder that need no table; None if there is a table and no caption for all.
 
     Args:
-        split: a folder in `folder`; where there is none, all images are "train".
-        caption: of all images, whatever else is there.
+        split: a folder in `folder`; if there is none, all images are "train".
+        caption: a caption for all images, whatever other captions there are.
 
     Raises:
         ValueError: an image has no caption, or there is no such split.
@@ -55,7 +55,7 @@ def in_folder(folder: Path, split: str, caption: str | None) -> InFolder | None:
 
 
 def without_row(folder: Path, read: Iterable[Path]) -> tuple[str, ...]:
-    """Notes about a folder of which a table was read: which images it does not name, and which .txt files do not count."""
+    """Return notes about a folder whose table was read: the images it does not name, and the .txt files that are ignored."""
     known, listing = {os.path.realpath(path) for path in read}, list_images(folder)
     images = [image for image in listing.images if os.path.realpath(image) not in known]
     texts = [text for text in (_beside(image) for image in listing.images) if text.is_file()]
@@ -75,10 +75,10 @@ def _part(folder: Path, split: str) -> Path:
 
 
 def _captions(images: Sequence[Path], folder: Path, strays: Sequence[Path]) -> list[str]:
-    """The text beside each image.
+    """Return the text beside each image.
 
     Raises:
-        ValueError: one has none; the sentence says how many, and names the first of them.
+        ValueError: some images have none; the error says how many, and names the first of them.
     """
     texts = {image: _text(_beside(image)) for image in images}
     missing = [image for image, text in texts.items() if text is None]
@@ -97,7 +97,7 @@ def _captions(images: Sequence[Path], folder: Path, strays: Sequence[Path]) -> l
 
 
 def _text(file: Path) -> str | UnicodeDecodeError | None:
-    """The text of a file without spaces around it, None if there is no such file, or why it cannot be understood."""
+    """Return the stripped text of a file, None if there is no such file, or the error if it cannot be decoded."""
     if not file.is_file():
         return None
     try:

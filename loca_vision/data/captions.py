@@ -1,4 +1,4 @@
-"""Images with captions, for training a pipeline to draw: from the hub, parquet files, or a folder of images."""
+"""Images with captions, for training a pipeline to generate images: from the hub, parquet files, or a folder of images."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Captioned(NamedTuple):
 
 
 class CaptionedImages(Dataset[Captioned]):
-    """Images and captions by position; an image is decoded when it is asked for.
+    """Images and captions by position; an image is decoded on access.
 
     Args:
-        images: as they are stored.
-        captions: one for each.
-        where: the data set, for messages.
-        names: what digests call images and captions: the names of columns, where there are some.
-        notes: sentences about what of the source is not read.
+        images: the images as they are stored.
+        captions: one for each image.
+        where: the data set, for error messages.
+        names: the names of images and captions in digests: the names of columns, if there are any.
+        notes: sentences about the parts of the source that are not read.
 
     Raises:
-        ValueError: there is no image; and at one that is broken, or whose long side is over 100 times its short one.
-        FileNotFoundError: at an image whose file is gone.
+        ValueError: there is no image; or, on access, an image is broken or its long side is over 100 times its short one.
+        FileNotFoundError: on access, the file of an image is gone.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class CaptionedImages(Dataset[Captioned]):
 
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
-        """(width, height) in pixels of each image, upright, from its header: no pixels are decoded.
+        """Return (width, height) in pixels of each image, upright, from its header: no pixels are decoded.
 
         Raises:
-            FileNotFoundError, ValueError: as at the images.
+            FileNotFoundError, ValueError: as for accessing the images.
         """
         return [self.images.size(index) for index in range(len(self))]
 
@@ -74,7 +74,7 @@ class CaptionedImages(Dataset[Captioned]):
         return {self.names[0]: self.images.digest(), self.names[1]: digest(self.captions)}
 
     def some(self, count: int | None, seed: int) -> CaptionedImages:
-        """`count` random images by the seed; all of them if there are no more, or with None."""
+        """Return `count` images drawn by the seed, or all of them if there are no more or `count` is None."""
         positions = some_of(len(self), count, seed)
         if positions is None:
             return self
@@ -95,21 +95,21 @@ def read_captioned(
     seed: int = 0,
     caption: str | None = None,
 ) -> CaptionedImages:
-    """The images and captions of one split. No code of the data set's is run.
+    """Read the images and captions of one split. No code from the data set is run.
 
     Args:
         source: a folder of images with tables `metadata.jsonl` or `metadata.csv`, or with a .txt beside each image; a folder
-            of parquet files, a parquet file, or the name of a data set on the hub. Of both tables and .txt the tables count.
-        image_column, caption_column: of tables and parquet files. Where a caption is a list of texts, the first counts.
-        split: of a folder of images, the folder of that name in it; one without such folders is all "train".
-        cache_dir: of what `datasets` makes of the files; None for its usual one.
-        revision: of a data set on the hub.
-        config: the name of one of its configurations, where it has several.
+            of parquet files, a parquet file, or the name of a data set on the hub. Tables take precedence over .txt files.
+        image_column, caption_column: columns of tables and parquet files. If a caption is a list of texts, the first is used.
+        split: in a folder of images, the folder of that name; if there are no such folders, all images are "train".
+        cache_dir: where `datasets` keeps what it makes of the files; None for its default.
+        revision: revision of a data set on the hub.
+        config: the name of one of its configurations, if it has several.
         max_samples: at most this many, drawn by the seed.
-        caption: of all images; then no others are looked for, and a folder of images is enough.
+        caption: a caption for all images; no others are looked for then, so a folder of images is enough.
 
     Raises:
-        ModuleNotFoundError: the library `datasets`, which reads all but images with .txt, is not installed.
+        ModuleNotFoundError: the library `datasets`, which reads everything except images with .txt, is not installed.
         OSError: the data set is not available, or cannot be read.
         ValueError: it is not as described, an image has no caption, max_samples is not a number from 1 up, or as `place_of`.
     """
@@ -129,7 +129,7 @@ def read_captioned(
 
 
 def _of_rows(rows: Any, columns: tuple[str, str], caption: str | None, where: str, folder: Path | None) -> CaptionedImages:
-    """The images of rows, with the captions of a column or one for all; `folder` is where a table lies that names files."""
+    """Return the images of rows, with a column of captions or one for all; `folder` contains the table, if it names files."""
     for option, column in zip(("image_column", "caption_column"), columns[: 1 if caption else 2], strict=False):
         check_column(rows, column, option, where)
     images = RowImages(rows, columns[0], where)

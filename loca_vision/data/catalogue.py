@@ -19,13 +19,13 @@ class Entry:
     """One image set.
 
     Args:
-        title: its name in sentences.
-        read: from the files under a root; with True, after downloading them there.
+        title: its name in running text.
+        read: reads it from the files under a root; with True, it downloads them there first.
         licence: what its authors say about using it.
         needs: files and folders that must be under the root.
-        get: how to get them, with {root} in it.
+        get: how to get them, with {root} as a placeholder.
         downloads: whether `read` can download.
-        augment: what the trainer does unless told: random crops, flips alone, or nothing.
+        augment: the trainer's default augmentation: random crops, only flips, or nothing.
         in_memory: whether all images are read at once, so that loading needs no worker processes.
     """
 
@@ -40,7 +40,7 @@ class Entry:
 
 
 def _fetched(kind: str, address: str) -> str:
-    """A command for the shell; torchvision knows where the files are."""
+    """Return a shell command that downloads the set; torchvision knows where the files are."""
     command = f"from torchvision.datasets import {kind}; {kind}('{{root}}', download=True)"
     return f'python -c "{command}" fetches it from {address}'
 

@@ -11,14 +11,14 @@ from tqdm import tqdm
 
 from loca_vision.data.images import ImageArrays, Images, Part
 
-_AT_ONCE = 256  # images that are handed to the threads at a time
+_AT_ONCE = 256  # images handed to the threads at a time
 
 
 def check_images(images: Sequence[Images], *, progress: bool = True) -> None:
     """Read the images of all parts; those in memory need no check.
 
     Raises:
-        ValueError: some cannot be read; the sentence names the first of them and why.
+        ValueError: some cannot be read; the error names the first of them and says why.
     """
     parts = [part for part in images if not isinstance(_source(part), ImageArrays)]
     places = [(part, index) for part in parts for index in range(len(part))]
@@ -26,14 +26,14 @@ def check_images(images: Sequence[Images], *, progress: bool = True) -> None:
 
 
 def check_readable(read: Callable[[int], Any], count: int, what: str, *, progress: bool = True) -> None:
-    """Call `read` with 0 to count - 1, in threads, since decoders of images leave Python's lock to others.
+    """Call `read` with 0 to count - 1, in threads, since image decoders release Python's global lock.
 
     Args:
-        read: raises OSError or ValueError with a sentence at what it cannot read.
-        what: is read, in the plural.
+        read: raises OSError or ValueError with a sentence for what it cannot read.
+        what: what is read, in the plural.
 
     Raises:
-        ValueError: some cannot be read; the sentence names the first of them and why.
+        ValueError: some cannot be read; the error names the first of them and says why.
     """
     faults: list[str] = []
     with tqdm(total=count, desc=f"checking {what}", dynamic_ncols=True, disable=None if progress and count else True) as bar:
@@ -48,7 +48,7 @@ def check_readable(read: Callable[[int], Any], count: int, what: str, *, progres
 
 
 def _faults(read: Callable[[int], Any], count: int) -> Iterator[str]:
-    """What is wrong with each, in their order; an empty text where nothing is."""
+    """Yield what is wrong with each, in order; an empty text if nothing is."""
 
     def fault(number: int) -> str:
         try:

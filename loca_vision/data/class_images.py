@@ -1,4 +1,4 @@
-"""Images of a class, for the prior preservation of DreamBooth: which are there, which are missing, how those made are kept."""
+"""Images of a class, for DreamBooth's prior preservation: which exist, which are missing, and how new ones are stored."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ class ClassImages:
     """What `class_images` found.
 
     Args:
-        folder: where they lie.
-        there: the images of any names, at any depth, in the order of their paths.
-        missing: the numbers of those that are still to be made, in order; none where `there` are as many as are wanted or
-            more.
+        folder: the folder of the images.
+        there: the existing images, with any name and at any depth, in the order of their paths.
+        missing: the numbers of the images still to be made, in order; none if `there` has at least as many as wanted.
     """
 
     folder: Path
@@ -29,7 +28,7 @@ class ClassImages:
     missing: tuple[int, ...]
 
     def write(self, number: int, image: Image.Image) -> Path:
-        """Keep an image that was made, whole or not at all.
+        """Store a generated image, either completely or not at all.
 
         Returns:
             Its file, such as `class-00012.png`.
@@ -46,14 +45,14 @@ class ClassImages:
 
 
 def class_images(folder: str | Path, wanted: int) -> ClassImages:
-    """The images of a class in a folder, and which are missing until there are `wanted`.
+    """Return the images of a class in a folder, and which are missing until there are `wanted`.
 
-    Images of all names count, so that users can bring their own. The missing ones have the lowest numbers of which there is
-    no `class-00012.png`: after an interruption the same ones are made as without it.
+    Images of any name count, so that users can bring their own. The missing ones have the lowest numbers for which there is no
+    file like `class-00012.png`, so after an interruption the same images are made as without one.
 
     Args:
-        folder: it need not be there yet.
-        wanted: how many there are to be.
+        folder: it need not exist yet.
+        wanted: how many images there should be.
 
     Raises:
         ValueError: wanted is not a number from 1 up.

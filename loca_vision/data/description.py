@@ -1,4 +1,4 @@
-"""What was understood of a set of images, as lines for a terminal: parts, classes, counts, and what is not read."""
+"""How a set of images was understood, as lines for a terminal: parts, classes, counts, and what is not read."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections import Counter
 
 from loca_vision.data.images import ImageSplits
 
-_MOST_CLASSES = 20  # that are counted one by one
+_MOST_CLASSES = 20  # more are not counted one by one
 
 
 def described(splits: ImageSplits) -> str:
-    """The sizes of the parts and where each is from, the classes with their training images, and all notes."""
+    """Return the sizes and origins of the parts, the classes with their training images, and all notes."""
     sizes = {"training": splits.train, "validation": splits.validation, "testing": splits.test}
     rules = {"training": "", "validation": _rule(splits, "validation"), "testing": _rule(splits, "test")}
     parts = ", ".join(f"{len(images)} for {part}{rules[part]}" for part, images in sizes.items())

@@ -1,4 +1,4 @@
-"""The user's own images in folders: which folders are parts, which are classes, and what else lies there."""
+"""The user's own images in folders: which folders are parts, which are classes, and which other files lie there."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _PART = re.compile(
 
 
 def folder(root: Path, download: bool = False) -> ImageSet:
-    """The user's own images, any nesting below a folder for each class, in the order of their names.
+    """Read the user's own images: a folder for each class with any nesting below it, in the order of their names.
 
-    `root` has a folder for each part with the same classes in it, of which only that for training must be there:
-    `train`, `test` and `val`, also as `Training`, `test_set`, `valid` and the like. Or it has the classes themselves.
-    What has no folder is held out of the training images, as `ImageSet` says.
+    `root` has a folder for each part, with the same classes in each; only the one for training is required. They are called
+    `train`, `test` and `val`, or similar names such as `Training`, `test_set` and `valid`. Alternatively `root` contains the
+    classes themselves. Parts without a folder are held out of the training images, as described in `ImageSet`.
 
     Raises:
         FileNotFoundError: a folder is missing, or a class has no image.
-        ValueError: fewer than two classes, different classes in the parts, two folders for one part, or a class whose name
-            is not UTF-8.
+        ValueError: there are fewer than two classes, the parts have different classes, two folders could be one part, or the
+            name of a class is not UTF-8.
     """
     parts = part_folders(root)
     if not parts:
@@ -54,7 +54,7 @@ def folder(root: Path, download: bool = False) -> ImageSet:
 
 
 def test_part(root: Path) -> ImageSet | None:
-    """The test part alone, as the `train` of a set; None where the root has no folder for it.
+    """Return the test part alone, as the `train` of a set; None if the root has no folder for it.
 
     Raises:
         FileNotFoundError, ValueError: as `folder`, about that part.
@@ -64,7 +64,7 @@ def test_part(root: Path) -> ImageSet | None:
 
 
 def part_folders(root: Path) -> dict[str, Path]:
-    """The folders of "train", "validation" and "test" in a root; none of them where it has the classes themselves.
+    """Return the folders of "train", "validation" and "test" in a root; none of them if it contains the classes themselves.
 
     Raises:
         FileNotFoundError: there is no such root.
@@ -87,7 +87,7 @@ def part_folders(root: Path) -> dict[str, Path]:
 
 
 def part_of(name: str) -> str | None:
-    """The part that a folder's name stands for."""
+    """Return the part that a folder's name stands for, if any."""
     match = _PART.fullmatch(name)
     return next(part for part, text in match.groupdict().items() if text) if match else None
 
@@ -98,7 +98,7 @@ def check_folder(path: Path) -> None:
 
 
 def _classes(path: Path, root: Path) -> ImageSet:
-    """The folders in a folder as classes, everything as the `train` of a set."""
+    """Return the folders in a folder as classes, with all their images as the `train` of a set."""
     if not folders_in(path):
         raise FileNotFoundError(f"{path}: it has no folder; {LAYOUT}")
     listings = {entry.name: list_images(entry) for entry in folders_in(path)}
@@ -137,7 +137,7 @@ def _check_classes(path: Path, classes: tuple[str, ...], empty: list[str]) -> No
 
 
 def _is_like_a_part(path: Path) -> bool:
-    """As in seg_train/, with folders and no image of its own."""
+    """Return whether it looks like a part, such as seg_train/: it contains folders and no files."""
     named = re.search("(?<![a-z])(train|test|val)", path.name, re.IGNORECASE)
     return named is not None and bool(folders_in(path)) and not any(entry.is_file() for entry in path.iterdir())
 
@@ -170,7 +170,7 @@ def _notes(path: Path, root: Path) -> Iterable[str]:
 
 
 def _unread(root: Path, parts: Mapping[str, Path]) -> Iterable[str]:
-    """What lies next to the parts."""
+    """Yield a note about what lies next to the parts."""
     others = tuple(entry for entry in sorted(root.iterdir()) if entry not in parts.values())
     if others:
         yield f"not read, next to the parts: {relative_names(others, root)}"

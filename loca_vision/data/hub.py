@@ -1,4 +1,4 @@
-"""Copies of image sets on the Hugging Face hub, through the library `datasets`. No code of theirs is run."""
+"""Copies of image sets on the Hugging Face hub, through the library `datasets`. No code from them is run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Split = tuple[str, str]
 
 @dataclass(frozen=True)
 class HubCopy:
-    """Where a set's parts are: repository and split. Without a test part, a share of `train` is to be held out."""
+    """Where a set's parts are: repository and split. If there is no test part, a share of `train` is to be held out."""
 
     train: Split
     test: Split | None = None
@@ -37,7 +37,7 @@ def _two(stem: str) -> HubCopy:
     return HubCopy((f"{stem}_train", "train"), (f"{stem}_test", "test"))
 
 
-# FourierFT's own sources, but for DTD and CIFAR-10, whose copies here hold the same images.
+# FourierFT's own sources, except for DTD and CIFAR-10, whose copies here contain the same images.
 HUB = {
     "oxford_pets": _copy("timm/oxford-iiit-pet"),
     "stanford_cars": _two("Multimodal-Fatima/StanfordCars"),
@@ -56,10 +56,10 @@ class HubImages(Images):
     """Rows of a `datasets.Dataset` with an image and a class.
 
     Args:
-        where: the repository and split, for messages.
+        where: the repository and split, for error messages.
 
     Raises:
-        ValueError: a column is missing; and at an image that is broken.
+        ValueError: a column is missing; or, on access, an image is broken.
     """
 
     def __init__(self, rows: Any, where: str) -> None:
@@ -70,7 +70,7 @@ class HubImages(Images):
         names = getattr(kind, "names", None)
         values = names or sorted(set(rows[self.label]))
         self.classes = tuple(str(value) for value in values)
-        # Without names in the file, the values themselves are the classes.
+        # If the file has no names, the values themselves are the classes.
         numbers = None if names else {value: index for index, value in enumerate(values)}
         self.labels = [int(numbers[value] if numbers else value) for value in rows[self.label]]
 
@@ -89,12 +89,12 @@ class HubImages(Images):
             raise ValueError(f"{self.where}, row {index}: {error}") from None
 
     def identity(self, index: int) -> bytes:
-        """Where it is on the hub, and its row."""
+        """Return its place on the hub and its row."""
         return f"{self.where} {index}".encode()
 
 
 def hub_copy(name: str, cache: Path | None = None) -> ImageSet:
-    """The copy of a set that the table above names; what is not in the cache is downloaded.
+    """Return the copy of a set that the table above names, downloading what is not in the cache.
 
     Raises:
         ModuleNotFoundError: the library `datasets` is not installed.

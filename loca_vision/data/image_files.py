@@ -1,4 +1,4 @@
-"""The image files below a folder, what else lies there, and what is never read: hidden folders and the output of runs."""
+"""List the image files and other files below a folder; hidden folders and the output of runs are never read."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from PIL import Image
 
 # PIL opens these formats, but only as stubs, or by starting another program.
 _NOT_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
-_ENDINGS = Image.registered_extensions()  # which makes PIL load all its formats
+_ENDINGS = Image.registered_extensions()  # this makes PIL load all its formats
 FORMATS = tuple(name for name in Image.OPEN if name not in _NOT_IMAGES)
-"""The formats that PIL reads by itself, by its names for them."""
+"""The formats that PIL reads without another program, by PIL's names."""
 IMAGE_ENDINGS = frozenset(ending for ending, format_name in _ENDINGS.items() if format_name in FORMATS)
-"""The endings of the formats that PIL reads, in small letters and with the dot."""
+"""The endings of the formats that PIL reads, in lower case and with the dot."""
 _OF_SYSTEMS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
 _OF_RUNS = ("metrics.json", "evaluation.json", "config.yaml")
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What lies below a folder, each in the order of its path.
+    """The contents of a folder and all folders in it, in the order of their paths.
 
     Args:
-        images: files whose ending is that of an image format that PIL reads.
+        images: files with the ending of an image format that PIL reads.
         others: all other files.
-        left_out: files and folders that are not looked at: hidden ones, those of operating systems, the output of runs.
+        left_out: ignored files and folders: hidden ones, those of operating systems, and the output of runs.
     """
 
     images: tuple[Path, ...]
@@ -36,7 +36,7 @@ class Listing:
 
 
 def list_images(folder: Path) -> Listing:
-    """Everything below a folder, at any depth; links to folders are followed, each folder is visited once."""
+    """List everything below a folder, at any depth; links to folders are followed, and each folder is visited once."""
     images: list[Path] = []
     others: list[Path] = []
     left_out: list[Path] = []
@@ -59,12 +59,12 @@ def list_images(folder: Path) -> Listing:
 
 
 def is_image(path: Path) -> bool:
-    """Whether it is a file whose ending is that of an image format that PIL reads."""
+    """Return whether it is a file with the ending of an image format that PIL reads."""
     return path.suffix.lower() in IMAGE_ENDINGS and path.is_file()
 
 
 def is_left_out(path: Path) -> bool:
-    """Whether no image is looked for there: a hidden name, a folder of an operating system, or the output of a run."""
+    """Return whether to ignore a path: a hidden name, a folder of an operating system, or the output of a run."""
     name = path.name.lower()
     if name.startswith(".") or name in _OF_SYSTEMS:
         return True
@@ -72,12 +72,12 @@ def is_left_out(path: Path) -> bool:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """The folders directly in a folder that are looked at, in the order of their names."""
+    """Return the folders directly in a folder that are not ignored, in the order of their names."""
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not is_left_out(entry))
 
 
 def relative_names(paths: Iterator[Path] | tuple[Path, ...], root: Path, most: int = 5) -> str:
-    """The first of some paths below a root, for a sentence; a name that is not UTF-8 is written with escapes."""
+    """Return the first of some paths below a root, for a sentence; names that are not UTF-8 are written with escapes."""
     names = [os.fsencode(path.relative_to(root)).decode(errors="backslashreplace") for path in paths]
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

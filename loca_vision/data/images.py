@@ -37,7 +37,7 @@ class Images(Dataset[tuple[Image.Image, int]]):
         raise NotImplementedError
 
     def identity(self, index: int) -> bytes:
-        """What an image is recognised by without reading it."""
+        """Return bytes that identify an image without decoding it."""
         raise NotImplementedError
 
 
@@ -51,18 +51,18 @@ class ImageArrays(Images):
         return Image.fromarray(self.pixels[index]).convert("RGB"), int(self.labels[index])
 
     def identity(self, index: int) -> bytes:
-        """Its pixels."""
+        """Return its pixels."""
         return np.ascontiguousarray(self.pixels[index]).data.tobytes()
 
 
 class ImageFiles(Images):
-    """Images in files, opened when they are asked for.
+    """Images in files, opened on access.
 
     Args:
-        folder: the names of the files are told from here on, wherever the folder lies; None for their last parts alone.
+        folder: identities contain the files' paths relative to this folder, wherever it lies; None for file names alone.
 
     Raises:
-        FileNotFoundError, ValueError: at an image that is not there or broken; the sentence names the file.
+        FileNotFoundError, ValueError: on access, an image does not exist or is broken; the error names the file.
     """
 
     def __init__(self, files: Sequence[str | Path], labels: Sequence[int], folder: Path | None = None) -> None:
@@ -73,7 +73,7 @@ class ImageFiles(Images):
         return open_image(self.files[index]), self.labels[index]
 
     def identity(self, index: int) -> bytes:
-        """The name of its file and how many bytes it has."""
+        """Return the name of its file and the file's size in bytes."""
         file = Path(self.files[index])
         name = file.relative_to(self.folder).as_posix() if self.folder else file.name
         size = file.stat().st_size if file.is_file() else -1
@@ -81,7 +81,7 @@ class ImageFiles(Images):
 
 
 class Part(Images):
-    """The images at some positions of others."""
+    """The images at some positions of another set."""
 
     def __init__(self, images: Images, positions: Sequence[int]) -> None:
         self.images, self.positions = images, positions
@@ -91,12 +91,12 @@ class Part(Images):
         return self.images[self.positions[index]]
 
     def identity(self, index: int) -> bytes:
-        """That of the image among the others."""
+        """Return the identity of the image in the other set."""
         return self.images.identity(self.positions[index])
 
 
 class Relabelled(Images):
-    """The same images with other class indices: `numbers[label]` in the place of each label."""
+    """The same images with other class indices: `numbers[label]` instead of each label."""
 
     def __init__(self, images: Images, numbers: Sequence[int]) -> None:
         self.images, self.labels = images, [numbers[label] for label in images.labels]
@@ -105,7 +105,7 @@ class Relabelled(Images):
         return self.images[index][0], self.labels[index]
 
     def identity(self, index: int) -> bytes:
-        """That of the image."""
+        """Return the identity of the image itself."""
         return self.images.identity(index)
 
 
@@ -114,8 +114,8 @@ class ImageSet:
     """A set of images as its authors published it, and what to hold out for the parts that it lacks.
 
     Args:
-        train: what is trained on, or everything where there is no test part.
-        classes: their names, by index.
+        train: the images to train on, or all images if there is no test part.
+        classes: the names of the classes, by index.
         test_share: the share of `train` that is held out for testing if there is no test part.
         validation_share: the share of the rest of `train` that is held out if there is no validation part.
         notes: sentences about how the files were understood.
@@ -132,12 +132,12 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class ImageSplits:
-    """Images to train on, to choose the epoch with and to test on, raw: RGB of any size and class indices.
+    """Images to train on, to choose the epoch with and to test on, untransformed: RGB of any size, with class indices.
 
     Args:
-        classes: their names, by index.
+        classes: the names of the classes, by index.
         licence: what their authors say about using them.
-        augment: which augmentation suits them.
+        augment: the augmentation that suits them.
         protocol: where the parts come from and how large they are, for a record in JSON.
         notes: sentences about how the files were understood.
     """
@@ -153,10 +153,10 @@ class ImageSplits:
 
 
 def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image:
-    """The image as RGB, upright: turned as its EXIF orientation says.
+    """Open an image as RGB and upright: turned as its EXIF orientation says.
 
     Args:
-        path: of its file, or, where `content` has what would be in it, a name for messages.
+        path: the path of its file or, if `content` has the file's contents, a name for error messages.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -167,14 +167,14 @@ def open_image(path: str | Path, content: BinaryIO | None = None) -> Image.Image
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image as the camera was held: turned and mirrored as its EXIF orientation says.
+    """Return the image as the camera was held: turned and mirrored as its EXIF orientation says.
 
-    Where the EXIF block is broken nothing says how, and the image stays as it is; its pixels are checked all the same.
+    If the EXIF block is broken and does not tell, the image stays as it is; its pixels are checked all the same.
     """
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # of many kinds: the block is parsed from whatever bytes are there, and written anew
+    except Exception:  # of any kind, because arbitrary bytes are parsed, and then written again
         orientation = orientation_of(image)
     if orientation is None:
         return image
@@ -185,34 +185,34 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The image with 8 bits for each of red, green and blue, as diffusers' `load_image` shows it.
+    """Return the image with 8 bits for each of red, green and blue, as diffusers' `load_image` shows it.
 
-    Where it is transparent it shows the colour underneath. Grey of 16 bits keeps the first 8, where PIL would cut off all that
-    is brighter than 255.
+    Transparent areas show the colour underneath. 16-bit grey keeps its upper 8 bits, where PIL would clip everything brighter
+    than 255.
 
     Raises:
-        ValueError: grey of 32 bits, of which nothing says how much is white.
+        ValueError: the image is 32-bit grey, whose value for white is unknown.
     """
     if image.mode in ("I", "F"):
         raise ValueError(f"expected 8 or 16 bits a channel, got pixels of PIL's mode {image.mode!r}")
     if image.mode.startswith("I;16"):
         grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        grey.info.update(image.info)  # such as how the camera was turned
+        grey.info.update(image.info)  # for example how the camera was turned
         image = grey
-    if isinstance(image.info.get("transparency"), bytes):  # of a palette, at which PIL warns
+    if isinstance(image.info.get("transparency"), bytes):  # of a palette; PIL would warn
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
 def as_png(image: Image.Image) -> bytes:
-    """The bytes of a PNG file."""
+    """Return the bytes of a PNG file."""
     data = BytesIO()
     image.save(data, "PNG")
     return data.getvalue()
 
 
 def hold_out(size: int, share: Fraction, seed: int) -> tuple[list[int], list[int]]:
-    """Positions 0 to size - 1 kept and held out: a function of its arguments only, drawn on the CPU.
+    """Return which positions from 0 to size - 1 are kept and which held out, drawn on the CPU from the arguments alone.
 
     The share is rounded up, as `train_test_split` of scikit-learn and datasets does: 8144 images give 7329 and 815.
 
@@ -227,7 +227,7 @@ def hold_out(size: int, share: Fraction, seed: int) -> tuple[list[int], list[int
 
 
 def first(images: Images, count: int, seed: int) -> Images:
-    """`count` of the images at random by the seed, or all of them where there are no more."""
+    """Return `count` of the images, drawn by the seed, or all of them if there are no more."""
     if count >= len(images):
         return images
     return Part(images, torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count].tolist())

@@ -1,4 +1,4 @@
-"""Image sets for classification: `load(name, root)` gives raw images in three parts, by FourierFT's protocol."""
+"""Image sets for classification: `load(name, root)` returns untransformed images in three parts, by FourierFT's protocol."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ EVERYWHERE = ("digits",)  # sets that are installed with a library
 def load(
     name: str, root: str | Path | None, *, source: Source = "torchvision", seed: int = 0, download: bool = False
 ) -> ImageSplits:
-    """The training, validation and test part of a set: the same ones whenever set, source and seed are.
+    """Load the training, validation and test part of a set; the same set, source and seed always give the same parts.
 
-    A part that the authors left out is held out at random: for validation a tenth, and for testing a fifth of DTD
-    (whatever its published partitions) and of EuroSAT, of which validation is a fifth of all, too.
+    A part that the authors did not provide is held out at random: a tenth for validation; for testing, a fifth of DTD (ignoring
+    its published partitions) and a fifth of EuroSAT, whose validation part is also a fifth of all images.
 
     Args:
         name: one of `NAMES`.
-        root: where the files are, as torchvision lays them out; with the hub, its cache, or None for the usual one.
+        root: where the files are, as torchvision lays them out; with the hub, its cache, or None for the default one.
             The digits need none.
         source: files under the root, or the set's copy on the hub.
-        download: first fetch what is not under the root, where torchvision can.
+        download: first download what is not under the root, if torchvision can.
 
     Raises:
-        ValueError: an unknown name or source, or files that are not as published.
-        FileNotFoundError: files are missing; the sentence says which, and where to get them.
+        ValueError: the name or source is unknown, or the files are not as published.
+        FileNotFoundError: files are missing; the error says which, and where to get them.
         OSError: the download failed.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -58,7 +58,7 @@ def load(
 
 
 def read(name: str, root: str | Path | None, *, source: Source = "torchvision", download: bool = False) -> ImageSet:
-    """A set as it was published, nothing held out; arguments and errors are those of `load`."""
+    """Read a set as it was published, with nothing held out; arguments and errors are those of `load`."""
     if name not in SETS:
         raise ValueError(f"dataset={name!r}: the sets are {', '.join(NAMES)}")
     if source not in ("torchvision", "hub"):
@@ -71,7 +71,7 @@ def read(name: str, root: str | Path | None, *, source: Source = "torchvision", 
 
 
 def held_out(images: Images, part: Images | None, share: Fraction, seed: int) -> tuple[Images, Images, str]:
-    """What stays of the images, the published part or else a share of them, and a sentence about where that is from."""
+    """Return the remaining images, the published part or else a share of them, and a sentence about where that is from."""
     if part is not None:
         return images, part, "published"
     kept, held = hold_out(len(images), share, seed)
@@ -94,7 +94,7 @@ def _read(entry: Entry, root: Path, download: bool) -> ImageSet:
         raise OSError(f"{root}: {entry.title} cannot be {'downloaded' if fetch else 'read'} ({one_line(error)})") from error
     except (ImportError, MemoryError):
         raise
-    except Exception as error:  # whatever torchvision, scipy and pickle raise at files that are not what they expect
+    except Exception as error:  # torchvision, scipy and pickle can raise anything for unexpected files
         raise ValueError(
             f"{root}: the files of {entry.title} are not as published ({type(error).__name__}: {one_line(error)})"
         ) from error

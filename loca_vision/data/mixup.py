@@ -1,4 +1,4 @@
-"""Mixup: each image blended with another one, and its class with the other's (Zhang et al., 2018)."""
+"""Mixup: each image is blended with another, and its class with the other's (Zhang et al., 2018)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _MIXUP = 7  # a key of the stream of random numbers
 
 
 class Mixed(Dataset[tuple[Tensor, Tensor]]):
-    """share * x_i + (1 - share) * x_j and the same of their classes, with j and the share drawn for each image and epoch.
+    """share * x_i + (1 - share) * x_j and likewise their classes, with j and the share drawn for each image and epoch.
 
-    What is drawn is a function of (seed, epoch, index): neither of the batch nor of the number of processes.
+    The draws depend only on (seed, epoch, index), not on the batch or the number of processes.
 
     Args:
-        images: as the model takes them.
-        classes: their number; an item has (classes,) float32 in the place of the class index.
+        images: the images as the model takes them.
+        classes: the number of classes; an item has (classes,) float32 instead of the class index.
         alpha: the share is drawn from Beta(alpha, alpha), equation 1 there.
-        seed: of what is drawn.
+        seed: the seed of the draws.
     """
 
     def __init__(self, images: Transformed, classes: int, alpha: float, seed: int) -> None:

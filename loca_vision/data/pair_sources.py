@@ -1,4 +1,4 @@
-"""Where pairs are read from: a folder or a file on this machine, or a data set on the hub, told apart before reading."""
+"""Where pairs are read from: a local folder or file, or a data set on the hub, which is decided before reading."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _SAVED_TO_DISK = ("dataset_dict.json", "state.json")
 
 
 def place_of(source: str, split: str, *, revision: str | None, config: str | None) -> tuple[str, dict[str, Any]]:
-    """The first arguments of `datasets.load_dataset` for a source.
+    """Return the first arguments of `datasets.load_dataset` for a source.
 
     Raises:
         FileNotFoundError: there is no such folder or file, or nothing to read in it.
-        ValueError: `save_to_disk` wrote the folder; or a config of what is on this machine.
+        ValueError: the folder was written by `save_to_disk`, or a config is given for a local source.
     """
     path = Path(source).expanduser()
     if config is not None and path.exists():
@@ -33,9 +33,9 @@ def place_of(source: str, split: str, *, revision: str | None, config: str | Non
 
 
 def is_missing(source: str) -> bool:
-    """Whether a text that names nothing on this machine is meant as a path, and not as a repository on the hub.
+    """Return whether a text that names nothing on this machine is meant as a path, not as a repository on the hub.
 
-    It is where no repository can have such a name, or where the folder that it would be in is there.
+    It is if it cannot be the name of a repository, or if the folder that it would be in exists.
     """
     path = Path(source).expanduser()
     if path.exists():

@@ -1,4 +1,4 @@
-"""From a pair of images to tensors: one size, one crop and one flip for both, as a function of (seed, epoch, index)."""
+"""Turn a pair of images into tensors: one size, one crop and one flip for both, as a function of (seed, epoch, index)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["Drawn", "PairItem", "PairTensors", "View", "scaled"]
 
 @dataclass(frozen=True)
 class View:
-    """How a pair is looked at: the original's short side becomes `size` pixels, and of that comes a square.
+    """How a pair is viewed: the original is resized to `size` pixels on its short side, and a square is cropped from it.
 
-    The edited image is brought to the original's size first, whatever its own is.
+    The edited image is first brought to the original's size, whatever its own is.
 
     Args:
-        size: pixels a side.
-        crop: "center", or "random", another square in each epoch.
+        size: side of the square in pixels.
+        crop: "center", or "random" for another square in each epoch.
         flip: mirror half of the pairs in each epoch.
 
     Raises:
-        ValueError: a size below 1, or another crop.
+        ValueError: the size is below 1, or the crop is unknown.
     """
 
     size: int
@@ -39,31 +39,31 @@ class View:
 
     @property
     def of_one(self) -> BucketView:
-        """How one image is looked at."""
+        """The view of a single image."""
         return BucketView((self.size, self.size), self.crop, self.flip)
 
     @property
     def all(self) -> tuple[Drawn, ...]:
-        """Every view that there is of a pair; none where they cannot be counted."""
+        """Every possible view of a pair; none if they cannot be counted."""
         return self.of_one.all
 
     def drawn(self, seed: int, epoch: int, index: int) -> Drawn:
-        """The view of a pair in an epoch: a function of the arguments alone."""
+        """Return the view of a pair in an epoch, which depends on nothing but the arguments."""
         return self.of_one.drawn(seed, epoch, index)
 
     def pixels(self, pair: Pair, drawn: Drawn) -> Tensor:
-        """(2, 3, size, size) uint8: the original and the edited image, looked at alike."""
+        """Return (2, 3, size, size) uint8: the original and the edited image in the same view."""
         view, whole = self.of_one, self.of_one.whole(pair.original.size)
         return torch.stack([view.part(image, whole, drawn) for image in (pair.original, pair.edited)])
 
 
 def scaled(pixels: Tensor) -> Tensor:
-    """Bytes as an autoencoder takes them: float32 in [-1, 1]."""
+    """Scale bytes to what an autoencoder takes: float32 in [-1, 1]."""
     return 2 * (pixels.float() / 255) - 1
 
 
 class PairItem(TypedDict):
-    """(3, size, size) float32 in [-1, 1] of both images, and the instruction."""
+    """Both images, (3, size, size) float32 in [-1, 1], and the instruction."""
 
     original: Tensor
     edited: Tensor
@@ -71,13 +71,13 @@ class PairItem(TypedDict):
 
 
 class PairTensors(Dataset[PairItem]):
-    """Pairs as tensors, each in the view that (seed, epoch, index) gives it."""
+    """Pairs as tensors, each in the view drawn by (seed, epoch, index)."""
 
     def __init__(self, pairs: Dataset[Pair], view: View, seed: int) -> None:
         self.pairs, self.view, self.seed, self.epoch = pairs, view, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, before the DataLoader's iterator is made: its workers work on a copy of this set."""
+        """Set the epoch, from 0, before the DataLoader's iterator is made: its workers use a copy of this set."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -17,7 +17,7 @@ from loca_vision.data.stored_images import digest, some_of
 
 
 class Pair(NamedTuple):
-    """An RGB image, its edited version, both of any size, and what was asked for."""
+    """An RGB image and its edited version, both of any size, and the instruction."""
 
     original: Image.Image
     edited: Image.Image
@@ -26,7 +26,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a data set are what; by default as in diffusers' script."""
+    """The columns of a data set by their purpose; the defaults are those of diffusers' script."""
 
     original: str = "input_image"
     prompt: str = "edit_prompt"
@@ -40,15 +40,15 @@ _OPTIONS = {"original": "original_image_column", "prompt": "edit_prompt_column",
 
 
 class Pairs(Dataset[Pair]):
-    """Rows of a `datasets.Dataset` as pairs, decoded when they are asked for.
+    """Rows of a `datasets.Dataset` as pairs, decoded on access.
 
     Args:
-        rows: of one split.
-        columns: their names.
-        where: the data set, for messages.
+        rows: the rows of one split.
+        columns: the names of the columns.
+        where: the data set, for error messages.
 
     Raises:
-        ValueError: a column is missing or of another kind, or a row has no image or text; and at an image that is broken.
+        ValueError: a column is missing or of another kind, a row has no image or text, or, on access, an image is broken.
     """
 
     def __init__(self, rows: Any, columns: Columns, where: str) -> None:
@@ -66,12 +66,12 @@ class Pairs(Dataset[Pair]):
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """By column: a digest of the texts, or of the names and sizes of the image files, in their order."""
+        """By column: a digest of the texts, or of the names and sizes of the image files, in order."""
         images = {one.column: one.digest() for one in (self.originals, self.edited)}
         return {self.columns.prompt: digest(self.prompts)} | images
 
     def some(self, count: int | None, seed: int) -> Pairs:
-        """`count` random pairs by the seed; all of them if there are no more, or with None."""
+        """Return `count` pairs drawn by the seed, or all of them if there are no more or `count` is None."""
         positions = some_of(len(self), count, seed)
         return self if positions is None else Pairs(self.rows.select(positions), self.columns, self.where)
 
@@ -87,15 +87,15 @@ def read_pairs(
     max_samples: int | None = None,
     seed: int = 0,
 ) -> Pairs:
-    """The pairs of one split. No code of the data set's is run.
+    """Read the pairs of one split. No code from the data set is run.
 
     Args:
         source: a folder of images with tables `metadata.jsonl` (what `datasets` calls an imagefolder), a folder of parquet
             files, a parquet file, or the name of a data set on the hub.
         split: the files of a folder without splits are all "train".
-        cache_dir: of what `datasets` makes of the files; None for its usual one.
-        revision: of a data set on the hub.
-        config: the name of one of its configurations, where it has several.
+        cache_dir: where `datasets` keeps what it makes of the files; None for its default.
+        revision: revision of a data set on the hub.
+        config: the name of one of its configurations, if it has several.
         max_samples: at most this many, drawn by the seed.
 
     Raises:
@@ -105,7 +105,7 @@ def read_pairs(
     """
     if max_samples is not None:
         check_count("max_samples", max_samples)
-    datasets_library()  # before the source is looked for
+    datasets_library()  # raises before the source is looked for
     place = place_of(str(source), split, revision=revision, config=config)
     rows = load_rows(source, place, split, cache_dir)
     return Pairs(rows, columns or Columns(), f"{source} ({split})").some(max_samples, seed)

@@ -11,11 +11,11 @@ from loca_vision.data.image_files import list_images
 
 @dataclass(frozen=True)
 class Photograph:
-    """A photograph by what is in its file.
+    """A photograph, identified by the contents of its file.
 
     Args:
-        file: where it is; of several with the same content, the first by name.
-        content: 64 hexadecimal digits, SHA-256 of the file.
+        file: its path; among several with the same contents, the first by name.
+        content: SHA-256 of the file, 64 hexadecimal digits.
     """
 
     file: Path
@@ -28,9 +28,9 @@ class Photograph:
 
 
 def photographs_in(folder: Path) -> list[Photograph]:
-    """Every image file of a folder and all folders in it, each content once, in the order of contents.
+    """Return every image file in a folder and its subfolders, each content once, in the order of contents.
 
-    An image is known by the ending of its name: any that PIL reads. Hidden files and the output of runs are left out.
+    An image is recognised by its ending, which may be any that PIL reads. Hidden files and the output of runs are left out.
 
     Raises:
         FileNotFoundError: there is no such folder, or no image in it.

@@ -1,4 +1,4 @@
-"""Image sets as their authors lay them out in files, one short function for each, over torchvision's own classes."""
+"""Image sets in their authors' file layout, one short function for each, on top of torchvision's own classes."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ FASHION_MNIST_PARTS = ("train-images-idx3", "train-labels-idx1", "t10k-images-id
 
 
 def oxford_pets(root: Path, download: bool = False) -> ImageSet:
-    """37 breeds of cats and dogs: 3680 photographs and 3669 for testing, of `root/oxford-iiit-pet`."""
+    """37 breeds of cats and dogs: 3680 photographs and 3669 for testing, from `root/oxford-iiit-pet`."""
     parts = [datasets.OxfordIIITPet(str(root), split, download=download) for split in ("trainval", "test")]
-    # Its own files and labels, because it opens images itself and does not say which one is broken.
+    # Uses its files and labels, because the class opens images itself and does not say which one is broken.
     train, test = (ImageFiles(part._images, part._labels) for part in parts)
     return ImageSet(train, tuple(parts[0].classes), test)
 
 
 def stanford_cars(root: Path, download: bool = False) -> ImageSet:
-    """196 makes and models: 8144 photographs and 8041 for testing, of `root/stanford_cars`; it cannot be downloaded."""
+    """196 makes and models: 8144 photographs and 8041 for testing, from `root/stanford_cars`; it cannot be downloaded."""
     if importlib.util.find_spec("scipy") is None:
         raise ModuleNotFoundError("Stanford Cars needs scipy: python -m pip install scipy", name="scipy")
     parts = [datasets.StanfordCars(str(root), split) for split in ("train", "test")]
@@ -43,17 +43,17 @@ def stanford_cars(root: Path, download: bool = False) -> ImageSet:
 
 
 def cifar10(root: Path, download: bool = False) -> ImageSet:
-    """10 classes: 50000 photographs of 32 x 32 pixels and 10000 for testing, of `root/cifar-10-batches-py`."""
+    """10 classes: 50000 photographs of 32 x 32 pixels and 10000 for testing, from `root/cifar-10-batches-py`."""
     return _arrays([datasets.CIFAR10(str(root), train, download=download) for train in (True, False)])
 
 
 def cifar100(root: Path, download: bool = False) -> ImageSet:
-    """100 classes: 50000 photographs of 32 x 32 pixels and 10000 for testing, of `root/cifar-100-python`."""
+    """100 classes: 50000 photographs of 32 x 32 pixels and 10000 for testing, from `root/cifar-100-python`."""
     return _arrays([datasets.CIFAR100(str(root), train, download=download) for train in (True, False)])
 
 
 def fashion_mnist(root: Path, download: bool = False) -> ImageSet:
-    """10 kinds of clothing: 60000 images of 28 x 28 pixels and 10000 for testing, of `root/FashionMNIST/raw`."""
+    """10 kinds of clothing: 60000 images of 28 x 28 pixels and 10000 for testing, from `root/FashionMNIST/raw`."""
     return _arrays([datasets.FashionMNIST(str(root), train, download=download) for train in (True, False)])
 
 
@@ -76,21 +76,21 @@ def dtd(root: Path, download: bool = False) -> ImageSet:
 
 
 def eurosat(root: Path, download: bool = False) -> ImageSet:
-    """10 kinds of land: 27000 satellite images of 64 x 64 pixels, of `root/eurosat/2750`, to be split 60 : 20 : 20."""
+    """10 kinds of land: 27000 satellite images of 64 x 64 pixels, from `root/eurosat/2750`, to be split 60 : 20 : 20."""
     eurosat_images = datasets.EuroSAT(str(root), download=download)
     files, labels = zip(*eurosat_images.samples, strict=True)
     return ImageSet(ImageFiles(files, labels), tuple(eurosat_images.classes), test_share=FIFTH, validation_share=QUARTER)
 
 
 def fgvc_aircraft(root: Path, download: bool = False) -> ImageSet:
-    """100 variants: 3334 photographs (`train`, without `val`) and 3333 for testing, of `root/fgvc-aircraft-2013b`."""
+    """100 variants: 3334 photographs (`train`, without `val`) and 3333 for testing, from `root/fgvc-aircraft-2013b`."""
     parts = [datasets.FGVCAircraft(str(root), split, "variant", download=download) for split in ("train", "test")]
     train, test = (ImageFiles(part._image_files, part._labels) for part in parts)
     return ImageSet(train, tuple(parts[0].classes), test)
 
 
 def resisc45(root: Path, download: bool = False) -> ImageSet:
-    """45 kinds of scenes from above: 18900, 6300 and 6300 images of 256 x 256 pixels, of `root/NWPU-RESISC45`.
+    """45 kinds of scenes from above: 18900, 6300 and 6300 images of 256 x 256 pixels, from `root/NWPU-RESISC45`.
 
     The parts are the lists of file names `root/resisc45-{train,val,test}.txt`; it cannot be downloaded.
     """
@@ -108,7 +108,7 @@ def _listed(root: Path, name: str) -> ImageSet:
 
 
 def _named(files: Iterable[tuple[Path, str]], test_share: Fraction = TENTH) -> ImageSet:
-    """Files with the names of their classes, which get the indices of their order."""
+    """Return files with the names of their classes as an image set; classes are indexed in the order of their names."""
     named = list(files)
     classes = sorted({name for _, name in named})
     number = {name: index for index, name in enumerate(classes)}

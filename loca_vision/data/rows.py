@@ -15,7 +15,8 @@ from loca_vision.messages import nearest, one_line
 
 
 def datasets_library() -> ModuleType:
-    """
+    """Import the library `datasets`.
+
     Raises:
         ModuleNotFoundError: the library `datasets` is not installed.
     """
@@ -30,12 +31,12 @@ def datasets_library() -> ModuleType:
 
 
 def load_rows(source: object, place: tuple[str, dict[str, Any]], split: str, cache_dir: Path | None) -> Any:
-    """The rows of one split. No code of the data set's is run.
+    """Load the rows of one split. No code from the data set is run.
 
     Args:
-        source: for messages.
-        place: of `place_of`.
-        cache_dir: of what `datasets` makes of the files; None for its usual one.
+        source: the source, for error messages.
+        place: the result of `place_of`.
+        cache_dir: where `datasets` keeps what it makes of the files; None for its default.
 
     Raises:
         ModuleNotFoundError: the library `datasets` is not installed.
@@ -44,15 +45,15 @@ def load_rows(source: object, place: tuple[str, dict[str, Any]], split: str, cac
     library = datasets_library()
     try:
         return library.load_dataset(place[0], **place[1], split=split, cache_dir=str(cache_dir) if cache_dir else None)
-    except Exception as error:  # its errors are of many kinds, and so are those of what it reads with
+    except Exception as error:  # it raises errors of many kinds, as do the libraries it reads with
         raise OSError(f"{source}: {split!r} cannot be read as a data set ({one_line(error)})") from error
 
 
 class RowImages(StoredImages):
-    """The images in a column of rows, also where the file does not say that its bytes are some.
+    """The images in a column of rows, even if the file does not declare its bytes as images.
 
     Args:
-        where: the data set, for messages.
+        where: the data set, for error messages.
 
     Raises:
         ValueError: the column holds something else.
@@ -87,21 +88,21 @@ class RowImages(StoredImages):
 
     @property
     def paths(self) -> list[Path]:
-        """The files on this machine that rows name."""
+        """The local files that rows name."""
         stored = (self._stored(index) for index in range(len(self)))
         return [Path(row["path"]) for row in stored if row.get("path") and row.get("bytes") is None]
 
     def _stored(self, index: int) -> dict[str, Any]:
-        """The path of the file, its bytes, or both; of a row without an image, nothing."""
+        """Return the path of the file, its bytes, or both; nothing for a row without an image."""
         return self.rows[index][self.column] or {}
 
 
 def texts_of(rows: Any, column: str, where: str, *, lists: bool = False) -> list[str]:
-    """The text in each row.
+    """Return the text in each row.
 
     Args:
-        where: the data set, for messages.
-        lists: a column of lists of texts will do, too; the first of each counts.
+        where: the data set, for error messages.
+        lists: also accept a column of lists of texts, of which the first is used.
 
     Raises:
         ValueError: the column holds something else, or a row has no text.
@@ -120,9 +121,10 @@ def texts_of(rows: Any, column: str, where: str, *, lists: bool = False) -> list
 
 
 def check_column(rows: Any, name: str, option: str, where: str) -> None:
-    """
+    """Check that a column exists.
+
     Args:
-        option: which names the column, for the sentence.
+        option: the option that names the column, for the error message.
 
     Raises:
         ValueError: there is no such column.
@@ -133,10 +135,10 @@ def check_column(rows: Any, name: str, option: str, where: str) -> None:
 
 
 def _open(path: str) -> BinaryIO:
-    """The file at a path, or in an archive on this machine, as `datasets` writes it: zip://NAME::ARCHIVE."""
+    """Open the file at a local path, or in a local archive as `datasets` writes it: zip://NAME::ARCHIVE."""
     inside, *archives = path.split("::")
     if "://" not in path:
-        if not Path(path).is_file():  # nor wait for a writer at the other end of a pipe
+        if not Path(path).is_file():  # do not wait for a writer at the other end of a pipe either
             raise FileNotFoundError(path)
         return Path(path).open("rb")
     if not inside.startswith("zip://") or len(archives) != 1 or "://" in archives[0]:

@@ -1,4 +1,4 @@
-"""Whether the images of a run are still the ones it began with: the classes, and a digest of their files."""
+"""Check that a run's images are still the ones it began with: the classes, and a digest of their files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Files = dict[str, dict[str, str]]
 
 
 def files_of(images: ImageSet) -> Files:
-    """The parts of a set as published, before anything is held out."""
+    """Return the files of a set's published parts, before anything is held out."""
     parts = {"train": images.train, "validation": images.validation, "test": images.test}
     return {part: by_class(part_images, images.classes) for part, part_images in parts.items() if part_images is not None}
 
 
 def by_class(images: Images, classes: Sequence[str]) -> dict[str, str]:
-    """Of each class: how many images, and a digest of what they are recognised by, in their order."""
+    """Return, for each class, the number of images and a digest of their identities, in order."""
     digests, counts = [sha256() for _ in classes], [0] * len(classes)
     for index, label in enumerate(images.labels):
         digests[label].update(images.identity(index) + b"\n")
@@ -28,19 +28,19 @@ def by_class(images: Images, classes: Sequence[str]) -> dict[str, str]:
 
 
 def images_in(splits: ImageSplits) -> dict[str, Any]:
-    """What a run keeps of its images to recognise them: classes and files."""
+    """Return what a run records to recognise its images: classes and files."""
     return {"classes": list(splits.classes), "files": splits.protocol["files"]}
 
 
 def check_same_images(place: object, before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
-    """Refuse to go on with other images than a run began with.
+    """Refuse to continue a run with other images than it began with.
 
     Args:
-        place: what was left by the run, for the sentence.
-        before, now: of `images_in`; None was written by an earlier version, which kept nothing.
+        place: what the run left behind, for the error message.
+        before, now: results of `images_in`; None if an earlier version wrote the run, which recorded nothing.
 
     Raises:
-        ValueError: they differ; the sentence says in what.
+        ValueError: they differ; the error says how.
     """
     changes = differences(before, now) if before else ""
     if changes:
@@ -51,7 +51,7 @@ def check_same_images(place: object, before: Mapping[str, Any] | None, now: Mapp
 
 
 def class_differences(before: Sequence[str], now: Sequence[str]) -> str:
-    """How the classes differ, as the end of a sentence; empty where they are the same in the same order."""
+    """Return how the classes differ, as the end of a sentence; empty if they are the same in the same order."""
     gone, new = ([repr(name) for name in one if name not in set(other)] for one, other in ((before, now), (now, before)))
     changes = [f"{_some(gone)} missing"] if gone else []
     changes += [f"{_some(new)} new"] if new else []
@@ -61,10 +61,10 @@ def class_differences(before: Sequence[str], now: Sequence[str]) -> str:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """How images differ from those of before, as the end of a sentence; empty where they are the same.
+    """Return how the images differ from the earlier ones, as the end of a sentence; empty if they are the same.
 
     Args:
-        before, now: with "classes" and "files".
+        before, now: mappings with "classes" and "files".
     """
     changes = class_differences(before["classes"], now["classes"])
     if changes:

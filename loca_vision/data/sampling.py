@@ -15,23 +15,23 @@ _BUCKET, _BATCHES = 12, 13  # keys of streams of random numbers
 
 
 def stream_seed(*keys: int) -> int:
-    """A seed in [0, 2^63) for the random numbers that the keys name, such as (seed, epoch, index).
+    """Return a seed in [0, 2^63) for the stream of random numbers that the keys name, such as (seed, epoch, index).
 
-    Hashed, so that neighbouring keys have unrelated numbers and (1, 2) others than (2, 1).
+    It is a hash, so that neighbouring keys give unrelated numbers, and (1, 2) others than (2, 1).
     """
     digest = hashlib.blake2b(repr(tuple(int(key) for key in keys)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def batches(size: int, *, batch_size: int, seed: int, epoch: int, drop_last: bool = True, start: int = 0) -> list[list[int]]:
-    """The batches of one epoch, from number `start` on: a permutation of 0 to size - 1, cut into lists.
+    """Return the batches of one epoch, from number `start` on: a permutation of 0 to size - 1, cut into lists.
 
     Args:
-        drop_last: leave out the last batch where it is not whole.
-        start: batches of this epoch that were taken before, as when training resumes.
+        drop_last: leave out the last batch if it is incomplete.
+        start: number of batches of this epoch that were used before, as when training resumes.
 
     Raises:
-        ValueError: an empty set, no whole batch, or a start that is not in the epoch.
+        ValueError: the set is empty, there is no complete batch, or the start is not in the epoch.
     """
     count = _count(size, batch_size, drop_last)
     _check_start(start, count)
@@ -48,17 +48,17 @@ def _count(size: int, batch_size: int, drop_last: bool) -> int:
 
 
 def bucket_batches(buckets: Sequence[int], *, batch_size: int, seed: int, epoch: int, start: int = 0) -> list[list[int]]:
-    """The batches of one epoch, from number `start` on, all whole and each of images of one bucket, in a random order.
+    """Return the batches of one epoch, from number `start` on: all complete, each from one bucket, in a random order.
 
-    Each bucket is permuted and cut into batches; the last one is filled up with the first images of the permutation, which
-    comes again and again where the bucket has fewer images than a batch. So every image comes at least once.
+    Each bucket is permuted and cut into batches. The last one is filled up with the first images of the permutation, which is
+    repeated if the bucket has fewer images than a batch. So every image occurs at least once.
 
     Args:
-        buckets: of each image.
-        start: batches of this epoch that were taken before, as when training resumes.
+        buckets: the bucket of each image.
+        start: number of batches of this epoch that were used before, as when training resumes.
 
     Raises:
-        ValueError: a batch size below 1, no image, or a start that is not in the epoch.
+        ValueError: the batch size is below 1, there is no image, or the start is not in the epoch.
     """
     _check_batch_size(batch_size)
     members: dict[int, list[int]] = {}
@@ -77,7 +77,7 @@ def bucket_batches(buckets: Sequence[int], *, batch_size: int, seed: int, epoch:
 
 
 def _permutation(size: int, *keys: int) -> list[int]:
-    """Of 0 to size - 1: a function of the keys."""
+    """Return a permutation of 0 to size - 1 that depends on the keys alone."""
     order: list[int] = torch.randperm(size, generator=torch.Generator().manual_seed(stream_seed(*keys))).tolist()
     return order
 
@@ -93,13 +93,13 @@ def _check_start(start: int, count: int) -> None:
 
 
 class SharedBatches(Sampler[list[int]], ABC):
-    """A `batch_sampler`: of every global batch the share of one process, in order and without a gap.
+    """A `batch_sampler` that yields one process's share of every global batch, in order and without a gap.
 
     Together the processes see exactly the batches of a single one. Call `set_epoch` before each pass. Nothing is drawn
     from torch's global generator; `loader` below keeps the DataLoader from doing so, too.
 
     Args:
-        batch_size: of all processes together.
+        batch_size: the size of a global batch, of all processes together.
         rank, world_size: this process and their number.
 
     Raises:
@@ -116,10 +116,10 @@ class SharedBatches(Sampler[list[int]], ABC):
 
     @abstractmethod
     def global_batches(self, epoch: int, start: int) -> list[list[int]]:
-        """The batches of an epoch, from number `start` on, that the processes share."""
+        """Return the batches of an epoch, from number `start` on, that the processes share."""
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch, from 0, and the number of its batches to leave out because they were taken before."""
+        """Set the epoch, from 0, and the number of its batches to skip because they were used before."""
         self.shares = [share for batch in self.global_batches(epoch, start) if (share := self._share(batch))]
 
     def _share(self, batch: list[int]) -> list[int]:
@@ -129,17 +129,17 @@ class SharedBatches(Sampler[list[int]], ABC):
         return iter(self.shares)
 
     def __len__(self) -> int:
-        """Batches that are left of the epoch."""
+        """Return the number of batches left in the epoch."""
         return len(self.shares)
 
 
 class EpochSampler(SharedBatches):
-    """The batches of `batches`, as `SharedBatches` shares them.
+    """The batches of `batches`, shared as in `SharedBatches`.
 
     Args:
-        size: images in the set.
-        drop_last: leave out the last batch where it is not whole; otherwise its shares may differ by one image, and
-            processes for which none is left have a batch fewer.
+        size: number of images in the set.
+        drop_last: leave out the last batch if it is incomplete; otherwise its shares may differ by one image, and processes
+            for which none is left have one batch less.
 
     Raises:
         ValueError: as `SharedBatches`, or the batch is larger than the set.
@@ -157,10 +157,10 @@ class EpochSampler(SharedBatches):
 
 
 class BucketSampler(SharedBatches):
-    """The batches of `bucket_batches`, as `SharedBatches` shares them: in each step all processes have images of one bucket.
+    """The batches of `bucket_batches`, shared as in `SharedBatches`: in each step all processes get images of one bucket.
 
     Args:
-        buckets: of each image.
+        buckets: the bucket of each image.
 
     Raises:
         ValueError: as `SharedBatches` and `bucket_batches`.
@@ -175,7 +175,7 @@ class BucketSampler(SharedBatches):
 
 
 def loader(images: Dataset[Any], sampler: SharedBatches, *, workers: int = 0) -> DataLoader[Any]:
-    """A DataLoader over the sampler's batches that leaves the global generator as it is.
+    """Return a DataLoader over the sampler's batches that leaves the global generator as it is.
 
     A DataLoader draws the seed of its workers anew for each pass, from the global generator unless it has its own.
     """

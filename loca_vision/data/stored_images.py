@@ -1,4 +1,4 @@
-"""Images as they are stored, in files or in rows of a table: read when they are asked for, sizes from headers alone."""
+"""Images as they are stored, in files or in rows of a table: read on access, sizes from headers alone."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class StoredImages(ABC):
     """RGB images, upright and of any size, by position.
 
     Raises:
-        FileNotFoundError, ValueError: at an image that is not there, broken, or that would fill the memory; the sentence
-            names it.
+        FileNotFoundError, ValueError: on access, an image does not exist, is broken, or would fill the memory; the error names
+            it.
     """
 
     @abstractmethod
@@ -29,15 +29,15 @@ class StoredImages(ABC):
 
     @abstractmethod
     def opened(self, index: int) -> tuple[str, BinaryIO]:
-        """What messages call an image, and what is in its file, to be closed."""
+        """Return an image's name for error messages, and the contents of its file, which the caller must close."""
 
     @abstractmethod
     def identity(self, index: int) -> str:
-        """What it is recognised by without reading it: the name and size of its file."""
+        """Return what identifies it without reading it: the name and size of its file."""
 
     @abstractmethod
     def part(self, positions: Sequence[int]) -> StoredImages:
-        """The images at some positions."""
+        """Return the images at some positions."""
 
     def __getitem__(self, index: int) -> Image.Image:
         name, content = self.opened(index)
@@ -48,13 +48,13 @@ class StoredImages(ABC):
         return image
 
     def size(self, index: int) -> tuple[int, int]:
-        """(width, height) of an image, of which no pixels are decoded."""
+        """Return (width, height) of an image without decoding its pixels."""
         name, content = self.opened(index)
         with content:
             return size_of(content, name)
 
     def digest(self) -> str:
-        """Of the names and sizes of the files, in their order."""
+        """Return a digest of the names and sizes of the files, in order."""
         return digest(self.identity(index) for index in range(len(self)))
 
 
@@ -83,7 +83,7 @@ def file_identity(file: Path, name: str) -> str:
 
 
 def digest(texts: Iterable[str]) -> str:
-    """16 hexadecimal digits that tell whether texts, in their order, are the same; also for names that are not UTF-8."""
+    """Return 16 hexadecimal digits that tell whether texts, in order, are the same; names need not be UTF-8."""
     hashed = sha256()
     for text in texts:
         hashed.update(text.encode(errors="surrogateescape") + b"\0")
@@ -91,7 +91,7 @@ def digest(texts: Iterable[str]) -> str:
 
 
 def some_of(size: int, count: int | None, seed: int) -> list[int] | None:
-    """`count` random positions from 0 to size - 1 by the seed; None, for all of them, if there are no more or with None."""
+    """Return `count` positions from 0 to size - 1 drawn by the seed; None, for all, if there are no more or with None."""
     if count is None or count >= size:
         return None
     order: list[int] = torch.randperm(size, generator=torch.Generator().manual_seed(stream_seed(seed))).tolist()

@@ -24,7 +24,7 @@ class Transformed(Dataset[tuple[Tensor, int]]):
     images, the number of workers or where training was resumed. The global generators stay as they are.
 
     Args:
-        transform: draws from torch's generator of the CPU, as torchvision's v2 transforms do.
+        transform: draws from torch's CPU generator, as torchvision's v2 transforms do.
         seed: None for a transform that draws nothing.
     """
 
@@ -32,7 +32,7 @@ class Transformed(Dataset[tuple[Tensor, int]]):
         self.images, self.transform, self.seed, self.epoch = images, transform, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, before the DataLoader's iterator is made: its workers work on a copy of this set."""
+        """Set the epoch, from 0, before the DataLoader's iterator is made: its workers use a copy of this set."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class Transformed(Dataset[tuple[Tensor, int]]):
         if self.seed is None:
             return self.transform(image), label
         with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would reseed the accelerators' generators, which fork_rng does not put back here.
+            # torch.manual_seed would reseed the accelerators' generators, which fork_rng does not restore here.
             torch.default_generator.manual_seed(stream_seed(self.seed, self.epoch, index))
             return self.transform(image), label
 
@@ -90,7 +90,7 @@ def training_transform(
 
 
 def _composed(steps: list[Any], mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """The steps on the image's bytes, and only then floating-point numbers."""
+    """Compose the steps, which work on the image's bytes, with the conversion to floating-point numbers after them."""
     last = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
     transform: Transform = v2.Compose([*steps, *last])
     return transform

@@ -1,4 +1,4 @@
-"""The adapter file: one safetensors file whose header says what it is, and what must hold of it, whatever the model."""
+"""The adapter file: one safetensors file whose header describes it, and the rules it must obey for any model."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 
 @dataclass(frozen=True)
 class Description:
-    """What the header of an adapter file says.
+    """The contents of an adapter file's header.
 
     Args:
-        configs: the adapter's settings by the component of a pipeline they are for, or under "" for a model by itself; where
-            counts differ, `n_components` names each projection.
-        shapes: (p, q) of each projection; of a pipeline's, the names begin with the component: `unet.mid_block...`.
-        whole: names of the parameters trained as a whole, with the component in front likewise.
-        name, base_model, library_version: of the adapter, of what it was trained on, and of what wrote it.
+        configs: the adapter's settings for each component of a pipeline, or under "" for a single model; where counts differ,
+            `n_components` names each projection.
+        shapes: (p, q) of each projection. In a pipeline, names begin with the component: `unet.mid_block...`.
+        whole: names of the parameters trained as a whole, prefixed with the component in the same way.
+        name, base_model, library_version: the adapter's name, the model it was trained on, and the version that wrote the file.
         convolutions: the projections that are 1 x 1 convolutions, whose shape in the header is [p, q, 1, 1].
     """
 
@@ -49,11 +49,11 @@ class Description:
 
     @property
     def method(self) -> str:
-        """The kind of adapter, one for all components."""
+        """The kind of adapter, the same for all components."""
         return next(iter(self.configs.values())).method
 
     def file_layout(self) -> dict[str, TensorSpec]:
-        """What the file holds besides whole tensors, by key.
+        """Return what the file holds besides whole tensors, by key.
 
         Raises:
             ValueError: the settings do not fit the shapes.
@@ -65,7 +65,7 @@ class Description:
         return found
 
     def of(self, component: str) -> Description:
-        """The part that one component of a pipeline has in it, as a description of that model by itself."""
+        """Return the part for one component of a pipeline, as the description of a single model."""
         prefix = prefix_of(component)
         shapes = {name[len(prefix) :]: shape for name, shape in self.shapes.items() if name.startswith(prefix)}
         whole = tuple(name[len(prefix) :] for name in self.whole if name.startswith(prefix))
@@ -74,10 +74,10 @@ class Description:
 
 
 def joined(parts: Mapping[str, Description], base_model: str) -> Description:
-    """One description of the parts of several components, which are of one adapter.
+    """Join the descriptions of one adapter's parts in several components into one.
 
     Raises:
-        ValueError: they are of different kinds.
+        ValueError: the parts are of different kinds.
     """
     first = next(iter(parts.values()))
     for component, part in parts.items():
@@ -96,10 +96,13 @@ def joined(parts: Mapping[str, Description], base_model: str) -> Description:
 
 
 def described(entries: Mapping[str, Entry], shapes: Mapping[str, tuple[int, int]]) -> Description:
-    """What can be told of tensors that come without a header, given the shapes of a pipeline's projections by full name.
+    """Describe tensors that come without a header as far as possible.
+
+    Args:
+        shapes: (p, q) of the pipeline's projections by full name.
 
     Raises:
-        ValueError: coefficients of a projection that is not among them.
+        ValueError: no key ends in `.coefficients`, or one belongs to a projection that is not in `shapes`.
     """
     names = [key.removesuffix(".coefficients") for key in entries if key.endswith(".coefficients")]
     if not names:
@@ -122,10 +125,10 @@ def prefix_of(component: str) -> str:
 
 
 def component_of(name: str, components: Collection[str]) -> str:
-    """The component a projection or parameter belongs to.
+    """Return the component a projection or parameter belongs to.
 
     Raises:
-        ValueError: none of them.
+        ValueError: it belongs to none of them.
     """
     component = "" if "" in components else name.partition(".")[0]
     if component not in components:
@@ -134,7 +137,7 @@ def component_of(name: str, components: Collection[str]) -> str:
 
 
 def part_of(tensors: Mapping[str, Any], component: str) -> dict[str, Any]:
-    """The tensors (or entries) of one component, by the names they have in its model by itself."""
+    """Return the tensors (or entries) of one component, under the names they have in its model alone."""
     if not component:
         return dict(tensors)
     found = {}
@@ -146,13 +149,13 @@ def part_of(tensors: Mapping[str, Any], component: str) -> dict[str, Any]:
 
 
 def with_prefix(tensors: Mapping[str, Tensor], component: str) -> dict[str, Tensor]:
-    """The other way round."""
+    """Prefix the names of one component's tensors with the component: the inverse of `part_of`."""
     prefix = prefix_of(component)
     return {f"full.{prefix}{key[5:]}" if key.startswith("full.") else f"{prefix}{key}": value for key, value in tensors.items()}
 
 
 def as_json(about: Description) -> dict[str, Any]:
-    """The metadata, from which `read_description` makes an equal description."""
+    """Return the metadata, from which `read_description` makes an equal description."""
     configs = {component: config.as_json() for component, config in about.configs.items()}
     shapes = {name: [*shape, 1, 1] if name in about.convolutions else shape for name, shape in about.shapes.items()}
     others = {key: value for key, value in vars(about).items() if key not in ("configs", "convolutions")} | {"shapes": shapes}
@@ -160,10 +163,12 @@ def as_json(about: Description) -> dict[str, Any]:
 
 
 def read_description(metadata: dict[str, str], entries: dict[str, Entry]) -> Description:
-    """Check header and metadata against each other, without a model: of version 1, or of what `unpacked` makes of version 2.
+    """Check header and metadata against each other, without a model, and return the description.
+
+    Both are of version 1, or what `unpacked` makes of version 2.
 
     Raises:
-        ValueError: naming the key and the rule.
+        ValueError: they are unsound; the error names the key and the rule.
     """
     about = description_of(said_in(metadata))
     _check_tensors(entries, about)
@@ -171,10 +176,10 @@ def read_description(metadata: dict[str, str], entries: dict[str, Entry]) -> Des
 
 
 def said_in(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What the metadata says, of any version.
+    """Return the parsed metadata, of any format version.
 
     Raises:
-        ValueError: it says nothing of an adapter, or is not an object with a version.
+        ValueError: it does not describe an adapter, or is not an object with a version.
     """
     if METADATA_KEY not in metadata:
         raise ValueError(f"it is not a LoCA adapter: the header has no {METADATA_KEY}")
@@ -185,10 +190,10 @@ def said_in(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def description_of(said: Mapping[str, Any]) -> Description:
-    """The description in metadata of version 1, whatever tensors there are.
+    """Return the description in metadata of version 1, without looking at the tensors.
 
     Raises:
-        ValueError: naming the field and the rule.
+        ValueError: a field is unsound; the error names the field and the rule.
     """
     if said["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format_version={said['format_version']}: this library reads versions 1 and 2")
@@ -213,7 +218,7 @@ def check_fields(said: Mapping[str, Any], fields: Collection[str]) -> None:
 
 
 def _shapes(fields: Any) -> tuple[dict[str, tuple[int, int]], frozenset[str]]:
-    """(p, q) of each projection, and which of them are 1 x 1 convolutions."""
+    """Return (p, q) of each projection, and which of them are 1 x 1 convolutions."""
     if not isinstance(fields, dict) or not fields:
         raise ValueError("shapes: it names no projection")
     for projection, shape in fields.items():
@@ -230,7 +235,7 @@ def _shapes(fields: Any) -> tuple[dict[str, tuple[int, int]], frozenset[str]]:
 def _configs(
     kind: type[AdapterConfig], said: Any, shapes: dict[str, tuple[int, int]], whole: tuple[str, ...]
 ) -> dict[str, AdapterConfig]:
-    """One configuration for a model, or one for each component of a pipeline that the names begin with."""
+    """Return one configuration for a single model, or one for each component of a pipeline that the names begin with."""
     if not isinstance(said, dict) or "targets" in said or not said:
         return {"": _config(kind, said, list(shapes))}
     names: dict[str, list[str]] = {component: [] for component in said}
@@ -277,10 +282,10 @@ def _check_tensors(entries: dict[str, Entry], about: Description) -> None:
 
 
 def check_values(tensors: dict[str, Tensor], about: Description) -> None:
-    """Finite numbers, also as an update, and locations inside their matrices.
+    """Check that all numbers are finite, also as an update, and that locations lie inside their matrices.
 
     Raises:
-        ValueError: naming the key and the rule.
+        ValueError: a value breaks a rule; the error names the key and the rule.
     """
     for key, value in tensors.items():
         if value.is_floating_point() and not torch.isfinite(value).all():

@@ -1,4 +1,4 @@
-"""The adapter files that `save_pretrained` of a model with adapters writes beside the model's own."""
+"""The adapter files that `save_pretrained` writes beside a model that has adapters."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from loca_vision.model.traversal import unwrap
 
 @written_by
 def prepare(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> Callable[[Path], None]:
-    """Check every adapter that is not fused into the weights, and return what writes their files into a folder.
+    """Check every adapter that is not fused into the weights, and return a function that writes their files into a folder.
 
-    The only adapter, or the one named "default", is in the folder itself, others are in folders of their names.
+    The only adapter, or the one named "default", goes into the folder itself; the others go into subfolders with their names.
 
     Args:
-        state: a state dict of the model, whose values are written in the place of the model's.
+        state: a state dict of the model, whose values are written instead of the model's.
 
     Raises:
-        ValueError: a value no file may hold.
+        ValueError: a value cannot be stored in a file.
     """
     record = state_of(model)
     names = [name for name in record.adapters if name not in record.fused.adapters] if record is not None else []
@@ -40,5 +40,5 @@ def prepare(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> Call
 
 
 def place(name: str, names: Collection[str]) -> Path:
-    """Of an adapter's file, in the folder of a model that has adapters of these names."""
+    """Return the relative path of an adapter's file in the folder of a model that has adapters of these names."""
     return Path(FILE_NAME) if name == "default" or len(names) == 1 else Path(name, FILE_NAME)

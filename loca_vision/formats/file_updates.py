@@ -1,4 +1,4 @@
-"""The updates in an adapter file, for programs that add them to the weights of a pipeline themselves."""
+"""The updates in an adapter file, for programs that add them to a pipeline's weights themselves."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from loca_vision.methods.update import Update
 
 @dataclass(frozen=True)
 class FileUpdates:
-    """What an adapter file of a pipeline adds to which weights; nothing in it is to be trained.
+    """The updates that a pipeline's adapter file holds, by the module whose weight they are added to; none is trainable.
 
     Args:
-        updates: by module, component first, as diffusers and transformers name it: `unet.mid_block...attn1.to_q`. An update of
-            shape (p, q) is added to the module's weight, for a 1 x 1 convolution to `weight.flatten(1)`.
-        whole: tensors trained whole, which replace the base's, by the parameter's name: `unet.conv_in.weight`.
-        name, base_model: of the adapter.
+        updates: by module name as in diffusers and transformers, component first: `unet.mid_block...attn1.to_q`. An update of
+            shape (p, q) is added to the module's weight, or to `weight.flatten(1)` of a 1 x 1 convolution.
+        whole: tensors trained as a whole, which replace the base's, by parameter name: `unet.conv_in.weight`.
+        name, base_model: the adapter's name and the model it was trained on.
     """
 
     updates: Mapping[str, Update]
@@ -36,14 +36,14 @@ class FileUpdates:
 
 
 def read_updates(path: str | os.PathLike[str]) -> FileUpdates:
-    """Read an adapter of a pipeline, with every check of the file and without the pipeline.
+    """Read a pipeline's adapter, with every check of the file but without the pipeline.
 
     Args:
-        path: an adapter file that `save_loca_weights` wrote, or its folder.
+        path: an adapter file that `save_loca_weights` wrote, or the folder it is in.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is not a sound adapter file, or not of a pipeline, or does not tell which weights it is for.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a sound adapter file, is not for a pipeline, or does not say which weights it is for.
     """
     file = file_to_read(Path(path))
     with open_adapter(file) as opened, ordinary_tensors():

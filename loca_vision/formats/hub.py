@@ -1,4 +1,4 @@
-"""Files in repositories on the hub, and what to say when one is not available."""
+"""Files in repositories on the hub, and the errors raised when one is not available."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def may_be_a_repository(text: str) -> bool:
-    """Whether a text that is not a path here could be the name of a repository on the hub."""
+    """Return whether a text that is not a local path could be the name of a repository on the hub."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -21,18 +21,18 @@ def may_be_a_repository(text: str) -> bool:
 
 
 def no_repository(name: str) -> str:
-    """The sentence for a name that neither a folder nor a repository has."""
+    """Return the error message for a name that is neither a folder nor a repository."""
     return f"{name}: there is no such folder here, and no such repository on the hub that this token may read"
 
 
 def hub_file(repository: str, name: str, *, subfolder: str | None, revision: str | None, **how: Any) -> Path:
-    """Where a file of a repository lies on this machine; it is downloaded unless the cache has it.
+    """Return the local path of a file of a repository, downloading it unless it is cached.
 
     Args:
-        how: more arguments of `hf_hub_download`. HF_HUB_OFFLINE holds whatever `local_files_only` says.
+        how: further arguments of `hf_hub_download`. HF_HUB_OFFLINE applies whatever `local_files_only` says.
 
     Raises:
-        FileNotFoundError, OSError: it cannot be found, or the hub cannot be reached.
+        FileNotFoundError, OSError: the file cannot be found, or the hub cannot be reached.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
@@ -44,7 +44,7 @@ def hub_file(repository: str, name: str, *, subfolder: str | None, revision: str
 
 
 def _told(error: Exception, repository: str, name: str, subfolder: str | None, revision: str | None) -> OSError:
-    """The error in a sentence of ours. The order counts: some of the hub's errors are kinds of others."""
+    """Reword the hub's error in one sentence. The order of the cases matters: some of the hub's errors subclass others."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         LocalEntryNotFoundError,

@@ -1,4 +1,4 @@
-"""Whether an adapter file is for a model: the model has every projection and whole tensor of the file, in the same shape."""
+"""Check that an adapter file fits a model: the model has all its projections and whole tensors, in the same shapes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from loca_vision.storage.safetensors_file import Entry
 
 
 def match(model: nn.Module, about: Description, entries: dict[str, Entry], *, replacing: str | None = None) -> list[Target]:
-    """The targets in the model that a described adapter is for; others stay as they are.
+    """Return the targets in the model that a described adapter is for; other layers are not adapted.
 
-    A `conv_in` of more channels than the model's is one that `attach` and `swap` make room for.
+    A `conv_in` with more channels than the model's is accepted: `attach` and `swap` make room for it.
 
     Args:
-        replacing: the adapter that is to leave for this one.
+        replacing: the adapter that this one will replace.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: the file does not fit the model; the error names what differs.
     """
     targets = _match_projections(model, about)
     _match_whole_tensors(model, about, entries, replacing)
@@ -34,27 +34,29 @@ def match(model: nn.Module, about: Description, entries: dict[str, Entry], *, re
 
 
 def base_model_name(model: nn.Module) -> str:
-    """timm's name, with the tag of its weights where they have one: `vit_small_patch16_224.augreg_in21k`. For models of
-    other makers the name of the class."""
+    """Return timm's name for the model, with the tag of its weights if there is one: `vit_small_patch16_224.augreg_in21k`.
+
+    For a model that is not timm's, return the name of its class.
+    """
     about: Any = getattr(model, "pretrained_cfg", None) or {}
     architecture, tag = about.get("architecture"), about.get("tag")
     return f"{architecture}.{tag}" if architecture and tag else architecture or class_name(model)
 
 
 def may_be_the_same(mine: str, theirs: str) -> bool:
-    """One architecture, and, where both are known, the same tag of the weights."""
+    """Return whether two names have the same architecture and, if both have one, the same tag."""
     (architecture, _, tag), (other, _, other_tag) = mine.partition("."), theirs.partition(".")
     return architecture == other and (not tag or not other_tag or tag == other_tag)
 
 
 def is_of_head(model: nn.Module, name: str) -> bool:
-    """Whether a whole tensor belongs to a classifier head: of the model, or, if the model has none, by its name."""
+    """Return whether a whole tensor belongs to a classifier head: the model's or, if the model lacks it, judged by its name."""
     own = own_tensors(model).get(name)
     return head_of(name) is not None if own is None else any(own is parameter for parameter in classifier(model))
 
 
 def _match_projections(model: nn.Module, about: Description) -> list[Target]:
-    """The model's targets that the file has updates for, in the order of the model; others are simply not adapted."""
+    """Return the model's targets that the file has updates for, in the model's order."""
     head = {id(parameter) for parameter in classifier(model)}
     own = [target for target in find_targets(model) if id(target.layer._parameters.get("weight")) not in head]
     found = with_whole_layers(own)
@@ -94,7 +96,7 @@ def _match_whole_tensors(model: nn.Module, about: Description, entries: dict[str
 
 
 def _is_other_head(model: nn.Module, about: Description, entries: dict[str, Entry], name: str) -> bool:
-    """Whether a tensor is that of a linear head for another number of classes, and the file has the whole head."""
+    """Return whether a tensor belongs to a linear head for another number of classes, and the file has the whole head."""
     own, path = own_tensors(model), name.rpartition(".")[0]
     if not any(own[name] is parameter for parameter in classifier(model)) or not isinstance(
         model.get_submodule(path), nn.Linear

@@ -1,7 +1,7 @@
-"""Names of modules that differ with the version of transformers, in files and in models.
+"""Module names that differ between versions of transformers, in files and in models.
 
-From version 5 on a CLIP text encoder has lost the `text_model` that its modules were in, and a vision encoder its
-`vision_model`. Files have it, as those of diffusers and kohya do; adapters load into either.
+Since transformers 5, a CLIP text encoder no longer has the `text_model` that contained its modules, nor a vision encoder its
+`vision_model`. Files keep the prefix, as those of diffusers and kohya do; adapters load into models of either version.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _LOST = {"CLIPTextModel": "text_model.", "CLIPVisionModel": "vision_model."}
 
 
 def as_in_files(model: nn.Module) -> Rename:
-    """What makes the names of a model those of its files."""
+    """Return the function that turns names in a model into names in its files."""
     prefix = _lost_prefix(model)
     return _same if prefix is None else lambda name: f"{prefix}{name}"
 
 
 def as_in_model(model: nn.Module, about: Description) -> Rename:
-    """What makes the names of a file those of a model."""
+    """Return the function that turns names in a file into names in a model."""
     names = [*about.shapes, *about.whole]
     prefix = _lost_prefix(model)
     if prefix is not None and any(name.startswith(prefix) for name in names):
@@ -42,7 +42,7 @@ def _same(name: str) -> str:
 
 
 def _lost_prefix(model: nn.Module) -> str | None:
-    """What is missing before the names of the model's modules."""
+    """Return the prefix that the names of the model's modules lack, or None."""
     for cls in type(model).__mro__:
         prefix = _LOST.get(cls.__name__) if cls.__module__.startswith("transformers.") else None
         if prefix is not None:
@@ -51,7 +51,7 @@ def _lost_prefix(model: nn.Module) -> str | None:
 
 
 def renamed(about: Description, rename: Rename) -> Description:
-    """The description with other names for projections and parameters; it is that of one model."""
+    """Return the description of a single model with its projections and parameters renamed."""
     return replace(
         about,
         configs={"": about.configs[""].renamed(rename)},
@@ -62,9 +62,9 @@ def renamed(about: Description, rename: Rename) -> Description:
 
 
 def renamed_keys(tensors: Mapping[str, _Value], about: Description, rename: Rename) -> dict[str, _Value]:
-    """The tensors, or entries, of a file likewise, whose description has the old names.
+    """Rename the tensors, or entries, of a file in the same way; `about` has the old names.
 
-    What belongs to no projection, such as cells that several share, keeps its key.
+    Keys that belong to no projection, such as cells that several projections share, are kept.
     """
     if rename is _same:
         return dict(tensors)

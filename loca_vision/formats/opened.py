@@ -1,4 +1,4 @@
-"""What reading an adapter asks of where it lies: a file, or tensors in memory."""
+"""The interface for reading an adapter, whether from a file or from tensors in memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Opened(Protocol):
 
 @dataclass(frozen=True)
 class InMemory:
-    """A state dict."""
+    """An adapter in a state dict."""
 
     entries: dict[str, Entry]
     metadata: dict[str, str]
@@ -45,9 +45,10 @@ class InMemory:
 
     @staticmethod
     def of(state: Mapping[str, Any]) -> InMemory:
-        """
+        """Wrap a state dict.
+
         Raises:
-            ValueError: something in it is not a plain tensor.
+            ValueError: a value is not a plain tensor.
         """
         held = {key: value for key, value in state.items() if key != METADATA_KEY}
         for key, value in held.items():

@@ -1,4 +1,4 @@
-"""`save_adapter` and `load_adapter`. A file is checked as a whole before the model is touched."""
+"""`save_adapter` and `load_adapter`. The whole file is checked before the model is touched."""
 
 from __future__ import annotations
 
@@ -42,30 +42,30 @@ from loca_vision.offload import device_for
 from loca_vision.storage.safetensors_file import PICKLES, pickle_hint, write_safetensors
 from loca_vision.version import __version__
 
-OwnTensors = Callable[[Mapping[str, Any]], dict[str, Any]]  # of the tensors of a file, those of one model, by its names
+OwnTensors = Callable[[Mapping[str, Any]], dict[str, Any]]  # picks one model's tensors out of a file's, under the model's names
 
 
 def save_adapter(
     model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, dtype: torch.dtype = torch.float32
 ) -> Path:
-    """Write one adapter, with the tensors trained as a whole (a classifier head), as one safetensors file.
+    """Write one adapter, including tensors trained as a whole (such as a classifier head), to one safetensors file.
 
     Args:
-        model: a model with the adapter. Processes that share a model sharded by `fully_shard` all call this; the first writes.
+        model: a model with the adapter. If it is sharded by `fully_shard`, all its processes call this; the first writes.
         path: a file name that ends in `.safetensors`, or a folder, in which the file is `pytorch_loca_weights.safetensors`.
-            Folders are made. A crash leaves the old file or the new one.
-        name: of the adapter.
-        dtype: of the stored coefficients: float32, float16 or int8. In float16 and int8 the components of spectra are packed,
-            to some 3 and 2 bytes each instead of 8 (format version 2, which version 0.1.0 does not read). What the 8 bits lose
-            is logged. Other methods have no int8.
+            Missing folders are created. A crash leaves either the old file or the new one.
+        name: the adapter's name.
+        dtype: the dtype of the stored coefficients: float32, float16 or int8. In float16 and int8 the components of spectra
+            are packed into about 3 and 2 bytes each instead of 8 (format version 2, which version 0.1.0 does not read). The
+            error of the 8 bits is logged. Methods that are not packed do not support int8.
 
     Returns:
         The path of the file.
 
     Raises:
-        ValueError: no such adapter, a dtype that its method does not have, a value no file may hold, or a path that is neither
-            of the two.
-        OSError: the file could not be written; what was there is as it was.
+        ValueError: there is no such adapter, its method does not support the dtype, a value cannot be stored in a file, or the
+            path is neither a `.safetensors` file name nor a folder.
+        OSError: the file could not be written; an existing file is unchanged.
     """
     check_stored(dtype)
     file = _file_to_write(path)
@@ -79,27 +79,27 @@ def save_adapter(
 def load_adapter(
     model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, trainable: bool = True, head: bool = True
 ) -> tuple[str, ...]:
-    """Put a saved adapter into a model, where it acts at 1.0; the model is frozen as `inject` does, locations are final.
+    """Load a saved adapter into a model at strength 1.0; the model is frozen as by `inject`, and locations are final.
 
     Args:
-        model: built like the one it was trained on, without an adapter of that name. Its head may have another number of
-            classes: the adapter's own is there while the adapter acts. The `conv_in` of a UNet may take fewer channels than
-            the file's: it is widened, and `remove` gives the old one back.
-        path: the file, the folder that `save_adapter` was given, or a repository on the hub, "user/name".
-        name: for the adapter; by default the one it was saved under.
-        trainable: whether its coefficients, and its head, learn further. If not, nothing of the model does, until the next
-            `inject`, which trains its own adapter alone.
-        head: False leaves the file's classifier head out, for a model that has none (`num_classes=0`, `features_only`), or
-            keeps its own.
+        model: a model built like the one the adapter was trained on, without an adapter of that name. Its head may have
+            another number of classes: the adapter's own head replaces it while the adapter is active. The `conv_in` of a UNet
+            may take fewer channels than the file's: it is widened, and `remove` restores the old one.
+        path: the file, the folder that was given to `save_adapter`, or a repository on the hub, "user/name".
+        name: the adapter's name in this model; by default the name it was saved under.
+        trainable: whether its coefficients and its head can be trained further. If False, the whole model is frozen until
+            the next `inject`, which trains only its own adapter.
+        head: False skips the file's classifier head, for a model that has no head (`num_classes=0`, `features_only`) or keeps
+            its own.
 
     Returns:
         The names of the adapted projections.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        OSError: it cannot be read.
-        ValueError: anything in the file that is not as it must be for this model: the sentence names file, key and rule.
-            In each case before the model is touched.
+        FileNotFoundError: there is no such file.
+        OSError: the file cannot be read.
+        ValueError: the file is not valid for this model; the error names file, key and rule. In every case the model is
+            untouched.
     """
     with open_adapter(file_to_read(path)) as opened:
         about = read_description(opened.metadata, opened.entries)
@@ -108,7 +108,7 @@ def load_adapter(
         check_new_name(model, name)
         part, own = part_for_model(model, about, head=head)
         targets = match(model, part, own(opened.entries))
-        tensors = opened.tensors()  # no larger than the model, but for a wider conv_in, as is known by now
+        tensors = opened.tensors()  # after the checks it is known to be no larger than the model, except for a wider conv_in
         check_values(tensors, about)
         adapter, placed = prepared(model, part, targets, own(tensors), learn=trainable)
     attach(model, name, adapter, placed, learn=trainable)
@@ -116,10 +116,10 @@ def load_adapter(
 
 
 def part_for_model(model: nn.Module, about: Description, *, head: bool = True) -> tuple[Description, OwnTensors]:
-    """The part of a file that is for a model by itself, by the names in the model, and what takes its tensors out.
+    """Return the part of a file that is for a single model, under the model's names, and a function that picks its tensors.
 
     Args:
-        head: whether a classifier head belongs to it.
+        head: whether to include a classifier head.
 
     Raises:
         ValueError: it is for another model, or for several components of a pipeline.
@@ -134,13 +134,13 @@ def part_for_model(model: nn.Module, about: Description, *, head: bool = True) -
 
 
 def in_model(model: nn.Module, part: Description, component: str) -> tuple[Description, OwnTensors]:
-    """A part of a file by the names in the model, and what takes its tensors, or entries, out of the file's."""
+    """Return a part of a file under the model's names, and a function that picks its tensors, or entries, out of the file's."""
     rename = as_in_model(model, part)
     return renamed(part, rename), lambda tensors: renamed_keys(part_of(tensors, component), part, rename)
 
 
 def check_stored(dtype: torch.dtype) -> None:
-    """Raise unless coefficients are stored in that dtype."""
+    """Raise ValueError unless coefficients can be stored in that dtype."""
     if dtype not in (torch.float32, torch.float16, torch.int8):
         raise ValueError(f"dtype={dtype}: coefficients are stored as torch.float32, torch.float16 or torch.int8")
 
@@ -148,15 +148,15 @@ def check_stored(dtype: torch.dtype) -> None:
 def contents(
     model: nn.Module, name: str, dtype: torch.dtype = torch.float32, state: Mapping[str, Tensor] | None = None
 ) -> tuple[Description, dict[str, Tensor]]:
-    """What the file of an adapter holds, for a model by itself.
+    """Return the contents of an adapter's file, for a single model.
 
     Args:
-        dtype: in which it is to be written. What is to be packed into int8 is in float32 until then.
-        state: a state dict of the model, whose values are taken in the place of the model's. Without one, all processes that
-            share a sharded model call this together.
+        dtype: the dtype of the file. What will be packed into int8 stays in float32 until then.
+        state: a state dict of the model, whose values are used instead of the model's. Without one, all processes that share a
+            sharded model must call this together.
 
     Raises:
-        ValueError: no such adapter, or a value no file may hold, or int8 for a method that is not packed.
+        ValueError: there is no such adapter, a value cannot be stored in a file, or the method does not support int8.
     """
     values = Values(unwrap(model), state)
     updates = {projection: values.of(update) for projection, update in adapters(model, name).items() if not update.inactive}
@@ -174,16 +174,17 @@ def contents(
 
 
 def write_adapter(file: Path, about: Description, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
-    """Write the file, after a check of every value.
+    """Check every value, then write the file.
 
     Args:
-        tensors: as version 1 of the format has them.
-        dtype: float32 writes them as they are, and so does float16 where they cannot be packed; what can be is packed.
+        tensors: the tensors in the layout of format version 1.
+        dtype: in float32 the tensors are written as they are; in float16 and int8 they are packed where the method allows it,
+            and in float16 written as they are otherwise.
     """
     check_values(tensors, about)
-    metadata = {METADATA_KEY: json.dumps(as_json(about))}  # of several keys the order is random
+    metadata = {METADATA_KEY: json.dumps(as_json(about))}  # a single key, because the order of several would be random
     if dtype != torch.float32 and all(map(can_be_packed, about.configs.values())):
-        with torch.device("cpu"):  # whatever device the caller has chosen for new tensors
+        with torch.device("cpu"):  # whatever default device the caller has set
             tensors, metadata = packed(about, tensors, dtype)
     write_safetensors(file, tensors, metadata)
 
@@ -197,11 +198,11 @@ def prepared(
     *,
     learn: bool = True,
 ) -> tuple[Adapter, list[tuple[Target, Update]]]:
-    """All that `attach` puts into the model, made beforehand.
+    """Make everything that `attach` will put into the model.
 
     Args:
-        room: components to make room for in every spectrum, so that another adapter can take their place later.
-        learn: whether the updates are to be trained on; locations are final.
+        room: the number of components to make room for in every spectrum, so that another adapter can replace it later.
+        learn: whether the updates are trainable; their locations are final.
 
     Raises:
         ValueError: a whole tensor overflows the model's dtype, or a spectrum has more components than there is room for.
@@ -219,13 +220,13 @@ def prepared(
 
 
 def _convolutions(model: nn.Module, projections: Collection[str]) -> frozenset[str]:
-    """Those of the adapted projections that are 1 x 1 convolutions."""
+    """Return the adapted projections that are 1 x 1 convolutions."""
     hosts = [site for site in sites(model) if isinstance(site.host, CalledConvolution)]
     return frozenset(slot.projection for site in hosts for slot in site.updates.slots if slot.projection in projections)
 
 
 def _whole_tensors(model: nn.Module, name: str, values: Values) -> dict[str, Tensor]:
-    """The adapter's whole tensors as they are now, but for counts of batches."""
+    """Return the current values of the adapter's whole tensors, except integer ones such as counts of batches."""
     record = state_of(model)
     assert record is not None
     whole = {key: value for key, value in whole_tensors(model, record, name).items() if value.is_floating_point()}
@@ -251,7 +252,7 @@ def _only_component(about: Description) -> str:
 
 
 def file_to_read(path: str | os.PathLike[str]) -> Path:
-    """The file itself, that in a folder, or, for the name of a repository on the hub, a copy of the one in there."""
+    """Return the file itself, the one in a folder, or, for a repository on the hub, the local copy of the one there."""
     file = Path(path)
     if isinstance(path, str) and not file.exists() and may_be_a_repository(path):
         return locate(path, Request())
@@ -263,16 +264,16 @@ def file_to_read(path: str | os.PathLike[str]) -> Path:
 
 
 def _in_their_dtypes(model: nn.Module, about: Description, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The whole tensors as the model's parameters hold them."""
+    """Return the whole tensors in the dtypes of the model's parameters."""
     own = own_tensors(model) if about.whole else {}
     return in_dtypes({name: own[name].dtype for name in about.whole}, tensors)
 
 
 def in_dtypes(dtypes: Mapping[str, torch.dtype], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole tensors of these names in a file, in these dtypes.
+    """Return the whole tensors of these names from a file, converted to these dtypes.
 
     Raises:
-        ValueError: one of them overflows its dtype.
+        ValueError: a tensor overflows its dtype.
     """
     whole = {name: tensors[f"full.{name}"].to(dtype) for name, dtype in dtypes.items()}
     for name, value in whole.items():

@@ -1,4 +1,4 @@
-"""Where an adapter comes from: a file, a folder, a repository on the hub, or tensors in memory."""
+"""The sources an adapter can come from: a file, a folder, a repository on the hub, or tensors in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """Where on the hub, or in a folder, to look: the arguments of `load_loca_weights`."""
+    """Where to look on the hub or in a folder: the arguments of `load_loca_weights`."""
 
     weight_name: str | None = None
     subfolder: str | None = None
@@ -35,12 +35,12 @@ class Request:
 
 @contextmanager
 def opened(source: Any, request: Request) -> Iterator[Opened]:
-    """The adapter at a source; what is found wrong with it inside the `with` says where it came from.
+    """Open the adapter at a source. Errors raised inside the `with` say where the adapter came from.
 
     Raises:
         TypeError: the source is not a path, name or mapping.
-        FileNotFoundError, OSError: it cannot be found, or not be reached.
-        ValueError: a name that leaves its folder, or an unsound file.
+        FileNotFoundError, OSError: it cannot be found or reached.
+        ValueError: a name leaves its folder, or the file is unsound.
     """
     if isinstance(source, Mapping):
         try:
@@ -55,7 +55,7 @@ def opened(source: Any, request: Request) -> Iterator[Opened]:
 
 
 def with_description(source: Opened, shapes: Callable[[], Mapping[str, tuple[int, int]]]) -> dict[str, str]:
-    """The metadata; of a state dict that carries none, what its tensors say, given the shapes of a pipeline's projections."""
+    """Return the metadata or, for a state dict without any, what its tensors and the pipeline's `shapes` tell."""
     if METADATA_KEY in source.metadata or not isinstance(source, InMemory):
         return source.metadata
     if {TABLE, CELLS} <= source.entries.keys():
@@ -69,7 +69,7 @@ def with_description(source: Opened, shapes: Callable[[], Mapping[str, tuple[int
 
 
 def locate(source: str | os.PathLike[str], request: Request) -> Path:
-    """The path of the adapter's file, which is fetched from the hub where the source is the name of a repository."""
+    """Return the path of the adapter's file, fetching it from the hub if the source is the name of a repository."""
     for what, name in (("weight_name", request.weight_name), ("subfolder", request.subfolder)):
         _refuse_escape(what, name)
     if request.weight_name is not None and (len(PurePosixPath(request.weight_name).parts) != 1 or "\\" in request.weight_name):
@@ -99,10 +99,10 @@ def locate(source: str | os.PathLike[str], request: Request) -> Path:
 
 
 def safe_name(name: str | None) -> str:
-    """The name of an adapter's file in a folder, by default `pytorch_loca_weights.safetensors`.
+    """Return the file name of an adapter in a folder, by default `pytorch_loca_weights.safetensors`.
 
     Raises:
-        ValueError: it has a folder in it, or does not end in `.safetensors`.
+        ValueError: the name contains a folder, or does not end in `.safetensors`.
     """
     if name is None:
         return FILE_NAME

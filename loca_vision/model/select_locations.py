@@ -24,6 +24,7 @@ from loca_vision.model.traversal import sites, unwrap
 from loca_vision.offload import stored
 
 BUDGETS = ("projection", "model")
+RULES = ("largest", "sampled")
 
 
 class _Probe(Update):
@@ -43,8 +44,9 @@ def select_locations(
     *,
     name: str = "default",
     budget: Literal["projection", "model"] = "projection",
+    rule: Literal["largest", "sampled"] = "largest",
 ) -> dict[str, Tensor]:
-    """Put the components of an adapter with `location_init="gradient"` where |sum of Z| is largest.
+    """Put the components of an adapter with `location_init="gradient"` where the gradient is large.
 
     Z = C G D^T is the spectrum of the gradient G of a projection's weight: the gradient of a coefficient, were it there. It is
     summed over the losses, a few batches of the data that follows, before anything is trained. Parameters of the model and
@@ -57,23 +59,29 @@ def select_locations(
         name: of the adapter.
         budget: "projection" keeps the number of components of each; "model" divides all of them anew, at least one to each.
             The latter makes new parameters: call it before an optimiser or a schedule is made.
+        rule: "largest" takes the cells of the largest |sum of Z|. "sampled" draws different cells with probabilities in
+            proportion to (sum of Z)^2, by the adapter's seed.
 
     Returns:
-        (B, 2) int64 rows and columns by projection, on the CPU, in the order of their size.
+        (B, 2) int64 rows and columns by projection, on the CPU: from the largest on, or in the order in which they were drawn.
 
     Raises:
         ValueError: no such adapter, one of other settings, one that was trained or does not act, or no loss, one that is no
             finite scalar, or one that does not depend on the adapter; the model is as it was.
     """
     check_choice("budget", budget, BUDGETS)
+    check_choice("rule", rule, RULES)
     inner = unwrap(model)
     record = _record_of(inner, name)
     found = _spectra(inner, name)
     with atomic(inner):
         with _probed(inner, record, name) as probes:
             _accumulate(losses, list(probes.values()))
-            energy = {projection: dct2(_gradient(probe)).abs().flatten() for projection, probe in probes.items()}
-        chosen = _largest(energy, {projection: update.count for projection, update in found.items()}, budget)
+            sizes = {projection: dct2(_gradient(probe)).abs().flatten() for projection, probe in probes.items()}
+        if rule == "sampled":
+            seed = record.adapters[name].config.seed
+            sizes = {projection: _perturbed(own, projection, seed) for projection, own in sizes.items()}
+        chosen = _largest(sizes, {projection: update.count for projection, update in found.items()}, budget)
         for projection, flat in chosen.items():
             _place(found[projection], flat, projection, record.adapters[name].config.seed)
         if budget == "model":
@@ -170,12 +178,21 @@ def _gradient(probe: _Probe) -> Tensor:
     return gradient.detach()
 
 
-def _largest(energy: Mapping[str, Tensor], counts: Mapping[str, int], budget: str) -> dict[str, Tensor]:
+def _perturbed(sizes: Tensor, projection: str, seed: int) -> Tensor:
+    """Scores whose largest are a sample without replacement, with probabilities in proportion to the squares of the sizes.
+
+    Logarithms with Gumbel noise (Efraimidis and Spirakis, 2006), on the CPU, so that every device and process draws the same.
+    """
+    noise = torch.rand(len(sizes), dtype=torch.float64, generator=generator_of(seed, f"{projection}, cells"))
+    return 2 * sizes.cpu().double().log() - noise.clamp(min=1e-300).log().neg().log()
+
+
+def _largest(sizes: Mapping[str, Tensor], counts: Mapping[str, int], budget: str) -> dict[str, Tensor]:
     """The flat cells of each projection, from the largest on."""
     if budget == "projection":
-        return {name: values.topk(counts[name]).indices for name, values in energy.items()}
+        return {name: values.topk(counts[name]).indices for name, values in sizes.items()}
     total = sum(counts.values())
-    best = {name: values.topk(min(total, len(values))) for name, values in energy.items()}
+    best = {name: values.topk(min(total, len(values))) for name, values in sizes.items()}
     rest = torch.cat([found.values[1:].cpu() for found in best.values()])  # each has its first one
     of = torch.arange(len(best)).repeat_interleave(torch.tensor([len(found.values) - 1 for found in best.values()]))
     taken = of[rest.topk(total - len(best)).indices].bincount(minlength=len(best)) + 1

@@ -15,7 +15,7 @@ from loca_vision.pipeline.components import adapted_in, check_names
 
 
 def activate_adapters(pipe: Any, names: str | Sequence[str], weights: Any) -> None:
-    """As `LoCALoaderMixin.set_loca_adapters`."""
+    """Implement `LoCALoaderMixin.set_loca_adapters`."""
     names = check_names(pipe, names, allow_none=True)
     weights = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
     if len(weights) != len(names):
@@ -34,10 +34,10 @@ def activate_adapters(pipe: Any, names: str | Sequence[str], weights: Any) -> No
 
 
 def activate_all(pipe: Any, active: Callable[[str, AdapterState], dict[str, Strength]], *, enabled: bool) -> None:
-    """Change what acts in every component, or, if one fails, in none.
+    """Change which adapters act in every component or, if one fails, in none.
 
     Args:
-        active: the strengths in a component.
+        active: returns the strengths of the active adapters in a component.
     """
     before = [(model, record, record.active, record.enabled) for model, record in adapted_in(pipe).values()]
     try:

@@ -1,4 +1,4 @@
-"""LoCA as an attention processor, for people who set processors by hand."""
+"""LoCA as an attention processor, for code that sets processors by hand."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ _NAME = "default"
 
 
 class LoCAAttnProcessor(nn.Module):
-    """Any attention processor, which sees the attention layer with adapted projections.
+    """An attention processor that runs any other one on a view of the attention layer with adapted projections.
 
     `unet.set_attn_processor({path: LoCAAttnProcessor.of(attention, config), ...})` makes the spectra parameters of the UNet.
-    `loca_vision.inject` needs no processor and survives those that others set; this is for code that manages its own.
+    `loca_vision.inject` needs no processor and is unaffected by later calls that set processors; this class is for code that
+    manages its own.
 
     Args:
-        processor: the one to run, stock or anyone's; it is called with the same arguments.
-        spectra: by projection, "q", "k", "v", "out", and "add_q", "add_k", "add_v", "add_out" of joint attention.
+        processor: the processor to run, stock or custom; it is called with the same arguments.
+        spectra: the update of each projection: "q", "k", "v", "out", and "add_q", "add_k", "add_v", "add_out" of joint
+            attention.
         scale: multiplies the updates.
 
     Raises:
-        ValueError: an unknown projection, or none.
-        TypeError: something that is not a processor or no spectrum.
+        ValueError: a projection is unknown, or there is none.
+        TypeError: a value is not a processor, or not a spectrum.
     """
 
     def __init__(self, processor: Any, spectra: Mapping[str, Update], scale: float = 1.0) -> None:
@@ -53,16 +55,16 @@ class LoCAAttnProcessor(nn.Module):
 
     @classmethod
     def of(cls, attention: nn.Module, config: AdapterConfig, processor: Any = None, *, name: str = "") -> LoCAAttnProcessor:
-        """A processor with updates for the projections `config.targets` of a layer, which changes nothing at first.
+        """Return a processor with updates for the projections `config.targets` of a layer; at first it changes nothing.
 
         Args:
             attention: a `diffusers` attention layer.
-            config: of LoCA or another kind; `n_components` as one number.
-            processor: by default the one the layer has.
-            name: of the layer: with the seed, it decides where the components stand.
+            config: the settings of LoCA or another kind, with `n_components` as a single number.
+            processor: the processor to wrap; by default the layer's.
+            name: the name of the layer; with the seed, it determines the locations of the components.
 
         Raises:
-            ValueError: counts by name, settings that do not fit the layer, or no such projection in it.
+            ValueError: counts are given by name, the settings do not fit the layer, or it lacks a projection.
         """
         counts = getattr(config, "n_components", 0)
         if isinstance(counts, Mapping):
@@ -75,7 +77,7 @@ class LoCAAttnProcessor(nn.Module):
 
     @property
     def spectra(self) -> dict[str, Update]:
-        """By projection."""
+        """The updates by projection."""
         return {name[3:]: updates.all_updates()[0] for name, updates in self._updates()}
 
     def __call__(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -120,10 +122,10 @@ def _updates(part: str, update: Update) -> WeightUpdates:
 
 
 class _Signature:
-    """What `processor.__call__` shows to diffusers, which passes on only the arguments it finds there: the inner one's."""
+    """`processor.__call__` as diffusers inspects it to see which arguments to pass on: with the inner processor's signature."""
 
     def __init__(self, owner: LoCAAttnProcessor) -> None:
-        self._owner = weakref.ref(owner)  # which has this as an attribute: no circle that would keep its memory
+        self._owner = weakref.ref(owner)  # weak: the owner has this as an attribute, and a cycle would keep its memory
 
     @property
     def owner(self) -> LoCAAttnProcessor:
@@ -152,17 +154,17 @@ def _layer_at(attn: Any, path: str) -> Any:
 
 
 class _SeenProjection(AdaptedProjection):
-    """Of whatever attention layer, or view of one, the processor is called with."""
+    """An adapted projection of whatever attention layer, or view of one, the processor is called with."""
 
     def _layer(self) -> Any:
         return _layer_at(self.attention, self.path)
 
     def _prepare(self) -> None:
-        """It is made in the traced code itself: so is its update."""
+        """Do nothing: this object is created inside the traced code, and so is its update."""
 
 
 class _Seen:
-    """An attention layer, but for its adapted projections."""
+    """A view of an attention layer in which the adapted projections replace the originals."""
 
     def __init__(self, attention: Any, projections: dict[str, Any]) -> None:
         self.__dict__.update(_attention=attention, _projections=projections)

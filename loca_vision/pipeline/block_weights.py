@@ -1,4 +1,4 @@
-"""Weights of adapters by the blocks of a UNet, in the form diffusers' `set_adapters` takes them."""
+"""Adapter weights for the blocks of a UNet, in the form that diffusers' `set_adapters` takes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _SIDES = {"down": "down_blocks", "up": "up_blocks"}
 
 
 def block_strengths(model: nn.Module, weights: Any, projections: Sequence[str], where: str) -> Strength:
-    """One strength, or one for each projection.
+    """Return one strength, or one for each projection.
 
     Args:
-        model: what the projections are in.
+        model: the model that contains the projections.
         weights: a number, or `{"down": ..., "mid": ..., "up": ...}` with a number each, or under "down" and "up"
             `{"block_1": ...}` with a number or one for each attention of that block. What is not named acts at 1.0.
-        projections: the adapter's, by name.
-        where: how to call the weights in a sentence.
+        projections: the names of the adapter's projections.
+        where: what to call the weights in an error message.
 
     Raises:
-        ValueError: anything that names no attention of the model, or is not a finite number.
+        ValueError: a key names no attention of the model, or a weight is not a finite number.
     """
     if not isinstance(weights, Mapping):
         return finite_number(weights, where)
@@ -35,7 +35,7 @@ def block_strengths(model: nn.Module, weights: Any, projections: Sequence[str], 
 
 
 def _by_path(model: Any, weights: Mapping[str, Any], where: str) -> dict[str, float]:
-    """The strength of all below a path such as `down_blocks.1.attentions.0.`."""
+    """Return the strength of everything below a path such as `down_blocks.1.attentions.0.`."""
     found: dict[str, float] = {}
     for side, value in weights.items():
         here = f"{where}[{side!r}]"

@@ -1,8 +1,7 @@
-"""Pipeline classes whose calls tell their scale to every component, text encoders too.
+"""Pipeline classes whose calls pass their scale to every component, including text encoders.
 
-A pipeline passes `cross_attention_kwargs={"scale": s}` on to its UNet or transformer alone, and nothing leads from a text
-encoder to the pipelines it is in: `__call__` and `encode_prompt` are wrapped, and set a context variable that adapted models
-read.
+A pipeline passes `cross_attention_kwargs={"scale": s}` only to its UNet or transformer, and a text encoder has no reference to
+the pipelines it is in. So `__call__` and `encode_prompt` are wrapped to set a context variable that adapted models read.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ ENTRIES = ("__call__", "encode_prompt")
 
 
 def tell_scale(cls: type, *, alone: bool = False) -> None:
-    """Wrap the entries of a pipeline class; with `alone`, whatever becomes of its bases."""
+    """Wrap the entries of a pipeline class; with `alone`, independently of its bases."""
     wrap_methods(cls, ENTRIES, _telling, alone=alone)
 
 
 def _telling(entry: Method) -> Method:
-    """`entry`, as a part of a call that has a scale."""
+    """Wrap `entry` so that it runs as part of a call that has a scale."""
     signature = inspect.signature(entry)
 
     @wraps(entry)
@@ -39,7 +38,7 @@ def _telling(entry: Method) -> Method:
         try:
             arguments = signature.bind_partial(self, *inputs, **named).arguments
         except TypeError:
-            return entry(self, *inputs, **named)  # which says what is wrong with them
+            return entry(self, *inputs, **named)  # raises the proper error
         nested = inspect.getattr_static(type(self), "__call__", None) is not telling  # `super().__call__`, or `encode_prompt`
         flat = _flat(arguments)
         with under_way(_call_of(self, flat, nested=nested)):
@@ -49,13 +48,13 @@ def _telling(entry: Method) -> Method:
                 return entry(self, *inputs, **named)
 
     inner = getattr(entry, "__wrapped__", None)
-    if inner is not None:  # the way round `torch.no_grad` of those who want gradients has a scale too
+    if inner is not None:  # `__wrapped__` lets callers bypass `torch.no_grad` to get gradients; that path needs the scale too
         telling.__wrapped__ = _telling(inner)
     return telling
 
 
 def _call_of(pipe: Any, arguments: Mapping[str, Any], *, nested: bool) -> PipelineCall:
-    """The call that begins with these arguments, or the one it is a part of.
+    """Return the call that begins with these arguments, or the enclosing call that it is part of.
 
     Raises:
         ValueError: its scale is not a finite number, and the pipeline has adapters.
@@ -76,16 +75,16 @@ def _scale_given(pipe: Any, mappings: list[Mapping[str, Any]], lora_scale: Any) 
     except ValueError:
         if adapted_in(pipe):
             raise
-        return None  # diffusers' own matter
+        return None  # left to diffusers
 
 
 def _is_mixed_up(call: PipelineCall, scale: float) -> bool:
-    """Whether this scale came from another thread's call of the same pipeline, on which diffusers keeps what it was given."""
+    """Return whether this scale is from another thread's call of the same pipeline, on which diffusers stores it."""
     return scale != call.scale and any(scale == other.scale for other in other_calls_of(call.pipe))
 
 
 def _plain(settings: Any) -> Any:
-    """With the scale as an ordinary number, for compiled code."""
+    """Return the settings with the scale as an ordinary number, which compiled code needs."""
     if not isinstance(settings, Mapping) or type(settings.get("scale")) in (int, float, type(None)):
         return settings
     number = as_number(settings["scale"])
@@ -93,7 +92,7 @@ def _plain(settings: Any) -> Any:
 
 
 def _flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """With what is in `**kwargs`, and in the state of a modular pipeline."""
+    """Return the arguments together with those in `**kwargs` and in the state of a modular pipeline."""
     state = getattr(arguments.get("state"), "values", None)
     more = arguments.get("kwargs")
     return {**(state if isinstance(state, Mapping) else {}), **(more if isinstance(more, Mapping) else {}), **arguments}

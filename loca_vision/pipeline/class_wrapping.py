@@ -1,4 +1,4 @@
-"""Wrapping methods of other people's classes, and restoring them exactly."""
+"""Wrap methods of third-party classes, and restore them exactly."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 Method = Callable[..., Any]
-_WRAPPED: WeakKeyDictionary[Method, tuple[Any, bool]] = WeakKeyDictionary()  # what each wraps, and if its class defined that
+_WRAPPED: WeakKeyDictionary[Method, tuple[Any, bool]] = WeakKeyDictionary()  # what each wraps, and whether its class defined it
 
 
 def wrap_methods(cls: type, names: Sequence[str], wrapper_of: Callable[[Method], Method], *, alone: bool = False) -> None:
-    """Wrap those methods and class methods that the class has under these names, unless they are wrapped.
+    """Wrap the class's methods and class methods of these names, unless they are wrapped already.
 
     Args:
         wrapper_of: makes the wrapper of a function.
-        alone: also those it inherits wrapped, for a class that is to have them wrapped whatever becomes of its bases.
+        alone: also wrap inherited methods that are wrapped already, for a class that must stay wrapped if its bases do not.
     """
     for name in names:
         there, own = inspect.getattr_static(cls, name, None), name in vars(cls)
@@ -31,7 +31,7 @@ def wrap_methods(cls: type, names: Sequence[str], wrapper_of: Callable[[Method],
 
 
 def unwrap_methods(cls: type, names: Sequence[str]) -> None:
-    """Undo what `wrap_methods` did to this class; what others have put in its place since stays."""
+    """Undo what `wrap_methods` did to this class; methods that other code has replaced since are left alone."""
     for name in names:
         function = _function(vars(cls).get(name))
         if function is not None and function in _WRAPPED:
@@ -43,7 +43,7 @@ def unwrap_methods(cls: type, names: Sequence[str]) -> None:
 
 
 def with_subclasses(cls: type) -> Iterator[type]:
-    """The class and all below it."""
+    """Yield the class and all its subclasses."""
     yield cls
     below: type
     for below in type.__subclasses__(cls):

@@ -12,7 +12,7 @@ from loca_vision.model.traversal import unwrap
 
 
 def models_in(pipe: Any) -> dict[str, nn.Module]:
-    """The pipeline's models by component, without the wrapper of `torch.compile`."""
+    """Return the pipeline's models by component, without the wrapper of `torch.compile`."""
     if not isinstance(getattr(pipe, "components", None), Mapping):
         raise TypeError(
             f"a {type(pipe).__name__} is not a pipeline; for a model by itself, use inject, load_adapter and save_adapter"
@@ -21,31 +21,31 @@ def models_in(pipe: Any) -> dict[str, nn.Module]:
 
 
 def adapted_in(pipe: Any) -> dict[str, tuple[nn.Module, AdapterState]]:
-    """The models that have adapters, by component, each with its state."""
+    """Return the models that have adapters, by component, each with its state."""
     found = ((name, model, state_of(model)) for name, model in models_in(pipe).items())
     return {name: (model, record) for name, model, record in found if record is not None}
 
 
 def names_in(pipe: Any) -> list[str]:
-    """The names of all adapters, in the order they came."""
+    """Return the names of all adapters, in the order they were added."""
     return list(dict.fromkeys(name for _, record in adapted_in(pipe).values() for name in record.adapters))
 
 
 def active_in(pipe: Any) -> list[str]:
-    """The names of the active adapters, in order."""
+    """Return the names of the active adapters, in order."""
     return list(dict.fromkeys(name for _, record in adapted_in(pipe).values() for name in record.active))
 
 
 def fused_in(pipe: Any) -> set[str]:
-    """The names of the adapters that are fused into some component."""
+    """Return the names of the adapters that are fused into any component."""
     return {name for _, record in adapted_in(pipe).values() for name in record.fused.adapters}
 
 
 def check_names(pipe: Any, names: str | Sequence[str], *, allow_none: bool = False) -> list[str]:
-    """The names as a list.
+    """Return the names as a list.
 
     Raises:
-        ValueError: an unknown or repeated name, or none where `allow_none` is False.
+        ValueError: a name is unknown or repeated, or there is none and `allow_none` is False.
     """
     if names is None:
         raise ValueError("names=None: expected the name of an adapter, or a list of names")
@@ -64,10 +64,10 @@ def check_names(pipe: Any, names: str | Sequence[str], *, allow_none: bool = Fal
 
 
 def components_to_change(pipe: Any, components: Sequence[str] | None) -> dict[str, tuple[nn.Module, AdapterState]]:
-    """The named components that have adapters; all of them by default.
+    """Return the named components, each of which must have adapters; by default all components with adapters.
 
     Raises:
-        ValueError: no adapter in the pipeline, or in a named component.
+        ValueError: there is no adapter in the pipeline, or in a named component.
     """
     there = adapted_in(pipe)
     if components is None:

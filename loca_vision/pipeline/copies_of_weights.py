@@ -1,8 +1,8 @@
-"""diffusers copies the weights of one model into another, which would lose adapters: such calls are refused in a sentence.
+"""Refuse calls in which diffusers copies weights of one model into another, because adapters would be lost.
 
-`from_unet` and its kin make a ControlNet or a motion model from a model, as `AnimateDiffPipeline.from_pipe` does, and FreeNoise
-replaces blocks of a motion model. They copy `state_dict()` of parts, where the adapters of those parts are unexpected keys or,
-where keys are not compared, left out.
+`from_unet` and similar constructors make a ControlNet or a motion model from another model, as `AnimateDiffPipeline.from_pipe`
+does, and FreeNoise replaces blocks of a motion model. They copy `state_dict()` of parts, where the keys of adapters are
+unexpected or, if keys are not compared, dropped.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from loca_vision.pipeline.class_wrapping import Method, wrap_methods
 
 CONSTRUCTORS = ("from_unet", "from_unet2d", "from_transformer")
 FREE_NOISE = ("enable_free_noise", "disable_free_noise")
-_COPY_NOTHING = ("ControlNetXSAdapter", "ZImageControlNetModel")  # read the configuration only, or share modules
+_COPY_NOTHING = ("ControlNetXSAdapter", "ZImageControlNetModel")  # these only read the configuration, or share modules
 
 
 def refuse_adapted_models(cls: type) -> None:
-    """Let the constructors of a diffusers model that copy from another model refuse one with adapters."""
+    """Make a diffusers model's constructors that copy from another model refuse a model with adapters."""
     if cls.__name__ not in _COPY_NOTHING:
         wrap_methods(cls, CONSTRUCTORS, _refusing_adapted_models)
 
 
 def refuse_adapted_blocks(cls: type) -> None:
-    """Let a pipeline refuse to replace blocks that have adapters."""
+    """Make a pipeline refuse to replace blocks that have adapters."""
     wrap_methods(cls, FREE_NOISE, _refusing_adapted_blocks)
 
 
@@ -48,7 +48,7 @@ def _refusing_adapted_models(constructor: Method) -> Method:
 
 
 def _copies_weights(signature: inspect.Signature, *inputs: Any, **named: Any) -> bool:
-    """Whether no argument such as `load_weights_from_unet` says that it does not."""
+    """Return whether the call copies weights, i.e. no argument such as `load_weights_from_unet` turns that off."""
     try:
         arguments = signature.bind_partial(*inputs, **named).arguments
     except TypeError:  # the constructor will say what is wrong with them

@@ -1,4 +1,4 @@
-"""Fusing adapters into the weights; the original weights are kept and put back bit for bit."""
+"""Fuse adapters into the weights; the original weights are kept and restored bit for bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def fuse_components(
     pipe: Any, components: Sequence[str] | None, *, scale: float, check: bool, adapter_names: Sequence[str] | None
 ) -> None:
-    """As `LoCALoaderMixin.fuse_loca`: all components, or, if one fails, none."""
+    """Implement `LoCALoaderMixin.fuse_loca`, in all components or, if one fails, in none."""
     factor = finite_number(scale, "scale")
     states = components_to_change(pipe, components)
     names = None if adapter_names is None else check_names(pipe, adapter_names)
@@ -44,7 +44,7 @@ def fuse_components(
 
 
 def unfuse_components(pipe: Any, components: Sequence[str] | None) -> None:
-    """As `LoCALoaderMixin.unfuse_loca`."""
+    """Implement `LoCALoaderMixin.unfuse_loca`."""
     states = components_to_change(pipe, components) if components is not None else adapted_in(pipe)
     changing = [model for model, record in states.values() if record.fused.adapters]
     with atomic_all(changing, written):
@@ -53,7 +53,7 @@ def unfuse_components(pipe: Any, components: Sequence[str] | None) -> None:
 
 
 def unload_components(pipe: Any) -> None:
-    """As `LoCALoaderMixin.unload_loca_weights`."""
+    """Implement `LoCALoaderMixin.unload_loca_weights`."""
     records = dict(adapted_in(pipe).values())
     fused = {model: written(model) for model, record in records.items() if record.fused.adapters}
     with atomic_all(records, lambda model: [*records[model].first.values(), *fused.get(model, ())]):
@@ -68,10 +68,10 @@ def _times(strength: Strength, factor: float) -> Strength:
 
 
 def fuse(model: nn.Module, strengths: Mapping[str, Strength], *, check: bool = False) -> None:
-    """Write W + the updates of these adapters, and of those fused before, into the weights, rounded once.
+    """Write W plus the updates of these adapters, and of those fused before, into the weights, rounding once.
 
     Args:
-        strengths: of the adapters to fuse; those fused before keep theirs.
+        strengths: the strengths of the adapters to fuse; those fused before keep theirs.
         check: refuse, before anything is written, if a weight would not be finite.
 
     Raises:
@@ -96,7 +96,7 @@ def _fuse(model: nn.Module, strengths: Mapping[str, Strength], *, check: bool) -
 
 
 def written(model: nn.Module) -> list[Tensor]:
-    """The weights that fusing and unfusing write.
+    """Return the weights that fusing and unfusing write.
 
     Raises:
         ValueError: one of them is quantised or cannot be written for another reason.
@@ -105,10 +105,10 @@ def written(model: nn.Module) -> list[Tensor]:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Put the weights back as they were before the first fuse; active adapters act as before.
+    """Restore the weights from before the first fuse; active adapters act as before.
 
-    If other code has changed a weight since, such as a LoRA fused later, that change stays: the update is subtracted, which is
-    exact only up to rounding, and the log says so.
+    If other code has changed a weight since, such as a LoRA fused later, that change is kept: the update is subtracted, which
+    is exact only up to rounding, and the log says so.
     """
     record = state_of(model)
     if record is not None and record.fused.adapters:
@@ -134,7 +134,7 @@ def _unfuse(model: nn.Module) -> None:
 
 
 def _restore(weight: Weight, fused: Fused) -> bool:
-    """Put one weight back; whether that was exact, because no other code has written to it."""
+    """Restore one weight, and return whether that was exact because no other code has written to it."""
     now = weight.tensor
     if weight.path not in fused.originals:
         return True
@@ -151,5 +151,5 @@ def _restore(weight: Weight, fused: Fused) -> bool:
 
 
 def _checksum(tensor: Tensor) -> int:
-    """A sum of the bits, the same on every device."""
+    """Return a sum of the bits, which is the same on every device."""
     return int(tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""Replacing one adapter by another in the same tensors, so that nothing is compiled anew."""
+"""Replace one adapter by another in the same tensors, so that nothing is recompiled."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from loca_vision.offload import stored_at
 
 
 def check_swap(model: nn.Module, name: str, placed: list[tuple[Target, Update]]) -> None:
-    """Raise if the adapter `name` of this model cannot take these updates.
+    """Raise ValueError if the adapter `name` of this model cannot take these updates.
 
     Raises:
-        ValueError: no such adapter, it is fused, or it lacks a projection or has too little room in it.
+        ValueError: there is no such adapter, it is fused, or it lacks a projection or has too little room in it.
     """
     record = state_of(model)
     assert record is not None
@@ -41,7 +41,7 @@ def swap(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Targe
         old = record.adapters[name].modules_to_save
         for key, value in adapter.modules_to_save.items():
             keep_base(model, record, key)
-            if key in old and old[key].shape == value.shape:  # in the same object, for which code may be compiled
+            if key in old and old[key].shape == value.shape:  # keep the object, which compiled code may refer to
                 adapter.modules_to_save[key] = old[key].copy_(value)
         record.adapters[name] = adapter
         fit_conv_in(model, record)
@@ -50,7 +50,7 @@ def swap(model: nn.Module, name: str, adapter: Adapter, placed: list[tuple[Targe
 
 
 def written_by_swap(model: nn.Module, name: str) -> list[Tensor]:
-    """The tensors that `swap` writes in place."""
+    """Return the tensors that `swap` writes in place."""
     record = state_of(model)
     assert record is not None
     adopt(model, record)

@@ -1,4 +1,4 @@
-"""Loading an adapter into all components of a pipeline that it is for, or into none."""
+"""Load an adapter into all the pipeline components it is for, or into none."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from loca_vision.pipeline.hot_swap import check_swap, swap, written_by_swap
 def load(
     pipe: Any, source: str | os.PathLike[str] | Mapping[str, Any], request: Request, adapter_name: str | None, *, hotswap: bool
 ) -> None:
-    """As `LoCALoaderMixin.load_loca_weights`."""
+    """Implement `LoCALoaderMixin.load_loca_weights`."""
     with opened(source, request) as file:
         about = read_description(_metadata(pipe, file), file.entries)
         assigned = assigned_parts(pipe, about)
@@ -43,7 +43,7 @@ def load(
         for component, (model, part, own) in assigned.items():
             with naming(component):
                 found[component] = match(model, part, own(file.entries), replacing=name if hotswap else None)
-        tensors = file.tensors()  # no larger than the pipeline, but for a wider conv_in, as is known by now
+        tensors = file.tensors()  # after the checks it is known to be no larger than the pipeline, except for a wider conv_in
         check_values(tensors, about)
         made = {}
         for component, (model, part, own) in assigned.items():
@@ -53,7 +53,7 @@ def load(
                 if hotswap:
                     check_swap(model, name, made[component][1])
     if not all(takes_attention_kwargs(model) for model, _, _ in assigned.values()):
-        tell_scale(type(pipe))  # the class is wrapped already, unless nothing is registered
+        tell_scale(type(pipe))  # the class is wrapped already, unless the methods are not registered
     if hotswap:
         _swap_all(pipe, name, made)
     else:
@@ -73,9 +73,9 @@ def _metadata(pipe: Any, file: Opened) -> dict[str, str]:
 
 
 def assigned_parts(pipe: Any, about: Description) -> dict[str, tuple[nn.Module, Description, OwnTensors]]:
-    """The model of each component in the file, its part of the description, and what takes its tensors out of the file."""
+    """Return, for each component in the file, its model, its part of the description, and a function that picks its tensors."""
     models = models_in(pipe)
-    if "" in about.configs:  # saved from a model by itself: which of the components, its class tells
+    if "" in about.configs:  # saved from a single model, whose class tells which component it is
         same = [name for name, model in models.items() if base_model_name(model) == about.base_model]
         if len(same) != 1:
             raise ValueError(f"it was trained on a {about.base_model}, of which the pipeline has {len(same)}")
@@ -88,7 +88,7 @@ def assigned_parts(pipe: Any, about: Description) -> dict[str, tuple[nn.Module, 
 
 @contextmanager
 def naming(component: str) -> Iterator[None]:
-    """Name the component in errors raised inside."""
+    """Prefix errors raised inside with the component."""
     try:
         yield
     except ValueError as error:
@@ -116,7 +116,7 @@ def _name_to_load(pipe: Any, name: str | None, hotswap: bool, components: Collec
 
 
 def _swap_all(pipe: Any, name: str, made: Mapping[str, tuple[Adapter, list[tuple[Target, Update]]]]) -> None:
-    """In all components, or, if one fails, in none. Where the new adapter has nothing, the old one becomes inactive."""
+    """Swap in all components or, if one fails, in none. Where the new adapter has nothing, the old one becomes inactive."""
     there = {component: pair for component, pair in adapted_in(pipe).items() if name in pair[1].adapters}
     with atomic_all((model for model, _ in there.values()), lambda model: written_by_swap(model, name)):
         for component, (model, record) in there.items():
@@ -124,7 +124,7 @@ def _swap_all(pipe: Any, name: str, made: Mapping[str, tuple[Adapter, list[tuple
 
 
 def _attach_all(pipe: Any, name: str, made: Mapping[str, tuple[nn.Module, Any, Any]]) -> None:
-    """Into all components, or, if one fails, into none."""
+    """Attach to all components or, if one fails, to none."""
     brought = {model: adapter.modules_to_save for model, adapter, _ in made.values()}
     others = [model for model, _ in adapted_in(pipe).values() if model not in brought]
     with atomic_all((*brought, *others), lambda model: [stored_at(model, key) for key in brought.get(model, ())]):

@@ -27,8 +27,8 @@ from loca_vision.pipeline.save import save_pipeline_adapter
 class LoCALoaderMixin:
     """The methods that `import loca_vision.diffusers` adds to `diffusers.DiffusionPipeline`.
 
-    An adapter has one name throughout a pipeline and may be in several of its components. One that was put into a component
-    with `loca_vision.inject` or `load_adapter` is one of the pipeline's.
+    An adapter has one name throughout a pipeline and may be in several of its components. An adapter put into a component with
+    `loca_vision.inject` or `load_adapter` belongs to the pipeline too.
     """
 
     components: dict[str, Any]
@@ -51,34 +51,34 @@ class LoCALoaderMixin:
         force_download: bool = False,
         hotswap: bool = False,
     ) -> None:
-        """Load an adapter; it becomes the only active one, at weight 1.0. What fails leaves the pipeline as it was.
+        """Load an adapter; it becomes the only active one, at weight 1.0. If loading fails, the pipeline stays as it was.
 
-        The file is checked as a whole, against itself and against the pipeline, before anything is touched. Adapters that
-        were disabled may act again afterwards; fused adapters stay in the weights. Loaded spectra do
-        not learn until `spectrum.requires_grad_(True)` for those in `loca_vision.adapters(pipe.unet, adapter_name).values()`.
+        The whole file is checked, against itself and against the pipeline, before anything is touched. Adapters that were
+        disabled may act again afterwards; fused adapters stay in the weights. Loaded spectra are not trained until
+        `spectrum.requires_grad_(True)` for those in `loca_vision.adapters(pipe.unet, adapter_name).values()`.
 
-        Where the file has a `conv_in` for more channels than the UNet's, as that of an InstructPix2Pix model trained from a
-        plain one has, the UNet takes as many until the last adapter with such a `conv_in` is taken out. While it does not act,
-        the new channels have no effect. The pipeline must be one that passes its UNet that many channels.
+        If the file has a `conv_in` for more channels than the UNet's, as an InstructPix2Pix model trained from a plain one has,
+        the UNet takes that many channels until the last adapter with such a `conv_in` is removed. While that adapter is
+        inactive, the extra channels have no effect. The pipeline must pass its UNet that many channels.
 
         Args:
             source: a folder, a file, `"user/repository"` on the hub, or a state dict (which is not changed).
             adapter_name: letters, digits, `_` and `-`; by default `default_0`, `default_1`, ...
-            weight_name: of the file in the folder, by default `pytorch_loca_weights.safetensors`.
-            subfolder: of the folder or repository.
+            weight_name: the name of the file in the folder, by default `pytorch_loca_weights.safetensors`.
+            subfolder: a subfolder of the folder or repository.
             revision: branch, tag or commit of the repository.
-            token: for the hub; by default the one that is stored on this machine.
-            cache_dir: of the hub's files.
-            local_files_only: take them from the cache alone; by default as `HF_HUB_OFFLINE` says.
-            force_download: do not take them from the cache.
-            hotswap: put it in the place of the loaded adapter `adapter_name`, without anything being compiled anew; weights and
-                what else is active stay as they are.
+            token: a token for the hub; by default the one stored on this machine.
+            cache_dir: the cache folder for the hub's files.
+            local_files_only: use only cached files; by default as `HF_HUB_OFFLINE` says.
+            force_download: download again even if the files are cached.
+            hotswap: put it in the place of the loaded adapter `adapter_name`, without recompilation; weights and the other
+                active adapters stay as they are.
 
         Raises:
             FileNotFoundError: there is no such file, folder or repository.
             OSError: the hub or the file cannot be read.
-            ValueError: a name in use, or anything in the file that is not as it must be: the sentence names key and rule.
-            TypeError: another kind of source.
+            ValueError: the name is in use, or the file is unsound; the error names key and rule.
+            TypeError: the source is of another type.
         """
         request = Request(weight_name, subfolder, revision, token, cache_dir, local_files_only, force_download)
         load(self, source, request, adapter_name, hotswap=hotswap)
@@ -91,33 +91,33 @@ class LoCALoaderMixin:
         weight_name: str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Path:
-        """Write one adapter, of all components it is in, as one file; a crash leaves the old file or the new one.
+        """Write one adapter, from all components it is in, to one file; a crash leaves either the old file or the new one.
 
         Args:
-            directory: made where it is missing.
-            adapter_name: by default the active one.
-            weight_name: by default `pytorch_loca_weights.safetensors`.
-            dtype: of the stored coefficients: float32, float16 or int8, as in `save_adapter`.
+            directory: the folder; it is created if it is missing.
+            adapter_name: the adapter; by default the active one.
+            weight_name: the file name, by default `pytorch_loca_weights.safetensors`.
+            dtype: the dtype of the stored coefficients: float32, float16 or int8, as in `save_adapter`.
 
         Returns:
             The path of the file.
 
         Raises:
-            ValueError: no such adapter, or none or several active where none is named; a name with a folder in it; a dtype
-                that its method does not have, or that overflows.
-            OSError: the file could not be written; what was there is as it was.
+            ValueError: there is no such adapter; none is named and not exactly one is active; the file name contains a folder;
+                or the method does not support the dtype, or a value overflows in it.
+            OSError: the file could not be written; an existing file is unchanged.
         """
         return save_pipeline_adapter(self, directory, adapter_name, weight_name, dtype)
 
     def unload_loca_weights(self) -> None:
-        """Take all adapters out, fused ones too: the pipeline is as it was before the first, bit for bit."""
+        """Remove all adapters, including fused ones: the pipeline is as it was before the first, bit for bit."""
         unload_components(self)
 
     def delete_loca_adapters(self, names: str | Sequence[str]) -> None:
-        """Take these adapters out of all components.
+        """Remove these adapters from all components.
 
         Raises:
-            ValueError: an unknown name, or one that is fused; nothing is deleted then.
+            ValueError: a name is unknown, or the adapter is fused; nothing is deleted then.
         """
         names = check_names(self, names)
         for _, record in adapted_in(self).values():
@@ -129,30 +129,30 @@ class LoCALoaderMixin:
                     remove(model, name)
 
     def set_loca_adapters(self, names: str | Sequence[str], weights: Any = None) -> None:
-        """Let these adapters act, and no others; adapters that were disabled act again. An empty list: the base model.
+        """Activate these adapters and no others; adapters that were disabled act again. An empty list gives the base model.
 
         Args:
-            names: of adapters.
-            weights: one weight for all, or a list with one for each: a number, None for 1.0, or a mapping from components to
-                numbers or, for a UNet, to blocks: `{"unet": {"down": 0.5, "mid": 1, "up": {"block_1": [1, 0, 0.5]}}}`. What
-                is not named acts at 1.0.
+            names: the names of the adapters.
+            weights: one weight for all, or a list with one for each. A weight is a number, None for 1.0, or a mapping from
+                components to numbers or, for a UNet, to blocks:
+                `{"unet": {"down": 0.5, "mid": 1, "up": {"block_1": [1, 0, 0.5]}}}`. What is not named acts at 1.0.
 
         Raises:
-            ValueError: an unknown or repeated name, a component or block there is not, another number of weights than names,
-                or a weight that is not finite. Nothing is changed then.
+            ValueError: a name is unknown or repeated, there is no such component or block, the numbers of weights and names
+                differ, or a weight is not finite. Nothing is changed then.
         """
         activate_adapters(self, names, weights)
 
     def get_active_loca_adapters(self) -> list[str]:
-        """The names of the active adapters, in order, also while they are disabled; `fused_locas` has those in the weights."""
+        """Return the names of the active adapters, in order, even while disabled; `fused_locas` has those in the weights."""
         return active_in(self)
 
     def get_loca_adapters(self) -> dict[str, list[str]]:
-        """The names of all adapters by component."""
+        """Return the names of all adapters by component."""
         return {component: list(record.adapters) for component, (_, record) in adapted_in(self).items()}
 
     def disable_loca(self) -> None:
-        """Let no adapter act until `enable_loca`; which are active, and how strongly, stays.
+        """Switch all adapters off until `enable_loca`; which are active, and at what weights, is kept.
 
         Raises:
             ValueError: an adapter is fused.
@@ -162,15 +162,15 @@ class LoCALoaderMixin:
         activate_all(self, lambda component, record: record.active, enabled=False)
 
     def enable_loca(self) -> None:
-        """Let the active adapters act again."""
+        """Switch the active adapters on again."""
         activate_all(self, lambda component, record: record.active, enabled=True)
 
     def set_loca_device(self, names: str | Sequence[str], device: torch.device | str | int) -> None:
-        """Move the spectra of these adapters; wherever they are, they go on working.
+        """Move the spectra of these adapters to a device; they keep working wherever they are.
 
         Raises:
-            ValueError: an unknown name.
-            RuntimeError: no such device.
+            ValueError: a name is unknown.
+            RuntimeError: there is no such device.
         """
         names, device = check_names(self, names), torch.device(device)
         present = [(model, name) for model, record in adapted_in(self).values() for name in names if name in record.adapters]
@@ -192,54 +192,54 @@ class LoCALoaderMixin:
         safe_fusing: bool = False,
         adapter_names: Sequence[str] | None = None,
     ) -> None:
-        """Write adapters into the weights, which costs nothing at inference; `unfuse_loca` brings the weights back bit for bit.
+        """Add adapters to the weights, so that they cost nothing at inference; `unfuse_loca` restores the weights bit for bit.
 
-        The scale of a call has no effect on what is fused: that is `scale` here.
-        The weights as they were are kept in main memory until then: as many bytes as the adapted weights have. What is fused
-        already stays as it is. Whole tensors, such as a `conv_in`, stay in the model as long.
+        The scale of a call has no effect on fused adapters; `scale` takes its place.
+        Until `unfuse_loca`, the original weights are kept in main memory: as many bytes as the adapted weights have. Adapters
+        that are fused already stay as they are. Whole tensors, such as a `conv_in`, stay in the model for as long.
 
         Args:
-            components: by default all with adapters.
+            components: the components to fuse in; by default all that have adapters.
             scale: multiplies the weights set before.
-            safe_fusing: refuse, before anything is written, where a weight would not be finite.
-            adapter_names: by default the active ones.
+            safe_fusing: refuse, before anything is written, if a weight would not be finite.
+            adapter_names: the adapters to fuse; by default the active ones.
 
         Raises:
-            ValueError: an unknown name, nothing to fuse, adapters that are disabled, or a weight that nothing can be written
-                into (quantised).
+            ValueError: a name is unknown, there is nothing to fuse, the adapters are disabled, or a weight cannot be written
+                to (for example because it is quantised).
         """
         fuse_components(self, components, scale=scale, check=safe_fusing, adapter_names=adapter_names)
 
     def unfuse_loca(self, components: Sequence[str] | None = None) -> None:
-        """Put the weights back as they were, bit for bit; active adapters then act on them again.
+        """Restore the weights bit for bit; active adapters then act on them again.
 
-        If other code has changed a weight since, as `fuse_lora` does, that change stays, and the log says so.
+        If other code has changed a weight since, as `fuse_lora` does, that change is kept, and the log says so.
 
         Raises:
-            ValueError: an unknown component.
+            ValueError: a component is unknown.
         """
         unfuse_components(self, components)
 
     @property
     def num_fused_locas(self) -> int:
-        """How many adapters are fused."""
+        """The number of fused adapters."""
         return len(fused_in(self))
 
     @property
     def fused_locas(self) -> set[str]:
-        """The names of the adapters that are fused, in whichever component."""
+        """The names of the adapters that are fused in any component."""
         return fused_in(self)
 
     def enable_loca_hotswap(self, max_components: int) -> None:
         """Make room for adapters that will be swapped in with `load_loca_weights(..., hotswap=True)`.
 
-        Only needed where they have more components than the first. To be called before the first adapter is loaded.
+        Only needed if they have more components than the first. Call it before the first adapter is loaded.
 
         Args:
-            max_components: the most components of one projection of any of them.
+            max_components: the largest number of components that any of them has for one projection.
 
         Raises:
-            ValueError: it is no whole number from 1 up, or an adapter is loaded already.
+            ValueError: it is not a whole number from 1 up, or an adapter is loaded already.
         """
         if not isinstance(max_components, int) or isinstance(max_components, bool) or max_components < 1:
             raise ValueError(f"max_components={max_components!r}: expected a whole number from 1 up")
@@ -249,17 +249,17 @@ class LoCALoaderMixin:
             choose(model, max_components=max_components)
 
     def enable_loca_low_memory(self, enabled: bool = True) -> None:
-        """Apply updates to activations, and never build weights for them: less memory, more time for every call.
+        """Apply updates to activations instead of building weights for them: less memory, more time for every call.
 
-        Without it the weight of every adapted projection is built at the first call and kept: as many bytes again as these
-        weights have, 187 MB in float16 for all attention of Stable Diffusion 1.5.
+        Without it, the weight of every adapted projection is built at the first call and kept: as many bytes again as these
+        weights have, which is 187 MB in float16 for all attention of Stable Diffusion 1.5.
         """
         for model in models_in(self).values():
             set_low_memory(model, bool(enabled))
 
 
 def saved_as_stock(cls: type) -> type:
-    """Let a subclass go by the name of the diffusers pipeline it extends: what it saves, and what AutoPipeline looks up."""
+    """Give a subclass the name of the diffusers pipeline it extends, which it is saved under and AutoPipeline looks up."""
     cls.__name__ = next(base.__name__ for base in cls.__mro__ if base.__module__.startswith("diffusers."))
     return cls
 

@@ -1,4 +1,4 @@
-"""`pipe(prompts, loca_adapters=[...])`: every prompt of a pipeline call has adapters of its own."""
+"""`pipe(prompts, loca_adapters=[...])`: each prompt of a pipeline call has its own adapters."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _IMAGES = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_
 
 @contextmanager
 def per_prompt(pipe: Any, names: Any, arguments: Mapping[str, Any], signature: inspect.Signature) -> Iterator[None]:
-    """Inside, all components of the pipeline follow `loca_adapters`.
+    """Make all components of the pipeline follow `loca_adapters` inside the `with`.
 
     Args:
         names: one entry for each prompt, as in `loca_vision.per_sample`.
-        arguments: of the call, by name.
+        arguments: the arguments of the call, by name.
 
     Raises:
-        ValueError: an unknown name, another number of entries than prompts, or an adapter that is fused.
-        TypeError: an entry of another type.
+        ValueError: a name is unknown, the numbers of entries and prompts differ, or an adapter is fused.
+        TypeError: an entry has another type.
     """
     try:
         entries = checked_entries(names)
@@ -67,12 +67,12 @@ def _prompts(arguments: Mapping[str, Any]) -> int | None:
     for given in (prompt, arguments.get("prompt_embeds"), arguments.get("class_labels")):
         if given is not None and hasattr(given, "__len__"):
             return len(given)
-    batch = arguments.get("batch_size")  # of a pipeline that makes pictures of nothing
+    batch = arguments.get("batch_size")  # of an unconditional pipeline
     return batch if isinstance(batch, int) else None
 
 
 def _images(arguments: Mapping[str, Any], signature: inspect.Signature) -> int:
-    """How many images each prompt is for."""
+    """Return the number of images for each prompt."""
     for name in _IMAGES:
         if name in signature.parameters or name in arguments:
             default = signature.parameters[name].default if name in signature.parameters else None
@@ -82,14 +82,14 @@ def _images(arguments: Mapping[str, Any], signature: inspect.Signature) -> int:
 
 
 def _expansion(model: nn.Module, prompts: int, images: int) -> Callable[[int], Sequence[int]]:
-    """What the samples of a component's batch are.
+    """Return a function from the size of a component's batch to the prompt of each of its samples.
 
-    Text encoders see the prompts; other components the images of each prompt one after the other, and all of these once for
-    each branch of classifier-free guidance.
+    Text encoders see the prompts. Other components see the images of each prompt one after the other, and all of these once
+    for each branch of classifier-free guidance.
     """
     reads_text = type(model).__module__.startswith("transformers.")
     once = list(range(prompts)) if reads_text else [prompt for prompt in range(prompts) for _ in range(images)]
-    called = type(model).__name__  # and not the model, which the mixture of its last call must not keep alive
+    called = type(model).__name__  # not the model itself, which the mixture of its last call must not keep alive
 
     def expand(batch: int) -> Sequence[int]:
         if batch % len(once):

@@ -25,7 +25,7 @@ def save_pipeline_adapter(
     weight_name: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """`save_loca_weights`.
+    """Implement `LoCALoaderMixin.save_loca_weights`.
 
     Raises:
         ValueError, OSError: as there.
@@ -44,7 +44,7 @@ def save_pipeline_adapter(
     models = {c: model for c, (model, record) in adapted_in(pipe).items() if adapter_name in record.adapters}
     check_names(pipe, [adapter_name])
     parts = {component: contents(model, adapter_name, dtype) for component, model in models.items()}
-    parts = {component: part for component, part in parts.items() if part[0].shapes}  # all of another may have been swapped in
+    parts = {component: part for component, part in parts.items() if part[0].shapes}  # a swap may have left a component empty
     about = joined({component: part for component, (part, _) in parts.items()}, _base_name(pipe, models))
     tensors = {key: value for c, (_, own) in parts.items() for key, value in with_prefix(own, c).items()}
     write_adapter(file, about, tensors, dtype)
@@ -52,7 +52,7 @@ def save_pipeline_adapter(
 
 
 def _base_name(pipe: Any, models: Mapping[str, nn.Module]) -> str:
-    """The repository of the hub that the pipeline or its adapted model came from, or the model's class: never a path."""
+    """Return the hub repository that the pipeline or its adapted model came from, or the model's class; never a path."""
     model = next((models[name] for name in ("unet", "transformer") if name in models), next(iter(models.values())))
     for owner in (pipe, model):
         name = getattr(getattr(owner, "config", None), "_name_or_path", None)

@@ -1,4 +1,4 @@
-"""Where the adapters of a store lie: in a folder, or in a repository on the hub."""
+"""Where a store finds its adapters: in a folder, or in a repository on the hub."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _SUFFIX = ".safetensors"
 
 
 class AdapterFolder:
-    """Adapters `<name>.safetensors` and `<name>/pytorch_loca_weights.safetensors` of one folder, which may come and go."""
+    """The adapters `<name>.safetensors` and `<name>/pytorch_loca_weights.safetensors` of a folder; they may come and go."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def names(self) -> list[str]:
-        """All adapters that are there now, sorted."""
+        """Return the names of all current adapters, sorted."""
         with os.scandir(self.folder) as entries:
             found = [entry.name.removesuffix(_SUFFIX) for entry in entries if _is_adapter(entry)]
         return sorted({name for name in found if _NAME.fullmatch(name)})
 
     def find(self, name: str) -> Path | None:
-        """The file of an adapter; None if there is none, or its name is not a name of an adapter."""
+        """Return an adapter's file, or None if there is none or the name is not valid for an adapter."""
         if not _NAME.fullmatch(name):
             return None
         for file in (self.folder / f"{name}{_SUFFIX}", self.folder / name / FILE_NAME):
@@ -37,13 +37,13 @@ class AdapterFolder:
         return None
 
     def check(self, file: Path) -> None:
-        """Raise ValueError for a link that leaves the folder."""
+        """Raise ValueError if the file is a link that leaves the folder."""
         if not may_be_read(file, self.folder):
             raise ValueError("it is a link that leaves the folder")
 
 
 class AdapterRepository:
-    """Adapters of a repository on the hub, in the same layout, each fetched when it is first asked for.
+    """The adapters of a repository on the hub, in the same layout; each is fetched when it is first requested.
 
     Raises:
         FileNotFoundError, OSError: the hub has no such repository, or cannot be reached and nothing is in the cache.
@@ -65,15 +65,15 @@ class AdapterRepository:
         return self._found.get(name)
 
     def check(self, file: Path) -> None:
-        """Nothing: the hub's cache is made of links."""
+        """Do nothing: the hub's cache consists of links."""
 
 
 def adapter_files(source: str | os.PathLike[str]) -> AdapterFolder | AdapterRepository:
-    """The adapters at a source.
+    """Return the adapters at a source.
 
     Raises:
-        TypeError: it is neither a path nor a name.
-        FileNotFoundError: it is neither a folder here nor a repository.
+        TypeError: the source is neither a path nor a name.
+        FileNotFoundError: it is neither a local folder nor a repository.
     """
     if not isinstance(source, (str, os.PathLike)) or isinstance(source, bytes):
         raise TypeError(f"source is a {type(source).__name__}: expected a folder of adapters, or a repository on the hub")
@@ -95,7 +95,7 @@ def _name_in(file: str) -> str:
 
 
 def _listed(repository: str) -> set[str]:
-    """The files of a repository; without a connection, those that are in the cache."""
+    """Return the names of a repository's files; without a connection, those of the cached ones."""
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
@@ -105,7 +105,7 @@ def _listed(repository: str) -> set[str]:
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(no_repository(repository)) from error
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
-        pass  # the cache may have it
+        pass  # it may be in the cache
     try:
         cached = Path(snapshot_download(repository, local_files_only=True))
     except LocalEntryNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Many adapters beside one model: loaded when they are first asked for, held within so many bytes."""
+"""Serve many adapters with one model: each is loaded when first requested, within a limit of bytes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from loca_vision.serving.adapter_files import adapter_files
 from loca_vision.serving.held_file import FileReader, HeldFile
 
 _LOG = logging.getLogger(__name__)
-_Stamp = tuple[int, int, int]  # of a file, which changes when another one takes its place
+_Stamp = tuple[int, int, int]  # identifies a file's version: it changes when the file is replaced
 
 
 @dataclass(frozen=True)
 class _Held:
-    """An adapter that is held, and the file it came from."""
+    """A loaded adapter, and the stamp of the file it came from."""
 
     file: HeldFile
     stamp: _Stamp
@@ -44,23 +44,23 @@ class AdapterStore:
         with per_sample(model, ["shop-a", "shop-b", None]):  # adapters/shop-a.safetensors, ...
             logits = model(images)
 
-    An adapter is loaded when it is first asked for, with all checks of a file; those used least recently leave when there is no
-    room. When a file is replaced, the next call has the new one; if that is broken, the log and `problems` say so, and the old
-    one stays. Spectra of cosines take 8 bytes a component. The store may be used by several threads: each adapter is loaded
-    once, and a call that runs keeps what it uses.
+    An adapter is loaded when it is first requested, with every check of the file; when room runs out, the least recently used
+    ones are dropped. When a file is replaced, the next call uses the new one; if that is broken, the log and `problems` say so
+    and the old one stays in use. Spectra of cosines take 8 bytes per component. The store is safe to use from several threads:
+    each adapter is loaded once, and a running call keeps the adapters it uses.
 
     Args:
-        source: a folder, or `"user/repository"` on the hub, with `<name>.safetensors` or
-            `<name>/pytorch_loca_weights.safetensors` in it. Names are made of letters, digits, `_` and `-`.
-        capacity_bytes: of the tensors that are held.
+        source: a folder, or `"user/repository"` on the hub, that contains `<name>.safetensors` or
+            `<name>/pytorch_loca_weights.safetensors`. Names consist of letters, digits, `_` and `-`.
+        capacity_bytes: the most bytes that the tensors of loaded adapters may take.
         base: the model or pipeline that the adapters are for; without it, see `attach`.
 
     Attributes:
-        problems: by name, what is wrong with the file of an adapter of which an older one is held.
+        problems: for each adapter whose new file is broken, so that its old one stays in use, what is wrong with the file.
 
     Raises:
-        TypeError: a source, capacity or base of another type.
-        ValueError: the capacity is below 1, or the base has a store.
+        TypeError: the source, capacity or base has another type.
+        ValueError: the capacity is below 1, or the base has a store already.
         FileNotFoundError, OSError: there is no such folder or repository, or it cannot be reached.
     """
 
@@ -74,18 +74,18 @@ class AdapterStore:
         self._source, self._files = os.fspath(source) if isinstance(source, os.PathLike) else source, adapter_files(source)
         self._reader: FileReader | None = None
         self._lock = Lock()
-        self._held: OrderedDict[str, _Held] = OrderedDict()  # the last is the one used last
+        self._held: OrderedDict[str, _Held] = OrderedDict()  # the most recently used is last
         self._loading: dict[str, Future[_Held]] = {}
         self._broken: dict[str, _Stamp] = {}
         if base is not None:
             self.attach(base)
 
     def attach(self, base: Any) -> None:
-        """Let calls of a model or pipeline find these adapters.
+        """Make these adapters available to calls of a model or pipeline.
 
         Raises:
             TypeError: it is neither.
-            ValueError: the store has a base, or the base a store.
+            ValueError: the store has a base already, or the base has a store.
         """
         reader = FileReader(base if isinstance(base, nn.Module) or models_in(base) else None)
         if self._reader is not None:
@@ -100,10 +100,10 @@ class AdapterStore:
             tell_scale(type(base))
 
     def detach(self) -> None:
-        """Let go of all adapters and of the base, whose layers are as they were before."""
+        """Release all adapters and the base, whose layers are then as they were before."""
         if self._reader is None:
             return
-        reader, self._reader = self._reader, None  # first, so that what is being loaded is not kept
+        reader, self._reader = self._reader, None  # first, so that an adapter being loaded is not kept
         for model in reader.models():
             give_source(model, None)
             dismiss(model)
@@ -114,17 +114,17 @@ class AdapterStore:
             self.problems.clear()
 
     def names(self) -> list[str]:
-        """All adapters that there are now, loaded or not, sorted."""
+        """Return the names of all current adapters, loaded or not, sorted."""
         return self._files.names()
 
     def held_names(self) -> list[str]:
-        """Those that are loaded, the one that leaves first at the front."""
+        """Return the names of the loaded adapters, least recently used first."""
         with self._lock:
             return list(self._held)
 
     @property
     def held_bytes(self) -> int:
-        """What they take."""
+        """The bytes that the tensors of loaded adapters take."""
         with self._lock:
             return sum(held.file.size for held in self._held.values())
 
@@ -135,17 +135,17 @@ class AdapterStore:
         """Load an adapter before it is needed.
 
         Raises:
-            ValueError: there is none of that name, its file is not as it must be for the base, or it is larger than the store.
+            ValueError: there is no adapter of that name, its file is not valid for the base, or it is larger than the store.
             OSError: its file cannot be read.
         """
         self._current(name)
 
     def held(self, name: str) -> Mapping[nn.Module, HeldAdapter]:
-        """An adapter, for each of the base's models that its file has anything for."""
+        """Return the adapter, loading it if necessary, by each model of the base that its file has anything for."""
         return self._current(name).file.adapters
 
     def _current(self, name: str) -> _Held:
-        """The adapter as its file is now, read by one thread for all that ask meanwhile."""
+        """Return the adapter as its file is now; one thread reads it for all that request it meanwhile."""
         file, reader = self._files.find(name), self._reader
         if reader is None:
             raise ValueError("the store has no base: pass it as base=, or call attach")
@@ -197,14 +197,14 @@ class AdapterStore:
             raise ValueError(f"adapter {name!r}: {error}") from None
         if self._reader is not reader:
             for model in (model for model in reader.models() if source_of(model) is None):
-                dismiss(model)  # reading has made layers ready for it
+                dismiss(model)  # reading has prepared layers for it
             raise ValueError(f"adapter {name!r}: the store was detached while it was loaded")
         if found.size > self.capacity_bytes:
             raise ValueError(f"adapter {name!r} takes {found.size:,} bytes, and capacity_bytes={self.capacity_bytes:,}")
         return _Held(found, stamp)
 
     def _keep(self, name: str, held: _Held) -> None:
-        """Those used least recently leave."""
+        """Keep an adapter, and drop the least recently used ones until all fit."""
         self._held[name] = held
         self._held.move_to_end(name)
         self._broken.pop(name, None)

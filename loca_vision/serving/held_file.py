@@ -1,4 +1,4 @@
-"""An adapter file as calls that mix adapters hold it, for a model or for the components of a pipeline."""
+"""Adapter files in the form that calls which mix adapters need, for a model or for the components of a pipeline."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ from loca_vision.pipeline.load import assigned_parts, naming
 from loca_vision.serving.held_updates import Held, held_updates
 from loca_vision.storage.safetensors_file import OpenFile, tensors_like
 
-_FORMS = 8  # that are remembered
+_FORMS = 8  # number of forms to remember
 
 
 @dataclass(frozen=True)
 class HeldFile:
-    """
+    """The contents of an adapter file, ready for use.
+
     Args:
-        adapters: what every model that the file is for holds of it.
-        size: bytes of all their tensors.
+        adapters: the adapter for each model that the file is for.
+        size: the bytes of all their tensors.
     """
 
     adapters: Mapping[nn.Module, HeldAdapter]
@@ -45,10 +46,10 @@ class HeldFile:
 
 @dataclass(frozen=True)
 class _Part:
-    """What a file has for one model: for which targets, and the whole tensors with the dtypes of the model's.
+    """What a file has for one model: the targets, and the whole tensors with the dtypes they have in the model.
 
     Attributes:
-        handles: of the targets' layers, once these are hosts.
+        handles: the handles of the targets' layers, once these are hosts.
     """
 
     component: str
@@ -65,7 +66,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Form:
-    """All that a header says of a file, checked against the base."""
+    """Everything that a file's header says, checked against the base."""
 
     file: Opened
     about: Description
@@ -73,7 +74,7 @@ class _Form:
 
 
 class FileReader:
-    """Reads adapter files for one base, with all checks. Headers that are the same are checked once.
+    """Reads adapter files for one base, with every check. Identical headers are checked once.
 
     Args:
         base: a model or a pipeline.
@@ -84,17 +85,17 @@ class FileReader:
         self._forms: tuple[_Form, ...] = ()
 
     def models(self) -> list[nn.Module]:
-        """Those that adapters can be for."""
+        """Return the models that adapters can be for."""
         return [unwrap(self.base)] if isinstance(self.base, nn.Module) else list(models_in(self.base).values())
 
     def read(self, name: str, file: Path) -> HeldFile:
-        """The adapter of a file.
+        """Read an adapter from a file.
 
         Raises:
-            OSError: it cannot be read.
-            ValueError: anything in the file that is not as it must be for this base.
+            OSError: the file cannot be read.
+            ValueError: the file is not valid for this base.
         """
-        with ordinary_tensors():  # a call inside `inference_mode` may be the first that asks for it
+        with ordinary_tensors():  # the first call that requests it may be inside `inference_mode`
             form, tensors = self._opened(file)
             try:
                 check_values(tensors, form.about)
@@ -113,7 +114,7 @@ class FileReader:
             return known, opened.tensors()
 
     def _form_of(self, opened: Opened) -> _Form:
-        """Of packed files the headers differ, and what they say may still be the same."""
+        """Return the form of an open file. The headers of packed files can differ and still say the same once unpacked."""
         for form in self._forms:
             if (form.file.metadata, form.file.entries) == (opened.metadata, opened.entries):
                 return form
@@ -161,7 +162,7 @@ def _device(model: nn.Module, key: str) -> torch.device:
 
 
 def _size(adapter: HeldAdapter) -> int:
-    """Bytes of all its tensors."""
+    """Return the bytes of all its tensors."""
     updates = [one.update for placed in adapter.updates.values() for one in placed]
     packed = sum(update.nbytes for update in updates if isinstance(update, PackedUpdate))
     others = [tensor for update in updates if not isinstance(update, PackedUpdate) for tensor in update.tensors()]

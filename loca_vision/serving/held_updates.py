@@ -1,4 +1,4 @@
-"""The updates of an adapter file as calls that mix adapters hold them."""
+"""The updates of an adapter file in the form that calls which mix adapters need."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Held = Update | PackedUpdate
 
 
 def held_updates(config: AdapterConfig, targets: Sequence[Target], tensors: Mapping[str, Tensor]) -> list[Held]:
-    """An update for each target, from checked tensors; sums of cosines packed, others as they are.
+    """Return an update for each target, made from checked tensors: sums of cosines packed, others as they are.
 
     Raises:
         ValueError: an update depends on a weight that cannot be read.
     """
     with ordinary_tensors():
         first = config.from_tensors(targets[0].name, targets[0].shape, tensors)
-        if type(first) is Spectrum:  # and not a subclass, which may be another sum
+        if type(first) is Spectrum:  # not a subclass, which may be another sum
             return _packed(first.scale, targets, tensors)
         made = [config.from_tensors(target.name, target.shape, tensors) for target in targets]
         for target, update in zip(targets, made, strict=True):

@@ -53,7 +53,8 @@ IMAGE = "--pretrained_model_name_or_path image-base --resolution 16 --n_componen
 IMAGE += " --num_validation_images 1 --validation_inference_steps 1"
 EDITS = f"{EDITED} --clip_model None --no_lpips --num_inference_steps 1"
 SUBJECTS = "--methods lora --resolution 16 --channels 8 16 --drawings 64 --base_steps 1 --autoencoder_steps 1 --steps 1 "
-SUBJECTS += "--jobs 1 --rate_factors 1 --ranks 1 --class_images 1 --likeness_steps 1 --pictures 1 --batch_size 2 --num_inference_steps 1"
+SUBJECTS += "--jobs 1 --rate_factors 1 --ranks 1 --class_images 1 --likeness_steps 1 --pictures 1 --batch_size 2 "
+SUBJECTS += "--num_inference_steps 1"
 SHORT_COMMANDS = {
     "demo": "--model test_vit --weights none --image-size 160 --steps 2 --batch-size 2 --max-test-images 32",
     "train-classifier": CLASSIFIER,

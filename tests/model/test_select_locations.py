@@ -1,7 +1,10 @@
 """Locations by the gradient: against whole weights in autograd's hands, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from scipy import stats
 
 from loca_vision import (
     AlternatingSchedule,
@@ -16,6 +19,7 @@ from loca_vision import (
     set_adapters,
 )
 from loca_vision.dct import dct2
+from loca_vision.model.select_locations import _largest, _perturbed
 from loca_vision.model.target_checks import targets_for
 from support.pipelines import unet as tiny_unet
 from support.timm_models import batch, tiny
@@ -99,6 +103,31 @@ def test_one_budget_for_the_model(injected, tmp_path):
     torch.testing.assert_close(answer(again, images(6)), answer(injected, images(6)), rtol=0, atol=1e-5)
 
 
+def test_sampled_components_are_larger_than_most_and_follow_the_seed():
+    found = {}
+    for seed in (0, 0, 1):
+        model = tiny("vit")
+        inject(model, replace(CONFIG, seed=seed))
+        chosen = select_locations(model.train(), losses(model), rule="sampled")
+        assert all(len(cells.unique(dim=0)) == 25 for cells in chosen.values())
+        if seed in found:
+            assert all(torch.equal(cells, found[seed][name]) for name, cells in chosen.items())
+        found[seed] = chosen
+    assert any(not torch.equal(cells, found[1][name]) for name, cells in found[0].items())
+    for name, values in spectra().items():
+        energy = values.square()
+        at = found[0][name]
+        taken, largest = energy[at[:, 0], at[:, 1]].sum(), energy.flatten().topk(25).values.sum()
+        assert 25 * energy.mean() < taken < largest
+
+
+@pytest.mark.parametrize("budget", ["projection", "model"])
+def test_cells_are_drawn_in_proportion_to_their_squares(budget):
+    sizes, counts = torch.tensor([3.0, 0.0, 1.0]), {"a": 1}
+    drawn = [_largest({"a": _perturbed(sizes, "a", seed)}, counts, budget)["a"].item() for seed in range(400)]
+    assert set(drawn) == {0, 2} and stats.binomtest(drawn.count(0), 400, 0.9).pvalue > 1e-4
+
+
 def test_nothing_else_changes(injected):
     """Flags, gradients, values, other adapters; and the output, as coefficients are zero."""
     inject(injected, LoRAConfig(r=2), "other")
@@ -157,6 +186,7 @@ REFUSED = {
     "not finite": (lambda model: (model(images(0)).sum() * torch.inf for _ in range(1)), {}, "number 1 is "),
     "no such adapter": (losses, {"name": "other"}, "name='other': the model has no such adapter"),
     "no such budget": (losses, {"budget": "layer"}, "budget='layer'"),
+    "no such rule": (losses, {"rule": "any"}, "rule='any'"),
 }
 
 

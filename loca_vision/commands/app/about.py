@@ -1,4 +1,4 @@
-"""What an adapter file says of itself, as HTML, and the picture of its spectra."""
+"""An adapter file's description as HTML, and the picture of its spectra."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loca_vision.commands.inspect_file import contents_of, table_of
 
 
 def about_file(path: Path) -> str:
-    """The lines of `loca-vision inspect`, those of the projections as a table.
+    """Return the lines of `loca-vision inspect`, with those of the projections as a table.
 
     Raises:
         FileNotFoundError, ValueError: as `contents_of`.
@@ -27,7 +27,7 @@ def about_file(path: Path) -> str:
 
 
 def picture_of(path: Path, picture: Path) -> bool:
-    """Draw the cosine spectrum of every update into a PNG; False where no update has a matrix of its own.
+    """Draw the cosine spectrum of every update into a PNG; return False if no update has a matrix of its own.
 
     Raises:
         OSError: it cannot be written.

@@ -1,4 +1,4 @@
-"""The lower part of every page: what the file of an adapter says, and its spectra, drawn when they are first shown."""
+"""The lower part of every page: the description of an adapter's file, and its spectra, drawn when they are first shown."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _NO_PICTURE = "No update in the file has a spectrum without the weight it is add
 
 
 def about_tabs(source: Path, scratch: Path, of: str = "") -> None:
-    """Two tabs, inside a `gr.Tabs`.
+    """Add two tabs to the surrounding `gr.Tabs`.
 
     Args:
         source: the adapter's file or folder.
         scratch: a folder for the picture.
-        of: the adapter's name, where a page has several.
+        of: the adapter's name, if the page has several.
     """
 
     @cache  # drawn once, when first shown

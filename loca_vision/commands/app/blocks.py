@@ -1,4 +1,4 @@
-"""The blocks of a model in three groups, early to late, so that each group has a strength of its own."""
+"""The blocks of a model in three groups, early to late, so that each group can have its own strength."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ _GROUPS = ("Early", "Middle", "Late")
 
 
 def block_of(projection: str) -> str:
-    """The path up to its last number, as `blocks.3` of `blocks.3.attn.q`; the path itself where it has none."""
+    """Return the path up to its last number, such as `blocks.3` of `blocks.3.attn.q`, or the whole path if it has none."""
     parts = projection.split(".")
     numbers = [place for place, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: numbers[-1] + 1]) if numbers else projection
 
 
 def block_groups(projections: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The projections by group, in which the blocks are as equal in number as can be; {} where there are fewer than 3 blocks.
+    """Group the projections by blocks, as evenly as possible; {} if there are fewer than 3 blocks.
 
     Args:
-        projections: by name, in the order of the model.
+        projections: names of projections, in the order of the model.
 
     Returns:
-        By a label that names the first and the last block of the group.
+        The projections of each group, by a label that names its first and last block.
     """
     blocks: dict[str, list[str]] = {}
     for projection in projections:
@@ -40,7 +40,7 @@ def block_groups(projections: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _stem(names: Sequence[str]) -> str:
-    """What all paths begin with before their last number, as `blocks.`; "" where they differ in more than that."""
+    """Return what all paths have before their last number, such as `blocks.`; "" if they differ in more than that number."""
     stems = {name.rpartition(".")[0] for name in names}
     return f"{stems.pop()}." if len(stems) == 1 else ""
 
@@ -50,5 +50,5 @@ def _range(names: Sequence[str]) -> str:
 
 
 def strength_of_each(groups: Mapping[str, tuple[str, ...]], strength: float, by_group: Iterable[float]) -> dict[str, float]:
-    """The strength of every projection: that of the adapter times that of its group."""
+    """Return the strength of every projection: the adapter's times its group's."""
     return {name: strength * own for names, own in zip(groups.values(), by_group, strict=True) for name in names}

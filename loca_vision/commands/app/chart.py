@@ -15,11 +15,11 @@ _MOST_ROWS = 10
 
 
 def comparison(classes: Sequence[str], base: Tensor, adapter: Tensor, titles: tuple[str, str]) -> str:
-    """HTML: a row for each class, in the order of the head, with both probabilities; of many classes the most probable.
+    """Return HTML with both probabilities in a row for each class, in the head's order; of many classes the most probable.
 
     Args:
         base, adapter: (classes,), in [0, 1].
-        titles: of the two columns.
+        titles: titles of the two columns.
     """
     rows = "".join(
         f'<tr{_marked(i, base, adapter)}><th scope="row">{escape(classes[i])}</th>'
@@ -40,7 +40,7 @@ def comparison(classes: Sequence[str], base: Tensor, adapter: Tensor, titles: tu
 
 
 def seen_by_the_model(image: Image.Image) -> str:
-    """HTML: what the model sees of the image, within the text of the page."""
+    """Return HTML that embeds the image as the model sees it in the page."""
     data = b64encode(as_png(image)).decode()
     return (
         f'<figure class="loca-seen"><img src="data:image/png;base64,{data}" alt="The image as the model sees it">'
@@ -49,12 +49,12 @@ def seen_by_the_model(image: Image.Image) -> str:
 
 
 def empty() -> str:
-    """What stands in the chart's place while there is no image."""
+    """Return what is shown instead of the chart while there is no image."""
     return '<p class="loca-empty">Draw or upload an image, or pick an example: the answers appear here.</p>'
 
 
 def shown(base: Tensor, adapter: Tensor) -> list[int]:
-    """The classes that have a row: all, or those that are most probable to either."""
+    """Return the classes that get a row: all, or the ones most probable to either."""
     if len(base) <= _MOST_ROWS:
         return list(range(len(base)))
     order = base.maximum(adapter).argsort(descending=True)

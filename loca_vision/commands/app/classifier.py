@@ -1,4 +1,4 @@
-"""A trained classifier behind the page: the base model and the adapter, on one image, at the strengths of one request."""
+"""The trained classifier behind the page: the base model and the adapter on one image, at the strengths of one request."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ from loca_vision.storage.safetensors_file import open_safetensors
 
 @dataclass(frozen=True)
 class Classifier:
-    """
+    """A trained classifier with one adapter.
+
     Args:
         source: the adapter's file, or its folder.
         view: how the model sees images.
-        classes: their names, in the order of the head.
-        groups: the projections by group of blocks; {} where the model has too few blocks for groups.
-        has_probe: whether the base has the head of a linear probe; without one it takes the adapter's.
+        classes: the names of the classes, in the order of the head.
+        groups: the projections by group of blocks; {} if the model has too few blocks for groups.
+        has_probe: whether the base has the head of a linear probe; otherwise it uses the adapter's.
         examples: images with the names of their classes.
     """
 
@@ -52,21 +53,21 @@ class Classifier:
 
     @property
     def base_title(self) -> str:
-        """What the first column is, for people."""
+        """The title of the first column."""
         return "Base with a linear probe" if self.has_probe else "Base with the adapter's head"
 
     @property
     def summary(self) -> str:
-        """The method, the model and the numbers trained, on one line."""
+        """The method, the model and the count of trained numbers, on one line."""
         return summary_of(self.model, self.adapter)
 
     def compare(self, image: Image.Image, strength: float = 1.0, by_group: Sequence[float] = ()) -> tuple[Tensor, Tensor]:
-        """The probabilities of the classes by the base and by the adapter, (classes,) float32 on the CPU each.
+        """Return the probabilities of the classes by the base and by the adapter, each (classes,) float32 on the CPU.
 
         Args:
             image: RGB, of any size.
-            strength: of the whole adapter, which multiplies those of the groups.
-            by_group: one for each group, in their order; 1 each by default.
+            strength: the strength of the whole adapter, which multiplies those of the groups.
+            by_group: a strength for each group, in order; by default 1 for each.
         """
         batch = self.view.plain(image)[None]
         each = by_group or [1.0] * len(self.groups)
@@ -75,7 +76,7 @@ class Classifier:
         return self._probabilities(batch, base), self._probabilities(batch, {self.adapter: wanted})
 
     def seen(self, image: Image.Image) -> Image.Image:
-        """What the model sees of an image: resized and cut to a square as it takes them."""
+        """Return what the model sees of an image: resized and cropped to a square as for the model."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.view.mean, self.view.std))
         pixels = (self.view.plain(image) * std + mean).clamp(0, 1)
         return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
@@ -88,7 +89,7 @@ class Classifier:
 
 
 def summary_of(model: nn.Module, adapter: str) -> str:
-    """The method of an adapter, how many numbers it trained, and the model, on one line."""
+    """Return an adapter's method, how many numbers it trained, and the model, on one line."""
     record, updates = state_of(model), adapters(model, adapter).values()
     assert record is not None
     trained = sum(parameter.numel() for update in updates for parameter in update.trainable())
@@ -97,7 +98,7 @@ def summary_of(model: nn.Module, adapter: str) -> str:
 
 
 def read_classifier(settings: Predict) -> Classifier:
-    """The classifier that `loca-vision predict` would use with these settings.
+    """Return the classifier that `loca-vision predict` would use with these settings.
 
     Raises:
         FileNotFoundError, ValueError, OSError: as `predict`; or the run trained no adapter.
@@ -106,7 +107,7 @@ def read_classifier(settings: Predict) -> Classifier:
     place = Path(settings.adapter).expanduser()
     source = place if place.is_file() else run_folder(settings.adapter)
     demo = read_demo_folder(source.parent if source.is_file() else source)
-    # as predict itself does: there is one way to build a trained classifier
+    # the same functions as predict uses, so that there is one way to build a trained classifier
     model, view, classes, computing = model_of(_completed(settings, source, demo))
     active = list(active_adapters(model))
     if not active:
@@ -122,7 +123,7 @@ def read_classifier(settings: Predict) -> Classifier:
 
 
 def _completed(settings: Predict, source: Path, demo: DemoFolder | None) -> Predict:
-    """The settings, with what the demonstration wrote down where the user says nothing."""
+    """Return the settings, filled in with what the demonstration recorded where the user gave nothing."""
     if demo is None or settings.model or (source / SETTINGS).is_file():
         return settings
     if demo.spec.weights == "none" and demo.spec.seed != 0:
@@ -134,7 +135,7 @@ def _completed(settings: Predict, source: Path, demo: DemoFolder | None) -> Pred
 
 
 def _give_probe(model: nn.Module, file: Path) -> None:
-    """Put the probe's head in the place of the base's, which no adapter has trained."""
+    """Replace the base's head, which no adapter has trained, by the probe's."""
     with disable_adapter(model):
         head = {id(parameter) for parameter in classifier(model)}
         names = {name for name, parameter in model.named_parameters() if id(parameter) in head}

@@ -1,4 +1,4 @@
-"""The page of a classifier: an image, the answers of base and adapter, the strength of the adapter, and what its file says."""
+"""The page of a classifier: an image, the answers of base and adapter, the adapter's strength, and what its file contains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loca_vision.commands.app.about_tabs import about_tabs
 from loca_vision.commands.app.classifier import Classifier
 from loca_vision.commands.app.components import strength_slider, upload
 
-_SMALL = 64  # pixels a side: examples of at most so many are drawings, or as coarse as some
+_SMALL = 64  # pixels a side: examples up to this size are drawings, or as coarse as drawings
 
 _BRUSH = 16  # pixels from the middle of a stroke to its edge: a ninth of the canvas, about as thick as the digits' strokes
 
@@ -28,9 +28,10 @@ class Shown:
 
 
 class ClassifierPage:
-    """
+    """The page of a classifier.
+
     Args:
-        trained: what answers.
+        trained: the classifier that answers.
         scratch: a folder for the picture of the spectra.
     """
 
@@ -42,10 +43,10 @@ class ClassifierPage:
         self.example_size = small
         self.titles = (trained.base_title, "Adapter")
 
-    # What the events call, without a browser
+    # Called by events; needs no browser
 
     def answer(self, shown: Shown, strength: float, *by_group: float) -> str:
-        """The chart of an image, as HTML."""
+        """Return the chart of an image, as HTML."""
         if shown.image is None:
             return chart.empty()
         base, adapter = self.trained.compare(shown.image, strength, by_group)
@@ -53,10 +54,10 @@ class ClassifierPage:
         return chart.seen_by_the_model(seen) + chart.comparison(self.trained.classes, base, adapter, self.titles)
 
     def draw(self, value: dict[str, Any] | None, shown: Shown, *strengths: float) -> tuple[Shown, str] | None:
-        """The image that a drawing stands for and its chart.
+        """Return the image that a drawing stands for, and its chart.
 
-        None where nothing is to change: a canvas tells of itself when the page opens, and without a drawing it takes the place
-        of nothing that is not drawn.
+        Return None if nothing is to change: a canvas reports itself when the page opens, and an empty one must not replace an
+        image that was not drawn.
         """
         drawn = value["composite"] if value else None
         if drawn is None or drawing.is_blank(drawn, self.canvas):
@@ -65,11 +66,11 @@ class ClassifierPage:
         return now, self.answer(now, *strengths)
 
     def upload(self, image: Image.Image | None, *strengths: float) -> tuple[Shown, str]:
-        """The image and its chart."""
+        """Return the image and its chart."""
         return Shown(image), self.answer(Shown(image), *strengths)
 
     def pick(self, place: int, *strengths: float) -> tuple[Shown, str]:
-        """An example, by its place, and its chart."""
+        """Return the example at a position, and its chart."""
         return self.upload(self.trained.examples[place][0], *strengths)
 
     # The layout

@@ -1,4 +1,4 @@
-"""`loca-vision app`: a page on which to look at an adapter."""
+"""`loca-vision app`: a page for looking at an adapter."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from loca_vision.recipes.settings.plugins import Imports
 
 @dataclass(frozen=True)
 class App:
-    """Open a page on which to look at an adapter: what it changes, at any strength, and what its file says."""
+    """Open a page that shows an adapter: what it changes, at any strength, and what its file contains."""
 
     adapters: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """A classifier's: one folder of loca-vision demo or of a run, a repository of the hub that has one in it, or an adapter
-    file. With --pipeline: the adapters of the pipeline, one or several, each a folder, a file or a repository."""
+    """For a classifier: one folder of loca-vision demo or of a run, a repository on the hub that contains one, or an adapter
+    file. With --pipeline: one or more adapters of the pipeline, each a folder, a file or a repository."""
     pipeline: str | None = None
-    """The pipeline of diffusers that the adapters are for: a folder, or a repository of the hub."""
+    """The diffusers pipeline that the adapters are for: a folder, or a repository on the hub."""
     host: str = "127.0.0.1"
     """The address to serve at. By default only this machine can open the page."""
     port: int = 7860
@@ -44,11 +44,11 @@ class App:
 
 
 def run(settings: App) -> None:
-    """Load everything, serve the page until it is stopped.
+    """Load everything, then serve the page until it is stopped.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: a setting, a file or a missing extra, in one sentence, before anything is
-            served; or the port is in use.
+        FileNotFoundError, ValueError, OSError: a setting or file is wrong, an extra is missing, or the port is in use. The
+            error is one sentence, raised before anything is served.
     """
     _check(settings)
     from loca_vision.commands.app.serve import check_address, serve
@@ -69,7 +69,7 @@ def _check(settings: App) -> None:
                 raise ValueError(f"--{option}: it is for classifiers, and does not go with --pipeline")
         _check_installed("diffusers", "diffusers")
     _check_installed("gradio", "app")
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it on import
 
 
 def _check_installed(package: str, extra: str) -> None:
@@ -78,7 +78,7 @@ def _check_installed(package: str, extra: str) -> None:
 
 
 def name_of(adapter: str) -> str:
-    """What to call an adapter on the page: the last part of its path, or its folder's where the file has the usual name."""
+    """Return an adapter's name for the page: the last part of its path, or its folder's name if the file has the usual name."""
     from loca_vision.formats.adapter_file import FILE_NAME
 
     path = Path(adapter).expanduser()
@@ -86,7 +86,7 @@ def name_of(adapter: str) -> str:
 
 
 def names_of(adapters: Sequence[str]) -> dict[str, str]:
-    """The adapters by names that a pipeline takes: letters, digits, `_` and `-`; numbered where two have the same."""
+    """Return the adapters by names that a pipeline accepts: letters, digits, `_` and `-`; duplicates are numbered."""
     names: dict[str, str] = {}
     for adapter in adapters:
         name = re.sub(r"[^A-Za-z0-9_-]+", "_", name_of(adapter).removesuffix(".safetensors")) or "adapter"

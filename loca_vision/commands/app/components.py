@@ -1,4 +1,4 @@
-"""Parts of pages: what is uploaded is checked before it is decoded; sliders of strengths."""
+"""Parts of pages: uploads, which are checked before they are decoded, and sliders for strengths."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from loca_vision.commands.app.uploads import read_upload
 
 
 def upload(label: str, **more: Any) -> Any:
-    """An image that a visitor gives, which functions get as RGB and upright; of a wrong one the page says what is wrong."""
+    """Return an image input whose functions get upright RGB; if an upload is invalid, the page says what is wrong."""
     image = gr.Image(label=label, sources=["upload", "clipboard"], **more)
-    image.preprocess = _read  # a subclass would have gradio write a file of types next to this one
+    image.preprocess = _read  # not a subclass, for which gradio would write a file of types next to this one
     return image
 
 
 def _read(payload: Any) -> Image.Image | None:
-    """The file of a request, which gradio has seen to lie among the uploaded ones."""
+    """Read the file of a request, which gradio has checked to be among the uploaded ones."""
     if payload is None:
         return None
     if not payload.path:
@@ -30,5 +30,5 @@ def _read(payload: Any) -> Image.Image | None:
 
 
 def strength_slider(label: str, **more: Any) -> Any:
-    """From 0, where nothing is added to the weights, over 1, as trained, to 2."""
+    """Return a slider from 0, where nothing is added to the weights, over 1, as trained, to 2."""
     return gr.Slider(0, 2, 1, step=0.05, label=label, **more)

@@ -1,4 +1,4 @@
-"""What the demonstration leaves for the page besides its adapter: how its model is built, the probe's head, some examples."""
+"""What the demonstration stores for the page besides its adapter: how its model is built, the probe's head, some examples."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from loca_vision.recipes.reports.metrics import METRICS, read_metrics
 from loca_vision.storage.atomic_file import write_atomically
 
 PROBE, _EXAMPLES = "linear-probe", "examples"
-_MOST, _LARGEST = 20, 512  # examples, and pixels of their longer sides
+_MOST, _LARGEST = 20, 512  # number of examples, and pixels of their longer side
 
 
 @dataclass(frozen=True)
 class DemoFolder:
-    """
+    """The contents of a folder that the demonstration wrote.
+
     Args:
-        spec: of the model, with the number of classes.
+        spec: the specification of the model, with the number of classes.
         probe: the file with the head of the linear probe.
         examples: test images with the names of their classes.
     """
@@ -39,13 +40,13 @@ class DemoFolder:
 def write_for_the_page(
     folder: Path, probe: nn.Module, spec: ModelSpec, test: Images, classes: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Write the head of `probe` and the first test image of each class, of 20 at most.
+    """Write the head of `probe` and the first test image of each class, at most 20.
 
     Returns:
-        What `metrics.json` has to say for `read_demo_folder` and `loca-vision predict`: classes, model, examples.
+        What `metrics.json` must contain for `read_demo_folder` and `loca-vision predict`: classes, model, examples.
 
     Raises:
-        OSError: a file cannot be written; what was there is as it was.
+        OSError: a file cannot be written; an existing file is unchanged.
     """
     head = {id(parameter) for parameter in classifier(probe)}
     save_trained(probe, folder / PROBE, {name: p for name, p in probe.named_parameters() if id(p) in head}, adapter=False)
@@ -59,16 +60,16 @@ def write_for_the_page(
 
 
 def read_demo_folder(folder: Path) -> DemoFolder | None:
-    """None for a folder that the demo did not write.
+    """Read a folder that the demo wrote; return None for any other folder.
 
     Raises:
-        ValueError: what its metrics say is not what `write_for_the_page` writes, or an example is not an image.
+        ValueError: its metrics are not as `write_for_the_page` writes them, or an example is not an image.
         FileNotFoundError: a file that they name is missing.
     """
     if not (folder / METRICS).is_file():
         return None
     metrics = read_metrics(folder)
-    if "moved_components" not in metrics:  # which the demonstration alone counts
+    if "moved_components" not in metrics:  # only the demonstration counts these
         return None
     if "model" not in metrics:
         raise ValueError(f"{folder / METRICS}: it does not say which model it is for; run loca-vision demo again")
@@ -83,7 +84,7 @@ def read_demo_folder(folder: Path) -> DemoFolder | None:
 
 
 def _example(folder: Path, file: str) -> Image.Image:
-    """An image of the folder, and of no other: the text comes from a file that may come from anywhere."""
+    """Open an image of this folder and no other: the name comes from an untrusted file."""
     if Path(file).name != file.removeprefix(f"{_EXAMPLES}/"):
         raise ValueError(f"{folder / METRICS}: an example is {file!r}; expected {_EXAMPLES}/NAME.png")
     return fitted(open_image(folder / file), _LARGEST)

@@ -1,4 +1,4 @@
-"""The canvas: as dark as the images that a model learned from, and what is drawn on it made as large and as coarse as those."""
+"""The canvas, as dark as the images a model was trained on, and drawings on it, made as large and as coarse as those images."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ _DARK, _LIGHT = "#000000", "#ffffff"
 
 
 def colours(examples: Sequence[Image.Image]) -> tuple[str, str]:
-    """Of the canvas and the brush: dark and light where most examples are dark at their edges, else light and dark."""
+    """Return the colours of canvas and brush: dark and light if most examples have dark edges, otherwise light and dark."""
     edges = [_edge_brightness(image) for image in examples]
     return (_DARK, _LIGHT) if edges and float(np.median(edges)) < 128 else (_LIGHT, _DARK)
 
 
 def blank(canvas: str) -> Image.Image:
-    """The empty canvas."""
+    """Return the empty canvas."""
     return Image.new("RGB", (SIDE, SIDE), canvas)
 
 
 def is_blank(image: Image.Image, canvas: str) -> bool:
-    """Whether nothing is drawn."""
+    """Return whether nothing is drawn."""
     return _drawn(image, canvas) is None
 
 
 def as_example(image: Image.Image, canvas: str, size: tuple[int, int] | None) -> Image.Image:
-    """A drawing as a scan would be: cut out, centred, and, where the examples are small, with as few pixels as they have.
+    """Return a drawing as a scan would look: cut out, centred and, if the examples are small, with as few pixels as they have.
 
     Args:
         image: RGB, not blank.
-        size: of the examples, (width, height); None keeps the pixels of the drawing.
+        size: the size of the examples, (width, height); None keeps the drawing's number of pixels.
     """
     box = _drawn(image, canvas)
     assert box is not None

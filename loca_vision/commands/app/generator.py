@@ -1,4 +1,4 @@
-"""A pipeline of diffusers behind the page: pictures of the base, of each adapter and of their mix, from one seed."""
+"""The diffusers pipeline behind the page: pictures of the base, of each adapter and of their mix, from one seed."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from loca_vision.messages import one_line
 from loca_vision.pipeline.components import adapted_in
 from loca_vision.pipeline.loader import LoCALoaderMixin
 
-_LONGEST = 768  # pixels of a side of a photograph
+_LONGEST = 768  # pixels of the longer side of a photograph
 _NOT_GIVEN = ("mask_image", "control_image", "video", "frames", "pose", "mask")
-"""Inputs that this page has no control for, and without which the pipelines that take them make nothing."""
+"""Inputs that this page has no control for, and without which the pipelines that take them cannot run."""
 
 Told = Callable[[int, int], None]
-"""Called with the number of finished steps and of all steps."""
+"""Called with the number of finished steps and the total number of steps."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a visitor asks for.
+    """A visitor's request.
 
     Args:
-        prompt, image: as far as the pipeline takes them.
-        seed: of the noise, the same for every picture.
-        strengths: by adapter.
+        prompt, image: used if the pipeline takes them.
+        seed: the seed of the noise, the same for every picture.
+        strengths: strengths by adapter.
         settings: other arguments of the pipeline's call.
     """
 
@@ -46,9 +46,10 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Generator:
-    """
+    """A pipeline with adapters.
+
     Args:
-        sources: the file or folder of each adapter, by the name it has in the pipeline.
+        sources: the file or folder of each adapter, by its name in the pipeline.
         takes: the parameters of the pipeline's call, with their defaults.
         summary: the pipeline and its adapters, on one line.
     """
@@ -61,23 +62,23 @@ class Generator:
 
     @property
     def takes_image(self) -> bool:
-        """Whether it starts from a photograph."""
+        """Whether the pipeline starts from a photograph."""
         return "image" in self.takes
 
     def columns(self, strengths: Mapping[str, float]) -> list[tuple[str, Strengths]]:
-        """A title for each picture, and which adapters act in it: none, each alone, and, of several, all."""
+        """Return a title and the active adapters for each picture: none, each alone and, if there are several, all."""
         each: list[tuple[str, Strengths]] = [(f"{name} at {value:g}", {name: value}) for name, value in strengths.items()]
         mix: list[tuple[str, Strengths]] = [("Mix of all", dict(strengths))] if len(strengths) > 1 else []
         return [("Base", {}), *each, *mix]
 
     def pictures(self, wanted: Wanted, told: Told = lambda done, of: None) -> Iterator[tuple[Image.Image, str]]:
-        """A picture for each column with its title, as they are made.
+        """Yield a picture with its title for each column, as they are made.
 
         Args:
-            told: hears of every step, of all pictures together.
+            told: called after every step, counted over all pictures.
 
         Raises:
-            ValueError: there is no prompt or no photograph where the pipeline takes one; before the first picture.
+            ValueError: there is no prompt or no photograph, and the pipeline takes one; raised before the first picture.
         """
         given = self._arguments(wanted)
         columns = self.columns(wanted.strengths)
@@ -85,7 +86,7 @@ class Generator:
         for place, (title, strengths) in enumerate(columns):
             watched = self._watching(told, place * steps, len(columns) * steps)
             noise = torch.Generator("cpu").manual_seed(wanted.seed)
-            with self.acting(strengths):  # a pipeline keeps much of a call on itself, so that one calls at a time
+            with self.acting(strengths):  # a pipeline stores much of a call on itself, so only one call may run at a time
                 picture = self.pipe(**given, **watched, generator=noise, output_type="pil").images[0]
             yield picture, title
 
@@ -102,7 +103,7 @@ class Generator:
         return given
 
     def _watching(self, told: Told, before: int, of: int) -> dict[str, Any]:
-        """What lets `told` hear of the steps of a call, as far as the pipeline says when it has done one."""
+        """Return arguments that make a call report its steps to `told`, if the pipeline supports it."""
         if "callback_on_step_end" not in self.takes:
             return {}
 
@@ -114,21 +115,21 @@ class Generator:
 
 
 def read_generator(source: str, adapters: Mapping[str, str], scratch: Path) -> Generator:
-    """Load a pipeline, from safetensors files alone, and adapters into it.
+    """Load a pipeline, only from safetensors files, and load adapters into it.
 
     Args:
-        source: of the pipeline: a folder or a repository of the hub.
-        adapters: by the names they are to have: a folder, a file or a repository each.
-        scratch: a folder for copies of those that come from the hub.
+        source: the pipeline: a folder or a repository on the hub.
+        adapters: a folder, a file or a repository for each adapter, by the name it will have.
+        scratch: a folder for copies of adapters from the hub.
 
     Raises:
-        OSError, ValueError: something cannot be loaded, or the pipeline takes what the page cannot give.
+        OSError, ValueError: something cannot be loaded, or the pipeline needs what the page cannot provide.
     """
     return generator_of(_loaded(source), adapters, scratch)
 
 
 def generator_of(pipe: Any, adapters: Mapping[str, str], scratch: Path) -> Generator:
-    """A pipeline that is loaded, with adapters put into it.
+    """Load adapters into a loaded pipeline.
 
     Raises:
         ValueError, OSError: as `read_generator`.
@@ -149,10 +150,10 @@ def generator_of(pipe: Any, adapters: Mapping[str, str], scratch: Path) -> Gener
 
 
 def inputs_of(pipe: Any) -> dict[str, Any]:
-    """The parameters of the pipeline's call with their defaults, None where there is none.
+    """Return the parameters of the pipeline's call with their defaults, or None for a parameter without one.
 
     Raises:
-        ValueError: it needs what the page has no control for.
+        ValueError: it needs an input that the page has no control for.
     """
     parameters = inspect.signature(type(pipe).__call__).parameters
     for name in _NOT_GIVEN:
@@ -175,6 +176,6 @@ def _loaded(source: str) -> Any:
         raise FileNotFoundError(f"pipeline={source!r}: there is no such folder, and the hub names its repositories user/name")
     try:
         pipe: Any = DiffusionPipeline.from_pretrained(place, use_safetensors=True)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # diffusers tells a fault in several ways
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # diffusers raises many kinds of errors
         raise OSError(f"pipeline={source!r}: it cannot be loaded as a pipeline ({one_line(error, 300)})") from error
     return pipe.to("cuda", torch.float16) if torch.cuda.is_available() else pipe

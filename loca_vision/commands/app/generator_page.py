@@ -17,7 +17,7 @@ from loca_vision.commands.app.generator import Generator, Told, Wanted
 from loca_vision.commands.app.mixture import FORMS, write_mix
 
 _MOST_SEED = 2**31 - 1
-# Of the call's settings, those that are shown where the pipeline takes them: label, least, most, step.
+# The settings of the call that are shown if the pipeline takes them: label, least, most, step.
 _SETTINGS = {
     "num_inference_steps": ("Steps", 1, 100, 1),
     "guidance_scale": ("Guidance by the prompt", 0, 20, 0.5),
@@ -27,7 +27,8 @@ _SETTINGS = {
 
 
 class GeneratorPage:
-    """
+    """The page of a pipeline.
+
     Args:
         generator: what makes the pictures.
         scratch: a folder for files that are offered for download.
@@ -37,15 +38,15 @@ class GeneratorPage:
         self.generator, self.scratch = generator, scratch
         self.settings = [name for name in _SETTINGS if isinstance(generator.takes.get(name), (int, float))]
 
-    # What the events call, without a browser
+    # Called by events; needs no browser
 
     def make(
         self, told: Told, prompt: str, image: Image.Image | None, seed: float | None, *numbers: float
     ) -> Iterator[list[tuple[Image.Image, str]]]:
-        """The pictures with their titles, once for each that comes to them.
+        """Yield the pictures made so far with their titles, each time another is made.
 
         Args:
-            numbers: the strengths of the adapters, then the settings, in their orders.
+            numbers: the strengths of the adapters, then the settings, each in order.
         """
         names = list(self.generator.sources)
         strengths = dict(zip(names, numbers, strict=False))
@@ -58,7 +59,7 @@ class GeneratorPage:
             yield list(made)
 
     def write(self, form: str, rank: float, *strengths: float) -> tuple[str, str]:
-        """The file of the mix, and what is said about it."""
+        """Return the file of the mix, and a message about it."""
         names = self.generator.sources
         folder = Path(tempfile.mkdtemp(dir=self.scratch))
         with on_the_page():
@@ -119,7 +120,7 @@ class GeneratorPage:
 
 @contextmanager
 def on_the_page() -> Iterator[None]:
-    """Inside, sentences about wrong input are for the visitor: they stand on the page, without a traceback anywhere."""
+    """Show errors about wrong input, raised inside, to the visitor on the page, without a traceback anywhere."""
     try:
         yield
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The mix of a page as one file: an adapter of this library, or a LoRA for other programs."""
+"""The mix on a page as one file: an adapter of this library, or a LoRA for other programs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def write_mix(
     Args:
         sources: the files or folders of the adapters, by name.
         form: one of `FORMS`.
-        rank: of a LoRA; from 1 up. An adapter of this library is a LoRA where some update is not a sum of cosines.
-        folder: for the file.
+        rank: the rank of a LoRA, from 1 up. An adapter of this library is a LoRA if some update is not a sum of cosines.
+        folder: the folder for the file.
 
     Returns:
         The file, and a sentence about what is lost.
 
     Raises:
-        ValueError, OSError: as `combine_spectra`, `read_source` and `to_lora`; or no adapter acts.
+        ValueError, OSError: as `combine_spectra`, `read_source` and `to_lora`; or no adapter is active.
     """
     there = {sources[name]: strength for name, strength in strengths.items() if strength}
     if not there:

@@ -1,4 +1,4 @@
-"""Serve a page of gradio: on this machine alone unless told, without telemetry, and without a request to anywhere else."""
+"""Serve a gradio page: only on this machine by default, without telemetry, and without requests to any other host."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from loca_vision.commands.app.command import App, name_of, names_of
 from loca_vision.commands.app.uploads import MOST_BYTES, MOST_PIXELS
 
 _CSS = Path(__file__).with_name("page.css")
-_KEPT = 3600  # seconds that gradio's files are kept for, and between two looks at how old they are
+_KEPT = 3600  # seconds that gradio keeps its files, and also the interval at which it checks their age
 
 
 def check_address(host: str, port: int) -> None:
-    """
+    """Check that the page can be served at an address.
+
     Raises:
         ValueError: this machine has no such address, or the port is in use or not allowed.
     """
@@ -29,7 +30,7 @@ def check_address(host: str, port: int) -> None:
     except (socket.gaierror, UnicodeError):
         raise ValueError(f"host={host!r}: there is no such address") from None
     with socket.socket(family, socket.SOCK_STREAM) as one:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that has just ended does not count
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore a server that has just ended
         try:
             one.bind(address)
         except OSError as error:
@@ -39,9 +40,9 @@ def check_address(host: str, port: int) -> None:
 
 
 def serve(settings: App) -> None:
-    """Build the page, serve it until it is interrupted."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as Ctrl+C does, so that the folder below is removed
-    Image.MAX_IMAGE_PIXELS = MOST_PIXELS  # of what gradio decodes by itself, as drawings
+    """Build the page, and serve it until it is interrupted."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # like Ctrl+C, so that the folder below is removed
+    Image.MAX_IMAGE_PIXELS = MOST_PIXELS  # for what gradio decodes itself, such as drawings
     with tempfile.TemporaryDirectory(prefix="loca-app-") as scratch:
         page = page_of(settings, Path(scratch))
         start(page, settings)
@@ -53,7 +54,7 @@ def serve(settings: App) -> None:
 
 
 def page_of(settings: App, scratch: Path) -> gr.Blocks:
-    """The whole page.
+    """Build the whole page.
 
     Args:
         scratch: a folder for the page's own files, which lasts as long as the page.
@@ -70,7 +71,7 @@ def page_of(settings: App, scratch: Path) -> gr.Blocks:
 
 
 def start(page: gr.Blocks, settings: App) -> None:
-    """Serve the page in threads of its own, and return."""
+    """Serve the page in background threads, and return."""
     page.queue(default_concurrency_limit=1, api_open=False).launch(
         server_name=_in_url(settings.host), server_port=settings.port, inbrowser=settings.open, share=False, quiet=True,
         prevent_thread_lock=True, show_error=True, ssr_mode=False, mcp_server=False, enable_monitoring=False, run_history=False,
@@ -79,12 +80,12 @@ def start(page: gr.Blocks, settings: App) -> None:
 
 
 def _in_url(host: str) -> str:
-    """The host as it stands in a URL: an address of IPv6 in brackets."""
+    """Return the host as written in a URL: an IPv6 address in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def _theme() -> Any:
-    """Fonts of the visitor's system: none is fetched."""
+    """Return a theme with fonts of the visitor's system, so that none is downloaded."""
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     return gr.themes.Default(primary_hue="blue", neutral_hue="slate", **fonts)
 
@@ -112,5 +113,5 @@ def _pipeline(settings: App, scratch: Path) -> tuple[Any, str]:
 
 
 def _plain(text: str) -> str:
-    """The text without a meaning in Markdown or HTML: names of files are anybody's."""
+    """Escape what has a meaning in Markdown or HTML, since file names are untrusted."""
     return "".join(f"&#{ord(letter)};" if letter in "<>&`*_[]()#\\!|~$" else letter for letter in text)

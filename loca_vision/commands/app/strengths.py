@@ -1,4 +1,4 @@
-"""How strongly adapters act for one request, while others wait: the one place that changes what acts in a shared model."""
+"""Set the adapters' strengths for one request while others wait: the only place that changes them in a shared model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Strengths = Mapping[str, Strength]
 
 
 class Acting:
-    """Requests of several tabs come in threads, and share one model: each has its own strengths, and the model to itself.
+    """Gives each request its own strengths and exclusive use of the model, which requests from several threads share.
 
     Args:
-        choose: lets exactly these adapters act; none of them where there are none.
+        choose: activates exactly these adapters, or none if there are none.
     """
 
     def __init__(self, choose: Callable[[Strengths], None]) -> None:
@@ -27,14 +27,14 @@ class Acting:
 
     @contextmanager
     def __call__(self, strengths: Strengths) -> Iterator[None]:
-        """Inside, exactly these adapters act, and no other request is inside."""
+        """Activate exactly these adapters inside the `with`, and keep other requests out."""
         with self._lock:
             self._choose(strengths)
             yield
 
 
 def acting_in(model: nn.Module) -> Acting:
-    """Of a model by itself, with a strength for each adapter, or one for each of its projections; of none, its own head too."""
+    """Return an `Acting` for a single model, with strengths per adapter or projection; without any, its own head acts."""
     record = state_of(model)
     if record is None:
         raise ValueError(f"{type(model).__name__} has no adapter")

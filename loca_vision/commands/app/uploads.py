@@ -1,4 +1,4 @@
-"""What visitors send: images that are checked before they are decoded, and drawings."""
+"""Uploads by visitors: images that are checked before they are decoded, and drawings."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ MOST_PIXELS = 40_000_000
 
 
 def read_upload(path: str | Path) -> Image.Image:
-    """An uploaded image as RGB, upright.
+    """Read an uploaded image as RGB, upright.
 
     Raises:
-        ValueError: it cannot be read as an image, or has more bytes or pixels than are allowed; the sentence names no path of
-            this machine.
+        ValueError: it cannot be read as an image, or has more bytes or pixels than are allowed; the error does not reveal any
+            path on this machine.
     """
     file = Path(path)
     size = file.stat().st_size
     if size > MOST_BYTES:
         raise ValueError(f"The image has {size / 2**20:.0f} MB; expected at most {MOST_BYTES // 2**20} MB.")
     try:
-        with Image.open(file) as image:  # reads the header alone
+        with Image.open(file) as image:  # reads only the header
             width, height = image.size
         _check_pixels(width, height)
         return open_image(file)
@@ -43,7 +43,7 @@ def _check_pixels(width: int, height: int) -> None:
 
 
 def fitted(image: Image.Image, most: int) -> Image.Image:
-    """The image, no side of it longer than `most` pixels."""
+    """Return the image, shrunk so that no side is longer than `most` pixels."""
     shrunk = image.copy()
     shrunk.thumbnail((most, most), Image.Resampling.LANCZOS)
     return shrunk

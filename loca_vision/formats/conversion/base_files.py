@@ -1,4 +1,4 @@
-"""The small files beside a model's weights: what a folder of merged weights keeps of them, and what changes with the head."""
+"""The small files beside a model's weights: which of them a folder of merged weights keeps, and what a new head changes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from loca_vision.storage.sharded_weights import INDEX_SUFFIX
 from loca_vision.storage.strict_json import strict_json
 
 CONFIG = "config.json"
-_LARGEST = 32 * 2**20  # of a tokenizer
+_LARGEST = 32 * 2**20  # bytes, enough for a tokenizer
 _ENDINGS = (".json", ".txt", ".model", ".jinja")
 _NOT_KEPT = {"adapter_config.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"}
 
 
 def files_beside(base: Path) -> dict[str, bytes]:
-    """What a folder with `config.json` has beside its weights for a model to be loaded and used, by name.
+    """Return the files beside the weights that loading and using the model needs, by name; none without a `config.json`.
 
     Args:
-        base: the folder, an index in it, or the weights in it, of which `config.json` alone is kept.
+        base: the folder, an index in it, or a file of weights in it; for the last, only `config.json` is kept.
     """
     folder = base if base.is_dir() else base.parent
     if not (folder / CONFIG).is_file():
@@ -36,9 +36,9 @@ def _is_kept(file: Path, folder: Path) -> bool:
 
 
 def with_classes(config: bytes, before: int, after: int) -> bytes:
-    """`config.json` of a classifier of `before` classes as that of one of `after`; of another model as it was.
+    """Turn the `config.json` of a classifier of `before` classes into one of `after`; that of another model is unchanged.
 
-    The base's names of classes no longer fit, so that the new classes have none: transformers calls them LABEL_0, LABEL_1, ...
+    The base's class names no longer fit, so the new classes have none: transformers calls them LABEL_0, LABEL_1, ...
 
     Raises:
         ValueError: it is not sound JSON.
@@ -53,7 +53,7 @@ def with_classes(config: bytes, before: int, after: int) -> bytes:
 
 def _of_transformers(fields: dict[str, Any], before: int, after: int) -> dict[str, Any]:
     names = fields.get("id2label")
-    # Two classes are its default, which its files do not name.
+    # Two classes are transformers' default, which its files do not write down.
     if (len(names) if isinstance(names, dict) else 2) != before or "model_type" not in fields:
         return {}
     labels = {str(number): f"LABEL_{number}" for number in range(after)}

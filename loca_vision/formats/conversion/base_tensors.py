@@ -1,4 +1,4 @@
-"""Where a base checkpoint has the parameters of a model: under the names of diffusers and transformers, old or new, or in the
+"""Find a model's parameters in a base checkpoint: under the names of diffusers and transformers, old or new, or in the
 original layout of Stable Diffusion, Flux and SD3, which has a whole pipeline in one file and some layers fused."""
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from loca_vision.formats.lora_files.original_names import Layer
 from loca_vision.storage.safetensors_file import Entry
 from loca_vision.storage.sharded_weights import open_weights
 
-# Layouts of one file for a pipeline, by how the names of a part begin: its component, and whether OpenCLIP named it.
+# Layouts with a whole pipeline in one file: for each prefix of a part's names, its component, and whether OpenCLIP named it.
 _ORIGINAL = {
     "cond_stage_model.transformer.": ("text_encoder.", False),
     "cond_stage_model.model.": ("text_encoder.", True),
     "conditioner.embedders.0.transformer.": ("text_encoder.", False),
-    "conditioner.embedders.0.model.": ("text_encoder_2.", True),  # of SDXL's refiner, which has no other
+    "conditioner.embedders.0.model.": ("text_encoder_2.", True),  # of SDXL's refiner, which has no other text encoder
     "conditioner.embedders.1.model.": ("text_encoder_2.", True),
 }
 _DENOISER = ("model.diffusion_model.", "double_blocks.", "joint_blocks.")
@@ -39,11 +39,11 @@ _FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)
 
 @dataclass(frozen=True)
 class Target:
-    """Where a parameter is.
+    """Where a checkpoint has a parameter.
 
     Args:
-        name: of the tensor in the checkpoint.
-        rows: the parameter's, in its order; None for all as they are.
+        name: the name of the tensor in the checkpoint.
+        rows: the tensor's rows that make up the parameter, in the parameter's order; None for the whole tensor.
         transposed: whether the tensor is the parameter with its axes exchanged.
     """
 
@@ -52,23 +52,24 @@ class Target:
     transposed: bool = False
 
     def shape(self, entry: Entry) -> tuple[int, ...]:
-        """The parameter's shape, given that of the tensor."""
+        """Return the parameter's shape, given the tensor's entry."""
         whole = entry.shape[::-1] if self.transposed else entry.shape
         return whole if self.rows is None else (len(self.rows), *whole[1:])
 
     def taken(self, tensor: Tensor) -> Tensor:
-        """The parameter, of the tensor."""
+        """Return the parameter, given the tensor."""
         whole = tensor.T.contiguous() if self.transposed else tensor
         return whole if self.rows is None else whole[self.rows]
 
 
 class BaseTensors:
-    """The parameters of a checkpoint by the names that updates have: with the component of a pipeline before them, or none.
+    """The parameters of a checkpoint by the names that updates use, with or without the component of a pipeline in front.
 
     Args:
-        entries: of the checkpoint.
-        component: that it is, "" for a model by itself. A checkpoint of the original layout has its components in its names.
-        modules: the model's, whose names count where the checkpoint has them from another version of transformers.
+        entries: the checkpoint's entries.
+        component: the component that the checkpoint is, "" for a single model. A checkpoint of the original layout has its
+            components in its names.
+        modules: the model's module names, which are used if the checkpoint has those of another version of transformers.
 
     Raises:
         ValueError: two tensors are the same parameter.
@@ -86,7 +87,7 @@ class BaseTensors:
                 known = _original(name, entry, family, bare)
             else:
                 known = [(spelling.of_parameter(canonical(before + name)), Target(name))]
-            places = known or [(name, Target(name))]  # of a VAE, for one
+            places = known or [(name, Target(name))]  # unknown, such as a VAE's
             for parameter, target in places:
                 if parameter in self._exact:
                     raise ValueError(f"{self._exact[parameter].name} and {name} are both {parameter} in the base")
@@ -94,11 +95,11 @@ class BaseTensors:
                 self._similar.setdefault(similar(parameter), []).append(target)
 
     def parameters(self) -> list[str]:
-        """The names of all."""
+        """Return the names of all parameters."""
         return list(self._exact)
 
     def find(self, parameter: str) -> Target | None:
-        """Where a parameter is: under its name, or else under the only one that differs by version of transformers; or None."""
+        """Return where a parameter is, or None: under its name, or else the only one in another version of transformers."""
         exact = self._exact.get(canonical(parameter))
         if exact is not None:
             return exact
@@ -107,7 +108,7 @@ class BaseTensors:
 
 
 class _Sizes(Mapping[str, tuple[int, int]]):
-    """(p, q) of weights by module, found as an update's are."""
+    """(p, q) of weights by module, which are found in the same way as for an update."""
 
     def __init__(self, base: BaseTensors) -> None:
         self.base = base
@@ -127,7 +128,7 @@ class _Sizes(Mapping[str, tuple[int, int]]):
 
 
 def matrices_in(path: str | os.PathLike[str]) -> Mapping[str, tuple[int, int]]:
-    """(p, q) of the weights in a checkpoint by module, under every name that an update may have for it.
+    """Return (p, q) of the weights in a checkpoint by module, under every name that an update may use for it.
 
     Raises:
         FileNotFoundError, ValueError: as `open_weights`.
@@ -137,12 +138,12 @@ def matrices_in(path: str | os.PathLike[str]) -> Mapping[str, tuple[int, int]]:
 
 
 def is_original(names: Iterable[str]) -> bool:
-    """Whether a checkpoint has the original layout of its authors."""
+    """Return whether a checkpoint has its authors' original layout."""
     return any(name.startswith((*_ORIGINAL, *_DENOISER)) for name in names)
 
 
 def _original(name: str, entry: Entry, family: str, bare: bool) -> list[tuple[str, Target]]:
-    """The parameters that a tensor of the original layout is."""
+    """Return the parameters that a tensor of the original layout contains."""
     for before, (component, open_clip) in _ORIGINAL.items():
         if name.startswith(before):
             rest = name.removeprefix(before)
@@ -159,7 +160,7 @@ def _divided(name: str, layer: Layer, parameter: str, entry: Entry) -> list[tupl
     try:
         rows = layer.rows(entry.shape[0], columns)
     except ValueError:
-        return []  # of another model, or of an order that is not known: an update of it finds nothing, and is refused
+        return []  # another model's, or its rows are in an unknown order: an update for it finds nothing and is refused
     if len(rows) == 1 and layer.rule == "whole":
         return [(f"{layer.modules[0]}.{parameter}", Target(name))]
     return [(f"{module}.{parameter}", Target(name, of)) for module, of in rows]

@@ -1,4 +1,4 @@
-"""The weights an adapter is for, by the names that updates have: of one model, or of a pipeline's components."""
+"""The weights an adapter is for, by the names that updates use: those of one model, or of a pipeline's components."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from loca_vision.storage.sharded_weights import Weights, open_weights
 
 @dataclass(frozen=True)
 class Base:
-    """
+    """The weights of a model or pipeline.
+
     Args:
-        path: of the weights, for sentences.
-        opened: the checkpoint of each component, or under "" of all, and where it has the parameters.
+        path: the path of the weights, for error messages.
+        opened: for each component, or under "" for all, the checkpoint and where it has the parameters.
     """
 
     path: str | os.PathLike[str]
     opened: Mapping[str, tuple[Weights, BaseTensors]]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a parameter, `unet.conv_in.weight`; () if there is none of that name."""
+        """Return the shape of a parameter such as `unet.conv_in.weight`, or () if there is none of that name."""
         weights, target = self._find(name)
         return () if target is None else target.shape(weights.entries[target.name])
 
     def tensor(self, name: str) -> Tensor:
-        """
+        """Return a parameter.
+
         Raises:
             ValueError: the base has no such parameter.
         """
@@ -53,21 +55,21 @@ class Base:
 
 
 def is_pipeline(path: str | os.PathLike[str]) -> bool:
-    """Whether it is a folder with folders for components."""
+    """Return whether a path is a folder that contains folders for components."""
     return any((Path(path) / component).is_dir() for component in COMPONENTS)
 
 
 @contextmanager
 def open_base(path: str | os.PathLike[str], names: Iterable[str]) -> Iterator[Base]:
-    """The weights that an update is for.
+    """Open the weights that an update is for.
 
     Args:
-        path: as `open_weights` takes them, of a model or of the original layout; or the folder of a pipeline, with a folder
-            for each component.
-        names: of the parameters or modules that will be asked for.
+        path: what `open_weights` takes, for a model or in the original layout; or the folder of a pipeline, with a folder for
+            each component.
+        names: the names of the parameters or modules that will be requested.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_weights`; weights of one model, where several are asked for.
+        FileNotFoundError, ValueError: as `open_weights`; or the weights are of one model and `names` of several components.
     """
     components = sorted({name.partition(".")[0] for name in names} & set(COMPONENTS)) or [""]
     folders = {component: Path(path) / component for component in components if component}
@@ -89,13 +91,13 @@ def open_base(path: str | os.PathLike[str], names: Iterable[str]) -> Iterator[Ba
 
 @contextmanager
 def given_weights(source: WeightDeltas, base: str | os.PathLike[str]) -> Iterator[WeightDeltas]:
-    """The same updates, each of which the weights of the base were given to where it needs them (DoRA).
+    """Return the same updates, with the base's weights supplied to each update that needs them (DoRA).
 
     Args:
-        base: as `open_base` takes it.
+        base: what `open_base` takes.
 
     Raises:
-        FileNotFoundError, ValueError: the base is not sound, or has not a weight of that size.
+        FileNotFoundError, ValueError: the base is not sound, or lacks a weight of that size.
     """
     if not source.needs_weight:
         yield source

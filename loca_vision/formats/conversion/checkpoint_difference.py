@@ -1,4 +1,4 @@
-"""A fully fine-tuned checkpoint minus its base, as an update of weights; by module, one at a time."""
+"""The difference between a fully fine-tuned checkpoint and its base as an update of weights, read one module at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MATRICES = ("F64", "F32", "F16", "BF16", *EIGHT_BITS)
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """One of the two, its parameters by the names that updates have."""
+    """One of the two checkpoints, with its parameters by the names that updates use."""
 
     weights: Weights
     base: BaseTensors
@@ -37,7 +37,7 @@ class _Checkpoint:
         return self.weights.entries[target.name].dtype if target else ""
 
     def tensor(self, parameter: str) -> Tensor:
-        """A parameter, read now."""
+        """Read a parameter now."""
         target = self.base.find(parameter)
         assert target is not None
         return target.taken(in_sixteen_bits(self.weights.tensor(target.name)))
@@ -53,19 +53,20 @@ def open_difference(
     others: Others = "refuse",
     modules: Collection[str] = (),
 ) -> Iterator[WeightDeltas]:
-    """A fully fine-tuned checkpoint minus its base, of the weights that changed.
+    """Open a fully fine-tuned checkpoint minus its base, as an update of the weights that changed.
 
     Args:
-        base, tuned: as `open_weights` takes them; either may be in the original layout of Stable Diffusion, Flux or SD3.
-        wanted: whether an update of that module can be told; its weight must be a matrix, or of a convolution, then.
-        component: of the pipeline that both are, which goes before every name; of the original layout, the only one to compare.
-        others: what becomes of other tensors that changed or are new (biases, norms, a head): refused, left out and listed,
-            or told as tensors trained whole.
-        modules: the model's, if it is known: their names count, whatever transformers called them in the files.
+        base, tuned: what `open_weights` takes; either may be in the original layout of Stable Diffusion, Flux or SD3.
+        wanted: returns whether to include an update of that module; its weight must also be a matrix or a convolution's.
+        component: the component of a pipeline that both are, which is put before every name; in the original layout, the only
+            component to compare.
+        others: how to treat other tensors that changed or are new (biases, norms, a head): refuse them, leave them out and
+            list them, or include them as tensors trained as a whole.
+        modules: the model's module names, if known; they are used whatever transformers called the modules in the files.
 
     Raises:
-        FileNotFoundError, ValueError: a checkpoint is not sound; one lacks a tensor, or has it in another shape; nothing
-            changed; NaN or infinity in a difference.
+        FileNotFoundError, ValueError: a checkpoint is not sound; one lacks a tensor or has it in another shape; nothing
+            changed; or a difference holds NaN or infinity.
     """
     with open_weights(base) as weights_before, open_weights(tuned) as weights_after:
         before, after = (_Checkpoint(w, BaseTensors(w.entries, component, modules)) for w in (weights_before, weights_after))
@@ -95,7 +96,7 @@ def _refuse(rest: list[str], component: str) -> None:
 
 
 def _difference(before: _Checkpoint, after: _Checkpoint, modules: Mapping[str, str]) -> WeightDeltas:
-    """Of these modules, given the names of their weights."""
+    """Return the difference of these modules, given the names of their weights."""
 
     def read(module: str, _: Tensor | None) -> Tensor:
         difference = after.tensor(modules[module]).double() - before.tensor(modules[module]).double()
@@ -110,7 +111,7 @@ def _difference(before: _Checkpoint, after: _Checkpoint, modules: Mapping[str, s
 
 
 def _parameters(checkpoint: _Checkpoint, component: str) -> list[str]:
-    """Those to compare: in the original layout of one component, where one is named."""
+    """Return the parameters to compare: in the original layout, those of the component if one is named."""
     names = checkpoint.base.parameters()
     if not (component and checkpoint.base.is_original):
         return names
@@ -118,7 +119,7 @@ def _parameters(checkpoint: _Checkpoint, component: str) -> list[str]:
 
 
 def _told(name: str, component: str) -> str:
-    """A parameter as the checkpoint of a component has it."""
+    """Return a parameter's name as the checkpoint of a component has it."""
     return name.removeprefix(f"{component}.") if component else name
 
 
@@ -133,7 +134,7 @@ def _differs(name: str, before: _Checkpoint, after: _Checkpoint) -> bool:
 
 
 def _is_matrix(name: str, before: _Checkpoint, after: _Checkpoint) -> bool:
-    """Whether it is a weight of a linear layer or of a convolution, as large in both."""
+    """Return whether it is the weight of a linear layer or a convolution, with the same shape in both."""
     shape = after.shape(name)
     fits = name.endswith(".weight") and shape is not None and len(shape) in (2, 4) and before.shape(name) == shape
     return fits and {before.dtype(name), after.dtype(name)} <= set(_MATRICES)

@@ -1,4 +1,4 @@
-"""Several adapters as one: spectra of cosines cell by cell, without loss; other updates as the sum of their matrices."""
+"""Combine several adapters: spectra of cosines cell by cell and without loss, other updates as the sum of their matrices."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from loca_vision.version import __version__
 
 @dataclass(frozen=True)
 class Spectra:
-    """An adapter whose updates are all cosines.
+    """An adapter whose updates are all sums of cosines.
 
     Args:
-        about: what its header says.
-        updates: by projection, with the component of a pipeline in front.
+        about: the description in its header.
+        updates: the updates by projection, with the component of a pipeline in front.
         whole: its whole tensors, by parameter.
     """
 
@@ -44,10 +44,10 @@ class Spectra:
 
 
 def read_spectra(path: str | os.PathLike[str]) -> Spectra | None:
-    """An adapter of this library whose updates are cosines; None for everything else.
+    """Read an adapter of this library whose updates are sums of cosines; return None for everything else.
 
     Raises:
-        FileNotFoundError, ValueError: it is not there, or not sound.
+        FileNotFoundError, ValueError: the file does not exist, or is not sound.
     """
     file = file_of(path)
     if file.is_dir() or not is_adapter(file):
@@ -74,14 +74,14 @@ def combine_spectra(
     name: str = "default",
     dtype: torch.dtype = torch.float32,
 ) -> list[LayerFidelity]:
-    """Write the LoCA adapter of scale 1 whose update is the sum of strength times each: at the cells of all, without loss.
+    """Write the LoCA adapter of scale 1 whose update is the sum of strength times each, with the cells of all, without loss.
 
     Args:
-        dtype: of the coefficients in the file, as in `save_adapter`; less than float32 rounds the sums.
+        dtype: the dtype of the coefficients in the file, as in `save_adapter`; less than float32 rounds the sums.
 
     Raises:
-        ValueError: a projection has different shapes, a whole tensor different values, or some are of a pipeline and some are
-            not; or a sum is not finite.
+        ValueError: a projection has different shapes, a whole tensor has different values, only some of the adapters are for a
+            pipeline, or a sum is not finite.
         OSError: as `write_adapter`.
     """
     _check_kinds([source.about for source, _ in sources])
@@ -108,10 +108,10 @@ def combine_spectra(
 
 
 def combined(sources: Sequence[tuple[WeightDeltas, float]]) -> WeightDeltas:
-    """The sum of strength times each update, by module: factors stay factors.
+    """Return the sum of strength times each update, by module; factors stay factors.
 
     Raises:
-        ValueError: an update depends on the weight (DoRA), or is not a matrix; shapes or whole tensors do not agree.
+        ValueError: an update depends on the weight (DoRA) or is not a matrix, or shapes or whole tensors do not agree.
     """
     for source, _ in sources:
         for module in source.needs_weight:
@@ -138,7 +138,7 @@ def combined(sources: Sequence[tuple[WeightDeltas, float]]) -> WeightDeltas:
 
 
 def _joined(pairs: Sequence[tuple[LowRankPair, float]]) -> LowRankPair:
-    """The sum of low-rank updates: their factors side by side, in float32 or float64."""
+    """Return the sum of low-rank updates by concatenating their factors, in float32 or float64."""
     wide = torch.float64 if any(pair.up.dtype == torch.float64 for pair, _ in pairs) else torch.float32
     downs = [pair.down.to(wide) for pair, _ in pairs]
     ups = [strength * pair.scale * pair.up.to(wide) for pair, strength in pairs]
@@ -146,13 +146,13 @@ def _joined(pairs: Sequence[tuple[LowRankPair, float]]) -> LowRankPair:
 
 
 def base_of(names: Sequence[str]) -> str:
-    """The base model of all that name one, "unknown" where they name several."""
+    """Return the base model that all known names agree on, or "unknown"."""
     known = set(names) - {"unknown"}
     return known.pop() if len(known) == 1 else "unknown"
 
 
 def _summed(sources: Sequence[tuple[Spectrum, float]], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The flat cells of all, ascending, and the sums of what stands there: (n,) int64 and float32."""
+    """Return the flat cells of all spectra, ascending, and the sums of their values: (n,) int64 and float32."""
     flat = torch.cat([update.cells[:, 0] * shape[1] + update.cells[:, 1] for update, _ in sources])
     values = torch.cat([update.coefficients.double() * (update.scale * strength) for update, strength in sources])
     cells, where = torch.unique(flat, return_inverse=True)
@@ -183,7 +183,7 @@ def _shapes(several: Sequence[Mapping[str, tuple[int, int]]]) -> dict[str, tuple
 
 
 def _whole(several: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Of all; a tensor that two bring has to be the same, for there is no sum of what replaces."""
+    """Return the whole tensors of all. One that two of them have must be equal, since replacements cannot be summed."""
     found: dict[str, Tensor] = {}
     for whole in several:
         for name, tensor in whole.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loca_vision.messages import aligned
 
-MUCH, LITTLE = 0.3, 0.05  # relative errors: above the one a conversion is warned of, the other is what the advice aims at
+MUCH, LITTLE = 0.3, 0.05  # relative errors: a conversion warns above the first; the advice aims at the second
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class LayerFidelity:
 
     Args:
         layer: the projection, the module, or the parameter.
-        shape: of the update, (p, q) of a matrix.
-        kept: components, the rank, or numbers; 0 where nothing is.
-        norm, error: Frobenius norms of the update and of what is lost of it; NaN where it is not known.
-        why: of a layer that is left out, the reason.
-        squares: squared singular values, the largest first, where ranks were cut: they tell what other ranks would lose.
+        shape: the shape of the update, (p, q) for a matrix.
+        kept: the number of components, the rank, or the count of numbers kept; 0 if nothing is.
+        norm, error: Frobenius norms of the update and of the part that is lost; NaN if unknown.
+        why: for a layer that is left out, the reason.
+        squares: squared singular values, the largest first, if ranks were cut: they tell what other ranks would lose.
     """
 
     layer: str
@@ -37,31 +37,31 @@ class LayerFidelity:
 
     @property
     def relative(self) -> float:
-        """error / norm; 0 where nothing is lost, NaN where that is not known."""
+        """error / norm; 0 if nothing is lost, NaN if unknown."""
         return self.error / self.norm if self.error else 0.0
 
     @property
     def counts(self) -> bool:
-        """Whether the size of its update is known."""
+        """Whether the size of the layer's update is known."""
         return not math.isnan(self.norm)
 
 
 def left_out_entirely(layer: str, shape: tuple[int, ...], norm: float, why: str) -> LayerFidelity:
-    """A layer of which nothing is kept; the norm is NaN where it is not known."""
+    """Describe a layer of which nothing is kept; the norm is NaN if unknown."""
     return LayerFidelity(layer, shape, 0, norm, norm, why)
 
 
 def total_loss(losses: Iterable[LayerFidelity]) -> float:
-    """The relative error of all layers together, left-out ones included, as far as their sizes are known."""
+    """Return the relative error of all layers of known size together, including those left out."""
     known = [loss for loss in losses if loss.counts]
     norm = math.hypot(*(loss.norm for loss in known))
     return math.hypot(*(loss.error for loss in known)) / norm if norm else 0.0
 
 
 def rank_losing(share: float, losses: Iterable[LayerFidelity]) -> int | None:
-    """The lowest rank, one for all layers, with which their relative error together is at most `share`.
+    """Return the lowest rank, the same for all layers, with which their relative error together is at most `share`.
 
-    Layers that are left out do not count: no rank brings them back. None where no layer's rank was cut.
+    Layers that are left out do not count, since no rank brings them back. Return None if no layer's rank was cut.
     """
     spectra = [loss.squares.double() for loss in losses if loss.squares is not None and not loss.why]
     if not spectra:
@@ -74,7 +74,7 @@ def rank_losing(share: float, losses: Iterable[LayerFidelity]) -> int | None:
 
 
 def loss_table(losses: Sequence[LayerFidelity], unit: str) -> str:
-    """A line for each layer, and one for all: shape, what is kept (`unit`), norm of the update, relative error."""
+    """Return a line for each layer and one for all: shape, what is kept (`unit`), norm of the update, relative error."""
     rows = [("layer", "shape", unit, "norm", "relative error")]
     for loss in losses:
         shape = " x ".join(map(str, loss.shape))

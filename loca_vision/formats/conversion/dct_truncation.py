@@ -1,7 +1,7 @@
-"""The closest few DCT coefficients of given matrices: per matrix, or under one budget over all of them.
+"""Keep the few DCT coefficients that are closest to given matrices, per matrix or under one budget for all of them.
 
-The transform is orthonormal, so the largest coefficients are the best choice of as many cells, and the error of leaving
-the others out is their norm (Parseval): no matrix is built again to know it.
+The transform is orthonormal, so the largest coefficients are the best choice of that many cells, and the error is the norm of
+the others (Parseval): no matrix has to be rebuilt to know it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from loca_vision.checks import is_finite
 from loca_vision.functional.dct import dct2
 
 BudgetRule = Literal["count", "threshold", "ratio", "energy"]
-# Positive float32 numbers sort as their bits do: with the lower 16 cut off, 2**15 bins whose edges lie less than 1 % apart.
+# Positive float32 numbers sort as their bits do: without the lower 16 bits, 2**15 bins whose edges are less than 1 % apart.
 _CUT, _BINS = 16, 2**15
 
 
@@ -28,14 +28,14 @@ class Budget:
     """How many components to keep.
 
     Args:
-        kind: "count", a whole number of them; "threshold", those with |coefficient| from `amount` up; "ratio", the share of
-            all cells, in (0, 1]; "energy", as few as hold this share of the squared norm, in (0, 1].
+        kind: "count", a whole number of components; "threshold", those with |coefficient| from `amount` up; "ratio", this
+            share of all cells, in (0, 1]; "energy", as few as hold this share of the squared norm, in (0, 1].
         amount: the number.
-        shared: one budget over all matrices instead of one for each. A matrix gets at least one component even so, for a
-            file cannot have a projection without any.
+        shared: one budget for all matrices instead of one for each. Even so, every matrix gets at least one component, because
+            a file cannot have a projection without any.
 
     Raises:
-        ValueError: naming the field, its value and the rule.
+        ValueError: a field is invalid; the error names the field, its value and the rule.
     """
 
     kind: BudgetRule
@@ -82,18 +82,19 @@ class Components:
 def largest_components(deltas: Mapping[str, Tensor], budget: Budget) -> dict[str, Components]:
     """Keep the largest DCT coefficients of each matrix, as many as the budget allows, at least one.
 
-    No other choice of as many cells is closer. Of equal magnitudes the first matrix and cell win, so the result is always
-    the same. `deltas` may compute its matrices as they are asked for: one at a time is held, and each asked for twice.
+    No other choice of that many cells is closer. Among equal magnitudes the first matrix and cell win, so the result is
+    deterministic. `deltas` may compute its matrices on access: one is held at a time, and each is read twice.
 
     Args:
         deltas: (p, q) real matrices by name.
 
     Returns:
-        For each name what is kept of it.
+        What is kept of each matrix, by name.
 
     Raises:
-        ValueError: no matrix, NaN or infinity in one, or a count that is above the cells or below the number of matrices.
-        TypeError: not a real floating-point tensor.
+        ValueError: there is no matrix, one holds NaN or infinity, or a count is above the number of cells or below that of
+            matrices.
+        TypeError: a matrix is not a real floating-point tensor.
     """
     if not deltas:
         raise ValueError("there is no matrix to approximate")
@@ -106,7 +107,7 @@ def largest_components(deltas: Mapping[str, Tensor], budget: Budget) -> dict[str
 
 
 def components_losing(share: float, deltas: Mapping[str, Tensor]) -> int:
-    """How many components of all matrices together leave a relative error of at most `share` in each of them."""
+    """Return how many components of all matrices together leave a relative error of at most `share` in each of them."""
     count = 0
     for name in deltas:
         squares = _spectrum(name, deltas[name]).flatten().double().square_().sort(descending=True).values
@@ -116,7 +117,7 @@ def components_losing(share: float, deltas: Mapping[str, Tensor]) -> int:
 
 
 def total_error(kept: Iterable[Components]) -> float:
-    """The relative error of all matrices together, in the Frobenius norm: from 0 to 1."""
+    """Return the relative error of all matrices together, in the Frobenius norm: from 0 to 1."""
     held = list(kept)
     norm = math.hypot(*(part.norm for part in held))
     return math.hypot(*(part.error for part in held)) / norm if norm else 0.0
@@ -133,7 +134,7 @@ def _spectrum(name: str, delta: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Candidates:
-    """The components of one matrix from the edge up, its largest in any case; and of those below, the squared norm."""
+    """The components of one matrix from the edge up, always including its largest, and the squared norm of those below."""
 
     name: str
     shape: tuple[int, int]
@@ -149,7 +150,7 @@ def _of_group(names: Sequence[str], spectrum_of: Callable[[str], Tensor], budget
     found = [_candidates(name, spectrum_of(name), edge) for name in names]
     magnitudes = torch.cat([one.values.abs() for one in found])
     first = torch.cat([one.cells == one.largest for one in found])
-    # The largest of each matrix before all others, then by size; a stable sort keeps the order among equals.
+    # The largest of each matrix comes first, then the others by size; a stable sort keeps the order among equals.
     order = torch.where(first, torch.inf, magnitudes).argsort(descending=True, stable=True)
     keep = torch.zeros(len(order), dtype=torch.bool)
     keep[order[: _number(magnitudes[order], len(found), wanted, budget)]] = True
@@ -158,7 +159,7 @@ def _of_group(names: Sequence[str], spectrum_of: Callable[[str], Tensor], budget
 
 
 def _edge(names: Sequence[str], spectrum_of: Callable[[str], Tensor], budget: Budget) -> tuple[float, float]:
-    """A magnitude that no component kept falls below, the largest of each matrix apart; and what is wanted of them:
+    """Return a magnitude below which no component is kept, except the largest of each matrix, and the amount to keep:
     a number for a count or a ratio, a squared norm for energy."""
     if budget.kind == "threshold":
         return budget.amount, 0.0
@@ -203,7 +204,7 @@ def _candidates(name: str, spectrum: Tensor, edge: float) -> _Candidates:
 
 
 def _number(descending: Tensor, matrices: int, wanted: float, budget: Budget) -> int:
-    """How many of the candidates, in this order, to keep."""
+    """Return how many of the candidates, in this order, to keep."""
     if budget.kind == "threshold":
         return len(descending)
     if budget.kind != "energy":

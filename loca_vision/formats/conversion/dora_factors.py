@@ -1,4 +1,4 @@
-"""What a DoRA consists of besides the weight it rescales: its factors, and a magnitude for each row."""
+"""The parts of a DoRA besides the weight it rescales: its factors, and a magnitude for each row."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from loca_vision.methods.update import Update
 
 @torch.no_grad()
 def dora_of(updates: Sequence[tuple[ProjectionRows, Update]], shape: tuple[int, int]) -> tuple[LowRankPair, Tensor] | None:
-    """scale * B A of a whole weight, and the magnitudes (p,) of its rows.
+    """Return scale * B A of a whole weight, and the magnitudes (p,) of its rows.
 
     Args:
-        updates: of the projections that are rows of that weight.
+        updates: the updates of the projections that are rows of that weight.
         shape: (p, q) of the weight.
 
     Returns:
-        None where an update is not a DoRA, or where some rows have none: their magnitude is their norm in the weight.
+        The pair, or None if an update is not a DoRA, or if some rows have none: only the weight gives their magnitude.
     """
     magnitudes = torch.full(shape[:1], torch.nan)
     ups, downs = [], []

@@ -1,4 +1,4 @@
-"""Weights in, weights out: an adapter folded into a checkpoint, a tensor at a time."""
+"""Merge an adapter into a checkpoint, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16", *EIGHT_BITS)
 
 @dataclass
 class _Changes:
-    """What becomes of one tensor of the base."""
+    """The changes to one tensor of the base."""
 
     updates: list[tuple[str, Target]] = field(default_factory=list)  # module, and where its weight is
     differences: list[tuple[Tensor, Target]] = field(default_factory=list)
@@ -42,22 +42,23 @@ def merge(
 ) -> Path:
     """Write a checkpoint with W + strength * Delta W, rounded once to W's dtype, where there is an update.
 
-    Whole tensors take the place of the base's; all other tensors are as they were, bit for bit. A classifier's head may have
-    another number of classes than the base's. A folder gets the small files beside the base as well, where it has a
-    `config.json`, which then tells the new number of classes.
+    Whole tensors replace the base's; all other tensors stay as they were, bit for bit. A classifier's head may have another
+    number of classes than the base's. An output folder also gets the small files beside the base if it has a `config.json`,
+    which then has the new number of classes.
 
     Args:
-        base: as `open_weights` takes it; also in the original layout of Stable Diffusion, Flux or SD3, which the output keeps.
-        component: of the pipeline that the base is, for an update of several; in the original layout, to merge it alone.
+        base: what `open_weights` takes, also in the original layout of Stable Diffusion, Flux or SD3, which the output keeps.
+        component: the component of a pipeline that the base is, for an update of several; in the original layout, the only
+            component to merge.
         output, shard_size, overwrite: as in `write_weights_files`.
-        say: is told in a line what is replaced.
+        say: called with a line of text about each replaced tensor.
 
     Returns:
-        What was written.
+        The path that was written.
 
     Raises:
-        ValueError: an update of a weight that the base has not, or not in that shape; an update of several components, of
-            which the base is one that is not named; a merged weight that is not finite.
+        ValueError: the base lacks a weight that has an update, or has it in another shape; the update is for several
+            components and the one that the base is was not named; or a merged weight is not finite.
         FileExistsError, OSError: as `write_weights_files`.
     """
     target = Path(output)
@@ -79,7 +80,7 @@ def merge(
 
 
 def _component(source: WeightDeltas, component: str, original: bool) -> tuple[str, str]:
-    """The component that the base is ("" for none, or several), and the one to merge ("" for all)."""
+    """Return the component that the base is ("" for none or several) and the one to merge ("" for all)."""
     if component and component not in source.components():
         raise ValueError(f"there is no update for the component {component!r}")
     if original:
@@ -91,7 +92,7 @@ def _component(source: WeightDeltas, component: str, original: bool) -> tuple[st
 
 
 def _changes(source: WeightDeltas, base: BaseTensors, component: str) -> dict[str, _Changes]:
-    """What happens to which tensor of the base, every shape checked."""
+    """Return the changes to each tensor of the base, after checking every shape."""
     found: dict[str, _Changes] = {}
     for module in _of_component(source.shapes, component):
         target = _found(base, f"{module}.weight", "for which there is an update")
@@ -134,7 +135,7 @@ def _check_update(module: str, source: WeightDeltas, target: Target, entry: Entr
 
 
 def _check_not_scaled(name: str, entries: Mapping[str, Entry]) -> None:
-    """A weight that is stored in eight bits may be a multiple of what the model computes with."""
+    """Refuse a weight stored in eight bits with a scale: it may be a multiple of what the model computes with."""
     if entries[name].dtype not in EIGHT_BITS:
         return
     before = name.removesuffix("weight")
@@ -149,13 +150,13 @@ def _check_shape(name: str, shape: tuple[int, ...], target: Target, entry: Entry
 
 
 def _is_head(shape: tuple[int, ...], target: Target, entry: Entry) -> bool:
-    """Whether a tensor takes the place of one that has it for another number of classes: weight or bias of a linear layer."""
+    """Return whether a tensor may replace a linear layer's weight or bias that has another number of classes."""
     whole = target.rows is None and not target.transposed and entry.dtype in _FLOATS
     return whole and len(shape) == len(entry.shape) in (1, 2) and shape[1:] == entry.shape[1:] and shape[0] > 0
 
 
 def _entries(before: Mapping[str, Entry], changes: Mapping[str, _Changes], say: Callable[[str], None]) -> dict[str, Entry]:
-    """Of the output: as before, but for the heads that have another number of classes."""
+    """Return the output's entries: those of the base, except for heads with another number of classes."""
     after = dict(before)
     for name, change in changes.items():
         shape = tuple(change.whole[0][0].shape) if change.whole and change.whole[0][1].rows is None else before[name].shape
@@ -170,7 +171,7 @@ def _entries(before: Mapping[str, Entry], changes: Mapping[str, _Changes], say: 
 
 
 def _check_whole_head(name: str, classes: int, before: Mapping[str, Entry], changes: Mapping[str, _Changes]) -> None:
-    """Weight and bias of a layer change together."""
+    """Check that weight and bias of a layer change together."""
     layer = name.rpartition(".")[0]
     for other in (f"{layer}.weight", f"{layer}.bias"):
         brought = [len(tensor) for tensor, _ in changes[other].whole] if other in changes else []
@@ -181,7 +182,7 @@ def _check_whole_head(name: str, classes: int, before: Mapping[str, Entry], chan
 
 
 def _extra(base: Path, before: Mapping[str, Entry], after: Mapping[str, Entry]) -> dict[str, bytes]:
-    """The files beside the base, with the new number of classes where the head has one."""
+    """Return the files beside the base, with the new number of classes if the head has one."""
     extra = files_beside(base)
     heads = [name for name in after if name.endswith(".weight") and after[name].shape != before[name].shape]
     for name in heads if CONFIG in extra else ():
@@ -204,7 +205,7 @@ def _merged(name: str, weight: Tensor, source: WeightDeltas, changes: _Changes, 
         part = _seen(wide, target)[_rows(target)]
         _seen(wide, target)[_rows(target)] = part + strength * tensor.to(wide.dtype)
     merged = wide.to(weight.dtype)
-    beyond = merged.element_size() == 1 and bool((wide.abs() > torch.finfo(weight.dtype).max).any())  # torch cuts it off
+    beyond = merged.element_size() == 1 and bool((wide.abs() > torch.finfo(weight.dtype).max).any())  # torch would saturate it
     if beyond or not torch.isfinite(merged.float()).all():
         raise ValueError(f"{name}: merged, the weight would not be finite in {weight.dtype}")
     return merged
@@ -219,7 +220,7 @@ def _rows(target: Target) -> slice | Tensor:
 
 
 def _stem(file: Path) -> str:
-    """`model` of `model-00001-of-00002.safetensors`."""
+    """Return the stem of a file name, such as `model` for `model-00001-of-00002.safetensors`."""
     name = file.name.removesuffix(".safetensors")
     head, _, last = name.rpartition("-of-")
     return head.rpartition("-")[0] if last.isdigit() and head else name

@@ -1,4 +1,4 @@
-"""Which projections of an adapter the updates of modules are, and what an adapter has no room for."""
+"""Match the updates of modules to the projections of an adapter, and list what an adapter cannot hold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loca_vision.messages import nearest
 
 
 class Projections(Mapping[str, Tensor]):
-    """The update of each projection, made when asked for."""
+    """The update of each projection, computed on access."""
 
     def __init__(self, source: WeightDeltas, places: Sequence[ProjectionRows]) -> None:
         self.source = source
@@ -37,17 +37,17 @@ class Projections(Mapping[str, Tensor]):
 def places_of(
     source: WeightDeltas, places: Sequence[ProjectionRows] | None, *, skip: bool
 ) -> tuple[list[ProjectionRows], list[LayerFidelity]]:
-    """Where the projections that this source updates lie, and what of it is not a projection.
+    """Return where the projections that this source updates lie, and which parts of it are not projections.
 
-    Parts of a fused projection whose update is zero are left out, as the key where query and value are adapted.
+    Parts of a fused projection whose update is zero are left out, such as the key if only query and value are adapted.
 
     Args:
-        places: of the model's projections; None for the components of a pipeline, whose names tell. A text encoder's have
-            `text_model` in them then, as in all files, whatever the installed transformers has.
+        places: where the model's projections lie; None for the components of a pipeline, whose names tell. A text encoder's
+            names then contain `text_model`, as in all files, whatever the installed transformers uses.
 
     Raises:
-        ValueError: something is not a projection and `skip` is not set, or nothing is one; an update of another shape than the
-            model's weight, or with rows that belong to no projection.
+        ValueError: something is not a projection and `skip` is not set; nothing is a projection; or an update has another
+            shape than the model's weight, or rows that belong to no projection.
     """
     by_module: dict[str, list[ProjectionRows]] = {}
     if places is None:
@@ -71,7 +71,7 @@ def places_of(
 
 
 def _that_change(source: WeightDeltas, module: str, places: list[ProjectionRows]) -> list[ProjectionRows]:
-    """Without the parts that are zero, unless all of them are."""
+    """Leave out the parts that are zero, unless all of them are."""
     if len(places) == 1:
         return places
     delta = source.matrix(module)
@@ -92,7 +92,7 @@ def _without_room(source: WeightDeltas, known: Mapping[str, list[ProjectionRows]
 
 
 def _why_not(source: WeightDeltas, module: str, known: Mapping[str, list[ProjectionRows]]) -> str:
-    """Why a module cannot be adapted; "" where it can."""
+    """Return why a module cannot be adapted, or "" if it can."""
     kernel = source.kernels.get(module, (1, 1))
     if kernel != (1, 1):
         return f"a convolution of {kernel[0]} x {kernel[1]} is not a projection that LoCA adapts"

@@ -1,6 +1,6 @@
-"""From any update of weights to an adapter of this library: LoCA, by its largest DCT coefficients, or LoRA.
+"""Convert any update of weights to an adapter of this library: LoCA, by its largest DCT coefficients, or LoRA.
 
-Each says what it loses: the relative error of every layer and of all together, in the Frobenius norm.
+Both return what is lost: the relative error of every layer and of all together, in the Frobenius norm.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ def to_loca(
     """Write the LoCA adapter closest to an update, at scale 1.
 
     Args:
-        places: of the model's projections (`projections_in`), for a model by itself. Without, the modules are those of a
-            pipeline's components. Only projections with an update get into the file.
-        base_model: what the file says it is for.
-        skip: leave out what an adapter has no room for: modules that are not projections (larger convolutions among them),
-            updates that depend on the weight, differences of biases and norms.
-        dtype: of the coefficients in the file, as in `save_adapter`.
+        places: where the model's projections lie (`projections_in`), for a single model. Without it, the modules are those of
+            a pipeline's components. Only projections with an update get into the file.
+        base_model: the model that the file says it is for.
+        skip: leave out what an adapter cannot hold: modules that are not projections (including larger convolutions), updates
+            that depend on the weight, differences of biases and norms.
+        dtype: the dtype of the coefficients in the file, as in `save_adapter`.
 
     Returns:
         What each projection keeps, before it is rounded to `dtype`, and what is left out.
 
     Raises:
-        ValueError: something without room is there, and `skip` is not; a module of which rows belong to no projection; the
-            budget does not fit; the update is not finite.
+        ValueError: an adapter cannot hold a part of the update, and `skip` is not set; some rows of a module belong to no
+            projection; the budget does not fit; or the update is not finite.
         OSError: as `write_adapter`.
     """
     found, dropped = places_of(source, places, skip=skip)
@@ -83,7 +83,7 @@ def to_loca(
 
 
 def components_for(share: float, source: WeightDeltas, places: Sequence[ProjectionRows] | None = None) -> int:
-    """How many components in all a LoCA adapter takes that loses at most `share` of every projection it can hold."""
+    """Return the total number of components with which LoCA loses at most `share` of every projection it can hold."""
     return components_losing(share, Projections(source, places_of(source, places, skip=True)[0]))
 
 
@@ -97,13 +97,13 @@ def to_lora_adapter(
     name: str | None = None,
     skip: bool = False,
 ) -> list[LayerFidelity]:
-    """Write the LoRA adapter of this library closest to an update: exact where it has factors and no rank is asked for.
+    """Write the LoRA adapter of this library closest to an update: exact if it has factors and no rank is given.
 
-    One adapter has one rank, the largest; factors of lower ranks are filled up with zeros. The scale is folded into B. The
-    parts of a fused projection each have the same A.
+    An adapter has a single rank, the largest; factors of lower ranks are padded with zeros. The scale is folded into B. The
+    parts of a fused projection all have the same A.
 
     Args:
-        rank: of every module, as in `to_lora`; the others as in `to_loca`.
+        rank: the rank of every module, as in `to_lora`; the other arguments are as in `to_loca`.
 
     Raises:
         ValueError, OSError: as `to_loca` and `to_lora`.
@@ -135,7 +135,7 @@ def to_lora_adapter(
 
 
 def _factors(place: ProjectionRows, pair: LowRankPair, rank: int) -> tuple[Tensor, Tensor]:
-    """B (p, rank) with the scale in it, and A (rank, q), float32."""
+    """Return B (p, rank), which includes the scale, and A (rank, q), in float32."""
     more = rank - pair.rank
     up, down = place.taken(pair.up.float() * pair.scale), pair.down.float()
     return F.pad(up, (0, more)), F.pad(down, (0, 0, 0, more))
@@ -151,7 +151,7 @@ def _write(
     names: tuple[str, str],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """One adapter file; `config` makes the settings of each component, given the parts it adapts."""
+    """Write one adapter file; `config` makes the settings of each component, given the parts it adapts."""
     of_pipeline = bool(projections_of_modules(source.shapes))
     kinds: dict[str, set[str]] = {}
     for place in places:

@@ -1,4 +1,4 @@
-"""From any update of weights to a file that has all of it, for ComfyUI and A1111: differences with kohya's keys."""
+"""Convert any update of weights to a file that holds all of it, for ComfyUI and A1111: differences with kohya's keys."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def to_full(
     skip: bool = False,
     xl: bool = False,
 ) -> list[LayerFidelity]:
-    """Write the whole update, `.diff` of weights and `.diff_b` of biases, without any loss but rounding.
+    """Write the whole update, `.diff` of weights and `.diff_b` of biases, without any loss except rounding.
 
     Args:
-        base: the weights that the update is for, as `open_base` takes them: a tensor trained whole is a difference only
-            from the base's, and the update of a DoRA depends on the weight.
-        dtype: of the differences; by default float32.
+        base: the weights that the update is for, as `open_base` takes them: they are needed to turn a tensor trained as a whole
+            into a difference, and for the update of a DoRA, which depends on the weight.
+        dtype: the dtype of the differences; by default float32.
         base_model, skip, xl: as in `to_lora`.
 
     Returns:
-        What each layer keeps, those that are left out included.
+        What each layer keeps, including those that are left out.
 
     Raises:
-        FileNotFoundError, ValueError: as `open_base`; without `skip`, a parameter without a name in these keys, or one that
-            cannot be told without the base.
+        FileNotFoundError, ValueError: as `open_base`; or, without `skip`, a parameter has no name in these keys, or cannot be
+            written without the base.
         OSError: as `write_atomically`.
     """
     dropped = _without_room(source, with_base=base is not None)
@@ -74,7 +74,7 @@ def _without(source: WeightDeltas, gone: Collection[str]) -> WeightDeltas:
 
 
 def _exact(source: WeightDeltas, weights: Base | None) -> Iterator[tuple[str, str, Tensor, tuple[int, ...]]]:
-    """Each layer, the name of its parameter, the difference in the parameter's shape, and the shape to tell."""
+    """Yield each layer, the name of its parameter, the difference in the parameter's shape, and the shape to report."""
     for module, shape in source.shapes.items():
         matrix = _matrix(source, module, weights if module in source.needs_weight else None)
         yield module, f"{module}.weight", _with_kernel(matrix, source.kernels.get(module)), shape
@@ -102,7 +102,7 @@ def _difference(name: str, tensor: Tensor, weights: Base | None) -> Tensor:
 
 
 def _with_kernel(matrix: Tensor, kernel: tuple[int, int] | None) -> Tensor:
-    """(p, in, kh, kw) of a convolution's (p, in * kh * kw)."""
+    """Reshape a convolution's (p, in * kh * kw) to (p, in, kh, kw)."""
     return matrix if kernel is None else matrix.reshape(len(matrix), -1, *kernel)
 
 

@@ -1,4 +1,4 @@
-"""From any update of weights to a LoRA file of others, by its largest singular values where it has no factors yet."""
+"""Convert any update of weights to a LoRA file for other programs, by its largest singular values if it has no factors."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def to_lora(
     skip: bool = False,
     xl: bool = False,
 ) -> list[LayerFidelity]:
-    """Write the LoRA of some rank closest to an update. A DoRA keeps its factors and magnitudes.
+    """Write the LoRA of a given rank closest to an update. A DoRA keeps its factors and magnitudes.
 
     Args:
         layout: the keys: "diffusers" or "kohya" for a pipeline's components, or "peft", a folder for one model.
-        rank: of every module, or, where that is larger, the one that loses nothing; None keeps the factors that there are.
-        dtype: of the factors.
-        base_model: what the file says it is for, for "peft" as the hub names it; by default what the source says.
-        skip: leave out what has no room in these keys: tensors trained whole (but for "peft"), differences of biases and
+        rank: the rank of every module, lowered to the one that loses nothing where that is lower; None keeps existing factors.
+        dtype: the dtype of the factors.
+        base_model: the model that the file says it is for, for "peft" as the hub names it; by default as in the source.
+        skip: leave out what these keys cannot hold: tensors trained as a whole (except for "peft"), differences of biases and
             norms, modules without a name, updates that depend on the weight and are not DoRAs of whole rows.
-        xl: "kohya": it is for Stable Diffusion XL, where its modules do not tell.
+        xl: for "kohya": the adapter is for Stable Diffusion XL, if its modules do not tell.
 
     Returns:
-        What each layer keeps, those that are left out included.
+        What each layer keeps, including those that are left out.
 
     Raises:
-        ValueError: a rank below 1; None where the update has no factors; without `skip`, something without room.
+        ValueError: the rank is below 1, or None where the update has no factors; or, without `skip`, something does not fit.
         OSError: as `write_atomically`.
     """
     if rank is not None and rank < 1:
@@ -65,7 +65,7 @@ def to_lora(
     base = base_model or source.base_model
     if layout == "peft":
         layers, whole = _without_component(layers, source.whole)
-        hub_name = base if "/" in base else None  # a class's name, as of a model without one on the hub, is none of them
+        hub_name = base if "/" in base else None  # a name without "/" is a class's, of a model that is not on the hub
         write_peft_lora(path, **vars(layers), whole=whole, base_model=hub_name, overwrite=overwrite)
     elif layout == "diffusers":
         write_diffusers_lora(path, **vars(layers), dtype=dtype)
@@ -75,9 +75,10 @@ def to_lora(
 
 
 def refuse_unless(skip: bool, dropped: Iterable[LayerFidelity]) -> None:
-    """
+    """Refuse to leave anything out without `skip`.
+
     Raises:
-        ValueError: something would be left out without `skip`: naming the first, and the reason.
+        ValueError: something would be left out; the error names the first, and the reason.
     """
     first = next(iter(dropped), None)
     if first is not None and not skip:
@@ -85,7 +86,7 @@ def refuse_unless(skip: bool, dropped: Iterable[LayerFidelity]) -> None:
 
 
 def not_read_by_diffusers(modules: Iterable[str]) -> dict[str, str]:
-    """The components that `load_lora_weights` of diffusers (0.42) passes over without a word, and why."""
+    """Return the components that `load_lora_weights` of diffusers (0.42) silently ignores, and why."""
     why: dict[str, str] = {}
     for module in modules:
         component, _, path = module.partition(".")
@@ -121,7 +122,7 @@ def _pairs(
 
 
 def _without_room(source: WeightDeltas, layout: KeyFormat) -> list[LayerFidelity]:
-    """What the keys of this layout have no room for, with its size where that is known."""
+    """Return what the keys of this layout cannot hold, with its size if known."""
     dropped = []
     for module, shape in source.shapes.items():
         dora = module in source.needs_weight
@@ -141,12 +142,12 @@ def _without_room(source: WeightDeltas, layout: KeyFormat) -> list[LayerFidelity
 
 
 def norm_of(tensor: Tensor) -> float:
-    """The Frobenius norm, summed up in float64."""
+    """Return the Frobenius norm, accumulated in float64."""
     return float(tensor.detach().double().norm())
 
 
 def _without_component(layers: LoraLayers, whole: Mapping[str, Tensor]) -> tuple[LoraLayers, dict[str, Tensor]]:
-    """By the names of one model: peft's files are for one."""
+    """Use the names of a single model, since peft's files are for one."""
     components = {module.partition(".")[0] for module in layers.pairs}
     if not components & set(COMPONENTS):
         return layers, dict(whole)

@@ -1,4 +1,4 @@
-"""Updates of weights from wherever they come: adapters of every kind, LoRA files and their kin; by module, one at a time."""
+"""Updates of weights from any source: adapters of every kind, LoRA and related files; read one module at a time."""
 
 from __future__ import annotations
 
@@ -37,18 +37,19 @@ _COMPONENT = re.compile(r"(unet|transformer|transformer_2|text_encoder|text_enco
 
 @dataclass(frozen=True)
 class WeightDeltas:
-    """
+    """The updates of a model's or a pipeline's weights.
+
     Args:
-        shapes: (p, q) of the weights that are updated, by module: `unet.mid_block...attn1.to_q`, `blocks.0.attn.qkv`. Of a
-            convolution q is in_channels * kh * kw, as `weight.flatten(1)` has it.
-        read: the update of one, as a matrix or as its factors. Updates in `needs_weight` need the weight (p, q).
-        whole: tensors trained whole, which replace those of the base, by the parameter's name.
-        kernels: (kh, kw) of the modules that are convolutions, (1, 1) included; the others are linear.
-        differences: what is to be added to parameters other than matrices, such as biases, by name.
+        shapes: (p, q) of the weights that are updated, by module: `unet.mid_block...attn1.to_q`, `blocks.0.attn.qkv`. For a
+            convolution q is in_channels * kh * kw, as in `weight.flatten(1)`.
+        read: returns the update of a module, as a matrix or as its factors. Updates in `needs_weight` need the weight (p, q).
+        whole: tensors trained as a whole, which replace those of the base, by the parameter's name.
+        kernels: (kh, kw) of the modules that are convolutions, including (1, 1); the others are linear.
+        differences: what to add to parameters other than matrices, such as biases, by name.
         needs_weight: the modules whose update depends on the weight (DoRA).
-        decomposed: of those, as far as they are DoRA with a magnitude for each row: scale * B A, and the magnitudes (p,).
-        left_out: what is not in here, by key, and why.
-        name, base_model: of the adapter.
+        decomposed: scale * B A and the magnitudes (p,) of those that are DoRA with a magnitude for each row.
+        left_out: what is not included, by key, and why.
+        name, base_model: the adapter's name and the model it was trained on.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -63,12 +64,12 @@ class WeightDeltas:
     base_model: str = "unknown"
 
     def components(self) -> list[str]:
-        """The components of a pipeline that this is for."""
+        """Return the components of a pipeline that this is for."""
         names = (*self.shapes, *self.differences, *self.whole)
         return sorted({name.partition(".")[0] for name in names if _COMPONENT.match(name)})
 
     def matrix(self, module: str, weight: Tensor | None = None) -> Tensor:
-        """The update of a module's weight, (p, q) in float32 or float64."""
+        """Return the update of a module's weight, (p, q) in float32 or float64."""
         update = self.read(module, weight)
         return update.delta() if isinstance(update, LowRankPair) else update
 
@@ -81,17 +82,17 @@ def read_source(
     component: str = "",
     sizes: Mapping[str, tuple[int, int]] | None = None,
 ) -> WeightDeltas:
-    """An adapter file of this library, of any kind, or what `read_lora` reads.
+    """Read an adapter file of this library, of any kind, or any file that `read_lora` reads.
 
     Args:
         places: the model's projections (`projections_in`), needed for an adapter of a single model; the names of a
             pipeline's components tell where its projections are.
         skip: as in `read_lora`.
-        component: of the pipeline, for a LoRA whose names tell none.
-        sizes: (p, q) of the model's weights by module, where they are known and `places` are not.
+        component: the component of a pipeline, for a LoRA whose names do not tell it.
+        sizes: (p, q) of the model's weights by module, if they are known and `places` are not.
 
     Raises:
-        FileNotFoundError, ValueError: it is not there, not sound, or of projections whose weights are not known.
+        FileNotFoundError, ValueError: the file does not exist, is not sound, or is for projections whose weights are unknown.
     """
     if component and not component.isidentifier():
         raise ValueError(f"component={component!r}: expected one of a pipeline, such as unet, transformer or text_encoder")
@@ -107,14 +108,14 @@ def read_source(
 
 
 def file_of(path: str | os.PathLike[str], *, new: bool = False) -> Path:
-    """The adapter file of this library that a path means: the file in a folder that has one, or is to get one (`new`)."""
+    """Return the adapter file that a path means: the path itself, or the file that is in a folder or (`new`) will be."""
     file = Path(path)
     wanted = file.suffix != ".safetensors" or file.is_dir() if new else file.is_dir() and (file / FILE_NAME).exists()
     return file / FILE_NAME if wanted else file
 
 
 def _of_lora(lora: LoraFile, component: str, spelling: Spelling) -> WeightDeltas:
-    """By the names of a pipeline's modules, or those that the model has, if it is known."""
+    """Convert a LoRA file, with the names of a pipeline's modules or, if the model is known, the names it has."""
 
     def named(name: str) -> str:
         told = not component or _COMPONENT.match(name)
@@ -147,13 +148,13 @@ def _of_lora(lora: LoraFile, component: str, spelling: Spelling) -> WeightDeltas
 
 
 def _without_empty_kinds(updates: Mapping[str, ModuleUpdate]) -> dict[str, ModuleUpdate]:
-    """Without projections that have zeros wherever they are: kohya's keys may have one for the sake of diffusers."""
+    """Leave out projections that are zero in every layer: files with kohya's keys may have one for diffusers' sake."""
     filled = {_kind(module) for module, update in updates.items() if not _is_zero(update)}
     return {module: update for module, update in updates.items() if _kind(module) in filled} or dict(updates)
 
 
 def _is_zero(update: ModuleUpdate) -> bool:
-    """Whether it is a LoRA of zeros. Nobody writes zeros of another kind."""
+    """Return whether it is a LoRA of zeros; no program writes zeros of another kind."""
     if update.kind != "LoRA":
         return False
     pair = update.make()
@@ -161,12 +162,12 @@ def _is_zero(update: ModuleUpdate) -> bool:
 
 
 def _kind(module: str) -> tuple[str, str]:
-    """The component and the name of a projection: the same in every layer."""
+    """Return the component and the name of a projection, which are the same in every layer."""
     return module.partition(".")[0], module.removesuffix(".0").rpartition(".")[2]
 
 
 def is_adapter(file: Path) -> bool:
-    """Whether a safetensors file says that it is an adapter of this library."""
+    """Return whether a safetensors file says that it is an adapter of this library."""
     with open_safetensors(file, eight_bits=True) as opened:
         return METADATA_KEY in opened.metadata
 
@@ -222,7 +223,7 @@ def _joined(
 
 
 def _placed(place: ProjectionRows, up: Tensor, rows: int) -> Tensor:
-    """B of a projection as that of the whole weight, whose other rows it leaves alone."""
+    """Extend a projection's B to the rows of the whole weight; the other rows are zero."""
     whole = up.new_zeros(rows, up.shape[1])
     whole[slice(None) if place.rows is None else place.rows] = up
     return whole

@@ -1,4 +1,4 @@
-"""Modules of transformers' image models and text encoders, whose names changed with version 5: files have either."""
+"""Modules of transformers' image models and text encoders that version 5 renamed; files may have either name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_NAME = 500
 
 
 def similar(name: str) -> str:
-    """One name for all that transformers has had for a parameter or module; names of any use are not touched otherwise."""
+    """Map all names that transformers has had for a parameter or module to one; other names, and overlong ones, stay."""
     if len(name) > _MAX_NAME:
         return name
     component, dot, rest = name.partition(".")
@@ -29,10 +29,10 @@ def similar(name: str) -> str:
 
 
 class Spelling:
-    """How a model that is known spells the names of its modules.
+    """How a known model spells the names of its modules.
 
     Args:
-        modules: the names that it has; none, and every name is left as it is.
+        modules: the model's names; if there are none, every name is left as it is.
     """
 
     def __init__(self, modules: Iterable[str] = ()) -> None:
@@ -42,11 +42,11 @@ class Spelling:
             self._by_similar.setdefault(similar(module), []).append(module)
 
     def of(self, module: str) -> str:
-        """The model's name of a module that a file may have under another one."""
+        """Return the model's name of a module that a file may have under another one."""
         found = [] if module in self._own else self._by_similar.get(similar(module), [])
         return found[0] if len(found) == 1 else module
 
     def of_parameter(self, name: str) -> str:
-        """The same of a parameter."""
+        """Do the same for a parameter's name."""
         module, dot, parameter = name.rpartition(".")
         return self.of(module) + dot + parameter

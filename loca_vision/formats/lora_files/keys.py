@@ -1,4 +1,4 @@
-"""What the keys of LoRA files mean: names of peft, diffusers, kohya, LyCORIS, ComfyUI, OneTrainer, and of models' authors."""
+"""Parse the keys of LoRA files: names of peft, diffusers, kohya, LyCORIS, ComfyUI, OneTrainer, and of models' authors."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _KOHYA = {
     "lora_te2_": "text_encoder_2.",
     "lora_te3_": "text_encoder_3.",
 }
-# What ComfyUI writes before the names that the authors of a model gave its layers.
+# The prefixes that ComfyUI puts before the names that a model's authors gave its layers.
 _COMFY = {
     f"{before}{encoder}.transformer.": f"{component}."
     for before in ("text_encoders.", "")
     for encoder, component in (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2"), ("t5xxl", "text_encoder_3"))
 }
-# How the names of layers begin in which the authors of models differ from diffusers.
+# The prefixes of layers whose names differ between the models' authors and diffusers.
 _BLOCKS = ("double_blocks.", "single_blocks.", "joint_blocks.")
 _ORIGINAL_UNET = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.0", "out.2")
 _OF_UNETS = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out")
-# Names of modules that have an underscore in them, which kohya's keys have for the dot as well.
+# Module names that contain an underscore, which kohya's keys also use instead of the dot.
 _WORDS = (
     *("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "to_q", "to_k", "to_v", "to_out", "proj_in", "proj_out"),
     *("conv_in", "conv_out", "conv_shortcut", "time_emb_proj", "time_embedding", "add_embedding", "linear_1", "linear_2"),
@@ -39,7 +39,7 @@ _WORDS = (
     *("attentions", "resnets", "downsamplers", "upsamplers", "attn1", "attn2", "ff", "net", "proj", "conv", "conv1", "conv2"),
     *("encoder", "layers", "mlp", "fc1", "fc2", "norm", "norm1", "norm2", "norm3", "group_norm", "conv_norm_out"),
     *("layer_norm1", "layer_norm2", "final_layer_norm", "embeddings", "token_embedding", "position_embedding"),
-    # Of the transformers of Flux, SD3 and PixArt, and of T5.
+    # In the transformers of Flux, SD3 and PixArt, and in T5.
     *("single_transformer_blocks", "attn", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context", "proj_mlp"),
     *("norm1_context", "norm2_context", "norm_out", "linear", "x_embedder", "context_embedder", "time_text_embed", "pos_embed"),
     *("timestep_embedder", "guidance_embedder", "text_embedder", "norm_q", "norm_k", "norm_added_q", "norm_added_k"),
@@ -72,12 +72,12 @@ class Key:
     """What one key of a LoRA file stands for.
 
     Args:
-        path: of the layer, "" where it has none: `unet.mid_block.attentions.0...attn1.to_q`, `blocks.0.attn.qkv`; of one that
-            is several modules in diffusers, the first of them, and how many more.
+        path: the path of the layer, "" if it has none: `unet.mid_block.attentions.0...attn1.to_q`, `blocks.0.attn.qkv`. If the
+            layer is several modules in diffusers, the first of them and how many more there are.
         role: "down" (A), "up" (B), "mid", "alpha", "diff", "hada_w1_a", ..., or "foreign" for what is not part of an update
-            that is read here.
-        what: of the foreign ones, a word for a message.
-        layer: the modules that the layer is, and their rows.
+            that can be read here.
+        what: for foreign keys, a word for the error message.
+        layer: the modules that make up the layer, and their rows.
     """
 
     path: str
@@ -87,16 +87,16 @@ class Key:
 
 
 def family_of(keys: Iterable[str]) -> str:
-    """The model whose authors' names a file has, by those of its blocks: "flux", "sd3", or "" for any other."""
+    """Return whose authors' names a file uses, judging by its blocks: "flux", "sd3", or "" for any other model."""
     families = {"double_blocks": "flux", "single_blocks": "flux", "single_transformer_blocks": "flux", "joint_blocks": "sd3"}
     return next((family for key in keys for word, family in families.items() if word in key[:_MAX_KEY]), "")
 
 
 def parse_key(key: str, family: str = "") -> Key:
-    """The module and the part of its update that a key of a LoRA file stands for; `foreign` for every other.
+    """Return the module and the part of its update that a key of a LoRA file stands for; any other key is `foreign`.
 
     Args:
-        family: of the file's keys, by `family_of`: alone, a name like `img_in` may be of several models.
+        family: the family of the file's keys from `family_of`: a name like `img_in` by itself could be of several models.
     """
     if len(key) > _MAX_KEY:
         return Key("", "foreign", f"a key of {len(key)} characters")
@@ -106,17 +106,17 @@ def parse_key(key: str, family: str = "") -> Key:
     if not found.modules:
         lost = "a name with its dots lost, of no UNet, transformer or text encoder that is known"
         return Key("", "foreign", what or (lost if flat else "no part of a LoRA"))
-    if family == "flux":  # which has T5 as its second text encoder, and files call it the third, as it is in SD3
+    if family == "flux":  # T5 is its second text encoder, but files call it the third, as in SD3
         found = replace(found, modules=tuple(re.sub(r"^text_encoder_3\.", "text_encoder_2.", name) for name in found.modules))
     more = len(found.modules) - 1
     return Key(found.modules[0] + (f" (and {more} more)" if more else ""), role, what, found)
 
 
 def layer_of_tensor(module: str, family: str, *, bare: bool = False) -> Layer:
-    """The modules that a layer of a checkpoint is, by its name in the layout of the authors; of none where it is unknown.
+    """Return the modules that a checkpoint's layer stands for, by its name in the authors' layout; none if it is unknown.
 
     Args:
-        bare: the checkpoint is of a transformer alone, whose names have nothing in front.
+        bare: the checkpoint is a transformer alone, whose names have no prefix.
     """
     if len(module) > _MAX_KEY:
         return Layer(())
@@ -159,12 +159,12 @@ def _of_component(component: str, layer: Layer) -> Layer:
 
 
 def _denoiser(path: str) -> str:
-    """The component that has a module of this path: a UNet, or a transformer."""
+    """Return the component that has a module of this path: a UNet or a transformer."""
     return "unet." if path.partition(".")[0] in _OF_UNETS else "transformer."
 
 
 def _of_old_processor(path: str) -> str:
-    """Attention processors had LoRA layers of their own once: to_q_lora of attn1.processor stands for attn1.to_q."""
+    """Map the LoRA layers that attention processors used to have: to_q_lora of attn1.processor stands for attn1.to_q."""
     parent, _, name = path.removesuffix("_lora").rpartition(".")
     if parent.endswith("self_attn"):
         return f"{parent}.{name.removeprefix('to_')}_proj"
@@ -172,7 +172,7 @@ def _of_old_processor(path: str) -> str:
 
 
 def canonical(path: str) -> str:
-    """A CLIP text encoder's path as files have it, whether or not the model still has a `text_model` in it."""
+    """Return a CLIP text encoder's path as files have it, whether or not the model still has a `text_model`."""
     component, _, rest = path.partition(".")
     of_clip = rest.startswith(("encoder.layers.", "embeddings.", "final_layer_norm"))
     return f"{component}.text_model.{rest}" if component.startswith("text_encoder") and of_clip else path
@@ -182,7 +182,7 @@ def canonical(path: str) -> str:
 
 
 def unflattened(name: str) -> str:
-    """The path of a module from its name with underscores for dots, in diffusers' terms; "" where it is not known."""
+    """Turn the name of a module with underscores for dots into its path in diffusers; "" if it is unknown."""
     if name.startswith(("input_blocks_", "middle_block_", "output_blocks_", "time_embed_", "label_emb_", "out_0", "out_2")):
         name = _of_original(name)
     words: list[str] = []
@@ -198,7 +198,7 @@ def unflattened(name: str) -> str:
 
 
 def _of_original(name: str) -> str:
-    """A name of the original UNet in terms of diffusers'; "" where it has none."""
+    """Translate a name in the original UNet to diffusers'; "" if there is none."""
     for original, ours in _ORIGINAL:
         if name == original:
             return ours

@@ -1,4 +1,4 @@
-"""Files with kohya's keys, for ComfyUI, A1111 and sd-scripts: a LoRA, or whole differences of weights."""
+"""Write files with kohya's keys, for ComfyUI, A1111 and sd-scripts: a LoRA, or full differences of weights."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ def write_kohya_lora(
 ) -> Path:
     """Write a LoRA with kohya's keys: `lora_unet_<module with underscores>.lora_down.weight`, `.lora_up.weight`, `.alpha`.
 
-    ComfyUI, the web UIs, sd-scripts and `pipe.load_lora_weights` take it. Some things are for them: diffusers (0.42) takes
-    one alpha for a whole component, so what is over goes into `up`; layers of text encoders get updates of zeros as
-    `zeros_for_readers` says.
+    ComfyUI, the web UIs, sd-scripts and `pipe.load_lora_weights` can read it. Two details are for their sake: diffusers (0.42)
+    uses one alpha for a whole component, so the remaining factor goes into `up`; and layers of text encoders get updates of
+    zeros, as described in `zeros_for_readers`.
 
     Args:
-        path: a file that ends in .safetensors. Replaced if it is there.
-        pairs: of `unet`, `text_encoder` and `text_encoder_2` of Stable Diffusion.
+        path: a file that ends in .safetensors. An existing one is replaced.
+        pairs: the factors by module of `unet`, `text_encoder` and `text_encoder_2` of Stable Diffusion.
         kernels: as in `LoraLayers`.
-        magnitudes: likewise, written as `dora_scale` (p, 1), which is exact for LyCORIS alone: diffusers (0.42) passes over it,
-            ComfyUI divides by the norms of W instead of V, A1111 by those of columns.
-        dtype: of the factors; by default the one they have.
-        base_model, xl: as in `family_of`, which decides about `lora_te1_` or `lora_te_`, and about the header.
+        magnitudes: as in `LoraLayers`, written as `dora_scale` (p, 1), which only LyCORIS reads exactly: diffusers (0.42)
+            ignores it, ComfyUI divides by the norms of W instead of V, and A1111 by those of columns.
+        dtype: the dtype of the factors; by default the one they have.
+        base_model, xl: as in `family_of`, which decides between `lora_te1_` and `lora_te_`, and the header.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: no pair; a module without a name in these keys; a factor that is not finite in that dtype; `xl` where the
-            modules are of another model.
+        ValueError: there is no pair; a module has no name in these keys; a factor is not finite in that dtype; or `xl` is set
+            and the modules are of another model.
         OSError: as `write_atomically`.
     """
     file = file_to_write(path, None)
@@ -58,7 +58,7 @@ def write_kohya_lora(
     shapes = {name: pair.shape for name, pair in layers.pairs.items()}
     family = family_of(shapes, base_model, xl=xl)
     dora = {name.partition(".")[0] for name in layers.magnitudes}
-    # A DoRA without an update still has magnitudes, which only the weight tells: no zeros beside one.
+    # A DoRA whose update is zero would still need magnitudes, which only the weight tells: such components get no zeros.
     zeros = {name: zero for name, zero in zeros_for_readers(shapes, family).items() if name.partition(".")[0] not in dora}
     layers = LoraLayers({**layers.pairs, **zeros}, layers.kernels, layers.magnitudes)
     alphas = {component: _alpha(layers.pairs, component) for component in {name.partition(".")[0] for name in layers.pairs}}
@@ -86,17 +86,17 @@ def write_differences(
 ) -> Path:
     """Write differences of whole parameters: `<kohya's name>.diff` for a weight, and `.diff_b` for a bias.
 
-    ComfyUI and A1111 add them to the weights, times the strength. diffusers reads no such file.
+    ComfyUI and A1111 add them to the weights, times the strength. diffusers does not read such files.
 
     Args:
         path: as in `write_kohya_lora`.
-        differences: in the shapes and dtypes to be written, by the name of the parameter, component first:
+        differences: the tensors, in the shapes and dtypes to be written, by the name of the parameter, component first:
             `unet.mid_block...attn1.to_q.weight`.
         shapes: (p, q) of those that are updates of matrices, by module.
         base_model, xl: as in `write_kohya_lora`.
 
     Raises:
-        ValueError: nothing to write, a parameter without a name in these keys, a value that is not finite, `xl` as there.
+        ValueError: there is nothing to write, a parameter has no name in these keys, a value is not finite, or `xl` as there.
         OSError: as `write_atomically`.
     """
     file = file_to_write(path, None)
@@ -116,10 +116,10 @@ def write_differences(
 
 
 def difference_key(parameter: str, *, xl: bool) -> str:
-    """`lora_unet_conv_in.diff` of `unet.conv_in.weight`, and `.diff_b` of its bias.
+    """Return the key of a parameter's difference: `lora_unet_conv_in.diff` for `unet.conv_in.weight`, `.diff_b` for its bias.
 
     Raises:
-        ValueError: a parameter that has no such name.
+        ValueError: the parameter has no such name.
     """
     module, _, kind = canonical(parameter).rpartition(".")
     endings = {"weight": "diff", "bias": "diff_b"}
@@ -129,11 +129,11 @@ def difference_key(parameter: str, *, xl: bool) -> str:
 
 
 def zeros_for_readers(shapes: Mapping[str, tuple[int, int]], family: Family | None) -> dict[str, LowRankPair]:
-    """Updates of zeros, of rank 1, without which other programs lose updates of text encoders.
+    """Return updates of zeros, of rank 1, without which other programs lose updates of text encoders.
 
-    A1111 has the query, key, value and output of an OpenCLIP encoder (SDXL's second, SD 2's) in one module, and takes all four
-    of a layer or none. diffusers tells how a text encoder's keys are meant by an output projection, which one layer has to
-    have.
+    A1111 keeps the query, key, value and output of an OpenCLIP encoder (SDXL's second, SD 2's) in one module, and takes either
+    all four of a layer or none. diffusers infers the format of a text encoder's keys from an output projection, which at least
+    one layer must have.
     """
     zeros: dict[str, LowRankPair] = {}
     for component in _ENCODERS:
@@ -150,14 +150,14 @@ def zeros_for_readers(shapes: Mapping[str, tuple[int, int]], family: Family | No
 
 
 def flattened(path: str, *, xl: bool) -> str:
-    """kohya's name of a module of a UNet or CLIP text encoder: `lora_unet_mid_block_attentions_0_...`.
+    """Return kohya's name of a module of a UNet or CLIP text encoder: `lora_unet_mid_block_attentions_0_...`.
 
     Args:
-        path: with the component before it, and `text_model` in it for a text encoder.
-        xl: of Stable Diffusion XL, whose first text encoder is `te1`, not `te`.
+        path: the path, with the component before it and, for a text encoder, with `text_model` in it.
+        xl: whether it is of Stable Diffusion XL, whose first text encoder is `te1`, not `te`.
 
     Raises:
-        ValueError: a module that has no such name.
+        ValueError: the module has no such name.
     """
     component, _, rest = path.partition(".")
     encoders = {"text_encoder": "lora_te1_" if xl else "lora_te_", "text_encoder_2": "lora_te2_"}
@@ -170,7 +170,7 @@ def flattened(path: str, *, xl: bool) -> str:
 
 
 def has_name(module: str) -> bool:
-    """Whether a module has a name in kohya's keys."""
+    """Return whether a module has a name in kohya's keys."""
     try:
         return bool(flattened(canonical(module), xl=False))
     except ValueError:
@@ -178,6 +178,6 @@ def has_name(module: str) -> bool:
 
 
 def _alpha(pairs: Mapping[str, LowRankPair], component: str) -> float:
-    """The alpha most layers of a component have."""
+    """Return the alpha that most layers of a component have."""
     there = [pair.scale * pair.rank for name, pair in pairs.items() if name.startswith(f"{component}.")]
     return Counter(float(f"{alpha:.6g}") for alpha in there if alpha).most_common(1)[0][0] if any(there) else 1.0

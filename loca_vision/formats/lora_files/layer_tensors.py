@@ -1,4 +1,4 @@
-"""What the tensors of one layer of a file say about a model's modules: updates of weights, and what is done to the rest."""
+"""Turn the tensors of one layer of a file into updates of a model's modules, differences of parameters and whole tensors."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from loca_vision.formats.lora_files.peft_fourierft import fourier_update
 from loca_vision.formats.lora_files.scales import FourierSettings, Scales
 from loca_vision.formats.lora_files.update_kinds import update_of
 
-# Convolutions of 3 x 3 in diffusers' UNets, of which LyCORIS may have flat factors.
+# The 3 x 3 convolutions in diffusers' UNets, for which LyCORIS may have flat factors.
 _CONVOLUTION = re.compile(r"unet\..*\b(conv_in|conv_out|conv1|conv2|(down|up)samplers\.0\.conv)")
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """What is in a LoRA file, or in one of LyCORIS or of peft's other methods.
+    """The contents of a LoRA file, or of a file by LyCORIS or peft's other methods.
 
     Args:
-        updates: by module path, in the file's order; of a pipeline's, the paths begin with the component:
-            `unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q`. A text encoder's have `text_model` in them.
+        updates: the updates by module path, in the file's order; in a pipeline, paths begin with the component:
+            `unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q`. A text encoder's paths contain `text_model`.
         whole: tensors that replace those of the model (`modules_to_save` of peft), by the parameter's name.
         differences: what is added to other parameters, such as biases, by name.
         skipped: the keys left out, with what they are.
@@ -39,18 +39,19 @@ class LoraFile:
 
     @property
     def pairs(self) -> dict[str, LowRankPair]:
-        """The updates that are two factors, and nothing else."""
+        """The updates that consist of two factors and nothing else."""
         made = {path: update.make() for path, update in self.updates.items() if update.kind.startswith("LoRA")}
         return {p: m for p, m in made.items() if isinstance(m, LowRankPair) and not self.updates[p].needs_weight}
 
 
 @dataclass(frozen=True)
 class FileLayer:
-    """
+    """One layer of a file.
+
     Args:
         path: as in `Key`.
-        in_file: its name in the file, without peft's prefix, by which peft's configuration calls it.
-        layer: the modules it is, and their rows.
+        in_file: its name in the file, without peft's prefix, which is what peft's configuration calls it.
+        layer: the modules that make up the layer, and their rows.
     """
 
     path: str
@@ -61,12 +62,12 @@ class FileLayer:
 def add_layer(
     read: LoraFile, of: FileLayer, parts: Mapping[str, Tensor], scales: Scales, sizes: Mapping[str, tuple[int, int]]
 ) -> None:
-    """Take in one layer of a file.
+    """Add one layer of a file to what was read.
 
     Args:
         read: what was read so far.
         of: the layer.
-        parts: its tensors by role, floating-point numbers, all finite.
+        parts: its tensors by role: floating-point numbers, all finite.
         sizes: as in `read_lora`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Updates of low rank, as LoRA has them, and the closest one to a given matrix (Eckart and Young, 1936)."""
+"""Low-rank updates, as in LoRA, and the closest one to a given matrix (Eckart and Young, 1936)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class LowRankPair:
 
     Args:
         down: (r, q), which LoRA calls A.
-        up: (p, r), B.
-        scale: alpha / r, or alpha / sqrt(r) where ranks are stabilised.
+        up: (p, r), which LoRA calls B.
+        scale: alpha / r, or alpha / sqrt(r) if ranks are stabilised.
 
     Raises:
-        ValueError: shapes that do not fit each other, or a scale that is not finite.
+        ValueError: the shapes do not fit each other, or the scale is not finite.
     """
 
     down: Tensor
@@ -44,20 +44,20 @@ class LowRankPair:
         return int(self.up.shape[0]), int(self.down.shape[1])
 
     def delta(self) -> Tensor:
-        """The update, (p, q), in float32 or, where the factors are, float64."""
+        """Return the update, (p, q), in float32 or, if the factors are in it, float64."""
         wide = torch.promote_types(self.up.dtype, torch.float32)
         return self.scale * (self.up.to(wide) @ self.down.to(wide))
 
 
 @dataclass(frozen=True)
 class Truncated:
-    """A matrix cut down to a rank.
+    """A matrix truncated to a rank.
 
     Args:
-        pair: the factors, in float32, their columns and rows of equal norms.
+        pair: the factors, in float32; the columns of `up` and rows of `down` have equal norms.
         norm: Frobenius norm of the matrix.
         error: Frobenius norm of what is left out.
-        squares: squared singular values of the matrix, the largest first; None where they were not asked for.
+        squares: squared singular values of the matrix, the largest first; None if they were not requested.
     """
 
     pair: LowRankPair
@@ -72,13 +72,13 @@ class Truncated:
 
 
 def truncated(delta: Tensor | LowRankPair, rank: int) -> Truncated:
-    """The matrix of rank at most `rank` closest to `delta`, by its singular values, which also tell the error.
+    """Return the matrix of rank at most `rank` closest to `delta`, by its singular values, which also give the error.
 
-    The factors of an update of low rank are turned into a small matrix first: nothing of size (p, q) is built, and where
-    it has that rank already the error is 0 and the pair returned has its own rank.
+    The factors of a low-rank update are reduced to a small matrix first, so nothing of size (p, q) is built. If the update has
+    that rank already, the error is 0 and the returned pair has the update's own rank.
 
     Raises:
-        ValueError: a rank below 1 or above min(p, q); not a matrix; NaN or infinity.
+        ValueError: the rank is below 1 or above min(p, q); `delta` is not a matrix; or it holds NaN or infinity.
     """
     shape = tuple(delta.shape)
     if len(shape) != 2:
@@ -102,7 +102,7 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _of_pair(pair: LowRankPair) -> tuple[Tensor, Tensor, Tensor]:
-    """Orthonormal bases of both factors, and the singular values of what lies between them: (r, r)."""
+    """Return orthonormal bases of both factors, and the singular values of the (r, r) matrix between them."""
     left, left_in = torch.linalg.qr(pair.up.detach().double())
     right, right_in = torch.linalg.qr(pair.down.detach().double().T)
     inner_left, values, inner_right = _svd(pair.scale * left_in @ right_in.T)
@@ -110,10 +110,10 @@ def _of_pair(pair: LowRankPair) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def cut(module: str, update: Tensor | LowRankPair, rank: int | None) -> Truncated:
-    """The closest update of a rank; with None, or where it has no higher one, its own factors.
+    """Return the closest update of a given rank; its own factors if the rank is None or not below theirs.
 
     Raises:
-        ValueError: it has no factors yet, and no rank is asked for.
+        ValueError: the update has no factors yet, and `rank` is None.
     """
     if isinstance(update, LowRankPair) and (rank is None or update.rank <= rank):
         return Truncated(update, truncated(update, 1).norm, 0.0)

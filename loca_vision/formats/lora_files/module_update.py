@@ -1,4 +1,4 @@
-"""The update of one module's weight as a file of another library has it: what it is made of, and when it is made."""
+"""The update of one module's weight as another library's file has it, made from its tensors on request."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
 
-MOST_CELLS = 2**31  # of a weight, as in adapter files: factors of a few kB could ask for any amount of memory
+MOST_CELLS = 2**31  # in a weight, as in adapter files: otherwise factors of a few kB could request any amount of memory
 
 
 @dataclass(frozen=True)
 class Magnitude:
-    """What DoRA rescales a weight to: norms of its rows, or of what belongs to each input channel.
+    """The norms to which DoRA rescales a weight: those of its rows, or of its input channels.
 
     Args:
         norms: (p,), or (in_channels,).
-        of_rows: which of them.
+        of_rows: whether they are norms of rows.
     """
 
     norms: Tensor
     of_rows: bool
 
     def applied(self, weight: Tensor) -> Tensor:
-        """The weight (p, q) with these norms, in its dtype; each channel has as many columns as its kernel has cells.
+        """Return the weight (p, q) with these norms, in its dtype; a channel has as many columns as its kernel has cells.
 
         Raises:
             ValueError: a row or channel of zeros has no direction to keep.
@@ -46,14 +46,15 @@ def _ratio(norms: Tensor, now: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ModuleUpdate:
-    """
+    """The update of one module's weight.
+
     Args:
         kind: "LoRA", "LoHa", ...
-        shape: (p, q) of the weight, flattened where it is a convolution's.
-        trained: how many numbers the update is made from.
-        make: the update, before any rescaling by DoRA.
+        shape: (p, q) of the weight, flattened for a convolution.
+        trained: the number of trained numbers that the update is made from.
+        make: computes the update, before any rescaling by DoRA.
         kernel: (kh, kw) of a convolution; None for a linear layer.
-        magnitude: of DoRA.
+        magnitude: the magnitude of DoRA, if any.
     """
 
     kind: str
@@ -69,7 +70,7 @@ class ModuleUpdate:
 
     @torch.no_grad()
     def read(self, weight: Tensor | None) -> Tensor | LowRankPair:
-        """The update (p, q), given the weight (p, q) that it is for.
+        """Return the update (p, q), given the weight (p, q) that it is for.
 
         Raises:
             ValueError: it depends on the weight (DoRA), which is not given; or it is not finite.
@@ -89,15 +90,15 @@ class ModuleUpdate:
 
     @torch.no_grad()
     def decomposed(self) -> tuple[LowRankPair, Tensor] | None:
-        """scale * B A and the magnitudes (p,) of a DoRA with one for each row; None for every other update."""
+        """Return scale * B A and the magnitudes (p,) of a DoRA with one for each row; None for every other update."""
         made = self.make() if self.magnitude is not None and self.magnitude.of_rows else None
         return (made, self.magnitude.norms) if isinstance(made, LowRankPair) and self.magnitude is not None else None
 
     def part(self, rows: Tensor) -> ModuleUpdate:
-        """The update of some rows.
+        """Return the update of some rows.
 
         Raises:
-            ValueError: norms of input channels, which are of all rows together.
+            ValueError: DoRA's norms are of input channels, which span all rows.
         """
         if torch.equal(rows, torch.arange(self.shape[0])):
             return self

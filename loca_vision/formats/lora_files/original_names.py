@@ -1,6 +1,6 @@
-"""The transformers of Flux and SD3 as their authors named them, in terms of diffusers'.
+"""Translate the names that the authors of Flux and SD3 gave their transformers' layers to those of diffusers.
 
-Where one layer there is several in diffusers (a fused qkv), its rows say which.
+If one layer there is several in diffusers (a fused qkv), its rows say which.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Rule = Literal["whole", "equal", "single block", "swapped", "swapped in the last
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of a file as the modules of diffusers that it is.
+    """A layer of a file, as the diffusers modules that it consists of.
 
     Args:
         modules: their paths, in the order of the layer's rows.
         rule: how its rows are divided: not at all; in equal parts; one seventh each for q, k and v, and the rest for the MLP;
-            or not divided, but with both halves in the other order, which in SD3 holds for the second stream of the last block.
-        times: how many times its columns the layer has rows, where another model has a layer of that name too; 0 for any.
+            or not divided but with both halves exchanged, which in SD3 holds for the second stream of the last block.
+        times: the number of rows over that of columns, if another model has a layer of that name too; 0 for any.
     """
 
     modules: tuple[str, ...]
@@ -31,13 +31,13 @@ class Layer:
     times: int = 0
 
     def rows(self, count: int, columns: int | None) -> list[tuple[str, Tensor]]:
-        """Each module, and which of the layer's `count` rows are its own, in its order.
+        """Return each module, and which of the layer's `count` rows are its own, in its order.
 
         Args:
-            columns: of the layer; None where that is not known, as of a bias.
+            columns: the layer's number of columns; None if unknown, as for a bias.
 
         Raises:
-            ValueError: the rows cannot be divided so.
+            ValueError: the rows cannot be divided like that.
         """
         if self.times and columns is not None and count != self.times * columns:
             raise ValueError(
@@ -62,7 +62,7 @@ class Layer:
 
 
 _QKV, _ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
-# Of a block, by what follows its number: the rest of the module's path.
+# For a block's layer, by what follows the block's number: the rest of the module's path.
 _DOUBLE = {
     "img_attn_proj": "attn.to_out.0",
     "txt_attn_proj": "attn.to_add_out",
@@ -101,7 +101,7 @@ _OTHERS = {
 
 
 def layer_of(name: str) -> Layer | None:
-    """The layer of an original transformer, its name with underscores for dots (`double_blocks_0_img_attn_qkv`)."""
+    """Return the layer of an original transformer by its name with underscores for dots (`double_blocks_0_img_attn_qkv`)."""
     if name in _OTHERS:
         return Layer((_OTHERS[name],))
     if name == "final_layer_adaLN_modulation_1":
@@ -118,7 +118,7 @@ def layer_of(name: str) -> Layer | None:
 def _of_double(block: str, rest: str) -> Layer | None:
     if rest in ("img_attn_qkv", "txt_attn_qkv"):
         return _several(f"{block}attn.", _QKV if rest.startswith("img") else _ADDED)
-    if rest in ("img_mlp_0", "txt_mlp_0"):  # gated in Flux 2, whose other name for it is not this one
+    if rest in ("img_mlp_0", "txt_mlp_0"):  # gated in Flux 2, which has another name for it
         return Layer((f"{block}{'ff' if rest.startswith('img') else 'ff_context'}.net.0.proj",), times=4)
     return Layer((block + _DOUBLE[rest],)) if rest in _DOUBLE else None
 

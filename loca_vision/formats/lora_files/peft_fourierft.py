@@ -1,4 +1,4 @@
-"""peft's FourierFT: its files have the coefficients only, and the cells are drawn anew from the seed and the weight's size."""
+"""peft's FourierFT: its files hold only coefficients, so the cells are drawn again from the seed and the weight's size."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from loca_vision.functional.fourier import inverse_real
 
 
 def fourier_update(path: str, spectrum: Tensor, settings: FourierSettings, size: tuple[int, int] | None) -> ModuleUpdate:
-    """
+    """Return the update that a spectrum of peft's FourierFT makes.
+
     Args:
-        path: of the module.
+        path: the path of the module.
         spectrum: (n,) coefficients.
-        size: (p, q) of the module's weight; None where it is not known.
+        size: (p, q) of the module's weight; None if unknown.
 
     Raises:
-        ValueError: it is not known; more coefficients than cells, or another number of them than the settings say.
+        ValueError: the size is unknown; there are more coefficients than cells, or not as many as the settings say.
     """
     if size is None:
         raise ValueError(

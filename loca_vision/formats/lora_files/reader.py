@@ -1,4 +1,4 @@
-"""Files of LoRA and its kin, of peft, diffusers, kohya, LyCORIS and others, read as one: updates by the paths of modules."""
+"""Read files of LoRA and related methods by peft, diffusers, kohya, LyCORIS and others, as updates by module path."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 @dataclass
 class _Sorted:
-    """Keys of a file by what they are for."""
+    """The keys of a file, sorted by their purpose."""
 
     layers: dict[str, dict[str, str]] = field(default_factory=dict)  # path -> role -> key
-    named: dict[str, FileLayer] = field(default_factory=dict)  # path -> how it is called, and what it is in the model
+    named: dict[str, FileLayer] = field(default_factory=dict)  # path -> its name in the file, and its modules in the model
     whole: dict[str, str] = field(default_factory=dict)  # parameter -> key
     foreign: dict[str, tuple[str, str]] = field(default_factory=dict)  # key -> its layer's path and what it is
 
@@ -44,19 +44,20 @@ def read_lora(
 ) -> LoraFile:
     """Read a LoRA, LoCon, LoHa, LoKr or full difference: a file, or the folder that peft or diffusers wrote it to.
 
-    Keys are understood as peft writes them (with `adapter_config.json` beside), as diffusers does, now and formerly, and as
-    kohya, LyCORIS, ComfyUI, XLabs and OneTrainer do, with the names of diffusers' or of the original models.
-    A layer's scale is its `.alpha` by its rank, or else what the header or `adapter_config.json` says, or else 1.
+    Keys are understood as written by peft (with `adapter_config.json` beside the file), by diffusers, now and formerly, and by
+    kohya, LyCORIS, ComfyUI, XLabs and OneTrainer, with the names of diffusers or of the original models.
+    A layer's scale is its `.alpha` over its rank, or else what the header or `adapter_config.json` says, or else 1.
 
     Args:
-        skip: leave out the layers whose update is of another kind (OFT, IA3, ...), and keys that are not part of any, and list
-            them in the result. Without, the first of them is refused.
+        skip: leave out layers whose update is of another kind (OFT, IA3, ...) and keys that are not part of any update, and
+            list them in the result. Otherwise the first of them is refused.
         sizes: (p, q) of the model's weights by module, which peft's FourierFT needs.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: the file is not sound, or not understood, in one sentence with its path and the key: half of a pair is
-            missing, shapes do not fit, NaN or infinity, a layer that comes twice, an unknown key, no configuration.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not sound or not understood: half of a pair is missing, shapes do not fit, a tensor holds NaN or
+            infinity, a layer occurs twice, a key is unknown, or there is no configuration. The error is one sentence with the
+            file's path and the key.
     """
     file = _file(Path(path))
     with open_safetensors(file, eight_bits=True) as opened:
@@ -81,7 +82,7 @@ def read_lora(
 
 
 def has_lora(path: Path) -> bool:
-    """Whether a folder has a LoRA under one of its usual names."""
+    """Return whether a folder has a LoRA under one of its usual names."""
     return path.is_dir() and any((path / name).exists() for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS))
 
 
@@ -103,7 +104,7 @@ def _file(path: Path) -> Path:
 
 
 def _settings_in_folder(file: Path, keys: Collection[str]) -> PeftSettings | None:
-    """Of a file that peft wrote, what its configuration says."""
+    """Return the configuration beside a file that peft wrote; None for other files."""
     if file.name != PEFT_WEIGHTS and not any(key.startswith(PEFT_PREFIX) for key in keys):
         return None
     if not file.with_name(PEFT_CONFIG).exists():
@@ -115,7 +116,7 @@ def _sort(entries: Mapping[str, Entry], settings: PeftSettings | None) -> _Sorte
     found, family = _Sorted(), family_of(entries)
     for key in entries:
         part = parse_key(key, family)
-        parameter = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")  # what peft's layers wrap
+        parameter = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")  # the module that peft's layers wrap
         if part.role == "foreign" and settings is not None and settings.is_whole(parameter):
             found.whole[parameter] = key
         elif part.role == "foreign":
@@ -129,7 +130,7 @@ def _sort(entries: Mapping[str, Entry], settings: PeftSettings | None) -> _Sorte
 
 
 def _skipped(found: _Sorted, *, skip: bool) -> dict[str, str]:
-    """The keys to leave out: the foreign ones, and the others of their layers, which mean nothing without."""
+    """Return the keys to leave out: the foreign ones, and the others of their layers, which are meaningless without them."""
     for key, (_, what) in found.foreign.items():
         if not skip:
             raise ValueError(

@@ -1,10 +1,10 @@
-"""The part that a tensor has in an update, by the end of its key, in files of peft, diffusers, kohya, LyCORIS and XLabs."""
+"""The role of a tensor in an update, by the end of its key, in files of peft, diffusers, kohya, LyCORIS and XLabs."""
 
 from __future__ import annotations
 
 import re
 
-# Each ends a key; the layer stands before.
+# Each is the end of a key; the layer's name comes before it.
 _ROLES = {
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
@@ -36,7 +36,7 @@ _ROLES = {
         *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     )
 }
-_NAMED = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.[^.]+\.weight$")  # with the adapter's name in it
+_NAMED = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.[^.]+\.weight$")  # keys that contain the adapter's name
 _XLABS = re.compile(r"(double|single)_blocks\.(\d{1,4})\.processor\.(qkv|proj)_lora([12]?)\.(down|up)\.weight")
 _FOREIGN = (
     (r"(.+)\.lora_embedding_[AB](\..+)?", "LoRA of an embedding"),
@@ -52,17 +52,17 @@ _FOREIGN = (
 
 
 def role_of(key: str) -> tuple[str, str, str]:
-    """The layer that a key stands for, and its role: "down", "up", "alpha", "hada_w1_a", ...
+    """Return the layer that a key belongs to, and its role: "down", "up", "alpha", "hada_w1_a", ...
 
     Returns:
-        Layer, role, and "". For what is not part of an update that is read here: the layer as far as one can tell, "foreign",
-        and a word for a message.
+        Layer, role, and "". For a key that is not part of an update that can be read here: the layer as far as it can be
+        told, "foreign", and a word for the error message.
     """
     plain = _of_xlabs(_NAMED.sub(r".\1.weight", key))
     ending = max((ending for ending in _ROLES if plain.endswith(ending)), key=len, default=None)
     if ending is not None:
         layer = plain.removesuffix(ending)
-        # Attention processors had layers of their own once, whose names end so.
+        # Attention processors used to have LoRA layers of their own, whose names end like this.
         return f"{layer}_lora" if ending.startswith("_lora") else layer, _ROLES[ending], ""
     for pattern, what in _FOREIGN:
         match = re.fullmatch(pattern, key)
@@ -72,7 +72,7 @@ def role_of(key: str) -> tuple[str, str, str]:
 
 
 def _of_xlabs(key: str) -> str:
-    """XLabs' names of what an attention processor of Flux adds, as the layers it adds to."""
+    """Translate XLabs' names of what a Flux attention processor adds to the names of the layers it is added to."""
     match = _XLABS.fullmatch(key.removeprefix("diffusion_model."))
     if not match:
         return key

@@ -1,4 +1,4 @@
-"""The scale of each layer of a LoRA file: its alpha, or what peft's configuration, beside the file or in its header, says."""
+"""The scale of each layer of a LoRA file, from its alpha or from peft's configuration beside the file or in its header."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OTHERWISE = (
     *("use_qalora", "fan_in_fan_out", "layer_replication", "target_parameters"),
     *("alora_invocation_tokens", "arrow_config", "velora_config", "monteclora_config", "trainable_token_indices"),
 )
-_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # others, as "pissa", change the base weights as well
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # others, such as "pissa", also change the base weights
 _OTHERS = {
     "IA3": "scales the weights",
     "OFT": "rotates the weights",
@@ -32,29 +32,29 @@ _LITERAL = re.compile(r"\^?((?:[\w-]|\\?\.)+)\$?")
 
 @dataclass(frozen=True)
 class PeftSettings:
-    """What every configuration of peft says.
+    """The fields that all configurations of peft have.
 
     Args:
-        whole: the names of modules trained whole.
-        biases: whether biases were trained as well, so that the file has them whole.
+        whole: the names of modules trained as a whole.
+        biases: whether biases were trained too, so that the file contains them whole.
     """
 
     whole: tuple[str, ...]
     biases: bool
 
     def is_whole(self, parameter: str) -> bool:
-        """Whether the file has this parameter in place of the model's."""
+        """Return whether the file has this parameter as a replacement for the model's."""
         return any(f".{name}." in f".{parameter}" for name in self.whole) or (self.biases and parameter.endswith(".bias"))
 
 
 @dataclass(frozen=True)
 class LoraSettings(PeftSettings):
-    """What of peft's `LoraConfig`, `LoHaConfig` or `LoKrConfig` decides about the update.
+    """The fields of peft's `LoraConfig`, `LoHaConfig` or `LoKrConfig` that determine the update.
 
     Args:
-        rank, alpha: of layers that no pattern names.
-        ranks, alphas: by the names of layers, or the ends of their names after a dot; the first that fits counts. With a
-            `^` before it a name is a whole one.
+        rank, alpha: for layers that no pattern names.
+        ranks, alphas: by the names of layers, or by the ends of their names after a dot; the first match counts. A name that
+            begins with `^` must match the whole name.
         stabilised: whether the scale is alpha / sqrt(r), not alpha / r.
     """
 
@@ -65,12 +65,13 @@ class LoraSettings(PeftSettings):
     stabilised: bool
 
     def scale(self, path: str, rank: int | None) -> float:
-        """
+        """Return the scale of a layer.
+
         Args:
-            rank: of the layer's factors; None where they do not tell it.
+            rank: the rank of the layer's factors; None if they do not tell it.
 
         Raises:
-            ValueError: the settings say another rank.
+            ValueError: the settings have another rank.
         """
         said = _of_first(self.ranks, path, self.rank)
         if rank is not None and said != rank:
@@ -80,13 +81,13 @@ class LoraSettings(PeftSettings):
 
 @dataclass(frozen=True)
 class FourierSettings(PeftSettings):
-    """What of peft's `FourierFTConfig` decides about the update.
+    """The fields of peft's `FourierFTConfig` that determine the update.
 
     Args:
-        frequencies: coefficients of a layer that no pattern names.
-        counts: by the names of layers, as in `LoraSettings`.
+        frequencies: number of coefficients of a layer that no pattern names.
+        counts: numbers of coefficients by the names of layers, as in `LoraSettings`.
         scaling: the factor of the update.
-        seed: of the cells.
+        seed: the seed of the cells.
     """
 
     frequencies: int
@@ -95,24 +96,24 @@ class FourierSettings(PeftSettings):
     seed: int
 
     def count(self, path: str) -> int:
-        """The number of coefficients of a layer."""
+        """Return the number of coefficients of a layer."""
         return int(_of_first(self.counts, path, self.frequencies))
 
 
 @dataclass(frozen=True)
 class Scales:
-    """Where the scales of a file's layers are told.
+    """The sources of the scales of a file's layers.
 
     Args:
-        in_header: settings by component, or under "" for a model by itself.
-        in_folder: what peft's configuration beside the file says.
+        in_header: settings by component, or under "" for a single model.
+        in_folder: peft's configuration beside the file, if any.
     """
 
     in_header: Mapping[str, LoraSettings]
     in_folder: PeftSettings | None
 
     def of_layer(self, path: str, in_file: str, alpha: Tensor | None) -> Callable[[int | None], float]:
-        """The scale of a layer by its rank, given its path, its name in the file, and its alpha if it has one."""
+        """Return a layer's scale as a function of its rank, given its path, its name in the file, and any alpha."""
         if alpha is not None:
             return lambda rank: float(alpha) / rank if rank else 1.0
         component, _, rest = path.partition(".")
@@ -129,17 +130,17 @@ def _of_first(patterns: Mapping[str, float], path: str, default: float) -> float
 
 
 def _fits(name: str, path: str) -> bool:
-    if name.startswith("^"):  # a text encoder's model may have lost the text_model that paths in files have
+    if name.startswith("^"):  # the text encoder's model may lack the text_model that paths in files have
         return name[1:] in (path, path.removeprefix("text_model."))
     return path == name or path.endswith(f".{name}")
 
 
 def read_settings(fields: Any) -> PeftSettings:
-    """Check peft's fields, as JSON has them.
+    """Check peft's fields, as parsed from JSON.
 
     Raises:
-        ValueError: naming the field and the rule; among others for a pattern that is a regular expression, for none out of
-            a file is run here.
+        ValueError: a field is invalid; the error names the field and the rule. Patterns that are regular expressions are
+            refused too, because none from a file is run here.
     """
     if not isinstance(fields, dict):
         raise ValueError("the configuration of a LoRA is an object")
@@ -198,7 +199,7 @@ def _patterns(fields: dict[str, Any], field: str) -> dict[str, float]:
 
 
 def settings_in_header(metadata: Mapping[str, str]) -> dict[str, LoraSettings]:
-    """What diffusers (from 0.33 on) writes into the header: settings by component, or under "" for a model by itself.
+    """Return the settings that diffusers (from 0.33 on) writes into the header: by component, or under "" for a single model.
 
     Raises:
         ValueError: as `read_settings`.

@@ -1,4 +1,4 @@
-"""Which Stable Diffusion a LoRA is for, and the header fields by which other programs tell it."""
+"""Tell which Stable Diffusion a LoRA is for, and write the header fields that other programs tell it by."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _VERSIONS: dict[Family, tuple[str, bool, str]] = {
     "sd2": ("sd_v2", True, "stable-diffusion-v2-512"),
     "sdxl": ("sdxl_base_v1-0", False, "stable-diffusion-xl-v1-base"),
 }
-_SD2_V = re.compile(r"stable-diffusion-2(-1)?(-unclip.*)?$", re.I)  # without "-base" they predict v at 768 pixels
+_SD2_V = re.compile(r"stable-diffusion-2(-1)?(-unclip.*)?$", re.I)  # those without "-base" predict v at 768 pixels
 
 
 def family_of(shapes: Mapping[str, tuple[int, int]], base_model: str = "unknown", *, xl: bool = False) -> Family | None:
-    """What the modules, or else the name of the base model, tell; None where they tell nothing.
+    """Return the family that the modules or else the name of the base model indicate; None if they indicate nothing.
 
     Args:
         shapes: (p, q) of the updated weights, by module with its component: `unet.mid_block...attn2.to_k`.
-        base_model: as an adapter file names it.
-        xl: that it is Stable Diffusion XL was said by the user.
+        base_model: the name of the base model, as in an adapter file.
+        xl: whether the user said that it is Stable Diffusion XL.
 
     Raises:
-        ValueError: the modules are those of another version than the one given.
+        ValueError: the modules are those of another version than the given one.
     """
     told = next((family for module, shape in shapes.items() if (family := _by_module(module, shape)) is not None), None)
     if xl and told not in (None, "sdxl"):
@@ -46,7 +46,7 @@ def _by_module(module: str, shape: tuple[int, int]) -> Family | None:
     component, _, path = module.partition(".")
     if component == "text_encoder_2":
         return "sdxl"
-    if component == "text_encoder":  # 768 is the width of SD 1's as well as of XL's first
+    if component == "text_encoder":  # 768 is the width of both SD 1's and XL's first
         return "sd2" if shape[1] == 1024 and path.endswith("self_attn.q_proj") else None
     if component != "unet":
         return None
@@ -56,15 +56,15 @@ def _by_module(module: str, shape: tuple[int, int]) -> Family | None:
 
 
 def is_told(shapes: Mapping[str, tuple[int, int]], family: Family | None) -> bool:
-    """Whether it is certain which names a first text encoder has in kohya's keys; without one nothing depends on it."""
+    """Return whether a first text encoder's names in kohya's keys are certain; without one, nothing depends on it."""
     encoder = any(module.startswith("text_encoder.") for module in shapes)
     return not encoder or family is not None or any(module.endswith(("attn2.to_k", "attn2.to_v")) for module in shapes)
 
 
 def header_of(family: Family | None, base_model: str = "unknown") -> dict[str, str]:
-    """The fields by which A1111 and others tell the base; none where it is not known.
+    """Return the fields by which A1111 and others recognise the base; none if it is unknown.
 
-    A1111 takes a file with any other field in its header for one of Stable Diffusion 1.
+    A1111 takes a file with any other header field to be for Stable Diffusion 1.
     """
     if family is None:
         return {}

@@ -1,6 +1,6 @@
-"""Updates out of the tensors of one layer: LoRA, LoCon, LoHa, LoKr, full differences, FourierFT; each with DoRA or without.
+"""Make updates from the tensors of one layer: LoRA, LoCon, LoHa, LoKr, full differences, FourierFT; with or without DoRA.
 
-The formulas are those of LyCORIS (Yeh et al., arXiv 2309.14859) and of peft, with which the tests compare.
+The formulas are those of LyCORIS (Yeh et al., arXiv 2309.14859) and of peft, against which the tests compare.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from loca_vision.formats.lora_files.low_rank_pair import LowRankPair
 from loca_vision.formats.lora_files.module_update import MOST_CELLS, Magnitude, ModuleUpdate
 
-Scale = Callable[[int | None], float]  # the factor of an update, by its rank; None for two full factors
+Scale = Callable[[int | None], float]  # the factor of an update, given its rank; None for two full factors
 _HADA, _HADA_CORES = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, {"hada_t1", "hada_t2"}
 _KRON = (
     {"lokr_w1", "lokr_w2"},
@@ -24,19 +24,19 @@ _KRON = (
     {"lokr_w1", "lokr_w2_a", "lokr_w2_b", "lokr_t2"},
     {"lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2"},
 )
-_BESIDE = {"alpha", "dora_scale", "magnitude", "bias", "diff_b"}  # which come with any kind
+_BESIDE = {"alpha", "dora_scale", "magnitude", "bias", "diff_b"}  # these come with any kind
 
 
 def update_of(name: str, parts: Mapping[str, Tensor], scale: Scale) -> ModuleUpdate:
-    """The update that a layer's tensors make, by their roles as `role_of` tells them.
+    """Return the update that a layer's tensors make, given their roles from `role_of`.
 
     Args:
-        name: of the layer, for messages.
+        name: the name of the layer, for error messages.
         parts: floating-point numbers, all finite.
-        scale: alpha by rank, whatever says so.
+        scale: returns the scale for a rank, whatever its source.
 
     Raises:
-        ValueError: they are not a whole set, or their shapes do not fit each other.
+        ValueError: the set of tensors is incomplete, or their shapes do not fit each other.
     """
     roles = set(parts) - _BESIDE
     if roles in ({"down", "up"}, {"down", "up", "mid"}):
@@ -71,7 +71,7 @@ def _check(fits: bool, expected: str, **shapes: Tensor) -> None:
 
 
 def _widened(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All in the dtype that holds each of them, float32 at least."""
+    """Convert all tensors to a dtype that holds each of them, at least float32."""
     dtype = torch.float32
     for tensor in given.values():
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -79,7 +79,7 @@ def _widened(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _kernel(tensor: Tensor) -> tuple[int, int] | None:
-    """Of the weight that a tensor's last axes are of: (kh, kw), or None for a linear layer."""
+    """Return (kh, kw) of the weight that a tensor's last axes belong to, or None for a linear layer."""
     return (tensor.shape[2], tensor.shape[3]) if tensor.dim() == 4 else None
 
 
@@ -99,7 +99,7 @@ def _low_rank(parts: Mapping[str, Tensor], scale: Scale) -> ModuleUpdate:
     fits = mid.dim() == 4 and mid.shape[:2] == (len(down), len(down)) and down.shape[2:] == (1, 1) and mid.numel() > 0
     _check(fits, "a core of (r, r, kh, kw) and down of (r, q, 1, 1)", lora_mid=mid, down=down)
 
-    def make() -> LowRankPair:  # when it is asked for: of all layers together the products may be large
+    def make() -> LowRankPair:  # on request, because the products of all layers together may be large
         wide = torch.promote_types(down.dtype, torch.float32)
         inner = torch.einsum("abhw,bi->aihw", mid.to(wide), down.flatten(1).to(wide)).flatten(1)
         return LowRankPair(inner, up.to(wide), factor)
@@ -109,7 +109,7 @@ def _low_rank(parts: Mapping[str, Tensor], scale: Scale) -> ModuleUpdate:
 
 
 def _hadamard(parts: Mapping[str, Tensor], scale: Scale) -> ModuleUpdate:
-    """scale * (A1 B1) . (A2 B2), cell by cell; with cores, of what each makes of its factors."""
+    """scale * (A1 B1) . (A2 B2), cell by cell; with cores, of what each core makes of its factors."""
     given = {name: parts[name] for name in sorted(parts) if name.startswith("hada_")}
     wide = _widened(given)
     a1, b1, a2, b2 = (wide[name] for name in sorted(_HADA))
@@ -132,12 +132,12 @@ def _hadamard(parts: Mapping[str, Tensor], scale: Scale) -> ModuleUpdate:
 
 
 def _rebuilt(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """(p, q * kh * kw) of a core (r, r, kh, kw) and factors (r, p) and (r, q)."""
+    """Return (p, q * kh * kw) from a core (r, r, kh, kw) and factors (r, p) and (r, q)."""
     return torch.einsum("ijhw,ip,jq->pqhw", core, a, b).flatten(1)
 
 
 def _kronecker(parts: Mapping[str, Tensor], scale: Scale) -> ModuleUpdate:
-    """scale * kron(W1, W2), each a matrix or a product; without any product there is no rank to tell the scale."""
+    """scale * kron(W1, W2), each a matrix or a product; without any product there is no rank to determine the scale."""
     given = {name: parts[name] for name in sorted(parts) if name.startswith("lokr_")}
     wide = _widened(given)
     _check(all(t.numel() for t in given.values()), "no empty tensor", **given)
@@ -154,7 +154,7 @@ def _kronecker(parts: Mapping[str, Tensor], scale: Scale) -> ModuleUpdate:
     factor = scale(rank)
     shape = (size1[0] * size2[0], size1[1] * math.prod(size2[1:]))
 
-    def make() -> Tensor:  # when it is asked for: of all layers together the products may be large
+    def make() -> Tensor:  # on request, because the products of all layers together may be large
         w1, w2 = a @ b if first is None else first, _second(wide)
         return factor * torch.kron(w1 if w2.dim() == 2 else w1[:, :, None, None], w2).flatten(1)
 
@@ -163,7 +163,7 @@ def _kronecker(parts: Mapping[str, Tensor], scale: Scale) -> ModuleUpdate:
 
 
 def _size_of_second(wide: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """The shape of what `_second` makes."""
+    """Return the shape of the result of `_second`."""
     if "lokr_w2" in wide:
         return tuple(wide["lokr_w2"].shape)
     a, b, core = wide["lokr_w2_a"], wide["lokr_w2_b"], wide.get("lokr_t2")
@@ -181,7 +181,7 @@ def _second(wide: Mapping[str, Tensor]) -> Tensor:
     a, b = wide["lokr_w2_a"], wide["lokr_w2_b"]
     if "lokr_t2" not in wide:
         return (a @ b.flatten(1)).view(len(a), *b.shape[1:])
-    return torch.einsum("ijhw,ip,jq->pqhw", wide["lokr_t2"], a, b).contiguous()  # torch.kron takes no other order in memory
+    return torch.einsum("ijhw,ip,jq->pqhw", wide["lokr_t2"], a, b).contiguous()  # torch.kron needs this memory order
 
 
 def _difference(diff: Tensor) -> ModuleUpdate:
@@ -192,14 +192,14 @@ def _difference(diff: Tensor) -> ModuleUpdate:
 
 
 def _with_magnitude(update: ModuleUpdate, parts: Mapping[str, Tensor]) -> ModuleUpdate:
-    """With DoRA's norms: peft has those of rows, LyCORIS also those of input channels, and their shapes tell."""
+    """Add DoRA's norms: peft has those of rows, LyCORIS also those of input channels, and their shapes tell which."""
     given = [name for name in ("magnitude", "dora_scale") if name in parts]
     if not given:
         return update
     norms, columns = parts[given[0]], update.shape[1]
     rows, channels = update.shape[0], columns // math.prod(update.kernel or (1,))
     of_rows = norms.numel() == rows and (given[0] == "magnitude" or norms.dim() < 2 or norms.shape[0] == rows)
-    # A convolution's LoHa or LoKr may be flat; that it is one the norms show then.
+    # A convolution's LoHa or LoKr may be flat; then only the norms show that it is a convolution.
     fits = norms.numel() == channels or (
         update.kernel is None and norms.dim() == 4 and columns % max(norms.numel(), 1) == 0 < norms.numel()
     )

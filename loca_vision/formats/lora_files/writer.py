@@ -1,4 +1,4 @@
-"""LoRA files for diffusers and peft to read; those with kohya's keys are written in `kohya_writer`."""
+"""Write LoRA files for diffusers and peft; those with kohya's keys are written in `kohya_writer`."""
 
 from __future__ import annotations
 
@@ -34,21 +34,22 @@ def write_diffusers_lora(
 ) -> Path:
     """Write a LoRA that `pipe.load_lora_weights` takes: `unet.<module>.lora_A.weight`, and the ranks in the header.
 
-    Scales are multiplied into `up`, so that alpha is the rank everywhere: diffusers before 0.33, which knows no header, has
-    the same update then. Where that is not exact in half precision, that factor is written in float32.
+    Scales are multiplied into `up`, so alpha is the rank everywhere: diffusers before 0.33, which does not read the header,
+    then gets the same update. If that is not exact in half precision, the factor is written in float32.
 
     Args:
-        path: a file that ends in .safetensors, or a folder for `pytorch_lora_weights.safetensors`. Replaced if it is there.
-        pairs: by module path, with the component of the pipeline before it: `unet.`, `transformer.`, `text_encoder.`, ...
+        path: a file that ends in .safetensors, or a folder for `pytorch_lora_weights.safetensors`. An existing one is replaced.
+        pairs: the factors by module path, with the component of the pipeline before it: `unet.`, `transformer.`,
+            `text_encoder.`, ...
         kernels, magnitudes: as in `LoraLayers`.
-        dtype: of the factors; by default the one they have.
+        dtype: the dtype of the factors; by default the one they have.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: no pair, a path without such a component, a component of which some modules are DoRA and others not, or a
-            factor that is not finite in that dtype.
+        ValueError: there is no pair, a path lacks such a component, only some modules of a component are DoRA, or a factor is
+            not finite in that dtype.
         OSError: as `write_atomically`.
     """
     file = file_to_write(path, DIFFUSERS_WEIGHTS)
@@ -67,9 +68,9 @@ def write_diffusers_lora(
 
 
 def _config_of(component: str, modules: Mapping[str, str], layers: LoraLayers) -> dict[str, Any]:
-    """The fields of peft's configuration that diffusers reads from the header.
+    """Return the fields of peft's configuration that diffusers reads from the header.
 
-    A text encoder has `text_model` in its paths or not, as the version of transformers is: peft takes the end of a name.
+    Whether a text encoder's paths contain `text_model` depends on the version of transformers; peft matches the end of a name.
     """
     clip = component.startswith("text_encoder")
     ranks = {module: layers.pairs[name].rank for module, name in modules.items()}
@@ -94,18 +95,18 @@ def write_peft_lora(
     """Write a LoRA that `PeftModel.from_pretrained(model, folder)` takes.
 
     Args:
-        folder: for `adapter_model.safetensors` and `adapter_config.json`; both are there at the end, or neither.
-        pairs: by the paths of the model's modules: `blocks.0.attn.qkv`.
+        folder: the folder for `adapter_model.safetensors` and `adapter_config.json`; at the end either both exist or neither.
+        pairs: the factors by the path of the model's module: `blocks.0.attn.qkv`.
         kernels, magnitudes: as in `LoraLayers`.
-        whole: parameters trained as a whole, by name, `head.weight`: all those of their modules.
-        base_model: what the configuration says it is for, as the hub names it: `timm/vit_small_patch16_224.augreg_in21k`.
+        whole: parameters trained as a whole, by name, such as `head.weight`: all those of their modules.
+        base_model: the model that the configuration names, as on the hub: `timm/vit_small_patch16_224.augreg_in21k`.
         overwrite: replace a folder that holds these two files and no others.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: no pair, some modules are DoRA and others not, or a factor that is not finite.
+        ValueError: there is no pair, only some modules are DoRA, or a factor is not finite.
         FileExistsError, OSError: as `check_replaceable`, `write_folder`.
     """
     check_any(pairs)
@@ -149,10 +150,10 @@ def _peft_config(layers: LoraLayers) -> dict[str, Any]:
 
 
 def _is_dora(names: Collection[str], layers: LoraLayers) -> bool:
-    """peft has one answer for all modules of a configuration.
+    """Return whether the modules are DoRA, which peft's configuration says once for all of them.
 
     Raises:
-        ValueError: some are and some are not; those without a magnitude would get one, and be another update.
+        ValueError: only some are; peft would give the others a magnitude and thereby change their update.
     """
     without = [name for name in names if name not in layers.magnitudes]
     dora = len(without) < len(names)

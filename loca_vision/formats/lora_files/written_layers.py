@@ -1,4 +1,4 @@
-"""What all writers of LoRA files need: the factors as other programs have them, and names with a component in front."""
+"""What all writers of LoRA files share: the factors as other programs have them, and names with a component in front."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ class LoraLayers:
     def factors(
         self, module: str, keys: tuple[str, str], factor: float = 1.0, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        """A module's `down` and `up` by these keys, with a factor in `up`; of a convolution (r, in, kh, kw) and (p, r, 1, 1).
+        """Return a module's `down` and `up` under these keys, `up` times a factor; for a convolution as 4-D kernels.
+
+        The shapes are (r, q) and (p, r), or for a convolution (r, in, kh, kw) and (p, r, 1, 1).
 
         Raises:
             ValueError: one is not finite in that dtype.
@@ -50,15 +52,15 @@ class LoraLayers:
         return {key: stored(key, tensor, dtype) for key, tensor in zip(keys, (down, up), strict=True)}
 
     def magnitude(self, module: str) -> Tensor:
-        """The magnitudes of a DoRA, float32: rounded they would change the whole weight."""
+        """Return the magnitudes of a DoRA in float32, because rounding them would change the whole weight."""
         shape = (1, -1, 1, 1) if module in self.kernels else (-1,)
         return self.magnitudes[module].detach().float().cpu().reshape(shape).clone()
 
     def with_components(self) -> LoraLayers:
-        """The same by the names of files, where text encoders have `text_model` in their paths.
+        """Return the same layers under the names in files, where text encoders have `text_model` in their paths.
 
         Raises:
-            ValueError: no layer, a path that begins with no component of a pipeline, or a layer that comes twice.
+            ValueError: there is no layer, a path does not begin with a component of a pipeline, or a layer occurs twice.
         """
         check_any(self.pairs)
         for name in self.pairs:
@@ -72,7 +74,7 @@ class LoraLayers:
 
 
 def stored(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor as a file has it: on the CPU, in one piece and of its own, in that dtype.
+    """Return a tensor as a file stores it: a contiguous copy on the CPU, in that dtype.
 
     Raises:
         ValueError: it is not finite in that dtype.
@@ -84,7 +86,8 @@ def stored(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def check_any(pairs: Mapping[str, object]) -> None:
-    """
+    """Refuse an empty set of updates.
+
     Raises:
         ValueError: there is none.
     """
@@ -93,10 +96,10 @@ def check_any(pairs: Mapping[str, object]) -> None:
 
 
 def file_to_write(path: str | os.PathLike[str], name: str | None) -> Path:
-    """A file that ends in .safetensors, or in a folder the file of that name.
+    """Return a file that ends in .safetensors as it is, or the file of that name in a folder.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the path is neither.
     """
     file = Path(path)
     if file.suffix == ".safetensors" and not file.is_dir():

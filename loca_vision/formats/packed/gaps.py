@@ -1,7 +1,7 @@
-"""Ascending cells as bytes: Rice codes of the steps from each to the next, of all projections in one stream of bits.
+"""Ascending cells as bytes: Rice codes of the steps from each to the next, for all projections in one stream of bits.
 
-First come the remainders of all steps, then their quotients in unary: every part can be found without reading what is before.
-Bit i of the stream is bit i % 8 of byte i // 8, the least significant being bit 0.
+The remainders of all steps come first, then their quotients in unary, so each part can be found without decoding earlier ones.
+Bit i of the stream is bit i % 8 of byte i // 8, where bit 0 is the least significant.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 _BITS = 8
-_WINDOW = 5  # bytes: a remainder has at most 31 bits, and begins at any of eight
+_WINDOW = 5  # bytes: a remainder has at most 31 bits and can begin at any bit of a byte
 
 
 @dataclass(frozen=True)
 class Row:
-    """One projection: its name, its matrix (p, q) and how many components it has, from 1 to p q."""
+    """One projection: its name, its matrix (p, q) and its number of components, from 1 to p q."""
 
     name: str
     shape: tuple[int, int]
@@ -26,12 +26,12 @@ class Row:
 
     @property
     def width(self) -> int:
-        """Bits of a remainder: floor(log2(p q / B)), the usual step."""
+        """Bits of a remainder: floor(log2(p q / B)), from the mean step p q / B."""
         return (self.shape[0] * self.shape[1] // self.count).bit_length() - 1
 
 
 def check_size(size: int, rows: Sequence[Row]) -> None:
-    """Raise unless so many bytes can hold these cells: from what headers say, before anything is read.
+    """Raise ValueError unless that many bytes can hold these cells, judging by headers alone, before anything is read.
 
     The quotients of B steps add up to less than 2 B, since the last cell is below p q.
     """
@@ -43,7 +43,7 @@ def check_size(size: int, rows: Sequence[Row]) -> None:
 
 
 def packed_cells(cells: Sequence[Tensor], rows: Sequence[Row]) -> Tensor:
-    """The bytes (n,) uint8 of the ascending cells (B,) int64 of each projection."""
+    """Return the bytes (n,) uint8 of the ascending cells (B,) int64 of each projection."""
     steps, widths = torch.cat([one.diff(prepend=one.new_zeros(1)) for one in cells]), _widths(rows)
     begins, start = widths.cumsum(0) - widths, int(widths.sum())
     ends = start + ((steps >> widths) + 1).cumsum(0) - 1
@@ -56,10 +56,10 @@ def packed_cells(cells: Sequence[Tensor], rows: Sequence[Row]) -> Tensor:
 
 
 def unpacked_cells(data: Tensor, rows: Sequence[Row]) -> list[Tensor]:
-    """The cells (B,) int32 of each projection, from bytes (n,) uint8 of a size that `check_size` let through.
+    """Return the cells (B,) int32 of each projection, from bytes (n,) uint8 of a size that `check_size` accepted.
 
     Raises:
-        ValueError: bits are missing or left over, or a cell is outside its matrix; the sentence names the projection.
+        ValueError: bits are missing or left over, or a cell is outside its matrix; the error names the projection.
     """
     widths = _widths(rows)
     steps = (_quotients(data, rows, int(widths.sum())) << widths) + _remainders(data, widths)
@@ -75,12 +75,12 @@ def unpacked_cells(data: Tensor, rows: Sequence[Row]) -> list[Tensor]:
 
 
 def _widths(rows: Sequence[Row]) -> Tensor:
-    """Of the remainder of every step, (all components,)."""
+    """Return the width of the remainder of every step, (all components,)."""
     return torch.tensor([row.width for row in rows]).repeat_interleave(torch.tensor([row.count for row in rows]))
 
 
 def _quotients(data: Tensor, rows: Sequence[Row], start: int) -> Tensor:
-    """From the bits behind the remainders: each quotient is that many zeros, and then a one."""
+    """Read the quotients from the bits behind the remainders: each is that many zeros, followed by a one."""
     bits = (data[start // _BITS :, None] >> torch.arange(_BITS, dtype=torch.uint8) & 1).flatten()[start % _BITS :]
     ones, count = int(bits.sum()), sum(row.count for row in rows)
     if ones < count:
@@ -94,7 +94,7 @@ def _quotients(data: Tensor, rows: Sequence[Row], start: int) -> Tensor:
 
 
 def _remainders(data: Tensor, widths: Tensor) -> Tensor:
-    """The first bits: of each step as many as its width, the least significant first."""
+    """Read the remainders from the first bits: as many for each step as its width, the least significant first."""
     begins = widths.cumsum(0) - widths
     padded = torch.cat([data, data.new_zeros(_WINDOW)]).long()
     window = torch.zeros_like(begins)
@@ -104,7 +104,7 @@ def _remainders(data: Tensor, widths: Tensor) -> Tensor:
 
 
 def _row_at(component: int, rows: Sequence[Row]) -> Row:
-    """The projection that a component belongs to, counted over all."""
+    """Return the projection that a component belongs to, given its number among all components."""
     for row in rows:
         if component < row.count:
             return row

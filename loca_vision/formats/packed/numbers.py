@@ -1,4 +1,4 @@
-"""Coefficients as bytes, in 16 or 8 bits each, and the zlib streams they are in."""
+"""Coefficients as bytes, with 16 or 8 bits each, and the zlib streams that contain them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 
 NUMBERS = {"float16": torch.float16, "int8": torch.int8}
-"""How the coefficients of a file may be stored, by the name that its metadata has."""
-MAX_TABLE = 8 * 2**20  # bytes of JSON, as of a header
-_MOST = 127  # of an 8-bit coefficient
+"""The dtypes in which a file may store coefficients, by their name in its metadata."""
+MAX_TABLE = 8 * 2**20  # bytes of JSON, the same as for a header
+_MOST = 127  # largest 8-bit coefficient
 
 
 def deflated(*parts: Tensor) -> Tensor:
-    """One zlib stream (n,) uint8 of bytes, each part in a block of its own, with a code that suits it."""
+    """Compress bytes to one zlib stream (n,) uint8, with each part in its own block so that it gets a suitable code."""
     stream = zlib.compressobj(9)
     pieces = [stream.compress(_bytes_of(part)) + stream.flush(zlib.Z_BLOCK) for part in parts]
     return in_bytes(b"".join(pieces) + stream.flush())
 
 
 def inflated(key: str, data: Tensor, most: int) -> bytes:
-    """The bytes in a zlib stream, and no more memory than they are allowed to take.
+    """Decompress a zlib stream, using no more memory than `most` bytes need.
 
     Raises:
-        ValueError: it is not such a stream, or has more bytes in it or behind it.
+        ValueError: it is not a zlib stream, or there are more bytes in it or after it.
     """
     stream = zlib.decompressobj()
     try:
@@ -43,35 +43,35 @@ def inflated(key: str, data: Tensor, most: int) -> bytes:
 
 
 def most_deflated(size: int) -> int:
-    """Bytes that a stream of so many may take, with room for any writer: a file of padding is refused before it is read."""
+    """Return the largest size accepted for the stream of that many bytes, generous to any writer but not to padding."""
     return 2 * size + 1024
 
 
 def _bytes_of(data: Tensor) -> bytes:
-    """Of (n,) uint8, without numpy, which the core does not need, and without a list of objects."""
+    """Return the bytes of (n,) uint8 without numpy, which the core does not need, and without a list of objects."""
     held = data.contiguous()
     return ctypes.string_at(held.data_ptr(), len(held)) if len(held) else b""
 
 
 def in_bytes(data: bytes) -> Tensor:
-    """(n,) uint8, in memory of its own."""
+    """Return (n,) uint8 in memory of its own."""
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def planes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The low bytes and the high bytes of float16 numbers; the high ones are the sign, the exponent and little else."""
+    """Return the low bytes and the high bytes of float16 numbers; the high ones hold little but the sign and the exponent."""
     bits = values.view(torch.int16)
     return (bits & 255).to(torch.uint8), (bits >> 8 & 255).to(torch.uint8)
 
 
 def from_planes(data: Tensor) -> Tensor:
-    """The other way round, from both together."""
+    """Invert `planes`, given both parts concatenated."""
     low, high = data.to(torch.int16).chunk(2)
     return (low | high << 8).view(torch.float16)
 
 
 def in_eight_bits(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Whole numbers from -127 to 127 of all, int8, and the scale of each, float32: its largest magnitude / 127."""
+    """Return all values as whole numbers from -127 to 127, int8, and the scale of each, float32: largest magnitude / 127."""
     scales = torch.stack([one.float().abs().amax() for one in values]) / _MOST
     whole = [
         (one.float() / scale).round().clamp(-_MOST, _MOST) if scale > 0 else torch.zeros_like(one)

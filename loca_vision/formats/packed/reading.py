@@ -1,4 +1,4 @@
-"""Files of version 2, in which components are packed, read as version 1 would have them."""
+"""Read files of version 2, in which components are packed, as version 1 would have them."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ TABLE, CELLS, COEFFICIENTS, SCALES = "projections", "cells", "coefficients", "sc
 
 @contextmanager
 def open_adapter(path: Path) -> Iterator[Opened]:
-    """`open_safetensors` for an adapter of any version of the format, as version 1 would have it.
+    """Open an adapter of any format version as version 1 would have it; see `open_safetensors`.
 
     Raises:
-        FileNotFoundError, ValueError: as there; or what is said of packed components is not sound.
+        FileNotFoundError, ValueError: as there; or the description of the packed components is not sound.
     """
     with open_safetensors(path) as file:
         yield unpacked(file)
 
 
 def unpacked(source: OpenFile | InMemory) -> Opened:
-    """The source itself; of version 2 what version 1 would have in its place, whose numbers are unpacked when they are read.
+    """Return the source itself or, for version 2, its equivalent in version 1, whose numbers are unpacked when read.
 
     Raises:
-        ValueError: what headers and the table of projections say is not sound.
+        ValueError: the headers or the table of projections are not sound.
     """
     if METADATA_KEY not in source.metadata:
         return source
@@ -58,7 +58,7 @@ def unpacked(source: OpenFile | InMemory) -> Opened:
 
 
 def can_be_packed(config: AdapterConfig) -> bool:
-    """Whether files of the method have coefficients and locations of every projection, and nothing else of it."""
+    """Return whether files of the method hold coefficients and locations of every projection, and nothing else of it."""
     return isinstance(config, SparseConfig) and type(config).file_layout is SparseConfig.file_layout
 
 
@@ -67,10 +67,10 @@ class PackedFile:
     """A file of version 2.
 
     Args:
-        source: what it is in.
+        source: the file or state dict that contains it.
         entries, metadata: as version 1 would have them.
         rows: its projections, in the order of the numbers.
-        stored: what the coefficients are stored as, a key of `NUMBERS`.
+        stored: how the coefficients are stored, a key of `NUMBERS`.
     """
 
     source: OpenFile | InMemory
@@ -80,12 +80,12 @@ class PackedFile:
     stored: str
 
     def tensors(self) -> dict[str, Tensor]:
-        """As version 1 would have them: float16 coefficients, or float32 ones made of 8-bit numbers, and int32 locations.
+        """Return the tensors as in version 1: float16 coefficients, or float32 ones from 8-bit numbers, and int32 locations.
 
         Raises:
             ValueError: the packed numbers are not sound.
         """
-        with torch.device("cpu"):  # whatever device the caller has chosen for new tensors
+        with torch.device("cpu"):  # whatever default device the caller has set
             return self._unpacked(self.source.tensors())
 
     def _unpacked(self, held: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ def _opened(source: OpenFile | InMemory, said: dict[str, Any]) -> PackedFile:
 
 
 def _check_keys(entries: Mapping[str, Entry], stored: str) -> None:
-    """The packed tensors are there, in their dtypes, and others only as they are in version 1."""
+    """Check that the packed tensors are there with their dtypes, and that any others are whole tensors, as in version 1."""
     dtypes = {TABLE: "U8", CELLS: "U8", COEFFICIENTS: "U8"} | ({SCALES: "F32"} if stored == "int8" else {})
     for key, dtype in dtypes.items():
         if key not in entries:
@@ -142,7 +142,7 @@ def _check_keys(entries: Mapping[str, Entry], stored: str) -> None:
 
 
 def _table(data: bytes) -> dict[str, list[Any]]:
-    """By projection its shape and its count of components; what the shapes must be, `description_of` says."""
+    """Return each projection's shape followed by its number of components; `description_of` checks the shapes."""
     table = strict_json(data.decode("utf-8"))
     if not isinstance(table, dict):
         raise ValueError(f"{TABLE} is not an object of projections")
@@ -153,7 +153,7 @@ def _table(data: bytes) -> dict[str, list[Any]]:
 
 
 def _with_counts(config: Any, counts: Mapping[str, int]) -> Any:
-    """The settings, of a model or by component, with the table's counts where `n_components` is null."""
+    """Return the settings, of a model or by component, with the table's counts where `n_components` is null."""
     if not isinstance(config, dict) or "targets" in config:
         return _filled(config, counts)
     parts: dict[str, dict[str, int]] = {component: {} for component in config}
@@ -165,14 +165,14 @@ def _with_counts(config: Any, counts: Mapping[str, int]) -> Any:
 
 def _filled(config: Any, counts: Mapping[str, int]) -> Any:
     if not isinstance(config, dict) or "n_components" not in config:
-        return config  # which `description_of` refuses
+        return config  # `description_of` will refuse it
     if isinstance(config["n_components"], dict):
         raise ValueError("config: n_components is a whole number, or null where the table of projections has the counts")
     return config | {"n_components": dict(counts)} if config["n_components"] is None else config
 
 
 def _entries(about: Description, rows: tuple[Row, ...], stored: str) -> dict[str, Entry]:
-    """Those of version 1."""
+    """Return the entries that version 1 would have."""
     layout = about.file_layout()
     for row in rows:
         (count,) = layout[f"{row.name}.coefficients"].shape
@@ -183,7 +183,7 @@ def _entries(about: Description, rows: tuple[Row, ...], stored: str) -> dict[str
 
 
 def _check_sizes(entries: Mapping[str, Entry], rows: tuple[Row, ...], stored: str) -> None:
-    """As far as headers tell, the bytes are as many as the components take: before they are read."""
+    """Check by headers alone, before the bytes are read, that there are as many as the components need."""
     check_size(entries[CELLS].shape[0], rows)
     _check_stream(entries, COEFFICIENTS, sum(row.count for row in rows) * NUMBERS[stored].itemsize)
     if SCALES in entries and entries[SCALES].shape != (len(rows),):

@@ -22,15 +22,15 @@ _LOG = logging.getLogger(__name__)
 
 
 def packed(about: Description, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of version 2, which were read back before they are given.
+    """Return the tensors and the metadata of version 2, after reading them back as a check.
 
     Args:
-        about: of an adapter whose settings say that it `can_be_packed`.
-        tensors: as version 1 has them.
-        dtype: of the coefficients, float16 or int8. What 8 bits lose is logged.
+        about: the description of an adapter for whose settings `can_be_packed` holds.
+        tensors: the tensors as in version 1.
+        dtype: the dtype of the coefficients, float16 or int8. The error of the 8 bits is logged.
 
     Raises:
-        ValueError: a value that no file may hold, in this dtype.
+        ValueError: a value cannot be stored in this dtype.
     """
     stored = next(name for name, known in NUMBERS.items() if known == dtype)
     rows = [Row(name, shape, len(tensors[f"{name}.locations"])) for name, shape in about.shapes.items()]
@@ -58,7 +58,7 @@ def _table(about: Description, rows: list[Row]) -> Tensor:
 
 
 def _said(about: Description, stored: str) -> dict[str, Any]:
-    """The metadata, without what the table says."""
+    """Return the metadata, without what the table contains."""
     said = as_json(about) | {"format_version": PACKED_VERSION, "coefficients": stored}
     del said["shapes"]
     configs = said["config"] if "" not in about.configs else {"": said["config"]}
@@ -69,7 +69,7 @@ def _said(about: Description, stored: str) -> dict[str, Any]:
 
 
 def _lost(about: Description, values: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> float:
-    """The root mean square of what the stored coefficients lack, over that of the coefficients, each times its scale."""
+    """Return the root mean square error of the stored coefficients over that of the coefficients, each times its scale."""
     lacking = held = 0.0
     for name, own in values.items():
         config = about.configs[component_of(name, about.configs)]

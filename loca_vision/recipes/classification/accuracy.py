@@ -22,11 +22,13 @@ def confusion(
     share: slice = slice(None),
     computing: AbstractContextManager[Any] | None = None,
 ) -> Tensor:
-    """(classes, classes) int64: how many images of each class (row) were taken for each class (column), in evaluation mode.
+    """Return how many images of each class (row) were classified as each class (column): (classes, classes) int64.
+
+    The model is in evaluation mode.
 
     Args:
-        share: which of the images, as `slice(rank, None, processes)` for one of several processes.
-        computing: autocast; None for full precision.
+        share: which of the images to use, such as `slice(rank, None, processes)` for one of several processes.
+        computing: an autocast context; None for full precision.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -42,19 +44,19 @@ def confusion(
 def _batches(
     images: Dataset[tuple[Tensor, int]], positions: Sequence[int], batch_size: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    own = torch.Generator()  # the loader would draw from the global one
+    own = torch.Generator()  # otherwise the loader would draw from the global one
     part = images if len(positions) == len(images) else Subset(images, positions)  # type: ignore[arg-type]
     if len(positions):
         yield from DataLoader(part, batch_size, num_workers=workers, generator=own)
 
 
 def balanced_accuracy_of(matrix: Tensor) -> float:
-    """The mean over the classes that have images of the share that was taken for what they are."""
+    """Return the mean, over the classes that have images, of the share of correctly classified images."""
     images = matrix.sum(1)
     seen = images > 0
     return float((matrix.diagonal()[seen] / images[seen]).double().mean()) if seen.any() else 0.0
 
 
 def accuracy_of(matrix: Tensor) -> float:
-    """The share of images that were taken for what they are."""
+    """Return the share of correctly classified images."""
     return int(matrix.diagonal().sum()) / max(1, int(matrix.sum()))

@@ -1,4 +1,4 @@
-"""What the frozen part of a classifier sees of the images, computed once, and the part that is trained on it."""
+"""Features of the images from the frozen part of a classifier, computed once, and the part that is trained on them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from loca_vision.recipes.classification.recipe import Recipe
 from loca_vision.recipes.classification.task import Task
 
 FLAG = "--cache_features"
-_FRACTION = 1e-3  # of the largest logit, by which the two ways to compute may differ: they round alike, in bfloat16 too
+_FRACTION = 1e-3  # of the largest logit: how far the two ways to compute may differ; they round alike, in bfloat16 too
 _DATA = ("dataset", "root", "source", "split_seed", "train_images", "validation_images", "test_images")
 _MODEL = ("model", "weights", "image_size", "precision")
 
 Kept = MutableMapping[tuple[Any, ...], tuple[Dataset[Any], Dataset[Any], Dataset[Any]]]
-"""Features that other runs of the same images and base have left, for training, validation and testing."""
+"""Training, validation and test features that earlier runs with the same images and base have computed."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """A classifier in two: what is frozen, from images to features, and what is trained, from features to logits.
+    """A classifier in two parts: the frozen one, from images to features, and the trained one, from features to logits.
 
     Args:
-        first: number of the block where the second part begins; -1 if that is the head alone.
+        first: number of the block at which the second part begins; -1 if that part is the head alone.
     """
 
     lower: Callable[[Tensor], Tensor]
@@ -39,10 +39,10 @@ class Split:
 
 
 def split(model: nn.Module, recipe: Recipe) -> Split:
-    """The classifier of a recipe in two: at its head for the linear probe, and below the lowest adapted block for adapters.
+    """Split a recipe's classifier: at its head for the linear probe, below the lowest adapted block for adapters.
 
     Raises:
-        ValueError: the head is not one linear layer; or the model is not a ViT of timm's; or nothing below is frozen.
+        ValueError: the head is not a single linear layer; the model is not a timm ViT; or nothing below is frozen.
     """
     if recipe.method == "lp":
         return _at_head(model, recipe)
@@ -67,11 +67,11 @@ def _at_head(model: Any, recipe: Recipe) -> Split:
 
 
 class _Reached(Exception):
-    """That the block has what it sees."""
+    """Raised when the block has its input."""
 
 
 def _seen_by_block(model: Any, first: int, images: Tensor) -> Tensor:
-    """(n, tokens, width) before a block, or after the last one."""
+    """Return (n, tokens, width) before a block, or after the last one."""
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -89,7 +89,7 @@ def _seen_by_block(model: Any, first: int, images: Tensor) -> Tensor:
 
 
 def _from_block(model: Any, first: int, tokens: Tensor) -> Tensor:
-    """(n, classes), from what a block sees."""
+    """Return (n, classes), given the input of a block."""
     for block in [*model.blocks][first:]:
         tokens = block(tokens)
     logits: Tensor = model.forward_head(model.norm(tokens))
@@ -107,17 +107,18 @@ def with_features(
     kept: Kept,
     batch_size: int = 64,
 ) -> tuple[nn.Module, Task]:
-    """What is trained, and in the place of the images what it sees of them, computed once.
+    """Return what is trained, and a task whose images are replaced by the features that it sees of them, computed once.
 
-    It is the head, or the model itself, which has got a `forward` for features in the place of images.
+    What is trained is the head, or the model itself with a `forward` that takes features instead of images.
 
     Args:
-        device: to compute on; the model stays there.
-        computing: autocast, or a context that does nothing.
-        kept: is asked first, and gets what was computed; in memory, float32 or as `computing` has it.
+        device: the device to compute on; the model stays there.
+        computing: an autocast context, or one that does nothing.
+        kept: a cache that is searched first and to which new features are added; in memory, in float32 or the dtype of
+            `computing`.
 
     Raises:
-        ValueError: as `split`, or the model computes otherwise than by its blocks, one after the other.
+        ValueError: as `split`, or the model does more than run its blocks one after the other.
     """
     parts = split(model, recipe)
     model.to(device).eval()
@@ -127,7 +128,7 @@ def with_features(
         seen = [(parts.lower(x.to(device)).cpu(), y) for x, y in loaded]
         return TensorDataset(*(torch.cat(part) for part in zip(*seen, strict=True)))  # type: ignore[return-value]
 
-    random = task.spec.seed if task.spec.weights == "none" else None  # the seed of the weights, where they are drawn
+    random = task.spec.seed if task.spec.weights == "none" else None  # the seed of the weights, if they are random
     key = (*(str(getattr(recipe, name)) for name in (*_DATA, *_MODEL)), random, parts.first)
     with computing:
         _check(model, parts, next(iter(DataLoader(task.test, 2)))[0].to(device), recipe)

@@ -1,4 +1,4 @@
-"""Test a trained classifier again, from what its run left behind: accuracy, a table of classes, a confusion matrix."""
+"""Test a trained classifier again, from the files of its run: accuracy, a table of classes, a confusion matrix."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ from loca_vision.storage.atomic_file import write_atomically
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Test a classifier of train-classifier: the accuracy that the run printed, every class, what was taken for what."""
+    """Test a classifier of train-classifier: the accuracy that the run printed, every class, and which classes are confused."""
 
     adapter: str
-    """The run's folder, or a repository of the hub that has one in it."""
+    """The run's folder, or a repository on the hub that contains one."""
     root: Path | None = None
-    """Where the images lie now, if elsewhere than in training."""
+    """Where the images are now, if elsewhere than in training."""
     weights: str | None = None
     """Where the base weights are now, if elsewhere."""
     batch_size: int = 64
-    """Images at a time."""
+    """Images per batch."""
     imports: Imports = ()
     """A module, by its name or as a .py file, that defines the adapter's method; may be repeated."""
     output: Path | None = None
-    """Where evaluation.json and confusion.png go; by default the run's folder."""
+    """Folder for evaluation.json and confusion.png; by default the run's folder."""
 
 
 def evaluate(wanted: Evaluate) -> dict[str, Any]:
-    """Test, write both files, print the table.
+    """Test, write both files, and print the table.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: something of the run is missing or not as it was written, or the images have
-            other classes than the model.
+        FileNotFoundError, ValueError, OSError: a file of the run is missing or not as it was written, or the images have other
+            classes than the model.
     """
     import_modules(wanted.imports)
     folder = run_folder(wanted.adapter)
@@ -67,7 +67,7 @@ def evaluate(wanted: Evaluate) -> dict[str, Any]:
 
 
 def trained_model(folder: Path, recipe: Recipe, view: View, classes: Sequence[str]) -> nn.Module:
-    """The model of a run as it was at its best epoch, on a GPU where there is one."""
+    """Return the model of a run as it was at its best epoch, on a GPU if there is one."""
     weights = recipe.weights or default_weights(recipe.model)
     model = build_model(ModelSpec(recipe.model, len(classes), view.size, weights, recipe.seed))
     if adapter_config(recipe, recipe.seed) is not None:
@@ -78,20 +78,20 @@ def trained_model(folder: Path, recipe: Recipe, view: View, classes: Sequence[st
 
 
 def computing_of(model: nn.Module, recipe: Recipe) -> AbstractContextManager[Any]:
-    """Autocast to the precision of the run, on the device of the model."""
+    """Return an autocast context for the run's precision, on the model's device."""
     device = next(model.parameters()).device.type
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.precision)
     return torch.autocast(device, dtype, enabled=dtype is not None)
 
 
 def confusion_of(model: nn.Module, images: Transformed, recipe: Recipe, classes: Sequence[str], batch_size: int = 64) -> Tensor:
-    """The confusion matrix of some images, computed in the precision of the run."""
+    """Return the confusion matrix of some images, computed in the precision of the run."""
     computing = computing_of(model, recipe)
     return confusion(model, images, len(classes), batch_size=batch_size, workers=workers_of(recipe), computing=computing)
 
 
 def _written(output: Path, folder: Path, classes: Sequence[str], matrix: Tensor, tested: ImagesToTest) -> dict[str, Any]:
-    """The record and the picture in files, the table on the screen."""
+    """Write the record and the picture to files, and print the table."""
     measured: dict[str, Any] = {
         "test_accuracy": accuracy_of(matrix),
         "balanced_accuracy": balanced_accuracy_of(matrix),
@@ -108,7 +108,7 @@ def _written(output: Path, folder: Path, classes: Sequence[str], matrix: Tensor,
 
 
 def _by_class(matrix: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Of every class: its images, how many were taken for it (recall), and how many taken for it are of it (precision)."""
+    """Return for each class its images, how many of them were classified as it (recall), and the precision of that answer."""
     images, taken, right = matrix.sum(1).tolist(), matrix.sum(0).tolist(), matrix.diagonal().tolist()
     return [
         {

@@ -1,4 +1,4 @@
-"""The images that a trained classifier is tested on, with the class indices that it learned."""
+"""The images that a trained classifier is tested on, with the class indices of its training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loca_vision.recipes.classification.task import splits_of
 
 @dataclass(frozen=True)
 class ImagesToTest:
-    """Raw images with the class indices of a run, and sentences about how they differ from those it was tested on."""
+    """Untransformed images with a run's class indices, and sentences about how they differ from those the run was tested on."""
 
     images: Images
     protocol: dict[str, Any]
@@ -24,11 +24,11 @@ class ImagesToTest:
 
 
 def images_to_test(recipe: Recipe, metrics: Mapping[str, Any]) -> ImagesToTest:
-    """The test images of the recipe; of a folder its test part alone, where it has one.
+    """Return the recipe's test images; for a folder only its test part, if it has one.
 
     Args:
-        recipe: of the run, with the place where the images are now.
-        metrics: of the run.
+        recipe: the recipe of the run, with the current place of the images.
+        metrics: the metrics of the run.
 
     Raises:
         FileNotFoundError, OSError: images are missing.
@@ -64,8 +64,8 @@ def _check_classes(recipe: Recipe, own: Sequence[str], classes: Sequence[str]) -
 
 
 def _changes(before: Mapping[str, Any] | None, now: Mapping[str, Any], classes: Sequence[str]) -> str:
-    """How the files that matter differ: the test part, or, where it is drawn, everything."""
-    if before is None:  # of an earlier version
+    """Return how the relevant files differ: those of the test part or, if that is drawn, all files."""
+    if before is None:  # an earlier version wrote the run
         return ""
     if "test" in now:
         before, now = {"test": before.get("test", {})}, {"test": now["test"]}

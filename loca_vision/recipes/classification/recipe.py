@@ -1,4 +1,4 @@
-"""How an image classifier is fine-tuned: every choice a user has, as one dataclass, and what contradicts what."""
+"""The settings for fine-tuning an image classifier, as one dataclass, and which of them contradict each other."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from loca_vision.recipes.training.first_locations import check_location_init
 
 
 @dataclass(frozen=True)
-class Recipe(Reports, RunFolder, Optimisation, Method, Model, Data):  # fields come in the order from the last to the first
+class Recipe(Reports, RunFolder, Optimisation, Method, Model, Data):  # the fields of the last base come first
     """Fine-tune an image classifier of timm with LoCA or another method, train all of it (full), or its head alone (lp).
 
-    None stands for the value of the method, the model or the data set.
+    None stands for the default of the method, the model or the data set.
     """
 
     FIRST: ClassVar[tuple[str, ...]] = (
@@ -29,17 +29,17 @@ class Recipe(Reports, RunFolder, Optimisation, Method, Model, Data):  # fields c
     )  # fmt: skip
 
     config: Path | None = None
-    """A YAML file of these settings, as every run writes one."""
+    """A YAML file of these settings; every run writes one."""
 
 
-_RATES = {"full": {"lr": 5e-5, "head_lr": 1e-3}, "lp": {"head_lr": 1e-2}}  # usual ones: the paper has none of its own
+_RATES = {"full": {"lr": 5e-5, "head_lr": 1e-3}, "lp": {"head_lr": 1e-2}}  # common values: the paper gives none
 DEFAULT_BATCH = 128
-# Settings that earlier versions did not have, as they were then.
+# Settings that earlier versions lacked, with the values that they had in effect.
 EARLIER: dict[str, Any] = {
     "set": [], "layers": [], "label_smoothing": 0.0, "mixup": 0.0, "class_weights": "none", "adapter_dtype": "float32",
-    "location_init": "uniform", "location_batches": 16,
+    "location_init": "uniform", "location_batches": 16, "location_rule": "largest", "head": None,
 }  # fmt: skip
-# What may differ between a run and its continuation.
+# Settings that may differ between a run and its continuation.
 MAY_DIFFER_ON_RESUME = {
     "output_dir", "resume", "checkpoint_steps", "keep_checkpoints", "report_to", "push_to_hub", "hub_model_id", "hub_private",
     "config", "preset", "workers", "seeds", "download", "imports", "check_images",
@@ -47,13 +47,13 @@ MAY_DIFFER_ON_RESUME = {
 
 
 def resolve(recipe: Recipe, given: Collection[str]) -> Recipe:
-    """The recipe with the method's own settings instead of None, after every check that needs no file.
+    """Return the recipe with the method's own settings instead of None, after every check that needs no file.
 
     Args:
-        given: the fields that the user has set; of another method's, they are refused.
+        given: the fields that the user has set; those of another method are refused.
 
     Raises:
-        ValueError: a value out of range, or settings that contradict each other; one sentence.
+        ValueError: a value is out of range, or settings contradict each other; the error is one sentence.
     """
     _check_contradictions(recipe, given)
     missing = {name: value for name, value in _defaults(recipe.method).items() if getattr(recipe, name) is None}
@@ -65,7 +65,7 @@ def resolve(recipe: Recipe, given: Collection[str]) -> Recipe:
 
 
 def with_batch_size(recipe: Recipe, images: int, processes: int) -> Recipe:
-    """The recipe with a batch size: the user's, or 128, or as many images as there are to train on.
+    """Return the recipe with a batch size: the user's, or 128, or as many images as there are to train on.
 
     Raises:
         ValueError: there are too few images for the parts of a batch and the processes.
@@ -83,7 +83,7 @@ def with_batch_size(recipe: Recipe, images: int, processes: int) -> Recipe:
 
 
 def adapter_config(recipe: Recipe, seed: int) -> AdapterConfig | None:
-    """What to inject; None for full training and the linear probe."""
+    """Return the config to inject; None for full training and the linear probe."""
     return METHODS.config(recipe, seed)
 
 
@@ -124,7 +124,7 @@ def _check_cached(recipe: Recipe) -> None:
         raise ValueError("--cache_features and --checkpointing contradict each other: choose one")
 
 
-# Whole numbers, and the least that each may be.
+# Whole numbers, and the smallest value of each.
 _COUNTS = {
     "epochs": 1, "accumulate": 1, "location_batches": 1, "keep_checkpoints": 1, "warmup_steps": 0, "split_seed": 0, "seed": 0,
 }  # fmt: skip
@@ -156,7 +156,7 @@ def _check_numbers(recipe: Recipe) -> None:
 
 
 def differences(recipe: Recipe, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The settings that differ from those of the run to be continued, as sentences."""
+    """Return sentences about the settings that differ from those of the run to be continued."""
     saved = EARLIER | saved
     names = [field.name for field in fields(recipe) if field.name not in MAY_DIFFER_ON_RESUME]
     return [f"{name}={now[name]!r}, {saved.get(name)!r} before" for name in names if saved.get(name) != now[name]]

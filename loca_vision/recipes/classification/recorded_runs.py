@@ -1,4 +1,4 @@
-"""Runs of `train` for a study: done in worker processes, written down, and never done twice; and rates tuned by them."""
+"""Runs of `train` for a study: done in worker processes, recorded, and never done twice; and rates tuned with them."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from loca_vision.storage.strict_json import read_json
 
 RUNS, LOG = "runs.json", "log.txt"
 _MEASURES = ("trained_parameters", "adapter_bytes", "validation_accuracy", "test_accuracy", "seconds_per_step")
-_MOST = 4  # rates beyond the ends of a grid
-_KEPT: Kept = {}  # features that earlier runs of a worker have computed
+_MOST = 4  # rates tried beyond the ends of a grid
+_KEPT: Kept = {}  # features computed by a worker's earlier runs
 
 Run = dict[str, Any]
 
 
 class Runs:
-    """What has been run, and workers for what has not.
+    """The record of finished runs, and workers for the others.
 
     Args:
-        folder: of the record, and of a folder for each run.
-        flags: for train.py, what all runs have in common.
-        planned: how many runs there are to be, at least.
+        folder: the folder for the record, and for a folder of each run.
+        flags: the flags of train.py that all runs have in common.
+        planned: how many runs there will be, at least.
         jobs: runs at a time, each with its share of this process's threads.
 
     Raises:
@@ -65,15 +65,15 @@ class Runs:
         self._bar.close()
 
     def finished(self, name: str, flags: Sequence[str], seed: int, **about: Any) -> Run:
-        """What came out of a run, which is started, or goes on, where it has not finished.
+        """Return the result of a run, which is started or continued if it has not finished.
 
         Args:
-            name: of its folder and in the record.
-            flags: for train.py, besides those of all runs.
-            about: is written into the record too.
+            name: the run's name in the record and of its folder.
+            flags: flags of train.py, in addition to those of all runs.
+            about: further entries for the record.
 
         Raises:
-            ValueError: it failed, or the one that is recorded had other settings.
+            ValueError: the run failed, or the recorded one had other settings.
         """
         flags = list(flags)
         if name not in self._there:
@@ -98,9 +98,9 @@ class Runs:
 
 
 def begin_worker(threads: int) -> None:
-    """Before the first run of a worker: its threads, and that it ends with the study, however that ends.
+    """Prepare a worker before its first run: set its threads, and make it end with the study, however that ends.
 
-    A worker that outlived a killed study would go on in folders in which the study, given again, has begun anew.
+    A worker that outlived a killed study would continue in folders in which the study, when started again, has begun anew.
     """
     torch.set_num_threads(threads)
     if not torch.cuda.is_available():
@@ -118,7 +118,7 @@ def _end_with_the_study() -> None:
 
 
 def trained(words: list[str], folder: Path) -> Mapping[str, Any]:
-    """A run of train.py in this process, told in a log in its folder. One that diverges is as bad as can be."""
+    """Run train.py in this process, with a log in the run's folder. A run that diverges counts as the worst possible."""
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     with (folder / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
@@ -135,21 +135,21 @@ def trained(words: list[str], folder: Path) -> Mapping[str, Any]:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Of a finished run: full training has some hundred megabytes in each."""
+    """Remove a checkpoint of a finished run: in full training each has some hundred megabytes."""
     for file in checkpoint.iterdir():
         file.unlink()
     checkpoint.rmdir()
 
 
 def tune(rates: Sequence[float], attempt: Callable[[float], Run]) -> tuple[float, dict[float, Run]]:
-    """Try every rate of a grid, and rates beyond the end where the best one is, until it is not at an end.
+    """Try every rate of a grid, and rates beyond its end as long as the best one is at an end.
 
     Args:
-        rates: two or more, from small to large.
-        attempt: rate -> what came out of a run with it.
+        rates: two or more, in ascending order.
+        attempt: rate -> the result of a run with it.
 
     Returns:
-        the rate with the best validation accuracy, of equally good ones the smallest; and the runs by their rates.
+        The rate with the best validation accuracy, among equally good ones the smallest; and the runs by their rates.
     """
     tried = {rate: attempt(rate) for rate in rates}
     for _ in range(_MOST):

@@ -25,7 +25,7 @@ from loca_vision.recipes.training.first_locations import spent_on_locations
 from loca_vision.recipes.training.stepper import Progress, Stepper
 from loca_vision.storage.run_checkpoint import latest_checkpoint, read_checkpoint, write_checkpoint
 
-_DROPOUT = 1  # a key of the stream of random numbers that the model itself draws
+_DROPOUT = 1  # key of the stream of random numbers that the model itself draws
 
 
 @dataclass
@@ -33,9 +33,9 @@ class EpochProgress(Progress):
     """How far a run has come.
 
     Args:
-        epochs: of each one finished: its number from 1, mean loss, validation accuracy.
-        best_epoch: counted from 0; the one whose weights are kept.
-        stale: epochs since.
+        epochs: for each finished epoch: its number from 1, mean loss, validation accuracy.
+        best_epoch: counted from 0; the epoch whose weights are kept.
+        stale: number of epochs since then.
     """
 
     epochs: list[dict[str, float]] = field(default_factory=list)
@@ -46,7 +46,7 @@ class EpochProgress(Progress):
 class Run:
     """The training of one model with one seed.
 
-    Random numbers are functions of (seed, epoch or step, process), and batches of (seed, epoch): a run that goes on from a
+    Random numbers are functions of (seed, epoch or step, process), and batches of (seed, epoch): a run that continues from a
     checkpoint takes the very steps that it would have taken.
     """
 
@@ -84,14 +84,14 @@ class Run:
         )
 
     def _rate(self, step: int) -> float:
-        """The share of the rates at a step: up in a line while it warms up, then down to zero."""
+        """Return the factor of the rates at a step: it rises linearly during warmup, then falls linearly to zero."""
         warm, total = self.recipe.warmup_steps, self.total - self.spent
         return (step + 1) / (warm + 1) if step < warm else max(0.0, (total - step) / max(1, total - warm))
 
     # Steps
 
     def train(self) -> EpochProgress:
-        """All epochs from where the run stands, and the best epoch's weights in the model."""
+        """Train all remaining epochs, and put the best epoch's weights into the model."""
         with tqdm(
             total=self.total,
             initial=self.progress.step,
@@ -108,11 +108,11 @@ class Run:
         return self.progress
 
     def _enough(self) -> bool:
-        """Whether to stop early."""
+        """Return whether to stop early."""
         return self.recipe.early_stop is not None and self.progress.stale >= self.recipe.early_stop
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Those that are left of the epoch, with the model in training."""
+        """Return the batches left in the epoch, after putting the model into training mode."""
         epoch, done = divmod(self.progress.step, self.epoch_steps)
         if hasattr(self.task.train, "set_epoch"):
             self.task.train.set_epoch(epoch)
@@ -121,14 +121,14 @@ class Run:
         return self.stepper.timed(loader(self.task.train, self.sampler, workers=self.task.workers))
 
     def _choose_locations(self, bar: Any) -> None:
-        """By the first batches of the first epoch."""
+        """Choose locations by the first batches of the first epoch."""
 
         def batches() -> Iterator[list[Callable[[], Tensor]]]:
             for images, labels in islice(self._batches(), self.spent):
                 yield self._parts(self.model, images, labels)
                 bar.update()
 
-        self.stepper.choose_locations(batches())
+        self.stepper.choose_locations(batches(), self.recipe.location_rule)
 
     def _epoch(self, bar: Any) -> None:
         epoch = self.progress.step // self.epoch_steps
@@ -143,7 +143,7 @@ class Run:
         self._save()
 
     def _parts(self, model: nn.Module, images: Tensor, labels: Tensor) -> list[Callable[[], Tensor]]:
-        """The losses of the parts of a batch, whose sum is that of this process's share."""
+        """Return the losses of the parts of a batch, whose sum is the loss of this process's share."""
         torch.manual_seed(stream_seed(self.seed, self.progress.step, self.accelerator.process_index, _DROPOUT))
         device, whole = self.accelerator.device, len(images)
 
@@ -159,7 +159,7 @@ class Run:
     # Epochs
 
     def _judge(self, epoch: int) -> None:
-        """Validate, and keep the weights where they are the best so far."""
+        """Validate, and keep the weights if they are the best so far."""
         accuracy = accuracy_of(self.matrix(self.task.validation))
         mean = sum(self.progress.curve["loss"][-self.epoch_steps :]) / self.epoch_steps
         self.progress.epochs.append({"epoch": epoch + 1, "loss": mean, "validation_accuracy": accuracy})
@@ -172,7 +172,7 @@ class Run:
             self.progress.stale += 1
 
     def matrix(self, images: Any) -> Tensor:
-        """The confusion matrix over all processes."""
+        """Return the confusion matrix over all processes."""
         share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         mine = confusion(
             self.model,
@@ -200,10 +200,10 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> bool:
-        """Continue from the newest complete checkpoint in the folder; False if there is no checkpoint.
+        """Continue from the newest complete checkpoint in the folder; return False if there is none.
 
         Raises:
-            ValueError: it is of another recipe, of other images or of other base weights; nothing is touched.
+            ValueError: it is of another recipe, of other images or of other base weights; nothing is changed.
         """
         path = latest_checkpoint(self.folder)
         if path is None:

@@ -1,4 +1,4 @@
-"""What a finished run of a classifier left in its folder, or in a repository of the hub."""
+"""The files of a finished classifier run, in its folder or in a repository on the hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SETTINGS = "config.yaml"
 
 
 def run_folder(adapter: str) -> Path:
-    """A folder as it is; of a repository on the hub the files of a run, fetched.
+    """Return a folder as it is; for a repository on the hub, download the run's files and return their folder.
 
     Raises:
         FileNotFoundError: there is neither.
@@ -36,17 +36,17 @@ def run_folder(adapter: str) -> Path:
 
     try:
         return Path(snapshot_download(adapter, allow_patterns=["*.safetensors", SETTINGS, METRICS]))
-    except (OSError, ValueError) as error:  # no network, no such repository
+    except (OSError, ValueError) as error:  # no network, or no such repository
         raise FileNotFoundError(
             f"{adapter}: there is no such folder, and no such repository can be read from the hub ({one_line(error, 200)})"
         ) from error
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """The settings of the run, read as strictly as a user's; no code is imported because they say so.
+    """Return the settings of the run, read as strictly as a user's; no code that they name is imported.
 
     Raises:
-        FileNotFoundError, ValueError: they are missing or wrong.
+        FileNotFoundError, ValueError: the settings are missing or wrong.
     """
     file = folder / SETTINGS
     if not file.is_file():
@@ -58,7 +58,7 @@ def recipe_of(folder: Path) -> Recipe:
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:
-    """What was measured of a single run, and its classes.
+    """Return the measurements of a single run, and its classes.
 
     Raises:
         FileNotFoundError, ValueError: they are missing or wrong, or of several seeds.

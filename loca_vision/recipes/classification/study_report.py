@@ -1,4 +1,4 @@
-"""Several methods compared: a table, and a picture of accuracy against trained parameters."""
+"""A comparison of several methods: a table, and a picture of accuracy against trained parameters."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from loca_vision.methods.registry import KINDS
 from loca_vision.recipes.reports import plots
 
-_MARKS = "osv^DP*X<>"  # of the methods with an adapter, in their order
-_WHOLE = {"lp": ":", "full": "--"}  # lines of what has no adapter
+_MARKS = "osv^DP*X<>"  # markers of the methods with an adapter, in order
+_WHOLE = {"lp": ":", "full": "--"}  # line styles of the methods without an adapter
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Point:
     """One method at one budget.
 
     Args:
-        name: the method, and what sets it apart.
-        trained: parameters without the head; coefficients, not locations.
+        name: the method, and what distinguishes this point.
+        trained: number of trained parameters without the head; coefficients, not locations.
         rate: the learning rate that was best on validation.
         validation: accuracy at every rate tried, with the first seed.
         test: accuracy of each seed at that rate.
-        seconds: a step, mean over the seeds.
+        seconds: time of a step, averaged over the seeds.
         size: bytes of the file.
     """
 
@@ -55,7 +55,7 @@ class Point:
 
     @property
     def title(self) -> str:
-        """The method as it is written in sentences; what is not a method, or more than one, keeps its name."""
+        """The method's title for sentences; anything but a single method keeps its name."""
         name, fixed = self.method.removesuffix("-fixed"), self.method.endswith("-fixed")
         title = KINDS[name].title or name if name in KINDS else name
         return f"{title}, fixed locations" if fixed else title
@@ -66,12 +66,12 @@ class Point:
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of a sample; 0 of a single run."""
+        """Standard deviation of a sample; 0 for a single run."""
         return statistics.stdev(self.test) if len(self.test) > 1 else 0.0
 
 
 def study_table(points: Sequence[Point], seeds: Sequence[int]) -> str:
-    """Markdown: a row for each method and budget, accuracies in percent."""
+    """Return Markdown: a row for each method and budget, accuracies in percent."""
     of = "/".join(map(str, seeds))
     lines = [
         "| method | trained numbers | rate "
@@ -90,10 +90,10 @@ def study_table(points: Sequence[Point], seeds: Sequence[int]) -> str:
 
 
 def study_text(points: Sequence[Point], seeds: Sequence[int], against: str) -> str:
-    """Markdown: the table of all points, and where there are several seeds, differences to one method and to fixed locations.
+    """Return Markdown: the table of all points and, with several seeds, differences to one method and to fixed locations.
 
     Args:
-        against: the method; its point of the fewest numbers counts.
+        against: the method to compare with, at its point with the fewest numbers.
     """
     text = study_table(points, seeds)
     floors = sorted((point for point in points if point.method == against), key=lambda point: point.trained)
@@ -120,7 +120,7 @@ def _differences(pairs: Sequence[tuple[Point, Point]]) -> str:
 
 
 def paired_difference(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """The mean of the differences of two runs of each seed, and half the width of its 95 % interval by Student's t."""
+    """Return the mean difference of paired runs by seed, and half the width of its 95 % interval by Student's t."""
     from scipy.stats import t
 
     differences = [a - b for a, b in zip(one, other, strict=True)]
@@ -129,8 +129,8 @@ def paired_difference(one: Sequence[float], other: Sequence[float]) -> tuple[flo
 
 
 def draw_study(path: Path, title: str, points: Sequence[Point]) -> None:
-    """Mean test accuracy, with one standard deviation, against trained numbers and against bytes of the file; methods without
-    an adapter as lines."""
+    """Draw mean test accuracy, with one standard deviation, against trained numbers and against bytes of the file; methods
+    without an adapter are lines."""
     figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     _draw(left, points, "trained")
@@ -150,7 +150,7 @@ def _draw(axes: Axes, points: Sequence[Point], measure: Literal["trained", "size
         axes.axhline(100 * whole.mean, color="#7f7f7f", linestyle=_WHOLE[whole.method], label=label)
     for number, method in enumerate(adapters):
         mine = sorted((point for point in points if point.method == method), key=lambda point: point.trained)
-        aside = 1.03 ** (number - (len(adapters) - 1) / 2)  # of those at the same place
+        aside = 1.03 ** (number - (len(adapters) - 1) / 2)  # shifts points that would coincide
         axes.errorbar(
             [getattr(point, measure) * aside for point in mine],
             [100 * point.mean for point in mine],
@@ -164,7 +164,7 @@ def _draw(axes: Axes, points: Sequence[Point], measure: Literal["trained", "size
         )
     places = [getattr(point, measure) for point in points if point.method not in _WHOLE]
     axes.set_xscale("log")
-    axes.set_xlim(min(places, default=1) / 1.5, max(places, default=1) * 1.5)  # far wider than what stands aside
+    axes.set_xlim(min(places, default=1) / 1.5, max(places, default=1) * 1.5)  # much wider than the shifts above
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -1,4 +1,4 @@
-"""Runs of train-classifier in the shape of the paper's Table 4, next to its numbers. What was not run stays blank."""
+"""Runs of train-classifier in the layout of the paper's Table 4, next to its numbers. What was not run stays blank."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ PAPER = (
 
 @dataclass(frozen=True)
 class Report:
-    """A table of all runs below some folders: a row for each model, method and number of trained parameters."""
+    """Make a table of all runs below some folders: a row for each model, method and number of trained parameters."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Searched for metrics.json, all the way down."""
+    """Folders that are searched for metrics.json, including subfolders."""
     format: Literal["markdown", "csv", "latex"] = "markdown"
-    """Of the table."""
+    """Format of the table."""
     measure: Literal["test_accuracy", "balanced_accuracy"] = "test_accuracy"
-    """Accuracy over the test images, as the paper's, or its mean over the classes."""
+    """Accuracy over the test images, as in the paper, or its mean over the classes."""
     paper: bool = True
     """Put the paper's rows above, marked as such. Compare with them only runs of the same models on the same data."""
     output: Path | None = None
@@ -54,7 +54,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Row:
-    """One line: accuracies in percent by data set, each a list over seeds."""
+    """One row: accuracies in percent by data set, each a list over seeds."""
 
     source: str
     model: str
@@ -64,12 +64,12 @@ class Row:
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "report.py") -> int:
-    """Report as the command line says; returns the exit status."""
+    """Report as the command line says; return the exit status."""
     return run_command(prog, Report, print_report, arguments, extra="train")
 
 
 def print_report(wanted: Report) -> None:
-    """The table on the screen, or in the file that is asked for."""
+    """Print the table, or write it to the requested file."""
     text = report(wanted)
     if wanted.output is None:
         print(text, end="")
@@ -78,7 +78,7 @@ def print_report(wanted: Report) -> None:
 
 
 def report(wanted: Report) -> str:
-    """The table as text."""
+    """Return the table as text."""
     rows = gathered(wanted.folders, wanted.measure)
     others = {name for row in rows for name in row.found} - set(COLUMNS)
     columns = (*COLUMNS, *sorted(others))
@@ -95,11 +95,11 @@ def report(wanted: Report) -> str:
 
 
 def gathered(folders: Sequence[Path], measure: str = "test_accuracy") -> list[Row]:
-    """A row for each model, method and number of trained parameters; one setting for each cell, any number of seeds.
+    """Return a row for each model, method and number of trained parameters, with one setting per cell and any number of seeds.
 
     Raises:
-        FileNotFoundError: no run is there.
-        ValueError: two runs of one cell differ in more than the seed, or have the same; or a run does not have the measure.
+        FileNotFoundError: there is no run.
+        ValueError: two runs of a cell differ in more than the seed, or have the same seed; or a run lacks the measure.
     """
     rows: dict[tuple[str, str, int], Row] = {}
     settings: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
@@ -127,7 +127,7 @@ def gathered(folders: Sequence[Path], measure: str = "test_accuracy") -> list[Ro
 
 
 def _runs(folders: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Single runs; the summary of several seeds is left to its parts."""
+    """Yield single runs; the summary of several seeds is skipped in favour of its parts."""
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: there is no such folder")
@@ -163,7 +163,7 @@ def _csv(table: list[list[str]]) -> str:
 
 
 def _latex(table: list[list[str]]) -> str:
-    """A tabular of booktabs."""
+    """Return a tabular for booktabs."""
     rows = [" & ".join(_escaped(cell) for cell in cells) + r" \\" for cells in table]
     begin = r"\begin{tabular}{llll" + "r" * (len(table[0]) - 4) + "}"
     return "\n".join([begin, r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}"]) + "\n"

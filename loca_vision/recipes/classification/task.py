@@ -19,6 +19,7 @@ from loca_vision.model.heads import classifier
 from loca_vision.model.inject import inject
 from loca_vision.model.schedule import parameter_groups
 from loca_vision.model.traversal import all_updates
+from loca_vision.recipes.classification.first_head import load_head
 from loca_vision.recipes.classification.models import ModelSpec, build_model, data_settings, default_weights
 from loca_vision.recipes.classification.recipe import Recipe, adapter_config
 
@@ -28,10 +29,11 @@ class Task:
     """Images ready for a model, and how to build it.
 
     Args:
-        spec: of the model.
-        splits: the raw images, their classes and licence, and where the parts come from.
-        train, validation, test: (3, h, w) and class indices; those to train on augmented, with mixup (classes,) shares.
-        workers: processes that decode them.
+        spec: the specification of the model.
+        splits: the untransformed images, their classes and licence, and where the parts come from.
+        train, validation, test: (3, h, w) and class indices; training images are augmented, and with mixup have (classes,)
+            shares instead.
+        workers: number of processes that decode the images.
     """
 
     spec: ModelSpec
@@ -48,7 +50,7 @@ class View:
 
     Args:
         size: side of the square input in pixels.
-        mean, std, interpolation: of timm's data configuration.
+        mean, std, interpolation: from timm's data configuration.
     """
 
     size: int
@@ -58,16 +60,16 @@ class View:
 
     @property
     def plain(self) -> Transform:
-        """The transform of evaluation."""
+        """The transform for evaluation."""
         return evaluation_transform(self.size, self.mean, self.std, self.interpolation)
 
     def augmented(self, augment: Augment) -> Transform:
-        """The transform of training."""
+        """Return the transform for training."""
         return training_transform(self.size, self.mean, self.std, self.interpolation, augment=augment)
 
 
 def view_of(model: str, weights: str | None, image_size: int | None) -> View:
-    """How a model sees images, at its own size unless another is given.
+    """Return how a model sees images, at its own size unless another is given.
 
     Raises:
         ValueError: timm has no such model.
@@ -78,17 +80,17 @@ def view_of(model: str, weights: str | None, image_size: int | None) -> View:
 
 
 def splits_of(recipe: Recipe) -> ImageSplits:
-    """The raw images of a run.
+    """Return the untransformed images of a run.
 
     Raises:
-        ValueError, FileNotFoundError, OSError: as `load`, one sentence.
+        ValueError, FileNotFoundError, OSError: as `load`; the error is one sentence.
     """
     splits = load(recipe.dataset, recipe.root, source=recipe.source, seed=recipe.split_seed, download=recipe.download)
     return _limited(splits, recipe)
 
 
 def task_of(recipe: Recipe, seed: int, splits: ImageSplits) -> Task:
-    """The images and the model of a run with one seed.
+    """Return the images and the model of a run with one seed.
 
     Raises:
         ValueError: timm has no such model.
@@ -108,7 +110,9 @@ def task_of(recipe: Recipe, seed: int, splits: ImageSplits) -> Task:
 
 
 def class_weights_of(task: Task, recipe: Recipe) -> Tensor | None:
-    """(classes,): n / (classes * n_c) with n_c of n training images of class c, whose mean over the images is 1; or None.
+    """Return (classes,) weights n / (classes * n_c), for n training images with n_c of class c, or None if not balanced.
+
+    The mean of the weights over the images is 1.
 
     Raises:
         ValueError: a class has no training image.
@@ -143,13 +147,15 @@ def workers_of(recipe: Recipe) -> int:
 
 
 def build(task: Task, recipe: Recipe) -> nn.Module:
-    """The model on the CPU with its adapter in it, trainable where the method trains it.
+    """Build the model on the CPU with its adapter, trainable where the method trains it.
 
     Raises:
         ValueError, TypeError, OSError: it cannot be built, or the adapter does not fit it.
     """
     model = build_model(task.spec)
     _check_size(model, task.spec)
+    if recipe.head is not None:
+        load_head(model, recipe.head, task.splits.classes)
     if recipe.checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):
             raise ValueError(f"--checkpointing: {task.spec.name} has no gradient checkpointing")
@@ -166,7 +172,7 @@ def build(task: Task, recipe: Recipe) -> nn.Module:
 
 @torch.no_grad()
 def _check_size(model: nn.Module, spec: ModelSpec) -> None:
-    """One empty image: some models are built for any size, and find out with the first one."""
+    """Try one empty image, because some models can be built for any size and fail only at the first image."""
     try:
         model(torch.zeros(1, 3, spec.image_size or 0, spec.image_size or 0))
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -174,13 +180,13 @@ def _check_size(model: nn.Module, spec: ModelSpec) -> None:
 
 
 def groups_of(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameter groups for the optimiser."""
+    """Return the parameter groups for the optimiser."""
     if recipe.method not in ("lp", "full"):
         assert recipe.lr is not None
         return parameter_groups(
             model, lr=recipe.lr, location_lr=recipe.location_lr, head_lr=recipe.head_lr, weight_decay=recipe.weight_decay
         )
-    head = classifier(model) if recipe.method == "full" else list(model.parameters())  # the probe's model may be its head
+    head = classifier(model) if recipe.method == "full" else list(model.parameters())  # a probe's model may be just its head
     head = [p for p in head if p.requires_grad]
     body = [p for p in model.parameters() if p.requires_grad and not any(p is h for h in head)]
     groups = [
@@ -191,7 +197,7 @@ def groups_of(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def counts(model: nn.Module, recipe: Recipe) -> dict[str, int]:
-    """Trained numbers: the adapter's or the model's without the head, its locations, the head's."""
+    """Return the counts of trained numbers: the adapter's or the model's without the head, its locations, the head's."""
     head = sum(p.numel() for p in classifier(model))
     updates = all_updates(model)
     if recipe.method == "full":

@@ -1,4 +1,4 @@
-"""Training runs of image classifiers, from the command line to the files that they leave."""
+"""Training runs of image classifiers, from the command line to the files that they write."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from loca_vision.storage.atomic_file import write_atomically
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> int:
-    """Train and test as the command line says; returns the exit status."""
+    """Train and test as the command line says; return the exit status."""
     return guarded(prog, lambda: _main(sys.argv[1:] if arguments is None else list(arguments), prog), extra="train")
 
 
@@ -53,10 +53,10 @@ def _main(arguments: list[str], prog: str) -> None:
 
 
 def train(recipe: Recipe, kept: Kept | None = None) -> dict[str, Any]:
-    """Every seed of a recipe; returns, in the main process, the metrics of the run, or of several their summary.
+    """Train with every seed of a recipe; in the main process, return the run's metrics or, for several seeds, a summary.
 
     Args:
-        kept: features that runs of this process have computed; with `cache_features`, more are added.
+        kept: features computed by earlier runs of this process; with `cache_features`, more are added.
     """
     accelerator = accelerator_for(
         precision="no" if recipe.precision == "float32" else recipe.precision,
@@ -78,8 +78,8 @@ def train(recipe: Recipe, kept: Kept | None = None) -> dict[str, Any]:
 
 
 def _images(recipe: Recipe, accelerator: Accelerator) -> ImageSplits:
-    """The images of the run, after saying what was understood and reading each of them once."""
-    check_model_name(recipe.model)  # before images are read, which takes a while
+    """Return the images of the run, after reporting what was understood and reading each of them once."""
+    check_model_name(recipe.model)  # before the images are read, which takes a while
     splits = splits_of(recipe)
     if accelerator.is_main_process:
         print(described(splits))
@@ -101,7 +101,7 @@ def _pushed(recipe: Recipe, metrics: dict[str, Any]) -> str:
 
 
 def _several(recipe: Recipe, splits: ImageSplits, accelerator: Accelerator, kept: Kept) -> dict[str, Any]:
-    """A run for each seed in a folder of its own, and their mean."""
+    """Do a run for each seed in its own folder, and return their mean."""
     runs = []
     for seed in recipe.seeds:
         one = replace(recipe, seed=seed, seeds=(), output_dir=recipe.output_dir / f"seed-{seed}")
@@ -115,7 +115,7 @@ def _several(recipe: Recipe, splits: ImageSplits, accelerator: Accelerator, kept
 
 
 def _check_folder(recipe: Recipe) -> None:
-    """A run in the output folder is continued on request, and never overwritten."""
+    """Refuse to overwrite a run in the output folder, which can only be continued on request."""
     folder = recipe.output_dir
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={str(folder)!r}: a file is in the place of that folder")
@@ -131,9 +131,9 @@ def _check_folder(recipe: Recipe) -> None:
 
 
 def _one(recipe: Recipe, whole: Recipe, splits: ImageSplits, accelerator: Accelerator, kept: Kept) -> dict[str, Any]:
-    """Train with one seed, test the best epoch, write everything down. `whole` is what the user asked for."""
+    """Train with one seed, test the best epoch, and write all results. `whole` is what the user asked for."""
     folder = recipe.output_dir
-    if (folder / METRICS).exists():  # with --resume: this seed is done
+    if (folder / METRICS).exists():  # with --resume: this seed is finished
         return _finished(recipe, splits, folder)
     set_seed(recipe.seed)
     task = task_of(recipe, recipe.seed, splits)
@@ -160,7 +160,7 @@ def _one(recipe: Recipe, whole: Recipe, splits: ImageSplits, accelerator: Accele
 
 
 def _begin(recipe: Recipe, whole: Recipe, accelerator: Accelerator) -> None:
-    """Write the settings down, now that nothing more can be refused, and open the trackers."""
+    """Write the settings, now that nothing more can be refused, and open the trackers."""
     if accelerator.is_main_process:
         for each in (whole, recipe):
             write_atomically(each.output_dir / "config.yaml", as_yaml(replace(each, resume=False)).encode())
@@ -171,7 +171,7 @@ def _begin(recipe: Recipe, whole: Recipe, accelerator: Accelerator) -> None:
 
 
 def _saved(run: Run, model: nn.Module) -> Path:
-    """What was trained, in the folder. Where the file rounds it, the model becomes what the file says: that is tested."""
+    """Save what was trained. If the file rounds it, load the rounded values into the model, since these are to be tested."""
     adapter, dtype = adapter_config(run.recipe, 0) is not None, dtype_of(run.recipe.adapter_dtype)
     rounds, writes = adapter and dtype != torch.float32, run.accelerator.is_main_process
     with TemporaryDirectory() as elsewhere:
@@ -185,7 +185,7 @@ def _saved(run: Run, model: nn.Module) -> Path:
 
 
 def _written(run: Run, saved: Path, metrics: dict[str, Any]) -> dict[str, Any]:
-    """A picture, and, as the last, the metrics, which say that the run is finished."""
+    """Write a picture and, last, the metrics, which mark the run as finished."""
     recipe, folder, splits, progress = run.recipe, run.folder, run.task.splits, run.progress
     draw_run(folder / "curves.png", f"{recipe.dataset}, {recipe.method}", progress.curve, progress.epochs)
     metrics = {"config": as_json_dict(recipe), "seed": recipe.seed, "licence": splits.licence, **metrics}

@@ -14,14 +14,14 @@ from loca_vision.formats.save_load import save_adapter
 from loca_vision.storage.safetensors_file import OpenFile, open_safetensors, write_safetensors
 from loca_vision.storage.strict_json import strict_json
 
-TRAINED = "trained_weights.safetensors"  # of methods without an adapter: the head, or the whole model
+TRAINED = "trained_weights.safetensors"  # for methods without an adapter: the head, or the whole model
 _TRAINED_KEY = "loca_vision_trained_weights"
 
 
 def save_trained(
     model: nn.Module, folder: Path, tensors: Mapping[str, Tensor], *, adapter: bool, dtype: torch.dtype = torch.float32
 ) -> Path:
-    """The adapter with the head, its coefficients in a dtype; of a method without one, what it trained."""
+    """Save the adapter with the head, its coefficients in a dtype; for a method without an adapter, what it trained."""
     if adapter:
         return save_adapter(model, folder, dtype=dtype)
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if tensor.is_floating_point()}
@@ -31,10 +31,10 @@ def save_trained(
 
 
 def load_trained(model: nn.Module, file: str | Path) -> None:
-    """Put the tensors of `save_trained` into a model built like the one they are of.
+    """Load the tensors of `save_trained` into a model built like the one they were saved from.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or its tensors are not the model's; the model is as it was.
+        FileNotFoundError, ValueError: there is no such file, or its tensors are not the model's; the model is unchanged.
     """
     with open_safetensors(Path(file)) as opened:
         own = model.state_dict()
@@ -52,7 +52,7 @@ def load_trained(model: nn.Module, file: str | Path) -> None:
 
 
 def _check_description(opened: OpenFile, model: str) -> None:
-    """What the header says must be what the file holds, and of this model."""
+    """Check that the header describes what the file holds, and that the file is for this model."""
     if _TRAINED_KEY not in opened.metadata:
         raise ValueError(f"it holds no trained weights: the header has no {_TRAINED_KEY}")
     about = strict_json(opened.metadata[_TRAINED_KEY], nesting=2)

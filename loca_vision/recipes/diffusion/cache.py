@@ -1,4 +1,4 @@
-"""What autoencoder and text encoders make of images and texts, computed once and kept on disk: the same bits as without."""
+"""Encodings of images and texts, computed once and kept on disk, with the same bits as when they are computed anew."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from loca_vision.recipes.diffusion.encoders import Encoders, identity_of
 from loca_vision.recipes.diffusion.families.family import Texts
 from loca_vision.storage.tensor_store import TensorStore
 
-SHARD = 256  # tensors of a file: what a run that is killed may have to compute again
+SHARD = 256  # tensors in a file: as many as a killed run may have to compute again
 
 
 class Cache:
     """A folder of tensors that several data sets and models may share.
 
-    Every image is looked at, since its key is what is in it. A file that is damaged is made anew. Of several processes let
-    one come first: the others then find everything.
+    Every image is read, since its key is made from its content. A damaged file is written again. With several processes, let
+    one go first: the others then find everything.
 
     Raises:
-        ValueError: a file of other encoders in the folder.
-        OSError: it cannot be read or written.
+        ValueError: a file in the folder is of other encoders.
+        OSError: the folder cannot be read or written.
     """
 
     def __init__(self, folder: Path, encoders: Encoders) -> None:
@@ -34,15 +34,15 @@ class Cache:
         self.words = _Filling(_store(folder, "texts", encoders.identity_of_texts()))
 
     def moments(self, pixels: Tensor) -> str:
-        """The key of mean and deviation, (2, c, h, w), of the latents of bytes (3, H, W)."""
+        """Return the key of mean and deviation, (2, c, h, w), of the latents of bytes (3, H, W)."""
         return self.latents.key(_image_key("moments", pixels), lambda: self._moments(pixels))
 
     def mode(self, pixels: Tensor) -> str:
-        """The key of the mean alone, (c, h, w)."""
+        """Return the key of the mean alone, (c, h, w)."""
         return self.latents.key(_image_key("mode", pixels), lambda: self._moments(pixels)[0])
 
     def text(self, prompt: str) -> tuple[tuple[str, str], ...]:
-        """The keys of the tensors that stand for a text, each with its name."""
+        """Return the keys of the tensors that a text is encoded to, each with its name."""
         made: Texts = {}
 
         def make(name: str) -> Tensor:
@@ -54,7 +54,7 @@ class Cache:
         return tuple((name, self.words.key(_key(kind, prompt.encode()), partial(make, name))) for name, kind in kinds.items())
 
     def flush(self) -> None:
-        """Write what is not written yet; after an interrupt too."""
+        """Write what is not yet written; also after an interrupt."""
         self.latents.flush()
         self.words.flush()
 
@@ -63,14 +63,14 @@ class Cache:
 
 
 class _Filling:
-    """A store, and what is to go into its next file."""
+    """A store, and the tensors that will go into its next file."""
 
     def __init__(self, store: TensorStore) -> None:
         self.store = store
         self.waiting: dict[str, Tensor] = {}
 
     def key(self, key: str, make: Callable[[], Tensor]) -> str:
-        """The key, after what it stands for is made, where it is missing."""
+        """Return the key, after making the tensor if it is missing."""
         if key not in self.store and key not in self.waiting:
             self.waiting[key] = make()
             if len(self.waiting) == SHARD:

@@ -1,4 +1,4 @@
-"""What model cards of diffusion adapters share: the base, the data, the pieces of code."""
+"""What the model cards of diffusion adapters share: the base, the data, the pieces of code."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from loca_vision.recipes.reports.redaction import redact, tells_a_place
 
 @dataclass(frozen=True)
 class Kind:
-    """What one trainer's cards say.
+    """The parts of a card that depend on the trainer.
 
     Args:
         about: what the adapter was trained to do, up to the data: "to follow instructions about images on".
-        noun: what a sample is called, in the plural.
-        task: the hub's name of it.
-        tags: for the hub.
-        alt: what the picture shows.
+        noun: what samples are called, in the plural.
+        task: the hub's name of the task.
+        tags: tags for the hub.
+        alt: a description of the picture.
     """
 
     about: str
@@ -41,14 +41,14 @@ def card(
     more: Sequence[str] = (),
     besides: str = "",
 ) -> str:
-    """Base, data, numbers, picture and a piece of code that runs.
+    """Return a card with base, data, numbers, picture and a piece of code that runs.
 
     Args:
-        metrics: of a finished run, as the trainer writes them.
+        metrics: the metrics of a finished run, as the trainer writes them.
         repository: "user/name".
         pipeline: the name of its class.
         code: the lines that draw, once the adapter is loaded.
-        imports: lines that they need.
+        imports: import lines that the code needs.
         more: paragraphs above the picture.
         besides: what was trained besides the adapter.
     """
@@ -99,42 +99,42 @@ def _code(
 
 
 def name_of(place: str) -> tuple[str, bool]:
-    """A base or data set as it may be told to others, and whether it lay on this machine."""
-    local = tells_a_place(place) or Path(place).exists()  # a folder may be gone since
+    """Return the public name of a base or data set, and whether it was a local folder."""
+    local = tells_a_place(place) or Path(place).exists()  # the folder may no longer exist
     return (Path(redact(place)).name, True) if local else (place, False)
 
 
 def _data(place: str, kind: Kind) -> str:
-    """The data set as a link to the hub, or as a folder."""
+    """Return the data set as a link to the hub, or as the name of a folder."""
     name, local = name_of(place)
     return f"a folder of {kind.noun}, {name}" if local else f"[{name}](https://huggingface.co/datasets/{name})"
 
 
 def _source(config: Mapping[str, Any], base: str) -> str:
-    """The arguments with which the base comes as it was trained on."""
+    """Return the arguments that load the base as it was in training."""
     more = (f', {name}="{config[name]}"' for name in ("revision", "variant") if config[name])
     return f'"{base}"' + "".join(more)
 
 
 def _scheduler(config: Mapping[str, Any]) -> list[str]:
-    """A line of code for the scheduler, where the adapter was trained to predict something else than it expects."""
+    """Return a line of code for the scheduler, if the adapter was trained to predict something other than it expects."""
     kind = config["prediction_type"]
     told = f'pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type="{kind}")'
     return [told] if kind else []
 
 
 def arguments_of(settings: Mapping[str, Any]) -> str:
-    """Settings as arguments of a call; what is None is left to the pipeline."""
+    """Return settings as the arguments of a call, without those that are None and thus left to the pipeline."""
     return ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
 
 
 def _picture(metrics: Mapping[str, Any], alt: str) -> list[str]:
-    """The validation picture, where there is one."""
+    """Return the validation picture, if there is one."""
     return [f"![{alt}]({metrics['validation_picture']})", ""] if metrics["validation_picture"] else []
 
 
 def _metadata(config: Mapping[str, Any], place: str, title: str, base: str | None, kind: Kind) -> str:
-    """By the conventions of the hub for adapters of diffusers."""
+    """Return the metadata by the hub's conventions for diffusers adapters."""
     from huggingface_hub import ModelCardData
 
     name, local = name_of(place)

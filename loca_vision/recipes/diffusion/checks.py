@@ -1,4 +1,4 @@
-"""Settings of a trainer of diffusion models, checked before anything is read, and made whole."""
+"""Check the settings of a diffusion trainer before anything is read, and fill in their defaults."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from loca_vision.recipes.training.first_locations import check_location_init, sp
 
 R = TypeVar("R", bound=Recipe)
 
-# What may differ between a run and its continuation.
+# Settings that may differ between a run and its continuation.
 MAY_DIFFER_ON_RESUME = {
     "output_dir", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "report_to", "logging_dir",
     "push_to_hub", "hub_model_id", "hub_private", "hub_token", "config", "preset", "imports", "dataloader_num_workers",
     "cache_dir", "check_images", "cache_latents", "latents_dir", "adapter_dtype", "gradient_checkpointing",
     "train_batch_size", "gradient_accumulation_steps",  # their product with the processes, `batch_of`, is compared
 }  # fmt: skip
-_LENGTH = {"max_train_steps", "num_train_epochs"}  # may differ too, where the rates do not depend on it
-_NONE = torch.zeros(0)  # to ask functions of samples whether they take a setting
+_LENGTH = {"max_train_steps", "num_train_epochs"}  # these may differ too, if the rates do not depend on them
+_NONE = torch.zeros(0)  # for calling functions of samples only to check settings
 
-# Whole numbers, and the least that each may be.
+# Whole numbers, and the smallest value of each.
 _COUNTS = {
     "resolution": 1, "train_batch_size": 1, "num_train_epochs": 1, "gradient_accumulation_steps": 1,
     "num_validation_images": 1, "validation_epochs": 1, "validation_inference_steps": 1, "checkpointing_steps": 1,
@@ -47,10 +47,10 @@ def check_given(recipe: Recipe, given: Collection[str]) -> None:
     """Refuse settings that contradict each other.
 
     Args:
-        given: the fields that the user has set; of another method's, they are refused.
+        given: the fields that the user has set; those of another method are refused.
 
     Raises:
-        ValueError: one sentence.
+        ValueError: there is a contradiction; the error is one sentence.
     """
     METHODS.check(recipe.method, given)
     if recipe.together and recipe.learning_steps == 0:
@@ -71,12 +71,12 @@ def check_given(recipe: Recipe, given: Collection[str]) -> None:
 
 
 def settled(recipe: R, given: Collection[str]) -> R:
-    """The recipe with the method's settings instead of None and whole paths; of random crops no latents are kept."""
+    """Return the recipe with the method's settings instead of None and expanded paths; random crops turn off cached latents."""
     usual = METHODS.defaults(recipe.method, METHODS.chosen(recipe.method, recipe))
     recipe = replace(recipe, **{name: value for name, value in usual.items() if getattr(recipe, name) is None})
     own = as_assignments(assigned(recipe.set))
     recipe = replace(recipe, set=own, imports=tuple(dict.fromkeys(recipe.imports)))
-    if "validation_epochs" in given and "validation_steps" not in given:  # which a preset may have set
+    if "validation_epochs" in given and "validation_steps" not in given:  # the latter may be a preset's
         recipe = replace(recipe, validation_steps=None)
     recipe = replace(recipe, cache_latents=recipe.cache_latents and recipe.center_crop)
     paths = {name: value for name, value in vars(recipe).items() if hasattr(value, "expanduser")}
@@ -84,10 +84,10 @@ def settled(recipe: R, given: Collection[str]) -> R:
 
 
 def check_values(recipe: Recipe) -> None:
-    """Refuse numbers out of range, packages that are missing, and settings that the method does not take.
+    """Refuse numbers out of range, missing packages, and settings that the method does not accept.
 
     Raises:
-        ValueError: one sentence.
+        ValueError: a setting is refused; the error is one sentence.
     """
     for name, least in (_COUNTS | _MAYBE).items():
         if name in _COUNTS or getattr(recipe, name) is not None:
@@ -111,9 +111,10 @@ def check_values(recipe: Recipe) -> None:
 
 
 def check_rates(recipe: Recipe, names: Collection[str], *, or_zero: bool) -> None:
-    """
+    """Check that these settings are finite numbers above 0 or, with `or_zero`, from 0 up.
+
     Raises:
-        ValueError: one of these settings is not a finite number above 0, or from 0 up.
+        ValueError: one of them is not.
     """
     for name in names:
         value = getattr(recipe, name)
@@ -122,7 +123,7 @@ def check_rates(recipe: Recipe, names: Collection[str], *, or_zero: bool) -> Non
 
 
 def _check_installed(recipe: Recipe) -> None:
-    """Before models are loaded, which takes a while."""
+    """Check for optional packages before models are loaded, which takes a while."""
     for name, library in (("use_8bit_adam", "bitsandbytes"), ("enable_xformers_memory_efficient_attention", "xformers")):
         if getattr(recipe, name) and find_spec(library) is None:
             raise ValueError(f"--{name}: it needs {library}; python -m pip install {library}")
@@ -131,7 +132,7 @@ def _check_installed(recipe: Recipe) -> None:
 
 
 def adapter_of(recipe: Recipe) -> AdapterConfig:
-    """What to inject."""
+    """Return the config to inject."""
     seed = recipe.seed if recipe.seed_locations is None else recipe.seed_locations
     config = METHODS.config(recipe, seed or 0)
     assert config is not None
@@ -139,22 +140,22 @@ def adapter_of(recipe: Recipe) -> AdapterConfig:
 
 
 def phases_of(recipe: Recipe) -> dict[str, Any]:
-    """Settings of the alternating schedule."""
+    """Return the settings of the alternating schedule."""
     return {name: getattr(recipe, name) for name in PHASES}
 
 
 def batch_of(recipe: Recipe, processes: int) -> int:
-    """Samples of each optimiser step, of all processes together."""
+    """Return the number of samples in each optimiser step, of all processes together."""
     return recipe.train_batch_size * recipe.gradient_accumulation_steps * processes
 
 
 def differences(recipe: Recipe, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The settings that differ from those of the run to be continued, as sentences."""
+    """Return sentences about the settings that differ from those of the run to be continued."""
     passed = MAY_DIFFER_ON_RESUME | {
         field.name for field in fields(recipe) if field.name.startswith(("validation_", "num_validation_"))
     }
     if recipe.lr_scheduler.startswith("constant"):
         passed |= _LENGTH
-    before = as_json_dict(type(recipe)("")) | saved  # an earlier version had fewer settings
+    before = as_json_dict(type(recipe)("")) | saved  # earlier versions had fewer settings
     names = [field.name for field in fields(recipe) if field.name not in passed]
     return [f"{name}={now[name]!r}, {before.get(name)!r} before" for name in names if before.get(name) != now[name]]

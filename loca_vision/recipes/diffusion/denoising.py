@@ -1,4 +1,4 @@
-"""Denoising diffusion, as Stable Diffusion 1, 2 and XL are trained: noisy latents, what is to be predicted, how it counts."""
+"""Denoising diffusion, as Stable Diffusion 1, 2 and XL are trained: noisy latents, the prediction's target, sample weights."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ class Denoising:
 
     Args:
         scheduler: a `DDPMScheduler`.
-        snr_gamma: weigh samples by `min_snr_weights`; None for equal weights.
+        snr_gamma: weight samples by `min_snr_weights`; None for equal weights.
     """
 
     scheduler: Any
     snr_gamma: float | None = None
 
     def timestep(self, generator: torch.Generator) -> Tensor:
-        """A random timestep, () int64, each as likely."""
+        """Return a random timestep, () int64, drawn uniformly."""
         return torch.randint(self.scheduler.config.num_train_timesteps, (), generator=generator)
 
     def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents (b, c, h, w), and what the model is told of their noise: (b,)."""
+        """Return noisy latents (b, c, h, w), and what the model is told about their noise: (b,)."""
         return self.scheduler.add_noise(latents, noise, timesteps), timesteps
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What is to be predicted: (b, c, h, w)."""
+        """Return what the model should predict: (b, c, h, w)."""
         return target(self.scheduler, latents, noise, timesteps)
 
     def weights(self, timesteps: Tensor) -> Tensor | None:
-        """How much each sample counts: (b,), or None where all count alike."""
+        """Return the weight of each sample: (b,), or None if all are equal."""
         if self.snr_gamma is None:
             return None
         snr = signal_to_noise(self.scheduler, timesteps)
@@ -42,7 +42,7 @@ class Denoising:
 
 
 def target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the UNet is to predict of noisy latents: (b, c, h, w).
+    """Return what the UNet should predict for noisy latents: (b, c, h, w).
 
     Raises:
         ValueError: the scheduler's `prediction_type` is not epsilon, v_prediction or sample.
@@ -59,16 +59,16 @@ def target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps: Tensor) ->
 
 
 def signal_to_noise(scheduler: Any, timesteps: Tensor) -> Tensor:
-    """alpha^2 / sigma^2 at some timesteps: (b,) float32."""
+    """Return alpha^2 / sigma^2 at some timesteps: (b,) float32."""
     kept = scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
     snr: Tensor = kept.sqrt() ** 2 / (1 - kept).sqrt() ** 2
     return snr
 
 
 def min_snr_weights(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """How much each sample counts: min(SNR, gamma), by the SNR for epsilon and by SNR + 1 for v (Hang et al., 2023, eq. 8).
+    """Return each sample's weight: min(SNR, gamma) over the SNR for epsilon, or over SNR + 1 for v (Hang et al., 2023, eq. 8).
 
-    Finite for an SNR of 0, as of schedules that end in pure noise: 1 for epsilon.
+    It is finite for an SNR of 0, as in schedules that end in pure noise: 1 for epsilon.
 
     Raises:
         ValueError: gamma is not above 0.

@@ -1,4 +1,4 @@
-"""Pictures of a pipeline in training: the same text and seed, the same picture; and the pipeline is as it was afterwards."""
+"""Pictures by a pipeline in training: the same text and seed give the same picture, and the pipeline stays as it was."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Picture:
 
     Args:
         height, width: in pixels.
-        steps: of the scheduler, from 1 up.
-        guidance_scale: how much the text counts; None for what the pipeline takes by itself.
-        more: arguments of the call, such as max_sequence_length.
+        steps: steps of the scheduler, from 1 up.
+        guidance_scale: how strongly the text counts; None for the pipeline's default.
+        more: further arguments of the call, such as max_sequence_length.
 
     Raises:
-        ValueError: one of them is out of range.
+        ValueError: a value is out of range.
     """
 
     height: int
@@ -52,19 +52,19 @@ class Picture:
 def pictures(
     pipe: Any, prompt: str | list[str], seeds: list[int], how: Picture, *, scale: float = 1.0, progress: bool = False
 ) -> list[Image.Image]:
-    """A picture for each seed, RGB: one batch.
+    """Return a picture for each seed, RGB, drawn in one batch.
 
-    The noise is drawn on the CPU by the seed, so that every device has the same picture up to rounding, and no global generator
-    is touched. Afterwards the pipeline is as it was: its models' training modes, its scheduler, its progress bar.
+    The noise is drawn on the CPU by the seed, so that every device makes the same picture up to rounding, and no global
+    generator is used. Afterwards the pipeline is as it was: its models' training modes, its scheduler, its progress bar.
 
     Args:
         pipe: a text-to-image pipeline, with or without adapters.
         prompt: one for all seeds, or a list with one for each.
         seeds: each from 0 to 2**63 - 1.
-        scale: how strongly the pipeline's adapters act, times their weights. At 0 they stand aside: the base, bit for bit.
+        scale: the strength of the pipeline's adapters, times their weights. At 0 they are inactive: the base, bit for bit.
 
     Raises:
-        ValueError: a seed or a scale out of range; or another scale than 1 where an adapter is fused.
+        ValueError: a seed or a scale is out of range; or the scale is not 1 and an adapter is fused.
     """
     for seed in seeds:
         check_seed(seed)
@@ -89,14 +89,14 @@ def pictures(
 
 @contextmanager
 def untouched(pipe: Any) -> Iterator[None]:
-    """Evaluation mode, no progress bar, a scheduler of one's own, and an autoencoder that autocast leaves alone in here."""
+    """Set evaluation mode, no progress bar, a copy of the scheduler, and an autoencoder without autocast; restore all later."""
     modes = [(module, module.training) for model in models_in(pipe).values() for module in model.modules()]
     left = {name: vars(pipe)[name] for name in _LEFT_BY_A_CALL if name in vars(pipe)}
     scheduler = pipe.scheduler
     try:
         for module, _ in modes:
             module.training = False
-        pipe.scheduler = copy.deepcopy(scheduler)  # a call leaves its timesteps in it
+        pipe.scheduler = copy.deepcopy(scheduler)  # a call leaves its timesteps in the scheduler
         pipe.set_progress_bar_config(disable=True)
         with in_its_own_dtype(pipe.vae):
             yield
@@ -111,7 +111,7 @@ def untouched(pipe: Any) -> Iterator[None]:
 
 @contextmanager
 def in_its_own_dtype(vae: Any) -> Iterator[None]:
-    """An autoencoder computes in its own dtype in here: XL's, kept in float32, overflows in the float16 of autocast."""
+    """Let an autoencoder compute in its own dtype inside: XL's, kept in float32, overflows in the float16 of autocast."""
     before = {name: vars(vae)[name] for name in ("encode", "decode") if name in vars(vae)}
 
     def exact(method: Any) -> Any:
@@ -133,7 +133,7 @@ def in_its_own_dtype(vae: Any) -> Iterator[None]:
 
 @contextmanager
 def without_adapters(pipe: Any) -> Iterator[None]:
-    """No adapter acts in here."""
+    """Deactivate all adapters inside the `with`."""
     records = list(adapted_in(pipe).values())
     for _, record in records:
         refuse_fused(record, record.fused.adapters)
@@ -149,7 +149,7 @@ def without_adapters(pipe: Any) -> Iterator[None]:
 
 @contextmanager
 def at_scale(pipe: Any, scale: float) -> Iterator[None]:
-    """Every adapter acts this many times as strongly in here, in all components."""
+    """Multiply the strength of every adapter by a scale inside the `with`, in all components."""
     records = list(adapted_in(pipe).values()) if scale != 1 else []
     for _, record in records:
         refuse_fused(record, record.fused.adapters)
@@ -164,5 +164,5 @@ def at_scale(pipe: Any, scale: float) -> Iterator[None]:
 
 
 def _times(weight: Any, scale: float) -> Any:
-    """A weight, or one for each block, times a scale."""
+    """Multiply a weight, or the weights of blocks, by a scale."""
     return {name: _times(value, scale) for name, value in weight.items()} if isinstance(weight, Mapping) else weight * scale

@@ -1,7 +1,7 @@
-"""What is drawn for the samples of a step.
+"""The random numbers for the samples of a step.
 
-Everything drawn is a function of (seed, step, place in the batch): the same in one process and in several, and however a
-batch is cut into parts.
+They are a function of (seed, step, place in the batch): the same in one process and in several, and however a batch is cut
+into parts.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _POSTERIOR, _NOISE, _TIMESTEP, _DROPOUT, _OFFSET = range(21, 26)  # keys of stre
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers of some samples of one optimiser step, on the CPU.
+    """Random numbers for some samples of one optimiser step, on the CPU.
 
-    posterior, noise: (b, c, h, w) standard normal, to sample the latents with and to add to them.
+    posterior, noise: (b, c, h, w) standard normal, for sampling the latents and for adding to them.
     timesteps: (b,) int64 in [0, number of them).
     dropout: (b,) uniform in [0, 1).
     """
@@ -46,16 +46,16 @@ def draws(
     first: int | None = None,
     noise_offset: float = 0.0,
 ) -> Draws:
-    """What is drawn for the samples of one process in one optimiser step. float32; no global generator is touched.
+    """Draw the random numbers for one process's samples in one optimiser step. float32; no global generator is used.
 
     Args:
-        count: of the samples.
+        count: number of samples.
         shape: (c, h, w) of a latent.
-        timestep: draws one, () int64.
-        step: optimiser steps before this one.
-        rank: of the process; all have as many samples.
-        first: place of the first sample in the batch of all processes, where that is not rank * count: as of a part of
-            a batch whose gradients are accumulated.
+        timestep: draws a timestep, () int64.
+        step: number of optimiser steps before this one.
+        rank: rank of the process; all have the same number of samples.
+        first: place of the first sample in the batch of all processes, if it is not rank * count, as for a part of a batch
+            whose gradients are accumulated.
         noise_offset: a normal number for each channel times this is added to the noise, so that a whole picture may become
             lighter or darker (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
     """

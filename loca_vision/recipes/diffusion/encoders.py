@@ -1,6 +1,6 @@
-"""Autoencoder and text encoders: what a denoiser is given of images and texts, and what they are to be known by.
+"""Autoencoder and text encoders: how images and texts are encoded for a denoiser, and how the encoders are identified.
 
-Images and texts are encoded one by one, so that what comes out depends on each alone and not on what shares its batch.
+Images and texts are encoded one by one, so that each result depends only on its input and not on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from loca_vision.recipes.diffusion.families.family import Family, Texts
 class Encoders:
     """The frozen parts of a pipeline that turn images and texts into what the denoiser takes.
 
-    Models are put into evaluation mode, and compute in their own dtypes whatever autocast is on: nothing but their input
-    decides what comes out.
+    Models are put into evaluation mode and compute in their own dtypes whether or not autocast is on, so that the result
+    depends on nothing but their input.
 
     Attributes:
         vae: the autoencoder.
-        family: knows the text encoders, and how they are called.
+        family: the family of the pipeline, which knows the text encoders and how to call them.
     """
 
     def __init__(self, family: Family) -> None:
@@ -35,14 +35,14 @@ class Encoders:
             model.eval()
 
     def models(self) -> list[nn.Module]:
-        """Autoencoder and text encoders; what a pipeline was loaded without is left out."""
+        """Autoencoder and text encoders, without those that the pipeline was loaded without."""
         names = ("vae", *self.family.text_encoders)
         found = (getattr(self.family.pipe, name, None) for name in names)
         return [model for model in found if model is not None]
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """(n, 3, H, W) in [-1, 1] to (n, 2, c, h, w): mean and standard deviation of the latents, without scaling.
+        """Encode (n, 3, H, W) in [-1, 1] to (n, 2, c, h, w): mean and standard deviation of the latents, without scaling.
 
         Raises:
             ValueError: they are not finite, as from an autoencoder that overflows float16.
@@ -60,13 +60,13 @@ class Encoders:
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Texts:
-        """What the denoiser is given of texts, by name: each (n, ...)."""
+        """Return the encoded texts for the denoiser, by name: each (n, ...)."""
         with torch.autocast(self.vae.device.type, enabled=False):
             found = [self.family.texts([prompt]) for prompt in prompts]
         return {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
     def cut(self, prompts: Sequence[str]) -> dict[int, tuple[int, int]]:
-        """The texts of which the end is not read: how many tokens each has, and how many are read, by its position."""
+        """Return, for texts whose end is not read, the number of tokens and how many of them are read, by position."""
         different = list(dict.fromkeys(prompts))
         cut: dict[str, tuple[int, int]] = {}
         for tokenizer, most in self.family.lengths().items():
@@ -75,7 +75,7 @@ class Encoders:
         return {position: cut[text] for position, text in enumerate(prompts) if text in cut}
 
     def identity_of_texts(self) -> str:
-        """What texts are encoded by."""
+        """Return what identifies the encoding of texts."""
         pipe = self.family.pipe
         parts = [
             identity_of(model) + words_of(getattr(pipe, tokenizer))
@@ -85,11 +85,11 @@ class Encoders:
         return " ".join([*parts, *([str(self.family.length)] if self.family.length else [])])
 
     def rest(self, *, images: bool, texts: bool) -> None:
-        """Leave the device once everything is encoded: the memory is for training then.
+        """Move encoders off the device once everything is encoded, so that their memory is free for training.
 
         Args:
-            images: the autoencoder leaves.
-            texts: the text encoders leave.
+            images: move the autoencoder.
+            texts: move the text encoders.
         """
         encoders = self.models()
         self.resting = ([self.vae] if images else []) + ([one for one in encoders if one is not self.vae] if texts else [])
@@ -97,7 +97,7 @@ class Encoders:
 
     @contextmanager
     def back(self, device: torch.device | str) -> Iterator[None]:
-        """Inside, what has left is on that device again, as for pictures."""
+        """Move those encoders back to the device inside the `with`, as for pictures."""
         self._move(device)
         try:
             yield
@@ -110,7 +110,7 @@ class Encoders:
 
 
 def identity_of(model: nn.Module) -> str:
-    """Class, settings, dtype, weights and, where it works in tiles, their sizes; the name a model goes by is not part of it."""
+    """Return a text that identifies class, settings, dtype, weights and any tile sizes, but not the name the model goes by."""
     weights = sha256()
     for name, value in sorted(model.state_dict().items()):
         weights.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
@@ -119,17 +119,17 @@ def identity_of(model: nn.Module) -> str:
     config: Any = model.config
     facts = dict(config) if isinstance(config, Mapping) else config.to_dict()
     kept = {name: value for name, value in facts.items() if not name.startswith("_") and "version" not in name}
-    if getattr(model, "use_tiling", False):  # which changes what comes out of large images
+    if getattr(model, "use_tiling", False):  # tiling changes the result for large images
         kept |= {name: value for name, value in vars(model).items() if name.startswith("tile_")}
     settings = sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
     return f"{type(model).__name__} {settings[:16]} {weights.hexdigest()}"
 
 
 def words_of(tokenizer: Any) -> str:
-    """What texts become numbers by; of a processor, its tokenizer."""
+    """Return what determines how texts become numbers; for a processor, that of its tokenizer."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     vocabulary = sorted(tokenizer.get_vocab().items())
-    inner = getattr(tokenizer, "backend_tokenizer", None)  # how words are split; the rest of it changes with every call
+    inner = getattr(tokenizer, "backend_tokenizer", None)  # it splits words; the rest of the tokenizer changes with every call
     splitting = json.loads(inner.to_str())["model"] if inner is not None else None
     about = [type(tokenizer).__name__, tokenizer.model_max_length, tokenizer.pad_token_id, vocabulary, splitting]
     about += [template] if (template := getattr(tokenizer, "chat_template", None)) else []

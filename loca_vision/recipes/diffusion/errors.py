@@ -1,4 +1,4 @@
-"""From predictions to one number, and from the distribution of latents to a sample of it."""
+"""From predictions to the loss, and from the distribution of latents to a sample."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from torch import Tensor
 
 
 def sampled(moments: Tensor, posterior: Tensor) -> Tensor:
-    """A sample of the latents: (b, 2, c, h, w) mean and deviation to (b, c, h, w).
+    """Sample the latents: (b, 2, c, h, w) mean and deviation to (b, c, h, w).
 
-    `latent_dist.sample()`, with the noise given, in the dtype of the moments.
+    This is `latent_dist.sample()` with given noise, in the dtype of the moments.
     """
     mean, deviation = moments.unbind(1)
     return mean + deviation * posterior.to(moments)
 
 
 def squared_errors(prediction: Tensor, wanted: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The mean squared error of each sample in float32, times its weight where there are any: (b,)."""
+    """Return the mean squared error of each sample in float32, times its weight if given: (b,)."""
     errors = (prediction.float() - wanted.float()).square().flatten(1).mean(1)
     return errors if weights is None else errors * weights
 
 
 def denoising_loss(prediction: Tensor, wanted: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The mean of `squared_errors`: ()."""
+    """Return the mean of `squared_errors`: ()."""
     return squared_errors(prediction, wanted, weights).mean()

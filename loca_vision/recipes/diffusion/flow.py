@@ -15,16 +15,16 @@ Weighting = Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"]
 
 @dataclass(frozen=True)
 class Flow:
-    """Rectified flow (Liu et al., 2023; Esser et al., 2024): noisy latents (1 - sigma) x + sigma noise, whose velocity
+    """Rectified flow (Liu et al., 2023; Esser et al., 2024): noisy latents are (1 - sigma) x + sigma noise, and the velocity
     noise - x is to be predicted.
 
     Args:
-        scheduler: a `FlowMatchEulerDiscreteScheduler` as it was made, whose timesteps fall with their index.
-        weighting_scheme: how timesteps are drawn or weighed (Esser et al., 2024, section 3.1); as diffusers' scripts.
-        logit_mean, logit_std: of the normal number whose sigmoid is the share of the way, for "logit_normal".
+        scheduler: a `FlowMatchEulerDiscreteScheduler` as constructed, whose timesteps decrease with their index.
+        weighting_scheme: how timesteps are drawn or weighted (Esser et al., 2024, section 3.1), as in diffusers' scripts.
+        logit_mean, logit_std: for "logit_normal", of the normal number whose sigmoid is the share of the way.
         mode_scale: s of that section's "mode".
-        precondition_outputs: measure the error of the image that the prediction means, x' = noisy - sigma prediction,
-            instead of the velocity's: each sample then counts sigma^2 times (Karras et al., 2022, section 5).
+        precondition_outputs: measure the error of the image that the prediction implies, x' = noisy - sigma prediction,
+            instead of the velocity's: each sample is then weighted by sigma^2 (Karras et al., 2022, section 5).
     """
 
     scheduler: Any
@@ -35,15 +35,15 @@ class Flow:
     precondition_outputs: bool = False
 
     def timestep(self, generator: torch.Generator) -> Tensor:
-        """The index of a random timestep, () int64."""
+        """Return the index of a random timestep, () int64."""
         share = self._share(generator)
         count = int(self.scheduler.config.num_train_timesteps)
         index: Tensor = (share * count).long().clamp(0, count - 1)
         return index
 
     def _share(self, generator: torch.Generator) -> Tensor:
-        """Of the way from noise to image, () in [0, 1]; as `compute_density_for_timestep_sampling` of diffusers, of which
-        older versions take no generator."""
+        """Return the share of the way from noise to image, () in [0, 1], as `compute_density_for_timestep_sampling` of
+        diffusers does, which takes no generator in older versions."""
         if self.weighting_scheme == "logit_normal":
             return torch.sigmoid(self.logit_mean + self.logit_std * torch.randn((), generator=generator))
         share = torch.rand((), generator=generator)
@@ -52,22 +52,22 @@ class Flow:
         return share
 
     def sigmas(self, indices: Tensor) -> Tensor:
-        """The shares of noise: (b, 1, 1, 1) float32 in (0, 1]."""
+        """Return the shares of noise: (b, 1, 1, 1) float32 in (0, 1]."""
         found: Tensor = self.scheduler.sigmas.to(indices.device)[indices].float()
         return found[:, None, None, None]
 
     def noisy(self, latents: Tensor, noise: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy latents (b, c, h, w), and the timesteps (b,), 1000 times their sigmas."""
+        """Return noisy latents (b, c, h, w), and the timesteps (b,), 1000 times their sigmas."""
         sigmas = self.sigmas(indices)
         timesteps: Tensor = self.scheduler.timesteps.to(indices.device)[indices]
         return (1 - sigmas) * latents + sigmas * noise, timesteps
 
     def target(self, latents: Tensor, noise: Tensor, indices: Tensor) -> Tensor:
-        """The velocity: (b, c, h, w)."""
+        """Return the velocity: (b, c, h, w)."""
         return noise - latents
 
     def weights(self, indices: Tensor) -> Tensor:
-        """How much the squared error of the velocity of each sample counts: (b,) float32."""
+        """Return the weight of each sample's squared velocity error: (b,) float32."""
         sigmas = self.sigmas(indices).flatten()
         weights: Tensor = compute_loss_weighting_for_sd3(self.weighting_scheme, sigmas)
         return weights * sigmas.square() if self.precondition_outputs else weights

@@ -1,4 +1,4 @@
-"""A pipeline from a folder or the hub, from safetensors files alone, or a sentence that says why not."""
+"""Load a pipeline from a folder or the hub, only from safetensors files, or explain in a sentence why that fails."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from loca_vision.recipes.diffusion.settings import BaseModel
 from loca_vision.storage.strict_json import read_json
 
 INDEX = "model_index.json"
-_FAULTS = (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError)  # in which diffusers tells what is wrong
+_FAULTS = (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError)  # raised by diffusers when loading fails
 
 
 class Source:
-    """Where a pipeline is.
+    """The source of a pipeline.
 
     Args:
         place: a folder, or a name on the hub.
-        revision: of the repository on the hub.
-        variant: of the files, such as fp16.
-        cache_dir: of what comes from the hub.
-        what: the pipeline should be, for sentences.
+        revision: revision of the repository on the hub.
+        variant: variant of the files, such as fp16.
+        cache_dir: cache folder for files from the hub.
+        what: what the pipeline should be, for error messages.
 
     Raises:
         OSError: there is no such folder.
@@ -53,7 +53,7 @@ class Source:
         self.wanted = {name: value for name, value in wanted.items() if value is not None}
 
     def class_name(self) -> str:
-        """The class of pipeline that model_index.json names.
+        """Return the pipeline class that model_index.json names.
 
         Raises:
             OSError: there is no such file, or it names none.
@@ -65,7 +65,7 @@ class Source:
         return str(found[-1] if isinstance(found, list) else found)
 
     def _index(self) -> Path:
-        """The file that says what the pipeline consists of."""
+        """Return the file that lists the pipeline's components."""
         if Path(self.place).is_dir():
             return Path(self.place) / INDEX
         wanted = {name: value for name, value in self.wanted.items() if name != "variant"}
@@ -74,15 +74,15 @@ class Source:
     def load(
         self, cls: Any, family: type[Family], dtype: torch.dtype, quantization: Quantization | None = None, **more: Any
     ) -> Any:
-        """The pipeline, on the CPU, in a dtype; an autoencoder that must be exact in float32.
+        """Load the pipeline on the CPU, in a dtype, except that an autoencoder that must be exact is in float32.
 
-        Without a safety checker, which would replace pictures by black ones, though nobody publishes them.
+        It has no safety checker, which would replace pictures by black ones although nobody publishes them.
 
         Args:
-            cls: of the pipeline.
-            family: of the class.
-            quantization: of the denoiser.
-            more: arguments of `from_pretrained`.
+            cls: the pipeline's class.
+            family: the family of that class.
+            quantization: quantisation of the denoiser.
+            more: further arguments of `from_pretrained`.
 
         Raises:
             OSError: it is not available, or is not such a pipeline in safetensors files.
@@ -95,7 +95,7 @@ class Source:
         if quantization is not None:
             more["quantization_config"] = quantized(quantization, family.denoiser, dtype)
         try:
-            with catch_warnings():  # of a name of an argument that newer versions give up
+            with catch_warnings():  # about the name of an argument that newer versions deprecate
                 simplefilter("ignore", FutureWarning)
                 return cls.from_pretrained(self.place, **self.wanted, use_safetensors=True, **more)
         except _FAULTS as error:
@@ -107,10 +107,10 @@ def _reason(error: BaseException) -> str:
 
 
 def source_of(recipe: BaseModel, what: str) -> Source:
-    """Where the base of a recipe is.
+    """Return the source of a recipe's base.
 
     Args:
-        what: the pipeline should be, for sentences.
+        what: what the pipeline should be, for error messages.
 
     Raises:
         OSError: there is no such folder.

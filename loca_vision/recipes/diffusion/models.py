@@ -1,4 +1,4 @@
-"""A pipeline that is trained: frozen but for its adapters, the optimiser over these, and how many numbers they are."""
+"""A pipeline in training: frozen except for its adapters, with the optimiser over these and the counts of their numbers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from loca_vision.recipes.diffusion.encoders import Encoders
 from loca_vision.recipes.diffusion.families.family import Family, Texts
 from loca_vision.recipes.diffusion.settings import Recipe
 
-NAME = "default"  # of the adapter in the pipeline
+NAME = "default"  # the adapter's name in the pipeline
 _DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def dtype_of(accelerator: Accelerator) -> torch.dtype:
-    """That of the frozen weights.
+    """Return the dtype of the frozen weights.
 
     Raises:
-        ValueError: accelerate is configured for another precision than these.
+        ValueError: accelerate is configured for an unsupported precision.
     """
     if accelerator.mixed_precision not in _DTYPES:
         raise ValueError(f"mixed_precision={accelerator.mixed_precision!r}: the choices are {', '.join(_DTYPES)}")
@@ -34,12 +34,12 @@ def dtype_of(accelerator: Accelerator) -> torch.dtype:
 
 
 class Models:
-    """A pipeline on its device, and what is trained of it.
+    """A pipeline on its device, and the parts of it that are trained.
 
     Args:
-        recipe: settled.
-        family: of the pipeline, whose models are frozen already and have their adapters.
-        encoding: text encoders that are trained too, by name; none for the denoiser alone.
+        recipe: a settled recipe.
+        family: the family of the pipeline, whose models are frozen already and have their adapters.
+        encoding: names of text encoders that are trained too; none for the denoiser alone.
 
     Attributes:
         pipe: the pipeline.
@@ -56,7 +56,7 @@ class Models:
     def predict(
         self, model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, texts: Texts | list[str], sizes: Tensor | None
     ) -> Tensor:
-        """The prediction by `trained`, or what shares its gradients; texts not encoded where encoders are trained."""
+        """Return the prediction by `trained` or its gradient-sharing wrapper; texts are unencoded if encoders are trained."""
         if self.encoding:
             prediction: Tensor = model(noisy, timesteps, texts, sizes)
             return prediction
@@ -64,7 +64,7 @@ class Models:
         return self.family.predict(model, noisy, timesteps, texts, sizes)
 
     def optimizer(self, processes: int) -> Optimizer:
-        """AdamW over what is trained, each group at its rate."""
+        """Return AdamW over what is trained, with each group at its rate."""
         of, rate = self.recipe, self.recipe.learning_rate
         if of.scale_lr:
             rate *= processes * of.gradient_accumulation_steps * of.train_batch_size
@@ -78,12 +78,12 @@ class Models:
         return small
 
     def groups(self, rate: float) -> list[dict[str, Any]]:
-        """Parameter groups: of the denoiser, and of each text encoder that is trained."""
+        """Return the parameter groups of the denoiser and of each text encoder that is trained."""
         of = self.recipe
         return parameter_groups(self.family.model, lr=rate, location_lr=of.location_lr, weight_decay=of.adam_weight_decay)
 
     def counts(self) -> dict[str, int]:
-        """Trained numbers: the adapters', and of them the locations."""
+        """Return the counts of trained numbers: of the adapters, and of their locations."""
         updates = all_updates(self.trained)
         return {
             "trained_parameters": sum(p.numel() for update in updates for p in update.trainable()),
@@ -108,17 +108,17 @@ class Together(nn.Module):
 
 
 def freeze(pipe: Any, family: Family, device: torch.device, dtype: torch.dtype, *, quantised: bool = False) -> None:
-    """Freeze the models of a pipeline, and bring them to a device and a dtype.
+    """Freeze the models of a pipeline, and move them to a device and a dtype.
 
     Args:
-        quantised: the denoiser is, and has its dtype already.
+        quantised: whether the denoiser is quantised, and has its dtype already.
     """
     for name in ("vae", *family.text_encoders, family.denoiser):
         model = getattr(pipe, name, None)
         if model is None:
             continue
         model.requires_grad_(False)
-        # Module's own: that of diffusers warns of layers to be kept in float32, and these models have none.
+        # nn.Module's own method: that of diffusers warns about layers to keep in float32, and these models have none.
         if name == family.denoiser and quantised:
             nn.Module.to(model, device)
         else:
@@ -126,7 +126,7 @@ def freeze(pipe: Any, family: Family, device: torch.device, dtype: torch.dtype, 
 
 
 def prepare_denoiser(model: Any, recipe: Recipe) -> None:
-    """Attention and checkpointing as the recipe says.
+    """Set up attention and checkpointing as in the recipe.
 
     Raises:
         ValueError: xformers does not work here.
@@ -141,7 +141,7 @@ def prepare_denoiser(model: Any, recipe: Recipe) -> None:
 
 
 def denoising_of(pipe: Any, recipe: Recipe) -> Denoising:
-    """The noise process of Stable Diffusion 1, 2 or XL; the pipeline's scheduler is brought to the recipe's prediction."""
+    """Return the noise process of Stable Diffusion 1, 2 or XL; the pipeline's scheduler is set to the recipe's prediction."""
     if recipe.prediction_type is not None:
         pipe.scheduler.register_to_config(prediction_type=recipe.prediction_type)
     return Denoising(DDPMScheduler.from_config(pipe.scheduler.config), recipe.snr_gamma)

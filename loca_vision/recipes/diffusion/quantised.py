@@ -17,7 +17,8 @@ _LIBRARIES = {
 
 
 def check_quantization(kind: Quantization) -> None:
-    """
+    """Check that a quantisation can be used.
+
     Raises:
         ValueError: the library is not installed, or it needs a GPU that is not there.
     """
@@ -29,11 +30,11 @@ def check_quantization(kind: Quantization) -> None:
 
 
 def quantized(kind: Quantization, component: str, dtype: torch.dtype) -> Any:
-    """The argument `quantization_config` of a pipeline's `from_pretrained`, with which one component is quantised.
+    """Return the argument `quantization_config` of a pipeline's `from_pretrained` that quantises one component.
 
     Args:
         component: such as unet or transformer.
-        dtype: that its layers compute in.
+        dtype: the dtype that its layers compute in.
 
     Raises:
         ValueError: this version of diffusers cannot quantise components of a pipeline.
@@ -42,7 +43,7 @@ def quantized(kind: Quantization, component: str, dtype: torch.dtype) -> Any:
 
     if not hasattr(diffusers, "PipelineQuantizationConfig"):
         raise ValueError(f"--quantization: diffusers {diffusers.__version__} cannot quantise a pipeline; a newer version can")
-    with catch_warnings():  # diffusers gives up optimum-quanto
+    with catch_warnings():  # diffusers deprecates optimum-quanto
         simplefilter("ignore", FutureWarning)
         return diffusers.PipelineQuantizationConfig(quant_mapping={component: _config(kind, dtype)})
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it is of the same run."""
+"""The checkpoint that a run continues from, and the check that it is of the same run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from loca_vision.storage.run_checkpoint import latest_checkpoint
 
 
 def settings_in(path: Path, state: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """The settings of the run that wrote a checkpoint.
+    """Return the settings of the run that wrote a checkpoint.
 
     Args:
-        recipe: of the run that is to go on from it.
+        recipe: the recipe of the run that will continue from it.
 
     Raises:
         ValueError: another trainer wrote it.
@@ -28,12 +28,12 @@ def settings_in(path: Path, state: Mapping[str, Any], recipe: Recipe) -> dict[st
 
 
 def checkpoint_of(recipe: Recipe) -> Path | None:
-    """The checkpoint that a recipe goes on from; None where it does not, or where it is the latest of none.
+    """Return the checkpoint that a recipe continues from; None if it starts anew, or from the latest and there is none.
 
-    A mere name, such as checkpoint-500, is one in the output folder, as for diffusers' scripts, unless it is here.
+    A mere name, such as checkpoint-500, means one in the output folder, as in diffusers' scripts, unless it exists here.
 
     Raises:
-        FileNotFoundError: it names one that is not there.
+        FileNotFoundError: the recipe names one that does not exist.
     """
     if recipe.resume_from_checkpoint in (None, "latest"):
         return latest_checkpoint(recipe.output_dir) if recipe.resume_from_checkpoint else None
@@ -46,15 +46,16 @@ def checkpoint_of(recipe: Recipe) -> Path | None:
 
 
 def saved_settings(recipe: Recipe) -> dict[str, Any]:
-    """As JSON, but for the token, which nobody else may see."""
+    """Return the settings as JSON, without the token, which must stay secret."""
     return as_json_dict(recipe) | {"hub_token": None}
 
 
 def check_same_samples(place: Path, before: Mapping[str, str] | None, now: Mapping[str, str], noun: str) -> None:
-    """
+    """Check that a run continues with the samples that it began with.
+
     Args:
-        place: what a run left, for the sentence.
-        before, now: digests of columns; None was written by an earlier version.
+        place: what a run left behind, for the error message.
+        before, now: digests of columns; None if an earlier version wrote the run.
         noun: what the samples are called.
 
     Raises:
@@ -69,9 +70,10 @@ def check_same_samples(place: Path, before: Mapping[str, str] | None, now: Mappi
 
 
 def check_same_settings(path: Path, state: Mapping[str, Any], recipe: Recipe) -> None:
-    """
+    """Check that a checkpoint is of a run with the same settings.
+
     Args:
-        path, state: of the checkpoint that a run is to go on from.
+        path, state: the checkpoint that a run will continue from.
 
     Raises:
         ValueError: another trainer wrote it, or a run with other settings.

@@ -28,18 +28,18 @@ from loca_vision.recipes.training.stepper import Progress, Stepper
 from loca_vision.storage.atomic_file import write_atomically
 from loca_vision.storage.run_checkpoint import read_checkpoint, write_checkpoint
 
-_DROPOUT = 2  # a key of the stream of random numbers that the denoiser itself draws
+_DROPOUT = 2  # key of the stream of random numbers that the denoiser itself draws
 
 
 class Run:
     """The training of one denoiser, and of the text encoders that are trained with it.
 
-    Everything drawn is a function of (seed, epoch, sample) or (seed, step, place in the batch of all processes): a run that
-    goes on from a checkpoint takes the very steps that it would have taken, and several processes take those of one.
+    All random numbers are a function of (seed, epoch, sample) or (seed, step, place in the batch of all processes): a run that
+    continues from a checkpoint takes the very steps that it would have taken, and several processes take those of one.
 
     Args:
-        task: what is trained for.
-        accelerator: of `accelerator_for`.
+        task: the task to train for.
+        accelerator: from `accelerator_for`.
 
     Raises:
         ValueError: there are fewer samples than a step takes.
@@ -77,7 +77,7 @@ class Run:
     # Steps
 
     def train(self) -> Progress:
-        """All steps from where the run stands, with pictures and checkpoints on the way."""
+        """Take all remaining steps, with pictures and checkpoints on the way."""
         with tqdm(
             total=self.total,
             initial=self.progress.step,
@@ -86,13 +86,13 @@ class Run:
             disable=None if self.accelerator.is_main_process else True,
         ) as bar:
             if self.progress.step < self.spent:
-                self.stepper.choose_locations(self._first_batches(bar))
+                self.stepper.choose_locations(self._first_batches(bar), self.recipe.location_rule)
             while self.progress.step < self.total:
                 self._epoch(bar)
         return self.progress
 
     def _batches(self, until: int) -> Iterator[Mapping[str, Any]]:
-        """Those of the epoch up to a step of the run; random numbers of the denoiser are drawn for each."""
+        """Yield the batches of the epoch up to a step of the run, seeding the denoiser's random numbers for each."""
         epoch, done = divmod(self.progress.step, self.epoch_steps)
         samples: Any = self.task.samples
         samples.set_epoch(epoch)
@@ -104,7 +104,7 @@ class Run:
             yield batch
 
     def _first_batches(self, bar: Any) -> Iterator[list[Callable[[], Tensor]]]:
-        """By which locations are chosen."""
+        """Yield the losses of the batches by which locations are chosen."""
         while self.progress.step < self.spent:
             for batch in self._batches(self.spent):
                 yield self._parts(self.stepper.model, batch)
@@ -126,7 +126,7 @@ class Run:
                     self.draw()
 
     def _parts(self, model: Any, batch: Mapping[str, Any]) -> list[Callable[[], Tensor]]:
-        """The losses of the accumulated parts, their mean being the batch's."""
+        """Return the losses of the accumulated parts, divided so that their sum is the loss of this process's share."""
         size, count = self.recipe.train_batch_size, self.recipe.gradient_accumulation_steps
         first = self.accelerator.process_index * size * count
         cuts = range(0, size * count, size)
@@ -142,13 +142,14 @@ class Run:
     # Pictures
 
     def _pictures_due(self) -> bool:
-        """The same in all processes, which wait for the one that draws, and have agreed on their losses before."""
+        """Return whether pictures are due: the same in all processes, which have agreed on their losses and wait for the one
+        that draws."""
         every = self.recipe.validation_steps or self.recipe.validation_epochs * self.epoch_steps
         return self.progress.step % every == 0
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, what is validated and saved is in the models: the averages, where there are any."""
+        """Put what is validated and saved into the models inside the `with`: the averages, if there are any."""
         if self.ema is None:
             yield
             return
@@ -156,7 +157,7 @@ class Run:
             yield
 
     def draw(self) -> None:
-        """The validation pictures as the run stands, in the output folder and with the trackers."""
+        """Draw the validation pictures of the run's current state, for the output folder and the trackers."""
         if self.accelerator.is_main_process and self.task.has_pictures:
             with self.averaged(), self.accelerator.autocast():
                 sheet = self.task.sheet()
@@ -183,11 +184,11 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> bool:
-        """Go on from the checkpoint that the recipe names; False if it names the latest and there is no checkpoint.
+        """Continue from the checkpoint that the recipe names; return False if it names the latest and there is none.
 
         Raises:
-            FileNotFoundError, ValueError, OSError: it cannot be read, or is of another recipe, another number of samples, other
-                batches or other base weights, or has more steps than this run; nothing is touched.
+            FileNotFoundError, ValueError, OSError: it cannot be read, is of another recipe, another number of samples, other
+                batches or other base weights, or has more steps than this run; nothing is changed.
         """
         path = checkpoint_of(self.recipe)
         if path is None:
@@ -203,7 +204,7 @@ class Run:
         return True
 
     def _taken(self) -> dict[str, int]:
-        """What decides which samples a step takes, apart from the settings: the data set and the number of processes."""
+        """Return what decides which samples a step takes, apart from the settings: the numbers of samples and of a batch."""
         return {self.task.noun: len(self.task.samples), "batch_size": self.sampler.batch_size}
 
     def _check_same(self, path: Path, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Settings that all trainers of diffusion models share, by the names and defaults of diffusers' scripts; a class each group."""
+"""Settings that all diffusion trainers share, with the names and defaults of diffusers' scripts; one class for each group."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PHASES = ("coefficient_steps", "location_steps", "learning_steps", "together")
 METHODS = MethodSettings(
     flags={name: name for name in ("n_components", "location_init", "location_gradient", "use_dora", "eta", "basis")}
     | {"scale": "loca_scale", "r": "rank", "alpha": "lora_alpha"},
-    schedule=frozenset({*PHASES, "location_batches", "location_lr"}),
+    schedule=frozenset({*PHASES, "location_batches", "location_rule", "location_lr"}),
     task=lambda config, chosen: config.editing_defaults(chosen),
 )
 
@@ -43,13 +43,13 @@ class Images:
     resolution: int = 512
     """Pixels a side."""
     center_crop: bool = False
-    """Take the middle square of each image; otherwise another one in each epoch."""
+    """Crop the centre square of each image; otherwise another square in each epoch."""
     random_flip: bool = False
     """Mirror half of the images in each epoch."""
     max_train_samples: int | None = None
     """Train on this many samples only, drawn by the seed."""
     check_images: bool = True
-    """Read every image once before the first step, so that a broken one is named at once."""
+    """Read every image once before the first step, so that a broken one is reported at once."""
     cache_latents: bool = True
     """Encode images and texts once and keep them on disk, unless crops are random."""
     latents_dir: Path | None = None
@@ -71,35 +71,37 @@ class Method:
     targets: tuple[Literal["q", "k", "v", "out", "fc1", "fc2", "proj_in", "proj_out", "linear"], ...] = ("q", "k", "v", "out")
     """Adapted projections: parts of attention and feed-forward layers, those around blocks, or every linear layer."""
     layers: tuple[str, ...] = ()
-    """Name patterns of the layers to adapt, as in "*attn2*" or "!mid_block" (all but those); all by default."""
+    """Name patterns of the layers to adapt, such as "*attn2*" or "!mid_block" (all but those); all by default."""
     n_components: Annotated[int | None, METHODS.help("n_components")] = None
     """Coefficients of each projection."""
     loca_scale: Annotated[float | None, METHODS.help("loca_scale")] = None
-    """The factor of the update."""
+    """Factor of the update."""
     location_lr: Annotated[float, METHODS.help("location_lr")] = 1e-4
     """Learning rate of the locations, in units of the whole axis."""
     location_init: Annotated[Literal["uniform", "gradient"], METHODS.help("location_init")] = "uniform"
-    """Where components begin: anywhere, or at the cells where the gradient of the first batches is largest."""
+    """Where components start: anywhere, or at cells chosen by the gradient of the first batches."""
     location_batches: Annotated[int, METHODS.help("location_batches")] = 16
-    """Steps that the latter takes of the run."""
+    """Steps of the run that choosing locations by gradient takes."""
+    location_rule: Annotated[Literal["largest", "sampled"], METHODS.help("location_rule")] = "largest"
+    """Choose the cells with the largest gradients, or draw cells in proportion to their squared gradients."""
     location_gradient: Annotated[Literal["central", "forward", "backward"], METHODS.help("location_gradient")] = "central"
-    """The difference for the gradient of the locations."""
+    """The finite difference for the gradient of the locations."""
     coefficient_steps: Annotated[int, METHODS.help("coefficient_steps")] = 10
-    """B_a, optimiser steps in which the coefficients move, before..."""
+    """B_a: optimiser steps in which the coefficients move, in turn with the locations."""
     location_steps: Annotated[int, METHODS.help("location_steps")] = 20
-    """B_l, those in which the locations do."""
+    """B_l: optimiser steps in which the locations move, in turn with the coefficients."""
     learning_steps: Annotated[int | None, METHODS.help("learning_steps")] = 1200
-    """B_s, after which the locations are final. 0: fixed random ones. None: alternate to the end."""
+    """B_s: steps after which the locations are final. 0: fixed random ones. None: alternate to the end."""
     together: Annotated[bool, METHODS.help("together")] = False
-    """Move both at each of the learning steps."""
+    """Move both in each of the learning steps."""
     seed_locations: int | None = None
-    """Seed of the first locations, or factors; by default --seed."""
+    """Seed of the initial locations or factors; by default --seed."""
     rank: Annotated[int | None, METHODS.help("rank")] = None
     """The rank."""
     lora_alpha: Annotated[float | None, METHODS.help("lora_alpha")] = None
     """The factor of the update, times the rank; by default the rank."""
     use_dora: Annotated[bool, METHODS.help("use_dora")] = False
-    """Learn the magnitude of each row apart from its direction."""
+    """Learn the magnitude of each row separately from its direction."""
     eta: Annotated[float | None, METHODS.help("eta")] = None
     """The share of each factor's spectrum that is zero."""
     basis: Annotated[Literal["haar", "fft"], METHODS.help("basis")] = "haar"
@@ -113,25 +115,25 @@ class Optimisation:
     """Steps, rates and the optimiser"""
 
     train_batch_size: int = 16
-    """Samples of each process in each of the accumulated parts of a step."""
+    """Samples per process in each of the accumulated parts of a step."""
     num_train_epochs: int = 100
     """Passes over the samples."""
     max_train_steps: int | None = None
-    """Optimiser steps; they win over the epochs."""
+    """Number of optimiser steps; overrides the epochs."""
     gradient_accumulation_steps: int = 1
-    """Parts of a step."""
+    """Parts of a step, whose gradients are accumulated."""
     learning_rate: float = 1e-4
-    """Learning rate of the coefficients, or factors."""
+    """Learning rate of the coefficients or factors."""
     scale_lr: bool = False
     """Multiply the learning rate by processes, accumulation steps and batch size."""
     lr_scheduler: Rates = "constant"
-    """How all rates change."""
+    """Schedule of all rates."""
     lr_warmup_steps: int = 500
-    """Steps in which the rates rise, with a scheduler that has a warmup."""
+    """Steps in which the rates rise, for schedulers with a warmup."""
     snr_gamma: float | None = None
-    """Weigh samples by min(SNR, gamma) (Hang et al., 2023); they suggest 5."""
+    """Weight samples by min(SNR, gamma) (Hang et al., 2023); they suggest 5."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the UNet predicts; by default what the pipeline's scheduler says. At inference its scheduler must say so, too."""
+    """What the UNet predicts; by default as in the pipeline's scheduler. At inference the scheduler must be set to it too."""
     adam_beta1: float = 0.9
     """AdamW: decay of the mean of gradients."""
     adam_beta2: float = 0.999
@@ -143,11 +145,11 @@ class Optimisation:
     max_grad_norm: float = 1.0
     """Largest norm of the gradient of everything that is trained."""
     use_ema: bool = False
-    """Save and validate the exponential moving average of what is trained; locations as they are."""
+    """Save and validate the exponential moving average of what is trained; locations are not averaged."""
     ema_decay: float = 0.9999
     """The decay that the average approaches."""
     seed: int | None = None
-    """Seed of all random numbers; without one, one is drawn and recorded."""
+    """Seed of all random numbers; by default a random one is drawn and recorded."""
 
 
 @dataclass(frozen=True)
@@ -155,17 +157,17 @@ class Memory:
     """Memory and speed"""
 
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of products and of the frozen weights; by default that of accelerate's configuration."""
+    """Precision of products and of the frozen weights; by default as in accelerate's configuration."""
     quantization: Quantization | None = None
     """Keep the denoiser's frozen weights in 8 or 4 bits, by bitsandbytes, torchao or optimum-quanto."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     use_8bit_adam: bool = False
-    """AdamW of bitsandbytes, where that is installed; it keeps tensors of fewer than 4096 numbers as they are."""
+    """Use bitsandbytes' AdamW, which must be installed; tensors of fewer than 4096 numbers keep their full-precision state."""
     allow_tf32: bool = False
     """Let GPUs multiply float32 matrices faster and less exactly."""
     enable_xformers_memory_efficient_attention: bool = False
-    """Attention of xformers, where that is installed; torch's own otherwise."""
+    """Use xformers' attention, which must be installed, instead of torch's own."""
 
 
 @dataclass(frozen=True)
@@ -175,17 +177,17 @@ class Pictures:
     validation_prompt: str | None = None
     """Text for validation pictures."""
     num_validation_images: int = 4
-    """Pictures, each with a seed of its own."""
+    """Number of pictures, each with its own seed."""
     validation_epochs: int = 1
     """Draw validation pictures each time this many epochs are done..."""
     validation_steps: int | None = None
     """...or this many steps instead."""
     validation_scales: tuple[float, ...] = (0.5, 1.0)
-    """Scales of the adapter in them; the base model is always drawn."""
+    """Scales of the adapter in the pictures; the base model is always drawn."""
     validation_inference_steps: int = 20
-    """Denoising steps of each."""
+    """Denoising steps of each picture."""
     validation_guidance_scale: float | None = None
-    """How strongly they follow the text; by default as the pipeline does by itself."""
+    """How strongly the pictures follow the text; by default as in the pipeline."""
 
 
 @dataclass(frozen=True)
@@ -193,11 +195,11 @@ class Output:
     """Output, checkpoints and reports"""
 
     output_dir: Path = Path("model")
-    """Where the adapter, metrics.json, loss.png, validation pictures, config.yaml and checkpoints go."""
+    """Folder for the adapter, metrics.json, loss.png, validation pictures, config.yaml and checkpoints."""
     checkpointing_steps: int = 500
-    """Write a checkpoint each time this many steps are done."""
+    """Write a checkpoint every this many steps."""
     checkpoints_total_limit: int | None = None
-    """How many checkpoints are kept; an old one is deleted only after a new one is complete."""
+    """Number of checkpoints to keep; an old one is deleted only after a new one is complete."""
     resume_from_checkpoint: str | None = None
     """Continue from this checkpoint, or from the `latest` complete one in the output folder, to the same numbers."""
     logging_dir: Path = Path("logs")
@@ -213,12 +215,12 @@ class Output:
     hub_token: str | None = None
     """Token for the upload, if you are not logged in; it is never written to a file."""
     config: Path | None = None
-    """A YAML file of these settings, as every run writes one."""
+    """A YAML file of these settings; every run writes one."""
 
 
 @dataclass(frozen=True)
 class Recipe(Output, Pictures, Memory, Optimisation, Method, Images, BaseModel):
-    """How a diffusion model is adapted, whatever to.
+    """The settings for adapting a diffusion model, whatever the task.
 
     Attributes:
         WHAT: what the training is called in a sentence.

@@ -1,4 +1,4 @@
-"""What a run asks of the task that it trains for: a sample, a batch, a loss, pictures and words about them."""
+"""The interface between a run and its task: samples, batches, a loss, pictures and descriptions."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class Task(ABC):
     """A kind of training.
 
     Args:
-        recipe: settled, with its seed.
+        recipe: a settled recipe, with its seed.
         accelerator: of several processes the first reads and encodes, and the others find everything there.
 
     Attributes:
         models: the pipeline, with its adapters.
-        samples: what is trained on, encoded or as it comes.
-        digests: what says whether the samples are those of another day, by column.
-        noun: what a sample is called, in the plural.
-        files_key: under which metrics.json has the digests.
-        tracker: the name of the project with trackers.
+        samples: the samples to train on, encoded or raw.
+        digests: digests by column that tell whether the samples have changed since an earlier run.
+        noun: what samples are called, in the plural.
+        files_key: the key of the digests in metrics.json.
+        tracker: the name of the project in trackers.
     """
 
     noun: ClassVar[str]
@@ -54,22 +54,22 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def digests_of(cls, recipe: Any) -> Mapping[str, str]:
-        """The digests, without loading a model."""
+        """Return the digests, without loading a model."""
 
     @abstractmethod
     def sampler(self, *, batch_size: int, rank: int, world_size: int) -> SharedBatches:
-        """Which samples make a batch.
+        """Return the sampler that chooses which samples make a batch.
 
         Raises:
-            ValueError: there are too few.
+            ValueError: there are too few samples.
         """
 
     @abstractmethod
     def loss(self, model: Callable[..., Any], batch: Mapping[str, Any], *, step: int, first: int) -> Tensor:
-        """Of some samples, of which the first has that place in the batch of all processes: ().
+        """Return the loss of some samples, (), of which the first is at position `first` in the batch of all processes.
 
         Args:
-            model: `models.trained`, or what shares its gradients.
+            model: `models.trained`, or a wrapper that shares its gradients.
         """
 
     @property
@@ -79,16 +79,16 @@ class Task(ABC):
 
     @abstractmethod
     def sheet(self) -> Image.Image:
-        """The validation pictures as the models stand."""
+        """Return the validation pictures for the models' current state."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """What metrics.json says of the task besides."""
+        """Return further facts about the task for metrics.json."""
 
     @classmethod
     @abstractmethod
     def card(cls, metrics: Mapping[str, Any], repository: str) -> str:
-        """The model card."""
+        """Return the model card."""
 
     @property
     @abstractmethod

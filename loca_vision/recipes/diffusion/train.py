@@ -1,4 +1,4 @@
-"""A training run from its settings to the files that it leaves."""
+"""A training run, from its settings to the files that it writes."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ R = TypeVar("R", bound=Recipe)
 
 
 def train(recipe: Recipe, kind: type[Task]) -> dict[str, Any]:
-    """Train, and write everything down; returns, in the main process, the metrics.
+    """Train and write all results; in the main process, return the metrics.
 
     Args:
-        recipe: settled.
-        kind: what is trained for.
+        recipe: a settled recipe.
+        kind: the task to train for.
     """
     accelerator = accelerator_for(
         precision=recipe.mixed_precision,
@@ -54,7 +54,7 @@ def train(recipe: Recipe, kind: type[Task]) -> dict[str, Any]:
     recipe = _with_seed(recipe)
     metrics = _finished(recipe, kind, accelerator)
     if metrics is None:
-        if (path := checkpoint_of(recipe)) is not None:  # before models are loaded and images encoded
+        if (path := checkpoint_of(recipe)) is not None:  # checked before models are loaded and images encoded
             check_same_settings(path, read_checkpoint(path)[1], recipe)
         torch.backends.cuda.matmul.allow_tf32 = recipe.allow_tf32
         set_seed(recipe.seed or 0)
@@ -66,7 +66,7 @@ def train(recipe: Recipe, kind: type[Task]) -> dict[str, Any]:
 
 
 def _check_folder(recipe: Recipe) -> None:
-    """A run in the output folder is continued on request, and never overwritten."""
+    """Refuse to overwrite a run in the output folder, which can only be continued on request."""
     folder = recipe.output_dir
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={str(folder)!r}: a file is in the place of that folder")
@@ -85,7 +85,7 @@ def _check_folder(recipe: Recipe) -> None:
 
 
 def _with_seed(recipe: R) -> R:
-    """The seed that was given, or that of the checkpoint to go on from, or a new one, the same in all processes."""
+    """Set the seed to the given one, that of the checkpoint to continue from, or a new one, the same in all processes."""
     if recipe.seed is not None:
         return recipe
     path = checkpoint_of(recipe)
@@ -95,7 +95,7 @@ def _with_seed(recipe: R) -> R:
 
 
 def _finished(recipe: Recipe, kind: type[Task], accelerator: Accelerator) -> dict[str, Any] | None:
-    """The metrics of the run in the output folder, where it is this one and done."""
+    """Return the metrics of the run in the output folder, if it is this run and finished."""
     if not (recipe.output_dir / METRICS).exists():
         return None
     metrics, now = read_metrics(recipe.output_dir), saved_settings(recipe)
@@ -118,7 +118,7 @@ def _finished(recipe: Recipe, kind: type[Task], accelerator: Accelerator) -> dic
 
 
 def _trained(run: Run) -> dict[str, Any]:
-    """From the first step, or where a checkpoint stood, to the last one; the adapter and what is to be said about it."""
+    """Train from the first step, or from a checkpoint, to the last; return the metrics after saving the adapter."""
     recipe, accelerator, folder = run.recipe, run.accelerator, run.recipe.output_dir
     numbers = run.models.counts()
     if recipe.resume_from_checkpoint:
@@ -137,7 +137,7 @@ def _trained(run: Run) -> dict[str, Any]:
 
 
 def _begin(task: Task, accelerator: Accelerator) -> None:
-    """Write the settings down, now that nothing more can be refused, and open the trackers."""
+    """Write the settings, now that nothing more can be refused, and open the trackers."""
     recipe = task.recipe
     if accelerator.is_main_process:
         kept = replace(recipe, resume_from_checkpoint=None, hub_token=None)
@@ -150,7 +150,7 @@ def _begin(task: Task, accelerator: Accelerator) -> None:
 
 
 def _written(run: Run, numbers: dict[str, int]) -> dict[str, Any]:
-    """Adapter, picture, and, as the last, the metrics, which say that the run is finished."""
+    """Write adapter, picture and, last, the metrics, which mark the run as finished."""
     recipe, folder, progress = run.recipe, run.recipe.output_dir, run.progress
     with run.averaged():
         saved = save_pipeline_adapter(run.models.pipe, folder, NAME, dtype=dtype_of(recipe.adapter_dtype))

@@ -1,4 +1,4 @@
-"""The pairs that InstructPix2Pix is trained on, encoded from a cache or as they come."""
+"""The pairs that InstructPix2Pix is trained on, encoded in a cache or during training."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class EditData:
     """Pairs to train on.
 
     Args:
-        recipe: settled, with its seed.
-        encoders: of the pipeline.
+        recipe: a settled recipe, with its seed.
+        encoders: the encoders of the pipeline.
         accelerator: of several processes the first fills the cache, and the others find everything there.
 
     Attributes:
-        items: the data set, of pairs or of what the cache has for them; `set_epoch` changes their views.
-        encode: makes of a batch what the UNet takes.
-        cut_prompts: of instructions that are longer than the text encoder reads: tokens, and how many are read, by row.
+        items: the data set, of pairs or of their cached encodings; `set_epoch` changes their views.
+        encode: turns a batch into what the UNet takes.
+        cut_prompts: for instructions that are too long, by row: the number of tokens, and how many of them are read.
 
     Raises:
         OSError, ValueError, ModuleNotFoundError: as `read_pairs` and `encoded`.
@@ -56,7 +56,7 @@ class EditData:
                 self.encode = partial(encoded_now, encoders=encoders)
 
     def _check(self, recipe: EditRecipe, encoders: Encoders) -> None:
-        """Say which instructions are cut, and read every pair."""
+        """Report which instructions are truncated, and read every pair."""
         if self.cut_prompts:
             row, (tokens, most) = next(iter(self.cut_prompts.items()))
             print(
@@ -68,7 +68,7 @@ class EditData:
 
 
 def pairs_of(recipe: EditRecipe, split: str, most: int | None) -> Pairs:
-    """One split of the recipe's data set.
+    """Return one split of the recipe's data set.
 
     Raises:
         OSError, ValueError, ModuleNotFoundError: as `read_pairs`.

@@ -1,4 +1,4 @@
-"""Edits of photographs with a pipeline of InstructPix2Pix: the same photograph, instruction and seed, the same edit."""
+"""Edit photographs with an InstructPix2Pix pipeline: the same photograph, instruction and seed give the same edit."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from loca_vision.data.pairs import Pair
 from loca_vision.recipes.diffusion.drawing import at_scale, untouched, without_adapters
 from loca_vision.version import __version__
 
-MOST_BYTES = 64 * 2**20  # of a photograph that is fetched
-_PATIENCE = (10, 30)  # seconds for a connection, and for a silence within it
+MOST_BYTES = 64 * 2**20  # of a photograph that is downloaded
+_PATIENCE = (10, 30)  # seconds to wait for a connection, and for data on it
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Sampling:
     """How an edit is drawn.
 
     Args:
-        steps: of the scheduler, from 1 up.
-        guidance_scale: how much the instruction counts, from 1 up (Brooks et al., 2023, s_T in equation 3).
-        image_guidance_scale: how much the photograph counts, from 1 up (s_I there).
+        steps: steps of the scheduler, from 1 up.
+        guidance_scale: how strongly the instruction counts, from 1 up (Brooks et al., 2023, s_T in equation 3).
+        image_guidance_scale: how strongly the photograph counts, from 1 up (s_I there).
 
     Raises:
-        ValueError: one of them is out of range. Below 1 the pipeline would leave out all guidance without a word.
+        ValueError: a value is out of range. Below 1 the pipeline would silently leave out all guidance.
     """
 
     steps: int = 20
@@ -49,49 +49,49 @@ class Sampling:
 
 
 def square(photo: Image.Image, size: int) -> Image.Image:
-    """The photograph as the model is shown it: upright, its short side brought to `size` pixels, the square in its centre.
+    """Return the photograph as the model sees it: upright, its short side resized to `size` pixels, cropped to its centre.
 
-    Upright means turned as its EXIF orientation says. RGB, (size, size); the pixels of `View(size)` in its centre.
+    Upright means turned as its EXIF orientation says. RGB, (size, size); the same pixels as the centre crop of `View(size)`.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: the size is below 1.
     """
     upright = _upright(photo)
     return squares(Pair(upright, upright, ""), size)[0]
 
 
 def squares(pair: Pair, size: int) -> tuple[Image.Image, Image.Image]:
-    """Both images of a pair as training sees them without a random crop or flip: RGB, (size, size).
+    """Return both images of a pair as in training without random crops and flips: RGB, (size, size).
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: the size is below 1.
     """
     original, edited = View(size).pixels(pair, Drawn()).permute(0, 2, 3, 1).contiguous().numpy()
     return Image.fromarray(original), Image.fromarray(edited)
 
 
 def edit(pipe: Any, photo: Image.Image, prompt: str, sampling: Sampling, *, seed: int, scale: float = 1.0) -> Image.Image:
-    """One edit of a photograph: RGB, of its size.
+    """Return one edit of a photograph: RGB, of the photograph's size.
 
-    The noise is drawn on the CPU by the seed, so that every device has the same edit up to rounding, and no global generator
-    is touched. Afterwards the pipeline is as it was: its models' training modes, its scheduler, its progress bar. What the
-    pipeline has as a safety checker looks at the edit.
+    The noise is drawn on the CPU by the seed, so that every device makes the same edit up to rounding, and no global generator
+    is used. Afterwards the pipeline is as it was: its models' training modes, its scheduler, its progress bar. If the pipeline
+    has a safety checker, it checks the edit.
 
     Args:
-        pipe: a `StableDiffusionInstructPix2PixPipeline` or its sibling for XL, with or without adapters.
-        photo: its sides are multiples of the pipeline's `vae_scale_factor`; `square` makes such a one.
+        pipe: a `StableDiffusionInstructPix2PixPipeline` or its counterpart for XL, with or without adapters.
+        photo: its sides must be multiples of the pipeline's `vae_scale_factor`; `square` makes one of a given size.
         prompt: the instruction.
         seed: from 0 to 2**63 - 1.
-        scale: how strongly the pipeline's adapters act in this call, times their weights. At 0 they stand aside, with the
-            whole tensors that came in their files, such as a `conv_in`: the base model, bit for bit. At other scales than 0
-            these count in full.
+        scale: the strength of the pipeline's adapters in this call, times their weights. At 0 they are inactive, including the
+            whole tensors from their files, such as a `conv_in`: the base model, bit for bit. At other scales the whole tensors
+            apply in full.
 
     Raises:
         TypeError: the prompt is not a text.
-        ValueError: a seed, a scale or a photograph that cannot be taken; or a scale of 0 where an adapter is fused.
+        ValueError: the seed, scale or photograph is invalid; or the scale is 0 and an adapter is fused.
     """
     _check(pipe, photo, prompt, seed, scale)
-    sized = "height" in signature(type(pipe).__call__).parameters  # XL's would bring the photograph to its own size
+    sized = "height" in signature(type(pipe).__call__).parameters  # by default XL's would resize the photograph
     told = {"height": photo.height, "width": photo.width} if sized else {}
     with ExitStack() as around:
         around.enter_context(untouched(pipe))
@@ -110,11 +110,11 @@ def edit(pipe: Any, photo: Image.Image, prompt: str, sampling: Sampling, *, seed
 
 
 def read_photograph(place: str | Path) -> Image.Image:
-    """The photograph at a path or an address that begins with http:// or https://: upright and RGB.
+    """Read the photograph at a path or an address that begins with http:// or https://: upright and RGB.
 
     Raises:
         FileNotFoundError: there is no such file.
-        OSError: the address does not answer, answers with an error, or with more than 64 MiB.
+        OSError: the address does not answer, answers with an error, or sends more than 64 MiB.
         ValueError: what is there cannot be read as an image.
     """
     if isinstance(place, str) and place.startswith(("http://", "https://")):
@@ -126,7 +126,7 @@ def read_photograph(place: str | Path) -> Image.Image:
 
 
 def _upright(photo: Image.Image) -> Image.Image:
-    """As the camera was held, and RGB."""
+    """Return the photograph as the camera was held, in RGB."""
     turned: Image.Image = ImageOps.exif_transpose(photo)
     return turned.convert("RGB")
 
@@ -145,7 +145,7 @@ def _check(pipe: Any, photo: Image.Image, prompt: str, seed: int, scale: float) 
 def _fetched(address: str) -> bytes:
     import requests
 
-    agent = {"User-Agent": f"loca-vision/{__version__}"}  # some archives of pictures refuse those without a name
+    agent = {"User-Agent": f"loca-vision/{__version__}"}  # some picture archives refuse clients without a name
     data = bytearray()
     try:
         with requests.get(address, stream=True, timeout=_PATIENCE, headers=agent) as answer:

@@ -1,4 +1,4 @@
-"""Pairs as autoencoder and text encoders see them: from a cache on disk, or encoded here and now, to the same bits."""
+"""Pairs encoded by autoencoder and text encoders, from a cache on disk or during training, with the same bits."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from loca_vision.recipes.diffusion.cache import Cache
 from loca_vision.recipes.diffusion.encoders import Encoders
 
 Encoded = dict[str, Tensor]
-"""One pair, or several with an axis in front; in the dtypes of the encoders, on the CPU where they come from a cache.
+"""One pair, or several with a leading axis; in the dtypes of the encoders, and on the CPU if they come from a cache.
 
 original: (c, h, w), the mode of the latent distribution, as the UNet sees it: not scaled.
-edited: (2, c, h, w), mean and standard deviation of it, to be sampled from, and scaled then.
-text: (tokens, width), and what else the family has for a text, such as pooled: (width,).
+edited: (2, c, h, w), its mean and standard deviation, to be sampled from and then scaled.
+text: (tokens, width), and whatever else the family has for a text, such as pooled: (width,).
 """
 
 
 @dataclass(frozen=True)
 class Row:
-    """The keys of one pair: of original and edited image in every view, and of what stands for the text."""
+    """The keys of one pair: of original and edited image in every view, and of the encoded text."""
 
     views: tuple[tuple[str, str], ...]
     text: tuple[tuple[str, str], ...]
 
 
 class EncodedPairs(Dataset[Encoded]):
-    """Pairs from the cache, each in the view that (seed, epoch, index) gives it."""
+    """Pairs from the cache, each in the view drawn by (seed, epoch, index)."""
 
     def __init__(self, cache: Cache, rows: Sequence[Row], view: View, seed: int) -> None:
         self.latents, self.texts, self.rows, self.view = cache.latents.store, cache.words.store, rows, view
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, before the DataLoader's iterator is made: its workers work on a copy of this set."""
+        """Set the epoch, from 0, before the DataLoader's iterator is made: its workers use a copy of this set."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -57,14 +57,15 @@ class EncodedPairs(Dataset[Encoded]):
 def encoded(
     pairs: Dataset[Pair], view: View, encoders: Encoders, folder: Path, *, seed: int, progress: bool = True
 ) -> EncodedPairs:
-    """The pairs, encoded in every view; what the folder has already is not computed again.
+    """Return the pairs, encoded in every view; what the folder already has is not computed again.
 
     Args:
-        folder: of the cache.
-        seed: of the views.
+        folder: the folder of the cache.
+        seed: the seed of the views.
 
     Raises:
-        ValueError: there is no end of views, as with random crops; a broken image; a file of other encoders in the folder.
+        ValueError: the views are not countable, as with random crops; an image is broken; or a file in the folder is of other
+            encoders.
         OSError: the cache cannot be read or written.
     """
     if not view.all:
@@ -77,18 +78,18 @@ def encoded(
             pair = pairs[index]
             views = tuple(_keys(view.pixels(pair, drawn), cache) for drawn in view.all)
             rows.append(Row(views, cache.text(pair.prompt)))
-    finally:  # an interrupt too
+    finally:  # also after an interrupt
         cache.flush()
     return EncodedPairs(cache, rows, view, seed)
 
 
 def encoded_now(items: Mapping[str, Any], encoders: Encoders) -> Encoded:
-    """A batch of `PairTensors`: the very tensors that `EncodedPairs` would have for it."""
+    """Encode a batch of `PairTensors` to the very tensors that `EncodedPairs` would have for it."""
     texts = encoders.texts(items["prompt"])
     return {"original": encoders.moments(items["original"])[:, 0], "edited": encoders.moments(items["edited"]), **texts}
 
 
 def _keys(pixels: Tensor, cache: Cache) -> tuple[str, str]:
-    """The keys of both images in one view: of the original the mode alone is kept."""
+    """Return the keys of both images in one view; for the original only the mode is kept."""
     original, edited = pixels
     return cache.mode(original), cache.moments(edited)

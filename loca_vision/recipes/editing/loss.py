@@ -1,4 +1,4 @@
-"""What InstructPix2Pix leaves out in training, so that it can be guided by text and by image."""
+"""The conditioning that InstructPix2Pix drops in training, so that it can be guided by text and by image."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def dropped(uniform: Tensor, probability: float) -> tuple[Tensor, Tensor]:
-    """Which samples lose their text and which their image, of one uniform number each: (b,) truths.
+    """Return which samples lose their text and which their image, given one uniform number each: (b,) truth values.
 
-    Text alone below p, both from p to 2p, the image alone from 2p to 3p (Brooks et al., 2023, section 3.2.1: p = 5 %).
+    Only the text below p, both from p to 2p, only the image from 2p to 3p (Brooks et al., 2023, section 3.2.1: p = 5 %).
 
     Raises:
-        ValueError: a probability that is not from 0 to 1/3.
+        ValueError: the probability is not from 0 to 1/3.
     """
     if not 0 <= probability <= 1 / 3:
         raise ValueError(f"conditioning_dropout_prob={probability!r}: expected a number from 0 to 1/3, for 3 kinds of dropout")
@@ -22,12 +22,12 @@ def dropped(uniform: Tensor, probability: float) -> tuple[Tensor, Tensor]:
 def without_conditioning(
     text: Tensor, image: Tensor, null_text: Tensor, uniform: Tensor, probability: float
 ) -> tuple[Tensor, Tensor]:
-    """Text and image with those that are dropped replaced: by the embedding of the empty text, and by zeros.
+    """Return text and image, with dropped ones replaced: by the embedding of the empty text, and by zeros.
 
     Args:
         text: (b, tokens, width).
         image: (b, c, h, w) latents of the original.
-        null_text: (tokens, width) or (1, tokens, width), of the text "".
+        null_text: (tokens, width) or (1, tokens, width), for the text "".
         uniform: (b,) in [0, 1).
     """
     no_text, no_image = (mask.to(text.device) for mask in dropped(uniform, probability))

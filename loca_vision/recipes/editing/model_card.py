@@ -1,4 +1,4 @@
-"""The card of an adapter for InstructPix2Pix on the Hugging Face hub: what it is, on what it was trained, how to use it."""
+"""The card of an InstructPix2Pix adapter on the Hugging Face hub: what it is, what it was trained on, how to use it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _KIND = Kind(
     ("stable-diffusion", "instruct-pix2pix"),
     "image, base model's edit, adapter's",
 )
-_PIPELINE = "StableDiffusionInstructPix2PixPipeline"  # of runs that did not write which
+_PIPELINE = "StableDiffusionInstructPix2PixPipeline"  # for runs that did not record theirs
 
 
 def edit_card(metrics: Mapping[str, Any], repository: str) -> str:
-    """As `card`, of a finished run of the trainer of edits."""
+    """Return the `card` of a finished run of the trainer of edits."""
     config, whole, pipeline = metrics["config"], metrics["conv_in_parameters"], metrics.get("pipeline", _PIPELINE)
     side = config["resolution"]
     sampling = {
@@ -26,7 +26,7 @@ def edit_card(metrics: Mapping[str, Any], repository: str) -> str:
         "guidance_scale": config["validation_guidance_scale"],
         "image_guidance_scale": config["validation_image_guidance_scale"],
     }
-    size = {"height": side, "width": side} if "XL" in pipeline else {}  # XL's would bring the photograph to its own size
+    size = {"height": side, "width": side} if "XL" in pipeline else {}  # by default XL's would resize the photograph
     return card(
         metrics,
         repository,

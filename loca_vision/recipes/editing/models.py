@@ -1,4 +1,4 @@
-"""The pipeline that InstructPix2Pix training works on, its adapter in the UNet, and what is trained."""
+"""The pipeline in InstructPix2Pix training, the adapter in its UNet, and what is trained."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from loca_vision.recipes.editing.recipe import EditRecipe
 
 
 class EditModels(Models):
-    """A pipeline on its device, frozen but for the adapter and, with --train_conv_in, the first convolution.
+    """A pipeline on its device, frozen except for the adapter and, with --train_conv_in, the first convolution.
 
     Args:
-        recipe: settled.
-        accelerator: says device and precision. Frozen weights are kept in that precision; what is trained is float32.
+        recipe: a settled recipe.
+        accelerator: gives device and precision. Frozen weights are kept in that precision; what is trained is float32.
 
     Attributes:
-        pipe: of InstructPix2Pix, with Stable Diffusion 1, 2 or XL.
+        pipe: an InstructPix2Pix pipeline, with Stable Diffusion 1, 2 or XL.
 
     Raises:
         OSError: the pipeline is not available.
-        ValueError: it is not a pipeline of InstructPix2Pix, or the adapter or the resolution does not fit it.
+        ValueError: it is not an InstructPix2Pix pipeline, or the adapter or the resolution does not fit it.
     """
 
     recipe: EditRecipe
@@ -60,13 +60,13 @@ class EditModels(Models):
         )
 
     def counts(self) -> dict[str, int]:
-        """Trained numbers: the adapter's, its locations, and those of the first convolution."""
+        """Return the counts of trained numbers: of the adapter, its locations, and the first convolution."""
         whole = sum(p.numel() for p in self.pipe.unet.conv_in.parameters() if p.requires_grad)
         return super().counts() | {"conv_in_parameters": whole}
 
 
 def _check_texts(recipe: EditRecipe, family: Family) -> None:
-    """The UNet must take the output of the pipeline's text encoders, and nothing more."""
+    """Check that the UNet takes the output of the pipeline's text encoders, and nothing more."""
     config: Any = family.model.config
     encoders = [getattr(family.pipe, name) for name in family.text_encoders]
     width = sum(encoder.config.hidden_size for encoder in encoders if encoder is not None)

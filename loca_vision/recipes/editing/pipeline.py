@@ -1,4 +1,4 @@
-"""The pipeline that is trained to edit, or edited with."""
+"""Load the pipeline that is trained to edit, or that edits."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def pipeline_of(
     quantization: Quantization | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """A pipeline of InstructPix2Pix, on the CPU, from safetensors files alone.
+    """Load an InstructPix2Pix pipeline on the CPU, only from safetensors files.
 
-    Without a safety checker, which would replace pictures by black ones, though nobody publishes them.
+    It has no safety checker, which would replace pictures by black ones although nobody publishes them.
 
     Args:
         source: a folder, or a name on the hub; also of a plain Stable Diffusion, 1, 2 or XL.
-        revision: of the repository on the hub.
-        variant: of the files, such as fp16.
-        cache_dir: of what comes from the hub.
-        quantization: of the UNet.
-        dtype: of the weights.
+        revision: revision of the repository on the hub.
+        variant: variant of the files, such as fp16.
+        cache_dir: cache folder for files from the hub.
+        quantization: quantisation of the UNet.
+        dtype: dtype of the weights.
 
     Raises:
         OSError: it is not available, or is not such a pipeline in safetensors files.

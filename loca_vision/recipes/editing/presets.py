@@ -6,8 +6,9 @@ from typing import Any
 
 # The paper leaves the number of components open. 3000 of them are as dense as in its ViT-B: 0.5 % of a 768 x 768 weight's
 # cells, and the 128 projections of Stable Diffusion 1.5 have 731,000 cells on average. That is 384,000 numbers, below half of
-# LoRA's at diffusers' default rank of 4. Rates are constant as the paper names no schedule; images are square already.
-# Pictures come by steps: of a few photographs an epoch has a few steps, and each step would cost what hundreds do.
+# LoRA's at diffusers' default rank of 4. Rates are constant because the paper names no schedule; images are square already.
+# Pictures are drawn by steps: with few photographs an epoch has few steps, and drawing after each would cost as much as
+# hundreds of steps.
 _CARTOONIZATION: dict[str, Any] = {
     "original_image_column": "original_image",
     "edited_image_column": "cartoonized_image",

@@ -1,4 +1,4 @@
-"""How InstructPix2Pix is fine-tuned: the settings of diffusers' script, by their names and defaults, and the adapter's."""
+"""Settings for fine-tuning InstructPix2Pix: those of diffusers' script, with its names and defaults, and the adapter's."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Pairs:
     """Pairs of images and the instructions"""
 
     dataset_name: str | None = None
-    """Pairs on the hub; or a folder with metadata.jsonl, one of parquet files, or a parquet file."""
+    """Pairs on the hub; or a folder with metadata.jsonl or of parquet files, or a parquet file."""
     dataset_config_name: str | None = None
     """The configuration of a data set on the hub that has several."""
     train_data_dir: Path | None = None
-    """A folder of pairs, as --dataset_name takes it; one of the two is given."""
+    """A folder of pairs, as for --dataset_name; exactly one of the two must be given."""
     original_image_column: str = "input_image"
     """Column of the images to edit."""
     edited_image_column: str = "edited_image"
@@ -33,7 +33,7 @@ class Pairs:
     edit_prompt_column: str = "edit_prompt"
     """Column of the instructions."""
     conditioning_dropout_prob: float | None = None
-    """p: leave out the text of p of the samples, text and image of another p, the image of another p."""
+    """p: drop the text of a share p of the samples, text and image of another p, and the image of another p."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class FirstConvolution:
     """The first convolution, of a base that sees no image yet"""
 
     train_conv_in: bool = False
-    """Train the UNet's first convolution too, and save it with the adapter. A UNet of 4 channels is widened to 8 for it."""
+    """Also train the UNet's first convolution, and save it with the adapter. A UNet of 4 channels is widened to 8 for it."""
     conv_in_lr: float = 1e-4
-    """Its learning rate."""
+    """Learning rate of the first convolution."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +51,22 @@ class EditPictures:
     """Validation images, beyond what all trainers have"""
 
     validation_image: tuple[str, ...] = ()
-    """Images to edit for validation, files or URLs; without any, some of the data set's split validation."""
+    """Images to edit for validation, files or URLs; by default some of the data set's split validation."""
     validation_target: tuple[str, ...] = ()
     """The expected edits, to be shown in the picture."""
     val_image_url: str | None = None
     """One image to edit, under the name of diffusers' flag."""
     validation_image_guidance_scale: float = 1.5
-    """How strongly they keep to the image."""
+    """How strongly the edits keep to the image."""
 
 
 @dataclass(frozen=True)
 class EditRecipe(EditPictures, FirstConvolution, Pairs, Recipe):
     """Fine-tune Stable Diffusion to follow instructions about images (InstructPix2Pix) with LoCA or another method.
 
-    Stable Diffusion 1, 2 and XL. Every setting of diffusers' train_instruct_pix2pix.py has its name and default here, but for
-    --non_ema_revision, which is deprecated there, and --local_rank, which launchers have given up. Unlike there, images keep
-    their proportions, a last batch that is not whole is left out, and a data set's split `validation` is drawn where no image
-    is named.
+    Stable Diffusion 1, 2 and XL. Every setting of diffusers' train_instruct_pix2pix.py has its name and default here, except
+    --non_ema_revision, which is deprecated there, and --local_rank, which launchers no longer use. Unlike there, images keep
+    their proportions, an incomplete last batch is left out, and a data set's split `validation` is drawn if no image is named.
     """
 
     WHAT: ClassVar[str] = "InstructPix2Pix training"
@@ -80,32 +79,32 @@ class EditRecipe(EditPictures, FirstConvolution, Pairs, Recipe):
     pretrained_model_name_or_path: str
     """A pipeline in a folder or on the hub: InstructPix2Pix, or plain Stable Diffusion with --train_conv_in."""
     preset: str | None = None
-    """Settings of the paper (Appendix L, Table 11): cartoonization or cartoonization-fourierft; flags win over them."""
+    """Settings of the paper (Appendix L, Table 11): cartoonization or cartoonization-fourierft; flags override them."""
     resolution: int = 256
     """Pixels a side."""
     random_flip: bool = False
     """Mirror half of the pairs in each epoch."""
     validation_prompt: str | None = None
-    """Instruction for validation images."""
+    """Instruction for the validation images."""
     num_validation_images: int = 4
-    """Seeds of each validation image, or images of the split."""
+    """Number of seeds for each validation image, or number of images from the split."""
     validation_guidance_scale: float = 7.0
-    """How strongly they follow the instruction."""
+    """How strongly the edits follow the instruction."""
     output_dir: Path = Path("instruct-pix2pix-model")
-    """Where the adapter, metrics.json, loss.png, validation pictures, config.yaml and checkpoints go."""
+    """Folder for the adapter, metrics.json, loss.png, validation pictures, config.yaml and checkpoints."""
 
 
-_NONE = torch.zeros(0)  # to ask a function of samples whether it takes a setting
+_NONE = torch.zeros(0)  # for calling a function of samples only to check a setting
 
 
 def resolve(recipe: EditRecipe, given: Collection[str]) -> EditRecipe:
-    """The recipe with the method's own settings instead of None, after every check that needs no file.
+    """Return the recipe with the method's own settings instead of None, after every check that needs no file.
 
     Args:
-        given: the fields that the user has set; of another method's, they are refused.
+        given: the fields that the user has set; those of another method are refused.
 
     Raises:
-        ValueError: a value out of range, or settings that contradict each other; one sentence.
+        ValueError: a value is out of range, or settings contradict each other; the error is one sentence.
     """
     check_given(recipe, given)
     _check_contradictions(recipe, given)
@@ -121,10 +120,10 @@ def resolve(recipe: EditRecipe, given: Collection[str]) -> EditRecipe:
 
 
 def sampling_of(recipe: EditRecipe) -> Sampling:
-    """How the edits of a recipe's validation are drawn.
+    """Return how the edits of a recipe's validation are drawn.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting is out of its range.
     """
     return Sampling(recipe.validation_inference_steps, recipe.validation_guidance_scale, recipe.validation_image_guidance_scale)
 

@@ -1,4 +1,4 @@
-"""Training to follow instructions about images (InstructPix2Pix), as a task of the shared machinery."""
+"""Training to follow instructions about images (InstructPix2Pix), as a task of the shared training code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from loca_vision.recipes.editing.validation import Validation, cases_of
 
 
 class EditTask(Task):
-    """Pairs of images, the loss of Brooks et al. (2023, equation 2), and edits as pictures."""
+    """Pairs of images, the loss of Brooks et al. (2023, equation 2), and edits as validation pictures."""
 
     noun: ClassVar[str] = "pairs"
     files_key: ClassVar[str] = "pair_files"
@@ -75,7 +75,7 @@ class EditTask(Task):
         return denoising_loss(prediction, wanted, process.weights(one.timesteps))
 
     def _sizes(self, count: int) -> Tensor:
-        """Each a whole square of the resolution, as at inference and in diffusers' script for XL."""
+        """Return the sizes for XL: each is a whole square of the resolution, as at inference and in diffusers' script."""
         side = self.recipe.resolution
         return torch.tensor([side, side, 0, 0, side, side], device=self.device, dtype=torch.float32).repeat(count, 1)
 

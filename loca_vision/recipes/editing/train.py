@@ -14,7 +14,7 @@ from loca_vision.recipes.settings.console import guarded
 
 
 def main(arguments: Sequence[str] | None = None, *, prog: str = "train.py") -> int:
-    """Train as the command line says; returns the exit status."""
+    """Train as the command line says; return the exit status."""
     return guarded(prog, lambda: _main(sys.argv[1:] if arguments is None else list(arguments), prog), extra="edit")
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what a pipeline in training makes of some images: the image, the base model's edit, the adapter's, the target."""
+"""Edits by a pipeline in training: each image with the base model's edit, the adapter's, and the target."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loca_vision.recipes.reports.contact_sheet import contact_sheet
 
 @dataclass(frozen=True)
 class Case:
-    """An image to edit: of the resolution, with its instruction, seed, and how it should look, where that is known."""
+    """An image to edit, in the recipe's resolution, with its instruction, its seed and, if known, the expected edit."""
 
     image: Image.Image
     prompt: str
@@ -27,10 +27,10 @@ class Case:
 
 
 def cases_of(recipe: EditRecipe) -> list[Case]:
-    """The validation images of a recipe: those it names, or some of the data set's split validation; perhaps none.
+    """Return the validation images of a recipe: those it names, or some of the data set's split validation; possibly none.
 
     Raises:
-        OSError, ValueError: one that is named cannot be read.
+        OSError, ValueError: a named image cannot be read.
     """
     seed, size = recipe.seed or 0, recipe.resolution
     if not recipe.validation_image:
@@ -61,14 +61,14 @@ def _of_the_split(recipe: EditRecipe, seed: int) -> list[Case]:
 
 
 class Validation:
-    """Draws the cases whenever asked; what the base model makes of them is drawn once.
+    """Draws the cases on request; the base model's edits are drawn only once.
 
     Args:
-        pipe: with the adapter that is trained.
+        pipe: the pipeline, with the adapter in training.
         cases: at least one.
-        sampling: of all edits.
-        scales: of the adapter.
-        method: what is trained, for the heads of the columns.
+        sampling: how all edits are drawn.
+        scales: scales of the adapter.
+        method: the trained method, for the headings of the columns.
     """
 
     def __init__(self, pipe: Any, cases: Sequence[Case], sampling: Sampling, scales: Sequence[float], method: str) -> None:
@@ -77,11 +77,11 @@ class Validation:
         self._base: list[Image.Image] = []
 
     def edits(self, scale: float) -> list[Image.Image]:
-        """Of every case, with the adapter at a scale."""
+        """Return the edit of every case, with the adapter at a scale."""
         return [edit(self.pipe, case.image, case.prompt, self.sampling, seed=case.seed, scale=scale) for case in self.cases]
 
     def sheet(self) -> Image.Image:
-        """Image, base, adapter at each scale and, where there is any, target: a column each; a row for each case."""
+        """Return a grid with a row for each case; columns are image, base, adapter at each scale and any target."""
         self._base = self._base or self.edits(0)
         drawn = [self._base, *(self.edits(scale) for scale in self.scales)]
         targets = any(case.target for case in self.cases)

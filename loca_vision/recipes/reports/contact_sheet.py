@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
-_LEAST = 128  # pixels a side, below which a picture could not be made out
+_LEAST = 128  # pixels a side; in smaller cells a picture would be hard to make out
 _PAPER, _INK, _GREY, _EMPTY = "white", "#222222", "#666666", "#f3f3f3"
 
 Row = Sequence[Image.Image | None]
@@ -23,21 +23,21 @@ def contact_sheet(
     captions: Sequence[Sequence[str]] | None = None,
     side: int | None = None,
 ) -> Image.Image:
-    """A grid of pictures on white, RGB. All that is written is broken into lines that fit.
+    """Draw a grid of pictures on white, RGB. All text is wrapped to lines that fit.
 
-    A picture smaller than its cell is enlarged pixel by pixel, nothing smoothed; a larger one is reduced.
+    A picture smaller than its cell is enlarged pixel by pixel, without smoothing; a larger one is reduced.
 
     Args:
         rows: pictures of any size; None leaves a cell empty.
-        columns: what stands over each column.
-        labels: what stands to the left of each row; none at all, or one for each.
-        captions: what stands under each picture; for each row as many as columns.
-        side: of a cell in pixels, from 32 up. By default that of the largest picture, and at least 128; where all pictures
+        columns: the heading of each column.
+        labels: the text to the left of each row; none at all, or one for each.
+        captions: the text under each picture; for each row as many as columns.
+        side: side of a cell in pixels, from 32 up. By default that of the largest picture, and at least 128; if all pictures
             have one size below that, the next multiple of it.
 
     Raises:
-        ValueError: there is no row or column, a row has another number of pictures than there are columns, or labels or
-            captions are not as many as what they belong to; or a side below 32.
+        ValueError: there is no row or column, the pictures in a row are not as many as the columns, the numbers of labels or
+            captions do not match, or the side is below 32.
     """
     _check(rows, columns, labels, captions, side)
     cell = side or _side_for([picture for row in rows for picture in row if picture is not None])
@@ -71,7 +71,7 @@ def _side_for(pictures: Sequence[Image.Image]) -> int:
 
 
 class _Sheet:
-    """The measures of a grid, all of them in proportion to the side of a cell, and how it is drawn."""
+    """The measures of a grid, all in proportion to the side of a cell, and the methods that draw it."""
 
     def __init__(self, cell: int) -> None:
         self.cell = cell
@@ -103,7 +103,7 @@ class _Sheet:
         return sheet
 
     def _place(self, sheet: Image.Image, picture: Image.Image | None, at: tuple[int, int]) -> None:
-        """A picture in the middle of its cell, in its own proportions."""
+        """Put a picture in the middle of its cell, in its own proportions."""
         if picture is None:
             sheet.paste(_EMPTY, (*at, at[0] + self.cell, at[1] + self.cell))
             return
@@ -123,7 +123,7 @@ class _Sheet:
         return max(map(len, texts)) * _line(font)
 
     def _lines(self, text: str, font: ImageFont.FreeTypeFont, most: int = 6) -> list[str]:
-        """The text in lines as wide as a cell; text that does not fit ends in an ellipsis."""
+        """Return the text in lines as wide as a cell; text that does not fit ends in an ellipsis."""
         lines = [line for part in text.splitlines() for line in _wrapped(part, font, self.cell)]
         if len(lines) <= most:
             return lines
@@ -135,17 +135,17 @@ class _Sheet:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """The one that matplotlib brings along, which has Greek and Cyrillic too."""
+    """Return the font that comes with matplotlib, which also has Greek and Cyrillic."""
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def _line(font: ImageFont.FreeTypeFont) -> int:
-    """The height of a line in pixels."""
+    """Return the height of a line in pixels."""
     return sum(font.getmetrics())
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines of whole words, but for words that are wider than a line."""
+    """Return lines of whole words, except for words that are wider than a line."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -14,7 +14,7 @@ _LIBRARIES = ("timm", "diffusers", "transformers", "accelerate")
 
 
 def environment() -> dict[str, Any]:
-    """Versions (None of what is not installed), threads and device, for a record in JSON."""
+    """Return versions (None if not installed), threads and device, for a record in JSON."""
     return {
         "loca_vision": __version__,
         "torch": torch.__version__,

@@ -24,19 +24,19 @@ def push(
     private: bool = False,
     token: str | None = None,
 ) -> str:
-    """Upload a finished run, with a card; returns the address. Settings in JSON and YAML files tell no folder of this machine.
+    """Upload a finished run with a card, and return its address. Settings in JSON and YAML files reveal no local folder.
 
     Args:
-        folder: of the run.
-        files: their names in it; one that is not there is passed over.
-        card: makes the card of the repository's full name.
+        folder: the folder of the run.
+        files: the names of files in it; missing ones are skipped.
+        card: makes the card, given the repository's full name.
         repository: "user/name"; by default the folder's name, under the user who is logged in.
-        message: of the commit.
-        private: of a repository that is made.
-        token: by default the one that is stored on this machine.
+        message: the commit message.
+        private: whether a new repository is private.
+        token: a token for the hub; by default the one stored on this machine.
 
     Raises:
-        OSError: the hub cannot be reached, or refuses. The run is as it was.
+        OSError: the hub cannot be reached, or refuses. The run is unchanged.
     """
     from huggingface_hub import HfApi
 
@@ -48,13 +48,13 @@ def push(
         with TemporaryDirectory() as place:
             shown = [name for name in (CARD, *files) if _copied(folder / name, Path(place))]
             api.upload_folder(repo_id=created.repo_id, folder_path=Path(place), allow_patterns=shown, commit_message=message)
-    except Exception as error:  # the library has errors of its own, and passes on those of several others
+    except Exception as error:  # the library raises its own errors and those of several others
         raise OSError(f"{name}: the run is finished and whole, but not on the hub ({error}); resume it to upload it") from error
     return str(created)
 
 
 def _copied(file: Path, place: Path) -> bool:
-    """Write the public part of a file into a folder; False if there is no such file."""
+    """Write the public part of a file into a folder; return False if there is no such file."""
     if not file.is_file():
         return False
     data = file.read_bytes()

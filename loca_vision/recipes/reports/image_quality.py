@@ -1,4 +1,4 @@
-"""How near one picture is to another, and to a text: PSNR and SSIM always, LPIPS and CLIP if their weights are available."""
+"""How close a picture is to another or to a text: PSNR and SSIM always, LPIPS and CLIP if their weights are available."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from loca_vision.messages import one_line
 
-SMALLEST, SMALLEST_LPIPS = 11, 64  # pixels a side: the window of SSIM, and what AlexNet leaves something of
+SMALLEST, SMALLEST_LPIPS = 11, 64  # pixels a side: the window of SSIM, and the least that AlexNet can process
 
 
 def psnr(one: Image.Image, other: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB: 10 log10(1 / mean squared error), of RGB in [0, 1]; infinity for equal pictures.
+    """Return the peak signal-to-noise ratio of RGB in [0, 1] in dB: 10 log10(1 / mean squared error); infinity if equal.
 
     Raises:
-        ValueError: they have different sizes.
+        ValueError: the pictures have different sizes.
     """
     _check_sizes(one, other, 1)
     return float(peak_signal_noise_ratio(_pixels(one), _pixels(other), data_range=1.0))
 
 
 def ssim(one: Image.Image, other: Image.Image) -> float:
-    """Structural similarity in [-1, 1], 1 for equal pictures: Wang et al., 2004, the mean of red, green and blue.
+    """Return the structural similarity in [-1, 1], 1 if equal: Wang et al., 2004, the mean of red, green and blue.
 
-    The window is theirs: 11 x 11, a Gaussian of 1.5 pixels, where it lies wholly in the picture.
+    The window is theirs: 11 x 11, a Gaussian of 1.5 pixels, only where it lies entirely in the picture.
 
     Raises:
-        ValueError: they have different sizes, or a side shorter than 11 pixels.
+        ValueError: the pictures have different sizes, or a side shorter than 11 pixels.
     """
     _check_sizes(one, other, SMALLEST)
     pair = (_pixels(one), _pixels(other))
     everywhere: Any = structural_similarity_index_measure(*pair, data_range=1.0, return_full_image=True)
-    margin = SMALLEST // 2  # some versions of torchmetrics count this, where the window lies on a mirrored border
+    margin = SMALLEST // 2  # some versions of torchmetrics include the margin, where the window covers a mirrored border
     return float(everywhere[1][..., margin:-margin, margin:-margin].mean())
 
 
@@ -47,7 +47,7 @@ class Perceptual:
 
     Raises:
         ModuleNotFoundError: torchmetrics or torchvision is missing.
-        OSError: AlexNet's weights are not here and cannot be fetched.
+        OSError: AlexNet's weights are not available and cannot be downloaded.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -61,13 +61,14 @@ class Perceptual:
 
     @torch.no_grad()
     def __call__(self, one: Image.Image, other: Image.Image) -> float:
-        """
+        """Return the distance of two pictures.
+
         Raises:
-            ValueError: different sizes, or a side shorter than 64 pixels.
+            ValueError: they have different sizes, or a side shorter than 64 pixels.
         """
         _check_sizes(one, other, SMALLEST_LPIPS)
         distance: Any = self.metric(*(_pixels(image).float().to(self.device) for image in (one, other)))
-        self.metric.reset()  # it would keep every pair
+        self.metric.reset()  # otherwise it would keep every pair
         return float(distance)
 
 
@@ -76,7 +77,7 @@ class Clip:
 
     Args:
         source: a folder, or the name of a model on the hub, with its tokenizer and its image processor.
-        device: where it computes, in float32.
+        device: the device to compute on, in float32.
 
     Raises:
         ModuleNotFoundError: transformers is missing.
@@ -91,26 +92,26 @@ class Clip:
             model: Any = CLIPModel.from_pretrained(place, use_safetensors=True)
             self.tokenizer: Any = CLIPTokenizer.from_pretrained(place)
             self.processor: Any = CLIPImageProcessor.from_pretrained(place)
-        except (OSError, ValueError, TypeError, KeyError) as error:  # transformers tells the same fault in several ways
+        except (OSError, ValueError, TypeError, KeyError) as error:  # transformers raises different errors for the same fault
             raise OSError(f"{source}: it cannot be read as a CLIP model ({one_line(error, 200)})") from error
         self.model = model.to(self.device, torch.float32).eval()
 
     @torch.no_grad()
     def image(self, image: Image.Image) -> Tensor:
-        """(width,) float32 on the CPU, of length 1."""
+        """Return the direction of a picture: (width,) float32 on the CPU, of length 1."""
         pixels = self.processor(images=image.convert("RGB"), return_tensors="pt").pixel_values.to(self.device)
         return _unit(self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output))
 
     @torch.no_grad()
     def text(self, text: str) -> Tensor:
-        """(width,) float32 on the CPU, of length 1; of a text longer than the model takes, its beginning."""
+        """Return the direction of a text, truncated to what the model takes: (width,) float32 on the CPU, of length 1."""
         most = self.model.config.text_config.max_position_embeddings
         words = self.tokenizer(text, max_length=most, truncation=True, return_tensors="pt").to(self.device)
         return _unit(self.model.text_projection(self.model.text_model(**words).pooler_output))
 
 
 def similarity(one: Tensor, other: Tensor) -> float:
-    """The cosine between two directions of `Clip`, in [-1, 1]."""
+    """Return the cosine between two directions of `Clip`, in [-1, 1]."""
     return max(-1.0, min(1.0, float(one.double() @ other.double())))
 
 
@@ -119,7 +120,7 @@ def _unit(rows: Tensor) -> Tensor:
 
 
 def _pixels(image: Image.Image) -> Tensor:
-    """(1, 3, h, w) float64 in [0, 1]."""
+    """Return (1, 3, h, w) float64 in [0, 1]."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].double() / 255
 
 
@@ -132,5 +133,5 @@ def _check_sizes(one: Image.Image, other: Image.Image, least: int) -> None:
 
 
 def finite(value: float) -> float | None:
-    """The value, or None where JSON has no number for it: the PSNR of equal pictures."""
+    """Return the value, or None if JSON has no number for it, as for the PSNR of equal pictures."""
     return value if math.isfinite(value) else None

@@ -15,12 +15,12 @@ _MEANS = ("balanced_accuracy", "validation_accuracy", "seconds_per_step")
 
 
 def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
-    """`metrics.json` in the folder, whole or not at all."""
+    """Write `metrics.json` into the folder, either completely or not at all."""
     write_atomically(folder / METRICS, (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """The metrics of a finished run.
+    """Read the metrics of a finished run.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -39,7 +39,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation (of a sample, n - 1) over the runs of several seeds."""
+    """Return mean and standard deviation (of a sample, n - 1) over the runs of several seeds."""
     accuracies = [run["test_accuracy"] for run in runs]
     return {
         "seeds": [run["seed"] for run in runs],

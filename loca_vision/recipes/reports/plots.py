@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and where the components of the spectra went."""
+"""Pictures of a run: its curves, and where the components of the spectra moved."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loca_vision.storage.atomic_file import write_atomically
 
 COLOURS = ("#7f7f7f", "#1f6fb4", "#d1542c", "#3a923a")
 MOST_PANELS = 96
-MOVING = ("locations", "both")  # the phases in which they do
+MOVING = ("locations", "both")  # the phases in which locations move
 
 
 @dataclass(frozen=True)
@@ -36,22 +36,22 @@ class Travel:
 
     @property
     def distance(self) -> Tensor:
-        """(B,) cells travelled, the larger of rows and columns."""
+        """(B,) cells travelled: the larger of the distances in rows and in columns."""
         return (self.end - self.start).abs().amax(1)
 
     @property
     def moved(self) -> Tensor:
-        """(B,) whether a component ended in another cell than its first."""
+        """(B,) whether a component ended in another cell than it started in."""
         return (self.end.round() != self.start.round()).any(1)
 
 
 def positions(spectrum: Spectrum) -> Tensor:
-    """(B, 2) where the components stand, in cells: a copy on the CPU."""
+    """Return the locations of the components in cells, (B, 2): a copy on the CPU."""
     return spectrum.locations.detach().cpu() * (torch.tensor(spectrum.shape) - 1)
 
 
 def draw_curves(path: Path, title: str, runs: Mapping[str, tuple[Sequence[Step], float]]) -> None:
-    """Loss by step, smoothed over the raw one, and test accuracy of each method; runs: method -> (steps, accuracy)."""
+    """Draw the loss by step, smoothed over the raw one, and each method's test accuracy; runs: method -> (steps, accuracy)."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     losses, bars = figure.subplots(1, 2, width_ratios=(3, 1))
     for colour, (method, (steps, _)) in zip(COLOURS, runs.items(), strict=False):
@@ -69,7 +69,7 @@ def draw_curves(path: Path, title: str, runs: Mapping[str, tuple[Sequence[Step],
 
 
 def draw_run(path: Path, title: str, curve: Mapping[str, Sequence[Any]], epochs: Sequence[Mapping[str, float]]) -> None:
-    """Loss by step, smoothed over the raw one, and validation accuracy by epoch.
+    """Draw the loss by step, smoothed over the raw one, and the validation accuracy by epoch.
 
     Args:
         curve: "loss" and "phase" of each step.
@@ -86,7 +86,7 @@ def draw_run(path: Path, title: str, curve: Mapping[str, Sequence[Any]], epochs:
 
 
 def draw_loss(path: Path, title: str, curve: Mapping[str, Sequence[Any]]) -> None:
-    """Loss by step, smoothed over the raw one; "loss" and "phase" of each step."""
+    """Draw the loss by step, smoothed over the raw one; the curve has "loss" and "phase" of each step."""
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     _loss_of(curve, figure.subplots(), title)
     save(figure, path)
@@ -95,7 +95,7 @@ def draw_loss(path: Path, title: str, curve: Mapping[str, Sequence[Any]]) -> Non
 def _loss_of(curve: Mapping[str, Sequence[Any]], axes: Any, title: str) -> None:
     numbers = range(1, len(curve["loss"]) + 1)
     axes.plot(numbers, curve["loss"], color=COLOURS[1], alpha=0.25, linewidth=0.8)
-    marker = "o" if len(curve["loss"]) == 1 else None  # a line needs two
+    marker = "o" if len(curve["loss"]) == 1 else None  # a line needs two points
     axes.plot(numbers, _smooth(curve["loss"]), color=COLOURS[1], marker=marker, label="training loss")
     _shade([number for number, phase in zip(numbers, curve["phase"], strict=True) if phase in MOVING], axes)
     axes.set(xlabel="optimiser step", ylabel="training loss", yscale="log", title=title)
@@ -110,8 +110,8 @@ def _whole_ticks(axes: Any, count: int) -> None:
 
 
 def draw_confusion(path: Path, matrix: Tensor, classes: Sequence[str]) -> None:
-    """How often each class (row) was taken for each class (column): matrix (n, n) of counts, shaded by shares of the row, on a
-    scale on which rare mistakes show."""
+    """Draw how often each class (row) was predicted as each class (column): matrix (n, n) of counts, shaded by shares of the
+    row, on a scale that shows rare mistakes."""
     count = len(classes)
     side = min(24.0, 3.5 + 0.3 * count)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
@@ -130,7 +130,7 @@ def draw_confusion(path: Path, matrix: Tensor, classes: Sequence[str]) -> None:
 
 
 def draw_spectrum(path: Path, travels: Sequence[Travel]) -> None:
-    """Where the components of each projection ended, coloured by how many cells they travelled."""
+    """Draw where the components of each projection ended, coloured by how many cells they travelled."""
     shown = travels[:MOST_PANELS]
     across = min(len(shown), 8)
     down = math.ceil(len(shown) / across)
@@ -138,7 +138,7 @@ def draw_spectrum(path: Path, travels: Sequence[Travel]) -> None:
     panels = figure.subplots(down, across, squeeze=False).flat
     furthest = max(float(travel.distance.max()) for travel in travels) or 1.0
     for panel, travel in zip(panels, shown, strict=False):
-        order = travel.distance.argsort()  # the travelled on top
+        order = travel.distance.argsort()  # components that travelled are drawn on top
         rows, cols = travel.end[order].T
         points = panel.scatter(cols, rows, c=travel.distance[order], s=2, cmap="YlGnBu", vmin=0, vmax=furthest)
         panel.set_title(f"{travel.name}\n{100 * travel.moved.float().mean().item():.0f} % in another cell", fontsize=7)
@@ -152,7 +152,7 @@ def draw_spectrum(path: Path, travels: Sequence[Travel]) -> None:
 
 
 def _smooth(values: Sequence[float], window: int = 10) -> list[float]:
-    """The mean of each value and those before it, up to `window` of them."""
+    """Return the mean of each value and those before it, over at most `window` values."""
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
 
 
@@ -164,8 +164,8 @@ def _shade(moving: Sequence[int], axes: Any) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As PNG, whole or not at all."""
-    # An Agg canvas of its own: no window system, and no global state of pyplot.
+    """Save a figure as PNG, either completely or not at all."""
+    # The figure gets its own Agg canvas: no window system, and no global state of pyplot.
     picture = BytesIO()
     FigureCanvasAgg(figure).print_figure(picture, dpi=130, format="png")
     write_atomically(path, picture.getvalue())

@@ -1,4 +1,4 @@
-"""Settings of a run fit to be published: without folders of the machine, without keys in addresses."""
+"""Make a run's settings fit to be published: without local folders, and without keys in addresses."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 
 def redact(value: Any) -> Any:
-    """What JSON holds, with every path that tells of a machine cut to its last name, and addresses without their secrets.
+    """Return JSON content with every path that reveals a machine cut to its last name, and addresses without their secrets.
 
-    Such paths are absolute, begin with `~`, or climb with `..`. Of an address goes what stands before an @ and behind a
-    question mark, where signed links have their keys. Instructions, whose keys end in "prompt", stay as they are.
+    Such paths are absolute, begin with `~`, or go up with `..`. An address loses everything before an @ and after a question
+    mark, where signed links have their keys. Instructions, whose keys end in "prompt", stay as they are.
     """
     if isinstance(value, dict):
         return {key: item if str(key).endswith("prompt") else redact(item) for key, item in value.items()}
@@ -22,7 +22,7 @@ def redact(value: Any) -> Any:
 
 
 def tells_a_place(text: str) -> bool:
-    """Whether a text is a path of some machine, and no name on the hub and none that is relative to where one works."""
+    """Return whether a text is a path on some machine, rather than a name on the hub or a path below the working directory."""
     windows = PureWindowsPath(text)
     return bool(windows.drive) or text.startswith(("/", "\\", "~")) or ".." in windows.parts
 

@@ -1,4 +1,4 @@
-"""How many bits a trainer gives each coefficient of the adapter that it saves."""
+"""The number of bits in which a trainer saves each coefficient of the adapter."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ AdapterDtype = Literal["float32", "float16", "int8"]
 
 
 def check_adapter_dtype(name: AdapterDtype, config: AdapterConfig | None) -> None:
-    """Raise `ValueError` if the method, before it is trained, is known to have no such file."""
+    """Raise `ValueError` if the method, before it is trained, is known to lack such a file format."""
     if name == "int8" and config is not None and not can_be_packed(config):
         raise ValueError(f"adapter_dtype='int8': {config.method} is stored in float32 or float16")
 
 
 def dtype_of(name: AdapterDtype) -> torch.dtype:
-    """As `save_adapter` takes it."""
+    """Return the dtype for `save_adapter`."""
     found: torch.dtype = getattr(torch, name)
     return found

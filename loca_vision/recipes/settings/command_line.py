@@ -1,7 +1,7 @@
 """Settings of a script: one frozen dataclass as documentation, command line, presets and YAML file.
 
-Its fields are int, float, bool, str, Path, Literal, `tuple[X, ...]` of these, or `X | None`; the text under one is its help.
-One field is needed, `config: Path | None = None`; where there are presets another, `preset: str | None = None`.
+Its fields are int, float, bool, str, Path, Literal, `tuple[X, ...]` of these, or `X | None`; the text under each is its help.
+The field `config: Path | None = None` is required, and `preset: str | None = None` if there are presets.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Settings(Protocol):
 
 
 S = TypeVar("S", bound=Settings)
-_FIELDS = {"import": "imports"}  # of a flag that no field can be called
+_FIELDS = {"import": "imports"}  # for a flag whose name no field can have
 
 
 @dataclass(frozen=True)
 class Parsed(Generic[S]):
-    """Settings, and the fields whose values the user has changed, by a flag or in a file."""
+    """Settings, and the names of the fields that the user has set, by a flag or in a file."""
 
     settings: S
     given: frozenset[str]
@@ -45,15 +45,16 @@ def parse(
     presets: Mapping[str, Mapping[str, Any]],
     importing: bool = True,
 ) -> Parsed[S]:
-    """Settings from a command line: flags win over the file of `--config`, that over `--preset`, that over the defaults.
+    """Parse a command line: flags override the file of `--config`, which overrides `--preset`, which overrides the defaults.
 
-    The file may name the preset. `config` is None in the result: what the file said is in the other fields.
+    The file may name the preset. `config` is None in the result, since the other fields contain what the file says.
 
     Args:
-        importing: import the modules of `--import`, and those in the file. Say False for a file that is not the user's own.
+        importing: import the modules of `--import`, and those in the file. Pass False for a file that is not the user's own.
 
     Raises:
-        ValueError: a wrong flag, value, key or preset; one sentence with the place, the rule and the nearest names.
+        ValueError: a flag, value, key or preset is wrong; the error is one sentence with the place, the rule and the nearest
+            names.
         FileNotFoundError: there is no such file.
         SystemExit: with 0, after `--help` or `--help-all`.
     """
@@ -78,12 +79,12 @@ def parse(
 
 
 def as_json_dict(settings: Settings) -> dict[str, Any]:
-    """Every field as JSON has it: paths as texts, tuples as lists."""
+    """Return every field as JSON has it: paths as texts, tuples as lists."""
     return {field.name: _as_json(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
 
 
 def as_yaml(settings: Settings) -> str:
-    """Every field but `config`, as a file from which `--config` makes equal settings."""
+    """Return every field except `config` as the text of a file from which `--config` makes equal settings."""
     return write_settings({name: value for name, value in as_json_dict(settings).items() if name != "config"})
 
 
@@ -94,7 +95,7 @@ def _as_json(value: Any) -> Any:
 
 
 def _flags(cls: type[Settings], arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """The fields that a command line names, as tyro reads it, with the word that follows; of two, the last counts."""
+    """Yield the fields that a command line names, as tyro reads it, with the word that follows; of duplicates, the last."""
     names = {field.name for field in dataclasses.fields(cls)}
     for word, following in zip(arguments, [*arguments[1:], None], strict=False):
         if word.startswith("--"):
@@ -106,7 +107,7 @@ def _flags(cls: type[Settings], arguments: Sequence[str]) -> Iterator[tuple[str,
 
 
 def _following(arguments: Sequence[str], flag: str) -> Iterator[str]:
-    """Every value of a flag that may be repeated."""
+    """Yield every value of a flag that may be repeated."""
     for word, following in zip(arguments, [*arguments[1:], None], strict=False):
         if word.startswith(f"{flag}="):
             yield word.removeprefix(f"{flag}=")
@@ -140,7 +141,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _draft(cls: type[S], values: Mapping[str, Any]) -> S:
-    """What tyro takes defaults from: made without the checks of the class, as a field that is required is missing here."""
+    """Return what tyro takes defaults from, made without the class's checks because required fields are missing here."""
     draft = object.__new__(cls)
     for name, value in values.items():
         object.__setattr__(draft, name, value)

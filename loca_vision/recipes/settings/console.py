@@ -15,7 +15,7 @@ from loca_vision.messages import nearest
 Settings = TypeVar("Settings")
 
 USAGE, INTERRUPTED = 2, 130
-_PLAINER = (  # what tyro and Python say of a value, and the same in plain words
+_PLAINER = (  # phrases of tyro and Python about a value, and the same in plain words
     (r"invalid literal for int\(\) with base 10: ", "expected a whole number, got "),
     (r"could not convert string to float: ", "expected a number, got "),
     (r"no type matching \{None\}\|INT could be instantiated from \[(.*)\]\.", r"expected a whole number, got \1"),
@@ -24,20 +24,20 @@ _PLAINER = (  # what tyro and Python say of a value, and the same in plain words
 
 
 def guarded(prog: str, function: Callable[[], object], *, extra: str) -> int:
-    """Run a command to its exit status: 0, 2 after a user's mistake, 130 when interrupted, 1 when nobody reads its output.
+    """Run a command and return its exit status: 0, 2 after a user's mistake, 130 if interrupted, 1 if nobody reads its output.
 
     Args:
         prog: the command's name, which begins every line about it.
-        function: the command. An error of the kinds that a user can make (ValueError, TypeError, OSError, or a module that is
-            missing) is told in one line; any other is a fault of the program and passes through, traceback and all.
-        extra: what installs a missing module, as in `pip install 'loca-vision[EXTRA]'`, where the error does not say it.
+        function: the command. An error of a kind that users can cause (ValueError, TypeError, OSError, or a missing module) is
+            reported in one line; any other is a bug in the program and propagates with its traceback.
+        extra: the extra that installs a missing module, as in `pip install 'loca-vision[EXTRA]'`, if the error does not say.
     """
     try:
         function()
     except ModuleNotFoundError as error:
-        own = str(error) if "pip install" in str(error) else None  # it knows better what installs it
+        own = str(error) if "pip install" in str(error) else None  # the error knows better what installs it
         return _told(prog, own or f"{error.name or error} is missing: python -m pip install 'loca-vision[{extra}]'")
-    except BrokenPipeError:  # as when the reader, `head`, has seen enough
+    except BrokenPipeError:  # for example, `head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, TypeError, OSError) as error:
@@ -46,7 +46,7 @@ def guarded(prog: str, function: Callable[[], object], *, extra: str) -> int:
         print(f"\n{prog}: interrupted; every file that is there is whole", file=sys.stderr)
         return INTERRUPTED
     except SystemExit as stop:
-        if isinstance(stop.code, str):  # which Python itself would print
+        if isinstance(stop.code, str):  # Python itself would print it
             return _told(prog, stop.code)
         return stop.code or 0
     return 0
@@ -55,11 +55,11 @@ def guarded(prog: str, function: Callable[[], object], *, extra: str) -> int:
 def run_command(
     prog: str, kind: type[Settings], work: Callable[[Settings], object], arguments: Sequence[str] | None, *, extra: str
 ) -> int:
-    """A whole command to its exit status, as `guarded` has it: settings from the command line, then the work.
+    """Run a whole command and return its exit status, as in `guarded`: settings from the command line, then the work.
 
     Args:
-        kind: the dataclass of the settings; its docstring is what `--help` begins with.
-        arguments: of the command line; None for those of this process.
+        kind: the settings dataclass, whose docstring is the beginning of `--help`.
+        arguments: the command line's arguments; None for those of this process.
     """
 
     def command() -> None:
@@ -74,10 +74,11 @@ def run_command(
 
 @contextmanager
 def usage_in_one_line(prog: str) -> Iterator[None]:
-    """Parse a command line with tyro in here; asked for help, it leaves with SystemExit(0) as ever.
+    """Parse a command line with tyro inside; a request for help still exits with SystemExit(0).
 
     Raises:
-        ValueError: bad usage; the sentence that tyro draws a box around, and what is nearest to a misspelt option or choice.
+        ValueError: bad usage; the error is the sentence that tyro puts in a box, with what is nearest to a misspelt option or
+            choice.
     """
     said = StringIO()
     try:
@@ -96,8 +97,8 @@ def _told(prog: str, sentence: str) -> int:
 
 
 def _unboxed(box: str) -> str:
-    """The sentence in the box that tyro draws, in plain words: under the title, up to the next rule; in ASCII where the
-    terminal is."""
+    """Return the sentence in tyro's box, in plain words: the text below the title, up to the next rule; the box is drawn in
+    ASCII if the terminal is."""
     message: list[str] = []
     for line in box.splitlines()[1:]:
         text = line.strip(" │|╭╮╰╯+")
@@ -113,10 +114,10 @@ def _unboxed(box: str) -> str:
 
 
 def _with_nearest(sentence: str, box: str) -> str:
-    """The sentence about a misspelt option or choice with what looks like it; any other as it is."""
+    """Add similar names to a sentence about a misspelt option or choice; return any other as it is."""
     close = ""
     if sentence.startswith("Unrecognized options:"):
-        # tyro lists what looks like them below: with four blanks before an option, and eight before what it does
+        # tyro lists similar ones below: with four blanks before an option, and eight before what it does
         options = re.findall(r"^[│| ] {5}(--[\w-]+)", box, re.M)
         close = f"; perhaps {' or '.join(dict.fromkeys(options))}" if options else ""
     elif choice := re.match(r"invalid choice '(.*?)' for .*Expected one of \((.*)\)", sentence):
@@ -125,6 +126,6 @@ def _with_nearest(sentence: str, box: str) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    """The error on one line; of one that a worker process passes on with its traceback, the end."""
+    """Return the error on one line; if a worker process passes it on with its traceback, only the end."""
     lines = str(error).strip().splitlines()
     return lines[-1] if "Original Traceback" in str(error) else " ".join(" ".join(lines).split())

@@ -1,4 +1,4 @@
-"""The fields of a dataclass of settings: the text under each, and the groups that they are in."""
+"""The fields of a settings dataclass: the text under each, and the groups that they are in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Group:
 
     Args:
         title: one line.
-        fields: in the order of the dataclass.
+        fields: the fields, in the order of the dataclass.
     """
 
     title: str
@@ -25,9 +25,9 @@ class Group:
 
 
 def field_texts(cls: type[Any]) -> dict[str, str]:
-    """By name, the text under each field of a dataclass or of a base, on one line; of two, that of the subclass.
+    """Return the text under each field of a dataclass or its bases, on one line, by name; a subclass's text wins.
 
-    A field without a text is left out, and so is every field of a class whose source is not installed.
+    Fields without a text are left out, as are all fields of a class whose source is not installed.
     """
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):
@@ -37,7 +37,7 @@ def field_texts(cls: type[Any]) -> dict[str, str]:
 
 
 def groups_of(cls: type[Any]) -> list[Group]:
-    """The fields by the class that first declares them, from the bases down; its docstring's first line is the title."""
+    """Group the fields by the class that first declares them, from the bases down; its docstring's first line is the title."""
     declared: dict[str, type[Any]] = {}
     for base in reversed(cls.__mro__):
         for name in inspect.get_annotations(base):
@@ -50,7 +50,7 @@ def groups_of(cls: type[Any]) -> list[Group]:
 
 
 def first_line(cls: type[Any]) -> str:
-    """The first line of a class's docstring, without the full stop."""
+    """Return the first line of a class's docstring, without the full stop."""
     return (inspect.cleandoc(cls.__doc__ or "") or cls.__name__).splitlines()[0].rstrip(".")
 
 

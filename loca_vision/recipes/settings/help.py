@@ -1,6 +1,6 @@
-"""The help of a dataclass of settings: those that matter first, or all of them in groups, a line or two each.
+"""The help of a settings dataclass: the settings that matter first, or all of them in groups, with a line or two each.
 
-The dataclass may say which matter first, as `FIRST: ClassVar[tuple[str, ...]]`; without it `--help` shows all.
+The dataclass may name those that matter first, as `FIRST: ClassVar[tuple[str, ...]]`; without it `--help` shows all.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _NAMES = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:
-    """Whether a command line asks for help instead of anything else."""
+    """Return whether a command line asks for help."""
     return any(word in (*_SHORT, *_ALL) for word in arguments)
 
 
 def help_text(cls: type[Any], values: Mapping[str, Any], arguments: Sequence[str], *, prog: str) -> str:
-    """What `--help` or `--help-all`, whichever the arguments have, prints.
+    """Return what `--help` or `--help-all` prints, depending on which of them is in the arguments.
 
     Args:
-        values: the defaults by field, as presets and files leave them; `tyro.MISSING` where there is none.
+        values: the defaults by field, after presets and files; `tyro.MISSING` if there is none.
     """
     width = shutil.get_terminal_size().columns
     settings, groups = SettingsHelp(cls, values), groups_of(cls)
@@ -49,30 +49,30 @@ def help_text(cls: type[Any], values: Mapping[str, Any], arguments: Sequence[str
 
 
 class SettingsHelp:
-    """What there is to say about each field of a dataclass."""
+    """The pieces of help about each field of a dataclass."""
 
     def __init__(self, cls: type[Any], values: Mapping[str, Any]) -> None:
         self.fields, self.values = dataclasses.fields(cls), values
         self._texts, self._types = field_texts(cls), get_type_hints(cls, include_extras=True)
 
     def required(self) -> list[str]:
-        """The flags that have to be given, each with one word for its value."""
+        """The flags that must be given, each with a word for its value."""
         names = [field.name for field in self.fields if self.values[field.name] is tyro.MISSING]
         return [f"{self.flag(name)} {name.upper()}" for name in names]
 
     def flag(self, name: str) -> str:
-        """As users type it."""
+        """Return the flag as users type it."""
         return f"--{self._about(name, 'name') or name}"
 
     def shown(self, name: str) -> str:
-        """The flag and what follows it."""
+        """Return the flag and what follows it."""
         kind = self._kind(name)
         if kind is bool:
             return self.flag(name) if self.values[name] is False else f"--{name}, --no_{name}"
         return f"{self.flag(name)} {self._about(name, 'metavar') or _metavar(kind)}"
 
     def text(self, name: str) -> str:
-        """What the setting is, and its default."""
+        """Return the description of the setting, and its default."""
         default = self._default(name)
         return " ".join(part for part in (self._texts.get(name, ""), default) if part)
 
@@ -86,7 +86,7 @@ class SettingsHelp:
         return "" if value is None or value is False or text == "" else f"(default: {text})"
 
     def _about(self, name: str, what: str) -> Any:
-        """What `tyro.conf.arg` says about a field."""
+        """Return an attribute of a field's `tyro.conf.arg`."""
         said = (getattr(each, what, None) for each in getattr(self._types[name], "__metadata__", ()))
         return next((each for each in said if each is not None), None)
 
@@ -96,7 +96,7 @@ class SettingsHelp:
 
 
 def _metavar(kind: Any) -> str:
-    """The words for a type; that a setting may be None is not said."""
+    """Return the words for a type, without mentioning that a setting may be None."""
     if get_origin(kind) in (Union, types.UnionType):
         return "|".join(_metavar(one) for one in get_args(kind) if one is not type(None))
     if get_origin(kind) is Literal:
@@ -115,7 +115,7 @@ def _usage(settings: SettingsHelp, prog: str, width: int) -> str:
 
 
 def _paragraphs(cls: type[Any]) -> list[str]:
-    """Of the docstring, those after its first line."""
+    """Return the paragraphs of the docstring after its first line."""
     return [" ".join(text.split()) for text in inspect.cleandoc(cls.__doc__ or "").split("\n\n")[1:]]
 
 
@@ -124,17 +124,17 @@ def _entries(settings: SettingsHelp, fields: Sequence[dataclasses.Field[Any]], w
 
 
 def _entry(flag: str, text: str, width: int) -> list[str]:
-    """The text beside the flag, in a column if that takes two lines at most."""
+    """Return the text beside the flag, in a column if that takes at most two lines."""
     beside = _wrapped(text, width, f"  {flag}  ".ljust(_COLUMN), " " * _COLUMN)
     if len(beside) <= 2 and all(len(line) <= width for line in beside):
         return beside
-    if len(flag) + 2 > width:  # of many choices
+    if len(flag) + 2 > width:  # a flag with many choices
         flag = flag.replace(",", ", ")
     return _wrapped(f"{flag}  {text}", width, "  ", " " * 6)
 
 
 def _contents(settings: SettingsHelp, groups: Sequence[Group], width: int) -> list[str]:
-    """A line for each group: its title, and as many of its settings as there is room for."""
+    """Return a line for each group: its title, and as many of its settings as there is room for."""
     longest = max(len(group.title) for group in groups)
     lines = []
     for group in groups:
@@ -144,7 +144,7 @@ def _contents(settings: SettingsHelp, groups: Sequence[Group], width: int) -> li
 
 
 def _listed(names: Sequence[str], room: int) -> str:
-    """All names, or, where they are longer than that, the first of them and how many there are more."""
+    """Return all names or, if they are too long, the first of them and how many more there are."""
     text, count = ", ".join(names), len(names)
     while len(text) > room and count > 1:
         count -= 1

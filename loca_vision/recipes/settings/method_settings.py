@@ -1,4 +1,4 @@
-"""A trainer's settings of methods, read from the registered config classes: which are whose, their defaults and help."""
+"""A trainer's settings of methods, read from the registered config classes: which belong to which method, defaults, help."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loca_vision.methods.registry import KINDS, config_class, method_names, unkn
 from loca_vision.recipes.settings.yaml_value import value_of_text
 
 Assignments = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="set", metavar="NAME=VALUE")]
-"""The type of the field `set`: fields of the method for which the trainer has no flag."""
+"""The type of the field `set`: fields of the method that the trainer has no flag for."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class MethodSettings:
     """Which settings of a trainer belong to which method.
 
     Args:
-        flags: by the name of a config class's field, the trainer's setting for it.
+        flags: the trainer's setting for each field of a config class, by the field's name.
         adapters: settings of every method with an adapter.
         schedule: settings of methods whose locations move.
-        others: by name, methods without an adapter, and their settings.
-        task: from a config class and the values that somebody chose, by field, the defaults that the trainer has in the place
-            of the class's.
+        others: methods without an adapter and their settings, by name.
+        task: takes a config class and the values that the user chose, by field, and returns the trainer's own defaults, which
+            override the class's.
     """
 
     flags: Mapping[str, str]
@@ -39,11 +39,11 @@ class MethodSettings:
     task: Callable[[type[AdapterConfig], Mapping[str, Any]], Mapping[str, Any]] = lambda config, chosen: {}
 
     def known(self) -> tuple[str, ...]:
-        """The methods that are registered, and the others."""
+        """The registered methods, and the others."""
         return (*KINDS, *self.others)
 
     def of(self, method: str) -> frozenset[str]:
-        """The settings of a method.
+        """Return the settings of a method.
 
         Raises:
             ValueError: there is no such method.
@@ -55,22 +55,22 @@ class MethodSettings:
         return self.adapters | own | (self.schedule if config.moves_locations else frozenset())
 
     def config_class(self, method: str) -> type[AdapterConfig]:
-        """As the registry's, where the methods without an adapter are known, too."""
+        """Return the registry's config class; errors also name the methods without an adapter."""
         if method not in (*method_names(), *self.others):
             raise unknown_method(method, (*method_names(), *self.others))
         return config_class(method)
 
     def adapter(self, method: str) -> type[AdapterConfig] | None:
-        """The config class; None of a method without an adapter."""
+        """Return the config class; None for a method without an adapter."""
         return None if method in self.others else self.config_class(method)
 
     def moves_locations(self, method: str) -> bool:
-        """Whether locations move, so that not all that is trained has a gradient at every step."""
+        """Return whether locations move, so that not everything that is trained has a gradient at every step."""
         config = self.adapter(method)
         return config is not None and config.moves_locations
 
     def check(self, method: str, given: Collection[str]) -> None:
-        """Raise where a setting is given that is another method's."""
+        """Raise ValueError if a setting is given that belongs to another method."""
         own = self.of(method)
         every = {name: self.of(name) for name in self.known()}
         for name in sorted(frozenset().union(*every.values()) - own):
@@ -79,7 +79,7 @@ class MethodSettings:
                 raise ValueError(f"--{name} is a setting of {having}; the method is {method}")
 
     def defaults(self, method: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """The trainer's settings of a method at their defaults; `chosen` are values by field, on which some depend."""
+        """Return the trainer's settings of a method at their defaults; some depend on `chosen`, the values by field."""
         config = self.adapter(method)
         if config is None:
             return {}
@@ -88,17 +88,17 @@ class MethodSettings:
         return {self.flags[name]: value for name, value in values.items() if value is not dataclasses.MISSING}
 
     def chosen(self, method: str, recipe: Any) -> dict[str, Any]:
-        """By the name of the method's field, what the trainer's settings say; without those that are None."""
+        """Return the trainer's settings under the names of the method's fields, without those that are None."""
         config = self.adapter(method)
         names = [] if config is None else [name for name in setting_fields(config) if name in self.flags]
         values = {name: getattr(recipe, self.flags[name]) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
     def config(self, recipe: Any, seed: int) -> AdapterConfig | None:
-        """What to inject, from a recipe with the fields `method`, `targets`, `layers` and `set`; None without an adapter.
+        """Return the config to inject, from a recipe with the fields `method`, `targets`, `layers` and `set`; None without one.
 
         Raises:
-            ValueError: a setting out of its range, or one that the method does not have.
+            ValueError: a setting is out of its range, or the method does not have it.
         """
         config = self.adapter(recipe.method)
         if config is None:
@@ -113,7 +113,7 @@ class MethodSettings:
         return config(**values)
 
     def _assigned(self, config: type[AdapterConfig], assignments: Sequence[str]) -> dict[str, Any]:
-        """The values of `--set`, each of its field's type."""
+        """Return the values of `--set`, converted to the types of their fields."""
         fields = {name: own for name, own in setting_fields(config).items() if name not in self.flags}
         values = {}
         for name, text in assigned(assignments).items():
@@ -133,7 +133,7 @@ class MethodSettings:
     # Help
 
     def help(self, setting: str) -> Any:
-        """For the annotation of a setting: `--help` names the methods that have it, and their defaults; plug-ins' too."""
+        """Return an annotation for a setting: `--help` names the methods that have it, and their defaults; plug-ins' too."""
 
         def hint(default: str) -> str:
             having = [method for method in self.known() if setting in self.of(method)]
@@ -148,7 +148,7 @@ class MethodSettings:
         return tyro.conf.arg(help_behavior_hint=hint)
 
     def help_of_method(self) -> Any:
-        """For the annotation of `method`: `--help` says what there is."""
+        """Return an annotation for `method`: `--help` lists the methods."""
 
         def hint(default: str) -> str:
             said = [f"{name} ({config.summary})" if config.summary else name for name, config in KINDS.items()]
@@ -158,10 +158,10 @@ class MethodSettings:
 
 
 def assigned(assignments: Sequence[str]) -> dict[str, str]:
-    """NAME=VALUE by name; of two the last counts.
+    """Parse texts NAME=VALUE into values by name; of duplicates the last counts.
 
     Raises:
-        ValueError: one has no equals sign.
+        ValueError: a text has no equals sign.
     """
     values = {}
     for assignment in assignments:
@@ -173,5 +173,5 @@ def assigned(assignments: Sequence[str]) -> dict[str, str]:
 
 
 def as_assignments(values: Mapping[str, str]) -> tuple[str, ...]:
-    """What `assigned` reads the same values from."""
+    """Return the texts from which `assigned` reads the same values."""
     return tuple(f"{name}={text}" for name, text in values.items())

@@ -1,4 +1,4 @@
-"""Modules that define methods, imported because a user names them on a command line or in a file of settings."""
+"""Modules that define methods, imported because a user names them on a command line or in a settings file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Imports = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(na
 
 
 def import_modules(modules: Iterable[str]) -> None:
-    """Import each, once: a name that Python finds, or the path of a .py file.
+    """Import each module once: a name that Python finds, or the path of a .py file.
 
     Raises:
-        ValueError: it cannot be imported, for whatever reason; one sentence.
+        ValueError: it cannot be imported, for any reason; the error is one sentence.
     """
     for module in dict.fromkeys(modules):
         try:
@@ -30,7 +30,7 @@ def import_modules(modules: Iterable[str]) -> None:
 
 
 def _file(path: Path) -> None:
-    """Under a name of its own, so that it hides no other module of that name."""
+    """Import a file under a unique name, so that it does not hide another module with the file's name."""
     path = path.resolve()
     name = f"{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:

@@ -1,6 +1,6 @@
-"""YAML files of settings, read strictly: a flat table of texts, numbers, truths, null, and lists of these.
+"""YAML files of settings, read strictly: a flat table of texts, numbers, truth values, null, and lists of these.
 
-As in YAML 1.2, and as people mean it, `1e-3` is a number and `no` a text. Nothing else of YAML is read: no tags, no anchors.
+As in YAML 1.2, and as people expect, `1e-3` is a number and `no` a text. Nothing else of YAML is read: no tags, no anchors.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from loca_vision.messages import nearest
 from loca_vision.recipes.settings.yaml_value import scalar, shown, value_of
 
 MAX_BYTES = 2**20
-_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*")  # a text that needs no quotes, if it is not a word of YAML
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*")  # a text that needs no quotes, unless YAML reads it as another value
 
 
 def read_settings(cls: Any, path: Path) -> dict[str, Any]:
-    """The fields of a dataclass that a file sets, each of the field's type.
+    """Return the fields of a dataclass that a file sets, each of the field's type.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: another kind of file, or it is wrong; the sentence has file, line, key, rule, and the nearest names.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a YAML file, or it is wrong; the error has file, line, key, rule, and the nearest names.
     """
     kinds = get_type_hints(cls)
     types_of = {field.name: kinds[field.name] for field in dataclasses.fields(cls)}
@@ -46,13 +46,13 @@ def read_settings(cls: Any, path: Path) -> dict[str, Any]:
 
 
 def write_settings(values: Mapping[str, Any]) -> str:
-    """The text of a file that `read_settings` reads the same values from."""
+    """Return the text of a file from which `read_settings` reads the same values."""
     import yaml
 
-    dumper_class: Any = type("Dumper", (yaml.SafeDumper,), {})  # one of its own, as representers are kept on the class
+    dumper_class: Any = type("Dumper", (yaml.SafeDumper,), {})  # a class of our own, because it stores representers
 
     def quoted(dumper: Any, text: str) -> Any:
-        """Quotes for every text that is not plainly one."""
+        """Quote every text that is not plainly one."""
         plain = _PLAIN.fullmatch(text) and isinstance(scalar(text), str)
         return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
 
@@ -85,7 +85,7 @@ def _text(path: Path) -> str:
 
 
 def _table(path: Path, text: str) -> list[tuple[Any, Any]]:
-    """The nodes of keys and values of the one table in a file; none of an empty one."""
+    """Return the nodes of keys and values of the only table in a file; none for an empty file."""
     import yaml
 
     try:
@@ -107,7 +107,7 @@ def _table(path: Path, text: str) -> list[tuple[Any, Any]]:
 
 
 def _check_events(path: Path, events: Iterable[Any], yaml: Any) -> None:
-    """Before anything is built: these could be large, deep, or objects."""
+    """Check the events before anything is built from them, since values could be large, deep, or objects."""
     depth = documents = 0
     for event in events:
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -1,4 +1,4 @@
-"""A node of a YAML file as a value of a field's type, strictly, or a sentence that says what is wrong."""
+"""Convert a node of a YAML file strictly to a field's type, or explain in a sentence what is wrong."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def scalar(text: str) -> Any:
-    """What a plain scalar is, by the core schema of YAML 1.2; a number too large to be one is a text."""
+    """Return the value of a plain scalar, by the core schema of YAML 1.2; a number that is too large stays a text."""
     lower = text.lower()
     if text in (lower, text.capitalize(), text.upper()):
         if lower in _WORDS:
@@ -32,10 +32,10 @@ def scalar(text: str) -> Any:
 
 
 def value_of(node: Any, kind: Any) -> Any:
-    """A node as a value of a field's type.
+    """Convert a node to a field's type.
 
     Raises:
-        ValueError: it is not such a value; the sentence is the rule.
+        ValueError: it is not such a value; the error states the rule.
     """
     kinds = _kinds(kind)
     for one in kinds:
@@ -49,10 +49,10 @@ def value_of(node: Any, kind: Any) -> Any:
 
 
 def value_of_text(text: str, kind: Any) -> Any:
-    """A text, as on a command line, as a value of a type; as in a file, but that a text needs no quotes.
+    """Convert a text, as on a command line, to a type; as in a file, except that texts need no quotes.
 
     Raises:
-        ValueError: it is not such a value; the sentence is the rule.
+        ValueError: it is not such a value; the error states the rule.
     """
     import yaml
 
@@ -70,7 +70,7 @@ def _kinds(kind: Any) -> tuple[Any, ...]:
 
 
 def _of_one_kind(node: Any, kind: Any) -> Any:
-    """The value, or `_NOTHING` if it is of another kind."""
+    """Return the value, or `_NOTHING` if it is of another kind."""
     if get_origin(kind) is tuple:
         if node.id != "sequence":
             return _NOTHING
@@ -103,7 +103,7 @@ def _described(kind: Any) -> str:
 
 
 def shown(node: Any) -> str:
-    """A value as the file has it, short enough for one line."""
+    """Return a value as written in the file, short enough for one line."""
     if node.id != "scalar":
         return "a list" if node.id == "sequence" else "a table"
     text = repr(node.value) if node.style else ascii(node.value)[1:-1]

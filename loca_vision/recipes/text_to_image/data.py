@@ -1,4 +1,4 @@
-"""The images that text-to-image training learns from: read, checked, kept, with those of the class."""
+"""The images that a text-to-image model is trained on: read, checked and cached, together with those of the class."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class ImageData:
     """Images to train on.
 
     Args:
-        recipe: settled, with its seed.
-        images: those to learn.
-        encoders: of the pipeline.
+        recipe: a settled recipe, with its seed.
+        images: the images to learn.
+        encoders: the encoders of the pipeline.
         accelerator: of several processes the first fills the cache, and the others find everything there.
 
     Attributes:
         prior: images of the class; None without prior preservation.
         samples: the data set; `set_epoch` changes its views.
-        texts: of the captions, of the class and of the empty text; None where text encoders are trained.
-        cut_captions: of captions that are longer than is read: tokens, and how many are read, by position.
+        texts: the encoded captions, class text and empty text; None if text encoders are trained.
+        cut_captions: for captions that are too long, by position: the number of tokens, and how many of them are read.
 
     Raises:
         OSError, ValueError, ModuleNotFoundError: as `read_captioned` and `kept`.
@@ -64,11 +64,11 @@ class ImageData:
 
     @property
     def digests(self) -> dict[str, str]:
-        """Of images and captions, and of the images of the class."""
+        """Return the digests of images and captions, and of the images of the class."""
         return digests_of(self.images, self.prior)
 
     def moments(self, batch: Mapping[str, Any]) -> Tensor:
-        """(b, parts, 2, c, h, w) of a batch of samples, encoded here and now where they are not kept."""
+        """Return (b, parts, 2, c, h, w) for a batch of samples, encoding them now if they are not cached."""
         if "moments" in batch:
             kept_already: Tensor = batch["moments"]
             return kept_already
@@ -77,7 +77,7 @@ class ImageData:
         return found.reshape(*pixels.shape[:2], *found.shape[1:])
 
     def _tell(self, buckets: Sequence[Size]) -> None:
-        """Say what was understood, which captions are cut, and read every image."""
+        """Report what was understood and which captions are truncated, and read every image."""
         for note in self.images.notes:
             print(note)
         count = len(self.images)
@@ -94,10 +94,10 @@ class ImageData:
 
 
 def buckets_of(recipe: ImageRecipe, divisor: int) -> tuple[Size, ...]:
-    """The shapes that images are brought to.
+    """Return the shapes that images are brought to.
 
     Raises:
-        ValueError: sides that are not multiples of the divisor, or no shapes.
+        ValueError: sides are not multiples of the divisor, or the shapes are invalid.
     """
     if recipe.aspect_ratio_buckets is not None:
         return parse_buckets(recipe.aspect_ratio_buckets, divisor)
@@ -107,7 +107,7 @@ def buckets_of(recipe: ImageRecipe, divisor: int) -> tuple[Size, ...]:
 
 
 def images_of(recipe: ImageRecipe) -> CaptionedImages:
-    """The images to learn.
+    """Return the images to learn.
 
     Raises:
         OSError, ValueError, ModuleNotFoundError: as `read_captioned`.
@@ -125,7 +125,7 @@ def images_of(recipe: ImageRecipe) -> CaptionedImages:
 
 
 def prior_of(recipe: ImageRecipe) -> CaptionedImages | None:
-    """The images of the class, at most as many as are wanted; None without prior preservation.
+    """Return the images of the class, at most as many as requested; None without prior preservation.
 
     Raises:
         OSError, ValueError: as `read_captioned`.
@@ -137,5 +137,5 @@ def prior_of(recipe: ImageRecipe) -> CaptionedImages | None:
 
 
 def digests_of(images: CaptionedImages, prior: CaptionedImages | None) -> dict[str, str]:
-    """By column, and "class" for the images of the class."""
+    """Return the digests by column, with "class" for the images of the class."""
     return images.digests | ({"class": next(iter(prior.digests.values()))} if prior is not None else {})

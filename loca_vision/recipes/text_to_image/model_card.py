@@ -1,4 +1,4 @@
-"""The card of an adapter that draws a subject, a style or a concept."""
+"""The model card of an adapter for a subject, a style or a concept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SUBJECT = Kind("on", "images", "text-to-image", ("text-to-image", "dreambooth")
 
 
 def image_card(metrics: Mapping[str, Any], repository: str) -> str:
-    """As `card`, of a finished run of the text-to-image trainer."""
+    """Return the `card` of a finished run of the text-to-image trainer."""
     config, prompt = metrics["config"], metrics["config"]["instance_prompt"]
     sampling = metrics["call_settings"] | {
         "height": config["resolution"],

@@ -1,4 +1,4 @@
-"""The pipeline that text-to-image training works on, its adapters, and what is trained."""
+"""The pipeline in text-to-image training, its adapters, and what is trained."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loca_vision.recipes.diffusion.loading import source_of
 from loca_vision.recipes.diffusion.models import NAME, Models, denoising_of, dtype_of, freeze, prepare_denoiser
 from loca_vision.recipes.text_to_image.recipe import ImageRecipe
 
-_OF_DENOISING = {"snr_gamma": None, "prediction_type": None, "noise_offset": 0.0}  # and what each is where nobody set it
+_OF_DENOISING = {"snr_gamma": None, "prediction_type": None, "noise_offset": 0.0}  # with their values when nobody sets them
 _OF_FLOW = {"weighting_scheme": None, "precondition_outputs": None}
 
 
@@ -27,12 +27,12 @@ class ImageModels(Models):
     """A pipeline on its device, frozen but for the adapters in its denoiser and, with --train_text_encoder, its text encoders.
 
     Args:
-        recipe: settled.
-        accelerator: says device and precision. Frozen weights are kept in that precision; what is trained is float32.
+        recipe: a settled recipe.
+        accelerator: gives device and precision. Frozen weights are kept in that precision; what is trained is float32.
 
     Raises:
         OSError: the pipeline is not available.
-        ValueError: it is not one that can be trained here, or a setting does not fit it.
+        ValueError: the pipeline cannot be trained here, or a setting does not fit it.
     """
 
     recipe: ImageRecipe
@@ -71,7 +71,7 @@ def _class(name: str, place: str) -> Any:
 
 
 def _check_process(recipe: ImageRecipe, kind: type[Family], place: str) -> None:
-    """Settings of the other kind of noise are refused."""
+    """Refuse settings of the other kind of noise process."""
     for name, unset in (_OF_DENOISING if kind.flow else _OF_FLOW).items():
         if getattr(recipe, name) != unset:
             trained = "flow matching" if kind.flow else "denoising diffusion"

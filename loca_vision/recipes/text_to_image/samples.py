@@ -1,4 +1,4 @@
-"""What text-to-image training takes by position: an image in its bucket, and with DreamBooth an image of the class."""
+"""Samples of text-to-image training by position: an image in its bucket, and with DreamBooth also an image of the class."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from loca_vision.recipes.diffusion.cache import Cache
 from loca_vision.recipes.diffusion.encoders import Encoders
 
 Item = dict[str, Any]
-"""Of one sample, whose parts are the image and, with prior preservation, the image of the class:
+"""One sample, whose parts are the image and, with prior preservation, the image of the class:
 
-pixels: (parts, 3, H, W) float32 in [-1, 1]; or moments: (parts, 2, c, h, w), where latents are kept.
-sizes: (parts, 6) float32: height and width of the image as it was, top and left of the crop, height and width as it is.
-caption: the image's; and the tensors that stand for it, such as text: (tokens, width), where texts are kept.
+pixels: (parts, 3, H, W) float32 in [-1, 1]; or moments: (parts, 2, c, h, w), if latents are cached.
+sizes: (parts, 6) float32: original height and width, top and left of the crop, final height and width.
+caption: the image's caption; and the tensors that it is encoded to, such as text: (tokens, width), if texts are cached.
 """
 _CLASS = 12  # a key of the stream of random numbers: views of class images
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which images a position stands for, and how they are looked at.
+    """Which images a position stands for, and how they are viewed.
 
-    An epoch has as many samples as the larger of both sets has images; the other one is gone through several times, as in
-    diffusers' DreamBooth scripts.
+    An epoch has as many samples as the larger of the two sets has images; the other set is repeated, as in diffusers'
+    DreamBooth scripts.
 
     Args:
-        images: to learn.
-        prior: of the class; None without prior preservation.
+        images: the images to learn.
+        prior: images of the class; None without prior preservation.
         buckets: (height, width), at least one.
-        crop, flip: of `BucketView`.
-        seed: of the views.
+        crop, flip: as in `BucketView`.
+        seed: the seed of the views.
     """
 
     images: CaptionedImages
@@ -54,46 +54,46 @@ class Plan:
         return max(len(self.images), len(self.prior) if self.prior is not None else 0)
 
     def bucket(self, index: int) -> int:
-        """The bucket of a sample: that of the image to learn."""
-        if len(self.buckets) == 1:  # no header need be read
+        """Return the bucket of a sample: that of the image to learn."""
+        if len(self.buckets) == 1:  # no header has to be read
             return 0
         return nearest_bucket(self.images.sizes[index % len(self.images)], self.buckets)
 
     def view(self, index: int) -> BucketView:
-        """How both images of a sample are looked at."""
+        """Return the view of both images of a sample."""
         return BucketView(self.buckets[self.bucket(index)], self.crop, self.flip)
 
     def parts(self, index: int) -> list[tuple[CaptionedImages, int, int]]:
-        """Of each part its set, its position there, and the seed of its views."""
+        """Return each part's set, its position there, and the seed of its views."""
         found = [(self.images, index % len(self.images), self.seed)]
         if self.prior is not None:
             found.append((self.prior, index % len(self.prior), self.seed + _CLASS))
         return found
 
     def caption(self, index: int) -> str:
-        """That of the image to learn."""
+        """Return the caption of the image to learn."""
         return self.images.captions[index % len(self.images)]
 
 
 def sizes_of(image_size: tuple[int, int], view: BucketView, drawn: Drawn) -> Tensor:
-    """(6,): what Stable Diffusion XL is told of an image of that width and height (Podell et al., 2023, section 2.2)."""
+    """Return (6,): what Stable Diffusion XL is told about an image of that size (Podell et al., 2023, section 2.2)."""
     width, height = image_size
     return torch.tensor([height, width, *view.place(image_size, drawn), *view.size], dtype=torch.float32)
 
 
 class PlainImages(Dataset[Item]):
-    """Samples whose images are decoded when they are asked for, each in the view that (seed, epoch, index) gives it.
+    """Samples whose images are decoded on access, each in the view drawn by (seed, epoch, index).
 
     Args:
-        plan: of the samples.
-        texts: what stands for each caption; None where text encoders are trained.
+        plan: the plan of the samples.
+        texts: the encoded captions; None if text encoders are trained.
     """
 
     def __init__(self, plan: Plan, texts: Texts | None) -> None:
         self.plan, self.texts, self.epoch = plan, texts, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, from 0, before the DataLoader's iterator is made: its workers work on a copy of this set."""
+        """Set the epoch, from 0, before the DataLoader's iterator is made: its workers use a copy of this set."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -112,17 +112,17 @@ class KeptImages(Dataset[Item]):
     """The same samples with their latents from the cache.
 
     Args:
-        plan: of the samples.
-        texts: as `PlainImages`.
-        cache: of the latents.
-        keys: of the moments of every view, by set, position and bucket.
+        plan: the plan of the samples.
+        texts: as in `PlainImages`.
+        cache: the cache of the latents.
+        keys: the keys of the moments of every view, by set, position and bucket.
     """
 
     def __init__(self, plan: Plan, texts: Texts | None, cache: Cache, keys: dict[tuple[int, int, int], list[str]]) -> None:
         self.plan, self.texts, self.latents, self.keys, self.epoch = plan, texts, cache.latents.store, keys, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """As of `PlainImages`."""
+        """Set the epoch, as in `PlainImages`."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -138,7 +138,7 @@ class KeptImages(Dataset[Item]):
 
 
 class Texts:
-    """What text encoders make of captions, from a cache."""
+    """Captions as text encoders encode them, from a cache."""
 
     def __init__(self, cache: Cache, keys: dict[str, tuple[tuple[str, str], ...]]) -> None:
         self.store, self.keys = cache.words.store, keys
@@ -154,19 +154,19 @@ def _item(caption: str, texts: Texts | None, **parts: Tensor) -> Item:
 def kept(
     plan: Plan, encoders: Encoders, folder: Path, *, latents: bool, texts: bool, more: Sequence[str] = (), progress: bool
 ) -> tuple[PlainImages | KeptImages, Texts | None]:
-    """The samples, with what is kept of them; what the folder has already is not computed again.
+    """Return the samples, with latents and texts cached as requested; what the folder already has is not computed again.
 
     Args:
-        folder: of the cache.
-        latents: keep those of the images in every view.
-        texts: keep what stands for the captions.
-        more: texts besides the captions.
+        folder: the folder of the cache.
+        latents: cache the latents of the images in every view.
+        texts: cache the encoded captions.
+        more: texts to encode in addition to the captions.
 
     Returns:
-        The samples, and the texts, with those besides.
+        The samples, and the texts, including the additional ones.
 
     Raises:
-        ValueError: a broken image; a file of other encoders in the folder.
+        ValueError: an image is broken, or a file in the folder is of other encoders.
         OSError: the cache cannot be read or written.
     """
     if not latents and not texts:
@@ -181,14 +181,14 @@ def kept(
         if latents:
             for index in _bar(range(len(plan)), "encoding images", progress):
                 _fill(keys, plan, index, cache)
-    finally:  # an interrupt too
+    finally:  # also after an interrupt
         cache.flush()
     found = Texts(cache, words) if texts else None
     return (KeptImages(plan, found, cache, keys) if latents else PlainImages(plan, found)), found
 
 
 def _fill(keys: dict[tuple[int, int, int], list[str]], plan: Plan, index: int, cache: Cache) -> None:
-    """The keys of a sample's images in its bucket."""
+    """Add the keys of a sample's images in its bucket."""
     view, bucket = plan.view(index), plan.bucket(index)
     for part, (images, position, _) in enumerate(plan.parts(index)):
         if (part, position, bucket) not in keys:

@@ -1,4 +1,4 @@
-"""Training to draw a subject, a style or a concept, as a task of the shared machinery."""
+"""Training on a subject, a style or a concept, as a task of the shared training code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CLASS = 31  # a key of the stream of random numbers: noise of class images
 
 
 class ImageTask(Task):
-    """Images with captions, with DreamBooth's prior preservation (Ruiz et al., 2023) where it is asked for."""
+    """Images with captions, with DreamBooth's prior preservation (Ruiz et al., 2023) if requested."""
 
     noun: ClassVar[str] = "images"
     files_key: ClassVar[str] = "image_files"
@@ -36,7 +36,7 @@ class ImageTask(Task):
 
     def __init__(self, recipe: ImageRecipe, accelerator: Accelerator) -> None:
         self._recipe, self.device = recipe, accelerator.device
-        with accelerator.main_process_first():  # and before models are loaded and the class is drawn, which takes a while
+        with accelerator.main_process_first():  # before models are loaded and class images generated, which takes a while
             images = images_of(recipe)
         self.models = ImageModels(recipe, accelerator)
         draw_class_images(recipe, self.models, accelerator)
@@ -73,15 +73,15 @@ class ImageTask(Task):
         return self._mean(errors, process.weights(one.timesteps), count)
 
     def _mean(self, errors: Tensor, weights: Tensor | None, count: int) -> Tensor:
-        """Of the images to learn, and times its weight of those of the class."""
+        """Return the mean over the images to learn, plus the weighted mean over those of the class."""
         if weights is not None and isinstance(self.models.family.process, Denoising):
-            weights[count:] = 1  # as in diffusers' scripts, SNR weights are for the images to learn alone
+            weights[count:] = 1  # as in diffusers' scripts, SNR weights are only for the images to learn
         errors = errors if weights is None else errors * weights
         loss = errors[:count].mean()
         return loss if len(errors) == count else loss + self.recipe.prior_loss_weight * errors[count:].mean()
 
     def _draws(self, count: int, parts: int, shape: tuple[int, ...], step: int, first: int) -> Draws:
-        """Of the images to learn, then of those of the class."""
+        """Return the draws for the images to learn, followed by those for images of the class."""
         seed, timestep = self.recipe.seed or 0, self.models.family.process.timestep
         seeds = [seed, stream_seed(seed, _CLASS)][:parts]
         offset = self.recipe.noise_offset
@@ -89,7 +89,7 @@ class ImageTask(Task):
         return Draws(*(torch.cat(same) for same in zip(*(vars(one).values() for one in found), strict=True))).to(self.device)
 
     def _texts(self, batch: Mapping[str, Any], parts: int, dropped: Tensor) -> Texts | list[str]:
-        """What the denoiser is given of the captions, or themselves where text encoders are trained."""
+        """Return the encoded captions for the denoiser, or the captions themselves if text encoders are trained."""
         captions, prompt = batch["caption"], self.recipe.class_prompt or ""
         if self.data.texts is None:
             shown = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
@@ -105,7 +105,7 @@ class ImageTask(Task):
         return found
 
     def _known(self, text: str) -> Texts:
-        """What stands for the class or for the empty text, on the device; every step needs both."""
+        """Return the encoded class text or empty text, kept on the device because every step needs both."""
         if text not in self._constant:
             assert self.data.texts is not None
             self._constant[text] = {name: value.to(self.device) for name, value in self.data.texts[text].items()}

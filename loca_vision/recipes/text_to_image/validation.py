@@ -1,4 +1,4 @@
-"""Pictures of what a pipeline in training draws: the base's, and the adapter's at some scales."""
+"""Pictures by a pipeline in training: the base's, and the adapter's at several scales."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from loca_vision.recipes.text_to_image.recipe import ImageRecipe, picture_of
 
 
 class Validation:
-    """Draws the validation prompt whenever asked; what the base makes of it is drawn once.
+    """Draws the validation prompt on request; the base's pictures are drawn only once.
 
     Args:
-        models: the pipeline, with the adapters that are trained.
-        recipe: with a `validation_prompt`.
-        device: to draw on.
+        models: the pipeline, with the adapters in training.
+        recipe: a recipe with a `validation_prompt`.
+        device: the device to draw on.
     """
 
     def __init__(self, models: Models, recipe: ImageRecipe, device: torch.device) -> None:
@@ -29,12 +29,12 @@ class Validation:
         self._base: list[Image.Image] = []
 
     def drawn(self, scale: float) -> list[Image.Image]:
-        """A picture for each seed, with the adapters at a scale."""
+        """Return a picture for each seed, with the adapters at a scale."""
         prompt = self.recipe.validation_prompt or ""
         return [pictures(self.models.pipe, prompt, [seed], self.how, scale=scale)[0] for seed in self.seeds]
 
     def sheet(self) -> Image.Image:
-        """Base and adapter at each scale: a column each; a row for each seed."""
+        """Return a grid with a column for the base and for each scale of the adapter, and a row for each seed."""
         with self.models.encoders.back(self.device):
             self._base = self._base or self.drawn(0)
             columns = [self._base, *(self.drawn(scale) for scale in self.recipe.validation_scales)]

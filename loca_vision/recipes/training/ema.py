@@ -18,16 +18,16 @@ _PREFIX, _STEPS = "ema.", "ema_steps"
 
 @dataclass(frozen=True)
 class Decay:
-    """The share of the average that stays at each step, as diffusers' `EMAModel` has it, with its defaults.
+    """The share of the average that is kept at each step, with the rule and defaults of diffusers' `EMAModel`.
 
     Args:
-        most: which it approaches, and never exceeds.
-        least: which it is never below, once it is above 0.
-        update_after_step: until then the average is what is trained.
+        most: the value that the share approaches and never exceeds.
+        least: the smallest share, once it is above 0.
+        update_after_step: until this step, the average is what is trained.
         warmup: rise as 1 - (1 + step / inv_gamma)^-power instead of (1 + step) / (10 + step).
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number is out of its range.
     """
 
     most: float = 0.9999
@@ -46,7 +46,7 @@ class Decay:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a finite number above 0")
 
     def at(self, step: int) -> float:
-        """Of the update after optimiser step `step`, counted from 1."""
+        """Return the share for the update after optimiser step `step`, counted from 1."""
         step = step - self.update_after_step - 1
         if step <= 0:
             return 0.0
@@ -55,17 +55,17 @@ class Decay:
 
 
 class EMA:
-    """Averages of trained tensors by name, on their devices and in float32 at least: smaller steps are lost in less.
+    """Averages of trained tensors by name, on their devices and in at least float32, because lower precision loses small steps.
 
-    Locations are taken as they are: the mean of two cells is a third one, where no component has been. All others are
-    averaged at every step, also in those in which an alternating schedule keeps them still.
+    Locations are copied instead of averaged: the mean of two cells is a third, where no component has been. All others are
+    averaged at every step, even in those in which an alternating schedule freezes them.
 
     Args:
-        trained: the tensors, by name; what they are trained on.
-        taken: the names of those that are taken as they are.
+        trained: the tensors that are trained, by name.
+        taken: the names of those that are copied as they are.
 
     Raises:
-        ValueError: a name in `taken` that is not trained.
+        ValueError: a name in `taken` is not trained.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class EMA:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Once after each optimiser step."""
+        """Update the averages; call this once after each optimiser step."""
         self.steps += 1
         moving = 1 - self.decay.at(self.steps)
         for name, average in self.averages.items():
@@ -90,7 +90,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the averages are in the model, as for validation or saving; behind, what is trained is back bit for bit."""
+        """Put the averages into the model inside the `with`, as for validation or saving; then restore it bit for bit."""
         before = {name: value.detach().clone() for name, value in self.trained.items()}
         self._put(self.averages)
         try:
@@ -99,15 +99,15 @@ class EMA:
             self._put(before)
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint: the averages as `ema.NAME`, and how many steps were taken."""
+        """Return the state for a checkpoint: the averages as `ema.NAME`, and the number of steps."""
         return {f"{_PREFIX}{name}": value for name, value in self.averages.items()} | {_STEPS: torch.tensor(self.steps)}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from a state; what else is among the tensors is passed over.
+        """Continue from a state; other tensors are ignored.
 
         Raises:
-            ValueError: one is missing, too many, or of another shape; nothing is touched then.
+            ValueError: a tensor is missing, superfluous, or of another shape; nothing is changed then.
         """
         stored = {name.removeprefix(_PREFIX): value for name, value in tensors.items() if name.startswith(_PREFIX)}
         for name in sorted(stored.keys() ^ self.averages.keys()):
@@ -128,12 +128,12 @@ class EMA:
 
 
 def _exact(value: Tensor) -> Tensor:
-    """A copy, of numbers with fewer bits than float32 in float32."""
+    """Return a copy, in float32 if the numbers have fewer bits."""
     small = value.is_floating_point() and value.element_size() < 4
     return value.detach().to(torch.float32 if small else value.dtype, copy=True)
 
 
 def locations_among(model: nn.Module, trained: Mapping[str, Tensor]) -> frozenset[str]:
-    """The names of those trained tensors that are locations of spectra."""
+    """Return the names of the trained tensors that are locations of spectra."""
     locations = {id(update.locations) for update in all_updates(model) if isinstance(update, Spectrum)}
     return frozenset(name for name, value in trained.items() if id(value) in locations)

@@ -1,4 +1,4 @@
-"""The loop of supervised fine-tuning: one optimiser step at a time, handed out as it happens."""
+"""The loop of supervised fine-tuning, which yields after each optimiser step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Images = Dataset[tuple[Tensor, int]]
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step as it was taken: its number from 1, the batch's loss, what moved, and the first group's rate."""
+    """One optimiser step: its number from 1, the batch's loss, what moved, and the first group's rate."""
 
     number: int
     loss: float
@@ -36,15 +36,15 @@ def fine_tune(
     schedule: AlternatingSchedule | None = None,
     workers: int = 0,
 ) -> Iterator[Step]:
-    """AdamW on the cross entropy, rates falling linearly to zero; yields after every step.
+    """Train with AdamW on the cross entropy, with rates that fall linearly to zero; yield after every step.
 
     Args:
-        model: on its device; it is put into training mode.
-        data: images (3, h, w) and class indices. Each epoch is a permutation drawn from the seed; the last batch of an
-            epoch is left out where it is not whole.
+        model: the model, on its device; it is put into training mode.
+        data: images (3, h, w) and class indices. Each epoch is a permutation drawn from the seed; an incomplete last batch of
+            an epoch is left out.
         groups: parameter groups as optimisers take them.
-        steps: optimiser steps.
-        schedule: of coefficients and locations, for an adapted model.
+        steps: number of optimiser steps.
+        schedule: the schedule of coefficients and locations, for an adapted model.
     """
     optimiser = torch.optim.AdamW(groups)
     decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)

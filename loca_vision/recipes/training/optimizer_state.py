@@ -1,6 +1,6 @@
-"""An optimiser as tensors and JSON, for a checkpoint from which it goes on with the same bits. No pickle.
+"""An optimiser as tensors and JSON, for a checkpoint from which it continues bit for bit. No pickle.
 
-The tensors' names begin with "optimizer.", so that they can lie in one checkpoint with others.
+The tensors' names begin with "optimizer.", so that they can be in one checkpoint with others.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _PREFIX = "optimizer."
 
 
 def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The `state_dict` of any torch optimiser, flat: tensors, and what else there is as JSON.
+    """Return the `state_dict` of any torch optimiser, flattened: tensors, and everything else as JSON.
 
     Args:
-        optimizer: or one that accelerate has prepared. A parameter that has no state yet has none afterwards.
+        optimizer: the optimiser, or one that accelerate has prepared. A parameter without state stays without.
 
     Raises:
-        TypeError: its state holds something else than tensors, numbers, texts, None, lists, tuples and tables of these.
+        TypeError: its state holds something other than tensors, numbers, texts, None, and lists, tuples and tables of these.
     """
     inner = _inner(optimizer)
     saved = inner.state_dict()
@@ -37,16 +37,16 @@ def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str
 
 
 def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Make an optimiser over the same parameters what the saved one was, to the bit; rates and other settings too.
+    """Restore an optimiser over the same parameters to the saved state, bit for bit, including rates and other settings.
 
     Args:
-        optimizer: or one that accelerate has prepared.
+        optimizer: the optimiser, or one that accelerate has prepared.
         tensors: those of `optimizer_tensors`; others, whose names do not begin with "optimizer.", may be among them.
-        state: that of `optimizer_tensors`.
+        state: the state of `optimizer_tensors`.
 
     Raises:
-        ValueError: another kind of optimiser, number of groups or parameters, shape or dtype, or something is missing or left
-            over; the optimiser is as it was.
+        ValueError: the kind of optimiser, the number of groups or parameters, a shape or a dtype differs, or something is
+            missing or left over; the optimiser is unchanged.
     """
     inner = _inner(optimizer)
     try:
@@ -67,14 +67,14 @@ def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], state
 
 
 def _inner(optimizer: Optimizer) -> Optimizer:
-    """What accelerate has wrapped."""
+    """Return the optimiser that accelerate has wrapped."""
     while isinstance(wrapped := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = wrapped
     return optimizer
 
 
 def _shapes(optimizer: Optimizer) -> list[list[str]]:
-    """Of each group's parameters, dtype and shape, as "float32 3x4"."""
+    """Return dtype and shape of each group's parameters, as in "float32 3x4"."""
     return [
         [f"{str(p.dtype).removeprefix('torch.')} {'x'.join(map(str, p.shape))}" for p in group["params"]]
         for group in optimizer.param_groups
@@ -82,7 +82,7 @@ def _shapes(optimizer: Optimizer) -> list[list[str]]:
 
 
 def _flat(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """A value as JSON. What JSON lacks is a table with one key that says what it is; tensors go into `tensors`."""
+    """Return a value as JSON. What JSON lacks becomes a table with one key that names its kind; tensors go into `tensors`."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
@@ -99,14 +99,14 @@ def _flat(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _whole(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The value again; its tensors are taken out of `tensors`."""
+    """Invert `_flat`; tensors are taken out of `tensors`."""
     if isinstance(value, list):
         return [_whole(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "tensor":
-        return tensors.pop(content).clone()  # an optimiser works in place
+        return tensors.pop(content).clone()  # cloned because an optimiser works in place
     if kind == "float":
         return float(content)
     if kind == "tuple":
@@ -117,7 +117,7 @@ def _whole(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _unflattened(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The `state_dict`; every tensor of it is used once."""
+    """Return the `state_dict`, using each of its tensors once."""
     left = {name: tensor for name, tensor in tensors.items() if name.startswith(_PREFIX)}
     try:
         groups = [_whole(group, left) for group in state["groups"]]
@@ -151,11 +151,11 @@ def _check_same(optimizer: Optimizer, state: Mapping[str, Any], saved: Mapping[s
 
 
 def _exact(loaded: Any, saved: Any) -> Any:
-    """What was saved, on the device torch has brought it to; its dtype torch makes the parameter's, and texts it spoils."""
+    """Return the saved value on the device that torch moved it to, since torch also casts tensors and spoils texts."""
     if isinstance(saved, Tensor):
         return saved.to(loaded.device) if isinstance(loaded, Tensor) else saved
     if isinstance(saved, dict) and isinstance(loaded, dict):
         return loaded | {key: _exact(loaded.get(key), value) for key, value in saved.items()}
     if isinstance(saved, (list, tuple)) and isinstance(loaded, (list, tuple)):
         return type(saved)(_exact(*pair) for pair in zip(loaded, saved, strict=True))
-    return loaded if isinstance(loaded, Tensor) else saved  # a count, of which newer versions make a tensor
+    return loaded if isinstance(loaded, Tensor) else saved  # newer versions turn a count into a tensor

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -25,8 +25,8 @@ from loca_vision.model.select_locations import select_locations
 from loca_vision.recipes.training.optimizer_state import optimizer_tensors, restore_optimizer
 from loca_vision.recipes.training.trained_tensors import checksum, has_locations, trained_tensors
 
-FLUSH = 20  # steps after which losses are fetched from the device, which waits for it
-# How long processes wait for the one that encodes a data set or draws pictures; of the usual 10 minutes NCCL makes an error.
+FLUSH = 20  # steps between fetches of the losses, for which the host waits for the device
+# How long processes wait for the one that encodes a data set or draws pictures; NCCL fails after 10 minutes by default.
 _WAITING = timedelta(days=2)
 
 Batch = TypeVar("Batch")
@@ -41,9 +41,9 @@ class Progress:
     """How far a run has come; all of it goes into a checkpoint.
 
     Args:
-        step: optimiser steps taken.
-        curve: loss, rate and phase of each.
-        seconds, waiting: spent in training, and of that in waiting for data.
+        step: number of optimiser steps taken.
+        curve: loss, rate and phase of each step.
+        seconds, waiting: time spent training, and the part of it spent waiting for data.
     """
 
     step: int = 0
@@ -53,17 +53,17 @@ class Progress:
 
 
 def accelerator_for(*, precision: str | None, report_to: str, folder: Path, moving: bool) -> Accelerator:
-    """The one place that knows about processes, devices, precisions and trackers.
+    """Make the accelerator: the only place that knows about processes, devices, precisions and trackers.
 
     Args:
         precision: "no", "bf16", "fp16", or None for what `accelerate launch` says.
         report_to: "none", "all", or a tracker's name.
-        folder: of the run.
-        moving: whether which parameters have gradients changes from step to step, as with halves of spectra.
+        folder: the folder of the run.
+        moving: whether the set of parameters that have gradients changes from step to step, as with halves of spectra.
 
     Raises:
-        ValueError: this device has not the precision, the tracker is not installed, or accelerate is configured for a kind of
-            training that cuts a model into pieces.
+        ValueError: this device does not support the precision, the tracker is not installed, or accelerate is configured for a
+            kind of training that splits a model.
     """
     _check_tracker(report_to)
     for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
@@ -72,12 +72,12 @@ def accelerator_for(*, precision: str | None, report_to: str, folder: Path, movi
     precision = precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("fp16: this precision needs a GPU; bf16 works on processors too")
-    # Started as one of several processes, accelerate shares the work among them only where it knows on what.
+    # If started as one of several processes, accelerate shares the work among them only if it knows the device.
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.cuda.is_available()
     return Accelerator(
         cpu=not alone,
         mixed_precision=precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # of losses that are shared out already
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the losses are divided already
         log_with=None if report_to == "none" else report_to,
         project_dir=str(folder),
         kwargs_handlers=[
@@ -88,7 +88,7 @@ def accelerator_for(*, precision: str | None, report_to: str, folder: Path, movi
 
 
 def _check_tracker(name: str) -> None:
-    """accelerate passes over one that is missing, and the curves would be lost."""
+    """Refuse a missing tracker: accelerate would ignore it, and the curves would be lost."""
     there = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
     if name not in ("none", "all") and name not in there:
         raise ValueError(f"report_to={name!r}: it is not installed; python -m pip install {name}")
@@ -97,7 +97,7 @@ def _check_tracker(name: str) -> None:
 
 
 def end_trackers(accelerator: Accelerator) -> None:
-    """Of one run; `end_training` would end the group of processes too."""
+    """End the trackers of one run; `end_training` would also end the process group."""
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.trackers = []
@@ -106,16 +106,16 @@ def end_trackers(accelerator: Accelerator) -> None:
 
 
 class Stepper:
-    """Takes the optimiser steps of a run, and knows everything of it that a checkpoint needs.
+    """Takes the optimiser steps of a run, and holds everything that a checkpoint needs.
 
     Args:
-        model: with its adapter; under several processes `wrapped` is what shares its gradients.
-        optimizer: over what is trained.
-        accelerator: of `accelerator_for`.
-        progress: of the run, written to.
-        scheduler: of the rates, made of the optimiser.
-        phases: settings of an AlternatingSchedule, which is made where locations learn.
-        clip: the largest norm of all gradients together; None for any.
+        model: the model with its adapter; with several processes `wrapped` is what shares its gradients.
+        optimizer: the optimiser over what is trained.
+        accelerator: from `accelerator_for`.
+        progress: the progress of the run, which is updated.
+        scheduler: makes the schedule of the rates, given the optimiser.
+        phases: settings of an AlternatingSchedule, which is made if locations are trained.
+        clip: the largest norm of all gradients together; None for no limit.
     """
 
     def __init__(
@@ -138,11 +138,11 @@ class Stepper:
         self._fetched: list[Tensor] = []
 
     def step(self, parts: Sequence[Callable[[], Tensor]]) -> None:
-        """One optimiser step.
+        """Take one optimiser step.
 
         Args:
-            parts: each gives, under autocast, the loss of a part of this process's share of the batch; their sum is that of
-                the share, and the mean over processes that of the batch.
+            parts: functions that return, under autocast, the loss of a part of this process's share of the batch. Their sum is
+                the share's loss, and the mean over processes is the batch's.
         """
         self.progress.curve["lr"].append(float(self.decay.get_last_lr()[0]))
         self.progress.curve["phase"].append(self.schedule.phase if self.schedule else None)
@@ -155,7 +155,7 @@ class Stepper:
         if self.clip is not None:
             self.accelerator.clip_grad_norm_(self._parameters(), self.clip)
         self.optimizer.step()
-        if not self.accelerator.optimizer_step_was_skipped:  # as when fp16 overflowed
+        if not self.accelerator.optimizer_step_was_skipped:  # skipped if fp16 overflowed, for example
             self.decay.step()
             if self.schedule:
                 self.schedule.step()
@@ -163,11 +163,12 @@ class Stepper:
         self._fetched.append(total)
         self.progress.step += 1
 
-    def choose_locations(self, batches: Iterable[Sequence[Callable[[], Tensor]]]) -> None:
-        """Spend a step on each batch, in which nothing is trained: components go where the gradient is largest.
+    def choose_locations(self, batches: Iterable[Sequence[Callable[[], Tensor]]], rule: Literal["largest", "sampled"]) -> None:
+        """Spend a step on each batch without training anything, then put components at cells chosen by the gradient.
 
         Args:
-            batches: of each the losses of its parts, as of `step`, computed with `model` and not with `wrapped`.
+            batches: for each batch the losses of its parts, as in `step`, computed with `model` and not with `wrapped`.
+            rule: how cells are chosen, as in `select_locations`.
         """
 
         def losses() -> Iterator[Tensor]:
@@ -183,20 +184,20 @@ class Stepper:
                 self._fetched.append(total)
                 self.progress.step += 1
 
-        select_locations(self.model, losses())
+        select_locations(self.model, losses(), rule=rule)
 
     def _sharing(self, last: bool) -> AbstractContextManager[Any]:
-        """Gradients go to the other processes with the last part of a batch only."""
+        """Share gradients with the other processes only at the last part of a batch."""
         return nullcontext() if last else self.accelerator.no_sync(self.wrapped)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def flush(self, bar: Any, *, now: bool = True) -> None:
-        """Fetch the losses of the last steps, the mean over processes; unless `now`, only where there are enough of them.
+        """Fetch the losses of the last steps, averaged over processes; unless `now`, only if there are enough of them.
 
         Raises:
-            Diverged: one is not finite.
+            Diverged: a loss is not finite.
         """
         if not self._fetched or (not now and len(self._fetched) < FLUSH):
             return
@@ -214,13 +215,13 @@ class Stepper:
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
-        """Time spent in here between two steps is not counted as training."""
+        """Exclude the time spent inside, between two steps, from the training time."""
         began = time.perf_counter()
         yield
         self.progress.seconds -= time.perf_counter() - began
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, and the seconds between the first wish for one and the end of the last step."""
+        """Yield the batches, and measure the time from the first request to the end of the last step."""
         began = time.perf_counter()
         iterator = iter(batches)
         while True:
@@ -239,12 +240,12 @@ class Stepper:
 
     @torch.no_grad()
     def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """What is trained, from tensors of these names."""
+        """Set what is trained to the tensors of these names."""
         for name, tensor in self.moved.items():
             tensor.copy_(tensors[name])
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """For a checkpoint: tensors, and what else there is as JSON."""
+        """Return the state for a checkpoint: tensors, and everything else as JSON."""
         tensors, optimizer = optimizer_tensors(self.optimizer)
         tensors |= {f"model.{name}": tensor for name, tensor in self.moved.items()}
         scaler = self.accelerator.scaler
@@ -258,17 +259,17 @@ class Stepper:
         }
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint, to the same numbers.
+        """Continue from a checkpoint, to the same numbers.
 
         Raises:
-            ValueError: it is of a model that began with other weights, or of another optimiser; nothing is touched.
+            ValueError: it is for a model that began with other weights, or for another optimiser; nothing is changed.
         """
         if state["base"] != self.base:
             raise ValueError("the run there began with other weights of the model")
         restore_optimizer(self.optimizer, tensors, state["optimizer"])
         self.put({name: tensors[f"model.{name}"] for name in self.moved})
         vars(self.progress).update(state["progress"])
-        self.decay.last_epoch = state["decay"]  # the rates themselves are the optimiser's
+        self.decay.last_epoch = state["decay"]  # the rates themselves are in the optimiser
         self.decay._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         if self.schedule:
             self.schedule.load_state_dict(state["schedule"])
@@ -277,7 +278,7 @@ class Stepper:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU of tensors, else of the whole process."""
+    """Return bytes: on a GPU those of tensors, otherwise those of the whole process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     import resource

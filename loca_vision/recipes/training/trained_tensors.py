@@ -1,4 +1,4 @@
-"""What training moves in a model, and a check that everything else is what it was."""
+"""What training changes in a model, and a check that everything else is unchanged."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from loca_vision.model.traversal import all_updates
 
 
 def has_locations(model: nn.Module) -> bool:
-    """Whether anything is there for an alternating schedule to move."""
+    """Return whether there is anything for an alternating schedule to move."""
     return any(update.location_parameters() for update in all_updates(model))
 
 
 def trained_tensors(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """What training moves, by name: the optimiser's parameters, and buffers such as running statistics."""
+    """Return what training changes, by name: the optimiser's parameters, and buffers such as running statistics."""
     moved = {id(parameter) for group in groups for parameter in group["params"]}
     kept = model.state_dict()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
@@ -26,7 +26,7 @@ def trained_tensors(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> di
 
 
 def checksum(model: nn.Module, trained: Mapping[str, Tensor]) -> int:
-    """Of everything that is not trained, so that a run goes on with the weights it began with."""
+    """Return a checksum of everything that is not trained, so that a run continues with the weights it began with."""
     total = 0
     for name, value in model.named_parameters():
         if name not in trained:
@@ -37,7 +37,7 @@ def checksum(model: nn.Module, trained: Mapping[str, Tensor]) -> int:
 
 
 def _stored(value: Tensor) -> Iterator[Tensor]:
-    """The tensors that a tensor is made of, as a quantised one of bits and scales; of any other, itself."""
+    """Yield the tensors that a tensor consists of: bits and scales of a quantised one, otherwise the tensor itself."""
     if not hasattr(value, "__tensor_flatten__"):
         yield value
         return

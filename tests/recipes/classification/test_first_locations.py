@@ -36,6 +36,18 @@ def test_the_first_steps_choose_and_the_rest_train(base, tmp_path):
     assert main("evaluate", "--adapter", tmp_path / "out") == 0
 
 
+def test_cells_may_be_drawn_instead(base, tmp_path):
+    """By the same gradients, other cells than the largest, and the same ones for the same seed."""
+    largest, sampled, again = tmp_path / "largest", tmp_path / "sampled", tmp_path / "again"
+    trained(largest, *CHOSEN, *base)
+    for out in (sampled, again):
+        trained(out, *CHOSEN, *base, "--location_rule", "sampled")
+    (one, _), (other, _) = tensors(largest), tensors(sampled)
+    names = [name for name in one if name.endswith("locations")]
+    assert names and all(not torch.equal(one[name], other[name]) for name in names)
+    assert weights(sampled) == weights(again)
+
+
 def tensors_of_random(base, tmp_path):
     trained(tmp_path / "random", *LOCA, "--learning_steps", "0", "--epochs", "1", *base)
     return tensors(tmp_path / "random")
@@ -64,6 +76,7 @@ def test_two_processes_are_one(base, tmp_path):
     ("flags", "sentence"),
     [
         (("--location_batches", "2"), "--location_batches: say --location_init gradient too"),
+        (("--location_rule", "sampled"), "--location_rule: say --location_init gradient too"),
         (
             ("--location_init", "gradient", "--location_batches", "4"),
             "location_batches=4: an epoch has 4 steps; choose by fewer",

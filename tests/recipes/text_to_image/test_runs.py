@@ -57,6 +57,7 @@ def test_killed_runs_go_on_to_the_same_bits(dreambooth, tmp_path):
 def test_locations_by_the_gradient(dreambooth, tmp_path):
     """The first of three steps chooses; a run goes on from there to the same bits."""
     chosen = (*dreambooth, "--max_train_steps", "3", "--location_init", "gradient", "--location_batches", "1")
+    chosen += ("--location_rule", "sampled")
     metrics = trained(tmp_path / "whole", *chosen)
     assert len(metrics["curves"]["loss"]) == 3 and metrics["curves"]["lr"][0] == 0 and metrics["curves"]["phase"][0] is None
     killed(tmp_path / "out", 2, 0.0, *chosen, "--checkpointing_steps", "1", command=(TRAIN,))

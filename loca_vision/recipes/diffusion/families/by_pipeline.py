@@ -1,4 +1,4 @@
-"""Which family a pipeline is of, told by the name of its class."""
+"""The family of a pipeline, by the name of its class."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ EDITING: dict[str, type[Family]] = {
 
 
 def family_of(name: str, place: str) -> type[Family]:
-    """The family of a text-to-image pipeline.
+    """Return the family of a text-to-image pipeline.
 
     Args:
-        name: of the pipeline's class.
-        place: where the pipeline is from, for the sentence.
+        name: the name of the pipeline's class.
+        place: where the pipeline is from, for the error message.
 
     Raises:
         ValueError: it is not one of those that can be trained.

@@ -1,4 +1,4 @@
-"""What training needs to know about an architecture: what its denoiser is given of images and texts, and how it is called."""
+"""What training needs to know about an architecture: the denoiser's inputs from images and texts, and how to call it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from loca_vision.recipes.diffusion.errors import sampled
 from loca_vision.recipes.diffusion.flow import Flow
 
 Texts = dict[str, Tensor]
-"""What text encoders make of texts, by name; each (n, ...)."""
+"""Encoded texts, by name; each (n, ...)."""
 Process = Denoising | Flow
 Call = Callable[..., Any]
-"""A denoiser, or what shares its gradients between processes."""
+"""A denoiser, or a wrapper that shares its gradients between processes."""
 
 
 class Family:
@@ -26,18 +26,18 @@ class Family:
     Args:
         pipe: a text-to-image pipeline, or one of InstructPix2Pix.
         process: how noise is added, and what is to be predicted.
-        max_sequence_length: of the texts in tokens, for families in which it can be chosen; None for the usual one.
-        guidance_scale: what models are told in training that have learned guided predictions.
+        max_sequence_length: length of the texts in tokens, for families in which it can be chosen; None for the usual one.
+        guidance_scale: the guidance given in training to models that have learned guided predictions.
 
     Attributes:
         denoiser: the name of the component that predicts.
-        text_names: of the tensors that stand for a text.
-        text_encoders: the names of the encoders of texts, each with its tokenizer's.
-        trainable: those of them that adapters may go in.
+        text_names: names of the tensors that a text is encoded to.
+        text_encoders: the names of the text encoders, each with its tokenizer's.
+        trainable: the text encoders that adapters can be put in.
         flow: whether it is trained by flow matching.
-        keeps_vae_exact: whether the autoencoder is kept in float32, as in half precision it overflows.
+        keeps_vae_exact: whether the autoencoder is kept in float32 because it overflows in half precision.
         sized: whether the denoiser is told the size of an image and where it was cropped.
-        usual_length: tokens of a text that are read, where that can be chosen; None where the tokenizer decides.
+        usual_length: how many tokens of a text are read by default, if that can be chosen; None if the tokenizer decides.
     """
 
     denoiser: ClassVar[str] = "unet"
@@ -63,17 +63,17 @@ class Family:
 
     @property
     def divisor(self) -> int:
-        """The sides of an image are multiples of it."""
+        """The number that the sides of an image must be multiples of."""
         return int(self.pipe.vae_scale_factor)
 
     def call_settings(self) -> dict[str, Any]:
-        """Arguments with which the pipeline, when it draws, reads texts as in training."""
+        """Return arguments that make the pipeline, when it draws, read texts as in training."""
         return {"max_sequence_length": self.length} if self.length else {}
 
     def texts(self, prompts: Sequence[str]) -> Texts:
-        """What the denoiser is given of texts, padded or cut to the length that is read.
+        """Return the encoded texts for the denoiser, padded or truncated to the length that is read.
 
-        Pipelines warn of each text that they cut, each time; a run has said once how many there are.
+        The pipelines' warnings about each truncated text are silenced, since a run has reported once how many there are.
         """
         loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
         levels = [logger.level for logger in loggers]
@@ -86,24 +86,24 @@ class Family:
                 logger.setLevel(level)
 
     def encode(self, prompts: list[str]) -> Texts:
-        """`texts`, by the pipeline's own means."""
+        """Encode `texts` with the pipeline's own method."""
         raise NotImplementedError
 
     def lengths(self) -> dict[str, int]:
-        """The tokens of a text that are read, by the name of the tokenizer: of those that are to read all of it."""
+        """Return how many tokens are read, by tokenizer, for those tokenizers that should read a whole text."""
         return {name: self.length or int(getattr(self.pipe, name).model_max_length) for name in self.text_encoders.values()}
 
     def token_counts(self, tokenizer: str, prompts: Sequence[str]) -> list[int]:
-        """How many tokens each text has, with whatever marks the tokenizer adds, nothing cut."""
+        """Return how many tokens each text has without truncation, including the tokenizer's special tokens."""
         read = getattr(self.pipe, tokenizer)
         return [len(tokens) for tokens in read(list(prompts), truncation=False, verbose=False).input_ids] if prompts else []
 
     def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """(c, h, w) of what is denoised, from that of the autoencoder's latents."""
+        """Return (c, h, w) of what is denoised, given the shape of the autoencoder's latents."""
         return tuple(shape)
 
     def latents(self, moments: Tensor, posterior: Tensor) -> Tensor:
-        """What is denoised: a sample of the latents (b, 2, c, h, w), as the denoiser knows them."""
+        """Return what is denoised: a sample of the latents (b, 2, c, h, w), scaled as for the denoiser."""
         config = self.pipe.vae.config
         shift = getattr(config, "shift_factor", None) or 0.0
         factor: float = config.scaling_factor
@@ -112,25 +112,25 @@ class Family:
     def predict(
         self, model: Callable[..., Any], noisy: Tensor, timesteps: Tensor, texts: Texts, sizes: Tensor | None
     ) -> Tensor:
-        """The denoiser's prediction, in the shape of the noisy latents (b, c, h, w).
+        """Return the denoiser's prediction, in the shape of the noisy latents (b, c, h, w).
 
         Args:
-            model: the denoiser, or what shares its gradients between processes.
+            model: the denoiser, or a wrapper that shares its gradients between processes.
             timesteps: (b,).
-            texts: of `texts`.
-            sizes: (b, 6): of an image height and width as it was, top and left of the crop, height and width as it is; of
+            texts: the result of `texts`.
+            sizes: (b, 6): each image's original height and width, top and left of the crop, final height and width; for
                 families with `sized`.
         """
         raise NotImplementedError
 
     def _device(self) -> torch.device:
-        """Of the text encoders."""
+        """Return the device of the text encoders."""
         name = next(iter(self.text_encoders))
         device: torch.device = next(getattr(self.pipe, name).parameters()).device
         return device
 
 
 def output_of(answer: Any) -> Tensor:
-    """The tensor that a model of diffusers answers with."""
+    """Return the tensor in a diffusers model's output."""
     tensor: Tensor = answer[0] if isinstance(answer, tuple) else answer.sample
     return tensor

@@ -24,7 +24,7 @@ class _Packed(Family):
         return 2 * super().divisor
 
     def _guidance(self, noisy: Tensor) -> Tensor | None:
-        """What a model is told that has learned guided predictions: (b,)."""
+        """Return the guidance for a model that has learned guided predictions: (b,); None for others."""
         if not self.model.config.guidance_embeds:  # type: ignore[union-attr]
             return None
         return noisy.new_full((len(noisy),), self.guidance_scale)
@@ -36,7 +36,7 @@ class Flux(_Packed):
     text_encoders: ClassVar[dict[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
     def lengths(self) -> dict[str, int]:
-        """Of T5: of CLIP only a summary is used."""
+        """Return T5's length, because only a summary of CLIP is used."""
         assert self.length is not None
         return {"tokenizer_2": self.length}
 
@@ -64,7 +64,7 @@ class Flux(_Packed):
 
 
 class Flux2(_Packed):
-    """Flux.2 and its klein: inner states of a language model, and latents brought to mean 0 and deviation 1 by patch."""
+    """Flux.2 and its klein: hidden states of a language model, and patches of latents with mean 0 and deviation 1."""
 
     text_names: ClassVar[tuple[str, ...]] = ("text",)
     trainable: ClassVar[tuple[str, ...]] = ()
@@ -76,7 +76,7 @@ class Flux2(_Packed):
         return {"text": text}
 
     def token_counts(self, tokenizer: str, prompts: Sequence[str]) -> list[int]:
-        """In the frame of a conversation, in which the language model is given a text."""
+        """Count tokens including the conversation template in which the language model gets a text."""
         read, system = getattr(self.pipe, tokenizer), getattr(self.pipe, "system_message", None)
         count = _tokens_of_klein if system is None else partial(_tokens_of_flux2, system=system)
         return [count(read, text) for text in prompts]
@@ -86,7 +86,7 @@ class Flux2(_Packed):
         return (4 * channels, height // 2, width // 2)
 
     def latents(self, moments: Tensor, posterior: Tensor) -> Tensor:
-        """Of the mode alone, as diffusers' scripts: nothing is sampled."""
+        """Return the mode, as in diffusers' scripts: nothing is sampled."""
         vae = self.pipe.vae
         patches: Tensor = self.pipe._patchify_latents(moments[:, 0])
         mean, variance = (value.view(1, -1, 1, 1).to(patches) for value in (vae.bn.running_mean, vae.bn.running_var))
@@ -115,4 +115,4 @@ def _tokens_of_flux2(processor: Any, text: str, *, system: str) -> int:
     spoken = (("system", system), ("user", text))
     said = [{"role": role, "content": [{"type": "text", "text": words}]} for role, words in spoken]
     tokens = processor.apply_chat_template(said, tokenize=True, return_dict=False, add_generation_prompt=False)
-    return torch.as_tensor(tokens).numel()  # a processor answers for one as for several
+    return torch.as_tensor(tokens).numel()  # a processor returns a batch even for a single text

@@ -15,7 +15,7 @@ class StableDiffusion(Family):
     text_names: ClassVar[tuple[str, ...]] = ("text",)
 
     def encode(self, prompts: list[str]) -> Texts:
-        encode = getattr(self.pipe, "encode_prompt", None) or self.pipe._encode_prompt  # of its InstructPix2Pix
+        encode = getattr(self.pipe, "encode_prompt", None) or self.pipe._encode_prompt  # the latter in InstructPix2Pix
         found = encode(prompts, self._device(), 1, False)
         return {"text": found[0] if isinstance(found, tuple) else found}
 

@@ -28,7 +28,7 @@ class StableDiffusion3(Family):
         return int(self.pipe.vae_scale_factor * self.model.config.patch_size)  # type: ignore[union-attr]
 
     def lengths(self) -> dict[str, int]:
-        """Of T5, which alone reads texts beyond CLIP's length; of CLIP where there is no T5."""
+        """Return the length of T5, which alone reads texts beyond CLIP's length; without a T5, those of the CLIPs."""
         if getattr(self.pipe, "tokenizer_3", None) is not None and self.length:
             return {"tokenizer_3": self.length}
         return {name: int(getattr(self.pipe, name).model_max_length) for name in ("tokenizer", "tokenizer_2")}

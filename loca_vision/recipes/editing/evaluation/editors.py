@@ -1,4 +1,4 @@
-"""The editors an evaluation compares: the base, an adapter at several scales, other adapters."""
+"""The editors that an evaluation compares: the base, an adapter at several scales, and other adapters."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from loca_vision.storage.atomic_file import write_atomically
 
 @dataclass(frozen=True)
 class Editor:
-    """An editor: the pipeline with one adapter, or with none.
+    """The pipeline with one adapter, or with none.
 
     Args:
-        title: unlike that of every other.
+        title: a unique title.
         adapter: its name in the pipeline; None for the base model.
-        scale: how strongly it acts.
+        scale: the adapter's strength.
     """
 
     title: str
@@ -39,11 +39,11 @@ class Editor:
 
     @property
     def file_title(self) -> str:
-        """No name of an adapter holds the sign in it, so that no two are alike."""
+        """A unique title for file names: no name of an adapter contains the sign @."""
         return self.title.replace(" at ", "@")
 
     def act(self, pipe: Any) -> None:
-        """Let this editor's adapter act in the pipeline, and no other."""
+        """Activate this editor's adapter in the pipeline, and no other."""
         Loca.set_loca_adapters(pipe, [] if self.adapter is None else self.adapter, None if self.adapter is None else self.scale)
 
 
@@ -51,15 +51,15 @@ BASE = Editor("base")
 
 
 def columns_of(first: str, others: Sequence[str], scales: Sequence[float]) -> list[Editor]:
-    """The base, the first adapter at each scale, and each of the others as it is; all by their names."""
+    """Return the base, the first adapter at each scale, and each of the others as it is; adapters are given by name."""
     graded = [Editor(f"{first} at {scale:g}", first, scale) for scale in scales]
     return [BASE, *graded, *(Editor(name, name) for name in others)]
 
 
 def named(sources: Sequence[str]) -> dict[str, str]:
-    """A name for each source of an adapter, in their order: of the file, of its folder, or of the repository.
+    """Name each source of an adapter, in order, after its file, its folder, or its repository.
 
-    Of several of one name the second becomes `name-2`.
+    If several have the same name, the second becomes `name-2`.
     """
     names: dict[str, str] = {}
     for source in sources:
@@ -74,10 +74,10 @@ def named(sources: Sequence[str]) -> dict[str, str]:
 
 
 def files_of(sources: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Of each adapter, by name, the facts of its file, fetched from the hub where it is there.
+    """Return the facts about each adapter's file by the adapter's name, fetching the file from the hub if necessary.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: it is not available.
+        FileNotFoundError, OSError, ValueError: a file is not available.
     """
     files: dict[str, dict[str, Any]] = {}
     for name, source in sources.items():
@@ -87,7 +87,7 @@ def files_of(sources: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 
 
 def load_all(pipe: Any, sources: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Load the adapters under their names; of each, what it is and how many numbers it holds.
+    """Load the adapters under their names; return what each of them is and how many numbers it holds.
 
     Raises:
         FileNotFoundError, OSError, ValueError: one of them cannot be loaded into this pipeline.
@@ -108,19 +108,19 @@ def _facts(pipe: Any, name: str) -> dict[str, Any]:
 
 
 def edits_of(subjects: Sequence[EditCase], columns: Sequence[Editor], folder: Path) -> dict[Editor, dict[str, Path]]:
-    """Where every edit is, or will be: by column, then by the subject's name."""
+    """Return the path of every edit, whether it exists or not, by column and then by the subject's name."""
     return {column: {one.name: folder / f"{one.name}-{column.file_title}.png" for one in subjects} for column in columns}
 
 
 def make_edits(
     pipe: Any, subjects: Sequence[EditCase], columns: Sequence[Editor], sampling: Sampling, folder: Path
 ) -> dict[Editor, dict[str, Path]]:
-    """Edit every subject by every column into PNG files; those that are there stay.
+    """Edit every subject by every column into PNG files; existing ones are kept.
 
-    Column by column, since the weights of an adapter are built once when it comes to act.
+    Edits are made column by column, because an adapter's weights are built once when it is activated.
 
     Raises:
-        ValueError: a photograph cannot be read, or not be edited by this pipeline.
+        ValueError: a photograph cannot be read, or cannot be edited by this pipeline.
         OSError: an edit cannot be written.
     """
     files = edits_of(subjects, columns, folder)
@@ -137,7 +137,7 @@ def make_edits(
 
 
 def pictures_of(one: EditCase, files: Mapping[Editor, Mapping[str, Path]]) -> Iterator[tuple[str, Image.Image]]:
-    """The photograph, its edits by the titles of the columns, and the target where there is one."""
+    """Yield the photograph, its edits by the titles of the columns, and the target if there is one."""
     photo, target = one.read()
     yield "photograph", photo
     for column, there in files.items():

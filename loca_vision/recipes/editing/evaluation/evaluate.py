@@ -34,20 +34,20 @@ from loca_vision.storage.atomic_file import write_atomically
 from loca_vision.storage.output_folder import claim
 
 SETTINGS, RESULT, SHEET, EDITS = "settings.json", "evaluation.json", "contact_sheet.png", "edits"
-MOST_ROWS, MOST_SIDE = 12, 384  # of the contact sheet, and pixels of its cells
+MOST_ROWS, MOST_SIDE = 12, 384  # rows of the contact sheet, and pixels of its cells
 
 Made = Mapping[Editor, Mapping[str, Path]]
 
 
 def evaluate(wanted: EditEvaluation, given: Collection[str] = ()) -> dict[str, Any]:
-    """Edit what is not edited yet, measure, write everything down, print a table; returns what evaluation.json holds.
+    """Make the missing edits, measure, write all results and print a table; return the contents of evaluation.json.
 
     Args:
         given: the fields that the user has set.
 
     Raises:
-        ValueError: a setting out of range, settings that contradict each other, something that cannot be read or edited, or
-            edits of other settings in the folder.
+        ValueError: a setting is out of range, settings contradict each other, something cannot be read or edited, or the folder
+            contains edits with other settings.
         FileNotFoundError, OSError: something is missing, or cannot be read or written.
         ModuleNotFoundError: a library is missing.
     """
@@ -69,14 +69,14 @@ def evaluate(wanted: EditEvaluation, given: Collection[str] = ()) -> dict[str, A
 
 
 def pipeline(wanted: EditEvaluation, device: torch.device) -> Any:
-    """The base, in its dtype on its device.
+    """Return the base, in its dtype on its device.
 
     Raises:
         OSError: it is not available, or is not such a pipeline in safetensors files.
     """
     source = wanted.pretrained_model_name_or_path
     pipe = pipeline_of(source, revision=wanted.revision, variant=wanted.variant)
-    for model in models_in(pipe).values():  # the word that from_pretrained has for a dtype changes with its version
+    for model in models_in(pipe).values():  # from_pretrained's argument for the dtype has another name in other versions
         torch.nn.Module.to(model, wanted.torch_dtype)
     return pipe.to(device)
 
@@ -100,7 +100,7 @@ def _tools(wanted: EditEvaluation, device: torch.device) -> Tools:
 
 
 def _check_entrance(pipe: Any, wanted: EditEvaluation) -> None:
-    """After the adapters, which may bring a wider one along."""
+    """Check the UNet's channels after loading the adapters, which may widen it."""
     takes, needed = pipe.unet.config.in_channels, 2 * pipe.vae.config.latent_channels
     if takes != needed:
         raise ValueError(
@@ -121,7 +121,7 @@ def _written(
     measured: Sequence[Mapping[str, Measures]],
     more: dict[str, Any],
 ) -> dict[str, Any]:
-    """The picture, and, as the last, the numbers, which say that the evaluation is finished."""
+    """Write the picture and, last, the numbers, which mark the evaluation as finished."""
     means = summary(measured)
     entries = [_entry(wanted.output_dir, *each) for each in zip(subjects, measured, [made] * len(subjects), strict=True)]
     settings = {name: value for name, value in as_json_dict(wanted).items() if name != "config"}
@@ -140,7 +140,7 @@ def _entry(folder: Path, one: EditCase, measures: Mapping[str, Measures], made: 
 
 
 def _sheet(wanted: EditEvaluation, subjects: Sequence[EditCase], made: Made, measured: Sequence[Mapping[str, Measures]]) -> Any:
-    """The first photographs, with what each edit has in common with its target, where there is one."""
+    """Return the sheet of the first photographs, with each edit's similarity to its target if there is one."""
     pictures = [dict(pictures_of(one, made)) for one in subjects[:MOST_ROWS]]
     captions = [[_caption(row[name]) for name in row] for row in measured[:MOST_ROWS]]
     return contact_sheet(
@@ -158,7 +158,7 @@ def _caption(measures: Measures) -> str:
 
 
 def table(means: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Means by editor and measure, as lines for a terminal; what is not measured is left out."""
+    """Return means by editor and measure, as lines for a terminal; what is not measured is left out."""
     every = max(means.values(), key=len)  # photograph and target are not compared with themselves
     names = [name for name in every if any(measures.get(name, {}).get("mean") is not None for measures in means.values())]
     rows = [("", *(name.replace("_", " ") for name in names))]

@@ -1,4 +1,4 @@
-"""How near every edit is to its photograph, to its target and to what was asked for."""
+"""Measure how close every edit is to its photograph, to its target and to the instruction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REFERENCES = ("photograph", "target")
 
 @dataclass(frozen=True)
 class Tools:
-    """What measures with learned weights, where there is any, and why there is not by the names of the measures."""
+    """The measures with learned weights, if available, and the reasons for missing ones, by the names of the measures."""
 
     lpips: Perceptual | None = None
     clip: Clip | None = None
@@ -26,11 +26,11 @@ class Tools:
 
 
 def tools(*, lpips: bool, clip_model: str | None, resolution: int, device: torch.device | str = "cpu") -> Tools:
-    """The measures that are available here; what is missing is listed, and nothing is raised."""
+    """Return the available measures; missing ones are listed with the reason, and nothing is raised."""
     why: dict[str, str] = {}
 
     def tried(name: str, make: Callable[[], Any], reason: str | None) -> Any:
-        """The tool, or None, and then the reason is kept."""
+        """Return the tool, or None after recording the reason."""
         if reason is None:
             try:
                 return make()
@@ -46,11 +46,11 @@ def tools(*, lpips: bool, clip_model: str | None, resolution: int, device: torch
 
 
 def measures_of(pictures: Mapping[str, Image.Image], prompt: str, using: Tools) -> dict[str, Measures]:
-    """The measures of every picture by its name, among which are "photograph" and perhaps "target".
+    """Return the measures of every picture by its name; the pictures include "photograph" and perhaps "target".
 
-    `psnr_to_X`, `ssim_to_X`, `lpips_to_X` and `clip_to_X` compare with photograph and target; `clip_to_prompt` is the cosine
-    to the instruction, which is not a caption: it tells which of two edits of one photograph is nearer to the words. None
-    where the weights are not available, and for the PSNR of equal pictures. None is compared with itself.
+    `psnr_to_X`, `ssim_to_X`, `lpips_to_X` and `clip_to_X` compare with photograph and target. `clip_to_prompt` is the cosine to
+    the instruction, which is not a caption: it tells which of two edits of one photograph is closer to the words. A measure is
+    None if the weights are not available, and for the PSNR of equal pictures. No picture is compared with itself.
     """
     directions = {name: using.clip.image(picture) for name, picture in pictures.items()} if using.clip else {}
     text = using.clip.text(prompt) if using.clip else None
@@ -69,8 +69,8 @@ def measures_of(pictures: Mapping[str, Image.Image], prompt: str, using: Tools) 
 
 
 def summary(measured: Sequence[Mapping[str, Measures]]) -> dict[str, dict[str, dict[str, float | int | None]]]:
-    """By picture and measure: mean and standard deviation (of a sample, n - 1) over the photographs that have a number, and
-    how many these are. None for the mean of none and the deviation of one."""
+    """Return, by picture and measure, mean and standard deviation (of a sample, n - 1) over the photographs that have a number,
+    and how many these are. The mean of none and the deviation of one are None."""
     means: dict[str, dict[str, dict[str, float | int | None]]] = {}
     for name in measured[0]:
         means[name] = {}

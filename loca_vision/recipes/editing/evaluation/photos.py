@@ -1,4 +1,4 @@
-"""What is edited in an evaluation: photographs of a folder, or pairs of a data set, each with a seed of its own."""
+"""The photographs of an evaluation, from a folder or from the pairs of a data set, each with its own seed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from loca_vision.recipes.editing.edit import read_photograph, square, squares
 
 @dataclass(frozen=True)
 class EditCase:
-    """A photograph and what is asked of it.
+    """A photograph and the edit that is requested.
 
     Args:
-        content: hexadecimal digits, SHA-256 of what is edited: of the file, or of the pair's pixels and text.
-        label: what people know it by.
+        content: SHA-256 of the file, or of the pair's pixels and text, in hexadecimal digits.
+        label: a name for people.
         prompt: the instruction.
-        seed: of its noise, the same whatever edits it: a function of the evaluation's seed and the content.
-        read: gives the photograph and, where there is one, the target: RGB, squares of the evaluation's resolution.
+        seed: the seed of its noise, the same for all editors: a function of the evaluation's seed and the content.
+        read: returns the photograph and, if there is one, the target: RGB, squares of the evaluation's resolution.
     """
 
     content: str
@@ -42,7 +42,7 @@ class EditCase:
 
 
 def from_folder(folder: Path, prompt: str, *, resolution: int, seed: int, most: int | None = None) -> list[EditCase]:
-    """The photographs of a folder and all folders in it, each content once, and of these the first `most` by content.
+    """Return the photographs of a folder and its subfolders, each content once, and of these the first `most` by content.
 
     Raises:
         FileNotFoundError: there is no such folder, or no image in it.
@@ -61,10 +61,10 @@ def from_folder(folder: Path, prompt: str, *, resolution: int, seed: int, most: 
 
 
 def from_pairs(pairs: Pairs, prompt: str | None = None, *, resolution: int, seed: int) -> list[EditCase]:
-    """The pairs of a data set, each content once, with their own instructions or one for all.
+    """Return the pairs of a data set, each content once, with their own instructions or one for all.
 
     Raises:
-        ValueError: an image of them cannot be read.
+        ValueError: one of the images cannot be read.
     """
     contents: dict[str, tuple[int, str]] = {}
     for index in tqdm(range(len(pairs)), desc="reading pairs", dynamic_ncols=True, disable=None):

@@ -1,4 +1,4 @@
-"""How an evaluation of edits is done: every choice a user has, as one dataclass, and what contradicts what."""
+"""The settings of an evaluation of edits, as one dataclass, and which of them contradict each other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loca_vision.recipes.settings.plugins import Imports
 
 _DTYPES = {"float32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _OF_PAIRS = ("split", "original_image_column", "edit_prompt_column", "edited_image_column")
-# What no edit depends on, or what is kept in another form: files by what is in them, the device as it is found.
+# Settings that no edit depends on, or that are kept in another form: files by their content, the device as it was found.
 _NOT_KEPT = {"adapter", "other", "max_photographs", "device", "lpips", "clip_model", "output_dir", "config", "imports"}
 
 
@@ -26,7 +26,7 @@ _NOT_KEPT = {"adapter", "other", "max_photographs", "device", "lpips", "clip_mod
 class EditEvaluation:
     """Edit photographs with an InstructPix2Pix model and its adapters, and measure the edits.
 
-    Every photograph has a seed of its own, the same for all editors. Started again, it goes on where it was stopped.
+    Every photograph has its own seed, the same for all editors. An interrupted evaluation continues when it is started again.
     """
 
     pretrained_model_name_or_path: str
@@ -34,54 +34,54 @@ class EditEvaluation:
     adapter: str
     """A folder, a file, or a name on the hub."""
     other: tuple[str, ...] = ()
-    """More adapters, to compare with; each acts at scale 1."""
+    """More adapters to compare with; each acts at scale 1."""
     imports: Imports = ()
     """A module, by its name or as a .py file, that defines the method of an adapter; may be repeated."""
     revision: str | None = None
-    """Of the base on the hub."""
+    """Revision of the base on the hub."""
     variant: str | None = None
-    """Of its files, such as fp16."""
+    """Variant of the base's files, such as fp16."""
 
     photographs: Path | None = None
-    """A folder of photographs to edit; say this or --pairs."""
+    """A folder of photographs to edit; give either this or --pairs."""
     pairs: str | None = None
     """A data set of photographs, instructions and targets: a folder, a parquet file, or a name on the hub."""
     split: str = "test"
-    """Of the pairs."""
+    """Split of the pairs."""
     original_image_column: str = CARTOONIZATION.original
-    """Of the pairs. The names are those that build_pairs.py writes."""
+    """Column of the photographs in the pairs. The default names are those that build_pairs.py writes."""
     edit_prompt_column: str = CARTOONIZATION.prompt
-    """Likewise."""
+    """Column of the instructions in the pairs."""
     edited_image_column: str = CARTOONIZATION.edited
-    """Likewise."""
+    """Column of the targets in the pairs."""
     prompt: str | None = None
-    """The instruction for all photographs; with --pairs, in the place of their own."""
+    """The instruction for all photographs; with --pairs, instead of their own."""
     max_photographs: int | None = None
-    """At most this many: of a folder the first by the hash of their files, of pairs a random choice by the seed."""
+    """At most this many: from a folder the first by the hash of their files, from pairs a random choice by the seed."""
     resolution: int = 256
-    """Pixels a side: the short one is brought to it, and the centre is taken, as in training. A multiple of 8."""
+    """Pixels a side, a multiple of 8: the short side is resized to it and the centre cropped, as in training."""
 
     scales: tuple[float, ...] = (0.5, 1.0)
-    """How strongly the adapter acts; an edit for each."""
+    """Strengths of the adapter, with an edit for each."""
     num_inference_steps: int = 20
-    """Of the pipeline's scheduler."""
+    """Steps of the pipeline's scheduler."""
     guidance_scale: float = 7.0
-    """How much the instruction counts, from 1 up."""
+    """How strongly the instruction counts, from 1 up."""
     image_guidance_scale: float = 1.5
-    """How much the photograph counts, from 1 up."""
+    """How strongly the photograph counts, from 1 up."""
     seed: int = 0
-    """Of the noise, together with what is in each photograph."""
+    """Seed of the noise, together with the content of each photograph."""
 
     clip_model: str | None = "openai/clip-vit-large-patch14"
     """A folder or a name on the hub; None for no CLIP measures."""
     lpips: bool = True
-    """Measure LPIPS, for which torchvision fetches AlexNet (233 MB) once."""
+    """Measure LPIPS, for which torchvision downloads AlexNet (233 MB) once."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     dtype: Literal["float32", "fp16", "bf16"] = "float32"
-    """Of the pipeline. fp16 is for GPUs."""
+    """Precision of the pipeline. fp16 is for GPUs."""
     output_dir: Path = Path("evaluation")
-    """Where evaluation.json, contact_sheet.png and edits/ go."""
+    """Folder for evaluation.json, contact_sheet.png and edits/."""
     config: Path | None = None
     """A YAML file of these settings."""
 
@@ -91,7 +91,7 @@ class EditEvaluation:
 
     @property
     def columns(self) -> Columns:
-        """Of the pairs."""
+        """The columns of the pairs."""
         return Columns(self.original_image_column, self.edit_prompt_column, self.edited_image_column)
 
     @property
@@ -100,13 +100,13 @@ class EditEvaluation:
 
 
 def checked(wanted: EditEvaluation, given: Collection[str] = ()) -> torch.device:
-    """The device to compute on, after every check that needs no file.
+    """Return the device to compute on, after every check that needs no file.
 
     Args:
-        given: the fields that the user has set; those of pairs are refused for photographs.
+        given: the fields that the user has set; with photographs, those of pairs are refused.
 
     Raises:
-        ValueError: a value out of range, or settings that contradict each other; one sentence.
+        ValueError: a value is out of range, or settings contradict each other; the error is one sentence.
     """
     _check_data(wanted, given)
     _check_numbers(wanted)
@@ -117,7 +117,7 @@ def checked(wanted: EditEvaluation, given: Collection[str] = ()) -> torch.device
 
 
 def kept(wanted: EditEvaluation, files: Mapping[str, Mapping[str, Any]], device: torch.device) -> dict[str, Any]:
-    """All that an edit depends on but its photograph, as JSON has it; `files` are the facts about each adapter's."""
+    """Return everything that an edit depends on except its photograph, as JSON; `files` are facts about the adapters' files."""
     settings = {name: value for name, value in as_json_dict(wanted).items() if name not in _NOT_KEPT}
     return settings | {"device": device.type, "adapters": {name: facts["sha256"] for name, facts in files.items()}}
 
@@ -145,7 +145,7 @@ def _check_numbers(wanted: EditEvaluation) -> None:
         raise ValueError(f"scales must be finite numbers, at least one, got {wanted.scales!r}")
     if len({f"{scale:g}" for scale in wanted.scales}) < len(wanted.scales):
         raise ValueError(f"scales={wanted.scales!r}: one comes twice")
-    _ = wanted.sampling  # which checks its own
+    _ = wanted.sampling  # it checks its own values
 
 
 def _device(name: str) -> torch.device:
