@@ -125,7 +125,7 @@ class Mixture:
 
 
 _HANDLE = "_loca_handle"
-NOT_COPIED = {_HANDLE: 0}  # a module's attributes that a copy gets anew
+NOT_COPIED = {_HANDLE: 0}  # attributes of a module that are reset in a copy
 _HANDLES = itertools.count(1)
 _GIVING = Lock()
 BATCHED: dict[int, bool] = {}

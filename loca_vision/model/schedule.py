@@ -141,7 +141,7 @@ def _touch(spectrum: Spectrum) -> None:
 def parameter_groups(
     model: nn.Module, *, lr: float, location_lr: float = 1e-4, head_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Return parameter groups for any torch optimiser: coefficients, locations (without weight decay) and all other parameters.
+    """Return parameter groups for any torch optimiser: coefficients, locations (never decayed) and all else that is trainable.
 
     For methods without a spectrum, the factors and magnitudes take the place of the coefficients.
 
