@@ -1,6 +1,6 @@
-"""Location-aware Cosine Adaptation (LoCA, ICLR 2025) for vision models, and its family: a plugin for timm and diffusers."""
+"""Location-aware Cosine Adaptation (LoCA, ICLR 2025) and related methods for vision models: a plugin for timm and diffusers."""
 
-from loca_vision.formats import beside_the_model as _beside_the_model  # noqa: F401  which `save_pretrained` calls
+from loca_vision.formats import beside_the_model as _beside_the_model  # noqa: F401  used by `save_pretrained`
 from loca_vision.formats.file_updates import FileUpdates, read_updates
 from loca_vision.formats.save_load import load_adapter, save_adapter
 from loca_vision.methods.adapter_config import AdapterConfig, Projection

@@ -1,4 +1,4 @@
-"""What a user may choose, checked the moment it is chosen; the rules that all kinds of adapter share."""
+"""Check what a user chooses as soon as it is chosen, by the rules that all kinds of adapters share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_PATTERNS = 1000
 
 
 def check_targets(targets: object) -> None:
-    """Raise unless these are different parts of a model."""
+    """Raise ValueError unless these are distinct parts of a model."""
     if isinstance(targets, str) or not isinstance(targets, (tuple, list)):
         raise ValueError(f"targets={targets!r}: expected a tuple of parts, such as ('q', 'v')")
     if not targets:
@@ -28,10 +28,10 @@ def check_targets(targets: object) -> None:
 
 
 def check_layers(layers: object) -> tuple[str, ...] | None:
-    """The patterns as a tuple; None for every layer.
+    """Return the patterns as a tuple, or None for all layers.
 
     Raises:
-        ValueError: it is neither None, a pattern nor a list of different patterns.
+        ValueError: `layers` is not None, a pattern or a list of distinct patterns.
     """
     if layers is None:
         return None
@@ -49,7 +49,7 @@ def check_layers(layers: object) -> tuple[str, ...] | None:
 
 
 def check_factor(field: str, value: object) -> None:
-    """Raise unless it is a finite number other than 0."""
+    """Raise ValueError unless the value is a finite number other than 0."""
     if not is_finite(value) or value == 0:
         raise ValueError(f"{field}={value!r}: expected a finite number other than 0")
 
@@ -65,7 +65,7 @@ def check_count(field: str, value: object, least: int = 1, most: int | None = No
 
 
 def check_share(field: str, value: object, *, open_end: bool = False) -> None:
-    """Raise unless it is a number from 0 to 1, 1 itself left out with `open_end`."""
+    """Raise ValueError unless the value is a number from 0 to 1, excluding 1 itself with `open_end`."""
     if not is_finite(value) or not 0 <= value <= 1 or (open_end and value == 1):  # type: ignore[operator]
         raise ValueError(f"{field}={value!r}: expected a number from 0 to 1{', 1 not included' if open_end else ''}")
 
@@ -81,7 +81,7 @@ def check_choice(field: str, value: object, choices: Collection[object]) -> None
 
 
 def check_components(counts: object) -> None:
-    """Raise unless it is a count, or a mapping from name patterns to counts."""
+    """Raise ValueError unless this is a count, or a mapping from name patterns to counts."""
     if isinstance(counts, Mapping):
         if not counts:
             raise ValueError("n_components={}: expected at least one pattern")
@@ -95,10 +95,10 @@ def check_components(counts: object) -> None:
 
 
 def counts_by_name(counts: int | Mapping[str, int], names: list[str], field: str = "n_components") -> dict[str, int]:
-    """The count of every projection named; of several patterns that match, the first decides. `field` is for sentences.
+    """Return the count for each of the names; of several matching patterns, the first decides. Messages name `field`.
 
     Raises:
-        ValueError: a name no pattern matches, or a pattern that decides about no name.
+        ValueError: a name matches no pattern, or a pattern decides the count of no name.
     """
     if not isinstance(counts, Mapping):
         return dict.fromkeys(names, counts)
@@ -117,15 +117,15 @@ def is_whole(value: object) -> bool:
 
 
 def is_finite(value: object) -> bool:
-    """Whether it is a finite number as a file can hold it: an int or a float."""
+    """Whether the value is a finite number of a type that a file can hold: an int or a float."""
     return isinstance(value, (int, float)) and as_number(value) is not None
 
 
 def as_number(value: Any) -> float | None:
-    """The finite real number that a value is: any `numbers.Real`, or the element of a 0-d array or 0-d tensor; else None.
+    """Return a finite `numbers.Real`, or the element of a 0-d array or 0-d tensor, as a float; None for anything else.
 
-    Tensors on a device do not count, since reading one waits for the device, and neither do those that require gradients, which
-    would get none.
+    Tensors on an accelerator do not count, because reading one waits for the device. Neither do tensors that require gradients,
+    because they would not get any.
     """
     if isinstance(value, Tensor) and (value.device.type != "cpu" or value.requires_grad):
         return None
@@ -135,16 +135,16 @@ def as_number(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except OverflowError:  # a whole number beyond the range of floats
+    except OverflowError:  # an integer beyond the range of floats
         return None
     return number if math.isfinite(number) else None
 
 
 def finite_number(value: object, where: str) -> float:
-    """The value as a float.
+    """Return the value as a float.
 
     Raises:
-        ValueError: it is not a finite number; `where` names it.
+        ValueError: the value is not a finite number; the message names it as `where`.
     """
     number = as_number(value)
     if number is None:

@@ -1,4 +1,4 @@
-"""Image sets for classification by name."""
+"""Load image classification datasets by name."""
 
 from loca_vision.data.load import NAMES, load
 

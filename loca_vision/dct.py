@@ -1,4 +1,4 @@
-"""The cosine transforms, where users look for them."""
+"""The public module of the cosine transforms."""
 
 from loca_vision.functional.dct import dct, dct2, dct_matrix, idct, idct2
 

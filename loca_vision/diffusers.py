@@ -1,9 +1,9 @@
 """LoCA for diffusers: importing this module adds the methods of `LoCALoaderMixin` to every pipeline.
 
-From the first adapter in a model on, two kinds of methods of diffusers' classes are wrapped as well: `__call__` and
-`encode_prompt` of pipelines, so that text encoders hear the scale of a call, and what copies a model's weights into another,
-which would lose adapters. For people who want nothing patched there are functions of the same names that take the pipeline
-first, after `unregister()`.
+Once a model has its first adapter, two kinds of methods of diffusers' classes are wrapped as well: `__call__` and
+`encode_prompt` of pipelines, so that text encoders use the scale of a call, and methods that copy a model's weights into
+another, which would lose adapters. If you want nothing to be patched, call `unregister()` and use the functions of the same
+names, which take the pipeline as their first argument.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _WRAPPERS: dict[Any, tuple[Callable[[type], None], ...]] = {
 
 
 def register() -> None:
-    """Add the methods to `diffusers.DiffusionPipeline` and `ModularPipeline`; a second time nothing happens."""
+    """Add the methods to `diffusers.DiffusionPipeline` and `ModularPipeline`; a second call does nothing."""
     for root in _PIPELINES:
         for name in (*METHODS, *PROPERTIES):
             setattr(root, name, vars(LoCALoaderMixin)[name])
@@ -58,10 +58,10 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Take them away again, and unwrap what was wrapped; what is loaded stays loaded, and the functions go on working.
+    """Remove the methods and unwrap what was wrapped; loaded adapters stay loaded, and the functions continue to work.
 
-    Text encoders then hear the scale of a call in classes that take `LoCALoaderMixin`, and in the class of a pipeline for whose
-    text encoder an adapter is loaded afterwards. Elsewhere they act at the weights that were set.
+    After this, text encoders use the scale of a call only in classes that inherit from `LoCALoaderMixin`, and in the class of
+    a pipeline into whose text encoder an adapter is loaded afterwards. In all others, they act at the weights that were set.
     """
     stop_listening(_wrap_all)
     for root in _PIPELINES:
@@ -77,12 +77,12 @@ def unregister() -> None:
 
 
 def _wrap_all() -> None:
-    """Wrap the classes that are there, once, and those that will be imported."""
+    """Wrap all existing classes, once, and those that are imported later."""
     for root in _WRAPPERS:
         there = vars(root).get("__init_subclass__")
         if there is _wrap_new:
             continue
-        if there is None:  # one of diffusers' own stays
+        if there is None:  # if diffusers defines one itself, it stays
             root.__init_subclass__ = _wrap_new
         for cls in with_subclasses(root):
             _wrap(cls)

@@ -1,4 +1,4 @@
-"""Where a tensor really is while accelerate has it offloaded: its module then holds a placeholder on the meta device."""
+"""Find the values of tensors that accelerate has offloaded; their modules only hold placeholders on the meta device."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 def stored(module: nn.Module, name: str) -> Tensor:
-    """The tensor `name` of this very module, wherever its values are kept; writing into it in place writes to that place.
+    """Return the tensor `name` of exactly this module, wherever its values are stored; in-place writes reach that place.
 
-    Of a model that was made on the meta device, and has no values at all, the placeholder.
+    For a model that was created on the meta device and has no values at all, return the placeholder.
     """
     held = module._parameters.get(name)
     tensor: Any = held if held is not None else module._buffers.get(name)
@@ -20,20 +20,20 @@ def stored(module: nn.Module, name: str) -> Tensor:
 
 
 def exchange(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put another parameter, of whichever shape, in the place of `name`, and its values where those of the old one are kept."""
+    """Replace the parameter `name` with another one of any shape, storing its values where those of the old one were stored."""
     old: Any = module._parameters[name]
     kept: Any = _kept(module, name) if old.device.type == "meta" else None
     if kept is None:
         module._parameters[name] = parameter
         return
     module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    prefix = getattr(kept, "prefix", "")  # accelerate's view of all the model's tensors, some of which may be on a disk
+    prefix = getattr(kept, "prefix", "")  # `kept` is accelerate's view of all tensors of the model, some maybe on a disk
     every = getattr(kept, "dataset", kept)
     getattr(every, "state_dict", every)[f"{prefix}{name}"] = parameter.detach()
 
 
 def copied_elsewhere(model: nn.Module, module: nn.Module) -> bool:
-    """Whether diffusers' group offloading has copies of this module's tensors, on a disk or for a stream, that it goes by."""
+    """Whether diffusers' group offloading uses its own copies of this module's tensors, on a disk or for a stream."""
     registries = (getattr(inner, "_diffusers_hook", None) for inner in model.modules())
     hooks = (hook for registry in registries for hook in getattr(registry, "hooks", {}).values())
     groups = (group for group in (getattr(hook, "group", None) for hook in hooks) if group is not None)
@@ -44,19 +44,19 @@ def copied_elsewhere(model: nn.Module, module: nn.Module) -> bool:
 
 
 def _kept(module: nn.Module, name: str) -> Any:
-    """Where accelerate has the values of a tensor that is on the meta device, if it has them."""
+    """Return accelerate's mapping that has the values of a tensor on the meta device, or None if there is none."""
     hook: Any = getattr(module, "_hf_hook", None)
     maps = (getattr(candidate, "weights_map", None) for candidate in getattr(hook, "hooks", (hook,)))
     return next((kept for kept in maps if kept is not None and kept[name].device.type != "meta"), None)
 
 
 def stored_at(model: nn.Module, path: str) -> Tensor:
-    """`stored`, by the tensor's path in a model."""
+    """Return the same as `stored`, for the tensor's path in a model."""
     return stored(*split_path(model, path))
 
 
 def split_path(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that has a tensor, and the tensor's name there; the path leaves out wrappers such as `_orig_mod`."""
+    """Return the module that has a tensor, and the tensor's name there; the path leaves out wrappers such as `_orig_mod`."""
     owner, _, name = path.rpartition(".")
     module = model.get_submodule(owner)
     while (
@@ -69,7 +69,10 @@ def split_path(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def device_for(module: nn.Module, name: str = "weight") -> torch.device:
-    """Where what belongs to the tensor `name` of this module should be: on its device, or where it goes to be computed with."""
+    """Return the device for what belongs to the tensor `name` of this module: its own, or where it is used if offloaded.
+
+    Without either, this is the CPU.
+    """
     tensor: Any = module._parameters.get(name)
     if isinstance(tensor, Tensor) and tensor.device.type != "meta":
         return tensor.device

@@ -1,4 +1,4 @@
-"""The costs by which a way is chosen; assign to an entry of COSTS to change them."""
+"""The costs that determine how an update is computed; assign to an entry of COSTS to change them."""
 
 from loca_vision.functional.cost_model import COSTS, Costs
 

@@ -1,4 +1,4 @@
-"""timm classifiers, built the same way anywhere."""
+"""Build timm classifiers, in the same way everywhere."""
 
 from loca_vision.recipes.classification.models import ModelSpec, build_model, check_model_name, data_settings, default_weights
 

@@ -1,7 +1,7 @@
 """Batches with few components: products over the components.
 
 The rows of L and R are the cosines C[u_k] and D[v_k] of the components. Then Delta W = L^T (a * R), and the gradient z_k of a
-coefficient is the sum of row k of (L G) * R. Slopes of L and R in their places give the gradients of the locations.
+coefficient is the sum of row k of (L G) * R. Replacing L or R with its slopes yields the gradients of the locations.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from loca_vision.functional.split_products import HALVES, LEFT, RIGHT, TWICE, is
 
 
 def matrices(values: Tensor, layout: BatchCells, split: bool) -> Tensor:
-    """(N, p, q) of values (M,), as many of each sum."""
+    """Return the sums (N, p, q) for values (M,), with equally many values per sum."""
     (p, q), count = layout.shape, len(layout.counts)
     rows, cols = layout.cells.T
     right = (table(q, None, values)[cols] * values[:, None]).view(count, -1, q)
@@ -26,14 +26,14 @@ def matrices(values: Tensor, layout: BatchCells, split: bool) -> Tensor:
 
 
 def rows(grads: Sequence[Tensor], layout: BatchCells, difference: str | None, like: Tensor, split: bool) -> list[Tensor]:
-    """z (M,); with a difference also the slopes along both axes."""
+    """Return z (M,) and, if a difference is given, the slopes along both axes."""
     (p, q), count = layout.shape, len(layout.counts)
     which, cols = layout.cells.T
     exact = is_exact(grads[0])
     operand = stacked(grads, (TWICE if exact else RIGHT) if split else None, like)
 
     def read(kind: str | None) -> Tensor:
-        """L G, or its slope along the rows, (N, B, q)."""
+        """Return L G, or its slope along the rows, (N, B, q)."""
         if not split:
             return table(p, kind, like)[which].view(count, -1, p) @ operand
         left = parts_of_table(p, kind, HALVES if exact else LEFT, 1, like.device)[which]

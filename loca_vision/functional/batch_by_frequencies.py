@@ -20,18 +20,18 @@ from loca_vision.functional.transforms import ordinary_tensors
 
 
 def matrices(values: Tensor, layout: BatchCells, split: bool) -> Tensor:
-    """(N, p, q) of values (M,)."""
+    """Return the sums (N, p, q) for values (M,)."""
     (p, q), count = layout.shape, len(layout.counts)
     spectra = values.new_zeros(count * p * q).index_add_(0, layout.flat, values).view(-1, q)
     if not split:
         return idct2(spectra.view(count, p, q))
     half = product(parts(spectra, LEFT, 1), parts_of_table(q, None, RIGHT, 0, values.device)).view(count, p, q)
-    left = parts_of_table(p, None, LEFT, 0, values.device)  # below each other, to be read as columns
+    left = parts_of_table(p, None, LEFT, 0, values.device)  # one below the other, to be read as columns
     return product(left.mT.expand(count, p, len(left)), parts(half, RIGHT, 1))
 
 
 def rows(grads: Sequence[Tensor], layout: BatchCells, difference: str | None, like: Tensor, split: bool) -> list[Tensor]:
-    """z (M,); with a difference also the slopes along both axes."""
+    """Return z (M,) and, if a difference is given, the slopes along both axes."""
     spectra = _spectra(grads, layout, like, split)
     if difference is None:
         return [spectra.take(layout.flat)]
@@ -41,7 +41,7 @@ def rows(grads: Sequence[Tensor], layout: BatchCells, difference: str | None, li
 
 
 def _spectra(grads: Sequence[Tensor], layout: BatchCells, like: Tensor, split: bool) -> Tensor:
-    """Z of each gradient, all in all N p q numbers."""
+    """Return Z of each gradient, N p q numbers in total."""
     (p, q), count = layout.shape, len(layout.counts)
     if not split:
         return dct2(stacked(grads, None, like))
@@ -55,7 +55,7 @@ def _spectra(grads: Sequence[Tensor], layout: BatchCells, like: Tensor, split: b
 def _neighbours(
     shape: tuple[int, int], difference: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps (5, 1, 2) from a cell, the last cell (2,), and the weights (3, 5) that make z and both slopes of Z there."""
+    """Return steps (5, 1, 2) from a cell, the last cell (2,), and weights (3, 5) that turn Z there into z and both slopes."""
     with ordinary_tensors():
         (one, first), (two, second) = slope_steps(difference)
         steps = torch.tensor([[[0, 0]], [[one, 0]], [[two, 0]], [[0, one]], [[0, two]]], device="cpu")

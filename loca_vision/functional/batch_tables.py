@@ -1,4 +1,4 @@
-"""What batches of spectra are computed from: their cells, their gradients, and constant matrices."""
+"""The inputs for computing batches of spectra: their cells, their gradients, and constant matrices."""
 
 from __future__ import annotations
 
@@ -29,25 +29,27 @@ class BatchCells:
 
     @cached_property
     def flat(self) -> Tensor:
-        """(M,) positions of the cells in (N, p, q)."""
+        """The positions (M,) of the cells in (N, p, q)."""
         return self.flat_of(self.cells)
 
     def flat_of(self, cells: Tensor) -> Tensor:
-        """(..., M) positions in (N, p, q) of cells (..., M, 2)."""
+        """Return the positions (..., M) of cells (..., M, 2) in (N, p, q)."""
         starts = _starts(tuple(self.counts), math.prod(self.shape), cells.device)
         return torch.add(starts + cells[..., 1], cells[..., 0], alpha=self.shape[1])
 
     @cached_property
     def rows_in_parts(self) -> Tensor:
-        """(N, 3 B) rows of the cells, for as many components of each, in a table of `HALVES` below each other, as `LEFT` has
-        them."""
+        """The rows (N, 3 B) of the cells in a table of `HALVES` stacked vertically, in the order of `LEFT`.
+
+        All spectra must have the same number of components B.
+        """
         shifts = _shifts(LEFT, self.shape[0], self.cells.device)
         return (self.cells[:, 0].view(len(self.counts), 1, -1) + shifts).flatten(1)
 
 
 @lru_cache(maxsize=64)
 def _starts(counts: tuple[int, ...], size: int, device: torch.device) -> Tensor:
-    """(M,) where the spectrum of each component starts in the batch."""
+    """Return (M,) positions at which each component's spectrum starts in the batch."""
     with ordinary_tensors():
         starts = torch.arange(len(counts), device="cpu") * size
         return starts.repeat_interleave(torch.tensor(counts, device="cpu")).to(device)
@@ -60,7 +62,7 @@ def _shifts(pattern: Pattern, length: int, device: torch.device) -> Tensor:
 
 
 def stacked(grads: Sequence[Tensor], pattern: Pattern | None, like: Tensor) -> Tensor:
-    """(N, p, q) of gradients (p, q), in the dtype of `like`; or their `parts`, (N, K p, q)."""
+    """Stack gradients (p, q) to (N, p, q) in the dtype of `like`, or their `parts` to (N, K p, q)."""
     if pattern is None:
         return torch.stack(list(grads)).to(like.dtype)
     if is_exact(grads[0]):
@@ -69,7 +71,7 @@ def stacked(grads: Sequence[Tensor], pattern: Pattern | None, like: Tensor) -> T
 
 
 def table(n: int, difference: str | None, like: Tensor) -> Tensor:
-    """(n, n): the DCT matrix; or the slope at each of its rows, estimated from neighbouring rows."""
+    """Return the (n, n) DCT matrix or, if a difference is given, the slope at each row, estimated from neighbouring rows."""
     return matrix_for(n, like.device, like.dtype) if difference is None else _slopes(n, difference, like.device, like.dtype)
 
 
@@ -85,6 +87,6 @@ def _slopes(n: int, difference: str, device: torch.device, dtype: torch.dtype) -
 
 @lru_cache(maxsize=64)
 def parts_of_table(n: int, difference: str | None, pattern: Pattern, dim: int, device: torch.device) -> Tensor:
-    """The `parts` of a float32 `table`."""
+    """Return the `parts` of a float32 `table`."""
     with ordinary_tensors():
         return parts(table(n, difference, torch.empty(0, dtype=torch.float32, device=device)), pattern, dim)

@@ -1,7 +1,7 @@
-"""Spectra that differ from sample to sample, applied to a batch at once.
+"""Apply spectra that differ from sample to sample to a whole batch at once.
 
-All samples go through one transform and one inverse transform. Between them, the spectra of the samples are the blocks of one
-sparse block-diagonal matrix: the cost is that of one spectrum, however many there are.
+All samples go through one transform and one inverse transform. In between, the samples' spectra are the blocks of one sparse
+block-diagonal matrix, so the cost is that of one spectrum, however many there are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loca_vision.functional.sparse_products import product
 from loca_vision.functional.token_bases import Entries, TokenBasis
 from loca_vision.functional.transforms import once_differentiable
 
-Share = tuple[int, float]  # which of several spectra a sample has, and how strongly
+Share = tuple[int, float]  # the index of a spectrum that a sample has, and its strength
 
 
 class BlockSpectra:
@@ -30,8 +30,8 @@ class BlockSpectra:
 
     Args:
         basis: the transform between activations and frequencies.
-        spectra: those that there are.
-        shares: which of them each sample has; none for a sample without.
+        spectra: all spectra.
+        shares: the spectra that each sample has; empty for a sample without any.
     """
 
     def __init__(self, basis: TokenBasis, spectra: Sequence[SampleSpectrum], shares: Sequence[Sequence[Share]]) -> None:
@@ -42,30 +42,31 @@ class BlockSpectra:
 
     @cached_property
     def applied(self) -> Blocks:
-        """(M p', M q'), from frequencies of inputs to those of outputs."""
+        """The matrix (M p', M q') that maps frequencies of inputs to those of outputs."""
         return Blocks(self, [own.applied(self.basis) for own in self.spectra], self.shape)
 
     @cached_property
     def transposed(self) -> Blocks:
-        """(M q', M p'), from gradients of outputs to those of inputs."""
+        """The matrix (M q', M p') that maps gradients of outputs to those of inputs."""
         return Blocks(self, [own.transposed(self.basis) for own in self.spectra], self.shape[::-1])
 
     def products(self, offset: Offset) -> Blocks:
-        """(M p', M q'), whose entries are the gradients of coefficients if they stood at this offset from their cells."""
+        """Return the matrix (M p', M q') whose entries would be the coefficients' gradients at this offset from their cells."""
         return Blocks(self, [own.products(self.basis, offset) for own in self.spectra], self.shape)
 
     def offsets(self, learned: bool, moving: bool) -> list[Offset]:
-        """Those at which the gradients of coefficients and locations need products."""
+        """Return the offsets at which the gradients of coefficients and locations need products."""
         found = [offset for own in self.spectra for offset in offsets(own.settings.difference, learned, moving)]
         return list(dict.fromkeys(found))
 
 
 class Blocks:
-    """One sparse block-diagonal matrix, a block for each sample; of several spectra a block is the sum.
+    """One sparse block-diagonal matrix with a block for each sample, which is the sum of the sample's spectra.
 
     Args:
-        entries: of each spectrum in its block.
-        shape: (p, q) of the matrix that a block stands for.
+        own: the spectra of all samples.
+        entries: the entries of each spectrum in its block.
+        shape: (p, q) of the matrix that a block represents.
     """
 
     def __init__(self, own: BlockSpectra, entries: Sequence[Entries], shape: tuple[int, int]) -> None:
@@ -84,7 +85,7 @@ class Blocks:
         plain = all(one.weights is None for one in entries)
         self.weights = weights if plain else weights * torch.cat([_weights(entries[i]) for _, i, _ in parts])
         self.source = source + torch.cat([_source(entries[i]) for _, i, _ in parts])
-        if len(parts) > len(set(whole.samples)):  # some sample has several, whose rows are mixed up
+        if len(parts) > len(set(whole.samples)):  # some sample has several spectra, so its rows are out of order
             self._sort(self.size[1] * len(own.shares))
         self.ends = whole.ends(len(own.shares))
 
@@ -95,11 +96,11 @@ class Blocks:
         )
 
     def values(self, coefficients: Tensor) -> Tensor:
-        """(e,) what stands at the entries."""
+        """Return the values (e,) of the entries."""
         return coefficients[self.source] * self.weights.to(coefficients.dtype)
 
     def matrix(self, values: Tensor, first: int, end: int) -> Tensor:
-        """The blocks of samples `first` to `end`, with these of all values (e,)."""
+        """Return the blocks of samples `first` to `end`, given the values (e,) of all entries."""
         here, many = slice(self.ends[first], self.ends[end]), end - first
         rows, cols = self.rows[here] - first * self.size[0], self.cols[here] - first * self.size[1]
         starts = torch.searchsorted(rows, torch.arange(many * self.size[0] + 1, device=rows.device))
@@ -109,8 +110,10 @@ class Blocks:
 
 @dataclass(frozen=True)
 class _Parts:
-    """The spectra that the samples have, one after the other: for each the sample, the size, where its coefficients begin
-    among all, and by what they are multiplied."""
+    """The spectra of all samples, one after the other.
+
+    For each: its sample, its number of entries, where its coefficients start among all, and the factor they are multiplied by.
+    """
 
     samples: tuple[int, ...]
     counts: tuple[int, ...]
@@ -118,15 +121,15 @@ class _Parts:
     strengths: tuple[float, ...]
 
     def ends(self, samples: int) -> list[int]:
-        """Where the entries of each sample begin and end."""
+        """Return where the entries of each sample begin and end."""
         found = [0] * samples
         for sample, count in zip(self.samples, self.counts, strict=True):
             found[sample] += count
         return [0, *accumulate(found)]
 
-    @lru_cache(maxsize=8)  # noqa: B019  the layers of a model have the same, which is copied to a GPU once
+    @lru_cache(maxsize=8)  # noqa: B019  equal for all layers of a model, so that it is copied to a GPU only once
     def expanded(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Sample, start and strength of every entry."""
+        """Return sample, start and strength of every entry."""
         repeats = torch.tensor(self.counts, device=device)
         dtypes = torch.long, torch.long, torch.float32
         columns = zip((self.samples, self.starts, self.strengths), dtypes, strict=True)
@@ -145,9 +148,9 @@ def _source(entries: Entries) -> Tensor:
 
 
 def apply_blocks(x: Tensor, blocks: BlockSpectra) -> Tensor:
-    """x times each sample's own update, (M, t, q) to (M, t, p), differentiable in x, coefficients and locations.
+    """Return x times each sample's own update, (M, t, q) to (M, t, p), differentiable in x, coefficients and locations.
 
-    Computed in float32 at least, whatever autocast says.
+    The computation is at least in float32, regardless of autocast.
     """
     numbers = [own.coefficients for own in blocks.spectra], [own.locations for own in blocks.spectra]
     coefficients = torch.cat(numbers[0]) if len(numbers[0]) > 1 else numbers[0][0]
@@ -159,7 +162,7 @@ def apply_blocks(x: Tensor, blocks: BlockSpectra) -> Tensor:
 
 @torch.no_grad()
 def add_blocks(onto: Tensor, x: Tensor, blocks: BlockSpectra, factor: float) -> None:
-    """Add `factor` times `apply_blocks` to some columns of a result, (M, t, p) in float32 at least, in place."""
+    """Add `factor` times `apply_blocks` in place to some columns of a result, (M, t, p), at least in float32."""
     coefficients = torch.cat([own.coefficients for own in blocks.spectra])
     with torch.autocast(x.device.type, enabled=False):
         _add_products(onto, blocks.applied, coefficients * factor, shared_frequencies(x, blocks.basis), blocks.basis)
@@ -196,7 +199,7 @@ class _Applied(torch.autograd.Function):
 def _spectra(
     blocks: BlockSpectra, left: Sequence[Piece], right: Sequence[Piece], like: Tensor, wanted: Sequence[Offset]
 ) -> dict[Offset, Tensor]:
-    """For each offset, the gradient of every coefficient if its component stood there: (B,), of all spectra in order."""
+    """Return, for each offset, the gradient (B,) of every coefficient if its component were there, for all spectra in order."""
     found: dict[Offset, Tensor] = {}
     for offset in wanted:
         own = blocks.products(offset)
@@ -211,7 +214,7 @@ def _spectra(
 
 
 def _slopes(blocks: BlockSpectra, found: dict[Offset, Tensor], coefficients: Tensor) -> Tensor:
-    """The gradient of all locations, (B, 2): of finite differences, as for one spectrum. Scales are in what was found."""
+    """Return the gradient (B, 2) of all locations from finite differences, as for one spectrum; `found` includes the scales."""
     slopes = []
     for own, start, end in zip(blocks.spectra, blocks.starts[:-1], blocks.starts[1:], strict=True):
         z = {offset: values[start:end] for offset, values in found.items()}
@@ -224,7 +227,7 @@ def _slopes(blocks: BlockSpectra, found: dict[Offset, Tensor], coefficients: Ten
 def _add_products(
     result: Tensor, matrix: Blocks, coefficients: Tensor, frequencies: Sequence[Piece], basis: TokenBasis
 ) -> None:
-    """Add to the rows of the result (M, t, p), whose last axis is contiguous, what the matrix makes of frequencies."""
+    """Apply the matrix to frequencies and add the outputs to the result (M, t, p), whose last axis is contiguous."""
     values = matrix.values(coefficients.to(result.dtype))
     for piece in frequencies:
         groups, _, tokens = piece.values.shape

@@ -15,16 +15,18 @@ from loca_vision.functional.transforms import transformed
 
 
 def cosine_sum_by_products(coefficients: Tensor, locations: Tensor, cells: Tensor, settings: AtomSettings) -> Tensor:
-    """`cosine_sum`: (p, q). The gradient of locations is that of a term that is zero, linear in how far they move.
+    """Return the same as `cosine_sum`, (p, q).
+
+    The gradient of the locations comes from a term that is zero, but linear in how far they move.
 
     Args:
         coefficients: (B,).
-        locations: (B, 2) in [0, 1]; detached, they get no gradient and cost nothing.
+        locations: (B, 2) in [0, 1]; if detached, they get no gradient and cost nothing.
         cells: (B, 2) int64.
         settings: shape, scale and difference.
     """
     spectrum = _dense(coefficients, cells, settings.shape)
-    if locations.requires_grad or transformed():  # under which a tensor does not say that its derivative is asked for
+    if locations.requires_grad or transformed():  # torch.func does not show in a tensor that its derivative is needed
         moved = (locations - locations.detach()) * coefficients.detach()[:, None]
         for axis, size in enumerate(settings.shape):
             for step, weight in slope_steps(settings.difference):
@@ -35,7 +37,7 @@ def cosine_sum_by_products(coefficients: Tensor, locations: Tensor, cells: Tenso
 
 
 def inverse_real_by_products(values: Tensor, cells: Tensor, shape: tuple[int, int], scale: float) -> Tensor:
-    """scale * Re(sum of values exp(2 pi i (u k / p + v l / q))), (p, q), for values (B,) at cells (B, 2)."""
+    """Return scale * Re(sum of values exp(2 pi i (u k / p + v l / q))), (p, q), for values (B,) at cells (B, 2)."""
     spectrum = _dense(values, cells, shape)
     (rows, row_sines), (cols, col_sines) = (_turns(n, values) for n in shape)
     return scale * (rows @ spectrum @ cols - row_sines @ spectrum @ col_sines)
@@ -48,7 +50,7 @@ def _dense(values: Tensor, cells: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _cosines(n: int, like: Tensor) -> Tensor:
-    """(n, n) the orthonormal DCT-II matrix. The angle is reduced in whole numbers, so that float32 cosines are exact enough."""
+    """Return the (n, n) orthonormal DCT-II matrix; angles are reduced as integers, so float32 cosines are accurate enough."""
     index = torch.arange(n, device=like.device)
     angle = (index[:, None] * (2 * index + 1)) % (4 * n)
     matrix = torch.cos(angle.to(like.dtype) * (math.pi / (2 * n))) * math.sqrt(2 / n)
@@ -56,7 +58,7 @@ def _cosines(n: int, like: Tensor) -> Tensor:
 
 
 def _turns(n: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, n) cosines and sines of the discrete Fourier transform."""
+    """Return the (n, n) cosines and sines of the discrete Fourier transform."""
     index = torch.arange(n, device=like.device)
     angle = ((index[:, None] * index) % n).to(like.dtype) * (2 * math.pi / n)
     return torch.cos(angle), torch.sin(angle)

@@ -26,7 +26,7 @@ class AtomSettings:
     Attributes:
         shape: (p, q) of the matrix.
         scale: alpha.
-        difference: "central", "forward" or "backward", how the slope along an axis is estimated.
+        difference: how the slope along an axis is estimated: "central", "forward" or "backward".
     """
 
     shape: tuple[int, int]
@@ -35,7 +35,7 @@ class AtomSettings:
 
 
 class Cells:
-    """Cells of a matrix, and what is computed from them once, for as long as nothing moves.
+    """Cells of a matrix, with a cache of what is computed from them, which is valid as long as nothing moves.
 
     Args:
         cells: (B, 2) int64, row u in [0, p - 1] and column v in [0, q - 1]; must not be changed afterwards.
@@ -47,7 +47,7 @@ class Cells:
         self._known: dict[Any, Any] = {}
 
     def once(self, work: Callable[..., _T], *arguments: Any) -> _T:
-        """`work(cells, shape, *arguments)`, remembered from the first call."""
+        """Return `work(cells, shape, *arguments)`, cached from the first call."""
         key = (work, *arguments)
         if key not in self._known:
             self._known[key] = work(self.cells, self.shape, *arguments)
@@ -57,11 +57,11 @@ class Cells:
 
 @dataclass(frozen=True)
 class Cosines:
-    """scale * sum_k a_k C[u_k]^T D[v_k].
+    """The sum scale * sum_k a_k C[u_k]^T D[v_k].
 
     Attributes:
         coefficients: (B,) float32 or float64, the amplitudes a.
-        locations: (B, 2) in [0, 1], from which the cells were rounded.
+        locations: (B, 2) in [0, 1], which were rounded to the cells.
         layout: the cells (B, 2).
         settings: shape, scale and difference.
     """
@@ -73,25 +73,25 @@ class Cosines:
 
 
 def slope_steps(difference: str) -> tuple[tuple[int, float], ...]:
-    """The cells, counted from a component's own, whose weighted sum is the slope of Z along an axis."""
+    """Return the steps from a component's own cell, with weights, whose weighted sum of Z is the slope along an axis."""
     return _STEPS[difference]
 
 
 def offsets(difference: str, learned: bool, moving: bool) -> list[Offset]:
-    """The offsets at which Z is needed: the cells for coefficients, their neighbours for locations, each once."""
+    """Return the offsets at which Z is needed: the cells for coefficients, their neighbours for locations, each once."""
     steps = [step for step, _ in _STEPS[difference]] if moving else []
     neighbours = [(step, 0) for step in steps] + [(0, step) for step in steps]
     return list(dict.fromkeys([(0, 0)] * learned + neighbours))
 
 
 def shifted(cells: Tensor, offset: Offset, shape: tuple[int, int]) -> Tensor:
-    """Cells (B, 2) moved by an offset; beyond the border the border cell itself stands in."""
+    """Return cells (B, 2) moved by an offset; cells beyond the border are replaced with the border cell."""
     moved = [axis if not step else (axis + step).clamp(0, n - 1) for axis, step, n in zip(cells.T, offset, shape, strict=True)]
     return torch.stack(moved, 1)
 
 
 def row_major(cells: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Cells (B, 2) in CSR form: their order (B,), the start of each row (p + 1,), and columns (B,)."""
+    """Return cells (B, 2) in CSR form: their order (B,), the start of each row (p + 1,), and columns (B,)."""
     order = (cells[:, 0] * shape[1] + cells[:, 1]).argsort()
     rows, cols = cells[order].T
     starts = torch.searchsorted(rows.contiguous(), torch.arange(shape[0] + 1, device=cells.device))
@@ -99,12 +99,12 @@ def row_major(cells: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Te
 
 
 def coefficient_gradient(z: Mapping[Offset, Tensor], settings: AtomSettings) -> Tensor:
-    """(B,) from the values (B,) of Z at each of the `offsets`: exact."""
+    """Return the exact gradient (B,) of the coefficients from the values (B,) of Z at each of the `offsets`."""
     return settings.scale * z[0, 0]
 
 
 def location_gradient(z: Mapping[Offset, Tensor], coefficients: Tensor, settings: AtomSettings) -> Tensor:
-    """(B, 2): the change of the loss if a component moved by one cell, times the number of cells from 0 to 1."""
+    """Return (B, 2), the change of the loss if a component moved by one cell, times the number of cells from 0 to 1."""
     steps = _STEPS[settings.difference]
     axes = [[weight * z[step, 0] for step, weight in steps], [weight * z[0, step] for step, weight in steps]]
     slopes = [(size - 1) * (first + second) for size, (first, second) in zip(settings.shape, axes, strict=True)]

@@ -1,7 +1,7 @@
 """Sums of cosines of one shape, built together and differentiated together by a few large products.
 
-One sum alone takes some twenty small operations, and an accelerator spends longer on starting each than on carrying it out.
-Of two forms the one with fewer multiplications is used: over the components, or over the frequencies.
+A single sum takes about twenty small operations, and an accelerator spends more time launching each than executing it.
+Of two forms, the one with fewer multiplications is used: products over the components, or over the frequencies.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from loca_vision.functional.transforms import ordinary_tensors
 
 @dataclass(frozen=True)
 class CosineBatch:
-    """N sums of cosines of one shape (p, q), M components in all.
+    """N sums of cosines of one shape (p, q), with M components in total.
 
     Attributes:
-        coefficients: (M,) float32 or float64, of one sum after the other.
-        layout: their cells.
-        scale: alpha, the same of all.
+        coefficients: (M,) float32 or float64, one sum after the other.
+        layout: the cells of the components.
+        scale: alpha, the same for all sums.
         difference: how the slope along an axis is estimated, as in `AtomSettings`.
         split: whether float32 products are sums of products of bfloat16 parts.
     """
@@ -40,17 +40,17 @@ class CosineBatch:
     split: bool = False
 
     def matrices(self) -> Tensor:
-        """The sums, (N, p, q)."""
+        """Return the sums, (N, p, q)."""
         values = self.coefficients if self.scale == 1 else self.coefficients * self.scale
         made: Tensor = self._form.matrices(values, self.layout, self.split)
         return made
 
     def gradients(self, grads: Sequence[Tensor], learned: bool, moving: bool) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of coefficients (M,) and locations (M, 2).
+        """Return the gradients of coefficients (M,) and locations (M, 2).
 
         Args:
-            grads: those of the N matrices, (p, q) each, in any floating-point dtype.
-            learned, moving: which of the two are wanted.
+            grads: the gradients of the N matrices, (p, q) each, in any floating-point dtype.
+            learned, moving: whether the gradients of coefficients and of locations are wanted; None is returned otherwise.
         """
         form, like = self._form, self.coefficients
         z, *slopes = form.rows(grads, self.layout, self.difference if moving else None, like, self.split)
@@ -60,7 +60,7 @@ class CosineBatch:
         return coefficients, torch.stack(slopes, 1) * _lengths(self.layout.shape, self.scale, like) * like[:, None]
 
     def part(self, members: Sequence[int]) -> CosineBatch:
-        """The batch of some of the sums."""
+        """Return the batch of some of the sums."""
         layout = self.layout
         cells, coefficients = torch.split(layout.cells, layout.counts), torch.split(self.coefficients, layout.counts)
         chosen = BatchCells(torch.cat([cells[i] for i in members]), [layout.counts[i] for i in members], layout.shape)
@@ -68,21 +68,24 @@ class CosineBatch:
 
     @property
     def _form(self) -> Any:
-        """The cheaper one: on an H200, 36 matrices 1280 x 1280 of 1000 components take 2.5 ms there and back by components and
-        3.9 by frequencies; 30 matrices 640 x 640 of as many 1.0 and 0.8."""
+        """The cheaper of the two forms.
+
+        On an H200, 36 matrices of 1280 x 1280 with 1000 components take 2.5 ms forward and backward by components and 3.9 ms by
+        frequencies; 30 matrices of 640 x 640 with as many components take 1.0 and 0.8 ms.
+        """
         counts = set(self.layout.counts)
         few = len(counts) == 1 and 2 * max(counts) < sum(self.layout.shape)
         return batch_by_components if few else batch_by_frequencies
 
 
 def batch_of(coefficients: Tensor, layout: BatchCells, settings: AtomSettings, dtype: torch.dtype) -> CosineBatch:
-    """The sums of coefficients (M,) at the cells of the layout, for activations of this dtype."""
+    """Return the batch of sums with coefficients (M,) at the cells of the layout, for activations of this dtype."""
     split = coefficients.dtype == torch.float32 and is_preferred(coefficients.device, dtype)
     return CosineBatch(coefficients, layout, settings.scale, settings.difference, split)
 
 
 def _lengths(shape: tuple[int, int], scale: float, like: Tensor) -> Tensor:
-    """(2,): what one cell is in the units of a location, times the scale."""
+    """Return (2,), the number of cells from 0 to 1 along each axis, times the scale."""
     return _lengths_on(shape, scale, like.device, like.dtype)
 
 

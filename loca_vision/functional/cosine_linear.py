@@ -1,4 +1,4 @@
-"""A linear map with cosine updates on some of its rows, and their gradients by the cheapest of three strategies."""
+"""A linear map with cosine updates on some of its rows, whose gradients are computed by the cheapest of three strategies."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CosineRows = tuple[Rows, Cosines]  # the rows, and what is added to them
 
 
 def workload_of(cosines: Cosines) -> Workload:
-    """The work that one training step asks for."""
+    """Return the work that one training step requires."""
     moving, learned = cosines.locations.requires_grad, cosines.coefficients.requires_grad
     wanted = offsets(cosines.settings.difference, learned, moving)
     return Workload(cosines.settings.shape, len(cosines.layout.cells), len(wanted))
@@ -39,11 +39,11 @@ def workload_of(cosines: Cosines) -> Workload:
 def spectral_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[CosineRows], strategies: list[Strategy]
 ) -> Tensor:
-    """x weight^T + bias with updates, in autocast's dtype where it is on: (..., q) to (..., n).
+    """Return x weight^T + bias with updates, (..., q) to (..., n), in autocast's dtype if autocast is on.
 
-    `weight` (n, q) has no gradient; coefficients and locations have theirs. It contains the updates whose strategy is "whole"
-    (their gradient is the transform of their rows' own) or "sampled" (it is found from the activations). It does not contain
-    the "applied" ones, which act on the activations.
+    `weight` (n, q) gets no gradient, but coefficients and locations do. It contains the updates whose strategy is "whole"
+    (their gradient is the transform of the gradient of their rows) or "sampled" (their gradient is computed from the
+    activations). It does not contain the "applied" updates, which act on the activations.
     """
     pieces = _pieces_for(x, strategies)
     terms = [_Term(rows, own.settings, own.layout, s) for (rows, own), s in zip(updates, strategies, strict=True)]
@@ -54,7 +54,7 @@ def spectral_linear(
 
 
 def _pieces_for(x: Tensor, strategies: list[Strategy]) -> Pieces:
-    """The frequencies of x, kept for the gradient instead of x; none where x takes less memory than they would."""
+    """Return the frequencies of x, which are kept for the gradient instead of x; empty if x takes less memory than they do."""
     if "applied" in strategies:
         return shared_pieces(x)
     half = x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type)
@@ -63,7 +63,7 @@ def _pieces_for(x: Tensor, strategies: list[Strategy]) -> Pieces:
 
 @dataclass(frozen=True)
 class _Term:
-    """What of one update autograd does not track."""
+    """The part of one update that autograd does not track."""
 
     rows: Rows
     settings: AtomSettings
@@ -79,7 +79,7 @@ class _Term:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which updates take part, and how many of the tensors passed beside them are frequencies of x."""
+    """The updates that take part, and how many of the tensors passed along with them are frequencies of x."""
 
     terms: tuple[_Term, ...]
     n_pieces: int
@@ -90,7 +90,7 @@ class _Plan:
         return not self.n_pieces or any(term.strategy == "whole" for term in self.terms)
 
     def gradients(self, coefficients: Sequence[Tensor], wanted: Sequence[bool]) -> list[_Gradient]:
-        """`wanted`: two flags for each update, whether coefficients and locations learn."""
+        """Return the gradient of each update; `wanted` has two flags per update, for its coefficients and its locations."""
         return list(map(_Gradient, self.terms, coefficients, wanted[::2], wanted[1::2]))
 
 
@@ -108,13 +108,13 @@ class _Gradient:
         return offsets(self.term.settings.difference, self.learned, self.moving)
 
     def to_input(self, dtype: torch.dtype) -> Tensor | None:
-        """The sparse matrix that takes the output's gradient to that of the activations, unless the weight does."""
+        """Return the sparse matrix that maps the output's gradient to that of the activations, or None if the weight does."""
         if self.term.strategy != "applied":
             return None
         return transposed_of(self.term.cells, self.term.scaled(self.coefficients, dtype))
 
     def of_numbers(self, z: dict[Offset, Tensor]) -> list[Tensor | None]:
-        """The gradients of coefficients and locations from the spectrum at the offsets."""
+        """Return the gradients of coefficients and locations, given the spectrum at the offsets."""
         values, settings = {offset: value.to(self.coefficients.dtype) for offset, value in z.items()}, self.term.settings
         return [
             coefficient_gradient(values, settings) if self.learned else None,
@@ -151,7 +151,7 @@ class _SpectralLinear(torch.autograd.Function):
 
 
 def _add_applied(result: Tensor, term: _Term, coefficients: Tensor, pieces: Pieces) -> None:
-    """Add x Delta W^T to its rows of the result (n, p), rounded to the result's dtype."""
+    """Add x Delta W^T, rounded to the result's dtype, to the columns of the result (n, p) that belong to the term's rows."""
     dtype = pieces[0].dtype
     spectrum = spectrum_of(term.cells, term.scaled(coefficients, dtype))
     if result.dtype == dtype and not isinstance(term.rows, Tensor):
@@ -165,11 +165,14 @@ def _add_applied(result: Tensor, term: _Term, coefficients: Tensor, pieces: Piec
 def _spectra(
     x: Tensor | None, pieces: Pieces, grad: Tensor, gradients: list[_Gradient], wants_pieces: bool
 ) -> tuple[list[dict[Offset, Tensor]], Sequence[Tensor | None]]:
-    """The spectrum of each update's gradient at its offsets, and the gradients of the pieces.
+    """Return the spectrum of each update's gradient at its offsets, and the gradients of the pieces.
 
     Args:
-        x: (n, q), unless its frequencies are at hand.
-        grad: (n, p), with all rows of the weight.
+        x: (n, q); None if its frequencies are available instead.
+        pieces: the frequencies of x, or empty.
+        grad: (n, p), for all rows of the weight.
+        gradients: the gradients to compute.
+        wants_pieces: whether the gradients of the pieces are needed.
     """
     by_token = [one for one in gradients if one.term.strategy != "whole"]
     right = pieces or (in_pieces(x) if by_token and x is not None else ())

@@ -1,7 +1,7 @@
 """The update of LoCA and its gradients: Delta W = alpha * C^T S(a, l) D (LoCA, Eq. 1 to 5).
 
-Both directions are operators of their own (`torch.library`), so that autograd, autocast and `torch.compile` see one step
-with known derivatives: exact for the coefficients, finite differences for the locations, which are whole numbers here.
+Forward and backward are custom operators (`torch.library`), so that autograd, autocast and `torch.compile` see a single step
+with known derivatives: exact for the coefficients, finite differences for the locations, which are integers here.
 """
 
 import warnings
@@ -34,17 +34,17 @@ from loca_vision.functional.transforms import functional_only
 def cosine_sum(
     coefficients: Tensor, locations: Tensor, cells: Tensor, shape: tuple[int, int], scale: float, difference: str
 ) -> Tensor:
-    """scale * sum_k a_k C[u_k]^T D[v_k], the inverse 2-D DCT of a sparse spectrum; components at one cell add.
+    """Return scale * sum_k a_k C[u_k]^T D[v_k], the inverse 2-D DCT of a sparse spectrum; components at the same cell add up.
 
     Args:
         coefficients: (B,) float32 or float64, the amplitudes a.
-        locations: (B, 2) in [0, 1], from which `cells` was rounded. Only its gradient matters: the change of the
-            loss if one component moved by one cell, times the number of cells from 0 to 1 (Eq. 4 and 5).
+        locations: (B, 2) in [0, 1], which were rounded to `cells`. Only their gradient matters: the change of the loss if one
+            component moved by one cell, times the number of cells from 0 to 1 (Eq. 4 and 5).
         cells: (B, 2) int64, row u in [0, p - 1] and column v in [0, q - 1].
         shape: (p, q) of the result.
         scale: alpha.
-        difference: "central", "forward" or "backward", how dL/du is estimated from neighbouring cells. Beyond the border
-            the border cell itself stands in, which makes a central difference half a one-sided one there.
+        difference: how dL/du is estimated from neighbouring cells: "central", "forward" or "backward". Cells beyond the border
+            are replaced with the border cell, which makes a central difference half a one-sided one there.
 
     Returns:
         (p, q) tensor of the coefficients' dtype.
@@ -63,7 +63,7 @@ def _cosine_sum(
 
 
 def cosine_matrix(coefficients: Tensor, layout: Cells, scale: float) -> Tensor:
-    """`cosine_sum` without gradients, reusing what was computed from the cells before."""
+    """Compute `cosine_sum` without gradients, reusing what is cached in the layout."""
     with torch.autocast(coefficients.device.type, enabled=False):
         if coefficients.device.type == "cpu":
             result = coefficients.new_zeros(layout.shape)
@@ -84,7 +84,10 @@ def add_cosines(weight: Tensor, coefficients: Tensor, layout: Cells, scale: floa
 def _cosine_sum_backward(
     grad: Tensor, coefficients: Tensor, cells: Tensor, scale: float, difference: str, moving: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of coefficients (B,) and, if `moving`, locations (B, 2), otherwise an empty tensor: from one Z = C G D^T."""
+    """Return the gradients of coefficients (B,) and, if `moving`, of locations (B, 2), or else an empty tensor.
+
+    Both come from one Z = C G D^T.
+    """
     with torch.autocast(grad.device.type, enabled=False):
         settings = AtomSettings((grad.shape[0], grad.shape[1]), scale, difference)
         if grad.device.type != "cpu":
@@ -122,12 +125,12 @@ _cosine_sum.register_autograd(_backward, setup_context=_save)
 
 
 def cosine_applied(x: Tensor, coefficients: Tensor, cells: Tensor, shape: tuple[int, int], scale: float) -> Tensor:
-    """x (C^T S D)^T scale = iDCT(scale * S DCT(x)): the update applied to activations, and never built.
+    """Apply the update to activations without building it: x (C^T S D)^T scale = iDCT(scale * S DCT(x)).
 
-    Costs two transforms of the activations and 2 B multiplications for each of their vectors.
+    This costs two transforms of the activations and 2 B multiplications for each of their vectors.
 
     Args:
-        x: (..., q) activations, in any floating-point dtype; computed in float32 at least.
+        x: (..., q) activations, in any floating-point dtype; the computation is at least in float32.
         coefficients, cells, shape, scale: as in `cosine_sum`.
 
     Returns:
@@ -148,7 +151,7 @@ def _cosine_applied(x: Tensor, coefficients: Tensor, cells: Tensor, rows: int, c
 
 
 def applied_to(right: Pieces, x: Tensor, coefficients: Tensor, layout: Cells, scale: float) -> Tensor:
-    """`cosine_applied` without gradients, from the frequencies of x, reusing what was computed from the cells before."""
+    """Compute `cosine_applied` without gradients from the frequencies of x, reusing what is cached in the layout."""
     dtype, rows = right[0].dtype, layout.shape[0]
     with torch.autocast(x.device.type, enabled=False):
         result = torch.zeros(x.numel() // layout.shape[1], rows, dtype=dtype, device=x.device)
@@ -176,8 +179,8 @@ _cosine_applied.register_autograd(_backward_applied, setup_context=_save_applied
 
 
 def spectrum_at(grad: Tensor, layout: Cells, offsets: list[Offset]) -> dict[Offset, Tensor]:
-    """Z = C G D^T of a gradient G (p, q) at cells (B, 2) and their neighbours: (B,) for each offset."""
-    if grad.device.type != "cpu":  # matrix products are what accelerators do best
+    """Return Z = C G D^T of a gradient G (p, q) at cells (B, 2) and their neighbours: (B,) for each offset."""
+    if grad.device.type != "cpu":  # accelerators are best at matrix products
         z = dct2(grad)
         return {offset: z[tuple(shifted(layout.cells, offset, layout.shape).T)] for offset in offsets}
     right = in_pieces(grad, threads=1)  # in the same pieces as the unit vectors
@@ -192,10 +195,10 @@ def spectrum_at(grad: Tensor, layout: Cells, offsets: list[Offset]) -> dict[Offs
 
 
 def _alone(coefficients: Tensor, cells: Tensor, settings: AtomSettings) -> CosineBatch:
-    """The way of accelerators, which large products suit best."""
+    """Return a batch of a single sum, the form used on accelerators, which large products suit best."""
     return batch_of(coefficients, BatchCells(cells, [len(cells)], settings.shape), settings, coefficients.dtype)
 
 
-with warnings.catch_warnings():  # torch warns once that sparse CSR is in beta: let it do so here, unheard
+with warnings.catch_warnings():  # torch warns once that sparse CSR is in beta: trigger the warning here, where it is ignored
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0, 1], [0], [1.0], (1, 1), device="cpu")

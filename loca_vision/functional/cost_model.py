@@ -1,10 +1,10 @@
-"""The cheapest of four strategies to compute a cosine update and its gradient in training, predicted from sizes alone.
+"""Predict, from sizes alone, the cheapest of four strategies to compute a cosine update and its gradient in training.
 
 *Whole*: build W + Delta W and the gradient dY^T X, transform the gradient and read it at the cells. *Sampled*: build
 W + Delta W; transform activations and output gradients token by token, so that a cell's gradient is a dot product over the
 tokens. *Applied*: build no matrix; multiply the transformed activations by the sparse spectrum and transform back. All
-projections of one product share the transform of the activations. *Together*: as whole, for all updates of one shape at once,
-by matrix products; it is for accelerators, which spend longer on starting small operations than on carrying them out.
+projections of one product share the transform of the activations. *Together*: like whole, but for all updates of one shape at
+once, by matrix products; this is for accelerators, which spend more time launching small operations than executing them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Costs:
         cell: sorting one cell, while locations move.
         piece: the overhead of one piece of tokens, or of one sorting of cells.
         add: the overhead of one number of W + Delta W.
-        launch: starting one operation, however small; 0 on the CPU, where updates are never built together.
+        launch: launching one operation, however small; 0 on the CPU, where updates are never built together.
         serial: the fraction of `transform` and `add` that more threads do not speed up.
     """
 
@@ -52,14 +52,14 @@ class Costs:
     serial: float = 0.35
 
     def of_threads(self, threads: int) -> Costs:
-        """The costs with several threads; cells and pieces are bookkeeping, which a single thread does."""
+        """Return the costs with several threads; cells and pieces are bookkeeping, which a single thread does."""
         shared = self.serial + (1 - self.serial) / threads
         even = {name: getattr(self, name) / threads for name in ("product", "half_product", "spread", "dot")}
         return replace(self, **even, **{name: getattr(self, name) * shared for name in ("transform", "add")})
 
 
-# By device type. `examples/benchmarks/paths.py` measures them, and prints a line to put here or to assign. Accelerators without
-# an entry use "together": large matrix products are what they do best.
+# By device type. `examples/benchmarks/paths.py` measures the costs and prints a line to insert here or to assign. Accelerators
+# without an entry use "together", because they are best at large matrix products.
 COSTS: dict[str, Costs] = {
     "cpu": Costs(
         product=1.3e-11,
@@ -76,12 +76,13 @@ COSTS: dict[str, Costs] = {
 
 @dataclass(frozen=True)
 class Workload:
-    """The work that one update asks for.
+    """The work that one update requires.
 
     Attributes:
         shape: (p, q) of the update.
         cells: B, the number of components.
-        offsets: how many values of the gradient's spectrum each cell needs: 1 for coefficients, up to 5 while locations move.
+        offsets: the number of values of the gradient's spectrum that each cell needs: 1 for coefficients, up to 5 while
+            locations move.
     """
 
     shape: tuple[int, int]
@@ -95,7 +96,8 @@ class Decision:
 
     Attributes:
         strategy: how the update and its gradient are computed.
-        seconds: of each strategy by the model, with a fair share of what is shared; empty if the device's costs are unknown.
+        seconds: the time of each strategy according to the model, including an equal share of the shared work; empty if the
+            device's costs are unknown.
     """
 
     strategy: Strategy
@@ -112,7 +114,7 @@ def reads_whole_spectrum(work: Workload) -> bool:
 
 
 def choose(workloads: list[Workload], tokens: int, device: torch.device, dtype: torch.dtype) -> list[Decision]:
-    """A strategy for each of the updates of one product with activations (n, q): the cheapest for all of them together."""
+    """Return a strategy for each update of one product with activations (n, q), such that all together are cheapest."""
     if _forced is not None:
         return [Decision(_forced)] * len(workloads)
     if device.type not in COSTS or not workloads or not tokens:
@@ -121,7 +123,7 @@ def choose(workloads: list[Workload], tokens: int, device: torch.device, dtype: 
     return list(_choose(tuple(workloads), tokens, dtype, COSTS[device.type], threads))
 
 
-# Operations that are started for one update, forward and backward, beyond those of the frozen layer.
+# The number of operations launched for one update, forward and backward, in addition to those of the frozen layer.
 _LAUNCHES: dict[Strategy, int] = {"whole": 25, "sampled": 40, "applied": 40, "together": 4}
 
 
@@ -134,7 +136,7 @@ def builds_together(device: torch.device) -> bool:
 
 @contextmanager
 def using(strategy: Strategy) -> Iterator[None]:
-    """Inside, all updates are computed by this strategy, whatever it costs: for benchmarks and tests."""
+    """Compute all updates by this strategy inside the context, whatever it costs; for benchmarks and tests."""
     global _forced
     before, _forced = _forced, strategy
     try:
@@ -164,7 +166,7 @@ def _choose(
         "sampled": shared / max(1, sum(gain > 0 for gain in gains)),
         "applied": 2 * shared / len(workloads),
     }
-    if costs.launch:  # elsewhere nothing is built together
+    if costs.launch:  # otherwise nothing is built together
         shares["together"] = 0.0
     return tuple(
         Decision(strategy, {name: own[name][i] + share for name, share in shares.items()})
@@ -175,9 +177,9 @@ def _choose(
 def seconds_of(
     workloads: Sequence[Workload], tokens: int, dtype: torch.dtype, costs: Costs
 ) -> tuple[dict[Strategy, list[float]], float]:
-    """Seconds of each strategy for each update, without the transform of the activations; and the seconds of that transform.
+    """Return the seconds of each strategy for each update without transforming the activations, and those of that transform.
 
-    "Sampled" updates share one such transform, "applied" ones two: there, and back with the gradient.
+    "Sampled" updates share one such transform, "applied" ones two: one forward, and one back for the gradient.
     """
     built = [_built(one, costs) for one in workloads]
     own: dict[Strategy, list[float]] = {
@@ -202,7 +204,7 @@ def _whole(one: Workload, tokens: int, dtype: torch.dtype, costs: Costs) -> floa
         return 0.0
     (rows, cols), product = one.shape, costs.half_product if dtype.itemsize < 4 else costs.product
     spectrum = _transformed(cols, rows, costs)
-    if reads_whole_spectrum(one):  # where cells are looked up, which takes no order of them
+    if reads_whole_spectrum(one):  # cells are then looked up, for which they need not be sorted
         spectrum += _transformed(rows, cols, costs) + _arranged(one, one.offsets, costs) / 2
     else:
         spectrum += _dots(one, rows, costs)
@@ -210,18 +212,21 @@ def _whole(one: Workload, tokens: int, dtype: torch.dtype, costs: Costs) -> floa
 
 
 def _sampled(one: Workload, tokens: int, costs: Costs) -> float:
-    """Without the transform of the activations, which is shared."""
+    """Return the seconds without the transform of the activations, which is shared."""
     return (_transformed(one.shape[0], tokens, costs) if one.offsets else 0) + _dots(one, tokens, costs)
 
 
 def _applied(one: Workload, tokens: int, costs: Costs) -> float:
-    """Without the transforms of the activations and back to their gradient, which are shared."""
+    """Return the seconds without the transforms of the activations and back to their gradient, which are shared."""
     products = 2 * one.cells * tokens * costs.spread
     return 2 * _transformed(one.shape[0], tokens, costs) + products + _arranged(one, 2, costs) + _dots(one, tokens, costs)
 
 
 def _together(one: Workload, tokens: int, dtype: torch.dtype, costs: Costs) -> float:
-    """By products over the components or the frequencies; in half precision each is three of bfloat16 parts."""
+    """Return the seconds with products over the components or the frequencies.
+
+    In half precision, each product consists of three products of bfloat16 parts.
+    """
     (rows, cols), half = one.shape, dtype.itemsize < 4
     over = one.cells if 2 * one.cells < rows + cols else rows + cols
     ways = 2 if one.offsets else 1
@@ -234,7 +239,7 @@ def _dots(one: Workload, tokens: int, costs: Costs) -> float:
 
 
 def _arranged(one: Workload, times: int, costs: Costs) -> float:
-    """Cells put in order, which is remembered while they stay."""
+    """Return the seconds for sorting cells, whose order is cached while they do not move."""
     return times * (costs.piece + one.cells * costs.cell) if one.offsets > 1 else 0.0
 
 

@@ -1,4 +1,4 @@
-"""What an update adds to its frozen layer, in floating-point operations and bytes, counted from sizes.
+"""Count, from sizes, the floating-point operations and bytes that an update adds to its frozen layer.
 
 A transform of N numbers of length m counts 2.5 N log2 m operations, as is usual for FFTs. Every operand of a step counts as
 read or written once, four bytes a number, whether or not a cache holds it.
@@ -20,7 +20,7 @@ class Work:
 
     Attributes:
         flops: floating-point operations.
-        bytes: read and written.
+        bytes: bytes read and written.
     """
 
     flops: float = 0.0
@@ -34,20 +34,20 @@ NOTHING = Work()
 
 
 def of_building(shape: tuple[int, int], cells: int) -> Work:
-    """A sparse spectrum times cosines, one transform, the sum with W: each reads and writes the matrix once."""
+    """Count a sparse spectrum times cosines, one transform, and the sum with W; each reads and writes the matrix once."""
     size = math.prod(shape)
     return Work(2 * cells * shape[1] + _transform(size, shape[0]) + size, 6 * _BYTES * size)
 
 
 def of_whole_gradient(workload: Workload, tokens: int) -> Work:
-    """dY^T X, and its transform along both axes."""
+    """Count dY^T X and its transform along both axes."""
     (rows, cols), size = workload.shape, math.prod(workload.shape)
     transforms = _transform(size, rows) + _transform(size, cols)
     return Work(2 * tokens * size + transforms, _BYTES * (tokens * (rows + cols) + 5 * size))
 
 
 def of_sampled_gradient(workload: Workload, tokens: int, sharing: int) -> Work:
-    """Transforms of dY and, shared by `sharing` projections, of X; a dot product for each value."""
+    """Count the transforms of dY and, shared by `sharing` projections, of X, and a dot product for each value."""
     (rows, cols), values = workload.shape, workload.cells * workload.offsets
     read = tokens * (rows + cols / sharing)
     transforms = _transform(tokens * rows, rows) + _transform(tokens * cols, cols) / sharing
@@ -55,14 +55,17 @@ def of_sampled_gradient(workload: Workload, tokens: int, sharing: int) -> Work:
 
 
 def of_applying(workload: Workload, tokens: int, sharing: int) -> Work:
-    """Activations to frequencies (shared by `sharing` projections), times the spectrum, and back; gradients likewise."""
+    """Count transforming activations (shared by `sharing` projections), multiplying by the spectrum, and transforming back.
+
+    The gradients take the same.
+    """
     rows, cols = workload.shape
     transforms = _transform(tokens * rows, rows) + _transform(tokens * cols, cols) / sharing
     return Work(transforms + 2 * tokens * workload.cells, 2 * _BYTES * tokens * (rows + cols / sharing))
 
 
 def of_factors(shape: tuple[int, int], rank: int, tokens: int, products: int) -> Work:
-    """`products` passes of two thin products over the tokens: one forward, two backward."""
+    """Count `products` passes of two thin products over the tokens: one forward, two backward."""
     numbers = tokens * (sum(shape) + 2 * rank) + rank * sum(shape)
     return Work(2 * products * tokens * rank * sum(shape), _BYTES * products * numbers)
 

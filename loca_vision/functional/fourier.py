@@ -13,13 +13,13 @@ from loca_vision.functional.transforms import exported
 
 
 def inverse_real(values: Tensor, layout: Cells, norm: str = "backward") -> Tensor:
-    """Re(ifft2(F)) of shape (p, q), F zero but for real values (B,) at the cells (B, 2); differentiable in the values.
+    """Return Re(ifft2(F)) of shape (p, q), where F is zero except for real values (B,) at cells (B, 2).
 
-    The real part is the same for a value at (u, v) and half of it there, half of it at (-u, -v): with that symmetry half of
-    the plane is enough, and the transform costs half as much.
+    The result is differentiable in the values. The real part does not change if half of a value at (u, v) is moved to (-u, -v).
+    With this symmetry, half of the plane is enough, and the transform costs half as much.
     """
     shape = layout.shape
-    if exported():  # programs may run where nothing computes with complex numbers
+    if exported():  # exported programs may run where complex numbers are not supported
         size = math.prod(shape)
         return inverse_real_by_products(values, layout.cells, shape, 1 / (size if norm == "backward" else math.sqrt(size)))
     index, factor = layout.once(_folded)
@@ -31,9 +31,9 @@ def inverse_real(values: Tensor, layout: Cells, norm: str = "backward") -> Tenso
 
 
 def _folded(cells: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Where cells (B, 2), and then their mirror images, fall in the half plane: flat (2 B,) indices, and a factor of each.
+    """Return flat indices (2 B,) of cells (B, 2) and then of their mirror images in the half plane, and a factor for each.
 
-    In the columns that are their own mirror image both stand for themselves; in any other one of the two is left out.
+    In columns that are their own mirror image, both the cell and its image are kept; in any other, one of the two is left out.
     """
     (rows, cols), half = shape, shape[1] // 2 + 1
     mirrored = torch.stack([-cells[:, 0] % rows, -cells[:, 1] % cols], 1)

@@ -1,4 +1,4 @@
-"""Low-rank updates that differ from sample to sample, applied to a batch by two batched products."""
+"""Apply low-rank updates that differ from sample to sample to a batch by two batched products."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ Pair = tuple[Tensor, Tensor]  # (p, r) and (r, q)
 
 
 def apply_grouped(x: Tensor, pairs: Sequence[Pair], shares: Sequence[Sequence[Share]]) -> Tensor:
-    """x times each sample's own sum of products, (M, t, q) to (M, t, p), differentiable in x and in all factors.
+    """Return x times each sample's own sum of products, (M, t, q) to (M, t, p), differentiable in x and in all factors.
 
     Args:
-        pairs: the factors that there are, of any ranks.
-        shares: which of them each sample has, and how strongly; none for a sample without.
+        x: the activations (M, t, q).
+        pairs: all pairs of factors, of any ranks.
+        shares: the pairs that each sample has, and their strengths; empty for a sample without any.
     """
     dtype = computed_in(x)
     ups, downs = torch.cat([up for up, _ in pairs], 1).to(dtype), torch.cat([down for _, down in pairs]).to(dtype)
@@ -31,7 +32,7 @@ def apply_grouped(x: Tensor, pairs: Sequence[Pair], shares: Sequence[Sequence[Sh
 
 
 def _columns(ranks: Sequence[int], shares: Sequence[Sequence[Share]]) -> tuple[Tensor, Tensor]:
-    """(M, R) of all columns those of each sample, and their strengths, 0 for one that only fills the row."""
+    """Return the indices (M, R) of each sample's columns, and their strengths, which are 0 for columns that only pad."""
     ends = torch.tensor(ranks).cumsum(0).tolist()
     own = [
         [(column, strength) for index, strength in sample for column in range(ends[index] - ranks[index], ends[index])]

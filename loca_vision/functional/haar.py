@@ -1,4 +1,4 @@
-"""The orthonormal Haar wavelet transform, of any size."""
+"""The orthonormal Haar wavelet transform for any size."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 def haar2(x: Tensor) -> Tensor:
-    """The 2-D Haar transform over the last two axes, (..., rows, cols): all levels along one axis, then along the other.
+    """Return the 2-D Haar transform over the last two axes, (..., rows, cols): all levels along one axis, then the other.
 
-    First along each axis stands the coarsest average, then details from coarse to fine. Of an odd number of averages the last
-    one goes on to the next level as it is, which keeps the transform orthonormal.
+    Along each axis, the coarsest average comes first, followed by details from coarse to fine. If the number of averages is
+    odd, the last one is passed on to the next level unchanged, which keeps the transform orthonormal.
     """
     return _forward(_forward(x).transpose(-1, -2)).transpose(-1, -2)
 
 
 def inverse_haar2(x: Tensor) -> Tensor:
-    """The inverse, which is the transpose: (..., rows, cols)."""
+    """Return the inverse of `haar2`, which is its transpose: (..., rows, cols)."""
     return _inverse(_inverse(x).transpose(-1, -2)).transpose(-1, -2)
 
 
@@ -46,6 +46,6 @@ def _inverse(x: Tensor) -> Tensor:
 
 
 def _paired(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., n // 2, 2) neighbours, and the last one where n is odd."""
+    """Return pairs of neighbours (..., n // 2, 2), and the last value if n is odd."""
     even = x.shape[-1] // 2 * 2
     return x[..., :even].reshape(*x.shape[:-1], -1, 2), x[..., even:]

@@ -16,21 +16,21 @@ LowRankRows = tuple[Rows, Tensor, Tensor]  # the rows, and the factors (p, r) an
 
 
 def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: list[LowRankRows]) -> Tensor:
-    """x weight^T + bias + `low_rank_term`: (..., q) to (..., n); `weight` (n, q) does not contain the updates."""
+    """Return x weight^T + bias + `low_rank_term`: (..., q) to (..., n); `weight` (n, q) does not contain the updates."""
     flat = x.reshape(
         -1, x.shape[-1]
-    )  # with more axes F.linear returns a view, and autograd copies views that are changed in place
+    )  # with more axes, F.linear returns a view, and autograd copies views that are changed in place
     result = add_low_rank(F.linear(flat, weight, bias), flat, pairs)
     return result.view(*x.shape[:-1], result.shape[-1])
 
 
 def low_rank_term(x: Tensor, rows: int, pairs: list[LowRankRows]) -> Tensor:
-    """x times the sum of these products of factors, each on its rows: (..., q) to (..., rows), in x's or autocast's dtype."""
+    """Return x times the sum of the factor products, each on its rows: (..., q) to (..., rows), in x's or autocast's dtype."""
     return add_low_rank(x.new_zeros(*x.shape[:-1], rows, dtype=computed_in(x)), x, pairs)
 
 
 def add_low_rank(result: Tensor, x: Tensor, pairs: list[LowRankRows]) -> Tensor:
-    """`result` (..., n) + `low_rank_term`."""
+    """Return `result` (..., n) + `low_rank_term`."""
     if torch.compiler.is_compiling() or functional_only():
         for where, up, down in pairs:
             term = F.linear(F.linear(x, down.to(x)), up.to(x)).to(result.dtype)
@@ -76,5 +76,5 @@ class _AddLowRank(torch.autograd.Function):
 
 
 def _joined(matrices: Sequence[Tensor], dim: int) -> Tensor:
-    """One alone, as in a layer that is not fused, is not copied."""
+    """Concatenate matrices; a single one, as in a layer that is not fused, is not copied."""
     return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices), dim)

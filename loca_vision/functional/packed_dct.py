@@ -1,8 +1,8 @@
 """Cosine transforms of vectors (n, q) with one row per frequency, the layout that sparse spectra multiply and read.
 
-It is Makhoul's transform as in `dct.py`, which finds X[k] and -X[q - k] as real and imaginary part of one number of an FFT.
-Here the two stay side by side, as rows 2 k and 2 k + 1 of (q', n) with q' = 2 (q // 2 + 1), and whoever multiplies or reads
-rows finds each frequency through `packed_rows`. That spares passes over the numbers, which is where such a transform spends its
+This is Makhoul's transform as in `dct.py`, which computes X[k] and -X[q - k] as the real and imaginary part of one FFT output.
+Here the two stay next to each other, as rows 2 k and 2 k + 1 of (q', n) with q' = 2 (q // 2 + 1), and code that multiplies or
+reads rows finds each frequency through `packed_rows`. This saves passes over the numbers, where such a transform spends its
 time.
 """
 
@@ -25,30 +25,30 @@ _LINE = 64
 
 
 def rows_for(n: int) -> int:
-    """The number of rows that the frequencies of vectors of length n take."""
+    """Return the number of rows for the frequencies of vectors of length n."""
     return 2 * (n // 2 + 1)
 
 
 def packed_rows(frequency: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The row that holds each of the frequencies (B,) of vectors of length n, and its sign."""
+    """Return the row that holds each of the frequencies (B,) of vectors of length n, and its sign."""
     lower = frequency <= n // 2
     return torch.where(lower, 2 * frequency, 2 * (n - frequency) + 1), torch.where(lower, 1.0, -1.0)
 
 
 def pieces(count: int, width: int, threads: int) -> list[tuple[int, int]]:
-    """Start and end of each piece of `count` vectors of length `width`, sized for `threads` threads to share."""
+    """Return start and end of each piece of `count` vectors of length `width`, sized for `threads` threads to share."""
     wished = min(max(threads * _NUMBERS_AT_ONCE // width, _LEAST_VECTORS), _MOST_VECTORS)
     at_once = -(-count // max(1, round(count / wished)) // 16) * 16 if count else 16  # no short rest, and whole cache lines
     return [(start, min(start + at_once, count)) for start in range(0, count, at_once)]
 
 
 def frequencies(x: Tensor) -> Tensor:
-    """DCT-II of the rows of x (n, q), float32 or float64: (q', n)."""
+    """Return the DCT-II of the rows of x (n, q), float32 or float64, as (q', n)."""
     return _turned_round(packed(x))
 
 
 def packed(x: Tensor) -> Tensor:
-    """The same, (n, q')."""
+    """Return the same as `frequencies`, as (n, q')."""
     order, twiddle = fft_plan(x.shape[1], x.device, x.dtype)
     return torch.view_as_real(torch.fft.rfft(_split(x, order)).mul_(twiddle)).flatten(1)
 
@@ -62,7 +62,7 @@ def add_samples(y: Tensor, spectrum: Tensor) -> None:
 
 
 def add_unpacked(y: Tensor, spectrum: Tensor) -> None:
-    """The same for a spectrum (n, p'), contiguous, which is overwritten."""
+    """Do the same as `add_samples` for a contiguous spectrum (n, p'), which is overwritten."""
     n, order = y.shape[1], fft_plan(y.shape[1], y.device, y.dtype)[0]
     turned = torch.view_as_complex(spectrum.view(len(y), -1, 2))
     samples = torch.fft.irfft(turned.mul_(_inverse_twiddle(n, y.device, y.dtype)), n)
@@ -75,7 +75,7 @@ def add_unpacked(y: Tensor, spectrum: Tensor) -> None:
 
 
 def empty_spectrum(rows: int, n: int, like: Tensor) -> Tensor:
-    """(rows, n), uninitialised, for a product to be written to: laid out so that its transpose is fast."""
+    """Return an uninitialised (rows, n) tensor for a product to be written to, laid out so that transposing it is fast."""
     numbers = _LINE // like.element_size()
     lines = -(-n // numbers)
     return like.new_empty(rows, (lines | 1) * numbers)[:, :n]
@@ -83,7 +83,7 @@ def empty_spectrum(rows: int, n: int, like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def basis_pieces(n: int, width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The frequencies of the n unit vectors, (n', m) in the `pieces` of one thread for vectors of length `width`."""
+    """Return the frequencies (n', m) of the n unit vectors, in the `pieces` of one thread for vectors of length `width`."""
     with ordinary_tensors():
         row, sign = packed_rows(torch.arange(n, device=device), n)
         basis = torch.zeros(rows_for(n), n, dtype=dtype, device=device)
@@ -93,7 +93,7 @@ def basis_pieces(n: int, width: int, device: torch.device, dtype: torch.dtype) -
 
 @lru_cache(maxsize=64)
 def _inverse_twiddle(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The inverse of `fft_plan`'s rotation; for even n, X[n / 2] is stored once and its factor makes up for the other row."""
+    """Return the inverse of `fft_plan`'s rotation; for even n, X[n / 2] is stored once, and its factor compensates for that."""
     with ordinary_tensors():
         angle = torch.arange(n // 2 + 1, dtype=torch.float64, device="cpu") * (math.pi / (2 * n))
         twiddle = torch.polar(torch.full_like(angle, math.sqrt(n / 2)), angle)
@@ -104,17 +104,17 @@ def _inverse_twiddle(n: int, device: torch.device, dtype: torch.dtype) -> Tensor
 
 
 def _alone(x: Tensor) -> bool:
-    """Whether a single thread computes: indexed copies are fastest then, but they do not use more threads."""
+    """Whether a single thread computes, in which case indexed copies are fastest; they do not use more threads."""
     return x.device.type == "cpu" and torch.get_num_threads() == 1
 
 
 def _split(x: Tensor, order: Tensor) -> Tensor:
-    """Even samples forward, then odd ones backward."""
+    """Return even samples forward, then odd ones backward."""
     if _alone(x):
         return x.index_select(1, order)
     return torch.cat([x[:, 0::2], x[:, 1::2].flip(1)], 1)
 
 
 def _turned_round(x: Tensor) -> Tensor:
-    """x^T, contiguous. The third axis is there because torch copies two-axis transposes more slowly, on one thread only."""
+    """Return x^T, contiguous; with a third axis, because torch copies two-axis transposes more slowly, on a single thread."""
     return x.T[None].contiguous()[0]

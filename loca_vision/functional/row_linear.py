@@ -1,4 +1,4 @@
-"""Updates of some rows of a weight: adding them, and a linear map whose gradient is computed for those rows only."""
+"""Add updates to some rows of a weight, and compute a linear map whose gradient is computed for those rows only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RowDelta = tuple[Rows, Tensor]  # the rows, and what is added to them: (p, q)
 
 
 def rows_on(rows: Rows, device: torch.device) -> Rows:
-    """The rows of weights on a device. An index is copied there once: a copy at every step would make the host wait for it."""
+    """Return the rows for use on a device. An index is copied there only once, because every copy makes the host wait."""
     if not isinstance(rows, Tensor) or device.type in (rows.device.type, "meta") or torch.compiler.is_compiling():
         return rows
     known = _copied.setdefault(rows, {})
@@ -31,9 +31,10 @@ _copied: Any = WeakTensorKeyDictionary()
 
 
 def add_rows(base: Tensor, updates: list[RowDelta]) -> Tensor:
-    """`base` (n, q) with each update (p, q) added to its rows, rounded to base's dtype once; other rows stay bit-identical.
+    """Return `base` (n, q) with each update (p, q) added to its rows, rounded to base's dtype once.
 
-    Slices go through one concatenation, whose gradient is views of the weight's; interleaved rows through an index.
+    Other rows stay bit-identical. Slices are joined by one concatenation, whose gradients are views of the weight's gradient;
+    interleaved rows are added through an index.
     """
     wide = base if base.dtype == torch.float64 else base.float()
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or functional_only()):
@@ -52,7 +53,7 @@ def add_rows(base: Tensor, updates: list[RowDelta]) -> Tensor:
 
 
 def add_in_place(weight: Tensor, updates: list[RowDelta]) -> Tensor:
-    """The same without gradients, in a fifth of the time; changes and returns `weight` (n, q)."""
+    """Do the same as `add_rows` in place without gradients, in a fifth of the time; changes and returns `weight` (n, q)."""
     for rows, delta in updates:
         if isinstance(rows, Tensor):
             weight.index_add_(0, rows.to(weight.device), delta.to(weight.dtype))
@@ -62,13 +63,13 @@ def add_in_place(weight: Tensor, updates: list[RowDelta]) -> Tensor:
 
 
 def computed_in(x: Tensor) -> torch.dtype:
-    """The dtype of a product with x: autocast's where it is on, but for float64, which it leaves alone."""
+    """Return the dtype of a product with x: autocast's dtype if it is on, except for float64, which autocast leaves alone."""
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
 
 def as_computed(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The operands of a product in autocast's dtype, if it is on."""
+    """Return the operands of a product, in autocast's dtype if it is on."""
     if not torch.is_autocast_enabled(x.device.type):
         return x, weight, bias
     dtype = computed_in(x)
@@ -76,10 +77,10 @@ def as_computed(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor,
 
 
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: list[RowDelta]) -> Tensor:
-    """x weight^T + bias, in autocast's dtype where it is on: (..., q) to (..., n).
+    """Return x weight^T + bias, (..., q) to (..., n), in autocast's dtype if autocast is on.
 
-    `weight` (n, q) already contains the updates and has no gradient; an update's gradient is that of its
-    own rows of the weight, so that rows without an update, such as the key of a fused qkv, cost nothing.
+    `weight` (n, q) already contains the updates and gets no gradient. An update's gradient is that of its own rows of the
+    weight, so that rows without an update, such as the key of a fused qkv, cost nothing.
     """
     rows, deltas = zip(*updates, strict=True)
     result: Tensor = _RowLinear.apply(*as_computed(x, weight, bias), rows, *deltas)

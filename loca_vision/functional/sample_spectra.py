@@ -1,4 +1,4 @@
-"""A spectrum that some samples of a batch have: one that is trained, or one that is packed to be held in numbers."""
+"""The spectrum of some samples of a batch: one that can be trained, or one that is packed so that many can be held."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loca_vision.functional.transforms import ordinary_tensors
 
 @dataclass(frozen=True, slots=True)
 class SampleSpectrum:
-    """A spectrum of B components, alpha among its settings."""
+    """A spectrum of B components, whose settings include alpha."""
 
     coefficients: Tensor
     locations: Tensor | None
@@ -25,21 +25,23 @@ class SampleSpectrum:
     settings: AtomSettings
 
     def applied(self, basis: TokenBasis) -> Entries:
-        """Where the coefficients stand in the matrix that takes frequencies of inputs to those of outputs."""
+        """Return the coefficients' entries in the matrix that maps frequencies of inputs to those of outputs."""
         return basis.applied(self.layout)
 
     def transposed(self, basis: TokenBasis) -> Entries:
-        """The same for the transposed update."""
+        """Return the same as `applied` for the transposed update."""
         return basis.applied(Cells(self.layout.cells.flip(1), self.settings.shape[::-1]))
 
     def products(self, basis: TokenBasis, offset: Offset) -> Entries:
-        """The entries whose dot products are the coefficients' gradients, if components stood at this offset."""
+        """Return the entries whose dot products would be the coefficients' gradients if components were at this offset."""
         return basis.products(self.layout, offset)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedSpectrum(SampleSpectrum):
-    """Cosines that do not learn, in 8 bytes a component: sorted, with the signs of packed frequencies in the coefficients.
+    """Cosines that cannot be trained, in 8 bytes per component.
+
+    The components are sorted, and the signs of the packed frequencies are included in the coefficients.
 
     Attributes:
         index: (B,) int32 row * width + column among packed frequencies, ascending.
@@ -71,21 +73,22 @@ def packed_cosines(
     scale: float,
     device: torch.device | None = None,
 ) -> list[PackedSpectrum]:
-    """Spectra for matrices of one shape (p, q), packed by one sort for all: they share two blocks of memory.
+    """Return packed spectra for matrices of one shape (p, q); one sort packs them all, and they share two blocks of memory.
 
     Args:
-        coefficients: (B,) of each spectrum.
-        flat: (B,) of each, cells row * q + column.
+        coefficients: the coefficients (B,) of each spectrum.
+        flat: the cells (B,) of each spectrum, as row * q + column.
+        shape: (p, q).
         scale: alpha.
-        device: of the result, by default the CPU, where it is made.
+        device: the device of the result; by default the CPU, where it is computed.
 
     Raises:
-        ValueError: as `check_packs`.
+        ValueError: as in `check_packs`.
     """
     check_packs(shape)
     width, counts = COSINES.width(shape[1]), [len(one) for one in coefficients]
     size = COSINES.width(shape[0]) * width
-    cells = torch.cat(list(flat)).to(torch.int32)  # of its own, and written to: new memory takes longer than arithmetic
+    cells = torch.cat(list(flat)).to(torch.int32)  # reused below, because allocating takes longer than arithmetic
     rows = cells.div(shape[1], rounding_mode="floor")
     row = torch.index_select(_packed(shape[0]), 0, rows)
     col = torch.index_select(_packed(shape[1]), 0, cells.sub_(rows, alpha=shape[1]))
@@ -103,7 +106,7 @@ def packed_cosines(
 
 @lru_cache(maxsize=64)
 def _packed(n: int) -> Tensor:
-    """(n,) int32: the row of every frequency. It is odd where the sign is negative."""
+    """Return the row of every frequency, (n,) int32; it is odd if the sign is negative."""
     with ordinary_tensors(), torch.device("cpu"):
         return packed_rows(torch.arange(n), n)[0].to(torch.int32)
 

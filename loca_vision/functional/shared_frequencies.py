@@ -1,4 +1,4 @@
-"""Frequencies of activations, piece by piece, computed once for all layers that ask with the same memory."""
+"""Frequencies of activations, piece by piece, computed once for all layers that are called with the same memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loca_vision.functional.token_bases import TokenBasis
 
 @dataclass(frozen=True)
 class Piece:
-    """Frequencies (g, q', n) of samples `first` to `end`, and of their tokens from `token` on."""
+    """Frequencies (g, q', n) of samples `first` to `end`, for n of their tokens from `token` on."""
 
     first: int
     end: int
@@ -25,7 +25,7 @@ class Piece:
 
 
 def shared_frequencies(x: Tensor, basis: TokenBasis) -> Sequence[Piece]:
-    """The frequencies of x (M, t, q), computed once for all that ask with views of the same memory: query, key and value do."""
+    """Return the frequencies of x (M, t, q), computed once for all views of the same memory, as in query, key and value."""
     if x.is_inference():
         return list(frequencies_of(x, basis))
     base = x._base if x._base is not None else x
@@ -37,11 +37,11 @@ def shared_frequencies(x: Tensor, basis: TokenBasis) -> Sequence[Piece]:
     return found
 
 
-_known: Any = WeakTensorKeyDictionary()  # of tensors that are still in use
+_known: Any = WeakTensorKeyDictionary()  # by tensors that are still in use
 
 
 def frequencies_of(x: Tensor, basis: TokenBasis) -> Iterator[Piece]:
-    """The frequencies of x (M, t, q), of as many vectors at a time as are transformed fastest."""
+    """Yield the frequencies of x (M, t, q) in pieces of the size that is transformed fastest."""
     for first, end, token, last in _portions(x):
         part = x[first:end, token:last].to(wide(x))
         values = basis.analyse(part.reshape(-1, x.shape[2])).view(*part.shape[:2], -1)
@@ -49,7 +49,7 @@ def frequencies_of(x: Tensor, basis: TokenBasis) -> Iterator[Piece]:
 
 
 def _portions(x: Tensor) -> Iterator[tuple[int, int, int, int]]:
-    """First and last sample, first and last token of what is transformed at a time: on the CPU what its cache holds."""
+    """Yield the bounds of each piece, first in samples and then in tokens; on the CPU, a piece fits into the cache."""
     samples, tokens, width = x.shape
     if x.device.type != "cpu":
         yield 0, samples, 0, tokens
@@ -64,5 +64,5 @@ def _portions(x: Tensor) -> Iterator[tuple[int, int, int, int]]:
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """What is computed in: float32 at least."""
+    """Return the dtype to compute in, which is at least float32."""
     return torch.promote_types(x.dtype, torch.float32)

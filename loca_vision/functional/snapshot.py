@@ -48,19 +48,19 @@ def _mark(tensor: Tensor | None) -> tuple[Any, ...]:
 
 
 def version_of(tensor: Tensor) -> int:
-    """Changes whenever something is written to the tensor; a tensor of inference mode counts no versions."""
+    """Return a number that changes on every write to the tensor; 0 for an inference tensor, which has no versions."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 class _Step:
     """A step of an optimiser.
 
-    An object instead of a number: a compiled optimiser that counts is compiled anew at every step by torch 2.11.
+    This is an object instead of a number, because torch 2.11 recompiles a compiled optimiser that counts at every step.
     """
 
 
 def last_unseen_step() -> _Step:
-    """The last step of any optimiser whose kernels write parameters without a new version."""
+    """Return the last step of any optimiser whose kernels write parameters without a new version."""
     return _last_unseen
 
 
@@ -68,7 +68,7 @@ _last_unseen = _Step()
 
 
 def _note_step(optimizer: Optimizer, *inputs: Any) -> None:
-    """torch's fused optimisers write so, and those of other libraries may."""
+    """Record a step of an optimiser that may not update versions: torch's fused ones, and those of other libraries."""
     global _last_unseen
     foreign = not type(optimizer).__module__.startswith("torch.optim.")
     if foreign or any(group.get("fused") for group in optimizer.param_groups):

@@ -1,4 +1,4 @@
-"""Products with sparse spectra between matrices whose rows are frequencies, and dot products at their cells."""
+"""Multiply sparse spectra by matrices whose rows are frequencies, and compute dot products at their cells."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from loca_vision.functional.packed_dct import empty_spectrum, packed_rows, rows_
 
 
 def spectrum_of(layout: Cells, values: Tensor) -> Tensor:
-    """Values (B,) at their cells, (p', q') sparse: takes frequencies of inputs to those of outputs."""
+    """Return the sparse (p', q') matrix of values (B,) at their cells, which maps frequencies of inputs to those of outputs."""
     return _placed(layout, values, False)
 
 
 def transposed_of(layout: Cells, values: Tensor) -> Tensor:
-    """The same, (q', p')."""
+    """Return the transpose of `spectrum_of`, (q', p')."""
     return _placed(layout, values, True)
 
 
 def product(spectrum: Tensor, frequencies: Tensor, onto: Tensor | None = None) -> Tensor:
-    """A sparse spectrum (p', q') times frequencies (q', n): (p', n), laid out for `add_samples`; or added to `onto`."""
+    """Return a sparse spectrum (p', q') times frequencies (q', n), (p', n), laid out for `add_samples` or added to `onto`."""
     if frequencies.device.type != "cpu":
         return spectrum @ frequencies if onto is None else onto.add_(spectrum @ frequencies)
     if onto is not None:
@@ -30,13 +30,13 @@ def product(spectrum: Tensor, frequencies: Tensor, onto: Tensor | None = None) -
 
 
 def read_at(whole: Tensor, layout: Cells, offset: Offset) -> Tensor:
-    """The values (B,) of a whole spectrum (p', q') at cells shifted by the offset."""
+    """Return the values (B,) of a whole spectrum (p', q') at cells shifted by the offset."""
     rows, cols, signs = layout.once(positions, offset)
     return whole[rows, cols].mul_(signs)
 
 
 class Sums:
-    """Sums over tokens at cells, or at their neighbours: a sparse matrix with these entries and no others."""
+    """Sums over tokens at cells or at their neighbours, held in a sparse matrix with only these entries."""
 
     def __init__(self, layout: Cells, offset: Offset, dtype: torch.dtype) -> None:
         (self.order, starts, cols), self.signs = layout.once(_pattern, offset)
@@ -44,11 +44,11 @@ class Sums:
         self.matrix = torch.sparse_csr_tensor(starts, cols, zeros, _size(layout.shape), check_invariants=False)
 
     def add(self, left: Tensor, right: Tensor) -> None:
-        """Add the dot products of those rows of left (p', n) and right (q', n) that meet at a cell."""
+        """Add the dot products of the rows of left (p', n) and right (q', n) that belong to each cell."""
         torch.sparse.sampled_addmm(self.matrix, left, right.T, out=self.matrix)
 
     def values(self) -> Tensor:
-        """(B,) in the order of the components."""
+        """Return the sums (B,) in the order of the components."""
         values = self.matrix.values()
         return torch.empty_like(values).index_copy_(0, self.order, values).mul_(self.signs)
 
@@ -63,7 +63,7 @@ def _placed(layout: Cells, values: Tensor, transposed: bool) -> Tensor:
 def _pattern(
     cells: Tensor, shape: tuple[int, int], offset: Offset, transposed: bool = False
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Cells shifted by the offset as a CSR pattern over packed rows, and their signs (B,)."""
+    """Return cells shifted by the offset as a CSR pattern over packed rows, and their signs (B,)."""
     rows, cols, signs = positions(cells, shape, offset)
     size, pair = _size(shape), (rows, cols)
     if transposed:
@@ -72,7 +72,7 @@ def _pattern(
 
 
 def positions(cells: Tensor, shape: tuple[int, int], offset: Offset) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed rows, packed columns and signs (B,) of cells shifted by the offset."""
+    """Return packed rows, packed columns and signs (B,) of cells shifted by the offset."""
     moved = shifted(cells, offset, shape)
     (rows, row_signs), (cols, col_signs) = (packed_rows(moved[:, axis], n) for axis, n in enumerate(shape))
     return rows, cols, row_signs * col_signs

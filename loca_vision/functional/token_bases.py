@@ -1,7 +1,7 @@
 """Transforms of activations, vector by vector, in which sparse updates act as sparse matrices.
 
-With T the transform of a vector, x Delta W^T = T^-1(S T(x)) for a sparse S, whatever Delta W is a spectrum of cosines or of
-complex waves. Frequencies lie side by side as real numbers, so that a product with S is an ordinary sparse product.
+If T is the transform of a vector, x Delta W^T = T^-1(S T(x)) for a sparse S, whether Delta W is a spectrum of cosines or of
+complex waves. Frequencies are stored side by side as real numbers, so that a product with S is an ordinary sparse product.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from loca_vision.functional.sparse_products import positions
 
 @dataclass(frozen=True)
 class Entries:
-    """Where the components of a spectrum stand in a matrix over packed frequencies, row by row.
+    """The entries of a spectrum's components in a matrix over packed frequencies, row by row.
 
     Attributes:
-        index: (e,) whole numbers row * width + column, ascending.
-        weights: (e,) float32, by which the coefficient is multiplied there; None: 1.
-        source: (e,) int64, the component of each entry, of which a component may have several; None: one each, in order.
+        index: (e,) integers row * width + column, ascending.
+        weights: (e,) float32, the factor of the coefficient at each entry; None for 1.
+        source: (e,) int64, the component of each entry; a component may have several entries. None for one each, in order.
     """
 
     index: Tensor
@@ -37,21 +37,21 @@ class Entries:
 
 
 class TokenBasis(Protocol):
-    """A transform and its inverse, and where components stand in it. Frequencies of vectors of length n take `width(n)`."""
+    """A transform with its inverse and the entries of components in it. Vectors of length n have `width(n)` frequencies."""
 
     def width(self, n: int) -> int: ...
 
     def analyse(self, x: Tensor) -> Tensor:
-        """The frequencies (t, q') of the rows of x (t, q), float32 or float64."""
+        """Return the frequencies (t, q') of the rows of x (t, q), float32 or float64."""
 
     def add_synthesis(self, y: Tensor, spectrum: Tensor) -> None:
         """Add the inverse transform of a spectrum (t, p'), which is overwritten, to the rows of y (t, p), in place."""
 
     def applied(self, layout: Cells) -> Entries:
-        """The matrix (p', q') that takes frequencies of inputs to those of outputs."""
+        """Return the entries of the matrix (p', q') that maps frequencies of inputs to those of outputs."""
 
     def products(self, layout: Cells, offset: Offset = (0, 0)) -> Entries:
-        """The entries whose dot products, of frequencies of output gradients and of inputs, are the coefficients' gradients."""
+        """Return the entries whose dot products of output-gradient and input frequencies are the coefficients' gradients."""
 
 
 class CosineBasis:
@@ -96,7 +96,7 @@ COSINES, WAVES = CosineBasis(), FourierBasis()
 
 
 def in_order(index: Tensor, weights: Tensor, source: Tensor) -> Entries:
-    """Entries row by row."""
+    """Return entries sorted row by row."""
     order = index.argsort()
     return Entries(index[order], weights[order].float(), source[order])
 
@@ -107,7 +107,7 @@ def _cosine_entries(cells: Tensor, shape: tuple[int, int], offset: Offset) -> En
 
 
 def _waves(cells: Tensor, shape: tuple[int, int]) -> Entries:
-    """Of a real part, half stands at a cell and half, conjugate, at its mirror image: one of the two is stored."""
+    """Return the entries of real parts: half is at a cell, half, conjugate, at its mirror image; one of the two is stored."""
     (p, q), (u, v) = shape, cells.T
     (row, conjugate), (col, beyond) = _stored(u, p), _stored(v, q)
     alone = (2 * u) % p == 0  # its own mirror image: a real number
@@ -124,7 +124,7 @@ def _wave_products(cells: Tensor, shape: tuple[int, int]) -> Entries:
 
 
 def _stored(frequency: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The place of frequencies (B,) among the n // 2 + 1 that are stored, and -1 where its conjugate is, else 1."""
+    """Return the index of frequencies (B,) among the n // 2 + 1 stored ones, and -1 if the conjugate is there, else 1."""
     lower = frequency <= n // 2
     return torch.where(lower, frequency, n - frequency), torch.where(lower, 1.0, -1.0)
 

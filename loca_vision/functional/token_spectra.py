@@ -1,8 +1,8 @@
-"""The frequencies of activations, token by token, and what sparse spectra make of them without a matrix.
+"""Compute the frequencies of activations token by token, and apply sparse spectra to them without building a matrix.
 
-The gradient of y = x W^T is G = dY^T X, summed over n tokens, and its spectrum Z = C G D^T = (dY C^T)^T (X D^T). Where Z is
-asked for at few cells, the two factors can be transformed token by token, O(n (p + q) log), and each cell is then one dot
-product of n numbers; the whole product would cost O(n p q). In the same way x Delta W^T = (X D^T) S^T C for a sparse S.
+The gradient of y = x W^T is G = dY^T X, summed over n tokens, and its spectrum is Z = C G D^T = (dY C^T)^T (X D^T). If Z is
+needed at few cells, the two factors can be transformed token by token, O(n (p + q) log), and each cell is then one dot
+product of n numbers; the whole product would cost O(n p q). In the same way, x Delta W^T = (X D^T) S^T C for a sparse S.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from loca_vision.functional.packed_dct import add_samples, frequencies, pieces
 from loca_vision.functional.sparse_products import Sums, product
 from loca_vision.functional.transforms import once_differentiable
 
-Pieces = tuple[Tensor, ...]  # of the frequencies (q', n) of some tokens after the others
+Pieces = tuple[Tensor, ...]  # the frequencies (q', n) of consecutive groups of tokens
 
 
 def spectra_at(
@@ -29,18 +29,19 @@ def spectra_at(
     offsets: list[list[Offset]],
     backs: Sequence[Tensor | None],
 ) -> tuple[list[dict[Offset, Tensor]], list[Tensor]]:
-    """Values of Z = C (dY^T X) D^T at cells and next to them, and the gradient of the frequencies of X.
+    """Return values of Z = C (dY^T X) D^T at cells and next to them, and the gradient of the frequencies of X.
 
     Args:
-        right: the frequencies of the activations X (n, q), which all share.
+        right: the frequencies of the activations X (n, q), which all outputs share.
         grads: (n, p) gradients dY of one or more outputs of x.
-        layouts: for each of these the cells (B, 2) of a matrix (p, q).
-        offsets: for each the offsets from its cells.
-        backs: for each the sparse (q', p') matrix that takes frequencies of dY to gradients of `right`; None for no gradient.
+        layouts: for each output, the cells (B, 2) of a matrix (p, q).
+        offsets: for each output, the offsets from its cells.
+        backs: for each output, the sparse (q', p') matrix that maps frequencies of dY to gradients of `right`; None for no
+            gradient.
 
     Returns:
-        For each output, by offset, (B,) values in the dtype of `right`; and the gradient of every piece of `right`, an empty
-        list if `backs` asks for none.
+        For each output, the values (B,) by offset in the dtype of `right`; and the gradient of every piece of `right`, which is
+        an empty list if all of `backs` are None.
     """
     sums = [
         {offset: Sums(layout, offset, right[0].dtype) for offset in own} for layout, own in zip(layouts, offsets, strict=True)
@@ -67,20 +68,21 @@ def add_applied(y: Tensor, spectrum: Tensor, right: Pieces) -> None:
 
 
 def in_pieces(x: Tensor, threads: int | None = None) -> Pieces:
-    """The frequencies of x (n, q), in float32 at least, in pieces sized for `threads` threads (default: all)."""
+    """Return the frequencies of x (n, q), at least in float32, in pieces sized for `threads` threads (default: all)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    cpu = x.device.type == "cpu"  # elsewhere no cache decides
+    cpu = x.device.type == "cpu"  # only on the CPU does the cache determine the size
     parts = pieces(len(x), x.shape[1], threads or torch.get_num_threads()) if cpu else [(0, len(x))] * bool(len(x))
     return tuple(frequencies(x[start:end].to(wide)) for start, end in parts)
 
 
 def shared_pieces(x: Tensor) -> Pieces:
-    """The same for x (..., q), differentiable if gradients are recorded, and computed once for all calls with the same tensor.
+    """Return the same for x (..., q), differentiable if gradients are recorded; computed once for all calls with one tensor.
 
     Query, key and value of an attention layer share x, and all cross-attention layers share the text.
     """
     recorded = torch.is_grad_enabled() and x.requires_grad
-    # Inference tensors have no version. A leaf's frequencies hold it through their graph: a weak key would never be freed.
+    # Inference tensors have no version. The frequencies of a leaf keep it alive through their graph, so its weak key would
+    # never be freed.
     if x.is_inference() or (recorded and x.is_leaf):
         return _pieces_of(x, recorded)
     mark = recorded, x._version, x.data_ptr(), torch.get_num_threads()
@@ -91,7 +93,7 @@ def shared_pieces(x: Tensor) -> Pieces:
     return found
 
 
-_known: Any = WeakTensorKeyDictionary()  # of tensors that are still in use
+_known: Any = WeakTensorKeyDictionary()  # by tensors that are still in use
 
 
 def _pieces_of(x: Tensor, recorded: bool) -> Pieces:
@@ -126,5 +128,5 @@ class _Frequencies(torch.autograd.Function):
 
 
 def split_like(tokens: Tensor, right: Pieces) -> tuple[Tensor, ...]:
-    """The tokens (n, p) that belong to each of the pieces."""
+    """Split tokens (n, p) into the parts that belong to each of the pieces."""
     return torch.split(tokens, [piece.shape[1] for piece in right])

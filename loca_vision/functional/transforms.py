@@ -1,4 +1,4 @@
-"""Which program transform, if any, watches the code that runs now: compilation, export, tracing, torch.func."""
+"""Find out which program transform, if any, is active: compilation, export, tracing or torch.func."""
 
 from __future__ import annotations
 
@@ -10,44 +10,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# From torch 2.7 on. The flag, not the function that tells it: torch.compile before 2.14 takes the answer of that for True.
+# Available since torch 2.7. The flag is used rather than the function that returns it, because torch.compile before 2.14 treats
+# the function's result as True.
 _HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 
 
 def exported() -> bool:
-    """Whether torch.export traces this code: what it finds in the model must be there unchanged afterwards."""
+    """Whether torch.export is tracing this code; if so, everything in the model must be unchanged afterwards."""
     if _HAS_FLAG:
         return torch.compiler._is_exporting_flag
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 def compiled() -> bool:
-    """Whether torch.compile traces this code."""
+    """Whether torch.compile is tracing this code."""
     return torch.compiler.is_compiling() and not exported()
 
 
 def functional_only() -> bool:
-    """Whether only ordinary, out-of-place tensor operations may be used, with no operator or cache of our own.
+    """Whether only ordinary, out-of-place tensor operations may be used, without custom operators or caches.
 
-    That is so under torch.export, whose programs run where this library is not installed, and under torch.func and
+    This is the case under torch.export, whose programs run where this library is not installed, and under torch.func and
     forward-mode differentiation, which transform every operation.
     """
     return exported() if torch.compiler.is_compiling() else transformed()
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation watches this code."""
+    """Whether torch.func or forward-mode differentiation is active."""
     return bool(torch._C._are_functorch_transforms_active()) or torch.autograd.forward_ad._current_level >= 0
 
 
 def traced() -> bool:
-    """Whether torch.jit.trace, or `torch.onnx.export(dynamo=False)`, records this code; with `dynamo=True` it is `exported`."""
+    """Whether torch.jit.trace or `torch.onnx.export(dynamo=False)` records this code; `dynamo=True` counts as `exported`."""
     return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
 
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Inside, torch.jit.trace records nothing: what is computed becomes a constant of the trace."""
+    """Make torch.jit.trace record nothing inside the context, so that results become constants of the trace."""
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
@@ -58,16 +59,16 @@ def untraced() -> Iterator[None]:
 
 @contextmanager
 def ordinary_tensors() -> Iterator[None]:
-    """Inside, new tensors record no history and are not inference tensors, whatever mode the caller is in.
+    """Make new tensors record no history and not be inference tensors inside the context, whatever mode the caller is in.
 
-    What is made in inference mode could never be trained, nor written to outside of it.
+    Tensors created in inference mode could never be trained, nor written to outside that mode.
     """
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 class _FirstOrder(torch.autograd.Function):
-    """A gradient whose own derivative is refused in a sentence."""
+    """A gradient that raises a clear error when it is differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *grads: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ class _FirstOrder(torch.autograd.Function):
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For the `backward` of an autograd function that has no second derivative."""
+    """Decorate the `backward` of an autograd function that has no second derivative."""
 
     @wraps(backward)
     def wrapper(ctx: Any, *grads: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""The updates that act on one weight now: their sum, added to the weight, and which of them need no matrix."""
+"""The updates that act on one weight now: add them to the weight, and find those that need no matrix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loca_vision.methods.update import Update
 
 @dataclass(frozen=True)
 class ActiveUpdate:
-    """One update that acts on a weight: on which of its rows, how strongly, and the projection it belongs to."""
+    """One update that acts on a weight, with its projection, the rows it acts on and its strength."""
 
     projection: str
     rows: Rows
@@ -26,10 +26,10 @@ class ActiveUpdate:
     strength: float
 
     def weight_rows(self, weight: Tensor | None, device: torch.device) -> Tensor | None:
-        """The rows of W that the update depends on; None for an update that depends on none."""
+        """Return the rows of W that the update depends on, or None if it does not depend on W."""
         if weight is None or not self.update.needs_weight:
             return None
-        rows = self.rows.to(weight.device) if isinstance(self.rows, Tensor) else self.rows  # which may be offloaded
+        rows = self.rows.to(weight.device) if isinstance(self.rows, Tensor) else self.rows  # W may be offloaded
         return (weight if rows is None else weight[rows]).to(device)
 
 
@@ -37,7 +37,7 @@ Updates = Sequence[ActiveUpdate]
 
 
 def tensors_of(updates: Updates) -> Iterator[Tensor]:
-    """Everything that the updates are made from."""
+    """Yield all tensors that the updates are made from."""
     for active in updates:
         yield from active.update.tensors()
 
@@ -48,12 +48,13 @@ def learn(updates: Updates) -> bool:
 
 
 def deltas_of(updates: Updates, base: Tensor, call: CallSettings | None, device: torch.device | None = None) -> list[RowDelta]:
-    """The rows and the update of each projection, summed over adapters.
+    """Return the rows and the update of each projection, summed over adapters.
 
     Args:
+        updates: the updates to sum.
         base: W (n, q), for updates that depend on it.
-        call: the settings of the call; None leaves its scale out.
-        device: of the result, by default W's.
+        call: the settings of the call; None leaves out the call's scale.
+        device: the device of the result; by default that of W.
     """
     device = device or base.device
     scale = 1.0 if call is None else call.scale
@@ -69,7 +70,10 @@ def deltas_of(updates: Updates, base: Tensor, call: CallSettings | None, device:
 
 
 def sum_with(updates: Updates, base: Tensor, call: CallSettings | None) -> Tensor:
-    """W + the updates, (n, q) in W's dtype. Where no gradient is recorded they are added in place, to the same bits."""
+    """Return W + the updates, (n, q) in W's dtype.
+
+    If no gradient is recorded, the updates are added in place to a copy of W, with bitwise the same result.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or functional_only():
         return add_rows(base, deltas_of(updates, base, call))
     wide = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
@@ -85,7 +89,7 @@ def sum_with(updates: Updates, base: Tensor, call: CallSettings | None) -> Tenso
 
 
 def split_low_rank(updates: Updates, call: CallSettings) -> tuple[list[ActiveUpdate], list[LowRankRows]]:
-    """The updates that must be built as matrices, and the factors of those of low rank."""
+    """Return the updates that must be built as matrices, and the factors of the low-rank ones."""
     matrices, pairs = [], []
     for active in updates:
         factors = active.update.factors(call.scale * active.strength)
@@ -97,7 +101,7 @@ def split_low_rank(updates: Updates, call: CallSettings) -> tuple[list[ActiveUpd
 
 
 def learned_cosines(updates: Updates, scale: float, device: torch.device) -> list[tuple[ActiveUpdate, Cosines]] | None:
-    """The updates that learn as sums of cosines; None unless all of them are such sums and lie on the device."""
+    """Return the trained updates as sums of cosines, or None unless all of them are such sums and are on the device."""
     learned: list[tuple[ActiveUpdate, Cosines]] = []
     for active in updates:
         if not active.update.learns():

@@ -1,8 +1,8 @@
-"""An attention layer whose code sees adapted projections where everyone else sees the genuine ones.
+"""An attention layer whose own code sees adapted projections, while all other code sees the original ones.
 
-The class of the layer is exchanged for a subclass. Its `forward` runs the original one on a view of the layer: an object with
-the very same attributes, of a class whose `to_q`, `to_k`, ... answer with adapted projections. Processors and linear layers
-are never replaced, so whoever sets, wraps, fuses, offloads, casts or compiles them finds what is usually there.
+The layer's class is replaced by a subclass. Its `forward` runs the original `forward` on a view of the layer: an object that
+shares all attributes with it, but whose class returns adapted projections for `to_q`, `to_k`, ... Processors and linear layers
+are never replaced, so code that sets, wraps, fuses, offloads, casts or compiles them finds what it expects.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from loca_vision.layers.weight_updates import FusedUpdates, WeightUpdates
 
 
 class AttentionUpdates(nn.Module):
-    """The updates of all projections of one attention layer, by part, and of the layers that fuse several of them."""
+    """The updates of all projections of one attention layer, by part, and of layers that fuse several projections."""
 
     def __init__(self, attention: nn.Module, naming: Naming) -> None:
         super().__init__()
         self.naming = naming
-        # Names of their own: peft takes any module for a target whose path ends in what it was told to look for.
+        # The names have prefixes because peft targets every module whose path ends in a name it was given.
         self.weights = nn.ModuleDict({f"on_{part}": WeightUpdates() for part in naming.present(attention)})
         self.fused = nn.ModuleDict({f"in_{name}": FusedUpdates(self._stacked(attention, name)) for name in naming.fused})
 
@@ -38,7 +38,7 @@ class AttentionUpdates(nn.Module):
         yield from self.weights.values()  # type: ignore[misc]
 
     def effective_weights(self, attention: nn.Module) -> Iterator[tuple[str, EffectiveWeight]]:
-        """The path of every layer there is now that one of the projections is read from, and how it reads."""
+        """Yield the path and the effective weight of every existing layer that provides one or several of the projections."""
         for part, path in self.naming.parts.items():
             if f"on_{part}" in self.weights:
                 yield path, self.part(part)
@@ -47,7 +47,7 @@ class AttentionUpdates(nn.Module):
                 yield name, self.fused[f"in_{name}"]  # type: ignore[misc]
 
     def stacked(self, attention: nn.Module, name: str) -> list[str]:
-        """The paths of the layers whose weights the layer `name` stacks, none for one that stacks nothing."""
+        """Return the paths of the layers whose weights the layer `name` stacks; empty if it stacks none."""
         paths = [self.naming.parts[part] for part in self.naming.fused.get(name, ())]
         return [path for path in paths if child(attention, path) is not None]
 
@@ -62,14 +62,14 @@ class AttentionUpdates(nn.Module):
 
 
 class AdaptedAttention(Adapted):
-    """Mixed into the class of an attention layer that carries `AttentionUpdates` as its child `loca`."""
+    """A mixin for the class of an attention layer that has `AttentionUpdates` as its child `loca`."""
 
     loca: AttentionUpdates
 
     @classmethod
     def members(cls, original: type[nn.Module]) -> dict[str, Any]:
-        """A `forward` that computes with adapted projections."""
-        run = original.forward  # closed over: to be found once, not at every call
+        """Return a `forward` that computes with adapted projections."""
+        run = original.forward  # looked up once here rather than at every call
 
         def forward(self: Any, *inputs: Any, **named: Any) -> Any:
             return run(self._loca_view, *inputs, **named)
@@ -78,14 +78,14 @@ class AdaptedAttention(Adapted):
         return {"forward": forward}
 
     def _look(self, original: type[nn.Module]) -> None:
-        """Make the view that `forward` runs on: it shares all attributes, this one included."""
+        """Create the view that `forward` runs on; it shares all attributes of the layer, including the view itself."""
         view = object.__new__(_view_class(original, self.loca.naming))
         object.__setattr__(view, "__dict__", self.__dict__)
-        self.__dict__["_loca_projections"] = _projections(view)  # of the view: nothing in here refers to the layer itself
+        self.__dict__["_loca_projections"] = _projections(view)  # they refer to the view, never to the layer itself
         self.__dict__["_loca_view"] = view
 
     def __del__(self) -> None:
-        """Break the circle of the view and its attributes, so that the layer's memory is free at once."""
+        """Break the reference cycle between the view and its attributes, so that the layer's memory is freed at once."""
         for name in ("_loca_view", "_loca_projections"):
             self.__dict__.pop(name, None)
 
@@ -98,7 +98,7 @@ class AdaptedAttention(Adapted):
 
 
 class AdaptedProjection(UpdatedCall):
-    """A linear layer of an attention layer with the updates that act on it; otherwise the layer itself.
+    """A stand-in for a linear layer of an attention layer that adds its updates and otherwise behaves like the layer.
 
     It calls whatever layer is there at the time, even if other code has replaced or wrapped it.
     """
@@ -116,7 +116,7 @@ class AdaptedProjection(UpdatedCall):
         return weight
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("attention", "path", "effective_weight") or name.startswith("__"):  # as while a copy is made
+        if name in ("attention", "path", "effective_weight") or name.startswith("__"):  # asked for during a copy
             raise AttributeError(name)
         return getattr(self._layer(), name)
 
@@ -131,7 +131,7 @@ class AdaptedProjection(UpdatedCall):
         return _is_plain(layer)
 
     def _may_keep(self, layer: Any, x: Tensor) -> bool:
-        """A layer whose weight is on another device between calls is offloaded."""
+        """Whether a matrix may be cached: not if the weight is on another device between calls, which means offloaded."""
         weight = getattr(layer, "weight", None)
         return not isinstance(weight, Tensor) or weight.device == x.device
 
@@ -147,7 +147,7 @@ def _is_plain(layer: Any) -> bool:
 
 
 def _projections(view: Any) -> dict[str, Any]:
-    """What the view answers for each attribute; in place of a list of layers, a list whose first is adapted."""
+    """Return the adapted projection for each path of the layer; `to_out.0` is the first layer of a list."""
     loca: AttentionUpdates = view.__dict__["_modules"]["loca"]
     naming = loca.naming
     found = {
@@ -161,7 +161,7 @@ def _projections(view: Any) -> dict[str, Any]:
 def _answer(name: str) -> property:
     def projection(view: Any) -> Any:
         genuine = view.__dict__["_modules"].get(name)
-        if genuine is None:  # None, or not there at all
+        if genuine is None:  # set to None, or missing
             return view.__dict__[name] if name in view.__dict__ else nn.Module.__getattr__(view, name)
         projections = view.__dict__["_loca_projections"]
         if name in projections:
@@ -184,21 +184,21 @@ def _view_class(original: type[nn.Module], naming: Naming) -> type[nn.Module]:
 
 
 def adapt_attention(attention: nn.Module) -> AttentionUpdates:
-    """Make the layer compute through its updates, and return them; a layer that does already stays as it is."""
+    """Make the layer compute with its updates, and return them; a layer that already does so is left unchanged."""
     if isinstance(attention, AdaptedAttention):
         return attention.loca
     naming = naming_of(attention)
     assert naming is not None
     updates = AttentionUpdates(attention, naming)
     attention.add_module("loca", updates.train(attention.training))
-    # First the view: other threads may call the layer as soon as it has its new class.
+    # Create the view first, because other threads may call the layer as soon as it has its new class.
     AdaptedAttention._look(cast(AdaptedAttention, attention), type(attention))
     exchange_class(attention, adapted_class(AdaptedAttention, type(attention)))
     return updates
 
 
 def restore_attention(attention: AdaptedAttention) -> None:
-    """Give the layer its own class back; its children were never touched."""
+    """Restore the layer's original class; its children were never touched."""
     del attention._modules["loca"]
     for name in ("_loca_view", "_loca_projections"):
         attention.__dict__.pop(name, None)

@@ -1,8 +1,8 @@
-"""A linear layer whose `weight` reads as W + Delta W, for whoever reads it.
+"""A linear layer whose `weight` reads as W + Delta W.
 
-The class of the layer is exchanged for a subclass with a `weight` property; the parameter W stays where it is, so every
-key of the `state_dict` does too. Code that goes around `forward`, `F.linear(x, layer.weight)` as in BEiT, EVA and
-Swin V2, is adapted like code that does not.
+The layer's class is replaced by a subclass with a `weight` property. The parameter W stays where it is, so the keys of the
+`state_dict` do not change. Code that bypasses `forward`, such as `F.linear(x, layer.weight)` in BEiT, EVA and Swin V2, is
+adapted as well.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from loca_vision.layers.weight_updates import WeightUpdates
 
 
 class AdaptedLayer(Adapted):
-    """Mixed into the class of a layer that carries `WeightUpdates` as its child `loca`."""
+    """A mixin for the class of a layer that has `WeightUpdates` as its child `loca`."""
 
     loca: WeightUpdates
     bias: Tensor | None
 
 
 class ReadLayer(AdaptedLayer):
-    """A linear layer whose weight is read, or may be."""
+    """A linear layer whose weight is, or may be, read by other code."""
 
     @property
     def weight(self) -> Tensor:
         try:
             if not is_plain_matrix(base_weight(self)):
-                return base_weight(self)  # quantised: the layer's own forward reads it, and the updates act on activations
+                return base_weight(self)  # quantised: the layer's forward reads it, and the updates act on activations
             if may_mix(self.loca):
                 return mixed_weight(base_weight(self), self.loca)
             if compiled():
@@ -42,7 +42,7 @@ class ReadLayer(AdaptedLayer):
                 else:
                     self._settle()
             updated: Tensor = self.loca(base_weight(self))
-        except AttributeError as error:  # which Python would answer by looking the name up elsewhere: with the base weight
+        except AttributeError as error:  # Python would fall back to nn.Module's lookup, which finds the base weight
             raise RuntimeError(f"the adapted weight cannot be built: {error}") from error
         return updated
 
@@ -66,7 +66,7 @@ class ReadLayer(AdaptedLayer):
         return result if plain else result + self._term(inputs[0], result.shape[-1]).to(result.dtype)
 
     def _term(self, x: Tensor, rows: int) -> Tensor:
-        """What the updates add to a quantised layer."""
+        """Return what the updates add to the output of a quantised layer."""
         return self.loca.applied(x, rows, keep=True, base=lambda: readable_weight(self, "the layer"))
 
     @once_while_traced
@@ -75,7 +75,7 @@ class ReadLayer(AdaptedLayer):
 
 
 def base_weight(layer: nn.Module) -> Tensor:
-    """W itself, whatever `layer.weight` reads as."""
+    """Return W itself, whatever `layer.weight` reads as."""
     weight = layer._parameters.get("weight")
     if weight is None:
         raise RuntimeError(
@@ -85,7 +85,7 @@ def base_weight(layer: nn.Module) -> Tensor:
 
 
 def adapt(layer: nn.Module, mixin: type[AdaptedLayer] = ReadLayer) -> WeightUpdates:
-    """Make `layer` compute through its updates, and return them; a layer that does already stays as it is."""
+    """Make `layer` compute with its updates, and return them; a layer that already does so is left unchanged."""
     if isinstance(layer, AdaptedLayer):
         return layer.loca
     updates = WeightUpdates()
@@ -95,6 +95,6 @@ def adapt(layer: nn.Module, mixin: type[AdaptedLayer] = ReadLayer) -> WeightUpda
 
 
 def restore(layer: AdaptedLayer) -> None:
-    """Give the layer its own class back; its parameters were never touched."""
+    """Restore the layer's original class; its parameters were never touched."""
     del layer._modules["loca"]
     exchange_class(layer, layer.original_class)

@@ -1,4 +1,4 @@
-"""Updates applied to activations, for weights that cannot be read or must not be copied."""
+"""Apply updates to activations, for weights that cannot be read or must not be copied."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from loca_vision.layers.call_settings import CallSettings
 
 
 def matrix_of(x: Tensor, rows: int, updates: Updates, weight: Tensor | None, call: CallSettings) -> Tensor:
-    """The sum of the updates, (rows, q), on the device of x (..., q) and in the dtype of a product with it."""
+    """Return the sum of the updates, (rows, q), on the device of x (..., q) and in the dtype of a product with x."""
     zeros = torch.zeros(rows, x.shape[-1], device=x.device)
     return add_rows(zeros, deltas_of(updates, zeros if weight is None else weight, call, x.device)).to(computed_in(x))
 
 
 def learned_term(x: Tensor, rows: int, updates: Updates, weight: Tensor | None, call: CallSettings) -> Tensor:
-    """x (..., q) times the sum of the updates, (..., rows), differentiable in x and in what is learned."""
+    """Return x (..., q) times the sum of the updates, (..., rows), differentiable in x and in the trained parameters."""
     matrices, pairs = split_low_rank(updates, call)
     term = F.linear(x, matrix_of(x, rows, matrices, weight, call)) if matrices else x.new_zeros(())
     return term + low_rank_term(x, rows, pairs) if pairs else term
 
 
 def term_without_matrix(x: Tensor, rows: int, updates: Updates, weight: Tensor | None, call: CallSettings) -> Tensor:
-    """x (..., q) times the sum of the updates, (..., rows), differentiable in x only; no matrix is built where a method
-    can do without."""
+    """Return x (..., q) times the sum of the updates, (..., rows), differentiable in x only.
+
+    No matrix is built unless a method needs one.
+    """
     result = x.new_zeros(*x.shape[:-1], rows)
     for active in updates:
         strength = call.scale * active.strength

@@ -1,4 +1,4 @@
-"""Effective weights of one shape, built together, and the gradients of their updates, found together."""
+"""Effective weights of one shape that are built together, and whose updates' gradients are computed together."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Built(NamedTuple):
     """The effective weight of one layer.
 
     Attributes:
-        weight: W + the updates, (n, q) in the dtype of the activations. If `rows` is empty, gradients go through it.
-        rows: those of each update that learns.
-        tickets: for each a tensor (p, q) without memory of its own, whose gradient is that of these rows of the weight.
+        weight: W + the updates, (n, q) in the dtype of the activations. If `rows` is empty, gradients flow through it.
+        rows: the rows of each update that is trained.
+        tickets: for each of them, a tensor (p, q) without memory of its own that receives the gradient of these rows.
     """
 
     weight: Tensor
@@ -33,12 +33,12 @@ class Built(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """Updates of one shape that learn the same, at most one for each row of a weight.
+    """Updates of one shape that train the same parameters, with at most one update for each row of a weight.
 
     Attributes:
-        batch: their sums.
-        spectra: the updates, and to which of the weights each belongs.
-        rows: of each in its weight.
+        batch: the sums of the updates.
+        spectra: the updates, each with the index of its weight.
+        rows: the rows of each update in its weight.
     """
 
     batch: CosineBatch
@@ -47,7 +47,7 @@ class Part:
 
     @property
     def learns(self) -> tuple[bool, bool]:
-        """Whether coefficients and locations learn."""
+        """Whether the coefficients are trained, and whether the locations are."""
         first = self.spectra[0][1]
         return first.coefficients.requires_grad, first.locations.requires_grad
 
@@ -56,10 +56,13 @@ class Part:
 
 
 def built(parts: Sequence[Part], bases: Sequence[Tensor], dtype: torch.dtype, spent: list[bool]) -> list[Built]:
-    """The effective weights of these bases W (n, q), all of one shape, dtype and device.
+    """Return the effective weights of these bases W (n, q), which share one shape, dtype and device.
 
     Args:
-        spent: becomes [True] when gradients have gone through any of them.
+        parts: the updates to add.
+        bases: the weights W.
+        dtype: the dtype of the activations, and of the result.
+        spent: becomes [True] once gradients have flowed through any of the weights.
     """
     with torch.no_grad(), torch.autocast(bases[0].device.type, enabled=False):
         weights = _sums(parts, bases).to(bases[0].dtype).to(dtype)
@@ -77,14 +80,14 @@ def built(parts: Sequence[Part], bases: Sequence[Tensor], dtype: torch.dtype, sp
 
 
 def _sums(parts: Sequence[Part], bases: Sequence[Tensor]) -> Tensor:
-    """(L, n, q), float32 or float64; one addition for all weights."""
+    """Return W + the updates, (L, n, q) in float32 or float64, with one addition for all weights."""
     wide = torch.promote_types(bases[0].dtype, torch.float32)
     first, rest = parts[0], parts[1:]
     if first.rows[0] is None and first.batch.coefficients.dtype == wide:
         result = first.batch.matrices()
         if bases[0].dtype == wide:
             torch._foreach_add_(list(result.unbind(0)), list(bases))
-        else:  # of two dtypes it would be one launch each
+        else:  # with two dtypes, the foreach operation would launch once per weight
             result.add_(torch.stack(list(bases)))
     else:
         result, rest = bases[0].new_empty(len(bases), *bases[0].shape, dtype=wide), parts
@@ -98,18 +101,18 @@ def _sums(parts: Sequence[Part], bases: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the gradient is computed from; it refers to no tensor with a history."""
+    """The inputs of the gradient computation; none of the tensors has an autograd history."""
 
     parts: tuple[Part, ...]
     spent: list[bool]
-    first_pass: bool  # not one of blocks that a backward pass runs again, each with gradients of its own
-    dtype: torch.dtype  # of the weights: tickets of another one would have their gradients converted one by one
+    first_pass: bool  # False while a backward pass runs checkpointed blocks again, each with its own gradients
+    dtype: torch.dtype  # of the weights; gradients of tickets in another dtype would be converted one by one
 
 
 class _Gradients(torch.autograd.Function):
-    """From numbers to weights that have been built, or to tickets in their place.
+    """Connect the trained numbers to weights that have been built, or to tickets in their place.
 
-    Nothing is saved by autograd's own means: checkpointing counts what a block saves, and blocks share this.
+    Nothing is saved with `save_for_backward`: checkpointing counts what each block saves, and blocks share this.
     """
 
     @staticmethod
@@ -140,7 +143,7 @@ class _Gradients(torch.autograd.Function):
 
 
 def _of_part(part: Part, grads: Sequence[Tensor | None], learned: bool, moving: bool) -> list[Tensor | None]:
-    """The gradients of all coefficients, then of all locations; None for those whose matrix has none."""
+    """Return the gradients of all coefficients, then of all locations; None for updates whose matrix has no gradient."""
     count = len(grads)
     found: list[Tensor | None] = [None] * (2 * count)
     given = {i: grad for i, grad in enumerate(grads) if grad is not None}
@@ -158,7 +161,7 @@ def _of_part(part: Part, grads: Sequence[Tensor | None], learned: bool, moving: 
 
 @torch.no_grad()
 def layout_of(spectra: Sequence[Spectrum]) -> BatchCells:
-    """The layout of their cells."""
+    """Return the layout of the cells of all spectra."""
     cells = cells_at(torch.cat([spectrum.locations for spectrum in spectra]), spectra[0].shape)
     return BatchCells(cells, [len(spectrum.coefficients) for spectrum in spectra], spectra[0].shape)
 
@@ -176,7 +179,7 @@ class _Read(torch.autograd.Function):
 
 
 def read(one: Built) -> Tensor:
-    """The weight, with gradients going through it."""
+    """Return the weight such that gradients flow through it."""
     if not one.rows:
         return one.weight
     result: Tensor = _Read.apply(one.weight, one.rows, *one.tickets)

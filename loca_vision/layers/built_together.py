@@ -1,7 +1,7 @@
-"""Which effective weights are built together, and when: those of one shape, at the first use of one of them in a pass.
+"""Build effective weights of one shape together, at the first use of one of them in a pass.
 
-An accelerator spends longer on starting the operations of one update than on carrying them out. Each weight is handed out
-once: to ask for it again is to begin another pass, for which all are built anew.
+An accelerator spends more time launching the operations of one update than executing them. Each weight is handed out once:
+asking for it again begins another pass, for which all weights are rebuilt.
 """
 
 from __future__ import annotations
@@ -27,62 +27,66 @@ from loca_vision.methods.spectrum import Spectrum, confine
 if TYPE_CHECKING:
     from loca_vision.layers.effective_weight import EffectiveWeight
 
-# Bytes of the weights, in float32, that are built at once. All gradients of a batch are alive together in the backward pass.
+# Bytes of the float32 weights built at once. All gradients of a batch are in memory together in the backward pass.
 LARGEST_BATCH = 2**28
 
 
 @dataclass(frozen=True)
 class _Member:
-    """A weight that takes part, with the updates that act on it."""
+    """A weight that may be built with others, and the updates that act on it."""
 
     weight: weakref.ref[EffectiveWeight]
     base: weakref.ref[Tensor]
     updates: tuple[ActiveUpdate, ...]
 
     def kind(self, base: Tensor) -> tuple[Any, ...]:
-        """What the members of a batch have in common."""
+        """Return what the members of a batch must have in common."""
         return base.shape, base.dtype, base.device, *[(*kind_of(one), range_of(one)) for one in self.updates]
 
     def state(self, base: Tensor, scale: float, dtype: torch.dtype) -> tuple[Any, ...]:
-        """What is the same when a weight is asked for as when it was built; the last is the backward pass, if one runs."""
+        """Return what must not have changed between building a weight and handing it out.
+
+        The last entry identifies the backward pass, if one is running.
+        """
         numbers: list[Any] = [number for one in self.updates for number in one.update._parameters.values()]
         marks = [(version_of(number), number.data_ptr(), number.requires_grad) for number in (base, *numbers)]
         return (*marks, last_unseen_step(), scale, dtype, torch._C._current_graph_task_id())
 
 
 class _Batch:
-    """Weights that have been built, and which of them have not been asked for yet."""
+    """A batch of weights that have been built, and those of them that have not been handed out yet."""
 
     def __init__(self) -> None:
         self.left: dict[int, Built] = {}
         self.states: dict[int, tuple[Any, ...]] = {}
-        self.spent = [False]  # shared with the graph, which is not to be held from here: gradients have gone through it
+        self.spent = [False]  # whether gradients have flowed through; shared with the graph, which must not be kept alive here
 
 
 class BuiltTogether:
-    """The weights of one model that are built together: those that have asked for theirs.
+    """The weights of one model that are built together, which are those that have been asked for so far.
 
-    Several threads may call the model: what another one may change meanwhile is read once, and copied before it is iterated.
+    Several threads may call the model, so state that another thread may change is read only once, and copied before it is
+    iterated over.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Updates came, went or act in another way."""
-        self._members: dict[int, _Member] = {}  # by the identity of the weight; without updates, one that cannot take part
-        self._near: dict[int, list[_Member]] = {}  # likewise, those that may be built with it
-        self._dtypes: dict[int, torch.dtype] = {}  # likewise, of the activations that it was asked for last
-        self._batches: dict[int, _Batch] = {}  # likewise, the one that it was built in last
+        """Forget everything, after updates were added, removed or changed in how they act."""
+        self._members: dict[int, _Member] = {}  # by the weight's identity; a member without updates cannot take part
+        self._near: dict[int, list[_Member]] = {}  # by the weight's identity: the members that may be built with it
+        self._dtypes: dict[int, torch.dtype] = {}  # by the weight's identity: the dtype of the activations at the last call
+        self._batches: dict[int, _Batch] = {}  # by the weight's identity: the batch that it was last built in
         self._layouts: dict[tuple[int, ...], tuple[Snapshot, BatchCells]] = {}
 
     def release(self) -> None:
-        """Let go of what gradients have gone through, and of what layers that a pass skipped never asked for with it."""
+        """Release batches that gradients have flowed through, including weights for layers that the pass skipped."""
         if self._batches:
             self._batches = {key: batch for key, batch in tuple(self._batches.items()) if not batch.spent[0]}
 
     def take(self, weight: EffectiveWeight, base: Tensor, dtype: torch.dtype) -> Built | None:
-        """The effective weight for activations of this dtype; None if it is not built together with others."""
+        """Return the effective weight for activations of this dtype, or None if it cannot be built together with others."""
         member = self._member(weight, base)
         if member is None:
             return None
@@ -98,7 +102,7 @@ class BuiltTogether:
                 return self._alone(member, base, scale, dtype)
         if not learn_here(member.updates, base):
             return None
-        if not expected:  # others of this pass have theirs already, and would all be built once more
+        if not expected:  # the other weights of this pass have been handed out already, and would all be built once more
             return self._alone(member, base, scale, dtype)
         return self._with_others(member, base, scale, dtype)
 
@@ -126,7 +130,7 @@ class BuiltTogether:
         return mine
 
     def _alike(self, member: _Member, base: Tensor, dtype: torch.dtype) -> tuple[list[_Member], list[Tensor]]:
-        """The member and those near it that act, learn and are asked for like it, with their bases."""
+        """Return the member and those near it whose updates, training and dtype match, together with their bases."""
         near = self._near
         if id(member.weight()) not in near:
             self._near = near = self._portions()
@@ -143,7 +147,7 @@ class BuiltTogether:
         return members, bases
 
     def _portions(self) -> dict[int, list[_Member]]:
-        """The members whose weights have one shape, in portions that may be built at once."""
+        """Split the members whose weights have one shape into portions that may be built at once."""
         by_shape: dict[torch.Size, list[_Member]] = {}
         for member in tuple(self._members.values()):
             base = member.base()
@@ -162,7 +166,7 @@ class BuiltTogether:
         return built([self._part(members, which, scale, dtype) for which in groups_of(members[0].updates)], bases, dtype, spent)
 
     def _part(self, members: Sequence[_Member], which: Sequence[int], scale: float, dtype: torch.dtype) -> Part:
-        """The sums of these updates of every member."""
+        """Return the sums of these updates of every member."""
         chosen = [(index, member.updates[i]) for index, member in enumerate(members) for i in which]
         own = [cast(Spectrum, active.update) for _, active in chosen]
         settings = AtomSettings(own[0].shape, own[0].scale * (scale * chosen[0][1].strength), own[0].difference)
@@ -174,7 +178,7 @@ class BuiltTogether:
         return Part(batch, tuple(spectra), tuple(active.rows for _, active in chosen))
 
     def _layout(self, spectra: Sequence[Spectrum]) -> BatchCells:
-        """Kept as long as no location moves."""
+        """Return the layout of the spectra, cached as long as no location moves."""
         key, locations = tuple(map(id, spectra)), [own.locations for own in spectra]
         if locations[0].requires_grad:
             self._layouts = {ids: kept for ids, kept in tuple(self._layouts.items()) if not {*ids} & {*key}}
@@ -186,4 +190,4 @@ class BuiltTogether:
         return kept[1]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return BuiltTogether, ()  # a copy, or what comes from a pickle, learns of its own weights
+        return BuiltTogether, ()  # a copy or an unpickled object collects its own weights

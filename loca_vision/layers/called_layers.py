@@ -1,7 +1,7 @@
-"""Linear layers and 1 x 1 convolutions that are called: whoever reads or writes their weight finds W itself.
+"""Linear layers and 1 x 1 convolutions that are called, whose `weight` stays W for other code to read and write.
 
-This is for the layers of diffusers and transformers, whose code calls them. LoRA of peft is fused into `layer.weight` in place,
-which has to be W; a layer that is hooked, offloaded or quantised is called as it is, and the term of the updates added.
+This is for the layers of diffusers and transformers, whose code calls them. peft fuses a LoRA into `layer.weight` in place, so
+this must be W. A layer that is hooked, offloaded or quantised is called as it is, and the term of the updates is added.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from loca_vision.layers.updated_call import UpdatedCall, is_hooked
 
 
 class _CalledLayer(UpdatedCall, AdaptedLayer):
-    """What both have in common: the layer computes with its own updates, inside whatever hooks it has."""
+    """The common base of both kinds of layers: the layer computes with its own updates, inside any hooks it has."""
 
     @property
     def effective_weight(self) -> EffectiveWeight:  # type: ignore[override]
@@ -39,7 +39,7 @@ class _CalledLayer(UpdatedCall, AdaptedLayer):
 
 
 class CalledLinear(_CalledLayer):
-    """Mixed into the class of a linear layer that is called."""
+    """A mixin for the class of a linear layer that is called."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._called(x, *args, **kwargs)
@@ -54,7 +54,7 @@ def _memory(tensor: Tensor) -> tuple[int, torch.dtype]:
 
 
 class CalledConvolution(_CalledLayer):
-    """Mixed into the class of a 1 x 1 convolution, whose weight (p, q, 1, 1) is a matrix."""
+    """A mixin for the class of a 1 x 1 convolution, whose weight (p, q, 1, 1) is a matrix."""
 
     def forward(self, x: Tensor) -> Tensor:
         if may_mix(self.loca):
@@ -73,7 +73,10 @@ class CalledConvolution(_CalledLayer):
         return result + term.movedim(-1, 1).to(result.dtype)
 
     def _matrix(self) -> Tensor | None:
-        """W as a matrix (p, q) in the same memory; the same object while the weight is, so that sums with it are cached."""
+        """Return W as a matrix (p, q) in the same memory.
+
+        As long as the weight is the same object, so is the matrix, so that sums with it can be cached.
+        """
         weight: Any = self._parameters.get("weight")
         if torch.compiler.is_compiling() or functional_only() or traced() or weight.requires_grad:
             return as_matrix(weight)

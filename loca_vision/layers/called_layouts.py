@@ -1,6 +1,6 @@
-"""How attention layers of diffusers that are adapted layer by layer name their projections, some of them several in one.
+"""The names of projections in attention layers of diffusers that are adapted layer by layer; some layers hold several.
 
-Those of `attention_layouts.py` are adapted as a whole. What is in neither table is found as "linear", by its own path.
+Attention layers in `attention_layouts.py` are adapted as a whole. Layers in neither table are found as "linear", by their path.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from loca_vision.functional.row_linear import Rows
 from loca_vision.layers.attention_layouts import base_of, target_of
 from loca_vision.layers.linear_layouts import below, features
 
-# By the path of the layer: what it is, or, of one whose rows are several projections, the names of these, in this order.
+# By the path of the layer: its part or, if its rows make up several projections, their names in order.
 _LAYOUTS: tuple[Mapping[str, str | tuple[str, ...]], ...] = (
     {"to_qkv_mlp_proj": ("fused_q", "fused_k", "fused_v", "fused_fc1"), "to_out": "out"},  # Flux.2, also the MLP's first layer
     {"to_qkv": ("fused_q", "fused_k", "fused_v"), "to_out": "out"},
@@ -32,7 +32,7 @@ _LAYOUTS: tuple[Mapping[str, str | tuple[str, ...]], ...] = (
 
 
 def called_projections(module: nn.Module) -> Iterator[tuple[str, str, str, nn.Module, Rows]]:
-    """(name, part, path, layer, rows) of the projections of an attention layer in the table; nothing for other modules."""
+    """Yield (name, part, path, layer, rows) for the projections of an attention layer in the table; nothing for others."""
     if not module._modules or not any(cls.__module__.startswith("diffusers.") for cls in type(module).__mro__):
         return
     for layout in _LAYOUTS:
@@ -50,11 +50,11 @@ def called_projections(module: nn.Module) -> Iterator[tuple[str, str, str, nn.Mo
 
 
 def _sizes(module: Any, parts: Sequence[str], rows: int) -> list[int]:
-    """The rows of each part; none where they do not add up, so that the layer is found as one."""
+    """Return the number of rows of each part; empty if they do not add up, so that the layer is found as a whole."""
     if "fused_fc1" in parts:
         inner = module.inner_dim
         return [inner] * 3 + [rows - 3 * inner] if 3 * inner < rows else []
-    # Differential attention has its queries and keys twice, and the values once.
+    # Differential attention has two sets of queries and keys, and one set of values.
     twice = getattr(module, "use_differential", False) is True
     shares = [2 if twice and part[-1] in "qk" else 1 for part in parts]
     return [share * rows // sum(shares) for share in shares] if rows % sum(shares) == 0 else []

@@ -1,4 +1,4 @@
-"""Exchanging the class of a module in place for one that is adapted; a mark for methods of such classes."""
+"""Replace the class of a module in place with an adapted one, and mark methods that must not be traced."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torch import nn
 
 
 class Adapted(nn.Module):
-    """A mixin for the class of a module that is exchanged in place; it comes back from a copy or a pickle as it was.
+    """A mixin for the class of a module that is replaced in place; copying and pickling preserve the module.
 
     Attributes:
-        original_class: what it was exchanged for, and is again in the end.
+        original_class: the class that the module had before and that is restored in the end.
     """
 
     original_class: type[nn.Module]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """A new layer has no adapter: peft makes its own of the class of the one that it wraps."""
+        """Create a layer of the original class, without adapter: peft creates layers of the class of the one it wraps."""
         return cls.original_class(*args, **kwargs)
 
     @classmethod
     def members(cls, original: type[nn.Module]) -> dict[str, Any]:
-        """What else the class for `original` has."""
+        """Return additional members of the adapted class for `original`."""
         return {}
 
     def kept_state(self) -> dict[str, Any]:
-        """What goes into a copy or a pickle."""
+        """Return the state that goes into a copy or a pickle."""
         return self.__dict__.copy()
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What torch.jit.script asks for. It would put the answer into the model, in the place of the layer."""
+        """Raise TypeError for torch.jit.script, which would put a module returned here into the model in place of the layer."""
         raise TypeError(
             f"{self.original_class.__name__} has an adapter, which torch.jit.script cannot compile: script a merged copy "
             "(copy.deepcopy, then remove(copy, merge=True)), or use torch.jit.trace or torch.export"
@@ -46,7 +46,7 @@ _classes: dict[tuple[type[Adapted], type[nn.Module]], type[nn.Module]] = {}
 
 
 def adapted_class(mixin: type[Adapted], original: type[nn.Module]) -> type[nn.Module]:
-    """The one subclass of `original` with this mixin."""
+    """Return the subclass of `original` with this mixin; there is one for each pair."""
     if (mixin, original) not in _classes:
         about = {"original_class": original, "__module__": original.__module__, "__doc__": original.__doc__}
         body = about | mixin.members(original)
@@ -60,7 +60,10 @@ def _empty(mixin: type[Adapted], original: type[nn.Module]) -> nn.Module:
 
 
 def exchange_class(module: nn.Module, new: type[nn.Module]) -> None:
-    """Also where hooks of accelerate and diffusers keep the `forward` of the class that was there, or left it behind."""
+    """Replace the class of a module in place, including a `forward` of the old class that hooks hold or have left behind.
+
+    These are the hooks of accelerate and diffusers.
+    """
     old = type(module).forward
     module.__class__ = new
     new_forward = MethodType(new.forward, module)
@@ -73,9 +76,9 @@ def exchange_class(module: nn.Module, new: type[nn.Module]) -> None:
 
 
 def once_while_traced(method: Callable[..., None]) -> Callable[..., None]:
-    """Run the method for real when `torch.compile` traces a call of it, and put nothing of it into the graph.
+    """Run the method eagerly when `torch.compile` traces a call of it, and put nothing of it into the graph.
 
-    It is `torch.compiler.assume_constant_result`, without importing the compiler to say so, which takes a second.
+    This does the same as `torch.compiler.assume_constant_result` without importing the compiler, which takes a second.
     """
     method._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return method

@@ -37,12 +37,12 @@ from loca_vision.layers.weight_cache import CachedWeight
 
 
 class EffectiveWeight(CompiledDelta):
-    """W + Delta W for one weight; a subclass says which updates act on which of its rows.
+    """W + Delta W for one weight; a subclass defines which updates act on which of its rows.
 
-    In eager mode the sum is cached with a note of what it was made from; compiled code reads the buffer `delta`.
+    In eager mode the sum is cached together with a snapshot of its inputs; compiled code reads the buffer `delta`.
     """
 
-    _loca_handle = 0  # of calls that mix adapters; none has yet
+    _loca_handle = 0  # for calls that mix adapters; 0 until the first such call
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,16 +55,16 @@ class EffectiveWeight(CompiledDelta):
 
     @property
     def call_settings(self) -> CallSettings:
-        """The settings of the call, which all updates of a model share."""
+        """The settings of the call, shared by all updates of a model."""
         raise NotImplementedError
 
     @property
     def together(self) -> BuiltTogether | None:
-        """With what the weight is built together, if with anything."""
+        """The set of weights that this one is built together with, or None."""
         raise NotImplementedError
 
     def stacked(self) -> Sequence[tuple[EffectiveWeight, slice | None]]:
-        """The updates of each weight that this one is made of, and its rows; of a single one itself, and None."""
+        """Return the updates and the rows of each weight stacked in this one; for a single weight, itself and None."""
         raise NotImplementedError
 
     def can_be_built_together(self, base: Tensor) -> bool:
@@ -72,7 +72,7 @@ class EffectiveWeight(CompiledDelta):
         return self.together is not None and can_be_built(self.active_updates(), base)
 
     def forward(self, base: Tensor) -> Tensor:
-        """W + the active updates, (n, q) in W's dtype: built anew where gradients are recorded, else cached."""
+        """Return W + the active updates, (n, q) in W's dtype, rebuilt if gradients are recorded and cached otherwise."""
         if compiled():
             return self._in_graph(base)
         updates = self.active_updates()
@@ -92,7 +92,7 @@ class EffectiveWeight(CompiledDelta):
         return self._from_cache(base, updates, (), lambda: sum_with(updates, base, self.call_settings))
 
     def sum(self, base: Tensor) -> Tensor:
-        """W + the active updates, built anew, without the scale of the call."""
+        """Return W + the active updates, newly built, without the scale of the call."""
         updates = self.active_updates()
         return sum_with(updates, base, None) if updates else base
 
@@ -101,10 +101,10 @@ class EffectiveWeight(CompiledDelta):
         return len(self.active_updates()) > 0
 
     def learned_linear(self, x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor | None:
-        """x (W + the active updates)^T + bias, with gradients for adapted rows only; None unless updates learn and W does not.
+        """Return x (W + the active updates)^T + bias, with gradients for adapted rows only.
 
-        Low-rank updates act on the activations, which spares the gradient of a whole matrix. So do cosines where the cost
-        model finds that cheaper; otherwise the sum is built.
+        Low-rank updates act on the activations, which avoids the gradient of a whole matrix. So do sums of cosines if the cost
+        model finds that cheaper; otherwise the sum is built. Return None unless the updates are trained and W is not.
         """
         if not torch.is_grad_enabled() or base.requires_grad or torch.compiler.is_compiling():
             return None
@@ -132,10 +132,10 @@ class EffectiveWeight(CompiledDelta):
     def _linear_by_costs(
         self, x: Tensor, base: Tensor, bias: Tensor | None, updates: Updates, learned: Sequence[tuple[ActiveUpdate, Cosines]]
     ) -> Tensor:
-        """The same with each sum of cosines that learns computed the way that the model of costs finds cheapest."""
+        """Compute `learned_linear` with each trained sum of cosines in the way that the cost model finds cheapest."""
         workloads = [workload_of(cosines) for _, cosines in learned]
         strategies = [decision.strategy for decision in choose(workloads, x.shape[:-1].numel(), x.device, computed_in(x))]
-        if "together" in strategies:  # then all of them
+        if "together" in strategies:  # then it applies to all of them
             result = self._linear_together(x, base, bias)
             if result is not None:
                 return result
@@ -147,7 +147,7 @@ class EffectiveWeight(CompiledDelta):
         return spectral_linear(x, weight, bias, [(active.rows, cosines) for active, cosines in learned], strategies)
 
     def _linear_together(self, x: Tensor, base: Tensor, bias: Tensor | None) -> Tensor | None:
-        """The same with a weight that is built with others; None if it cannot be."""
+        """Compute `learned_linear` with a weight built together with others, or return None if that is impossible."""
         taken = None if self.together is None else self.together.take(self, base, computed_in(x))
         if taken is None:
             return None
@@ -156,11 +156,13 @@ class EffectiveWeight(CompiledDelta):
         return row_linear(x, weight, bias, list(zip(rows, tickets, strict=True))) if rows else F.linear(x, weight, bias)
 
     def applied(self, x: Tensor, rows: int, *, keep: bool, base: Callable[[], Tensor]) -> Tensor:
-        """x times the sum of the active updates, (..., q) to (..., rows), for a weight that cannot be read or written.
+        """Return x times the sum of the active updates, (..., q) to (..., rows), for a weight that cannot be read or written.
 
         Args:
+            x: the activations (..., q).
+            rows: the number of rows of the weight.
             keep: whether the matrix of the sum may be cached.
-            base: returns W; called only if an update depends on it.
+            base: returns W; it is called only if an update depends on W.
         """
         call = self.call_settings
         if compiled() and self.delta is not None:
@@ -190,34 +192,37 @@ class EffectiveWeight(CompiledDelta):
         return add_rows(base, deltas_of(updates, base, self.call_settings)) if updates else base
 
     def _for_trace(self, base: Tensor, updates: Updates) -> Tensor:
-        """A constant of the trace, which runs where our operators are unknown; in training, where it must learn, a sum."""
+        """Return the weight as a constant of the trace, which runs where our operators are unknown.
+
+        In training mode, if updates are trained, return a sum that can be differentiated instead.
+        """
         if self.training and torch.is_grad_enabled() and learn(updates):
             return add_rows(base, deltas_of(updates, base, self.call_settings))
         with untraced(), torch.no_grad():
             return sum_with(updates, base.detach(), self.call_settings)
 
     def refresh(self) -> None:
-        """After adapters came, went or changed: rewrite `delta`, and cache nothing that no update acts on."""
+        """Rewrite `delta` after adapters were added, removed or changed, and clear the cache if no update is active."""
         if self._cached is not None and not self.active_updates():
             self._cached = None
         super().refresh()
 
     def drop(self) -> None:
-        """Let go of everything that was built."""
-        if not torch.compiler.is_compiling():  # compiled code would be compiled anew whenever eager code caches something
+        """Release everything that was built."""
+        if not torch.compiler.is_compiling():  # or compiled code would be recompiled whenever eager code caches something
             self._cached = None
         super().drop()
 
     def _from_cache(self, base: Tensor | None, updates: Updates, form: tuple[Any, ...], build: Callable[[], Tensor]) -> Tensor:
-        """The cached weight, as long as W, spectra, strengths and `form` are those it was built from."""
+        """Return the cached weight, rebuilding it if W, the updates, their strengths or `form` have changed."""
         if self.together is not None:
             self.together.release()
         learned = list(tensors_of(updates))
         if learn(updates) and learned[0].device.type != "cpu" and dist.is_available() and dist.is_initialized():
             with torch.no_grad():
-                return build()  # sharding refills gathered parameters without a trace, and values are compared on the CPU only
+                return build()  # sharding refills gathered parameters unnoticed, and values are compared on the CPU only
         terms = (*form, self.call_settings.scale, *(active.strength for active in updates))
-        cached = self._cached  # read once: another thread may drop it meanwhile
+        cached = self._cached  # read once, because another thread may drop it in the meantime
         if cached is None or not cached.holds_for(base, learned, terms):
             with ordinary_tensors():
                 self._cached = cached = CachedWeight(base, learned, terms, build())

@@ -1,4 +1,4 @@
-"""Patterns over the names of a model's layers: which projections an adapter goes on."""
+"""Name patterns that select which projections of a model an adapter is applied to."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from fnmatch import fnmatchcase
 from loca_vision.layers.targets import Target
 from loca_vision.messages import nearest
 
-# Modules that other code hangs into a model: the image projection and the processors of an IP-Adapter, the motion modules of
-# AnimateDiff. They are not part of the model that an adapter is for: only a pattern with such a name in it reaches them.
+# Modules that other code inserts into a model: the image projection and the processors of an IP-Adapter, and the motion
+# modules of AnimateDiff. They do not belong to the model itself, so only a pattern that contains such a name selects them.
 GUESTS = ("encoder_hid_proj", "image_proj", "motion_modules", "processor")
 
 
 def chosen(targets: Sequence[Target], parts: Sequence[str], patterns: Sequence[str] | None) -> list[Target]:
-    """Those of a model's targets that an adapter goes on.
+    """Return the targets of a model that an adapter is applied to.
 
     Args:
-        targets: all of the model's, of every part.
+        targets: all targets of the model, of every part.
         parts, patterns: `targets` and `layers` of an `AdapterConfig`.
 
     Raises:
-        ValueError: a pattern fits nothing.
+        ValueError: a pattern matches nothing.
     """
     wanted = [target for target in targets if target.part in parts or ("linear" in parts and target.linear)]
     included = [pattern for pattern in patterns or () if not pattern.startswith("!")]
@@ -37,7 +37,7 @@ def chosen(targets: Sequence[Target], parts: Sequence[str], patterns: Sequence[s
 
 
 def _included(pattern: str, wanted: Sequence[Target], targets: Sequence[Target], parts: Sequence[str]) -> list[Target]:
-    """The wanted targets that a pattern fits, or else those of any part that it names by their own paths."""
+    """Return the wanted targets that a pattern matches or, if there are none, any targets whose own name or path it matches."""
     fitting = [target for target in wanted if _reaches(pattern, target) and _fits(pattern, target)]
     fitting = fitting or [target for target in targets if _reaches(pattern, target) and _names(pattern, target)]
     if not fitting:
@@ -46,14 +46,14 @@ def _included(pattern: str, wanted: Sequence[Target], targets: Sequence[Target],
 
 
 def _reaches(pattern: str, target: Target) -> bool:
-    """Whether the target belongs to the model itself, or to a guest that the pattern names."""
+    """Whether the target belongs to the model itself or to an inserted module that the pattern names."""
     guest = _guest_in(target)
     return guest is None or guest in pattern
 
 
 def _guest_in(target: Target) -> str | None:
     parts = target.layer_path.split(".")
-    if "image_projection_layers" not in parts:  # what else is called `encoder_hid_proj` is the model's own
+    if "image_projection_layers" not in parts:  # any other `encoder_hid_proj` belongs to the model itself
         parts = [part for part in parts if part != "encoder_hid_proj"]
     return next((guest for guest in GUESTS if guest in parts), None)
 
@@ -67,7 +67,7 @@ def _fits(pattern: str, target: Target) -> bool:
 
 
 def _paths(target: Target) -> Iterator[str]:
-    """The projection's name, and the paths of its layer and of everything that contains it."""
+    """Yield the projection's name, the path of its layer and the paths of all modules that contain the layer."""
     yield target.name
     path = target.layer_path
     while path:

@@ -1,4 +1,4 @@
-"""What linear layers outside attention are called: feed-forward layers and projections of diffusers and transformers."""
+"""The names of linear layers outside attention: feed-forward layers and projections of diffusers and transformers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-# The feed-forward layer of diffusers: its projections are named as those of an MLP, `<feed-forward>.fc1`.
+# The feed-forward layer of diffusers; its projections are named like those of an MLP, `<feed-forward>.fc1`.
 FEED_FORWARD = {"fc1": "net.0.proj", "fc2": "net.2"}
-# Others have names of their own; two layers side by side (a gate and what it gates) are both "fc1".
+# Other feed-forward layers have their own names; two parallel layers (a gate and what it gates) are both "fc1".
 _OTHERS: tuple[Mapping[str, str], ...] = (
     {"linear_1": "fc1", "linear_2": "fc1", "out_projection": "fc2"},
     {"gate_proj": "fc1", "up_proj": "fc1", "linear_fc2": "fc2"},
@@ -31,15 +31,15 @@ _OTHERS: tuple[Mapping[str, str], ...] = (
     {"wi_0": "fc1", "wi_1": "fc1", "wo": "fc2"},
     {"wi": "fc1", "wo": "fc2"},
 )
-# Names that other layers have too: only of classes that say what they are.
+# Names that other modules use as well, so they count only in classes that are called "FeedForward".
 _OF_FEED_FORWARD = {"in_layer": "fc1", "out_layer": "fc2"}
-# The modules of transformers that hold one layer, `dense`, by how the names of their classes end.
+# The modules of transformers that hold a single layer, `dense`, by the ending of their class name.
 _DENSE = {"SelfOutput": "out", "Intermediate": "fc1", "Output": "fc2"}
 _AROUND = ("proj_in", "proj_out")
 
 
 def feed_forward(module: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-    """(part, path, layer) of a feed-forward layer of diffusers; nothing for other modules."""
+    """Yield (part, path, layer) for a feed-forward layer of diffusers; nothing for other modules."""
     net = module._modules.get("net")
     if not isinstance(net, nn.ModuleList) or len(net) < 3:
         return
@@ -50,7 +50,7 @@ def feed_forward(module: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
 
 
 def named_alike(module: nn.Module, *, root: bool) -> Iterator[tuple[str, str, nn.Module]]:
-    """(part, child, layer) of feed-forward layers with names of their own, and of `proj_in` and `proj_out` below the root."""
+    """Yield (part, child, layer) for feed-forward layers with their own names, and `proj_in` and `proj_out` below the root."""
     if not module._modules:
         return
     for names in (*_OTHERS, *([_OF_FEED_FORWARD] if "FeedForward" in type(module).__name__ else ())):
@@ -62,13 +62,13 @@ def named_alike(module: nn.Module, *, root: bool) -> Iterator[tuple[str, str, nn
     if "dense" in children and type(module).__module__.startswith("transformers."):
         ends = [part for end, part in _DENSE.items() if type(module).__name__.endswith(end)]
         yield from ((part, "dense", children["dense"]) for part in ends[:1])
-    if "proj_mlp" in children:  # of a block that computes attention and feed-forward side by side
+    if "proj_mlp" in children:  # a block that computes attention and feed-forward in parallel
         yield "fc1", "proj_mlp", children["proj_mlp"]
     yield from ((name, name, children[name]) for name in _AROUND if name in children and not root)
 
 
 def below(module: nn.Module, path: str) -> nn.Module | None:
-    """The module at a path such as `ffn.0`; None if there is none."""
+    """Return the module at a path such as `ffn.0`, or None if there is none."""
     found: nn.Module | None = module
     for name in path.split("."):
         found = found._modules.get(name) if found is not None else None
@@ -76,7 +76,10 @@ def below(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def features(layer: nn.Module) -> tuple[int, int] | None:
-    """(p, q), outputs and inputs, of a layer that maps vectors to vectors, quantised or not, 1 x 1 convolutions included."""
+    """Return (p, q), outputs and inputs, of a layer that maps vectors to vectors, or None for any other module.
+
+    This includes quantised layers and 1 x 1 convolutions.
+    """
     if isinstance(layer, nn.Conv2d):
         pointwise = layer.kernel_size == layer.stride == layer.dilation == (1, 1) and layer.groups == 1
         return (layer.out_channels, layer.in_channels) if pointwise and layer.padding in (0, (0, 0), "valid") else None

@@ -1,4 +1,4 @@
-"""Calls of linear layers in which every sample has adapters of its own, in eager and in compiled code."""
+"""Calls of linear layers in which every sample has its own adapters, in eager and in compiled code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Base = Callable[[], Tensor]
 
 
 def may_mix(weight: EffectiveWeight) -> bool:
-    """Whether a call of the layer mixes adapters now; in compiled code, whether one ever has, so that any may."""
+    """Whether a call of the layer mixes adapters now; in compiled code, whether any call ever has, so that this one may."""
     if weight._loca_handle == 0:
         return False
     if compiled():
@@ -33,7 +33,7 @@ def may_mix(weight: EffectiveWeight) -> bool:
 
 
 def refuse_trace() -> None:
-    """Raise RuntimeError in a trace or an export, which would repeat the adapters of one call."""
+    """Raise RuntimeError during a trace or an export, which would fix the adapters of one call for all later calls."""
     if exported() or traced():
         raise RuntimeError(
             "per_sample cannot be exported or traced: do that with a model in which one adapter acts for all samples"
@@ -41,16 +41,18 @@ def refuse_trace() -> None:
 
 
 def with_updates_of_call(weight: EffectiveWeight, x: Tensor, result: Tensor, base: Base, *, in_place: bool) -> Tensor:
-    """The result of a layer without updates, with each sample's added; or, in a call that mixes none, the active ones.
+    """Add each sample's updates to a layer's result without updates; if the call mixes no adapters, add the active ones.
 
     Args:
-        x: (..., q), of which the layer made the result (..., n).
+        weight: the effective weight of the layer.
+        x: the input (..., q) of the layer.
+        result: the layer's result (..., n) for x.
         base: returns W.
         in_place: whether the result may be written to.
     """
     if not compiled():
         return _added(weight, x, result, base, in_place)
-    if torch.is_grad_enabled():  # what is learned is not an input of an operator, which would hide it from autograd
+    if torch.is_grad_enabled():  # the operator does not take the trained parameters as inputs: autograd would not see them
         return _added_outside(weight, x, result, base)
     needs_base = any([update.needs_weight for update in weight.all_updates()])
     term: Tensor = _mixed_call(x, base() if needs_base else None, result.shape[-1], weight._loca_handle)
@@ -86,9 +88,9 @@ def _given(weight: Tensor | None) -> Tensor:
 
 
 def operator(name: str, function: Callable[..., Tensor], schema: str) -> Any:
-    """An operator that compiled code calls as it is, and that inductor leaves out of CUDA graphs.
+    """Define an operator that compiled code calls as a whole and that inductor leaves out of CUDA graphs.
 
-    What it looks up when it runs, such as the adapters of the call, compiles nothing anew.
+    Whatever the operator looks up when it runs, such as the adapters of the call, causes no recompilation.
     """
     tag = getattr(torch.Tag, "cudagraph_unsafe", None)
     tagged = tag is not None and "tags" in inspect.signature(torch.library.custom_op).parameters

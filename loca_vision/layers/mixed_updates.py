@@ -1,4 +1,4 @@
-"""What the updates of a mixture add to the result of one linear layer."""
+"""Add the updates of a mixture to the result of one linear layer."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from loca_vision.functional.token_bases import TokenBasis
 from loca_vision.functional.transforms import functional_only
 from loca_vision.layers.mixtures import BATCHED, Mixture, PlacedUpdate
 
-Parts = Sequence[tuple[int, slice | None]]  # the handle of each weight that is stacked in a layer, and its rows there
+Parts = Sequence[tuple[int, slice | None]]  # the handle of each weight that is stacked in a layer, and its rows in the stack
 
 
 class _Projection:
-    """The updates of one projection, and which of them each sample has."""
+    """The updates of one projection, and those that each sample has."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
         self.updates: list[PlacedUpdate] = []
-        self.numbers: dict[int, int] = {}  # of the updates, by identity
-        self.shares: dict[int, list[Share]] = {}  # by the number of the sample
+        self.numbers: dict[int, int] = {}  # the index of each update, by its identity
+        self.shares: dict[int, list[Share]] = {}  # by the index of the sample
         self.blocks: tuple[list[Any], BlockSpectra] | None = None
 
     def add(self, sample: int, placed: PlacedUpdate, strength: float) -> None:
@@ -38,7 +38,7 @@ class _Projection:
         self.shares.setdefault(sample, []).append((index, strength))
 
     def of(self, chosen: Sequence[int], samples: int) -> list[list[Share]]:
-        """The shares of each sample in some of the updates, renumbered."""
+        """Return the shares of each sample in the chosen updates, renumbered in that order."""
         number = {index: i for i, index in enumerate(chosen)}
         return [
             [(number[index], strength) for index, strength in self.shares.get(sample, ()) if index in number]
@@ -47,7 +47,7 @@ class _Projection:
 
 
 class _Layer:
-    """All projections of a layer, and how many samples it tells apart: one, if all have the same updates here."""
+    """All projections of a layer, and the number of samples it distinguishes: one if all have the same updates here."""
 
     def __init__(self, mixture: Mixture, parts: Parts) -> None:
         self.projections = _projections(mixture, parts)
@@ -58,7 +58,7 @@ class _Layer:
         self.named = all(placed.named for own in self.projections for placed in own.updates)
 
     def check(self, x: Tensor) -> None:
-        """Raise ValueError unless the first axis of x is made of equally many vectors for each sample."""
+        """Raise ValueError unless the first axis of x consists of equally many vectors for each sample."""
         if self.samples == 1:
             return
         tried = [BATCHED.get(handle) for handle in self.handles]
@@ -79,9 +79,10 @@ class MixedCall:
     """A call of a layer that mixes adapters.
 
     Args:
-        parts: of the layer.
-        scale: of the call.
-        base: returns W; called only if an update depends on it.
+        mixture: the adapters of every sample.
+        parts: the weights stacked in the layer.
+        scale: the scale of the call.
+        base: returns W; it is called only if an update depends on W.
     """
 
     mixture: Mixture
@@ -90,20 +91,22 @@ class MixedCall:
     base: Callable[[], Tensor]
 
     def added(self, result: Tensor, x: Tensor, *, in_place: bool) -> Tensor:
-        """The result (..., n) of the layer for x (..., q), with what the updates of each sample make of x added.
+        """Add each sample's updates, applied to x (..., q), to the layer's result (..., n) for x, and return the sum.
 
-        Differentiable in x and in what is learned.
+        This is differentiable in x and in the trained parameters.
 
         Args:
-            in_place: whether the result may be written to, where no gradient is recorded.
+            result: the result of the layer without updates.
+            x: the input of the layer.
+            in_place: whether the result may be written to if no gradient is recorded.
 
         Raises:
-            ValueError: the first axis of x is not made of equally many vectors for each sample.
+            ValueError: the first axis of x does not consist of equally many vectors for each sample.
         """
         handles = tuple(handle for handle, _ in self.parts)
         layer: _Layer = self.mixture.once(handles, lambda: _Layer(self.mixture, self.parts))
         layer.check(x)
-        if not layer.projections or not x.numel():  # FFT libraries refuse what is empty
+        if not layer.projections or not x.numel():  # FFT libraries refuse empty tensors
             return result
         flat = x.reshape(layer.samples, -1, x.shape[-1])
         if in_place and not torch.is_grad_enabled() and not functional_only():
@@ -117,7 +120,7 @@ class MixedCall:
         return result + total.view(result.shape).to(result.dtype)
 
     def _write(self, result: Tensor, x: Tensor, layer: _Layer) -> None:
-        """The same, in place: result (M, t, n)."""
+        """Add each sample's updates in place to a result (M, t, n)."""
         for projection in layer.projections:
             rows = projection.rows
             own = None if isinstance(rows, Tensor) else result[..., rows or slice(None)]
@@ -147,7 +150,7 @@ def _projections(mixture: Mixture, parts: Parts) -> list[_Projection]:
 
 
 def _terms(x: Tensor, projection: _Projection, samples: int, base: Callable[[], Tensor]) -> Iterator[BlockSpectra | Tensor]:
-    """What each family of updates adds to the rows of the projection, (M, t, p), or the blocks that make that of x."""
+    """Yield what each family of updates adds to the projection's rows: (M, t, p), or blocks that compute it from x."""
     spectra: dict[TokenBasis, dict[int, SampleSpectrum]] = {}
     pairs: dict[int, tuple[Tensor, Tensor]] = {}
     others: list[int] = []
@@ -171,7 +174,7 @@ def _terms(x: Tensor, projection: _Projection, samples: int, base: Callable[[], 
 
 
 def _blocks(projection: _Projection, basis: TokenBasis, own: dict[int, SampleSpectrum], samples: int) -> BlockSpectra:
-    """Kept for as long as no component moves and no coefficient is another object."""
+    """Return the blocks, cached until a component moves or a coefficient tensor is replaced."""
     mark: list[Any] = [basis]
     for one in own.values():
         mark += [one.layout, one.coefficients, one.locations, one.settings.scale]
@@ -188,7 +191,7 @@ def _same(old: Any, new: Any) -> bool:
 
 
 def _alone(x: Tensor, projection: _Projection, index: int, samples: int, base: Callable[[], Tensor]) -> Iterator[Tensor]:
-    """One update on the samples that have it: for methods that know nothing better."""
+    """Yield the term of one update for the samples that have it, for methods that have no faster way."""
     shares = {i: sum(s for j, s in projection.shares.get(i, ()) if j == index) for i in range(samples)}
     shares = {i: strength for i, strength in shares.items() if strength}
     if not shares:

@@ -1,4 +1,4 @@
-"""The weight of a linear layer for code that reads it and multiplies by it, where every sample has adapters of its own."""
+"""The weight of a linear layer, for code that reads it and multiplies by it while every sample has its own adapters."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class MixedWeight(Tensor):
-    """W, which a linear map multiplies by with the updates of each sample added. Nothing else can be computed with it.
+    """W, for which `F.linear` adds each sample's own updates. No other computation is possible with it.
 
-    BEiT, EVA and Swin V2 compute `F.linear(x, layer.weight, bias)` outside of their layers' `forward`.
+    BEiT, EVA and Swin V2 compute `F.linear(x, layer.weight, bias)` outside their layers' `forward`.
     """
 
     loca: EffectiveWeight
@@ -44,7 +44,7 @@ _LOOKS = (Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tenso
 
 
 def mixed_weight(base: Tensor, updates: EffectiveWeight) -> Tensor:
-    """W (n, q) for a call that mixes adapters."""
+    """Return W (n, q) as a `MixedWeight`, for a call that mixes adapters."""
     weight = base.as_subclass(MixedWeight)
     weight.loca, weight.base = updates, base
     return weight

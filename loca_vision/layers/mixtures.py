@@ -26,9 +26,10 @@ class PlacedUpdate:
     """One update of an adapter.
 
     Args:
-        rows: of the weight, that it changes.
-        named: whether it is of a projection of attention or of an MLP, which see the batch as far as is known; any other layer
-            may be called with anything.
+        rows: the rows of the weight that the update changes.
+        update: the update itself.
+        named: whether the update belongs to a projection of attention or an MLP, which are called with the batch as far as is
+            known; any other layer may be called with anything.
     """
 
     rows: Rows
@@ -38,12 +39,12 @@ class PlacedUpdate:
 
 @dataclass(frozen=True, eq=False)
 class HeldAdapter:
-    """What a call needs of an adapter. It stays as it is for as long as a call holds it, whatever becomes of the model.
+    """The parts of an adapter that a call needs. They do not change while a call holds them, whatever happens to the model.
 
     Args:
-        name: for error messages.
-        updates: by the handle of the weight.
-        whole: the tensors that it trains as a whole, such as a classifier head, by name in the model.
+        name: the adapter's name, for error messages.
+        updates: the updates by the handle of their weight.
+        whole: the tensors that the adapter trains as a whole, such as a classifier head, by their names in the model.
     """
 
     name: str
@@ -51,32 +52,32 @@ class HeldAdapter:
     whole: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-Entry = tuple[tuple[HeldAdapter, float], ...]  # the adapters of a sample, and how strongly each acts; empty for the base
+Entry = tuple[tuple[HeldAdapter, float], ...]  # the adapters of a sample and their strengths; empty for the base model
 
 
 class Mixture:
-    """The adapters of every sample of the calls of one model.
+    """The adapters of every sample in the calls of one model.
 
     Args:
         entries: one for each sample, or for each prompt of a pipeline.
-        expand: makes of the size of a batch the entry of each of its samples; by default the batch is one of the entries.
-            Raises ValueError where it cannot be.
+        expand: maps the size of a batch to the index of each sample's entry, and raises ValueError if the size is impossible.
+            By default, the batch has one sample for each entry.
     """
 
     def __init__(self, entries: Sequence[Entry], expand: Callable[[int], Sequence[int]] | None = None) -> None:
         self.entries = tuple(entries)
         self.expand = expand
         self.samples: tuple[int, ...] = tuple(range(len(entries)))
-        self.known: dict[Any, Any] = {}  # what was worked out for these samples
-        self.handles: tuple[int, ...] = ()  # of all that take part
-        self.fits_model = False  # whether the model itself was called, which says how large its batch is
-        self.keep_up: Callable[[nn.Module], None] = lambda model: None  # with what became of the model meanwhile
+        self.known: dict[Any, Any] = {}  # results computed for these samples
+        self.handles: tuple[int, ...] = ()  # of all modules that take part
+        self.fits_model = False  # whether the model itself was called, so that the size of its batch is known
+        self.keep_up: Callable[[nn.Module], None] = lambda model: None  # adjusts to changes that the model has undergone
 
     def fit(self, batch: int, called: str) -> None:
-        """The model is called with a batch of this size.
+        """Adjust to a call of the model with a batch of this size; `called` names what was called, for the message.
 
         Raises:
-            ValueError: the number of entries is another one.
+            ValueError: the batch size does not match the number of entries.
         """
         if self.expand is None and batch != len(self.entries):
             raise ValueError(
@@ -88,66 +89,66 @@ class Mixture:
             self.samples, self.known = samples, {}
 
     def begin(self, batch: int, model: nn.Module) -> None:
-        """The model is called with a batch of this size, and may have changed.
+        """Adjust to a call of the model with a batch of this size, and to changes that the model has undergone.
 
         Raises:
-            ValueError: as `fit`.
-            ValueError, RuntimeError: the model has changed so that it cannot answer as it would have.
+            ValueError: as in `fit`.
+            ValueError, RuntimeError: the model has changed so that it can no longer compute what it would have.
         """
         self.keep_up(model)
         self.fit(batch, type(model).__name__)
         self.fits_model = True
 
     def differs(self) -> bool:
-        """Whether any two samples have different adapters: if not, it does not matter where in a layer's input they are."""
+        """Whether any two samples have different adapters; if not, their positions in a layer's input do not matter."""
         own = {tuple((id(adapter), strength) for adapter, strength in self.entries[index]) for index in self.samples}
         return len(own) > 1
 
     def note(self, handle: int, x: Tensor) -> None:
-        """A layer is called with x.
+        """Check a call of a layer with x.
 
         Raises:
-            ValueError: the model's own `forward` was not called, and this is not a batch of the right size.
+            ValueError: the model's own `forward` was not called, and x is not a batch of the right size.
         """
         if not self.fits_model and self.differs():
             self.fit(len(x) if x.dim() else 1, "a layer of the model")
 
     def by_sample(self) -> list[Entry]:
-        """The entry of every sample of the batch."""
+        """Return the entry of every sample of the batch."""
         return [self.entries[index] for index in self.samples]
 
     def once(self, key: Any, work: Callable[[], Any]) -> Any:
-        """`work()`, remembered for as long as the samples are the same."""
+        """Return `work()`, cached under `key` until the samples change."""
         if key not in self.known:
             self.known[key] = work()
         return self.known[key]
 
 
 _HANDLE = "_loca_handle"
-NOT_COPIED = {_HANDLE: 0}  # of a module's attributes
+NOT_COPIED = {_HANDLE: 0}  # attributes of a module that are reset in a copy
 _HANDLES = itertools.count(1)
 _GIVING = Lock()
 BATCHED: dict[int, bool] = {}
-"""Whether the layer with this handle is called with a batch, as far as that was tried."""
+"""Whether the layer with this handle is called with a batch, for the layers where that has been tried."""
 _OWNERS: dict[int, weakref.ref[nn.Module]] = {}
-_BEFORE: dict[int, Mixture] = {}  # of the last call of the module, in any thread
+_BEFORE: dict[int, Mixture] = {}  # the mixture of the module's last call, in any thread
 _OPEN: dict[int, dict[int, Mixture]] = {}  # all contexts, in all threads, by identity
 _CURRENT: ContextVar[tuple[dict[int, Mixture], ...]] = ContextVar("loca_mixtures", default=())  # the innermost comes last
 
 
 def handle_of(module: nn.Module) -> int:
-    """A number by which calls that mix adapters know the module, given at the first such call and no other module's."""
+    """Return the module's handle, a unique number that is assigned when it is first needed for a call that mixes adapters."""
     return module_handle(module) or _given_handle(module)
 
 
 def module_handle(module: nn.Module) -> int:
-    """The module's own handle, or 0: a copy has the handle of the module it was copied from, which does not count."""
+    """Return the module's own handle, or 0 if it has none; a handle that came with a copy of another module does not count."""
     handle: int = module.__dict__.get(_HANDLE, 0)
     return handle if owner_of(handle) is module else 0
 
 
 def _given_handle(module: nn.Module) -> int:
-    with _GIVING:  # two threads must not give a module two
+    with _GIVING:  # so that two threads cannot give a module two handles
         handle = module_handle(module)
         if handle == 0:
             handle = next(_HANDLES)
@@ -162,22 +163,23 @@ def _forget(handle: int) -> None:
 
 
 def forget_last_call(module: nn.Module) -> None:
-    """Let go of the adapters that the last call of the module mixed, which are kept for the backward pass."""
+    """Release the adapters that the module's last call mixed, which are kept for the backward pass."""
     _BEFORE.pop(module_handle(module), None)
 
 
 def owner_of(handle: int) -> nn.Module | None:
-    """The module with this handle."""
+    """Return the module with this handle, or None if there is none any more."""
     found = _OWNERS.get(handle)
     return None if found is None else found()
 
 
 @contextmanager
 def mixing(mixtures: Mapping[int, Mixture]) -> Iterator[None]:
-    """Inside, in this thread or task, calls of these modules mix adapters.
+    """Make calls of these modules mix adapters inside the context, in this thread or task.
 
     Raises:
-        RuntimeError: a generator mixed two contexts up, or the context ends in another thread than it began.
+        RuntimeError: a generator made two contexts of a module end in the wrong order, or the context ends in another thread
+            or task than the one it began in.
     """
     own = dict(mixtures)
     _CURRENT.set((*_CURRENT.get(), own))
@@ -190,7 +192,7 @@ def mixing(mixtures: Mapping[int, Mixture]) -> Iterator[None]:
 
 
 def is_mixed(module: nn.Module) -> bool:
-    """Whether a context of the module is open, in any thread."""
+    """Whether any thread is inside a mixing context of the module."""
     handle = module_handle(module)
     return any(handle in own for own in tuple(_OPEN.values()))
 
@@ -209,15 +211,16 @@ def _end(own: dict[int, Mixture]) -> None:
 
 
 def mix_also(model: nn.Module, mixtures: Mapping[int, Mixture]) -> None:
-    """Let the context of the model that is under way have these in the place of its mixtures, or besides."""
+    """Add these mixtures to the model's current context, replacing those of the same modules."""
     handle = module_handle(model)
     next(own for own in reversed(_CURRENT.get()) if handle in own).update(mixtures)
 
 
 def mixture_of(module: nn.Module) -> Mixture | None:
-    """How calls of this module mix adapters now.
+    """Return how calls of this module mix adapters now, or None if they do not.
 
-    While gradients are computed, as before: a checkpointed block runs again, in a thread of autograd's or after the call.
+    During a backward pass, return the mixture of the last call instead: a checkpointed block runs again then, in one of
+    autograd's threads or after the context has ended.
     """
     handle = module_handle(module)
     if handle == 0:
@@ -233,7 +236,7 @@ def mixture_of(module: nn.Module) -> Mixture | None:
 
 
 def batch_of(inputs: Sequence[Any], named: Mapping[str, Any]) -> int | None:
-    """The size of the batch a model is called with: that of the first tensor, or the length of a list of tensors."""
+    """Return the batch size of a model's inputs: that of the first tensor, or the length of the first list of tensors."""
     for value in (*inputs, *named.values()):
         if isinstance(value, Tensor) and value.dim() > 0:
             return len(value)

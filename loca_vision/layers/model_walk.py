@@ -1,4 +1,4 @@
-"""Every layer of a model where an update may go, and by whom it is called."""
+"""Walk over the layers of a model that may get an update, and determine whether their owners call them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Place:
     """A module of a model.
 
     Args:
-        path: of the module, with all wrappers.
-        module: itself, inside the wrapper that peft may have put around it.
-        called: whether the code it belongs to calls its layers, as that of diffusers and transformers does, and never computes
-            with their weights itself.
+        path: the path of the module, including all wrappers.
+        module: the module itself, without the wrapper that peft may have put around it.
+        called: whether the code it belongs to calls its layers, as diffusers and transformers do, and never computes with
+            their weights directly.
     """
 
     path: str
@@ -27,7 +27,7 @@ class Place:
 
 
 def places(model: nn.Module) -> Iterator[Place]:
-    """Every module once, in the order of `named_modules`, without what adapters of any kind put into layers."""
+    """Yield every module once, in the order of `named_modules`, except modules that adapters of any kind put into layers."""
     yield from _below("", model, False, set())
 
 
@@ -36,7 +36,7 @@ def _below(path: str, module: nn.Module, called: bool, seen: set[int]) -> Iterat
     if id(layer) in seen:
         return
     seen.add(id(layer))
-    if isinstance(layer, nn.MultiheadAttention):  # torch reads the weight of its output layer
+    if isinstance(layer, nn.MultiheadAttention):  # it reads the weight of its output layer
         called = False
     elif not type(layer).__module__.startswith("torch."):
         called = calls_its_layers(type(layer)) and type(layer).__name__ not in _READERS
@@ -48,12 +48,12 @@ def _below(path: str, module: nn.Module, called: bool, seen: set[int]) -> Iterat
             yield from _below(f"{path}.{name}" if path else name, child, called, seen)
 
 
-# Classes of diffusers that compute with the weights of their layers and never call them.
+# Classes of diffusers that compute with the weights of their layers instead of calling the layers.
 _READERS = {"HunyuanDiTAttentionPool", "MiniMaxH3AudioCausalAttention", "_AceStepResidualFSQ"}
 
 
 def calls_its_layers(cls: type) -> bool:
-    """Whether it is a class of diffusers or transformers, or extends one."""
+    """Whether the class is one of diffusers or transformers, or extends one."""
     known = _known.get(cls)
     if known is None:
         known = _known[cls] = any(one.__module__.split(".")[0] in ("diffusers", "transformers") for one in cls.__mro__)

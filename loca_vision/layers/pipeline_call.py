@@ -1,4 +1,4 @@
-"""The pipeline call that is under way in this thread or task, and its scale."""
+"""The current pipeline call of this thread or task, and its scale."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, eq=False)
 class PipelineCall:
-    """One call of a pipeline; identities, not objects, so that nothing is kept alive by what remembers a call.
+    """One call of a pipeline. It holds identities rather than objects, so that remembering a call keeps nothing alive.
 
     Args:
         pipe: the identity of the pipeline.
-        scale: how strongly all its adapters act.
-        mappings: the identities of the keyword arguments for attention that the caller gave.
+        scale: how strongly all adapters of the pipeline act.
+        mappings: the identities of the keyword arguments for attention that the caller passed.
     """
 
     pipe: int
@@ -28,19 +28,19 @@ _UNDER_WAY: set[PipelineCall] = set()  # in all threads
 
 
 def current_call() -> PipelineCall | None:
-    """The innermost call that is under way here."""
+    """Return the innermost running pipeline call of this thread or task, or None."""
     return _CURRENT.get()
 
 
 def scale_of_the_call() -> float:
-    """Its scale, 1.0 where no pipeline is being called."""
+    """Return the scale of the current pipeline call, or 1.0 if there is none."""
     call = _CURRENT.get()
     return 1.0 if call is None else call.scale
 
 
 @contextmanager
 def under_way(call: PipelineCall) -> Iterator[None]:
-    """Inside, this call is the current one."""
+    """Make this the current pipeline call inside the context."""
     token = _CURRENT.set(call)
     _UNDER_WAY.add(call)
     try:
@@ -51,9 +51,9 @@ def under_way(call: PipelineCall) -> Iterator[None]:
 
 
 def is_from_another_call(mapping: object) -> bool:
-    """Whether keyword arguments were given to the call of another thread, and not to the one under way here.
+    """Whether keyword arguments were passed to a call in another thread, and not to the current one.
 
-    diffusers keeps them on the pipeline, where a second thread that calls the same pipeline replaces them.
+    diffusers stores them on the pipeline, where a second thread that calls the same pipeline overwrites them.
     """
     mine = _CURRENT.get()
     if mine is None or id(mapping) in mine.mappings:
@@ -62,7 +62,7 @@ def is_from_another_call(mapping: object) -> bool:
 
 
 def other_calls_of(pipe: int) -> Collection[PipelineCall]:
-    """The other calls of the same pipeline that are under way."""
+    """Return the other running calls of the same pipeline."""
     return [call for call in tuple(_UNDER_WAY) if call.pipe == pipe and call is not _CURRENT.get()]
 
 
@@ -71,7 +71,7 @@ _announced = False
 
 
 def announce_settings() -> None:
-    """A model has call settings, so that the scale of pipeline calls matters from now on: tell those who asked."""
+    """Notify all listeners that a model has call settings, so that the scale of pipeline calls matters from now on."""
     global _announced
     _announced = True
     for listener in tuple(_LISTENERS):
@@ -79,7 +79,7 @@ def announce_settings() -> None:
 
 
 def listen(listener: Callable[[], None]) -> None:
-    """Call it whenever a model gets call settings, and at once where one has any."""
+    """Call `listener` whenever a model gets call settings, and immediately if one already has."""
     if listener not in _LISTENERS:
         _LISTENERS.append(listener)
     if _announced:

@@ -1,4 +1,4 @@
-"""Which rows of which module's weight a projection is: of a model, or, for pipelines, by names alone."""
+"""The module and the rows of its weight that make up a projection: found in a model or, for pipelines, by names alone."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ _DENOISERS = ("unet", "transformer", "transformer_2", "controlnet", "prior", "de
 
 @dataclass(frozen=True)
 class ProjectionRows:
-    """
+    """The rows of a module's weight that make up one projection.
+
     Args:
-        projection: as adapter files name it: `blocks.0.attn.q`, `unet.mid_block...attn1.q`.
-        module: the layer whose weight it is rows of: `blocks.0.attn.qkv`, `unet.mid_block...attn1.to_q`.
-        rows: of that weight; None for all.
-        size: (p, q) of the whole weight; None where names are all that is known: it is the projection's then.
+        projection: its name in adapter files: `blocks.0.attn.q`, `unet.mid_block...attn1.q`.
+        module: the layer whose weight has these rows: `blocks.0.attn.qkv`, `unet.mid_block...attn1.to_q`.
+        rows: the rows of that weight; None for all.
+        size: (p, q) of the whole weight; None if only names are known, in which case it is that of the projection.
     """
 
     projection: str
@@ -33,16 +34,16 @@ class ProjectionRows:
     size: tuple[int, int] | None = None
 
     def taken(self, matrix: Tensor) -> Tensor:
-        """The projection's rows of a matrix of the module's size."""
+        """Return the projection's rows of a matrix of the module's size."""
         return matrix if self.rows is None else matrix[self.rows]
 
     def count(self, rows: int) -> int:
-        """The number of its rows in a weight of `rows` rows."""
+        """Return the number of the projection's rows in a weight of `rows` rows."""
         return len(self.taken(torch.empty(rows, 0)))
 
 
 def projections_in(model: nn.Module) -> list[ProjectionRows]:
-    """Every projection and linear layer that a model has, adapted or not, in the order of its modules."""
+    """Return every projection and linear layer of a model, adapted or not, in the order of its modules."""
     found = []
     for target in find_targets(model):
         size = features(target.layer)
@@ -52,22 +53,22 @@ def projections_in(model: nn.Module) -> list[ProjectionRows]:
 
 
 def is_of_pipeline(name: str) -> bool:
-    """Whether a name of a module or projection begins with a component of a pipeline."""
+    """Whether the name of a module or projection begins with a component of a pipeline."""
     return bool(_namings(name)) and "." in name
 
 
 def projections_of_modules(modules: Iterable[str]) -> dict[str, ProjectionRows]:
-    """The projections that modules of a pipeline's components are, by module name; modules of other models are left out.
+    """Return the projections of modules in a pipeline's components, by module name; modules of other models are left out.
 
-    What is not part of an attention or feed-forward layer goes by its own path.
+    A module that is not part of an attention or feed-forward layer is named by its own path.
     """
     return {module: ProjectionRows(_projection_of(module), module) for module in modules if is_of_pipeline(module)}
 
 
 def rows_of_target(projection: str) -> ProjectionRows | None:
-    """The module that a projection of a pipeline's component is, by its name.
+    """Return the module of a projection in a pipeline's component, by its name.
 
-    None for any other name, and for parts of fused projections, of which a name does not tell the rows.
+    Return None for any other name, and for parts of fused projections, whose rows cannot be derived from a name.
     """
     parent, _, part = projection.rpartition(".")
     if not is_of_pipeline(projection) or (part.partition("_")[0] in FUSED and target_of(part) in _FUSED_PARTS):
@@ -100,6 +101,6 @@ def _namings(name: str) -> list[Naming]:
 
 
 def _parts(naming: Naming, parent: str) -> dict[str, str]:
-    """The parts that a layer may have, whose path is `parent`: an MLP's are named alike on both sides."""
+    """Return the parts that a layer at the path `parent` may have; those of an MLP have the same names as its modules."""
     feed_forward = naming is DIFFUSERS and parent.rpartition(".")[2] != "mlp"
     return {**naming.parts, **(FEED_FORWARD if feed_forward else {})}

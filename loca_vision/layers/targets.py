@@ -1,4 +1,4 @@
-"""The projections of a model that can be adapted, found by structure without importing timm or diffusers."""
+"""Find the projections of a model that can be adapted by the model's structure, without importing timm or diffusers."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ class Target:
     """One projection: the rows of one linear layer that make up a part of an attention layer or an MLP.
 
     Args:
-        name: path of the attention layer or MLP, a dot, and the part: `blocks.0.attn.q`; of layers that are named otherwise
-            their own path, and of rows of one that holds several, a name such as `fused_q` in its place.
+        name: the path of the attention layer or MLP, a dot, and the part, as in `blocks.0.attn.q`. A layer that does not follow
+            this scheme has its own path as its name; rows of a layer that holds several projections have a name such as
+            `fused_q` in the layer's place.
         part: "q", "k", "v", "out", "fc1", "fc2", "proj_in", "proj_out", "linear" for any other linear layer, or "conv" for a
             1 x 1 convolution.
-        layer_path, layer: the module that holds the weight.
-        rows: a slice or an index (int64) of the weight's rows; None for all of them.
-        attention: the attention layer, where it is adapted as a whole (diffusers, transformers).
-        called: whether the layer is called by its owner, as those of diffusers and transformers are, or its weight may be read.
+        layer_path, layer: the module that holds the weight, and its path.
+        rows: a slice or an int64 index of the weight's rows; None for all rows.
+        attention: the attention layer if it is adapted as a whole (diffusers, transformers).
+        called: True if the owner calls the layer, as in diffusers and transformers; False if it may read the weight instead.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Target:
 
     @property
     def linear(self) -> bool:
-        """Whether the layer is linear, quantised or not, and no convolution."""
+        """Whether the layer is linear, quantised or not, and not a convolution."""
         return features(self.layer) is not None and not isinstance(self.layer, nn.Conv2d)
 
     @property
@@ -54,8 +55,8 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(p, q) of the projection. The layer must be linear, or a 1 x 1 convolution."""
-        sizes = features(self.layer)  # the weight may be quantised, or offloaded
+        """The shape (p, q) of the projection. The layer must be linear or a 1 x 1 convolution."""
+        sizes = features(self.layer)  # not the weight's shape, because it may be quantised or offloaded
         assert sizes is not None
         rows, cols = sizes
         if isinstance(self.rows, slice):
@@ -63,10 +64,10 @@ class Target:
         return (rows if self.rows is None else len(self.rows)), cols
 
     def weight(self) -> Tensor:
-        """(p, q), these rows of the weight before any update, wherever it is kept.
+        """Return these rows of the weight, (p, q), before any update, even if it is offloaded.
 
         Raises:
-            ValueError: it is not a matrix of floating-point numbers, or has none yet.
+            ValueError: the weight is not a floating-point matrix, or has no values yet.
         """
         weight = readable_weight(self.layer, self.name).detach()
         if weight.device.type == "meta":
@@ -75,10 +76,10 @@ class Target:
 
 
 def readable_weight(layer: Any, name: str) -> Tensor:
-    """The weight of a layer, past the wrappers that peft puts around it, for those updates that depend on it.
+    """Return the weight of a layer, inside any wrappers of peft, for updates that depend on it.
 
     Raises:
-        ValueError: it is not a matrix of floating-point numbers.
+        ValueError: the weight is not a floating-point matrix.
     """
     layer = base_of(layer)
     weight = as_matrix(stored(layer, "weight") if "weight" in layer._parameters else None)
@@ -94,16 +95,17 @@ _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def canonical(path: str) -> str:
-    """A module's or parameter's path without the wrappers of compilation, checkpointing and sharding, as files name it."""
+    """Return a module's or parameter's path as files name it, without wrappers for compilation, checkpointing and sharding."""
     return ".".join(name for name in path.split(".") if name not in _WRAPPERS)
 
 
 def find_targets(model: nn.Module, parts: Sequence[str] | None = None) -> list[Target]:
-    """Every target of the wanted parts, in the order of the model's modules, linear or not.
+    """Return every target of the wanted parts, linear or not, in the order of the model's modules.
 
     Args:
-        parts: as in `targets` of an `AdapterConfig`; None: every projection and linear layer of the model, also what only a
-            name pattern reaches, such as 1 x 1 convolutions.
+        model: the model to search.
+        parts: as in `targets` of an `AdapterConfig`; None for every projection and linear layer of the model, including those
+            that only a name pattern can select, such as 1 x 1 convolutions.
 
     Raises:
         ValueError: a fused projection whose rows do not divide into its parts.
@@ -112,7 +114,7 @@ def find_targets(model: nn.Module, parts: Sequence[str] | None = None) -> list[T
     found: list[Target] = []
     known: set[int] = set()
     outside: set[int] = set()
-    order: dict[int, int] = {}  # of the modules that compute with updates
+    order: dict[int, int] = {}  # the position of each module, by identity
     for place in places(model):
         order[id(place.module)] = len(order)
         outside |= _called_by_block(place.module)
@@ -126,14 +128,17 @@ def find_targets(model: nn.Module, parts: Sequence[str] | None = None) -> list[T
 
 
 def with_whole_layers(targets: Sequence[Target]) -> dict[str, Target]:
-    """Targets by name, and the layers that are called and hold several by their own paths: so a LoRA of theirs is converted."""
+    """Return targets by name, and also called layers that hold several targets by their own paths.
+
+    The latter allow a LoRA of the whole layer to be converted.
+    """
     several = {target.layer_path: target for target in targets if target.called and target.rows is not None}
     whole = {path: replace(target, name=path, part="linear", rows=None) for path, target in several.items()}
     return whole | {target.name: target for target in targets}
 
 
 def _called_by_block(block: nn.Module) -> set[int]:
-    """Layers that an attention layer holds and the block around it calls."""
+    """Return the identities of layers inside an attention layer that the surrounding block calls."""
     attention, path = CALLED_BY_BLOCK.get(type(block).__name__, ("", ""))
     holder = block._modules.get(attention)
     return set() if holder is None else {id(base_of(genuine_child(holder, path)))}
@@ -148,7 +153,7 @@ def _is_linear(target: Target, parts: Sequence[str]) -> bool:
 
 
 def _of_module(place: Place, attention_paths: list[str]) -> Iterator[Target]:
-    """The targets that are children of one module."""
+    """Yield the targets that are children of one module."""
     path, module = canonical(place.path), place.module
     naming = naming_of(module)
     if naming is not None:

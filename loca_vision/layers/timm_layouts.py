@@ -1,4 +1,4 @@
-"""How timm families name q, k, v, out, fc1, fc2: touch this for a new one."""
+"""The names that timm's model families use for q, k, v, out, fc1 and fc2; edit this file to support a new family."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 
 from loca_vision.functional.row_linear import Rows
 
-# The names that timm 1.0 gives to separate query, key and value layers, and to the output layer. For a new family add a row
-# here, or a branch in `_attention`.
+# The names of separate query, key and value layers, and of the output layer, in timm 1.0. For a new family, add a row here or
+# a branch in `_attention`.
 _SEPARATE = (("q", "k", "v"), ("wq", "wk", "wv"), ("q_proj", "k_proj", "v_proj"))
 _OUT = ("proj", "out_proj", "o_proj")
 
 
 def _attention(path: str, module: nn.Module, children: dict[str, nn.Module]) -> list[tuple[str, str, Rows]]:
-    """(part, child, rows) of an attention layer; empty for other modules."""
+    """Return (part, child, rows) for each projection of an attention layer; empty for other modules."""
     found: list[tuple[str, str, Rows]] = []
     sizes: Any = getattr(module, "in_split", None)
     if "in_proj" in children and sizes:  # parallel blocks: MLP, q, k and v in one projection
@@ -28,7 +28,7 @@ def _attention(path: str, module: nn.Module, children: dict[str, nn.Module]) -> 
             found = [(part, name, None) for part, name in zip("qkv", names, strict=True)]
     if "qkv" in children:
         found = list(_fused(path, module, "qkv", children, "kv" if getattr(module, "use_global", False) else "qkv"))
-    elif "kv" in children:  # a pool may have a learned query without a projection
+    elif "kv" in children:  # an attention pool may have a learned query without a projection
         found = [("q", "q", None)] * ("q" in children) + list(_fused(path, module, "kv", children, "kv"))
     elif "qk" in children and "v" in children:
         found = [*_fused(path, module, "qk", children, "qk"), ("v", "v", None)]
@@ -39,7 +39,7 @@ def _attention(path: str, module: nn.Module, children: dict[str, nn.Module]) -> 
 def _fused(
     path: str, module: nn.Module, child: str, children: dict[str, nn.Module], parts: str
 ) -> Iterator[tuple[str, str, Rows]]:
-    """The parts of a fused projection: one after the other, or, in some families, one after the other in every head."""
+    """Yield the parts of a fused projection, which follow one another or, in some families, do so within every head."""
     heads = getattr(module, "num_heads", 1)
     key, value = getattr(module, "key_dim", None), getattr(module, "val_dim", None)
     if key is not None and value is not None:  # LeViT, EfficientFormer, TinyViT
@@ -55,7 +55,7 @@ def _fused(
 def _split(
     path: str, child: str, children: dict[str, nn.Module], parts: Sequence[str], sizes: Sequence[int], heads: int = 1
 ) -> Iterator[tuple[str, str, Rows]]:
-    """`sizes` rows for each part, repeated for each head; an empty part is passed over."""
+    """Yield the rows of each part, given its size, repeated for each head; a part with an empty name is skipped."""
     rows = getattr(children[child], "out_features", heads * sum(sizes))
     if rows != heads * sum(sizes):
         raise ValueError(f"{path}.{child} has {rows} rows, not {heads} x {tuple(sizes)} for {', '.join(filter(None, parts))}")
@@ -67,9 +67,9 @@ def _split(
 
 
 def _mlp(children: dict[str, nn.Module], *, inside_attention: bool) -> list[tuple[str, str, Rows]]:
-    """fc1 and fc2 of an MLP; a gated one (SwiGLU) has its first layer in two, fc1_g and fc1_x.
+    """Return fc1 and fc2 of an MLP; a gated MLP (SwiGLU) has its first layer split in two, fc1_g and fc1_x.
 
-    Not those of squeeze-and-excitation, which gate channels, nor those that make position biases inside attention layers.
+    Skip those of squeeze-and-excitation, which gate channels, and those that compute position biases inside attention layers.
     """
     first = [name for name in ("fc1", "fc1_g", "fc1_x") if name in children]
     if not first or "fc2" not in children:

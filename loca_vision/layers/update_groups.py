@@ -1,4 +1,4 @@
-"""Which updates of a weight can be built together with others, and which of them make one group."""
+"""Determine which updates of a weight can be built together with others, and which of them form a group."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from loca_vision.methods.spectrum import Spectrum
 
 
 def can_be_built(updates: Sequence[ActiveUpdate], base: Tensor) -> bool:
-    """Whether the weight W + these updates can be built together with others, as things are now."""
+    """Whether the weight W + these updates can currently be built together with others."""
     return not base.requires_grad and fit(updates, base) and learn_here(updates, base)
 
 
 def fit(updates: Sequence[ActiveUpdate], base: Tensor) -> bool:
-    """Whether they are sums of cosines, of all rows of an ordinary matrix or of ranges of them."""
+    """Whether all updates are sums of cosines on all rows, or on ranges of rows, of an ordinary matrix."""
     able = all(type(one.update).delta is Spectrum.delta and not isinstance(one.rows, Tensor) for one in updates)
     return able and is_plain_matrix(base)
 
 
 def learn_here(updates: Sequence[ActiveUpdate], base: Tensor) -> bool:
-    """Whether something learns, and all numbers are where the base is, not sharded, replicated or offloaded, and precise."""
+    """Whether at least one parameter is trained and all are on the device of the base, in at least 32 bits.
+
+    Parameters that are sharded, replicated or offloaded do not qualify, and neither do inactive updates.
+    """
     learns = False
     for active in updates:
         for number in active.update._parameters.values():
@@ -37,17 +40,17 @@ def learn_here(updates: Sequence[ActiveUpdate], base: Tensor) -> bool:
 
 
 def kind_of(active: ActiveUpdate) -> tuple[Any, ...]:
-    """What updates that are built together have in common, but for their rows."""
+    """Return everything that updates must have in common to be built together, except their rows."""
     update: Any = active.update
     learns = [(number.dtype, number.requires_grad) for number in (update.coefficients, update.locations)]
     return update.shape, update.scale, update.difference, active.strength, *learns, *_owners(update)
 
 
 def _owners(update: Spectrum) -> tuple[int, ...]:
-    """Which part of a model in FSDP 2 has the numbers, told by the hook that it sets; none elsewhere.
+    """Identify the FSDP 2 unit that has the update's parameters, by the hook that it registers; empty without FSDP 2.
 
-    FSDP 2 reduces the gradients of a part as soon as the backward pass has left it, and overlooks later ones: those of one
-    part may not wait for those of another.
+    FSDP 2 reduces the gradients of a unit as soon as the backward pass has left it and misses later ones, so the gradients
+    of one unit must not wait for those of another.
     """
     return tuple(map(id, update._state_dict_pre_hooks.values()))
 
@@ -59,7 +62,7 @@ def range_of(active: ActiveUpdate) -> tuple[int, int] | None:
 
 
 def groups_of(updates: Sequence[ActiveUpdate]) -> list[list[int]]:
-    """The indices of updates of one weight, in groups that are alike and have no row in common."""
+    """Group the indices of one weight's updates such that the updates of a group are of one kind and share no rows."""
     groups: list[list[int]] = []
     for i, one in enumerate(updates):
         group = next((group for group in groups if _joins(one, [updates[j] for j in group])), None)

@@ -1,4 +1,4 @@
-"""What a call of a linear layer with updates computes."""
+"""Calls of linear layers that have updates."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from loca_vision.layers.targets import readable_weight
 
 
 class UpdatedCall:
-    """A linear layer that is called. A subclass says which layer, and how it is called without updates.
+    """A linear layer that is called. A subclass defines which layer this is and how it is called without updates.
 
-    For a plain `torch.nn.Linear` one product with the effective weight is computed; a layer that is hooked, wrapped or
-    quantised is called itself, and the term of the updates added.
+    For a plain `torch.nn.Linear`, one product with the effective weight is computed. A layer that is hooked, wrapped or
+    quantised is called itself, and the term of the updates is added to its output.
 
     Attributes:
         effective_weight: W + the updates.
@@ -29,18 +29,18 @@ class UpdatedCall:
     effective_weight: EffectiveWeight
 
     def _layer(self) -> Any:
-        """The layer that is there at the time."""
+        """Return the layer that is there now."""
         raise NotImplementedError
 
     def _without_updates(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError
 
     def _is_plain(self, layer: Any) -> bool:
-        """Whether calling the layer is nothing but a product with its weight, which is there to be read."""
+        """Whether calling the layer only multiplies by its weight, and the weight can be read."""
         raise NotImplementedError
 
     def _may_keep(self, layer: Any, x: Tensor) -> bool:
-        """Whether a matrix may be cached: not for a layer that is offloaded, which that would undo."""
+        """Whether a matrix may be cached; not for an offloaded layer, because the cache would undo the offloading."""
         raise NotImplementedError
 
     def _called(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -70,19 +70,19 @@ class UpdatedCall:
         return readable_weight(self._layer(), "the layer")
 
     def _saves_memory(self) -> bool:
-        """Whether low memory is chosen and possible: gradients of the updates need matrices."""
+        """Whether low memory is requested and possible; it is impossible if gradients of the updates are recorded."""
         return self.effective_weight.call_settings.low_memory and not (
             torch.is_grad_enabled() and self.effective_weight.learns()
         )
 
     def _acts(self) -> bool:
-        """Compiled code asks only whether there is anything that could: which of it acts, and how, the buffer tells."""
+        """Whether any update acts; in compiled code, whether there are updates at all, as the buffer holds the active ones."""
         if compiled():
             return len(self.effective_weight.all_updates()) > 0  # bool of a list is unknown to compilers of torch before 2.14
         return self.effective_weight.acts()
 
     def _prepare(self) -> None:
-        """While code is traced: an update that may change is built in the graph, any other is made now."""
+        """While code is traced, fill the buffer, or drop it if updates may change or memory is to be saved."""
         if self.effective_weight.learns() or self.effective_weight.call_settings.low_memory:
             self.effective_weight.drop()
         else:
@@ -96,7 +96,7 @@ class UpdatedCall:
 
 
 def is_hooked(layer: nn.Module) -> bool:
-    """Whether calling the layer runs other code too: of torch, or of accelerate and diffusers, which replace `forward`."""
+    """Whether calling the layer also runs hooks: those of torch, or of accelerate and diffusers, which replace `forward`."""
     return "forward" in layer.__dict__ or bool(
         layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks
     )

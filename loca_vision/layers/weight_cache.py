@@ -10,7 +10,7 @@ from loca_vision.functional.snapshot import Snapshot
 
 
 class CachedWeight:
-    """A weight built once, and what it was built from: spectra are compared by value, W by a sample of its values."""
+    """A weight and a snapshot of its inputs: updates are compared by value, W by a sample of its values."""
 
     def __init__(self, base: Tensor | None, learned: list[Tensor], terms: tuple[Any, ...], weight: Tensor) -> None:
         self.snapshot = Snapshot([base, *learned], [*_sample(base), *learned])
@@ -21,5 +21,5 @@ class CachedWeight:
 
 
 def _sample(base: Tensor | None) -> list[Tensor]:
-    """Some 64 values, spread over W (p, q)."""
+    """Return about 64 values spread over W (p, q)."""
     return [] if base is None else [base[:: max(1, base.shape[0] // 8), :: max(1, base.shape[1] // 8)]]

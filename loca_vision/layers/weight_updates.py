@@ -1,4 +1,4 @@
-"""The updates of one weight, and of a fused one."""
+"""The updates of one weight, and of a weight that is fused from several."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loca_vision.methods.update import Update
 
 @dataclass(frozen=True)
 class AdapterSlot:
-    """The adapter an update belongs to, the projection it changes, and the rows of the weight that are this projection."""
+    """The adapter that an update belongs to, the projection it changes, and that projection's rows of the weight."""
 
     adapter: str
     projection: str
@@ -35,21 +35,21 @@ class WeightUpdates(EffectiveWeight):
         super().__init__()
         self.updates = nn.ModuleList()
         self.slots: list[AdapterSlot] = []  # one for each update
-        self.strengths: dict[str, float] = {}  # of the adapters that act
+        self.strengths: dict[str, float] = {}  # of the active adapters
         self.hosts = False  # whether a store has adapters for the weight
         self._together: BuiltTogether | None = None
-        self._shared_settings: tuple[CallSettings] = (_DEFAULT,)  # in a tuple, which nn.Module does not take for a child
+        self._shared_settings: tuple[CallSettings] = (_DEFAULT,)  # a tuple, so that nn.Module does not register it as a child
 
     @property
     def call_settings(self) -> CallSettings:
         return self._shared_settings[0]
 
     def share(self, settings: CallSettings) -> None:
-        """Follow the call settings of the model."""
+        """Use the call settings of the model."""
         self._shared_settings = (settings,)
 
     def build_with(self, together: BuiltTogether) -> None:
-        """Build the updates together with others of the model."""
+        """Let the updates be built together with others of the model."""
         self._together = together
 
     @property
@@ -69,7 +69,7 @@ class WeightUpdates(EffectiveWeight):
     def active_updates(self) -> list[ActiveUpdate]:
         if not self.strengths:
             return []
-        updates: Any = self.updates._modules.values()  # a ModuleList takes longer, and this is asked at every call
+        updates: Any = self.updates._modules.values()  # faster than iterating the ModuleList, and this runs at every call
         return [
             ActiveUpdate(slot.projection, _where(slot, update), update, self.strengths[slot.adapter])
             for slot, update in zip(self.slots, updates, strict=True)
@@ -97,7 +97,7 @@ class WeightUpdates(EffectiveWeight):
         self._forget_batches()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WeightUpdates:
-        self._forget_batches()  # memory that is left may hold other numbers soon, under the same address and version
+        self._forget_batches()  # freed memory may soon hold other numbers at the same address and version
         super()._apply(fn, recurse)
         return self
 
@@ -107,21 +107,21 @@ class WeightUpdates(EffectiveWeight):
 
 
 def _where(slot: AdapterSlot, update: Update) -> Rows:
-    """The rows of the slot; an index, on the device of the update."""
+    """Return the rows of the slot; if they are an index tensor, it is on the device of the update."""
     held = next(iter(update.tensors()), None) if isinstance(slot.rows, Tensor) else None
     return slot.rows if held is None else rows_on(slot.rows, held.device)
 
 
 class FusedUpdates(EffectiveWeight):
-    """The same updates for a weight made by stacking those of several layers, as `fuse_qkv_projections` makes it.
+    """The same updates for a weight that stacks the weights of several layers, as `fuse_qkv_projections` makes it.
 
     Args:
-        parts: the updates of each stacked weight and the rows it has in the stack; none where the layer has no such weights.
+        parts: the updates of each stacked weight and its rows in the stack; empty if the layer has no such weights.
     """
 
     def __init__(self, parts: Sequence[tuple[WeightUpdates, slice]]) -> None:
         super().__init__()
-        self.parts = tuple(parts)  # in a tuple: they are children elsewhere
+        self.parts = tuple(parts)  # a tuple, because the updates are children of other modules
 
     @property
     def call_settings(self) -> CallSettings:

@@ -1,4 +1,4 @@
-"""The methods of the library. They are named to users in this order."""
+"""The methods of the library, in the order in which users see them."""
 
 # isort: off
 from loca_vision.methods import loca as loca

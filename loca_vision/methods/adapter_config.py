@@ -1,4 +1,4 @@
-"""The settings of a method, and how they become updates: new ones, or those in a file."""
+"""The settings of a method, and how updates are made from them: new updates, or those stored in a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WHOLE = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8
 
 
 class Projection(Protocol):
-    """What is to be adapted: (p, q) rows of one weight."""
+    """A projection to adapt: (p, q) rows of one weight."""
 
     @property
     def name(self) -> str: ...
@@ -29,17 +29,23 @@ class Projection(Protocol):
     def shape(self) -> tuple[int, int]: ...
 
     def weight(self) -> Tensor:
-        """(p, q), the weight before any update.
+        """Return the weight (p, q) before any update.
 
         Raises:
-            ValueError: it is quantised, or not a floating-point matrix for another reason.
+            ValueError: the weight is quantised or, for another reason, not a floating-point matrix.
         """
         ...
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor in a file has to be: its shape, dtypes as safetensors calls them, and of what matrix it numbers cells."""
+    """What a tensor in a file must look like.
+
+    Attributes:
+        shape: the shape of the tensor.
+        dtypes: the dtypes that are allowed, by their names in safetensors.
+        cells_of: the shape of the matrix whose cells the tensor numbers; None for a tensor that does not hold cells.
+    """
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...] = FLOATS
@@ -49,28 +55,29 @@ class TensorSpec:
 class AdapterConfig:
     """The settings of one adapter method. A subclass is a frozen dataclass, decorated with `kind`.
 
-    It has the fields `targets` and `seed`, and `layers` unless it goes on all layers. It builds updates (`build`), and may give
-    them their first values (`initialize`), with which they change nothing. Everything else follows, files included: a file
-    holds the `state_dict` of every update.
+    A subclass has the fields `targets` and `seed`, and also `layers` unless it always adapts all layers. It builds updates
+    (`build`) and may set their initial values (`initialize`), with which they must change nothing. Everything else follows from
+    these, including files: a file holds the `state_dict` of every update.
 
-    What trainers, reports and studies say of a method and begin with is here too, so that a method is one file. All but
-    `method` has a default that will do.
+    The class also holds the name, the description and the default learning rates that trainers, reports and studies use, so
+    that one file is enough to define a method. All of these except `method` have usable defaults.
 
     Attributes:
-        method: the name of the kind, in files and on command lines.
-        title: as it is written in sentences; the name by default.
+        method: the name of the method in files and on command lines.
+        title: the name as it is written in sentences; `method` by default.
         summary: a few words for `--help`.
-        settings: the fields that a trainer's user may set; by default all but `targets`, `layers` and `seed`.
-        moves_locations: whether the alternating schedule and its settings are for this method.
-        lr, head_lr: learning rates of the adapter and of the classifier head, where the user sets none.
-        lr_grid: rates that a study of classifiers tries, from small to large; by default up to `lr`.
-        edit_lr: the rate in a study of edits.
-        targets: which projections: "q", "k", "v", "out" of attention layers, "fc1", "fc2" of feed-forward layers (the MLPs of a
-            ViT), "proj_in", "proj_out" around the blocks of diffusers' models, "linear" for every linear layer, these included.
-        layers: patterns over names, as in `fnmatch`: a projection is adapted if one of them fits its name, the path of its
-            layer or of a module that contains it (`"*attn2*"`, `"up_blocks.1"`), and none that begins with `!` does. A pattern
-            that fits no projection of `targets`, but linear layers or 1 x 1 convolutions by their own paths
-            (`"*.time_emb_proj"`), adds those. None: all layers.
+        settings: the fields that the user of a trainer may set; by default all except `targets`, `layers` and `seed`.
+        moves_locations: whether the alternating schedule and its settings apply to this method.
+        lr, head_lr: learning rates of the adapter and of the classifier head if the user sets none.
+        lr_grid: learning rates that a study of classifiers tries, from small to large; by default up to `lr`.
+        edit_lr: the learning rate in a study of edits.
+        targets: which projections to adapt: "q", "k", "v", "out" of attention layers, "fc1", "fc2" of feed-forward layers (the
+            MLPs of a ViT), "proj_in", "proj_out" around the blocks of diffusers' models, or "linear" for every linear layer,
+            including all of these.
+        layers: name patterns as in `fnmatch`. A projection is adapted if a pattern matches its name, the path of its layer or
+            the path of a module that contains it (`"*attn2*"`, `"up_blocks.1"`), and no pattern that begins with `!` does. A
+            pattern that matches no projection of `targets`, but does match linear layers or 1 x 1 convolutions by their own
+            paths (`"*.time_emb_proj"`), adds those. None: all layers.
     """
 
     method: ClassVar[str]
@@ -87,49 +94,49 @@ class AdapterConfig:
     layers: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        """Check the fields that all kinds have; a subclass with more of them checks those too.
+        """Check the fields that all methods have; a subclass with more fields extends this to check them.
 
         Raises:
-            ValueError: naming the field, its value and the rule.
+            ValueError: a field is invalid; the message names the field, its value and the rule.
         """
         check_targets(self.targets)
         check_seed(self.seed)
-        object.__setattr__(self, "targets", tuple(self.targets))  # which a file has as a list
+        object.__setattr__(self, "targets", tuple(self.targets))  # a list if it was read from a file
         object.__setattr__(self, "layers", check_layers(self.layers))
 
     # Defaults that depend on the task
 
     @classmethod
     def editing_defaults(cls, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """The defaults in teaching edits that differ from the class's; `chosen` are the fields that the user has set."""
+        """Return the defaults for training on edits that differ from the class's; `chosen` holds the fields the user set."""
         return {}
 
     @classmethod
     def at_budget(cls, numbers: int, shape: tuple[int, int]) -> dict[str, Any]:
-        """Fields that give a projection (p, q) about that many trained numbers; empty if the method has no such choice."""
+        """Return fields that give a projection (p, q) about `numbers` trained numbers; empty if no field controls this."""
         return {}
 
     # New updates
 
     def build(self, shape: tuple[int, int]) -> Update:
-        """An update for a weight (p, q), on the current device; all its numbers are about to be written.
+        """Return an update for a weight (p, q) on the current device; `initialize` or a file then sets its values.
 
         Raises:
-            ValueError: the settings do not fit the shape; the sentence need not name the projection.
+            ValueError: the settings do not fit the shape; the message need not name the projection.
         """
         raise NotImplementedError
 
     def initialize(self, update: Any, projection: Projection, generator: torch.Generator) -> None:
-        """Give an update that `build` has made its first numbers, with which it is to change nothing.
+        """Set the initial values of an update that `build` returned; with them, the update must not change the weight.
 
-        The generator is the projection's own; whoever draws from it draws the same for the same seed.
+        The generator belongs to this projection alone, so the same seed always draws the same values.
         """
 
     def new_updates(self, projections: Sequence[Projection]) -> list[Update]:
-        """New updates for these projections, of which none changes anything.
+        """Return new updates for these projections, none of which changes anything yet.
 
         Raises:
-            ValueError: the settings do not fit one of them.
+            ValueError: the settings do not fit one of the projections.
         """
         with torch.device("cpu"), ordinary_tensors():
             updates = [self._build(projection.name, projection.shape) for projection in projections]
@@ -138,7 +145,7 @@ class AdapterConfig:
         return updates
 
     def _build(self, projection: str, shape: tuple[int, int]) -> Update:
-        """With the name of the projection in what is said against the settings, absurd sizes in a file among them."""
+        """Call `build` and put the projection's name into its errors, including those about absurd sizes in a file."""
         try:
             return self.build(shape)
         except (ValueError, ArithmeticError, RuntimeError) as error:
@@ -147,10 +154,10 @@ class AdapterConfig:
     # Files
 
     def file_layout(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, TensorSpec]:
-        """What a file of this adapter holds for projections of these shapes, by key.
+        """Return what a file of this adapter holds for projections of these shapes, by key.
 
         Raises:
-            ValueError: the settings do not fit one of them.
+            ValueError: the settings do not fit one of the projections.
         """
         with torch.device("meta"):
             made = {projection: self._build(projection, shape) for projection, shape in shapes.items()}
@@ -161,10 +168,10 @@ class AdapterConfig:
         }
 
     def to_tensors(self, updates: Mapping[str, Update], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The tensors of a file, by key: floating-point values in `dtype`, except those that an update keeps in float32.
+        """Return the tensors of a file by key; floating-point values are in `dtype`, except those an update keeps in float32.
 
         Raises:
-            ValueError: a value no file may hold.
+            ValueError: an update has a value that no file may hold.
         """
         return {
             f"{projection}.{key}": _written(update, key, dtype)
@@ -173,18 +180,18 @@ class AdapterConfig:
         }
 
     def check_values(self, projection: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
-        """Raise where finite numbers in a file make an update that is not: naming the key and the rule."""
+        """Raise ValueError, naming the key and the rule, if finite values in a file make an update that is not finite."""
 
     def from_tensors(
         self, projection: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], room: int | None = None
     ) -> Update:
-        """The update in a file; its cells, where it has any, are final.
+        """Return the update stored in a file; its cells, if it has any, are final.
 
         Args:
-            room: components to make room for, so that an adapter with more of them can take its place later.
+            room: the number of components to reserve, so that an adapter with more components can replace this one later.
 
         Raises:
-            ValueError: there are more.
+            ValueError: the file has more components than `room`.
         """
         with torch.device("cpu"):
             update = self.build(shape)
@@ -194,26 +201,26 @@ class AdapterConfig:
         return update
 
     def for_updates(self, updates: Mapping[str, Update]) -> AdapterConfig:
-        """The settings as a file of these updates has them: projections by name, never by pattern."""
+        """Return the settings as a file of these updates stores them, with projections by name and never by pattern."""
         return self
 
     def renamed(self, rename: Callable[[str], str]) -> AdapterConfig:
-        """The settings for a model that has other names for the same projections."""
+        """Return the settings for a model that uses other names for the same projections."""
         return self
 
     def check_names(self, projections: Collection[str]) -> None:
-        """Raise where settings read from a file name other projections than its header does."""
+        """Raise ValueError if settings read from a file name other projections than its header does."""
 
     def as_json(self) -> dict[str, Any]:
-        """The fields as JSON values, from which the class makes an equal configuration; without `layers` where it is None."""
+        """Return the fields as JSON values that recreate an equal configuration; `layers` is left out if it is None."""
         fields = asdict(self)  # type: ignore[call-overload]
         if self.layers is None:
-            fields.pop("layers", None)  # the field is newer than the files of version 0.1.0, which such a file can be read by
+            fields.pop("layers", None)  # version 0.1.0 did not have this field: without it, that version can read the file
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
 def _dtypes(update: Update, key: str, value: Tensor) -> tuple[str, ...]:
-    """Whole numbers in their own dtype only, which no other holds exactly."""
+    """Return the dtypes a file may use; integers keep their own dtype, since no other is sure to hold them exactly."""
     if value.is_floating_point():
         return FLOATS[:1] if key in update.float32_only else FLOATS
     if value.dtype not in _WHOLE:
@@ -228,5 +235,5 @@ def _written(update: Update, key: str, dtype: torch.dtype) -> Tensor:
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:
-    """Random numbers of one projection, so that targets do not disturb each other; the same on every device."""
+    """Return the random generator of one projection, so that targets do not affect each other; the same on every device."""
     return torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))

@@ -1,4 +1,4 @@
-"""FourierFT: coefficients of a Fourier spectrum at fixed random cells are learned (arXiv 2405.03003, ICML 2024)."""
+"""FourierFT: learn coefficients of a Fourier spectrum at fixed random cells (arXiv 2405.03003, ICML 2024)."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from loca_vision.methods.update import Update
 
 
 class FourierSpectrum(Spectrum):
-    """Delta W = scale * Re(ifft2(F)), F zero but for B real coefficients: (p, q).
+    """Delta W = scale * Re(ifft2(F)) of shape (p, q), where F is zero except for B real coefficients.
 
     An atom cos(2 pi (u k / p + v l / q)) / (p q) has Frobenius norm 1 / sqrt(2 p q), or 1 / sqrt(p q) where it is its own
     mirror image (u in {0, p / 2} and v in {0, q / 2}).
     """
 
     def delta(self, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
-        """`strength` times the update, (p, q) float32, differentiable in the coefficients."""
+        """Return `strength` times the update, (p, q) float32, differentiable in the coefficients."""
         return inverse_real(self.coefficients * (self.scale * strength), self.layout_now())
 
     def cosines(self, strength: float = 1.0) -> None:
-        """None: Fourier atoms have no cosine fast path."""
+        """Return None: Fourier atoms have no cosine fast path."""
 
     def token_spectrum(self) -> tuple[TokenBasis, SampleSpectrum]:
         settings = AtomSettings(self.shape, self.scale, self.difference)
@@ -42,7 +42,10 @@ class FourierSpectrum(Spectrum):
 
     @torch.no_grad()
     def norm(self) -> float:
-        """Without building it: of the real part's spectrum, half of it at every cell and half at its mirror image."""
+        """Return the Frobenius norm without building the matrix.
+
+        The spectrum of the real part has half of each coefficient at its cell and the other half at the mirror image.
+        """
         values, cells = self.coefficients.double() / 2, self.cells
         both = by_cell(torch.cat([values, values]), torch.cat([cells, -cells % torch.tensor(self.shape, device=cells.device)]))
         return abs(self.scale) * float(torch.linalg.vector_norm(both)) / math.sqrt(math.prod(self.shape))
@@ -57,23 +60,24 @@ class FourierFTConfig(SparseConfig):
     """The settings of FourierFT: W' = W0 + scale * Re(ifft2(F)), with real coefficients at fixed random cells.
 
     Args:
-        n_components: coefficients of each adapted projection (`n_frequency` in peft), from 1 to p * q, or a mapping from a
-            name pattern.
+        n_components: the number of coefficients of each adapted projection (`n_frequency` in peft), from 1 to p * q, or a
+            mapping from name patterns to such counts, as in `LoCAConfig`.
         scale: `scaling` in peft. Its meaning depends on the width: an atom has the norm scale / sqrt(2 p q), so that
             scale = sqrt(2 p q), 1086 for 768 x 768, corresponds to LoCA's 1.
-        targets: which projections, as in `AdapterConfig`.
-        coefficient_init: "zero", so that nothing changes at first; "normal" draws them from N(0, 1), as peft does unless told.
-        seed: of the cells, and of the coefficients where they are drawn.
+        targets: which projections to adapt, as in `AdapterConfig`.
+        coefficient_init: "zero", so that the update changes nothing at first, or "normal", which draws the coefficients from
+            N(0, 1), as peft does by default.
+        seed: the seed for the cells, and for the coefficients if they are drawn.
         layers: name patterns of the layers to adapt, as in `AdapterConfig`; None: all.
 
     Raises:
-        ValueError: naming the field, its value and the rule.
+        ValueError: a field is invalid; the message names the field, its value and the rule.
     """
 
     method: ClassVar[str] = "fourierft"
     title: ClassVar[str] = "FourierFT"
     summary: ClassVar[str] = "Fourier coefficients at random locations"
-    # peft's scaling of 300 gives atoms of norm 0.55 in 384 x 384: LoCA's rates, divided by that.
+    # LoCA's rates divided by 0.55, the norm of an atom of a 384 x 384 weight at peft's scaling of 300.
     lr_grid: ClassVar[tuple[float, ...]] = (3e-3, 9e-3, 2.7e-2)
 
     n_components: int | Mapping[str, int] = 3000

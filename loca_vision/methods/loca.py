@@ -1,4 +1,4 @@
-"""Location-aware Cosine Adaptation: coefficients and locations of a cosine spectrum are learned (LoCA, ICLR 2025)."""
+"""Location-aware Cosine Adaptation: learn the coefficients and locations of a cosine spectrum (LoCA, ICLR 2025)."""
 
 from __future__ import annotations
 
@@ -25,18 +25,20 @@ class LoCAConfig(SparseConfig):
     """The settings of Location-aware Cosine Adaptation (ICLR 2025): W' = W0 + scale * C^T S D.
 
     Args:
-        n_components: non-zero coefficients of each adapted projection, from 1 to p * q; or a mapping from a name pattern
-            (`"blocks.0.*"`, as in `fnmatch`, over names like `blocks.0.attn.q`) to such a count, the first match counts.
-        scale: alpha. Every atom has Frobenius norm 1, so it means the same at every width.
-        targets: which projections, as in `AdapterConfig`.
-        location_init: "uniform" draws different cells, every cell as likely as any other. "gradient" leaves them open until
-            `select_locations` has chosen cells by the gradient of a few batches; nothing can be trained or saved before.
-        location_gradient: "central", "forward" or "backward" difference (the last two are V4 and V5 of Table 5).
-        seed: of the first locations. Each projection draws from (seed, its name), so targets do not disturb each other.
+        n_components: the number of non-zero coefficients of each adapted projection, from 1 to p * q; or a mapping from name
+            patterns (`"blocks.0.*"`, as in `fnmatch`, matched against names like `blocks.0.attn.q`) to such counts, where the
+            first pattern that matches decides.
+        scale: alpha. Every atom has Frobenius norm 1, so a scale means the same at every width.
+        targets: which projections to adapt, as in `AdapterConfig`.
+        location_init: "uniform" draws distinct cells, each equally likely. "gradient" leaves the cells open until
+            `select_locations` has chosen them by the gradient of a few batches; before that, nothing can be trained or saved.
+        location_gradient: the finite difference, "central", "forward" or "backward" (the last two are V4 and V5 of Table 5).
+        seed: the seed for the initial locations. Each projection draws from (seed, its name), so targets do not affect each
+            other.
         layers: name patterns of the layers to adapt, as in `AdapterConfig`; None: all.
 
     Raises:
-        ValueError: naming the field, its value and the rule.
+        ValueError: a field is invalid; the message names the field, its value and the rule.
     """
 
     method: ClassVar[str] = "loca"

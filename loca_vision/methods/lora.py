@@ -19,13 +19,13 @@ from loca_vision.methods.update import Update
 class LowRank(Update):
     """Delta W = scale * B A for B (p, r) and A (r, q); or, with a magnitude m (p,), DoRA's m V / |V| - W, V = W + scale * B A.
 
-    The norm is that of each row of V, an output's; no gradient goes through it (DoRA, section 4.3).
+    The norm is taken over each row of V, one per output feature; no gradient flows through it (DoRA, section 4.3).
 
     Attributes:
         magnitude: (p,) float32 parameter; None for plain LoRA.
     """
 
-    float32_only = ("magnitude",)  # rounded, it would change the whole weight: by more than a small update does
+    float32_only = ("magnitude",)  # rounding it would change the whole weight, by more than a small update does
     magnitude: nn.Parameter | None
 
     def __init__(self, shape: tuple[int, int], scale: float, *, weight_decomposed: bool) -> None:
@@ -35,7 +35,7 @@ class LowRank(Update):
         self.register_parameter("magnitude", magnitude)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """B (p, r) and A (r, q), differentiable in what is learned."""
+        """Return B (p, r) and A (r, q), differentiable in the trained parameters."""
         raise NotImplementedError
 
     def factors(self, strength: float = 1.0) -> tuple[Tensor, Tensor] | None:
@@ -56,7 +56,7 @@ class LowRank(Update):
 
 
 class LoRA(LowRank):
-    """Plain factors, `up` (p, r) and `down` (r, q), float32 parameters."""
+    """Plain factors: the float32 parameters `up` (p, r) and `down` (r, q)."""
 
     def __init__(self, shape: tuple[int, int], rank: int, scale: float, *, weight_decomposed: bool = False) -> None:
         super().__init__(shape, scale, weight_decomposed=weight_decomposed)
@@ -68,7 +68,7 @@ class LoRA(LowRank):
 
 
 def row_norms(weight: Tensor) -> Tensor:
-    """(p,) norms of the rows; of an empty row 1, which leaves it empty."""
+    """Return the (p,) norms of the rows; 1 for a row of zeros, so that dividing by it leaves the row zero."""
     norms = torch.linalg.vector_norm(weight, dim=1)
     return torch.where(norms > 0, norms, 1)
 
@@ -76,21 +76,21 @@ def row_norms(weight: Tensor) -> Tensor:
 @kind
 @dataclass(frozen=True)
 class LoRAConfig(AdapterConfig):
-    """The settings of LoRA: W' = W0 + (alpha / r) B A, with B zero at the start; or of DoRA.
+    """The settings of LoRA: W' = W0 + (alpha / r) B A, with B initialized to zero; or of DoRA.
 
-    In a file: `<projection>.up` (p, r), `<projection>.down` (r, q), and of DoRA `<projection>.magnitude` (p,).
+    A file holds `<projection>.up` (p, r), `<projection>.down` (r, q) and, for DoRA, `<projection>.magnitude` (p,).
 
     Args:
-        r: the rank, columns of B and rows of A.
+        r: the rank, that is, the number of columns of B and of rows of A.
         alpha: `lora_alpha` in peft.
-        targets: which projections, as in `AdapterConfig`. Parts of a fused qkv
-            have factors of their own, unlike in peft, which adapts the fused layer as a whole.
-        use_dora: learn the magnitude of each row apart from its direction.
-        seed: of A at the start, uniform in +-1 / sqrt(q) as in peft.
+        targets: which projections to adapt, as in `AdapterConfig`. Each part of a fused qkv has its own factors, unlike in
+            peft, which adapts the fused layer as a whole.
+        use_dora: learn the magnitude of each row separately from its direction.
+        seed: the seed for the initial A, uniform in +-1 / sqrt(q) as in peft.
         layers: name patterns of the layers to adapt, as in `AdapterConfig`; None: all.
 
     Raises:
-        ValueError: naming the field, its value and the rule.
+        ValueError: a field is invalid; the message names the field, its value and the rule.
     """
 
     method: ClassVar[str] = "lora"
@@ -139,18 +139,18 @@ class LoRAConfig(AdapterConfig):
 
 
 def editing_rank(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """The rank of diffusers' scripts, and the factor 1 of any rank."""
+    """Return the rank that diffusers' scripts use, with alpha equal to the rank so that the scale is 1."""
     return {"r": 4, "alpha": float(chosen.get("r", 4))}
 
 
 def start_magnitude(update: LowRank, projection: Projection) -> None:
-    """DoRA's magnitudes are the norms of the weight's rows at first."""
+    """Set DoRA's magnitudes to their initial values, the norms of the weight's rows."""
     if update.magnitude is not None:
         update.magnitude.copy_(row_norms(projection.weight().detach().float()))
 
 
 def check_rank(r: int, shape: tuple[int, int]) -> None:
-    """Raise where there are more columns and rows than any matrix of the shape has use for."""
+    """Raise ValueError if the rank is larger than that of any matrix of the shape."""
     if r > min(shape):
         raise ValueError(f"r={r}: a {shape[0]} x {shape[1]} matrix has at most the rank {min(shape)}")
 

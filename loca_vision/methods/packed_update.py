@@ -1,4 +1,4 @@
-"""A spectrum of cosines that is held to be applied, and takes 8 bytes a component."""
+"""A spectrum of cosines that can be applied but not trained, stored in 8 bytes per component."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from loca_vision.methods.update import Operation
 
 
 class Packing:
-    """Spectra of matrices of one shape (p, q), which are packed together when the first of them is used.
+    """Spectra of matrices of one shape (p, q), packed together when the first of them is used.
 
     Args:
-        coefficients: (B,) of each spectrum.
-        flat: (B,) of each, cells row * q + column.
+        coefficients: the coefficients (B,) of each spectrum.
+        flat: the cells (B,) of each spectrum, as row * q + column.
         scale: alpha.
-        device: where they are to be.
+        device: the device to put the packed spectra on.
 
     Raises:
         ValueError: the matrix has more frequencies than int32 can number.
@@ -49,22 +49,24 @@ class Packing:
         self._lock = Lock()
 
     def spectrum(self, number: int) -> PackedSpectrum:
-        """One of them."""
+        """Return the packed spectrum with this number; the first call packs all of them."""
         if self._work is not None:
             with self._lock:
                 if self._work is not None:
-                    with ordinary_tensors():  # whatever mode the call is in that is the first
+                    with ordinary_tensors():  # whatever mode the first call is in
                         self._made = self._work()
-                    self._work = None  # and what they were made from is free
+                    self._work = None  # frees the tensors that the packed spectra were made from
         return self._made[number]
 
 
 class PackedUpdate:
-    """What calls that mix adapters ask of an `Update`, in a fraction of a module's memory. It does not learn.
+    """The part of the `Update` interface that calls mixing adapters use, in a fraction of a module's memory.
+
+    It cannot be trained.
 
     Args:
-        packing: of this spectrum and others.
-        number: which of them it is.
+        packing: the packing that holds this spectrum and others.
+        number: the index of this spectrum in the packing.
     """
 
     __slots__ = ("number", "packing")
@@ -80,7 +82,7 @@ class PackedUpdate:
 
     @property
     def nbytes(self) -> int:
-        """What it takes: a float32 and an int32 for each component."""
+        """The memory it takes: a float32 and an int32 for each component."""
         return 8 * self.packing.counts[self.number]
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -93,10 +95,10 @@ class PackedUpdate:
         return COSINES, self.spectrum
 
     def factors(self, strength: float = 1.0) -> None:
-        """None: it is of no low rank."""
+        """Return None: the update is not of low rank."""
 
     def __call__(self, operation: Operation = "delta", *inputs: Any) -> Tensor:
-        """Its `delta`, or what it makes of activations, by building the matrix."""
+        """Return its `delta`, or the result of applying it to activations; both build the matrix."""
         x, strength = inputs[:2] if operation == "apply_to" else (None, *inputs[:1])
         settings = self.spectrum.settings
         delta = cosine_matrix(*self._unpacked(), settings.scale * strength)
@@ -110,6 +112,6 @@ class PackedUpdate:
 
 
 def _frequency(row: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The frequency that a packed row of vectors of length n holds, and its sign."""
+    """Return the frequency that a packed row holds, for vectors of length n, and its sign."""
     lower = row % 2 == 0
     return torch.where(lower, row // 2, n - row // 2), torch.where(lower, 1.0, -1.0)

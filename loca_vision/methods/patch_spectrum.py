@@ -1,4 +1,4 @@
-"""Updates whose atoms are small patches of the weight, so that making one costs a few numbers for each coefficient."""
+"""Updates whose atoms are small patches of the weight, so that building one takes only a few numbers per coefficient."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from loca_vision.methods.update import Update
 
 
 class PatchSpectrum(Spectrum):
-    """Delta W = scale * sum_k a_k P_k of shape (p, q), with B coefficients a at fixed cells; a subclass says what P_k is."""
+    """Delta W = scale * sum_k a_k P_k of shape (p, q), with B coefficients a at fixed cells; a subclass defines P_k."""
 
     def patches(self, layout: Cells) -> Patches:
-        """The atoms at the cells of a layout."""
+        """Return the atoms at the cells of a layout."""
         raise NotImplementedError
 
     def delta(self, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
-        """`strength` times the update, (p, q) float32, differentiable in the coefficients."""
+        """Return `strength` times the update, (p, q) float32, differentiable in the coefficients."""
         return scattered(self.coefficients * (self.scale * strength), self.patches(self.layout_now()), self.shape)
 
     def cosines(self, strength: float = 1.0) -> None:
-        """None: these are not cosines."""
+        """Return None: these atoms are not cosines."""
 
     def apply_to(self, x: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
         return Update.apply_to(self, x, strength)
 
     @torch.no_grad()
     def norm(self) -> float:
-        """Without building it: of what stands at each entry that a patch reaches."""
+        """Return the Frobenius norm without building the matrix, from the sums at the entries that the patches reach."""
         where, values = self.patches(self.layout)
         reached, place = torch.unique(where, return_inverse=True)
         terms = self.coefficients.double()[:, None] * values.double()

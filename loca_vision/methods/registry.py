@@ -1,4 +1,4 @@
-"""Methods by name: @kind, KINDS, and those that installed packages define."""
+"""Methods by name: the decorator @kind, the table KINDS, and the methods that installed packages define."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from loca_vision.methods.adapter_config import AdapterConfig
 
 KINDS: dict[str, type[AdapterConfig]] = {}
 GROUP = "loca_vision.methods"
-"""The entry points by which a package makes its methods known: the method's name, and the module or class that defines it."""
+"""The entry point group in which a package registers its methods: each method's name and the module or class defining it."""
 
 _Config = TypeVar("_Config", bound=AdapterConfig)
 
 
 def kind(cls: type[_Config]) -> type[_Config]:
-    """Make a kind of adapter known by its method's name, so that its files can be read.
+    """Register a kind of adapter under its method's name, so that its files can be read.
 
     Raises:
-        ValueError: another class has that name.
+        ValueError: another class already has that name.
     """
     known = KINDS.get(cls.method)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -29,17 +29,17 @@ def kind(cls: type[_Config]) -> type[_Config]:
 
 
 def method_names() -> tuple[str, ...]:
-    """Registered methods, and those of installed packages that are not imported yet."""
+    """Return the registered methods, and those of installed packages that have not been imported yet."""
     return tuple(dict.fromkeys((*KINDS, *(point.name for point in entry_points(group=GROUP)))))
 
 
 def config_class(method: str) -> type[AdapterConfig]:
-    """The class of a method that a user names; the package that defines it is imported now, where one is installed for it.
+    """Return the class of a method that the user names, importing the installed package that defines it if necessary.
 
-    What a file names is looked up in `KINDS` instead: reading a file imports no code.
+    A method named in a file is looked up in `KINDS` instead: reading a file imports no code.
 
     Raises:
-        ValueError: no such method, or its package cannot be imported.
+        ValueError: there is no such method, or its package cannot be imported or does not define it.
     """
     if method not in KINDS:
         for point in entry_points(group=GROUP, name=method):
@@ -57,7 +57,7 @@ def config_class(method: str) -> type[AdapterConfig]:
 
 
 def unknown_method(method: str, known: tuple[str, ...]) -> ValueError:
-    """The error to raise, with the names near it and what makes another method known."""
+    """Return the error to raise for an unknown method; it suggests similar names and says how to register another method."""
     return ValueError(
         f"method={method!r}: it is unknown here{nearest(method, known)}; there are {', '.join(known)}, "
         "and --import names the module that defines another"

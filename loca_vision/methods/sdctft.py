@@ -1,4 +1,4 @@
-"""Selective DCT fine-tuning: cosine components where the pretrained weight has its energy (sDCTFT, arXiv 2410.09103)."""
+"""Selective DCT fine-tuning: learn cosine components where the pretrained weight has its energy (sDCTFT, arXiv 2410.09103)."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ _MOST_BANDS = 1000
 class SDCTFTConfig(SparseConfig):
     """The settings of selective DCT fine-tuning: W' = W0 + scale * C^T S D, with cells chosen by the spectrum of W0 itself.
 
-    The plane of frequencies is divided into bands of equal width by the distance sqrt(u^2 + v^2) from the constant. In each
-    band, a share of its components stands where `|DCT(W0)|` is largest, the rest at random among the band's other cells. The
-    locations stay where they are; the coefficients are learned, and begin at zero.
+    The frequency plane is divided into bands of equal width by the distance sqrt(u^2 + v^2) from the constant component. In
+    each band, a share of the components is placed where `|DCT(W0)|` is largest, and the rest at random among the band's other
+    cells. The locations stay fixed; the coefficients are learned and start at zero.
 
-    The paper leaves open what the outermost distance is. Here it is the largest in the plane, sqrt((p-1)^2 + (q-1)^2).
+    The paper does not say what the outermost distance is. Here it is the largest in the plane, sqrt((p-1)^2 + (q-1)^2).
 
     Args:
-        n_components: non-zero coefficients of each adapted projection, from 1 to p * q, or a mapping from a name pattern.
+        n_components: the number of non-zero coefficients of each adapted projection, from 1 to p * q, or a mapping from name
+            patterns to such counts, as in `LoCAConfig`.
         scale: a factor of the update; every atom has Frobenius norm 1.
-        targets: which projections, as in `AdapterConfig`.
-        n_bands: how many bands, from low to high frequencies.
+        targets: which projections to adapt, as in `AdapterConfig`.
+        n_bands: the number of bands, from low to high frequencies.
         energy_share: delta, the share of each band's components that is chosen by energy, from 0 to 1.
-        budgets: the share of all components that each band gets; equal shares by default. What a band has no cells for goes
-            to the next one, from low to high, and round.
-        seed: of the random cells.
+        budgets: the share of all components that each band gets; equal shares by default. Components for which a band has no
+            cells left go to the next band, from low to high, and from the last band back to the first.
+        seed: the seed for the random cells.
         layers: name patterns of the layers to adapt, as in `AdapterConfig`; None: all.
 
     Raises:
-        ValueError: naming the field, its value and the rule.
+        ValueError: a field is invalid; the message names the field, its value and the rule.
     """
 
     method: ClassVar[str] = "sdctft"
@@ -78,7 +79,7 @@ class SDCTFTConfig(SparseConfig):
 
 
 def bands(shape: tuple[int, int], n_bands: int) -> list[Tensor]:
-    """The flat cells row * q + column of each band, bands of equal width by their distance from the constant."""
+    """Return the flat cells row * q + column of each band; bands have equal width in distance from the constant component."""
     rows, cols = (torch.arange(size, dtype=torch.float64) for size in shape)
     distance = (rows[:, None].square() + cols.square()).sqrt().flatten()
     band = (distance / distance.max().clamp(min=1) * n_bands).long().clamp(max=n_bands - 1)
@@ -88,7 +89,7 @@ def bands(shape: tuple[int, int], n_bands: int) -> list[Tensor]:
 def _chosen(
     energy: Tensor, cells: list[Tensor], count: int, shares: Sequence[float], energy_share: float, generator: torch.Generator
 ) -> Tensor:
-    """(count,) different flat cells: of each band those of most energy, then others at random."""
+    """Return (count,) distinct flat cells: from each band, those with the most energy, then others at random."""
     found = []
     for band, number in zip(cells, allotted(count, shares, [len(band) for band in cells]), strict=True):
         ranked = band[energy[band].argsort(descending=True, stable=True)]
@@ -100,7 +101,10 @@ def _chosen(
 
 
 def allotted(count: int, shares: Sequence[float], room: Sequence[int]) -> list[int]:
-    """How many of `count` each band gets: its share, rounded so that the sum is right; what one has no room for, the next."""
+    """Return how many of `count` each band gets: its share, rounded so that the sum is `count`.
+
+    Whatever a band has no room for goes to the next one, and from the last back to the first.
+    """
     ends = [round(count * sum(shares[: i + 1]) / sum(shares)) for i in range(len(shares))]
     wanted = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
     given, over = [0] * len(room), 0

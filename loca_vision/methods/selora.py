@@ -29,8 +29,8 @@ class SpectralLowRank(LowRank):
     T is the inverse 2-D Haar transform, or the real part of the inverse 2-D FFT.
 
     Attributes:
-        up_coefficients, down_coefficients: (n,) float32 parameters, what is not zero in F_B and in F_A.
-        up_cells, down_cells: (n,) int64 buffers, where it stands, as row * columns + column.
+        up_coefficients, down_coefficients: (n,) float32 parameters, the non-zero entries of F_B and F_A.
+        up_cells, down_cells: (n,) int64 buffers, the cells of these entries as row * columns + column.
     """
 
     up_cells: Tensor
@@ -62,7 +62,7 @@ def _inverse(values: Tensor, cells: Tensor, shape: tuple[int, int], basis: str) 
 
 
 def _energy(cells: Tensor, shape: tuple[int, int], basis: str) -> float:
-    """The sum of the squared norms of the atoms at these cells."""
+    """Return the sum of the squared norms of the atoms at these cells."""
     if basis == "haar":
         return float(len(cells))
     (rows, cols), row, col = shape, cells // shape[1], cells % shape[1]
@@ -73,32 +73,32 @@ def _energy(cells: Tensor, shape: tuple[int, int], basis: str) -> float:
 @kind
 @dataclass(frozen=True)
 class SeLoRAConfig(AdapterConfig):
-    """The settings of SeLoRA: W' = W0 + (alpha / r) B A, both factors transforms of sparse spectra; or of that within DoRA.
+    """The settings of SeLoRA: W' = W0 + (alpha / r) B A, where both factors are transforms of sparse spectra; or with DoRA.
 
-    Each factor has exactly floor((1 - eta) r d) trained numbers, d being p for B and q for A. Which cells they stand at is
-    drawn at random, once for all factors of one shape. B is zero at first, and A has the variance of LoRA's at the start.
+    Each factor has exactly floor((1 - eta) r d) trained numbers, where d is p for B and q for A. Their cells are drawn at
+    random, once for all factors of one shape. B starts at zero, and A starts with the same variance as in LoRA.
 
-    In a file: `<projection>.up_coefficients`, `.down_coefficients`, of DoRA `.magnitude`, and `cells.<rows>x<columns>`, int32,
-    once for each shape of a factor.
+    A file holds `<projection>.up_coefficients`, `.down_coefficients`, for DoRA also `.magnitude`, and
+    `cells.<rows>x<columns>` (int32) once for each shape of a factor.
 
     Args:
-        r: the rank, columns of B and rows of A.
-        eta: the share of each factor's spectrum that is zero, from 0 to 1; 0.2 to 0.6 in the paper.
+        r: the rank, that is, the number of columns of B and of rows of A.
+        eta: the share of each factor's spectrum that is zero, from 0 up to but not including 1; 0.2 to 0.6 in the paper.
         basis: "haar" or "fft".
         alpha: as in LoRA.
-        targets: which projections, as in `AdapterConfig`.
-        use_dora: learn the magnitude of each row apart from its direction.
-        seed: of the cells, and of A's spectrum at the start.
+        targets: which projections to adapt, as in `AdapterConfig`.
+        use_dora: learn the magnitude of each row separately from its direction.
+        seed: the seed for the cells and for A's initial spectrum.
         layers: name patterns of the layers to adapt, as in `AdapterConfig`; None: all.
 
     Raises:
-        ValueError: naming the field, its value and the rule.
+        ValueError: a field is invalid; the message names the field, its value and the rule.
     """
 
     method: ClassVar[str] = "selora"
     title: ClassVar[str] = "SeLoRA"
     summary: ClassVar[str] = "factors of low rank with sparse spectra"
-    lr: ClassVar[float] = 5e-3  # the paper has no rate of its own: LoRA's
+    lr: ClassVar[float] = 5e-3  # LoRA's, as the paper gives no learning rate
     lr_grid: ClassVar[tuple[float, ...]] = (5e-4, 1.5e-3, 5e-3)
 
     r: int = 16
@@ -126,7 +126,7 @@ class SeLoRAConfig(AdapterConfig):
 
     @classmethod
     def at_budget(cls, numbers: int, shape: tuple[int, int]) -> dict[str, Any]:
-        rank = 2 * (numbers // sum(shape))  # half of either spectrum is empty
+        rank = 2 * (numbers // sum(shape))  # because half of each spectrum is empty
         return {"r": rank, "alpha": float(rank)}
 
     @property
@@ -134,10 +134,10 @@ class SeLoRAConfig(AdapterConfig):
         return self.alpha / self.r
 
     def count(self, size: int) -> int:
-        """Trained numbers of a factor between r and `size`; counted exactly, eta taken as the decimal number it is written as.
+        """Return the number of trained values of an r x `size` factor, exactly for eta as it is written in decimal.
 
         Raises:
-            ValueError: not a single one is left.
+            ValueError: no value is left to train.
         """
         count = math.floor((1 - Fraction(repr(self.eta))) * self.r * size)
         if count < 1:
@@ -153,7 +153,7 @@ class SeLoRAConfig(AdapterConfig):
         rows, cols = update.shape
         update.up_cells.copy_(self._cells((rows, self.r), len(update.up_cells)))
         update.down_cells.copy_(self._cells((self.r, cols), len(update.down_cells)))
-        # Kaiming's uniform distribution with a = sqrt(5), LoRA's, has the variance 1 / (3 q) in each of the r * q entries.
+        # LoRA's initialization, Kaiming uniform with a = sqrt(5), has variance 1 / (3 q) in each of the r * q entries.
         variance = self.r / (3 * _energy(update.down_cells, (self.r, cols), self.basis))
         nn.init.normal_(update.down_coefficients, std=math.sqrt(variance), generator=generator)
         start_magnitude(update, projection)

@@ -1,4 +1,4 @@
-"""SHiRA: few entries of the weight itself are learned (sparse high-rank adapters, arXiv 2406.13175, NeurIPS 2024)."""
+"""SHiRA: learn a few entries of the weight itself (sparse high-rank adapters, arXiv 2406.13175, NeurIPS 2024)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from loca_vision.methods.sparse_config import SparseConfig, fixed
 
 
 class SparseEntries(PatchSpectrum):
-    """Delta W = scale * S of shape (p, q), S zero but for B coefficients."""
+    """Delta W = scale * S of shape (p, q), where S is zero except for B coefficients."""
 
     def patches(self, layout: Cells) -> Patches:
         return layout.once(entries)
@@ -29,21 +29,22 @@ class SparseEntries(PatchSpectrum):
 @kind
 @dataclass(frozen=True)
 class SHiRAConfig(SparseConfig):
-    """The settings of SHiRA: W' = W0 + scale * S, with S sparse at fixed entries of the weight itself, in no other basis.
+    """The settings of SHiRA: W' = W0 + scale * S, where S is non-zero only at fixed entries of the weight, in no other basis.
 
-    The paper trains 1 to 2 % of the weight. Its random mask and its mask by magnitude are here; those by gradient are not.
+    The paper trains 1 to 2 % of the weight. Its random mask and its magnitude mask are implemented here; its gradient-based
+    masks are not.
 
     Args:
-        n_components: entries of each adapted projection, from 1 to p * q, or a mapping from a name pattern. peft's `r`
-            corresponds to r * (p + q).
+        n_components: the number of trained entries of each adapted projection, from 1 to p * q, or a mapping from name
+            patterns to such counts, as in `LoCAConfig`. peft's `r` corresponds to r * (p + q).
         scale: a factor of the update.
-        targets: which projections, as in `AdapterConfig`.
-        mask: "random" entries, or those of the largest "magnitude" in the pretrained weight (SHiRA-Rand and SHiRA-WM).
-        seed: of the random entries.
+        targets: which projections to adapt, as in `AdapterConfig`.
+        mask: "random" entries, or those with the largest "magnitude" in the pretrained weight (SHiRA-Rand and SHiRA-WM).
+        seed: the seed for the random entries.
         layers: name patterns of the layers to adapt, as in `AdapterConfig`; None: all.
 
     Raises:
-        ValueError: naming the field, its value and the rule.
+        ValueError: a field is invalid; the message names the field, its value and the rule.
     """
 
     method: ClassVar[str] = "shira"

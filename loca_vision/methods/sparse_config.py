@@ -1,4 +1,4 @@
-"""Methods whose update is a spectrum of few components: counted, drawn, saved and read alike."""
+"""The base class of methods whose update is a sparse spectrum, which all count, draw, save and read components alike."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ from loca_vision.offload import stored
 
 
 class SparseConfig(AdapterConfig):
-    """A subclass has the fields `n_components` and `scale` too; it says which `spectrum` it makes, and where it begins.
+    """The settings of a method whose update is a sparse spectrum.
 
-    In a file: `<projection>.coefficients` (B,) and `<projection>.locations` int32 (B,) = row * q + column, which are final.
+    A subclass also has the fields `n_components` and `scale`. It defines the `spectrum` and may override its initial
+    locations and coefficients.
+
+    A file holds `<projection>.coefficients` (B,) and `<projection>.locations` int32 (B,) = row * q + column, which are final.
     """
 
     lr: ClassVar[float] = 5e-2
@@ -44,18 +47,18 @@ class SparseConfig(AdapterConfig):
         return {"n_components": numbers}
 
     def spectrum(self, shape: tuple[int, int], coefficients: Tensor, locations: Tensor) -> Spectrum:
-        """The update with these coefficients (B,) and locations (B, 2)."""
+        """Return the update with these coefficients (B,) and locations (B, 2)."""
         raise NotImplementedError
 
     def first_locations(self, projection: Projection, count: int, generator: torch.Generator) -> Tensor:
-        """(B, 2) where the components of a new update stand: at different cells, every cell as likely as any other."""
+        """Return the (B, 2) initial locations of a new update's components, in distinct cells, each cell equally likely."""
         return random_locations(projection.shape, count, generator)
 
     def components(self, names: list[str]) -> dict[str, int]:
-        """The count of every projection named.
+        """Return the number of components of each named projection.
 
         Raises:
-            ValueError: a name no pattern matches, or a pattern that decides about no name.
+            ValueError: a name matches no pattern, or a pattern decides the count of no name.
         """
         return counts_by_name(self.n_components, names)
 
@@ -76,7 +79,7 @@ class SparseConfig(AdapterConfig):
             return self.spectrum(projection.shape, self.first_coefficients(count, generator), locations)
 
     def first_coefficients(self, count: int, generator: torch.Generator) -> Tensor:
-        """(B,): zeros, so that nothing changes at first."""
+        """Return the initial coefficients (B,), zeros so that the update changes nothing at first."""
         return torch.zeros(count, dtype=torch.float32)
 
     def file_layout(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, TensorSpec]:
@@ -102,7 +105,7 @@ class SparseConfig(AdapterConfig):
     def check_values(self, projection: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> None:
         coefficients = tensors[f"{projection}.coefficients"]
         size = abs(self.scale) * float(torch.linalg.vector_norm(coefficients, 1, dtype=torch.float64))
-        if size * max(shape) > torch.finfo(torch.float32).max:  # transforms pass through numbers that much larger
+        if size * max(shape) > torch.finfo(torch.float32).max:  # transforms have intermediate values this large
             raise ValueError(f"{projection}.coefficients times the scale {self.scale} overflows float32")
 
     def from_tensors(
@@ -145,14 +148,14 @@ S = TypeVar("S", bound=Spectrum)
 
 
 def fixed(spectrum: S) -> S:
-    """The same, with locations that stay where they are."""
+    """Fix the locations of a spectrum for good, and return it."""
     spectrum.locations.requires_grad_(False)
     spectrum.final = True
     return spectrum
 
 
 def _flat(projection: str, shape: tuple[int, int], locations: Tensor) -> Tensor:
-    """Cells as int32 row * q + column."""
+    """Return the cells as int32 row * q + column."""
     rows, cols = shape
     if rows * cols > 2**31:
         raise ValueError(f"{projection}: {rows} x {cols} cells are more than int32 locations can number")

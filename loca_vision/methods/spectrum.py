@@ -1,4 +1,4 @@
-"""A sparse spectrum whose coefficients and locations are learned, and the matrix it stands for."""
+"""A sparse spectrum with trainable coefficients and locations, and the matrix it represents."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Spectrum(Update):
         coefficients: (B,) the amplitudes.
         locations: (B, 2) rows and columns, scaled so that 0 is the first and 1 the last.
         scale: alpha.
-        difference: "central", "forward" or "backward" finite difference for the gradient of the locations.
+        difference: the finite difference for the gradient of the locations, "central", "forward" or "backward".
 
     Attributes:
         coefficients: (B,) float32 parameter.
@@ -47,19 +47,19 @@ class Spectrum(Update):
     ) -> None:
         super().__init__(shape, scale)
         self.difference = difference
-        self.count = len(coefficients)  # of them that mean something: behind may be zeros, room for another adapter
-        self.final = False  # whether the locations are, for good
-        self.awaited = False  # whether locations may be NaN still, until they are chosen
-        self.scheduled = False  # whether a schedule decides what moves: a half that is frozen may learn again
+        self.count = len(coefficients)  # the components in use; zeros may follow as room for another adapter
+        self.final = False  # whether the locations are fixed for good
+        self.awaited = False  # whether locations may still be NaN because they have not been chosen yet
+        self.scheduled = False  # whether a schedule decides what moves, so that frozen parameters may be trained again
         self._kept: tuple[Snapshot, Cells] | None = None
         self.coefficients = nn.Parameter(coefficients)
         self.locations = nn.Parameter(locations)
 
     @property
     def cells(self) -> Tensor:
-        """(B, 2) int64: the row and column at which each component stands now.
+        """The current row and column of each component, (B, 2) int64.
 
-        NaN, from a training that diverged, counts as 0: the loss tells of it, an index out of range would not.
+        NaN, from training that diverged, counts as 0: the loss shows the problem, whereas an index out of range would not.
         """
         if self.locations.dtype.itemsize < 4:
             raise RuntimeError(
@@ -69,7 +69,7 @@ class Spectrum(Update):
         return cells_at(self.locations, self.shape)
 
     def delta(self, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
-        """`strength` times the update, (p, q) float32, differentiable in coefficients and locations."""
+        """Return `strength` times the update, (p, q) float32, differentiable in coefficients and locations."""
         self._confine_what_moves()
         scale = self.scale * strength
         if functional_only():
@@ -81,7 +81,7 @@ class Spectrum(Update):
         return cosine_sum(self.coefficients, self.locations, self.cells, self.shape, scale, self.difference)
 
     def add_to(self, onto: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
-        own = type(self).delta is Spectrum.delta  # a subclass may make another matrix
+        own = type(self).delta is Spectrum.delta  # a subclass may build a different matrix
         here = onto.dtype == self.coefficients.dtype and onto.device == self.coefficients.device
         if not (own and here) or onto.device.type != "cpu":
             return super().add_to(onto, strength, weight)
@@ -103,10 +103,10 @@ class Spectrum(Update):
 
     @property
     def layout(self) -> Cells:
-        """The cells with what follows from them, kept from step to step for as long as the locations stay where they are.
+        """The cells and what is derived from them, cached from step to step until the locations change.
 
-        On the CPU values tell that. On other devices versions do, which optimisers of their own kernels may leave as they are:
-        there nothing is kept while locations learn.
+        On the CPU, changes are detected by comparing values. Other devices compare tensor versions, which optimisers with
+        their own kernels may not update, so nothing is cached there while locations are trained.
         """
         held = [self.locations]
         if self.locations.requires_grad and self.locations.device.type != "cpu":
@@ -118,28 +118,28 @@ class Spectrum(Update):
         return kept[1]
 
     def layout_now(self) -> Cells:
-        """The layout; traced code works out its own."""
+        """Return the layout; traced code computes its own."""
         return Cells(self.cells, self.shape) if torch.compiler.is_compiling() or functional_only() else self.layout
 
     def _layout_like(self, known: Cells | None) -> Cells:
-        """The one that is known, where locations moved and no component came to another cell."""
+        """Return a new layout, or `known` if no component has changed its cell, which is checked on the CPU only."""
         cells, cpu = self.cells, torch.device("cpu")
         if known is not None and known.cells.device == cells.device == cpu and torch.equal(known.cells, cells):
             return known
         return Cells(cells, self.shape)
 
     def _trains_eagerly(self) -> bool:
-        """Whether a step of training runs as it is written, so that things may be kept for the next one."""
+        """Whether training runs eagerly, so that results may be cached for the next step."""
         learns = self.coefficients.requires_grad or self.locations.requires_grad
         return learns and type(self.coefficients) is nn.Parameter and not torch.compiler.is_compiling()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None}  # a copy or a pickle works out its own
+        return self.__dict__ | {"_kept": None}  # a copy or an unpickled spectrum computes its own
 
     def apply_to(self, x: Tensor, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
-        """x times `strength` times the update, x Delta W^T, without building it: (..., q) to (..., p) in x's dtype.
+        """Return `strength` times x Delta W^T without building the matrix, from (..., q) to (..., p) in x's dtype.
 
-        Two transforms of the activations and a sparse product. Differentiable in x only.
+        This takes two transforms of the activations and a sparse product. It is differentiable in x only.
         """
         scale, coefficients = self.scale * strength, self.coefficients.to(x.device)
         if torch.compiler.is_compiling() or functional_only() or (torch.is_grad_enabled() and x.requires_grad):
@@ -149,7 +149,7 @@ class Spectrum(Update):
 
     @torch.no_grad()
     def norm(self) -> float:
-        """Without building it: atoms of different cells are orthonormal."""
+        """Return the Frobenius norm without building the matrix: atoms of different cells are orthonormal."""
         return abs(self.scale) * float(torch.linalg.vector_norm(by_cell(self.coefficients.double(), self.cells)))
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -162,18 +162,21 @@ class Spectrum(Update):
         return [] if self.final else [self.locations]
 
     def learns(self) -> bool:
-        own = self._parameters.values()  # which is asked of every projection at every step
+        own = self._parameters.values()  # faster than `tensors()`: this runs for every projection at every step
         return any([number.requires_grad for number in own]) if own else super().learns()  # type: ignore[union-attr]
 
     def is_trained(self) -> bool:
         return self.scheduled or self.learns()
 
     def confine(self) -> None:
-        """Bring this one's locations back to the border, as the function `confine` does for many at once."""
+        """Clamp the locations to [0, 1], as the function `confine` does for many spectra at once."""
         self.locations.data.clamp_(0, 1)
 
     def _confine_what_moves(self) -> None:
-        """For those who train without a schedule, which does it too."""
+        """Clamp locations that are being trained, for training without a schedule (a schedule clamps them as well).
+
+        Also refuse to train while the locations have not been chosen yet.
+        """
         if self.awaited and self.coefficients.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._refuse_unchosen()
         if self.locations.requires_grad and not (torch.compiler.is_compiling() or functional_only()):
@@ -209,14 +212,14 @@ class Spectrum(Update):
 
 
 def confine(spectra: Sequence[Spectrum]) -> None:
-    """Bring locations an optimiser has carried out of [0, 1] back to the border: every cell stays within reach."""
+    """Clamp locations that an optimiser has moved out of [0, 1], so that every cell stays within reach."""
     values = [spectrum.locations.data for spectrum in spectra]
-    torch._foreach_clamp_min_(values, 0.0)  # all by one launch each on an accelerator
+    torch._foreach_clamp_min_(values, 0.0)  # on an accelerator, one launch per call for all of them
     torch._foreach_clamp_max_(values, 1.0)
 
 
 def random_spectrum(shape: tuple[int, int], n_components: int, *, name: str, seed: int, **settings: Any) -> Spectrum:
-    """A spectrum of zero coefficients at different cells, drawn on the CPU from (seed, name)."""
+    """Return a spectrum of zero coefficients at distinct cells, drawn on the CPU from (seed, name)."""
     with torch.device("cpu"), ordinary_tensors():
         locations = random_locations(shape, n_components, generator_of(seed, name))
         return Spectrum(shape, torch.zeros(n_components, dtype=torch.float32), locations, **settings)

@@ -1,4 +1,4 @@
-"""WaveFT: coefficients of a wavelet transform at fixed random cells are learned (arXiv 2505.12532)."""
+"""WaveFT: learn coefficients of a wavelet transform at fixed random cells (arXiv 2505.12532)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from loca_vision.methods.sparse_config import SparseConfig, fixed
 from loca_vision.methods.update import Update
 
 _HAAR = 0.5**0.5
-_LONGEST = 20  # filter: an atom has the square of it in numbers
+_LONGEST = 20  # the longest filter allowed, because an atom has as many numbers as the square of its length
 
 
 class WaveletSpectrum(PatchSpectrum):
-    """Delta W = scale * idwt2(S) of shape (p, q): a transform of one level, S zero but for B coefficients.
+    """Delta W = scale * idwt2(S) of shape (p, q): a one-level transform, where S is zero except for B coefficients.
 
-    Atoms of orthogonal wavelets have Frobenius norm 1, less where they reach beyond the border.
+    Atoms of orthogonal wavelets have Frobenius norm 1, or less if they extend beyond the border.
     """
 
     def __init__(self, *arguments: Any, wavelet: str, **settings: Any) -> None:
@@ -42,7 +42,7 @@ class WaveletSpectrum(PatchSpectrum):
 
 @cache
 def filters(wavelet: str) -> Bank:
-    """The filters of a wavelet by its name in PyWavelets, which only others than "haar" and "db1" need.
+    """Return the filters of a wavelet by its PyWavelets name; all but "haar" and "db1" need that package.
 
     Raises:
         ValueError: there is no wavelet of that name, or its filters have more than 20 numbers.
@@ -69,27 +69,27 @@ def filters(wavelet: str) -> Bank:
 @kind
 @dataclass(frozen=True)
 class WaveFTConfig(SparseConfig):
-    """The settings of WaveFT: W' = W0 + scale * idwt2(S), with coefficients at fixed random cells of one level of wavelets.
+    """The settings of WaveFT: W' = W0 + scale * idwt2(S), with coefficients at fixed random cells of a one-level transform.
 
     Args:
-        n_components: coefficients of each adapted projection (`n_frequency` in peft), from 1 to p * q, or a mapping from a
-            name pattern.
-        scale: `scaling` in peft, whose default this is. Atoms have norm 1 before it, as LoCA's have.
-        targets: which projections, as in `AdapterConfig`.
-        wavelet: a discrete wavelet's name in PyWavelets (`wavelet_family` in peft), whose filters have at most 20 numbers.
-            Others than "db1", Haar's, need that package.
-        seed: of the cells.
+        n_components: the number of coefficients of each adapted projection (`n_frequency` in peft), from 1 to p * q, or a
+            mapping from name patterns to such counts, as in `LoCAConfig`.
+        scale: `scaling` in peft, with the same default. Before scaling, atoms have norm 1, as in LoCA.
+        targets: which projections to adapt, as in `AdapterConfig`.
+        wavelet: the name of a discrete wavelet in PyWavelets (`wavelet_family` in peft) whose filters have at most 20
+            numbers. All but the Haar wavelet, "db1" or "haar", need that package.
+        seed: the seed for the cells.
         layers: name patterns of the layers to adapt, as in `AdapterConfig`; None: all.
 
     Raises:
-        ValueError: naming the field, its value and the rule.
-        ModuleNotFoundError: a wavelet that needs PyWavelets, which is not installed.
+        ValueError: a field is invalid; the message names the field, its value and the rule.
+        ModuleNotFoundError: the wavelet needs PyWavelets, which is not installed.
     """
 
     method: ClassVar[str] = "waveft"
     title: ClassVar[str] = "WaveFT"
     summary: ClassVar[str] = "wavelet coefficients at random locations"
-    # LoCA's rates, divided by the scale.
+    # LoCA's rates divided by the scale.
     lr: ClassVar[float] = 2e-3
     lr_grid: ClassVar[tuple[float, ...]] = (6e-5, 2e-4, 6e-4)
     edit_lr: ClassVar[float] = 8e-4

@@ -1,4 +1,4 @@
-"""Which adapters act, and whose whole tensors are in the model."""
+"""Activate adapters, and put the tensors that they train as a whole into the model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from loca_vision.model.whole_tensors import adopt, load_tensors
 
 
 def active_updates(model: nn.Module) -> list[Update]:
-    """The updates of adapters that act, and those outside any adapter."""
+    """Return the updates of active adapters, and updates that belong to no adapter."""
     entries = [(site.updates, *pair) for site in sites(model) for pair in site.updates.entries()]
     idle = {id(update) for updates, slot, update in entries if slot.adapter not in updates.strengths}
     return [update for update in all_updates(model) if id(update) not in idle]
 
 
 def trainable_updates(model: nn.Module) -> list[Update]:
-    """The acting updates of which something, at least, is trainable.
+    """Return the active updates that have something to train.
 
     Raises:
         ValueError: the model has no trainable adapter.
@@ -36,9 +36,10 @@ def trainable_updates(model: nn.Module) -> list[Update]:
 
 @contextmanager
 def changing_active(model: nn.Module, record: AdapterState) -> Iterator[None]:
-    """Around a change of what acts: the whole tensors in the model, and the strength of every update, follow it.
+    """Apply a change of the active adapters, made inside the context, to the model.
 
-    If it fails, everything acts as before.
+    On exit, the tensors trained as a whole and the strength of every update are set accordingly. If anything fails, everything
+    acts as before.
     """
     adopt(model, record)
     before = record.active, record.enabled, record.fused
@@ -54,14 +55,14 @@ def changing_active(model: nn.Module, record: AdapterState) -> Iterator[None]:
 
 
 def activate(model: nn.Module, record: AdapterState, active: dict[str, Strength], *, enabled: bool | None = None) -> None:
-    """Let exactly these adapters act; with `enabled` False, from when they are enabled again."""
+    """Activate exactly these adapters; with `enabled` False, they act only once adapters are enabled again."""
     with changing_active(model, record):
         record.active = active
         record.enabled = record.enabled if enabled is None else enabled
 
 
 def strengthen(model: nn.Module, record: AdapterState) -> None:
-    """Tell every weight how strongly its updates act: as the record says, unless they are disabled or fused."""
+    """Set how strongly the updates of every weight act: as the record says, unless they are disabled or fused."""
     effective_weights = [module for module in modules_of(model) if isinstance(module, EffectiveWeight)]
     for updates in effective_weights:
         if isinstance(updates, WeightUpdates):
@@ -71,7 +72,7 @@ def strengthen(model: nn.Module, record: AdapterState) -> None:
 
 
 def strengths_at(updates: WeightUpdates, strengths: Mapping[str, Strength]) -> dict[str, float]:
-    """How strongly each of these adapters acts on one weight."""
+    """Return how strongly each of these adapters acts on one weight."""
     found: dict[str, float] = {}
     for slot in updates.slots:
         if slot.adapter in strengths:

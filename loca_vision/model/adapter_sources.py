@@ -1,4 +1,4 @@
-"""Where a call that mixes adapters finds them: in the model, or in a store beside it."""
+"""Find the adapters for a call that mixes them: in the model itself, or in a store outside it."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ Taken = Mapping[nn.Module, HeldAdapter]
 
 
 class AdapterSource(Protocol):
-    """Holds adapters for models, outside of them."""
+    """A store that holds adapters for models, outside the models."""
 
     def names(self) -> Sequence[str]:
-        """Those that there are."""
+        """Return the names of all its adapters."""
 
     def __contains__(self, name: object) -> bool: ...
 
     def held(self, name: str) -> Taken:
-        """One of them, for each model that it has anything for."""
+        """Return one adapter, as its part for each model that it has anything for."""
 
 
 _SOURCES: weakref.WeakKeyDictionary[nn.Module, AdapterSource] = weakref.WeakKeyDictionary()
 
 
 def give_source(model: nn.Module, source: AdapterSource | None) -> None:
-    """Let the model's calls find adapters there, too; None: no longer."""
+    """Let calls of the model also use adapters from this source; None removes the source."""
     if source is None:
         _SOURCES.pop(unwrap(model), None)
     else:
@@ -47,13 +47,13 @@ def source_of(model: nn.Module) -> AdapterSource | None:
 
 
 def has_adapter(model: nn.Module, name: str) -> bool:
-    """Whether calls of the model may mix this one: its own, or one of its store."""
+    """Whether calls of the model may mix this adapter, be it the model's own or one of its store."""
     record, source = state_of(model), source_of(model)
     return (record is not None and name in record.adapters) or (source is not None and name in source)
 
 
 def names_for(model: nn.Module) -> list[str]:
-    """All of them."""
+    """Return the names of all adapters that calls of the model may mix."""
     record, source = state_of(model), source_of(model)
     return list(dict.fromkeys([*(record.adapters if record else ()), *(source.names() if source else ())]))
 
@@ -61,13 +61,15 @@ def names_for(model: nn.Module) -> list[str]:
 def held_adapters(
     model: nn.Module, names: Sequence[str], taken: dict[tuple[int, str], Taken] | None = None
 ) -> dict[str, HeldAdapter]:
-    """These adapters: the model's own, and those of its store.
+    """Return these adapters by name, from the model itself or from its store.
 
     Args:
-        taken: what the call has of stores already, so that all its models have one version of a file.
+        model: the model.
+        names: the names of the adapters.
+        taken: what the call has already taken from stores, so that all its models use the same version of a file.
 
     Raises:
-        ValueError: a name of neither, with the nearest that there is.
+        ValueError: neither the model nor its store has an adapter of a name; the message suggests the nearest one.
     """
     model = unwrap(model)
     record, source = state_of(model), source_of(model)
@@ -86,7 +88,7 @@ def held_adapters(
         key = id(source), name
         if key not in taken:
             taken[key] = source.held(name)
-        found[name] = taken[key].get(model) or HeldAdapter(name, {})  # a file may have nothing for this model
+        found[name] = taken[key].get(model) or HeldAdapter(name, {})  # a file may hold nothing for this model
     return found
 
 

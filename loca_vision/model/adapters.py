@@ -1,4 +1,4 @@
-"""The adapters of a model: which there are, what they are called, which are active, how strongly, and what trains."""
+"""List, activate, weight, disable and rename the adapters of a model, and print what is trained."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from loca_vision.model.whole_tensors import trained_whole
 
 
 def adapters(model: nn.Module, name: str = "default") -> dict[str, Any]:
-    """The updates of one adapter by projection, in the order of the model's modules: of LoCA, each a `Spectrum`.
+    """Return the updates of one adapter by projection, in the order of the model's modules; with LoCA, each is a `Spectrum`.
 
     Raises:
-        ValueError: no such adapter.
+        ValueError: the model has no such adapter.
     """
     _known(_record(model), name)
     entries = (entry for site in sites(model) for entry in site.updates.entries())
@@ -31,12 +31,12 @@ def adapters(model: nn.Module, name: str = "default") -> dict[str, Any]:
 def set_adapters(
     model: nn.Module, names: str | Sequence[str], weights: float | Sequence[float] | Mapping[str, float] | None = None
 ) -> None:
-    """Let these adapters act, with these weights (1.0 each by default), and no others. An empty sequence: the base model.
+    """Activate exactly these adapters with these weights (1.0 each by default). An empty sequence selects the base model.
 
-    Whole tensors (a classifier head) come from the last adapter named that has any.
+    Tensors trained as a whole (a classifier head) come from the last of the named adapters that has any.
 
     Raises:
-        ValueError: an unknown or repeated name, a weight that is not finite, or another number of weights than names.
+        ValueError: a name is unknown or repeated, a weight is not finite, or there are not as many weights as names.
     """
     record = _record(model)
     if isinstance(names, Mapping):
@@ -52,7 +52,7 @@ def set_adapters(
 
 
 def _strengths(names: list[str], weights: Any) -> list[float]:
-    """One finite number for each name, in whichever form they came."""
+    """Return one finite number for each name, whichever form the weights were passed in."""
     if weights is None or _is_single(weights):
         weights = [1.0 if weights is None else weights] * len(names)
     if isinstance(weights, Mapping):
@@ -72,17 +72,17 @@ def _is_single(weights: Any) -> bool:
 
 
 def active_adapters(model: nn.Module) -> dict[str, Strength]:
-    """The adapters that act, and how strongly: a number, or a number for each projection; empty for a model without any."""
+    """Return the active adapters and their strengths, each a number or a number per projection; empty if there are none."""
     record = state_of(model)
     return dict(record.active) if record else {}
 
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside, no adapter acts: the model is the base, its own head included. Afterwards the adapters act as before.
+    """Disable all adapters inside the context: the model is the base, with its own head. Afterwards they act as before.
 
-    A reference for self-distillation or a preference loss: `with disable_adapter(model), torch.no_grad(): ...`. May be entered
-    between a forward pass and its backward pass.
+    This provides the reference for self-distillation or a preference loss: `with disable_adapter(model), torch.no_grad(): ...`.
+    It may be entered between a forward pass and its backward pass.
 
     Raises:
         ValueError: the model has no adapter, or one is fused into the weights.
@@ -99,10 +99,10 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def rename_adapter(model: nn.Module, name: str, new: str) -> None:
-    """Give an adapter another name; what it learned, its weight and whether it acts stay.
+    """Rename an adapter; its trained values, its weight and whether it is active do not change.
 
     Raises:
-        ValueError: no such adapter, or the new name is in use or not made of letters, digits, '_' and '-'.
+        ValueError: there is no such adapter, or the new name is in use or not made of letters, digits, '_' and '-'.
     """
     record = _record(model)
     _known(record, name)
@@ -119,9 +119,9 @@ def rename_adapter(model: nn.Module, name: str, new: str) -> None:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print how many numbers train, and of what kind, as peft does: of the adapters that act, and of heads.
+    """Print the number of trainable parameters by kind, as peft does, for the active adapters and for heads.
 
-    Spectra count with both halves, whichever the schedule moves now.
+    Spectra count with both coefficients and locations, whichever of them the schedule moves now.
 
     Raises:
         ValueError: the model has no trainable adapter.

@@ -1,4 +1,4 @@
-"""All or nothing: a change of a model that fails half-way leaves it as it was."""
+"""All-or-nothing changes: if changing a model fails half-way, the model is left as it was."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from loca_vision.model.state import AdapterState, state_of
 from loca_vision.model.traversal import modules_of
 from loca_vision.model.whole_tensors import kept_elsewhere
 
-_CONTAINERS = (dict, OrderedDict, list, set)  # these very types: a subclass may be immutable
+_CONTAINERS = (dict, OrderedDict, list, set)  # exactly these types, because a subclass may be immutable
 
 
 @contextmanager
 def atomic(model: nn.Module, writes: Iterable[Tensor] = ()) -> Iterator[None]:
-    """Undo everything done to the model inside if it raises, interruptions included.
+    """Undo everything done to the model inside the context if it raises, including on interruption.
 
-    Structure, classes, hooks, flags and gradients are remembered anyway; of values only those of `writes`.
+    Structure, classes, hooks, `requires_grad` flags and gradients are always restored, values only for the tensors in `writes`
+    and for offloaded or sharded tensors that an adapter trains as a whole.
 
     Args:
+        model: the model to restore.
         writes: tensors that are written in place.
     """
     before = _Before(model, writes)
@@ -40,7 +42,7 @@ def atomic(model: nn.Module, writes: Iterable[Tensor] = ()) -> Iterator[None]:
 def atomic_all(
     models: Iterable[nn.Module], writes: Callable[[nn.Module], Iterable[Tensor]] = lambda model: ()
 ) -> Iterator[None]:
-    """`atomic` for several models at once: if one of them fails, all are as they were."""
+    """Do the same as `atomic` for several models: if anything fails, all of them are left as they were."""
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(atomic(model, writes(model)))
@@ -61,7 +63,7 @@ class _Before:
     def restore(self) -> None:
         for module, cls, contents in self.modules:
             if type(module) is not cls:
-                exchange_class(module, cls)  # hooks of other libraries keep the forward method of the class
+                exchange_class(module, cls)  # also in hooks of other libraries, which hold the class's forward method
             contents.restore()
         for contents in self.record:
             contents.restore()
@@ -76,7 +78,7 @@ class _Before:
 
 
 class _Contents:
-    """A dictionary of attributes, and the containers in it, as they are now."""
+    """A snapshot of a dictionary of attributes and of the containers in it."""
 
     def __init__(self, attributes: dict[str, Any]) -> None:
         self.attributes, self.items = attributes, dict(attributes)

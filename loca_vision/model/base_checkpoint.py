@@ -1,4 +1,4 @@
-"""`save_pretrained` of a model with adapters: what is learned is in the folder it writes, and the stock class loads it."""
+"""`save_pretrained` of a model with adapters: the folder it writes includes the adapters, and the stock class can load it."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ from loca_vision.model.conv_in import WEIGHT, conv_in_of_the_base
 from loca_vision.model.state import state_of
 from loca_vision.model.traversal import learns
 
-Write = Callable[[Path], None]  # the files of a model's adapters, into a folder
+Write = Callable[[Path], None]  # writes the files of a model's adapters into a folder
 _ATTRIBUTE = "save_pretrained"
 Prepare = Callable[[nn.Module, Mapping[str, Tensor] | None], Write]
 _prepare: list[Prepare] = []
 
 
 def written_by(prepare: Prepare) -> Prepare:
-    """A decorator of the function, in the room of file formats above this one, that makes the files of a model's adapters."""
+    """Register, as a decorator, the function that prepares the files of a model's adapters.
+
+    It is in the package of file formats, which is above this one.
+    """
     _prepare[:] = [prepare]
     return prepare
 
 
 def keep_adapters_when_saved(model: nn.Module) -> None:
-    """Let the model's `save_pretrained`, if it has one, be `SavePretrained` from now on."""
+    """Replace the model's `save_pretrained`, if it has one, with `SavePretrained`."""
     if hasattr(model, _ATTRIBUTE) and _ATTRIBUTE not in model.__dict__:
         model.__dict__[_ATTRIBUTE] = SavePretrained(model)
 
@@ -42,15 +45,16 @@ def save_as_before(model: nn.Module) -> None:
 
 
 class SavePretrained:
-    """`save_pretrained` of a model with adapters.
+    """The `save_pretrained` of a model with adapters.
 
-    The adapters' files lie beside the model's, so that `load_adapter(model, folder)` completes what `from_pretrained(folder)`
-    gives. The model's file has the keys of the base. Only for a model of transformers whose adapter learns does it have all
-    keys of `state_dict()`, under the names they have there: transformers' Trainer loads its checkpoints from it.
+    The adapters' files are written next to the model's file, so that `load_adapter(model, folder)` completes the model that
+    `from_pretrained(folder)` returns. The model's file has the keys of the base. The exception is a model of transformers
+    whose adapter is being trained: its file has all keys of `state_dict()` under their names there, because transformers'
+    Trainer loads its checkpoints from it.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)  # which has this as an attribute: no circle that would keep its memory
+        self._model = weakref.ref(model)  # the model has this as an attribute: a cycle would keep its memory alive
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -59,7 +63,7 @@ class SavePretrained:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(self._stock()).bind(*args, **kwargs)
         given = call.arguments | call.arguments.get("kwargs", {})
-        write = _prepare[0](self.model, given.get("state_dict"))  # which checks every value before anything is written
+        write = _prepare[0](self.model, given.get("state_dict"))  # this checks every value before anything is written
         call.arguments |= {"push_to_hub": False} if given.get("push_to_hub") else {}
         result = self._write_model(call)
         if given.get("is_main_process", True):
@@ -75,7 +79,7 @@ class SavePretrained:
         return model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
-        return SavePretrained(memo.get(id(self.model), self.model))  # the copy of the model, which copies its attributes now
+        return SavePretrained(memo.get(id(self.model), self.model))  # the model's copy, if this is copied along with the model
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SavePretrained, (self.model,)
@@ -87,26 +91,26 @@ class SavePretrained:
     def _write_model(self, call: inspect.BoundArguments) -> Any:
         if _is_of_transformers(self.model) and learns(self.model):
             if "save_original_format" in call.signature.parameters:
-                call.arguments.setdefault("save_original_format", False)  # whose names are not those of `state_dict()`
+                call.arguments.setdefault("save_original_format", False)  # its names are not those of `state_dict()`
             return self._stock()(*call.args, **call.kwargs)
         with _keys_of_the_base(self.model), conv_in_of_the_base(self.model):
             return self._stock()(*call.args, **call.kwargs)
 
     def _push(self, given: dict[str, Any]) -> Any:
-        """Both libraries upload before they return from `save_pretrained`, when the adapters' files are not there yet."""
+        """Upload the folder here, because both libraries upload within `save_pretrained`, before the adapters' files exist."""
         push: Any = self.model.push_to_hub
         known = inspect.signature(push).parameters.keys() - {"repo_id"}
         return push(given.get("repo_id", Path(given["save_directory"]).name), **{k: given[k] for k in known & given.keys()})
 
 
 def _is_of_transformers(model: nn.Module) -> bool:
-    module = sys.modules.get("transformers.modeling_utils")  # not imported: there is no model of it
+    module = sys.modules.get("transformers.modeling_utils")  # if it is not imported, no model can be of transformers
     return module is not None and isinstance(model, module.PreTrainedModel)
 
 
 @contextmanager
 def _keys_of_the_base(model: nn.Module) -> Iterator[None]:
-    """Inside, `state_dict()` of the model is without adapters."""
+    """Make the model's `state_dict()` leave out adapters inside the context."""
     hook = model._register_state_dict_hook(without_adapters)  # type: ignore[no-untyped-call]
     try:
         yield
@@ -115,7 +119,10 @@ def _keys_of_the_base(model: nn.Module) -> Iterator[None]:
 
 
 def without_adapters(model: nn.Module, state: dict[str, Any], prefix: str, local: Any) -> None:
-    """Also without an adapter's whole tensors, unless its updates are in the weights too."""
+    """Remove adapters from a state dict and restore the base's own tensors where an adapter trains them as a whole.
+
+    Tensors of a fused adapter stay, because its updates are in the weights as well.
+    """
     for key in [key for key in state if ".loca." in f".{key}"]:
         del state[key]
     record = state_of(model)

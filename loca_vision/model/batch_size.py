@@ -1,4 +1,4 @@
-"""The size of the batch a model is called with, for calls that mix adapters."""
+"""Find the batch size that a model is called with, for calls that mix adapters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loca_vision.model.watching import Watch, watch
 
 
 def watch_batches(model: nn.Module) -> int:
-    """Let calls of the model, and of a timm model's `forward_features`, say how large their batches are; returns its handle."""
+    """Watch the batch sizes in calls of the model and of a timm model's `forward_features`, and return the model's handle."""
     first = _first_layer(model) if hasattr(model, "forward_features") else None
     if first is not None:
         watch(model, _Inside, first._forward_pre_hooks, first.register_forward_pre_hook)
@@ -26,13 +26,13 @@ def watch_batches(model: nn.Module) -> int:
 
 
 def _first_layer(model: nn.Module) -> nn.Module | None:
-    """What sees the images, where that is sure."""
+    """Return the layer that is called with the images, or None if that is uncertain."""
     patches = model._modules.get("patch_embed")
     return patches if patches is not None and type(patches).__name__ == "PatchEmbed" else None
 
 
 class _Inside(Watch):
-    """A hook of the first layer of a model: the number of images is the model's batch."""
+    """A hook on a model's first layer, where the number of images is the batch size of the model."""
 
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         model: Any = None if compiled() else owner_of(self.handle)
@@ -41,7 +41,7 @@ class _Inside(Watch):
 
 
 class _Before(Watch):
-    """A hook of the model: the size of its first tensor is the batch."""
+    """A hook on the model, where the length of the first tensor is the batch size."""
 
     def __call__(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if compiled():
@@ -62,7 +62,7 @@ def _begin(model: nn.Module, call: Callable[..., Any], inputs: tuple[Any, ...], 
 
 
 def _noted_in_graph(handle: int, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Pass the first tensor through an operator that notes its size when it runs."""
+    """Pass the first tensor through an operator that records its size when it runs."""
     for index, value in enumerate(inputs):
         if isinstance(value, Tensor) and value.dim() > 0:
             return (*inputs[:index], _noted(value, handle), *inputs[index + 1 :]), named
@@ -89,7 +89,7 @@ def _(x, handle):  # type: ignore[no-untyped-def]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Nothing is needed."""
+    """Save nothing: the backward pass needs nothing."""
 
 
 _noted.register_autograd(lambda ctx, grad: (grad, None), setup_context=_setup)

@@ -1,4 +1,4 @@
-"""The scale of one call: `cross_attention_kwargs={"scale": s}`, seen by every component of the pipeline."""
+"""The scale of one call, `cross_attention_kwargs={"scale": s}`, as seen by every component of the pipeline."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HOOK = "_loca_call_hook"
 
 
 def call_settings(model: nn.Module) -> CallSettings:
-    """Those of this model, which has them from now on."""
+    """Return the call settings of the model, adding them if it has none yet."""
     found = model._modules.get(_CHILD)
     if not isinstance(found, CallSettings):
         with ordinary_tensors():
@@ -49,7 +49,7 @@ def forget_call_settings(model: nn.Module) -> None:
 
 
 def set_low_memory(model: nn.Module, enabled: bool) -> None:
-    """Whether the model's updates are applied to activations; what was built for them is dropped."""
+    """Set whether the model's updates are applied to activations, and drop what was built for them."""
     choose(model, low_memory=enabled)
     found = model._modules.get(_CHILD)
     if isinstance(found, CallSettings):
@@ -60,15 +60,15 @@ def set_low_memory(model: nn.Module, enabled: bool) -> None:
 
 
 def takes_attention_kwargs(model: nn.Module) -> bool:
-    """Whether a call of the model can say how strongly its adapters act."""
+    """Whether a call of the model can specify how strongly its adapters act."""
     return any(name in inspect.signature(type(model).forward).parameters for name in KEYWORDS)
 
 
 def read_strength(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A forward pre-hook: `cross_attention_kwargs={"scale": s}` is how strongly all adapters act in this call.
+    """A forward pre-hook that makes all adapters act at the scale in `cross_attention_kwargs={"scale": s}` in this call.
 
-    It stands until the next call, since a checkpointed block runs again in the backward pass. The scale goes on to diffusers
-    only where peft has layers for it: without any, diffusers would warn that it has no effect.
+    The scale stays set until the next call, because a checkpointed block runs again in the backward pass. It is passed on to
+    diffusers only if the model has layers of peft; otherwise diffusers would warn that it has no effect.
     """
     strength = None
     for name in KEYWORDS:
@@ -85,9 +85,9 @@ def read_strength(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, An
     return inputs, named
 
 
-@_disable_dynamo  # torch.compiler.disable, which would import the compiler here and now
+@_disable_dynamo  # torch.compiler.disable would import the compiler immediately
 def hear_strength(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """The same for a model whose `forward` takes no such argument: it acts at the scale of the pipeline call around it."""
+    """A forward pre-hook for a model whose `forward` takes no such argument; it uses the scale of the current pipeline call."""
     model._modules[_CHILD].set_scale(scale_of_the_call())  # type: ignore[union-attr, operator]
 
 
@@ -95,17 +95,17 @@ KEYWORDS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwarg
 
 
 def scale_in(settings: Any) -> float | None:
-    """The `scale` of keyword arguments for attention, None where they have none.
+    """Return the `scale` in keyword arguments for attention, or None if they have none.
 
     Raises:
-        ValueError: it is not a finite number.
+        ValueError: the scale is not a finite number.
     """
     if not isinstance(settings, Mapping) or "scale" not in settings:
         return None
     scale = settings["scale"]
     if not torch.compiler.is_compiling():
         return finite_number(scale, "scale")
-    # compiled code takes numbers as symbols, which nothing may be asked that depends on their value but this
+    # compiled code treats numbers as symbols: this is the only check of their value that may be made
     if isinstance(scale, (bool, str)) or scale is None or (isinstance(scale, (int, float)) and scale - scale != 0):
         raise ValueError(f"scale={scale!r}: expected a finite number")
     return scale  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Widening a UNet's `conv_in`, for good or while an adapter needs it, as InstructPix2Pix does."""
+"""Widen a UNet's `conv_in`, permanently or while an adapter needs it, as InstructPix2Pix does."""
 
 from __future__ import annotations
 
@@ -16,26 +16,30 @@ from loca_vision.model.whole_tensors import held_at, own_copy, put
 from loca_vision.offload import copied_elsewhere, exchange, stored_at
 
 WEIGHT = "conv_in.weight"
-MOST = 256  # channels that a file may ask for: far more than pipelines put together, and 3 MB in Stable Diffusion
+MOST = 256  # channels that a file may ask for: far more than any pipeline concatenates, and 3 MB in Stable Diffusion
 
 
 @torch.no_grad()
 def widen_conv_in(unet: nn.Module, channels: int = 8) -> bool:
-    """Let `unet.conv_in` take more channels; what is in the new ones has no effect at first.
+    """Let `unet.conv_in` take more input channels, which have no effect at first.
 
-    The first weights and the bias stay, the others are zero (Brooks et al., 2023, section 3.2). `config.in_channels`
-    says so. The new weight is as trainable as the old one.
+    The existing weights and the bias stay, and the weights of the new channels are zero (Brooks et al., 2023, section 3.2).
+    `config.in_channels` is updated. The new weight is trainable if the old one was.
 
-    To train it along with an adapter, call this, then `inject(unet, config, modules_to_save=("conv_in",))`: it is saved with
-    the adapter as `full.conv_in.weight` and `full.conv_in.bias`. Loading that file needs none of this: it widens the
-    `conv_in` of a plain UNet as the file asks, and gives the old one back when the adapter goes.
+    To train `conv_in` along with an adapter, call this and then `inject(unet, config, modules_to_save=("conv_in",))`. It is
+    saved with the adapter as `full.conv_in.weight` and `full.conv_in.bias`. Loading such a file does not require this call:
+    it widens the `conv_in` of a plain UNet as needed, and removing the adapter restores the old one.
+
+    Args:
+        unet: a UNet of diffusers.
+        channels: the number of input channels that `conv_in` is to take.
 
     Returns:
-        Whether anything was changed: False for a UNet that takes that many channels already.
+        Whether anything was changed: False if the UNet already takes that many channels.
 
     Raises:
-        TypeError: the model has no convolution `conv_in`, or no config, as a UNet of diffusers does.
-        ValueError: it takes more channels than that, has an adapter already, or its layers are not 2-D and ungrouped.
+        TypeError: the model does not have a convolution `conv_in` and a config, as a UNet of diffusers does.
+        ValueError: `conv_in` takes more channels than that or is grouped, or the UNet already has an adapter.
     """
     if not _has_conv_in(unet):
         raise TypeError(f"a {type(unet).__name__} has no convolution conv_in to widen: expected a UNet of diffusers")
@@ -53,15 +57,16 @@ def widen_conv_in(unet: nn.Module, channels: int = 8) -> bool:
 
 
 def check_wider(model: nn.Module, shape: tuple[int, ...], replacing: str | None = None) -> bool:
-    """True if the shapes differ only by extra input channels, so that the layer can be widened.
+    """Return True if the shapes differ only by extra input channels, so that the layer can be widened.
 
     Args:
-        shape: (output channels, input channels, height, width) in a file.
-        replacing: the adapter that leaves as it comes.
+        model: the model that a file is loaded into.
+        shape: (output channels, input channels, height, width) in the file.
+        replacing: the adapter that the one in the file replaces.
 
     Raises:
-        ValueError: more channels than `MOST`, another adapter has a `conv_in` of its own, for fewer, or diffusers' offloading
-            goes by copies of the layer.
+        ValueError: the file asks for more channels than `MOST`, another adapter has its own `conv_in` with fewer channels, or
+            diffusers' offloading uses copies of the layer.
     """
     layer: Any = getattr(model, "conv_in", None)
     if not _has_conv_in(model) or layer.groups != 1 or len(shape) != 4:
@@ -84,7 +89,7 @@ def check_wider(model: nn.Module, shape: tuple[int, ...], replacing: str | None 
 
 
 def _owner(model: nn.Module, weight: Tensor, replacing: str | None) -> str | None:
-    """The adapter that has a `conv_in.weight` of its own, or would have it in its file."""
+    """Return the adapter that has its own `conv_in.weight` or would have one in its file, or None."""
     record = state_of(model)
     if record is None:
         return None
@@ -95,13 +100,13 @@ def _owner(model: nn.Module, weight: Tensor, replacing: str | None) -> str | Non
 
 @torch.no_grad()
 def fit_conv_in(model: nn.Module, record: AdapterState) -> None:
-    """Let `conv_in` take as many channels as the adapters' own do, and as many as ever where no adapter has one.
+    """Give `conv_in` as many channels as the adapters' own `conv_in` takes, or the original number if no adapter has one.
 
-    To be called when an adapter has come or gone, while what it brings is in the record and not yet in the model. The record's
-    base is widened with it: with the base alone, what is in the new channels has no effect.
+    Call this when an adapter has been added or removed, while its tensors are in the record but not yet in the model. The
+    base in the record is widened as well: with the base alone, the new channels have no effect.
     """
     base = record.base.get(WEIGHT)
-    if base is None:  # no adapter has ever had one, or another layer has been put there since
+    if base is None:  # no adapter has ever had one, or the layer has been replaced since
         record.narrow = None
         return
     usual = (base if record.narrow is None else record.narrow).shape[1]
@@ -118,7 +123,7 @@ def fit_conv_in(model: nn.Module, record: AdapterState) -> None:
 
 
 def _widened_for_now(model: nn.Module, record: AdapterState, channels: int) -> nn.Parameter:
-    """The weight for that many channels; the original one is kept."""
+    """Return the weight for that many channels, keeping the original one in the record."""
     held, values = model.get_parameter(WEIGHT), stored_at(model, WEIGHT)
     if record.narrow is None:
         record.narrow = held if held is values else nn.Parameter(values, requires_grad=held.requires_grad)
@@ -126,7 +131,7 @@ def _widened_for_now(model: nn.Module, record: AdapterState, channels: int) -> n
 
 
 def _kept_narrow(model: nn.Module, record: AdapterState) -> nn.Parameter:
-    """The weight from before, where and in which precision the model has been brought since."""
+    """Return the original weight, on the device and in the precision that the model now has."""
     now, weight = stored_at(model, WEIGHT), record.narrow
     assert weight is not None
     record.narrow = None
@@ -137,7 +142,7 @@ def _kept_narrow(model: nn.Module, record: AdapterState) -> nn.Parameter:
 
 @contextmanager
 def conv_in_of_the_base(model: nn.Module) -> Iterator[None]:
-    """Inside, `config` says how many channels the base takes by itself, as a file of the base does."""
+    """Let `config` state the base's own number of channels inside the context, as a file of the base does."""
     record = state_of(model)
     if record is None or record.narrow is None or record.supplier_is_fused:
         yield
@@ -156,14 +161,14 @@ def _has_conv_in(model: nn.Module) -> bool:
 
 
 def _widened(weight: Tensor, channels: int, learns: bool) -> nn.Parameter:
-    """Zeros behind the channels it has; in the same memory format."""
+    """Return the weight with zeros for additional channels, in the same memory format."""
     with ordinary_tensors():
         wide = functional.pad(weight.detach(), (0, 0, 0, 0, 0, channels - weight.shape[1]))
         return nn.Parameter(wide, requires_grad=learns)
 
 
 def _put(model: nn.Module, weight: nn.Parameter) -> None:
-    """The layer stays, with its bias and whatever hooks are on it; nothing but the weight is another one."""
+    """Replace the weight of `conv_in`, and keep the layer itself with its bias and hooks."""
     unet: Any = model
     exchange(unet.conv_in, "weight", weight)
     unet.conv_in.in_channels = weight.shape[1]

@@ -1,4 +1,4 @@
-"""`explain`: how each update is computed, why, and what that costs."""
+"""`explain`: show how each update is computed, why, and what that costs."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ _HEADER = ("projection", "p x q", "B or r", "learns", "path", "forward", "MB", "
 
 @dataclass(frozen=True)
 class Explained:
-    """One projection that an acting adapter changes.
+    """One projection that an active adapter changes.
 
     Attributes:
-        adapter, projection: their names.
+        adapter, projection: the names of the adapter and the projection.
         shape: (p, q).
-        count: B of a sparse spectrum, r of factors; None for another kind.
-        learns: "coefficients", "locations", both with "and" between them, "factors", "numbers" of another kind, or "nothing".
-        path: "applied" where no matrix is built; "sampled" or "whole" where one is, by how its gradient is found; "together"
-            where all matrices of one shape are built at once, and their gradients found at once; "factors" for two thin
-            products instead of a matrix; "kept" for a matrix that is built once, where nothing learns.
-        why: in words.
-        forward, backward: the work added to the frozen layer for that many tokens.
+        count: B of a sparse spectrum, r of factors; None for other kinds of updates.
+        learns: what is trained: "coefficients", "locations", both joined with "and", "factors", "numbers" for other kinds of
+            updates, or "nothing".
+        path: "applied" if no matrix is built; "sampled" or "whole" if one is, depending on how its gradient is computed;
+            "together" if all matrices of one shape are built at once and their gradients computed at once; "factors" for two
+            thin products instead of a matrix; "kept" for a matrix that is built once because nothing is trained.
+        why: the reason for this path, in words.
+        forward, backward: the work added to that of the frozen layer, for the given number of tokens.
     """
 
     adapter: str
@@ -59,7 +60,7 @@ class Explained:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A row for each projection; printed, a table with operations in millions and a line for the sum."""
+    """The rows of an explanation, one per projection; it prints as a table with operations in millions and a total."""
 
     rows: tuple[Explained, ...]
 
@@ -86,16 +87,21 @@ def _cells(work: Work) -> tuple[str, str]:
 
 
 def explain(model: nn.Module, tokens: int | Mapping[str, int] = 2048, *, dtype: torch.dtype | None = None) -> Explanation:
-    """How each adapted projection is computed now, why, and what it adds to the frozen layer; `print` it for a table.
+    """Explain how each adapted projection is computed now, why, and what it adds to the cost of the frozen layer.
+
+    `print` the result for a table.
 
     Args:
-        model: with adapters; those that act are explained. What learns at the moment is what has `requires_grad`.
-        tokens: vectors that one call of a layer sees, batch and positions together: one number, or one for each name pattern
-            (`"down_blocks.0.*"`, as in `fnmatch`), of which the first that matches counts.
-        dtype: of the activations; that of each weight by default. Say it where training runs under autocast.
+        model: a model with adapters; the active ones are explained. Whatever has `requires_grad` now counts as trained.
+        tokens: the number of vectors that a layer is called with, that is, batch size times positions: one number, or one for
+            each name pattern (`"down_blocks.0.*"`, as in `fnmatch`), where the first pattern that matches decides.
+        dtype: the dtype of the activations; by default that of each weight. Pass it if training runs under autocast.
+
+    Returns:
+        The rows, one for each adapted projection.
 
     Raises:
-        ValueError: a model without adapters, a count below 1, a projection that no pattern matches.
+        ValueError: the model has no adapters, a count is below 1, or a projection matches no pattern.
     """
     if state_of(model) is None:
         raise ValueError("the model has no adapter to explain: inject or load one first")
@@ -131,7 +137,7 @@ def _weight(model: nn.Module, module: str) -> Tensor:
 
 
 def _explained(site: Site, updates: list[_Acting], tokens: int, weight: Tensor, dtype: torch.dtype | None) -> list[Explained]:
-    """The projections of one weight, which share their activations."""
+    """Explain the projections of one weight, which share their activations."""
     learning = [update for *_, update in updates if update.learns()]
     if not learning:
         return [_still(one, site.updates.call_settings.low_memory) for one in updates]
@@ -157,7 +163,7 @@ def _explained(site: Site, updates: list[_Acting], tokens: int, weight: Tensor, 
 
 
 def _obstacle(learning: list[Update], weight: Tensor) -> str | None:
-    """Why there is no choice between ways."""
+    """Return the reason why there is only one way to compute the updates, or None if there is a choice."""
     if weight.requires_grad:
         return "W itself learns"
     if any(update.cosines() is None for update in learning):
@@ -178,14 +184,14 @@ def _by_factors(one: _Acting, tokens: int) -> Explained:
 
 
 def _together(one: _Acting, tokens: int, why: str = "") -> Explained:
-    """Shared launches make no fewer operations: the work is that of the whole way."""
+    """Explain an update that is built together with others; shared launches do not save operations, so the work is the same."""
     why = why or "all weights of this shape are built at once, by a few large products"
     alone = _by_matrix(one, Decision("whole") if one[2].learns() else None, tokens, 0, "")
     return replace(alone, path="together", why=why)
 
 
 def _by_matrix(one: _Acting, choice: Decision | None, tokens: int, sharing: int, otherwise: str) -> Explained:
-    """An update of no low rank in a step of training, whether it learns or another on the same weight does."""
+    """Explain an update that is not of low rank in a training step, trained itself or next to one that is."""
     update = one[2]
     forward = of_building(update.shape, _count(update) or math.prod(update.shape))
     if choice is None:

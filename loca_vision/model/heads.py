@@ -1,4 +1,4 @@
-"""Classifier heads: which parameters they are, and which of them an adapter leaves frozen."""
+"""Find the parameters of classifier heads, and warn about those that an adapter freezes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _LOG = logging.getLogger(__name__)
 _NAMES = {"head", "heads", "classifier", "fc", "score", "cls_head", "head_dist", "classification_head", "fc_out", "output_head"}
 
 
-# The heads of transformers' image classifiers, those of a distilled one included.
+# The heads of transformers' image classifiers, including those of a distilled model.
 _OF_TRANSFORMERS = ("classifier", "cls_classifier", "distillation_classifier", "classifier_distill", "score")
 
 
 def classifier(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the classifier heads of all timm models and image classifiers of transformers in `model`.
+    """Return the parameters of the classifier heads of all timm models and transformers' image classifiers in `model`.
 
-    `get_classifier` of timm leaves out the second head of VOLO, which the model's configuration names.
+    timm's `get_classifier` does not return the second head of VOLO, which is named in the model's configuration.
     """
     found: dict[int, nn.Parameter] = {}
     for owner in model.modules():
@@ -45,7 +45,10 @@ def _heads_of(owner: Any) -> list[nn.Module]:
 
 
 def head_of(name: str) -> str | None:
-    """The path of the head that a parameter belongs to by its name; None inside numbered blocks and for other names."""
+    """Return the path of the head that a parameter belongs to, judging by its name.
+
+    Return None inside numbered blocks and for other names.
+    """
     path: list[str] = []
     for part in name.split(".")[:-1]:
         if part.isdigit():
@@ -57,18 +60,19 @@ def head_of(name: str) -> str | None:
 
 
 def say_what_freezes(model: nn.Module, kept: Collection[str]) -> None:
-    """Log which parts of a model an adapter is about to freeze though somebody may count on them.
+    """Log which parts of a model an adapter is about to freeze that the user may expect to be trained.
 
-    These are parts named like a head, and whatever is trainable while the user has frozen the rest.
+    These are parts named like a head, and whatever is trainable if the user has frozen the rest.
 
     Args:
+        model: the model that gets the adapter.
         kept: the names of parameters that the adapter trains as a whole.
     """
     own, head = own_parameters(model), {id(parameter) for parameter in classifier(model)}
     could_train = [p for p in own.values() if type(p) is nn.Parameter and p.is_floating_point()]
-    chosen = not all(p.requires_grad for p in could_train)  # what is quantised is frozen in any case
+    chosen = not all(p.requires_grad for p in could_train)  # quantised parameters are frozen in any case
     frozen = [name for name, p in own.items() if p.requires_grad and name not in kept and id(p) not in head]
-    knows = _classifies_images(type(model))  # what is named like a head in it, as Siglip's pooling is, is none
+    knows = _classifies_images(type(model))  # other parts named like a head, such as Siglip's pooling, are no heads
     parts = [(None if knows else head_of(name)) or (name.rpartition(".")[0] or name if chosen else None) for name in frozen]
     named = list(dict.fromkeys(part for part in parts if part))
     if named:

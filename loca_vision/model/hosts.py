@@ -1,4 +1,4 @@
-"""Layers that compute with the adapters of a store, whether the model has adapters of its own or not."""
+"""Layers that compute with the adapters of a store, whether or not the model has adapters of its own."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from loca_vision.model.traversal import sites
 from loca_vision.model.watching import unwatch
 
 WALKING = RLock()
-"""Held by whoever walks a model for a call, and while layers become hosts or cease to be: no call must see half of that."""
+"""Held while a call walks a model, and while layers become hosts or stop being hosts, so that no call sees half a change."""
 
 
 def host(model: nn.Module, target: Target) -> WeightUpdates:
-    """Let the target's layer compute with its updates, none at first, until `dismiss`."""
+    """Make the target's layer compute with its updates, of which there are none at first, until `dismiss` is called."""
     updates = updates_of(target)
     updates.hosts = True
     if target.attention is not None or target.called:
@@ -31,7 +31,7 @@ def host(model: nn.Module, target: Target) -> WeightUpdates:
 
 
 def dismiss(model: nn.Module) -> None:
-    """Give layers without any update their own classes back."""
+    """Stop hosting a store's adapters, and restore the original class of layers without any update."""
     with WALKING:
         for site in sites(model):
             site.updates.hosts = False

@@ -31,30 +31,30 @@ from loca_vision.offload import device_for, stored_at
 def inject(
     model: nn.Module, config: AdapterConfig, name: str = "default", *, modules_to_save: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Adapt the projections `config.targets` of a model, in the layers that `config.layers` chooses.
+    """Adapt the projections `config.targets` of a model in the layers that `config.layers` selects.
 
-    The model's own parameters are frozen; the classifier heads of timm models and of transformers' image classifiers stay
-    trainable. The log says if other parts are frozen that are named like a head, or that were trainable while the rest was
-    frozen. Updates start at zero, so that the
-    output is bit-identical at first; active adapters go on acting. Every key of the base `state_dict` stays.
+    The model's own parameters are frozen, except that the classifier heads of timm models and of transformers' image
+    classifiers stay trainable. A warning is logged if other parts are frozen that are named like a head, or that were
+    trainable while the rest was frozen. Updates start at zero, so the output is bit-identical at first. Active adapters stay
+    active. Every key of the base `state_dict` stays the same.
 
     Args:
-        model: any timm model with attention layers, a diffusers UNet or transformer, a model of transformers; or a module
-            that contains one. Of any other module, the linear layers that `config` names.
-        config: what to inject: a LoCAConfig, or one of another kind.
-        name: of the adapter, letters, digits, `_` and `-`.
-        modules_to_save: names of modules, or of single parameters such as `pos_embed`, to train as a whole, as in peft: they
+        model: any timm model with attention layers, a diffusers UNet or transformer, a model of transformers, or a module that
+            contains one. In any other module, only the linear layers that `config` names can be adapted.
+        config: the settings of the adapter: a LoCAConfig, or the config of another method.
+        name: the name of the adapter, made of letters, digits, `_` and `-`.
+        modules_to_save: names of modules, or of single parameters such as `pos_embed`, to train as a whole, as in peft; they
             are saved with the adapter and removed with it.
 
     Returns:
         The names of the adapted projections, in the order of the model's modules: "<path of the attention or feed-forward
-        layer>.<part>", or, of linear layers that are not part of one, their own paths.
+        layer>.<part>", or the layer's own path for linear layers that are not part of one.
 
     Raises:
-        ValueError: the name is in use, a part of `config.targets`, a pattern of `config.layers` or a module to save is nowhere
-            in the model, or the settings do not fit it.
-        TypeError: a target is not a `torch.nn.Linear` with a weight of its own.
-        In each case before the model is touched.
+        ValueError: the name is in use; a part of `config.targets`, a pattern of `config.layers` or a module to save does not
+            occur in the model; or the settings do not fit the model.
+        TypeError: a target is not a `torch.nn.Linear` that owns its weight.
+        In each case, the error is raised before the model is touched.
     """
     if not isinstance(config, AdapterConfig):
         raise TypeError(f"config is a {type(config).__name__}: expected a LoCAConfig or the config of another method")
@@ -73,7 +73,7 @@ def inject(
 
 
 def _parameters_of(model: nn.Module, modules: Sequence[str], targets: Sequence[Target]) -> dict[str, Tensor]:
-    """These parameters, and those of these modules, by name."""
+    """Return the parameters with these names, and all parameters of modules with these names, by name."""
     if isinstance(modules, str):
         raise ValueError(f"modules_to_save={modules!r}: expected a sequence of names")
     keys: list[str] = []
@@ -101,11 +101,11 @@ def attach(
     freeze: bool = True,
     learn: bool = True,
 ) -> None:
-    """Put updates into their layers, and whole tensors into the model; the adapter acts at 1.0 at once. All or nothing.
+    """Put updates into their layers and whole tensors into the model, and activate the adapter at 1.0; all or nothing.
 
-    `conv_in` is widened for a whole tensor of more channels. With `freeze`, the parameters of the model stop learning, except
-    the classifier head, which becomes the adapter's own unless it brings one; without, as for inference, flags stay.
-    With `freeze` and without `learn`, nothing of the model learns.
+    `conv_in` is widened if the adapter's own takes more channels. With `freeze`, the model's parameters are frozen except for
+    the classifier head, which becomes the adapter's own unless the adapter brings one; without it, as for inference,
+    `requires_grad` flags do not change. With `freeze` but without `learn`, all of the model's parameters are frozen.
     """
     brought = {key: value for key, value in adapter.modules_to_save.items() if value is not held_at(model, key)}
     with atomic(model, [stored_at(model, key) for key in brought]):
@@ -129,19 +129,19 @@ def attach(
 
 
 def _freeze(model: nn.Module, record: AdapterState, adapter: Adapter, learn: bool) -> None:
-    """Let nothing of the model learn but, with `learn`, classifier heads and what the adapter trains as a whole."""
+    """Freeze the model's parameters; with `learn`, except classifier heads and what the adapter trains as a whole."""
     record.frozen = True
     head = {id(parameter) for parameter in classifier(model)}
     for key, parameter in own_parameters(model).items():
         learns = learn and (key in adapter.modules_to_save or id(parameter) in head)
         parameter.requires_grad_(learns)
         if not learns:
-            parameter.grad = None  # an optimiser made before would still apply it
+            parameter.grad = None  # an optimiser created before would still apply it
 
 
 @torch.no_grad()
 def _take_whole_tensors(model: nn.Module, record: AdapterState, name: str, brought: dict[str, Tensor], freeze: bool) -> None:
-    """Give the new adapter objects of its own: for the first adapter those in the model, so that an optimiser keeps them."""
+    """Give the new adapter its own tensors; the first adapter gets those in the model, so that an optimiser keeps them."""
     tensors = own_tensors(model)
     keys = [*(moved_by_training(tensors) if freeze else ()), *record.adapters[name].modules_to_save]
     for key in dict.fromkeys(keys):
@@ -157,7 +157,7 @@ def _take_whole_tensors(model: nn.Module, record: AdapterState, name: str, broug
 
 
 def updates_of(target: Target) -> WeightUpdates:
-    """The updates of the target's weight, which its layer computes with from now on."""
+    """Make the target's layer compute with updates, and return those of the target's weight."""
     if target.attention is not None:
         return adapt_attention(target.attention).part(target.name.rpartition(".")[2])
     if target.convolution:

@@ -25,9 +25,9 @@ class Weight:
     """One weight that updates act on.
 
     Args:
-        path, layer: of the linear layer.
-        effective_weight: its W + Delta W.
-        stack: the paths of the layers whose weights it stacks, for a projection that fuses several.
+        path, layer: the linear layer, and its path.
+        effective_weight: W + Delta W of the layer.
+        stack: for a projection that fuses several layers, the paths of the layers whose weights it stacks.
     """
 
     path: str
@@ -37,10 +37,10 @@ class Weight:
 
     @property
     def tensor(self) -> Tensor:
-        """W (p, q), to be read and written in place, wherever it is kept.
+        """W (p, q) for reading and writing in place, even if it is offloaded.
 
         Raises:
-            ValueError: it is not a matrix of floating-point numbers.
+            ValueError: the weight is not a floating-point matrix.
         """
         weight = as_matrix(stored(self.layer, "weight") if "weight" in self.layer._parameters else None)
         if weight is None:
@@ -50,7 +50,7 @@ class Weight:
 
 
 def weights(model: nn.Module) -> list[Weight]:
-    """Every weight that adapters have updates for, acting or not; of fused projections what is stacked and the stack."""
+    """Return every weight that adapters have updates for, active or not; for fused projections, the parts and the stack."""
     found: list[Weight] = []
     for path, module in unwrap(model).named_modules():
         if isinstance(module, AdaptedLayer):
@@ -64,14 +64,14 @@ def weights(model: nn.Module) -> list[Weight]:
 
 
 def stacked(model: nn.Module, weight: Weight) -> Tensor:
-    """What a stack of weights should be: those of its parts, as they are now."""
+    """Return what a stack of weights should be: the concatenation of the current weights of its parts."""
     layers = [base_of(unwrap(model).get_submodule(path)) for path in weight.stack]
     return torch.cat([stored(layer, "weight").to(weight.tensor.device) for layer in layers])
 
 
 @contextmanager
 def acting_at(model: nn.Module, strengths: Mapping[str, Strength]) -> Iterator[None]:
-    """Inside, exactly these adapters act, at these strengths."""
+    """Make exactly these adapters act, at these strengths, inside the context."""
     before = [(site.updates, site.updates.strengths) for site in sites(model)]
     try:
         for site in sites(model):
@@ -83,7 +83,10 @@ def acting_at(model: nn.Module, strengths: Mapping[str, Strength]) -> Iterator[N
 
 
 def _check_dependent(model: nn.Module, written: Collection[str]) -> None:
-    """The change a weight-decomposed adapter makes is of W as it was when the adapter came, not with another in it."""
+    """Raise ValueError if writing these adapters would change a weight that another active adapter depends on.
+
+    A weight-decomposed adapter changes W as it was when the adapter was added, not W with another adapter merged into it.
+    """
     for site in sites(model):
         changed = {slot.projection for slot, _ in site.updates.entries() if slot.adapter in written}
         for slot, update in site.updates.entries():
@@ -97,14 +100,17 @@ def _check_dependent(model: nn.Module, written: Collection[str]) -> None:
 
 @torch.no_grad()
 def write_weights(model: nn.Module, strengths: Mapping[str, Strength], *, check: bool = True) -> None:
-    """W + the updates of these adapters, at these strengths, into every weight they have updates for.
+    """Write W + the updates of these adapters, at these strengths, into every weight they have updates for.
 
     Args:
-        check: build every weight before the first is written, and refuse one that is not finite.
+        model: the model.
+        strengths: the adapters, and how strongly each acts.
+        check: whether to build every weight before the first is written, and refuse one that is not finite.
 
     Raises:
-        ValueError: a weight cannot be written, would not be finite, or is what an adapter that goes on acting depends on;
-            nothing has been written then.
+        ValueError: a weight cannot be written, would not be finite, or is one that another active adapter depends on; in
+            that case, nothing has been written.
+        RuntimeError: a weight was written but does not read back.
     """
     _check_dependent(model, strengths)
     with acting_at(model, strengths):

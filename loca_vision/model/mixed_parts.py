@@ -1,4 +1,4 @@
-"""The parts of a model that take part in a call that mixes adapters, and what becomes of them while a context is open."""
+"""The parts of a model that take part in a call that mixes adapters, and how they follow changes while a context is open."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loca_vision.model.whole_per_sample import whole_mixtures
 
 
 def mixtures_of(model: nn.Module, mixture: Mixture) -> dict[int, Mixture]:
-    """By handle, what every part of the model that takes part makes of a batch.
+    """Return the mixture of every part of the model that takes part in the call, by handle.
 
     Raises:
         ValueError: an adapter is fused into the weights, or trains a tensor that only one adapter at a time can supply.
@@ -28,7 +28,7 @@ def mixtures_of(model: nn.Module, mixture: Mixture) -> dict[int, Mixture]:
     if record is not None and record.fused.adapters:
         raise ValueError(f"adapter {next(iter(record.fused.adapters))!r} is fused into the weights; call unfuse_loca first")
     around = mixture_of(model)
-    found = dict.fromkeys(around.handles if around is not None else (), mixture)  # a head there may have none here
+    found = dict.fromkeys(around.handles if around is not None else (), mixture)  # a head mixed there may have none here
     with WALKING:
         refuse_sharded(model, "per_sample works on whole models, so enter it")
         found |= dict.fromkeys(_weights(model), mixture)
@@ -49,7 +49,7 @@ def _weights(model: nn.Module) -> list[int]:
 
 
 def _marks(model: nn.Module) -> list[Any]:
-    """What decides which parts the model has."""
+    """Return everything that determines which parts the model has."""
     record = state_of(model)
     return [id(source_of(model)), *((*record.adapters.values(), *record.fused.adapters) if record is not None else ())]
 
@@ -59,11 +59,11 @@ def _alike(old: Sequence[Any], new: Sequence[Any]) -> bool:
 
 
 def _follow(model: nn.Module, mixture: Mixture) -> None:
-    """Let adapters that came since the context began act on none of its samples.
+    """Keep adapters that were added since the context began from acting on its samples.
 
     Raises:
-        ValueError: an adapter was fused meanwhile.
-        RuntimeError: layers have lost the last of their adapters, which this call needs.
+        ValueError: an adapter has been fused in the meantime.
+        RuntimeError: layers whose adapters this call needs have lost the last of them.
     """
     live = _weights(model)
     needed = {handle for entry in mixture.entries for adapter, _ in entry for handle in adapter.updates}

@@ -1,4 +1,4 @@
-"""Settings of a model that concern all of its adapters, such as low memory."""
+"""Settings of a model that apply to all of its adapters, such as low memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _SETTINGS = "_loca_settings"
 
 @dataclass(frozen=True)
 class Settings:
-    """What was chosen for a model before and beyond any adapter.
+    """The settings chosen for a model, independent of any adapter.
 
     Args:
-        max_components: room in every spectrum for the adapters that are to be swapped in.
-        low_memory: apply updates to activations instead of building weights for them.
+        max_components: the number of components to reserve in every spectrum for adapters that will be swapped in.
+        low_memory: whether to apply updates to activations instead of building weights for them.
     """
 
     max_components: int | None = None
@@ -29,7 +29,7 @@ def settings_of(model: nn.Module) -> Settings:
 
 
 def choose(model: nn.Module, **settings: Any) -> None:
-    """Change some of them; those of a model that is as usual are not kept."""
+    """Change some of the model's settings; settings that are all at their defaults are not stored."""
     model.__dict__[_SETTINGS] = replace(settings_of(model), **settings)
     if settings_of(model) == Settings():
         del model.__dict__[_SETTINGS]

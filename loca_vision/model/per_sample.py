@@ -1,4 +1,4 @@
-"""Several adapters in one batch: every sample has its own."""
+"""Several adapters in one batch, where every sample has its own."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ Name = str | Mapping[str, float] | None
 
 @contextmanager
 def per_sample(model: nn.Module, names: Sequence[Name]) -> Iterator[None]:
-    """Inside, every sample of a batch has adapters of its own, whatever `set_adapters` says; in this thread or task alone.
+    """Give every sample of a batch its own adapters inside the context, whatever `set_adapters` says.
+
+    This affects only the current thread or task.
 
     Example::
 
         with per_sample(model, ["shop-a", "shop-b", None, {"ink": 0.7, "cartoon": 0.3}]):
             logits = model(images)  # four of them
 
-    Spectra share the transforms of the activations, so that a batch costs the same with one adapter as with thirty. Heads that
-    were trained belong to their adapters, as `set_adapters` has it; those of different sizes do not make one output, see
-    `head_logits`. Gradients go to every adapter from its own samples. A compiled model is compiled anew at the first such
-    call, and not for other names.
+    Spectra share the transforms of the activations, so a batch costs the same with one adapter as with thirty. Trained heads
+    belong to their adapters, as with `set_adapters`; heads of different sizes cannot form one output, see `head_logits`. Each
+    adapter gets gradients from its own samples. A compiled model is recompiled at the first such call, but not for other
+    names.
 
     Args:
         model: a model with adapters, or with an `AdapterStore`. The batch is the first axis of its first tensor.
         names: one entry for each sample: the name of an adapter, None for the base model, or a mapping from names to weights.
 
     Raises:
-        ValueError: an unknown name, a weight that is not finite, an adapter that is fused. A call of the model inside raises it
-            for a batch of another size.
-        TypeError: not a module, or an entry of another type.
+        ValueError: a name is unknown, a weight is not finite, or an adapter is fused. A call of the model inside the context
+            raises it if the batch has another size.
+        TypeError: `model` is not a module or is a `DataParallel`, or an entry has the wrong type.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -54,19 +56,20 @@ def per_sample(model: nn.Module, names: Sequence[Name]) -> Iterator[None]:
 
 
 def head_logits(model: Any, features: Tensor, names: Sequence[Name]) -> list[Tensor]:
-    """The logits of every sample by its own adapter's head, which may have its own number of classes.
+    """Return the logits of every sample from its own adapter's head, which may have its own number of classes.
 
     Args:
         model: a timm model with adapters.
-        features: (M, ...) from `model.forward_features`, called inside `per_sample(model, names)`. Called in there, too, this
-            has the very adapters of the features, whatever became of a store's files meanwhile.
+        features: (M, ...) from `model.forward_features`, called inside `per_sample(model, names)`. If `head_logits` is called
+            inside the same context, it uses the very adapters that computed the features, even if a store's files have
+            changed since.
         names: as in `per_sample`.
 
     Returns:
-        A list of M tensors (C,), C the number of classes of the sample's head.
+        A list of M tensors (C,), where C is the number of classes of the sample's head.
 
     Raises:
-        ValueError: as `per_sample`, or another number of names than samples.
+        ValueError: as in `per_sample`, or there are not as many names as samples.
         TypeError: the model has no `forward_head`.
     """
     forward_head: Any = getattr(unwrap(model), "forward_head", None)
@@ -88,7 +91,7 @@ def head_logits(model: Any, features: Tensor, names: Sequence[Name]) -> list[Ten
 
 
 def _held_by_call(model: nn.Module, entries: Sequence[Mapping[str, float]]) -> dict[str, HeldAdapter]:
-    """The adapters of the call around this one if it names the same, for a store may have others by now."""
+    """Return the adapters of the surrounding context if it has all these names, because a store may hold others by now."""
     around = mixture_of(unwrap(model))
     there = {} if around is None else {adapter.name: adapter for entry in around.entries for adapter, _ in entry}
     names = names_in(entries)
@@ -96,10 +99,10 @@ def _held_by_call(model: nn.Module, entries: Sequence[Mapping[str, float]]) -> d
 
 
 def checked_entries(names: Sequence[Name]) -> list[dict[str, float]]:
-    """Each entry as a mapping from names to weights.
+    """Return each entry as a mapping from names to weights.
 
     Raises:
-        TypeError: an entry, or the whole, is of another type.
+        TypeError: `names` or one of its entries has the wrong type.
         ValueError: a weight is not finite, or there is no entry.
     """
     if isinstance(names, (str, Mapping)) or not isinstance(names, Sequence):
@@ -118,14 +121,14 @@ def _entry(entry: Any, place: str) -> dict[str, float]:
 
 
 def names_in(entries: Sequence[Mapping[str, float]]) -> list[str]:
-    """All names, each once."""
+    """Return all names, each once."""
     return list(dict.fromkeys(name for entry in entries for name in entry))
 
 
 def mixtures_for(
     model: nn.Module, entries: Sequence[Mapping[str, float]], held: Mapping[str, HeldAdapter], expand: Any = None
 ) -> dict[int, Mixture]:
-    """By handle, what every part of the model that takes part makes of a batch.
+    """Return the mixture of every part of the model that takes part in the call, by handle.
 
     Raises:
         ValueError: an adapter is fused into the weights, or trains a tensor that only one adapter at a time can supply.

@@ -1,4 +1,4 @@
-"""Take an adapter out of a model, or fold it into the weights."""
+"""Remove an adapter from a model, or merge it into the weights."""
 
 from __future__ import annotations
 
@@ -24,16 +24,22 @@ from loca_vision.model.whole_tensors import adopt, restore_first
 
 
 def remove(model: nn.Module, name: str | None = None, *, merge: bool = False) -> None:
-    """Take one adapter, or all of them, out of the model.
+    """Remove one adapter, or all of them, from the model.
 
-    Without `merge` the base is back bit for bit, including the head, a narrower `conv_in` and the statistics of batch
-    normalisation. With `merge`, the updates that act are folded into the weights (rounded once to their dtype), and a trained
-    head or `conv_in` stays, unless a remaining active adapter has its own. After the last adapter every layer has its own class
-    again, and parameters are as trainable as before the first. Parameters other than the head that the user made trainable
-    since `inject` keep their values.
+    Without `merge`, the base is restored bit for bit, including the head, a narrower `conv_in` and the statistics of batch
+    normalisation. With `merge`, the active updates are merged into the weights (rounded once to their dtype), and a trained
+    head or `conv_in` stays unless a remaining active adapter has its own. After the last adapter is removed, every layer has
+    its original class again, and parameters are as trainable as before the first adapter. Parameters other than the head that
+    the user made trainable since `inject` keep their values.
+
+    Args:
+        model: a model with adapters.
+        name: the adapter to remove; None for all.
+        merge: whether to merge the active updates into the weights.
 
     Raises:
-        ValueError: no such adapter, `merge` of a named one that does not act, or `merge` while a `per_sample` context is open.
+        ValueError: the model has no such adapter, `merge` is used for a named adapter that is not active, `merge` is used
+            while a `per_sample` context is open, an adapter is fused, or the model is sharded.
     """
     model = unwrap(model)
     record = _record(model)
@@ -66,13 +72,13 @@ def _take_out(model: nn.Module, record: AdapterState, names: list[str]) -> None:
         end_record(model)
         if not any(site.updates.hosts for site in sites(model)):
             forget_call_settings(model)
-            if not is_mixed(model):  # a call that mixes what is gone has to hear of it
+            if not is_mixed(model):  # the hooks of an open context must stay to report that its adapters are gone
                 unwatch(model)
         save_as_before(model)
 
 
 def release(host: AdaptedLayer | AdaptedAttention) -> None:
-    """Give a layer without any update left its own class back."""
+    """Restore the original class of a layer that has no update left."""
     if isinstance(host, AdaptedLayer):
         if not _is_needed(host.loca):
             restore(host)
@@ -85,10 +91,10 @@ def _is_needed(updates: WeightUpdates) -> bool:
 
 
 def _written_by_merging(model: nn.Module, record: AdapterState, names: list[str]) -> list[Tensor]:
-    """The weights to be written.
+    """Return the weights that merging these adapters writes to.
 
     Raises:
-        ValueError: one of them is quantised or cannot be written for another reason.
+        ValueError: a weight is quantised or cannot be written for another reason.
     """
     if not names:
         return []
@@ -104,4 +110,4 @@ def _merge(model: nn.Module, record: AdapterState, names: list[str]) -> None:
         merged = record.adapters[record.supplier].modules_to_save
         record.base |= merged
         if WEIGHT in merged:
-            record.narrow = None  # the model's own is the wide one from now on
+            record.narrow = None  # the wide weight is the model's own from now on

@@ -1,4 +1,4 @@
-"""When coefficients and when locations learn (LoCA, section 4.4, Algorithm 1), and parameter groups."""
+"""The schedule for training coefficients and locations in turns (LoCA, section 4.4, Algorithm 1), and parameter groups."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Phase = Literal["coefficients", "locations", "both"]
 def phase_at(
     step: int, coefficient_steps: int, location_steps: int, learning_steps: int | None, together: bool = False
 ) -> Phase:
-    """What moves at optimiser step `step`, counted from 0. `learning_steps` None: alternate to the end."""
+    """Return what moves at optimiser step `step`, counted from 0; with `learning_steps` None, phases alternate to the end."""
     if learning_steps is not None and step >= learning_steps:
         return "coefficients"
     if together:
@@ -30,25 +30,26 @@ def phase_at(
 
 
 class AlternatingSchedule:
-    """Freezes one half of every spectrum whose locations learn at a time, by optimiser steps.
+    """A schedule that freezes, in turns, the coefficients or the locations of every spectrum whose locations are learned.
 
-    A frozen half has no gradient at all, so no optimiser moves it, by momentum or weight decay either. Call `step()` once
-    after each `optimizer.step()`, however many micro-batches that step accumulated.
+    The frozen parameters have no gradient at all, so no optimiser moves them, not even by momentum or weight decay. Call
+    `step()` once after each `optimizer.step()`, however many micro-batches that step accumulated.
 
     Args:
-        model: a model with adapters. Those that do not act, or are wholly frozen, when the schedule is made are left alone,
-            and so is whatever has no locations to learn: a loaded adapter, whose locations are final, and other kinds. Where
-            there is nothing but that, the phase is always "coefficients". Under DistributedDataParallel it is the wrapped
-            model, with `find_unused_parameters=True`: wrapped later, it would never share what is frozen at that moment. With
-            FSDP 2 it is the model after `fully_shard`.
-        coefficient_steps: B_a, how long the coefficients move, from 0.
-        location_steps: B_l, how long the locations do then, from 0.
-        learning_steps: B_s, after which the locations are final. 0 for fixed random locations (V1 of Table 5), None for
-            alternating to the end (V2).
-        together: move both at every one of the `learning_steps` instead (V3).
+        model: a model with adapters. The schedule ignores adapters that are inactive or fully frozen when it is created, and
+            updates without locations to learn: those of a loaded adapter, whose locations are final, and of other methods. If
+            there are no others, the phase is always "coefficients". With DistributedDataParallel, pass the wrapped model, with
+            `find_unused_parameters=True`: if it were wrapped later, parameters frozen at that moment would never be
+            synchronised. With FSDP 2, pass the model after `fully_shard`.
+        coefficient_steps: B_a, the number of steps in a period for which the coefficients move, at least 0.
+        location_steps: B_l, the number of steps for which the locations then move, at least 0.
+        learning_steps: B_s, the number of steps after which the locations are final. 0 for fixed random locations (V1 of
+            Table 5), None for alternating to the end (V2).
+        together: whether to move both at each of the `learning_steps` instead (V3).
 
     Raises:
-        ValueError: a setting out of range, or a model without a trainable adapter.
+        ValueError: a setting is out of range, the model has no trainable adapter, or several processes train a model that is
+            neither wrapped nor sharded.
     """
 
     def __init__(
@@ -73,16 +74,16 @@ class AlternatingSchedule:
 
     @property
     def phase(self) -> Phase:
-        """What moves at the coming optimiser step."""
+        """What moves at the next optimiser step."""
         return phase_at(self._step, *self._settings) if self._spectra else "coefficients"
 
     @property
     def steps_done(self) -> int:
-        """Optimiser steps so far."""
+        """The number of optimiser steps so far."""
         return self._step
 
     def step(self) -> None:
-        """To be called once after each optimiser step."""
+        """Advance the schedule; call this once after each optimiser step."""
         if self.phase != "coefficients":
             confine(self._spectra)
         self._step += 1
@@ -93,10 +94,10 @@ class AlternatingSchedule:
         return {"step": self._step, **dict(zip(names, self._settings, strict=True))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a schedule with the same settings stood.
+        """Resume from the state of a schedule with the same settings.
 
         Raises:
-            ValueError: the state is of other settings, or not one of a schedule.
+            ValueError: the state has other settings, or is not the state of a schedule.
         """
         mine = self.state_dict()
         for key in mine:
@@ -127,11 +128,11 @@ def _check_wrapped(model: nn.Module) -> None:
 def _let_move(parameter: nn.Parameter, moves: bool) -> None:
     parameter.requires_grad_(moves)
     if not moves:
-        parameter.grad = None  # an optimiser passes over a parameter without a gradient, momentum, decay and all
+        parameter.grad = None  # optimisers skip a parameter without a gradient entirely, including momentum and weight decay
 
 
 def _touch(spectrum: Spectrum) -> None:
-    """Write to the dict of its parameters: compiled code of some versions, such as torch 2.11, looks at them only then."""
+    """Rewrite the dict of the parameters: compiled code of some versions, such as torch 2.11, checks them only after that."""
     held = dict(spectrum._parameters)
     spectrum._parameters.clear()
     spectrum._parameters.update(held)
@@ -140,22 +141,23 @@ def _touch(spectrum: Spectrum) -> None:
 def parameter_groups(
     model: nn.Module, *, lr: float, location_lr: float = 1e-4, head_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any torch optimiser: coefficients, locations (never decayed), and what else is trainable.
+    """Return parameter groups for any torch optimiser: coefficients, locations (never decayed) and all else that is trainable.
 
-    Of kinds without a spectrum, the factors and magnitudes are in the place of the coefficients.
+    For methods without a spectrum, the factors and magnitudes take the place of the coefficients.
 
     Args:
         model: a model with adapters, in any phase of a schedule.
-        lr: of the coefficients.
-        location_lr: of the locations, in units of the whole axis a step: with Adam, about location_lr * (p - 1) cells.
-        head_lr: of everything else that is trainable, the classifier head as a rule; `lr` by default.
-        weight_decay: of coefficients and head.
+        lr: the learning rate of the coefficients.
+        location_lr: the learning rate of the locations, as a fraction of the whole axis per step: with Adam, about
+            location_lr * (p - 1) cells.
+        head_lr: the learning rate of everything else that is trainable, usually the classifier head; `lr` by default.
+        weight_decay: the weight decay of coefficients and head.
 
     Returns:
-        Dicts with `params`, `lr`, `weight_decay` and `name` ("coefficients", "locations", "head").
+        Dicts with `params`, `lr`, `weight_decay` and `name` ("coefficients", "locations", "head"); empty groups are left out.
 
     Raises:
-        ValueError: a rate that is not a finite number from 0 up, or a model without a trainable adapter.
+        ValueError: a rate is not a finite number of at least 0, or the model has no trainable adapter.
     """
     rates = {"lr": lr, "location_lr": location_lr, "head_lr": lr if head_lr is None else head_lr}
     for field, value in (rates | {"weight_decay": weight_decay}).items():

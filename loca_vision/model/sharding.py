@@ -1,4 +1,4 @@
-"""Models whose parameters are shared out over processes by FSDP 2, `fully_shard`."""
+"""Models whose parameters are sharded over processes by FSDP 2, `fully_shard`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from loca_vision.methods.update import Update
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether each process has a part of the tensor only."""
-    module: Any = sys.modules.get("torch.distributed.tensor")  # not imported: there is no such tensor
+    """Whether each process holds only a part of the tensor."""
+    module: Any = sys.modules.get("torch.distributed.tensor")  # if it is not imported, there is no such tensor
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether processes share the model out, though a part that has just been called may be whole at the moment."""
+    """Whether the model is sharded over processes, even if a part that has just been called is whole at the moment."""
     kind = _kind_of_modules()
     return any(is_shard(p) for p in model.parameters()) or any(
         kind is not None and isinstance(m, kind) for m in model.modules()
@@ -32,21 +32,22 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def _kind_of_modules() -> Any:
-    """The class that `fully_shard` mixes into a module's own; None where it is not imported."""
+    """Return the class that `fully_shard` mixes into a module's own class, or None if it is not imported."""
     return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole tensor; of a shard, once all processes ask for it."""
+    """Return the whole tensor; for a shard, all processes must call this."""
     shard: Any = tensor
     return shard.full_tensor() if is_shard(tensor) else tensor
 
 
 def check_sharding(model: nn.Module) -> bool:
-    """Whether what learns is sharded, all of it.
+    """Whether the model is sharded, with all of its trainable parameters.
 
     Raises:
-        ValueError: FSDP 1, or gradients of some parameters that no other process would hear of.
+        ValueError: the model uses FSDP 1, or some trainable parameters are not sharded, so that their gradients would not
+            reach other processes.
     """
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
@@ -62,13 +63,13 @@ def check_sharding(model: nn.Module) -> bool:
 
 
 def class_name(model: nn.Module) -> str:
-    """The name of the model's class; `fully_shard` exchanges the class for one of its own."""
+    """Return the name of the model's original class, which `fully_shard` replaces with one of its own."""
     kind = _kind_of_modules()
     return next(cls.__name__ for cls in type(model).__mro__ if kind is None or not issubclass(cls, kind))
 
 
 def _share_out(model: nn.Module) -> None:
-    """Let no part of a sharded model be whole for the moment: `state_dict()` of an update would share it out half-way."""
+    """Reshard all parts of a model that are whole at the moment; otherwise `state_dict()` of an update would do so half-way."""
     kind = _kind_of_modules()
     for module in model.modules() if kind is not None else ():
         if isinstance(module, kind):
@@ -76,10 +77,11 @@ def _share_out(model: nn.Module) -> None:
 
 
 class Values:
-    """The values of a model's tensors: from a state dict where it has them, else the tensors' own, gathered.
+    """The values of a model's tensors, taken from a state dict if it has them and gathered from the tensors otherwise.
 
     Args:
-        state: a state dict of the model, by which one process alone can tell the values of shards.
+        model: the model.
+        state: a state dict of the model, from which a single process can read the values of shards.
     """
 
     def __init__(self, model: nn.Module, state: Mapping[str, Tensor] | None = None) -> None:
@@ -89,19 +91,19 @@ class Values:
         self._names = {id(tensor): canonical(name) for name, tensor in named}
 
     def at(self, key: str | None, tensor: Tensor) -> Tensor:
-        """The value of the tensor at this place in the model."""
+        """Return the value of the tensor at this key of the model."""
         with torch.no_grad():
             value = self._state.get(key or "")
             return gathered(tensor).detach() if value is None else value.detach().to(tensor.dtype)
 
     def of(self, update: Update) -> Update:
-        """An update with these values: itself, unless they are elsewhere."""
+        """Return an update with these values, which is `update` itself if it already holds them."""
         placed = [(tensor, self._names.get(id(tensor))) for tensor in update.tensors()]
         elsewhere = [(tensor, key) for tensor, key in placed if is_shard(tensor) or key in self._state]
         if not elsewhere:
             return update
         whole = {id(tensor): self._like(tensor, key) for tensor, key in elsewhere}
-        return copy.deepcopy(update, dict(whole))  # which takes what it is told of for copied already
+        return copy.deepcopy(update, dict(whole))  # the tensors in the memo count as already copied
 
     def _like(self, tensor: Tensor, key: str | None) -> Tensor:
         value = self.at(key, tensor)
@@ -110,7 +112,7 @@ class Values:
 
 @contextmanager
 def one_writer(model: nn.Module) -> Iterator[bool]:
-    """Whether this process writes a file of the model: of a sharded one, the first does, and the others wait for it."""
+    """Yield whether this process writes a file of the model; if it is sharded, the first process does and the others wait."""
     if not is_sharded(model):
         yield True
         return

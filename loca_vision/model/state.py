@@ -1,4 +1,4 @@
-"""What a model with adapters remembers: active adapters, what was trainable before, tensors trained as a whole."""
+"""The state of a model with adapters: the active adapters, what was trainable before, and tensors trained as a whole."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Strength = float | Mapping[str, float]  # of an adapter: one number, or one for 
 class Adapter:
     """One named adapter: its settings and the tensors it trains as a whole, such as a classifier head, by name in the model.
 
-    While the adapter supplies them, the model holds these very objects.
+    While the adapter supplies these tensors, the model holds the same objects.
     """
 
     config: AdapterConfig
@@ -39,8 +39,9 @@ class Fused:
 
     Args:
         adapters: their names, and how strongly each was fused.
-        originals: the weights before, by the paths of their layers, on the CPU, to be put back bit for bit.
-        marks: a checksum of each fused weight, which tells whether other code has written to it since.
+        originals: the weights before fusing, on the CPU, by the paths of their layers, so that they can be restored bit for
+            bit.
+        marks: a checksum of each fused weight, which shows whether other code has written to it since.
     """
 
     adapters: dict[str, Strength] = field(default_factory=dict)
@@ -50,20 +51,20 @@ class Fused:
 
 @dataclass
 class AdapterState:
-    """What a model remembers of its adapters.
+    """The state that a model keeps about its adapters.
 
     Args:
         trainable: `requires_grad` of every parameter before the first adapter.
         base: the base's own objects for all tensors that some adapter trains as a whole.
-        first: the objects that the model held for them before the first adapter.
-        adapters: by name, in the order they came.
+        first: the objects that the model held for these tensors before the first adapter.
+        adapters: the adapters by name, in the order they were added.
         active: the active adapters, and how strongly each acts. The last of them that has whole tensors supplies them.
         enabled: False while all adapters are disabled.
-        fused: what has been written into the weights.
-        frozen: whether an adapter froze the model's own parameters; parameters that learn since then belong to an adapter.
+        fused: the adapters that have been written into the weights.
+        frozen: whether an adapter froze the model's own parameters; parameters trained since then belong to an adapter.
         hook: lets `load_state_dict` accept a state dict of the base alone.
         together: builds updates of one shape together.
-        narrow: the weight of `conv_in` from before an adapter came that takes more channels.
+        narrow: the original weight of `conv_in`, while an adapter needs one with more channels.
     """
 
     trainable: dict[str, bool]
@@ -80,13 +81,13 @@ class AdapterState:
 
     @property
     def supplier(self) -> str | None:
-        """The adapter whose whole tensors the model holds now: the last one that acts, or is fused, and has any."""
+        """The adapter whose whole tensors the model holds now: the last active one that has any, or else the last fused one."""
         acting = [*self.fused.adapters, *(self.active if self.enabled else ())]
         return next((name for name in reversed(acting) if self.adapters[name].modules_to_save), None)
 
     @property
     def supplier_is_fused(self) -> bool:
-        """Whether the whole tensors in the model belong to a fused adapter, so that the weights are not the base's either."""
+        """Whether the whole tensors in the model belong to a fused adapter, in which case the weights are not the base's."""
         return self.supplier in self.fused.adapters
 
     @property
@@ -96,13 +97,13 @@ class AdapterState:
 
 
 def state_of(model: nn.Module) -> AdapterState | None:
-    """The state of the model's adapters; None for a model without any."""
+    """Return the state of the model's adapters, or None if it has none."""
     found: AdapterState | None = getattr(unwrap(model), _ATTRIBUTE, None)
     return found
 
 
 def start_record(model: nn.Module) -> AdapterState:
-    """The state of the model's adapters; a new one if it has none yet."""
+    """Return the state of the model's adapters, creating it if there is none yet."""
     record = state_of(model)
     if record is None:
         record = AdapterState({canonical(name): p.requires_grad for name, p in model.named_parameters()})
@@ -112,7 +113,7 @@ def start_record(model: nn.Module) -> AdapterState:
 
 
 def _allow_the_base(model: nn.Module, keys: Any) -> None:
-    """A state dict of the base, without a tensor of any adapter, is complete; half an adapter, or another one, is not."""
+    """Accept a state dict of the base without any tensor of an adapter as complete, but not one with parts of adapters."""
     own = [key for key in keys.missing_keys if ".loca." in f".{key}"]
     if not own or any(".loca." in f".{key}" for key in keys.unexpected_keys):
         return
@@ -127,7 +128,7 @@ def _allow_the_base(model: nn.Module, keys: Any) -> None:
 
 
 def end_record(model: nn.Module) -> None:
-    """Forget the adapters, and let parameters be as trainable as before the first."""
+    """Remove the state, and make parameters as trainable as before the first adapter."""
     record = state_of(model)
     if record is not None:
         for name, parameter in model.named_parameters() if record.frozen else ():
@@ -138,7 +139,7 @@ def end_record(model: nn.Module) -> None:
 
 
 def refuse_fused(record: AdapterState, names: Iterable[str]) -> None:
-    """Raise if one of these adapters is fused: what is in the weights cannot be switched."""
+    """Raise ValueError if one of these adapters is fused, because what is in the weights cannot be switched."""
     for name in names:
         if name in record.fused.adapters:
             raise ValueError(f"adapter {name!r} is fused into the weights; call unfuse_loca first")

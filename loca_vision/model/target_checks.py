@@ -1,4 +1,4 @@
-"""Checks before anything is injected: targets are linear, the name is free, where the head is."""
+"""Checks before an adapter is injected: targets are linear, the name is free, and no target is part of the head."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from loca_vision.model.traversal import slots
 
 
 def targets_for(model: nn.Module, config: AdapterConfig) -> list[Target]:
-    """What an adapter of these settings goes on, in the order of the model's modules, never the classifier head.
+    """Return the targets that an adapter with these settings adapts, in the order of the model's modules, without the head.
 
     Raises:
-        ValueError, TypeError: as `inject`.
+        ValueError, TypeError: as in `inject`.
     """
     head = {id(parameter) for parameter in classifier(model)}
     everything = [target for target in find_targets(model) if id(target.layer._parameters.get("weight")) not in head]
@@ -45,7 +45,7 @@ def targets_for(model: nn.Module, config: AdapterConfig) -> list[Target]:
 
 
 def _what_is_named(model: nn.Module, patterns: Sequence[str], head: Container[int]) -> str:
-    """The end of a sentence: what the patterns name by its own path that is never adapted."""
+    """Return the end of an error message about a module that the patterns name but that is never adapted, or ""."""
     for path, module in model.named_modules():
         if not any(fnmatchcase(canonical(path), pattern.removeprefix("!")) for pattern in patterns):
             continue
@@ -58,17 +58,17 @@ def _what_is_named(model: nn.Module, patterns: Sequence[str], head: Container[in
 
 
 def _names_all_it_has(part: str, found: Sequence[Target], config: AdapterConfig) -> bool:
-    """Whether a part may lack a projection: "linear" stands for all, and patterns may name layers of other parts."""
+    """Whether a part may be without projections: "linear" covers all parts, and patterns may name layers of other parts."""
     if part == "linear":
         return bool(found)
     return bool(found) and not any(target.part in config.targets for target in found)
 
 
 def check_linear(model: nn.Module, targets: Sequence[Target]) -> None:
-    """Raise unless every target is a linear layer, or a 1 x 1 convolution, that can compute with updates.
+    """Raise unless every target is a linear layer or a 1 x 1 convolution that can compute with updates.
 
     Raises:
-        ValueError, TypeError: as `inject`.
+        ValueError, TypeError: as in `inject`.
     """
     owners: dict[int, tuple[str, str]] = {}
     _check_untied(model, targets)
@@ -90,7 +90,7 @@ def check_linear(model: nn.Module, targets: Sequence[Target]) -> None:
 
 
 def _check_untied(model: nn.Module, targets: Sequence[Target]) -> None:
-    """A weight that a module of another kind computes with too, as an embedding does with a language model's head."""
+    """Raise ValueError if another module also uses a target's weight, such as an embedding tied to a language model's head."""
     adapted = {id(target.layer): target for target in targets}
     weights = {id(target.layer._parameters.get("weight")): target for target in targets}
     weights.pop(id(None), None)
@@ -105,7 +105,7 @@ def _check_untied(model: nn.Module, targets: Sequence[Target]) -> None:
 
 
 def _present(model: nn.Module, targets: Sequence[Target]) -> str:
-    """What could be adapted instead, for an error."""
+    """Return what could be adapted instead, for an error message."""
     parts = sorted({target.part for target in targets} & {*PARTS} - {"linear"})
     more = ["every linear layer by 'linear'"] if any(target.linear for target in targets) else []
     fused = next((path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)), None)
@@ -115,7 +115,10 @@ def _present(model: nn.Module, targets: Sequence[Target]) -> str:
 
 
 def _check_readable(model: nn.Module, target: Target) -> None:
-    """A quantised layer is called, and the update added; code that reads its weight instead would go around the update."""
+    """Raise TypeError if a quantised layer's weight is read by its owner.
+
+    A quantised layer is called and the update added to its output, so code that reads the weight would bypass the update.
+    """
     if is_plain_matrix(target.layer._parameters.get("weight")):
         return
     owner = model.get_submodule(target.layer_path.rpartition(".")[0])
@@ -127,7 +130,10 @@ def _check_readable(model: nn.Module, target: Target) -> None:
 
 
 def _check_in_attention(target: Target) -> None:
-    """Any layer that maps vectors to vectors will do: the update is added to what it answers."""
+    """Raise TypeError if the layer does not map vectors to vectors, or other code has replaced the attention's `forward`.
+
+    Any layer that maps vectors to vectors will do, because the update is added to its output.
+    """
     attention: Any = target.attention
     mine = vars(attention).get("forward")
     hooked = any(hasattr(attention, name) for name in ("_hf_hook", "_diffusers_hook"))

@@ -1,4 +1,4 @@
-"""Every site, update and tensor of a model."""
+"""Find the sites, updates and tensors of a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loca_vision.methods.update import Update
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside the wrappers of `torch.compile`, of data parallelism and of timm's `features_only` for ViTs."""
+    """Return the module inside the wrappers of `torch.compile`, data parallelism and timm's `features_only` for ViTs."""
     while True:
         inner: Any = getattr(model, "_orig_mod", None)
         if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -31,14 +31,14 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Site:
-    """The updates of one weight, and the layer whose class was exchanged for them."""
+    """The updates of one weight, and the layer whose class was replaced for them."""
 
     updates: WeightUpdates
     host: AdaptedLayer | AdaptedAttention
 
 
 def modules_of(model: nn.Module) -> Iterator[nn.Module]:
-    """As `model.modules()`, in the same order, without the names that it makes up on the way: a third of the time."""
+    """Yield the same as `model.modules()` in the same order, in a third of the time because no names are built."""
     waiting: list[nn.Module | None] = [unwrap(model)]
     seen: set[int] = set()
     while waiting:
@@ -50,7 +50,7 @@ def modules_of(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def sites(model: nn.Module) -> list[Site]:
-    """Where updates are, in the order of the model's modules."""
+    """Return the sites of updates, in the order of the model's modules."""
     found: list[Site] = []
     for module in modules_of(model):
         if isinstance(module, AdaptedLayer):
@@ -61,28 +61,28 @@ def sites(model: nn.Module) -> list[Site]:
 
 
 def slots(model: nn.Module) -> list[AdapterSlot]:
-    """Every adapted projection of every adapter."""
+    """Return every adapted projection of every adapter."""
     return [slot for site in sites(model) for slot in site.updates.slots]
 
 
 def all_updates(model: nn.Module) -> list[Update]:
-    """Every update of every adapter of the model."""
+    """Return every update of every adapter of the model."""
     return [module for module in modules_of(model) if isinstance(module, Update)]
 
 
 def learns(model: nn.Module) -> bool:
-    """Whether some adapter is there to be trained, whatever a schedule lets move now."""
+    """Whether any adapter is meant to be trained, even if a schedule has frozen all of it for now."""
     return any(update.is_trained() for update in all_updates(model))
 
 
 def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The model's parameters without those of its adapters, by canonical name."""
+    """Return the model's parameters without those of its adapters, by canonical name."""
     inside = {id(p) for update in all_updates(model) for part in modules_of(update) for p in part._parameters.values()}
     return {canonical(name): p for name, p in model.named_parameters() if id(p) not in inside}
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """`own_parameters`, and the running statistics of batch normalisation, which training moves without a gradient."""
+    """Return `own_parameters` and the running statistics of batch normalisation, which training changes without a gradient."""
     norms = {path: module for path, module in model.named_modules() if isinstance(module, _BatchNorm)}
     statistics = {
         canonical(f"{path}.{name}"): buffer
@@ -93,5 +93,5 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def moved_by_training(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of a model's own tensors: trainable parameters and running statistics."""
+    """Return those of a model's own tensors that training changes: trainable parameters and running statistics."""
     return {name: t for name, t in tensors.items() if t.requires_grad or not isinstance(t, nn.Parameter)}

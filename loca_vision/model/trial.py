@@ -1,8 +1,8 @@
-"""Whether the layers of a model are called with a batch: each sample's part of it one after the other, and equally large.
+"""Find out whether the layers of a model are called with a batch: equally large parts, one sample after the other.
 
-That is so in nearly all models. A layer that makes position biases sees no batch, and one that is called with the tokens first
-has it on another axis, or mixed up with them: there, no sample can have an update of its own. A model is tried on one sample
-and on two, once: the first half of what a layer sees of two must be what it sees of one.
+This is the case in nearly all models. But a layer that computes position biases sees no batch, and a layer that is called with
+the tokens first has the batch on another axis, or mixed with the tokens; in such layers, samples cannot have their own updates.
+Each model is tried once, on one sample and on two: the first half of a layer's input for two samples must be its input for one.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from loca_vision.messages import one_line
 
 NORMS_TRAIN = "per_sample: batch normalisation trains, which mixes the samples of a batch: call model.eval() first"
 _TRIED: weakref.WeakKeyDictionary[nn.Module, dict[Any, frozenset[int]]] = weakref.WeakKeyDictionary()
-"""Which parts of a model, by handle, were tried with inputs of each form."""
+"""The parts of each model, by handle, that have been tried with inputs of each form."""
 
 
 class Trial(Mixture):
-    """A call that mixes nothing, and notes what each layer is called with: a number for each vector along the first axis."""
+    """A call that mixes nothing and records each layer's input as one number for each vector along the first axis."""
 
     def __init__(self) -> None:
         super().__init__([()])
         self.seen: dict[int, list[Tensor]] = {}
 
     def fit(self, batch: int, called: str) -> None:
-        """Any batch will do."""
+        """Accept a batch of any size."""
 
     def note(self, handle: int, x: Tensor) -> None:
         flat = x.detach().reshape(len(x), -1) if x.dim() > 0 and x.numel() else x.new_zeros(0, 1)
-        mixed = torch.arange(flat.shape[1], device=x.device).cos()  # a sum of normalised values would be the same everywhere
+        mixed = torch.arange(flat.shape[1], device=x.device).cos()  # plain sums of normalised values would all be equal
         own = (flat * mixed.to(flat.dtype)).sum(1, dtype=torch.float32)
         self.seen.setdefault(handle, []).append(own.cpu() / flat.shape[1] ** 0.5)
 
@@ -43,14 +43,17 @@ class Trial(Mixture):
 def try_once(
     model: nn.Module, call: Callable[..., Any], inputs: tuple[Any, ...], named: Mapping[str, Any], mixture: Mixture
 ) -> None:
-    """Find out which layers are called with a batch, unless that is known, or all samples are to be treated alike.
+    """Find out which layers are called with a batch, unless this is known or all samples have the same adapters.
 
     Args:
-        call: what the model is called by, without hooks.
-        inputs, named: what it is called with now.
+        model: the model to try.
+        call: the method that runs the model, without hooks.
+        inputs, named: the arguments of the current call.
+        mixture: the mixture of the current call.
 
     Raises:
-        RuntimeError: the model fails on one or two samples, or batch normalisation trains, which would count them.
+        RuntimeError: the model fails on one or two samples, or batch normalisation is in training mode, so that the trial
+            would change its statistics.
     """
     if isinstance(mixture, Trial) or not mixture.differs():
         return
@@ -63,14 +66,15 @@ def try_once(
     for handle, seen in one.items():
         twice = two.get(handle, [])
         batched = len(seen) == len(twice) and all(map(_is_half, seen, twice))
-        BATCHED[handle] = batched and BATCHED.get(handle, True)  # as it must be whatever the model is called with
+        BATCHED[handle] = batched and BATCHED.get(handle, True)  # it must hold for every form of inputs
     known[form] = frozenset(mixture.handles)
 
 
 def _is_half(one: Tensor, two: Tensor) -> bool:
-    """Whether what a layer saw of one sample is the first half of what it saw of two.
+    """Whether a layer's input for one sample is the first half of its input for two.
 
-    Dropout may have changed it: it is not if it is clearly nearer to what would be there with the samples side by side.
+    Dropout may have changed the input. So if the sizes match, the answer is no only if the input is clearly closer to what it
+    would be with the samples side by side.
     """
     lead = len(one)
     if len(two) != 2 * lead:
@@ -98,7 +102,7 @@ def _seen(call: Callable[..., Any], inputs: Any, named: Any, mixture: Mixture, s
 
 
 def _with(value: Any, batch: int, part: Callable[[Tensor], Tensor]) -> Any:
-    """The same arguments for some of the samples: of tensors, and lists, that have as many as the batch."""
+    """Return the arguments for some of the samples, taking these from tensors and lists that are as long as the batch."""
     if isinstance(value, Tensor):
         return part(value) if value.dim() > 0 and len(value) == batch else value
     if isinstance(value, dict):
@@ -111,7 +115,7 @@ def _with(value: Any, batch: int, part: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _form(value: Any) -> Any:
-    """What decides which layers are called, as far as shapes do."""
+    """Return the form of the inputs, which determines what layers are called as far as shapes do."""
     if isinstance(value, Tensor):
         return value.dim(), value.dtype
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Hooks by which calls that mix adapters hear of the calls of a module."""
+"""Hooks that inform calls that mix adapters about the calls of a module."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 from loca_vision.layers.mixtures import forget_last_call, handle_of, owner_of
 from loca_vision.model.traversal import modules_of
 
-_LOCK = Lock()  # two threads must not give a module two hooks
+_LOCK = Lock()  # so that two threads cannot give a module two hooks
 
 
 class Watch:
-    """A hook that knows whom it watches for, by handle; one in a copy does nothing, until the copy is watched."""
+    """A hook that knows the handle of the module it watches for; a hook in a copy does nothing until the copy is watched."""
 
     def __init__(self) -> None:
         self.handle = 0
@@ -25,11 +25,13 @@ class Watch:
 
 
 def watch(module: nn.Module, kind: type[Watch], there: Mapping[int, Any], register: Callable[..., Any]) -> int:
-    """Let a hook of this kind watch for the module, unless one does; returns the module's handle.
+    """Let a hook of this kind watch for the module, unless one already does, and return the module's handle.
 
     Args:
-        there: the hooks that there are where it belongs.
-        register: puts a new one there.
+        module: the module to watch for.
+        kind: the class of the hook.
+        there: the existing hooks in the place where the hook belongs.
+        register: registers a new hook there.
     """
     handle = handle_of(module)
     with _LOCK:
@@ -44,7 +46,7 @@ def watch(module: nn.Module, kind: type[Watch], there: Mapping[int, Any], regist
 
 
 def unwatch(model: nn.Module) -> None:
-    """Take these hooks out of a model, and let go of what they kept."""
+    """Remove these hooks from a model, and release what they kept."""
     with _LOCK:
         for module in modules_of(model):
             forget_last_call(module)

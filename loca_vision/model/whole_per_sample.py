@@ -1,4 +1,4 @@
-"""Tensors that adapters train as a whole, such as classifier heads, for each sample those of its own adapter."""
+"""Give each sample the tensors that its own adapter trains as a whole, such as a classifier head."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _Tensors = dict[str, Tensor]  # of one module, by attribute
 
 
 class WholeMixture(Mixture):
-    """For one module, the tensors of each sample; those of samples that share a supplier are the same object."""
+    """The tensors of each sample for one module; samples that share a supplier have the same object."""
 
     def __init__(self, around: Mixture, by_entry: Sequence[_Tensors]) -> None:
         super().__init__(around.entries)
         self.around, self.by_entry = around, by_entry
 
     def groups(self) -> list[tuple[_Tensors, list[int]]]:
-        """The tensors of each supplier, and the samples that have them."""
+        """Return the tensors of each supplier, and the samples that have them."""
         found: dict[int, tuple[_Tensors, list[int]]] = {}
         for sample, index in enumerate(self.around.samples):
             tensors = self.by_entry[index]
@@ -38,7 +38,7 @@ class WholeMixture(Mixture):
         return list(found.values())
 
     def is_held_by(self, module: nn.Module) -> bool:
-        """Whether the module itself has computed with what all samples have."""
+        """Whether all samples have the very tensors that the module itself holds, so that its own output is right."""
         groups, held = self.groups(), {**module._parameters, **module._buffers}
         return len(groups) == 1 and all(held.get(name) is tensor for name, tensor in groups[0][0].items())
 
@@ -47,15 +47,15 @@ class WholeMixture(Mixture):
 
 
 def suppliers(entries: Sequence[Mapping[str, float]], held: Mapping[str, HeldAdapter]) -> list[str | None]:
-    """Of each entry, the adapter whose whole tensors a sample has: the last one that has any; None: the base."""
+    """Return, for each entry, the adapter that supplies the whole tensors: the last one that has any, or None for the base."""
     return [next((name for name in reversed(list(entry)) if held[name].whole), None) for entry in entries]
 
 
 def whole_mixtures(model: nn.Module, record: AdapterState | None, mixture: Mixture) -> dict[int, Mixture]:
-    """By handle of each module with such tensors, which ones each sample has.
+    """Return the tensors of each sample for every module that has such tensors, by the module's handle.
 
     Raises:
-        ValueError: a tensor belongs to no layer that is called with the batch.
+        ValueError: a tensor belongs to the model itself and not to a layer that is called with the batch.
     """
     wholes = [_whole(entry) for entry in mixture.entries]
     keys = dict.fromkeys(key for whole in wholes for key in whole)
@@ -75,7 +75,7 @@ def whole_mixtures(model: nn.Module, record: AdapterState | None, mixture: Mixtu
 
 
 def _like(tensor: Tensor, held: Tensor) -> Tensor:
-    """In the dtype and on the device that the model has now, which its adapters do not follow."""
+    """Return the tensor in the model's current dtype and on its current device, which adapters do not follow."""
     return tensor if held.device.type == "meta" else tensor.to(held.device, held.dtype)
 
 
@@ -87,7 +87,7 @@ def _whole(entry: Entry) -> Mapping[str, Tensor]:
 
 
 def _by_module(model: nn.Module, keys: Sequence[str] | Mapping[str, Any]) -> dict[nn.Module, dict[str, str]]:
-    """For each module, the names of its tensors by key."""
+    """Return, for each module, the names of its tensors by key."""
     found: dict[nn.Module, dict[str, str]] = {}
     for key in keys:
         module, name = split_path(model, key)
@@ -101,7 +101,7 @@ def _by_module(model: nn.Module, keys: Sequence[str] | Mapping[str, Any]) -> dic
 
 
 class _Replace(Watch):
-    """Puts what the samples' own tensors make of them in the place of a module's output."""
+    """A hook that replaces a module's output with what the samples' own tensors compute."""
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         if not compiled():
@@ -158,7 +158,7 @@ def _outputs(module: nn.Module, mixture: WholeMixture, inputs: tuple[Any, ...]) 
 
 
 def _with(module: nn.Module, tensors: _Tensors) -> Any:
-    """The module with other tensors: a view of it, for the module itself belongs to other threads, too."""
+    """Return a view of the module with other tensors; the module itself is not changed, because other threads use it too."""
     view = object.__new__(type(module))
     own = {kind: {**vars(module)[kind], **_of_kind(vars(module)[kind], tensors)} for kind in ("_parameters", "_buffers")}
     view.__dict__ = {name: value for name, value in vars(module).items() if name != "forward"} | own

@@ -1,7 +1,7 @@
 """Tensors that an adapter trains as a whole, such as a classifier head.
 
-Every adapter has objects of its own for them, and so has the base; the model holds those of one supplier at a time. A switch
-exchanges objects and never writes into them, so that a graph recorded before it keeps the values it was recorded with.
+Every adapter has its own objects for these tensors, and so does the base; the model holds those of one supplier at a time.
+A switch replaces objects and never writes into them, so that a graph recorded before it keeps the values it was recorded with.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from loca_vision.offload import exchange, split_path, stored_at
 
 
 def own_copy(tensor: Tensor, like: Tensor) -> Tensor:
-    """A copy of the values: a parameter as trainable as `like`, if that is one, else a plain tensor."""
+    """Return a copy of the values: if `like` is a parameter, one with the same `requires_grad`, otherwise a plain tensor."""
     with ordinary_tensors():
         values = tensor.detach().clone().to(like.dtype)
         return nn.Parameter(values, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else values
 
 
 def held_at(model: nn.Module, key: str) -> Tensor:
-    """The object in the model, which is a placeholder if the layer is offloaded."""
+    """Return the object that the model holds, which is a placeholder if the layer is offloaded."""
     module, name = split_path(model, key)
     held = module._parameters.get(name)
     return module._buffers[name] if held is None else held  # type: ignore[return-value]
 
 
 def adopt(model: nn.Module, record: AdapterState) -> None:
-    """Bring the record in step with the model, in which a user, a trainer or an offloader may have exchanged tensors.
+    """Update the record from the model, in which a user, a trainer or an offloader may have replaced tensors.
 
-    What the model holds belongs to the adapter that supplies it, otherwise to the base. What has become trainable since the
-    last adapter came, a head that was put in later included, belongs to the last active adapter from now on.
+    A tensor in the model belongs to the adapter that supplies it, or else to the base. Tensors that have become trainable since
+    the last adapter was added, including those of a new head, belong to the last active adapter from now on.
     """
-    if not record.base and not record.frozen:  # to look at every parameter takes milliseconds
+    if not record.base and not record.frozen:  # looking at every parameter takes milliseconds
         return
     tensors = own_tensors(model)
     supplied = record.adapters[record.supplier].modules_to_save if record.supplier else {}
@@ -46,7 +46,7 @@ def adopt(model: nn.Module, record: AdapterState) -> None:
         _forget(record, key)
     for key in list(record.base):
         owner = supplied if key in supplied else record.base
-        if tensors[key].shape != owner[key].shape:  # the module was exchanged: the values before are of no use to anyone
+        if tensors[key].shape != owner[key].shape:  # the module was replaced: the previous values are useless
             owner.pop(key)
             record.base.pop(key, None)
             record.first.pop(key, None)
@@ -60,7 +60,10 @@ def adopt(model: nn.Module, record: AdapterState) -> None:
 
 
 def claim(model: nn.Module, record: AdapterState, name: str, key: str, live: Tensor) -> None:
-    """Let what the model holds belong to an adapter; the base gets a copy, if it has none."""
+    """Assign the tensor in the model to an adapter; the base gets a copy if it has none.
+
+    If the base already has its own, the adapter gets a copy instead.
+    """
     if key not in record.base:
         record.base[key] = own_copy(stored_at(model, key), live)
         if _may_be_exchanged(live):
@@ -71,7 +74,7 @@ def claim(model: nn.Module, record: AdapterState, name: str, key: str, live: Ten
 
 
 def keep_base(model: nn.Module, record: AdapterState, key: str) -> None:
-    """Let what the model holds be the base's own, unless it has its own already."""
+    """Assign the tensor in the model to the base, unless the base already has its own."""
     held = held_at(model, key)
     if key not in record.base and _may_be_exchanged(held):
         record.base[key] = record.first[key] = held
@@ -80,20 +83,20 @@ def keep_base(model: nn.Module, record: AdapterState, key: str) -> None:
 
 
 def whole_tensors(model: nn.Module, record: AdapterState, name: str) -> dict[str, Tensor]:
-    """What belongs to an adapter besides its updates, with the values of now: what is saved with it."""
+    """Return the tensors that an adapter trains as a whole, with their current values; they are saved with it."""
     adopt(model, record)
     return dict(record.adapters[name].modules_to_save)
 
 
 def trained_whole(model: nn.Module, record: AdapterState) -> list[nn.Parameter]:
-    """Those of the whole tensors in the model that train."""
+    """Return the trainable parameters among the model's own that belong to adapters."""
     adopt(model, record)
     own = own_parameters(model)
     return [parameter for key, parameter in own.items() if parameter.requires_grad and (record.frozen or key in record.base)]
 
 
 def load_tensors(model: nn.Module, record: AdapterState) -> None:
-    """Put the supplying adapter's whole tensors into the model, and the base's own where it has none."""
+    """Put the supplying adapter's whole tensors into the model, and the base's own for those that it does not have."""
     supplied = record.adapters[record.supplier].modules_to_save if record.supplier else {}
     for key, own in record.base.items():
         owner = supplied if key in supplied else record.base
@@ -102,7 +105,7 @@ def load_tensors(model: nn.Module, record: AdapterState) -> None:
 
 @torch.no_grad()
 def put(model: nn.Module, key: str, tensor: Tensor) -> Tensor:
-    """Let the model hold this tensor, wherever it held the one before, and return the object that has the values now."""
+    """Replace a tensor of the model everywhere the model holds it, and return the object that has the new values."""
     held = held_at(model, key)
     if held is tensor:
         return tensor
@@ -115,7 +118,7 @@ def put(model: nn.Module, key: str, tensor: Tensor) -> Tensor:
             module, name = split_path(model, key)
             exchange(module, name, nn.Parameter(tensor.detach().clone(), requires_grad=held.requires_grad))
         return tensor
-    if (tensor.device, tensor.dtype) != (held.device, held.dtype):  # the model was moved or cast meanwhile
+    if (tensor.device, tensor.dtype) != (held.device, held.dtype):  # the model has been moved or cast in the meantime
         tensor.data = tensor.data.to(held.device, held.dtype)
     if isinstance(tensor, nn.Parameter):
         tensor.requires_grad_(held.requires_grad)
@@ -127,13 +130,13 @@ def put(model: nn.Module, key: str, tensor: Tensor) -> Tensor:
 
 
 def kept_elsewhere(model: nn.Module, record: AdapterState) -> list[Tensor]:
-    """The values of whole tensors that are offloaded or sharded: a switch writes into these."""
-    held = own_tensors(model) if record.base else {}  # of an exchanged head nothing may be left
+    """Return the values of whole tensors that are offloaded or sharded; switching adapters writes into these."""
+    held = own_tensors(model) if record.base else {}  # tensors of a replaced head may be gone
     return [stored_at(model, key) for key in record.base if key in held and not _may_be_exchanged(held[key])]
 
 
 def restore_first(model: nn.Module, record: AdapterState) -> None:
-    """Let the model hold the very objects it had before the first adapter, with the values it has now."""
+    """Put the objects that the model held before the first adapter back into it, with the model's current values."""
     for key, first in record.first.items():
         live = held_at(model, key) if key in record.base else first
         if (
@@ -152,12 +155,12 @@ def _forget(record: AdapterState, key: str) -> None:
 
 
 def _may_be_exchanged(held: Tensor) -> bool:
-    """Not the placeholder of an offloaded tensor, nor a shard: the values of these are kept elsewhere."""
+    """Whether the object can be replaced: not an offloaded tensor's placeholder or a shard, whose values are elsewhere."""
     return type(held) in (nn.Parameter, Tensor) and held.device.type != "meta"
 
 
 def _slots(model: nn.Module, held: Tensor) -> Iterator[tuple[dict[str, Any], nn.Module, str]]:
-    """Every place in the model that holds this object: tied parameters have several."""
+    """Yield every place in the model that holds this object; tied parameters have several."""
     for module in modules_of(model):
         for slots in (module._parameters, module._buffers):
             for name, tensor in list(slots.items()):

@@ -1,7 +1,7 @@
-"""Folders written whole or not at all, to stay: made under another name, synced, renamed.
+"""Write folders durably, completely or not at all: create them under another name, sync them, and rename them.
 
-A rename cannot take the place of a folder that is there. The one that is replaced is called `NAME.old-MARK` for a moment, and
-`put_back` gives it its name again, should the writer die in it. What is being written or removed is called `NAME.tmp-MARK`.
+A rename cannot replace an existing folder. So the folder to be replaced is called `NAME.old-MARK` for a moment, and `put_back`
+restores its name if the writer dies in that moment. A folder that is being written or removed is called `NAME.tmp-MARK`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ ASIDE = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)-(?P<mark>[0-9a-f]{8}-[0-9]+
 
 
 def write_folder(target: Path, files: Mapping[str, Content]) -> None:
-    """Write a folder of files so that a crash, at any moment, leaves the old one or the new one, and the new one stays.
+    """Write a folder of files durably, such that a crash at any moment leaves either the old folder or the new one.
 
-    One process at a time may write to a target; others may read.
+    Only one process at a time may write to a target; others may read.
+
+    Args:
+        target: the folder to write; missing parent folders are created.
+        files: the content of each file by name.
 
     Raises:
-        ValueError: a path with a NUL character.
-        OSError: it could not be written; what was there is as it was.
+        ValueError: the path contains a NUL character.
+        OSError: the folder could not be written, in which case the old one is unchanged; or it was written, but might be lost
+            in a power cut.
     """
     refuse_nul(target)
     with writing_mark() as mark:
@@ -43,7 +48,7 @@ def write_folder(target: Path, files: Mapping[str, Content]) -> None:
             sync_folder(target.parent)
         except OSError as error:
             raise type(error)(f"{target}: it is written, but might not outlive a power cut ({error.strerror})") from error
-        with suppress(OSError):  # swept later
+        with suppress(OSError):  # `sweep` will remove it later
             shutil.rmtree(aside)
 
 
@@ -56,7 +61,7 @@ def _make(temporary: Path, target: Path, aside: Path, files: Mapping[str, Conten
         if target.exists():
             target.rename(aside)
         temporary.rename(target)
-    except BaseException:  # an interrupt too, and between the two renames as well
+    except BaseException:  # also for an interrupt, which may come between the two renames
         shutil.rmtree(temporary, ignore_errors=True)
         if aside.exists() and not target.exists():
             aside.rename(target)
@@ -64,14 +69,16 @@ def _make(temporary: Path, target: Path, aside: Path, files: Mapping[str, Conten
 
 
 def check_replaceable(target: Path, *, overwrite: bool, ours: Callable[[Path], bool]) -> None:
-    """Raise unless `write_folder` would lose nothing of anybody's.
+    """Raise if `write_folder` would delete anything that it must not.
 
     Args:
-        overwrite: whether a folder that is there may go, with the files in it for which `ours` holds.
+        target: the folder to be written.
+        overwrite: whether an existing folder may be replaced if `ours` holds for all files in it.
+        ours: whether a file in the folder may be deleted.
 
     Raises:
-        ValueError: a path with a NUL character.
-        FileExistsError: something is there that may not go.
+        ValueError: the path contains a NUL character.
+        FileExistsError: something exists there that must not be replaced.
     """
     refuse_nul(target)
     if not os.path.lexists(target):
@@ -87,10 +94,10 @@ def check_replaceable(target: Path, *, overwrite: bool, ours: Callable[[Path], b
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder so that no half of it is ever seen under its name.
+    """Remove a folder such that a partly removed one is never seen under its name.
 
     Raises:
-        OSError: it could not be removed.
+        OSError: the folder could not be removed.
     """
     with writing_mark() as mark:
         doomed = folder.with_name(f"{folder.name}.tmp-{mark}")
@@ -99,7 +106,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def put_back(parent: Path, names: re.Pattern[str]) -> None:
-    """Give folders that a writer, now dead, was about to replace their names again, if those match `names`."""
+    """Restore the names of folders that a writer was replacing when it died, if these names match `names`."""
     for folder, target, kind in _left(parent, names):
         if kind == "old" and not os.path.lexists(target):
             with suppress(OSError):
@@ -107,14 +114,14 @@ def put_back(parent: Path, names: re.Pattern[str]) -> None:
 
 
 def sweep(parent: Path, names: re.Pattern[str]) -> None:
-    """Remove what dead writers left of folders that match `names`: unfinished ones, and those that were replaced."""
+    """Remove the unfinished and the replaced folders that dead writers left behind, if their names match `names`."""
     for folder, target, kind in _left(parent, names):
         if kind == "tmp" or target.exists():
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _left(parent: Path, names: re.Pattern[str]) -> Iterator[tuple[Path, Path, str]]:
-    """What dead writers left: the folder, the path it was meant for, and "tmp" or "old"."""
+    """Yield what dead writers left behind: the folder, the path it was meant for, and "tmp" or "old"."""
     with suppress(FileNotFoundError):
         for folder in list(parent.iterdir()):
             match = ASIDE.fullmatch(folder.name)

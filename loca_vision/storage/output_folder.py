@@ -1,4 +1,4 @@
-"""An output folder that several starts of one run fill, all with the same settings."""
+"""An output folder that a run fills, possibly over several starts, always with the same settings."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from loca_vision.storage.strict_json import read_json
 
 
 def claim(folder: Path, file_name: str, about: Mapping[str, Any], what: str) -> None:
-    """Make a folder that is new or empty one's own, by a file of settings; or see that it is that already.
+    """Claim a new or empty folder by writing a file of settings, or check that it has been claimed with the same settings.
 
     Args:
-        file_name: of the settings, as JSON, in the folder.
-        about: the settings that everything in the folder depends on, as JSON has them.
-        what: is in the folder, in plural, for messages.
+        folder: the output folder.
+        file_name: the name of the JSON file of settings in the folder.
+        about: the settings that everything in the folder depends on, as JSON values.
+        what: the plural noun for the contents of the folder, for messages.
 
     Raises:
-        ValueError: something else is in the folder, or it was begun with other settings.
+        ValueError: something else is in the folder, or it was claimed with other settings.
         OSError: the file cannot be written.
     """
     file = folder / file_name
     if not file.exists():
-        # names that begin with a dot are temporary files of a killed run, or a file manager's
+        # names that begin with a dot are temporary files of a killed run, or belong to a file manager
         if folder.exists() and (not folder.is_dir() or any(not found.name.startswith(".") for found in folder.iterdir())):
             raise ValueError(f"output={str(folder)!r}: something else is there; choose a folder that is new or empty")
         write_atomically(file, (json.dumps(about, indent=1) + "\n").encode())

@@ -1,6 +1,6 @@
-"""Checkpoints of a training run: folders `checkpoint-N`, written whole or not at all, with a hash of every file.
+"""Checkpoints of a training run: folders `checkpoint-N`, written completely or not at all, with a hash of every file.
 
-What a run goes on from, as against `checkpoint`, which is about adapter files. One process writes; any may read.
+A run resumes from these, whereas `checkpoint` is about adapter files. One process writes; any may read.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ _logger = logging.getLogger(__name__)
 def write_checkpoint(
     folder: str | Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int | None = None
 ) -> Path:
-    """Write `folder/checkpoint-STEP`, wait until it lies on the disk, and only then delete what is too old.
+    """Write `folder/checkpoint-STEP`, wait until it is on the disk, and only then delete old checkpoints.
 
-    A checkpoint of that step that is there already is replaced; at no moment is the folder without a whole one.
+    An existing checkpoint of that step is replaced; at no moment is the folder without a complete checkpoint.
 
     Args:
-        folder: of the run; made where it is missing.
-        step: from 0 to 10^18 - 1.
-        tensors: of any device and layout; read back with the same bits, contiguous, on the CPU.
-        state: what JSON can give back unchanged: texts, whole numbers of up to 4000 digits, finite floats, truths, None, lists,
-            and tables with texts for keys.
-        keep: how many whole checkpoints, the newest by step, stay; None for all. The one just written always stays, and so do
-            damaged ones that are newer than the oldest of them.
+        folder: the folder of the run; it is created if it does not exist.
+        step: the step, from 0 to 10^18 - 1.
+        tensors: dense tensors on any device, with any strides; they are read back with the same bits, contiguous, on the CPU.
+        state: values that JSON returns unchanged: strings, integers of up to 4000 digits, finite floats, booleans, None, lists,
+            and dicts with strings as keys.
+        keep: the number of undamaged checkpoints to keep, the newest by step; None for all. The one just written is always
+            kept, and so are damaged ones that are newer than the oldest checkpoint kept.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        ValueError, TypeError: a wrong argument; nothing is touched.
-        OSError: it could not be written; the checkpoints that were there are as they were.
+        ValueError, TypeError: an argument is invalid; nothing has been touched.
+        OSError: the checkpoint could not be written; existing checkpoints are unchanged.
     """
     folder = Path(folder)
     _check_numbers(step, keep)
@@ -65,16 +65,16 @@ def write_checkpoint(
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint, by step, all of whose files match its manifest; None if there is no checkpoint.
+    """Return the newest checkpoint, by step, whose files all match its manifest, or None if there is none.
 
-    One that is damaged is passed over, with a warning in the log that names it and its fault.
+    Damaged checkpoints are skipped, and a warning is logged that names the checkpoint and its fault.
 
     Raises:
         OSError: the folder cannot be listed.
     """
     folder = Path(folder)
     seen: list[Path] | None = None
-    while seen != (seen := _checkpoints(folder)):  # once more, if another process has rotated meanwhile
+    while seen != (seen := _checkpoints(folder)):  # look again if another process has deleted old ones in the meantime
         for path in seen:
             fault = _fault(path)
             if fault is None:
@@ -85,11 +85,11 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, on the CPU, and the state of a checkpoint, after every file is compared with its hash.
+    """Return the tensors, on the CPU, and the state of a checkpoint, after checking the hash of every file.
 
     Raises:
-        FileNotFoundError: the folder or a file of it is missing.
-        ValueError: something in it is damaged or does not belong there; the sentence names the file and the fault.
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: something in it is damaged or does not belong there; the message names the file and the fault.
         OSError: a file cannot be read.
     """
     path = Path(path)
@@ -114,7 +114,7 @@ def _tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
             raise TypeError(f"{name!r}: it is {type(tensor).__name__}, not a dense tensor")
         if tensor.dtype not in _FLOATS | _WHOLE or tensor.dim() > MAX_AXES:
             raise ValueError(f"{name!r}: {tensor.dtype} with {tensor.dim()} axes cannot be in a checkpoint")
-    # Copies, since tensors that share memory cannot be in one file.
+    # These are copies, because tensors that share memory cannot be in one file.
     plain = {name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, t in tensors.items()}
     data: bytes = safetensors.torch.save(plain)
     if int.from_bytes(data[:8], "little") > MAX_HEADER:
@@ -135,14 +135,14 @@ def _state_bytes(state: Mapping[str, Any]) -> bytes:
 
 
 def _step(path: Path) -> int | None:
-    """The step in a checkpoint's name, also of one that stands aside while it is replaced; None of another name."""
+    """Return the step in a checkpoint's name, also in its temporary name while it is replaced; None for other names."""
     aside = ASIDE.fullmatch(path.name)
     name = _NAME.fullmatch(aside["name"] if aside and aside["kind"] == "old" else path.name)
     return int(name[1]) if name else None
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Newest first; of two of a step, the one that has its name."""
+    """Return the checkpoints in a folder, newest first; of two with the same step, the one with the regular name is first."""
     try:
         found = [(step, path) for path in folder.iterdir() if (step := _step(path)) is not None]
     except FileNotFoundError:
@@ -151,7 +151,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint in a run's folder, where it may not be a link to another place."""
+    """Return what is wrong with a checkpoint in a run's folder, where it must not be a link, or None."""
     try:
         if path.is_symlink():
             return f"{path}: it is a link"
@@ -168,7 +168,7 @@ def _rotate(folder: Path, written: Path, keep: int) -> None:
             old.append(path)
         elif path == written or _fault(path) is None:
             kept += 1
-    for path in reversed(old):  # the oldest goes first
+    for path in reversed(old):  # delete the oldest first
         if path != written and not path.is_symlink() and path.is_dir():
             try:
                 remove_folder(path)

@@ -1,4 +1,4 @@
-"""The manifest of a training checkpoint: which files it has, of how many bytes, with which SHA-256."""
+"""The manifest of a training checkpoint: the names, sizes and SHA-256 hashes of its files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from loca_vision.storage.strict_json import strict_json
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 FORMAT = "loca-vision checkpoint 1"
 MAX_MANIFEST, MAX_STATE = 2**16, 2**26  # bytes
-_LONGEST, _NESTING = 4000, 32  # of numbers, and of tables and lists in the state
+_LONGEST, _NESTING = 4000, 32  # the digits of a number, and the nesting of dicts and lists, in the state
 
 
 def make_manifest(step: int, files: Mapping[str, bytes]) -> bytes:
-    """The bytes of `manifest.json`; the same facts make the same bytes."""
+    """Return the bytes of `manifest.json`; the same facts always result in the same bytes."""
     facts = {name: {"sha256": sha256(data).hexdigest(), "size": len(data)} for name, data in files.items()}
     return _canonical({"files": facts, "format": FORMAT, "step": step})
 
@@ -29,14 +29,15 @@ def _canonical(fields: object) -> bytes:
 
 
 def verify(folder: Path, step: int | None) -> None:
-    """Compare every file of a checkpoint with its manifest. Names that begin with a dot, as of a file manager, are passed over.
+    """Compare every file of a checkpoint with its manifest, ignoring names that begin with a dot, such as a file manager's.
 
     Args:
-        step: what the manifest must say; None for anything.
+        folder: the folder of the checkpoint.
+        step: the step that the manifest must state; None for any.
 
     Raises:
-        FileNotFoundError: the folder or a file of it is missing.
-        ValueError: something in it is damaged or does not belong there; the sentence names the file and the fault.
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: something in it is damaged or does not belong there; the message names the file and the fault.
         OSError: a file cannot be read.
     """
     if not folder.exists():
@@ -85,10 +86,11 @@ def _compare(path: Path, facts: Mapping[str, Any]) -> None:
 
 
 def parse_state(path: Path, data: bytes | None = None) -> dict[str, Any]:
-    """The state in a file, or in the `data` that are to be one.
+    """Return the state stored in a file, or in `data`, the bytes that such a file would have.
 
     Raises:
-        ValueError: it is not one; the sentence begins with the path.
+        ValueError: it is not a valid state; the message begins with the path.
+        FileNotFoundError, OSError: as in `read_small`.
     """
     data = read_small(path, MAX_STATE) if data is None else data
     try:
@@ -103,12 +105,12 @@ def parse_state(path: Path, data: bytes | None = None) -> dict[str, Any]:
 
 
 def read_small(path: Path, most: int) -> bytes:
-    """All of a regular file of at most `most` bytes.
+    """Return the content of a regular file of at most `most` bytes.
 
     Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it is a link, another kind of thing, or longer.
-        OSError: it cannot be read.
+        FileNotFoundError: the file is missing.
+        ValueError: it is a link, not a regular file, or longer.
+        OSError: the file cannot be read.
     """
     with _opened(path) as file:
         data = file.read(most + 1)
@@ -118,7 +120,7 @@ def read_small(path: Path, most: int) -> bytes:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """A link could lead out of the folder, a FIFO would hang."""
+    """Open a regular file only, because a link could lead out of the folder and a FIFO would hang."""
     try:
         mode = path.lstat().st_mode
         if not stat.S_ISREG(mode):

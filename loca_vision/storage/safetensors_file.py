@@ -1,4 +1,4 @@
-"""safetensors files that come from anywhere, read strictly and written atomically. Nothing is ever unpickled."""
+"""Read safetensors files from untrusted sources strictly, and write them atomically. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from loca_vision.storage.atomic_file import write_atomically
 from loca_vision.storage.strict_json import MAX_HEADER, _check_regular, _one_line, strict_json
 
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-EIGHT_BITS = ("F8_E4M3", "F8_E5M2")  # with which torch does not compute: only who converts them asks for such files
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # endings of files that could run code when read
+EIGHT_BITS = ("F8_E4M3", "F8_E5M2")  # torch does not compute with these, so only code that converts them asks for them
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # suffixes of files that could run code when read
 _PICKLE_MARKS = {b"PK\x03\x04": "a PyTorch archive"} | {bytes((0x80, protocol)): "a pickle" for protocol in range(2, 6)}
 MAX_AXES = 8  # the product of thousands of sizes would take minutes
 _MAX_NESTING = 8
@@ -37,7 +37,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class OpenFile:
-    """A checked header, and the file it came from."""
+    """An open file whose header has been checked."""
 
     path: Path
     header: bytes
@@ -46,7 +46,7 @@ class OpenFile:
     file: BinaryIO
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors, in memory of their own: a file that shrinks later cannot take the process along."""
+        """Return all tensors in their own memory, so that a file that shrinks later cannot crash the process."""
         self.file.seek(0)
         data = self.file.read(len(self.header) + max((entry.end for entry in self.entries.values()), default=0))
         if not data.startswith(self.header):
@@ -57,11 +57,11 @@ class OpenFile:
             raise ValueError(str(error)) from error
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, in memory of its own; of a large file no more than that is read.
+        """Return one tensor in its own memory, reading no more of the file than that.
 
         Raises:
-            KeyError: no tensor of that name.
-            ValueError: the file is shorter than it was.
+            KeyError: there is no tensor with that name.
+            ValueError: the file has become shorter.
         """
         entry = self.entries[name]
         self.file.seek(len(self.header) + entry.start)
@@ -75,16 +75,18 @@ class OpenFile:
 
 @contextmanager
 def open_safetensors(path: Path, *, eight_bits: bool = False) -> Iterator[OpenFile]:
-    """Open a regular file and check its whole header against its size, before any tensor is read.
+    """Open a regular file and check its whole header against its size before any tensor is read.
 
-    What is found wrong inside the `with` is about this file too: the error begins with its path.
+    ValueErrors and TypeErrors raised inside the context count as errors of this file: they become a ValueError whose message
+    begins with the path.
 
     Args:
-        eight_bits: whether floating-point numbers of eight bits are let through.
+        path: the file to open.
+        eight_bits: whether 8-bit floating-point numbers are allowed.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: it is not a regular file, or not a sound safetensors file; the sentence says where.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a regular file or not a valid safetensors file; the message says where the fault is.
     """
     _check_regular(path)
     dtypes = _SIZES | dict.fromkeys(EIGHT_BITS if eight_bits else (), 1)
@@ -96,11 +98,11 @@ def open_safetensors(path: Path, *, eight_bits: bool = False) -> Iterator[OpenFi
 
 
 def tensors_like(path: Path, known: OpenFile) -> dict[str, Tensor] | None:
-    """The tensors of a file whose header is, byte for byte, one that was checked before; None if it is not.
+    """Return the tensors of a file whose size and header, byte for byte, are those of a file checked before, or None.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it was changed while it was read.
+        OSError: the file cannot be read.
+        ValueError: the file was changed while it was read.
     """
     _check_regular(path)
     with path.open("rb") as file:
@@ -110,8 +112,10 @@ def tensors_like(path: Path, known: OpenFile) -> dict[str, Tensor] | None:
 
 
 def may_be_read(file: Path, folder: Path) -> bool:
-    """Whether a file of a folder lies in it at the end of all links; or, for a snapshot in the hub's cache, in the `blobs`
-    next to it that its files are links to."""
+    """Whether a file of a folder, after following all links, lies in that folder.
+
+    For a snapshot in the hub's cache, it may also lie in the `blobs` folder that the snapshot's files link to.
+    """
     there = folder.resolve()
     roots = [there]
     for snapshots in there.parents:
@@ -124,7 +128,7 @@ def may_be_read(file: Path, folder: Path) -> bool:
 def _opened(path: Path, file: BinaryIO, size: int, dtypes: Mapping[str, int]) -> OpenFile:
     start = file.read(8)
     length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > size - 8:  # only then a pickle: headers of 640 bytes begin like one
+    if len(start) < 8 or length > size - 8:  # look for a pickle only here, because a header of 640 bytes begins like one
         kind = next((kind for mark, kind in _PICKLE_MARKS.items() if start.startswith(mark)), None)
         if kind:
             raise ValueError(f"it is {kind}, which could run code when read; adapters are safetensors files")
@@ -163,7 +167,7 @@ def _whole_numbers(values: Any) -> bool:
 
 
 def _check_cover(entries: dict[str, Entry], data: int) -> None:
-    """The tensors lie one after the other over the whole data section, with no gap, overlap or rest."""
+    """Check that the tensors follow one another over the whole data section, without gap, overlap or remainder."""
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != end:
@@ -174,22 +178,22 @@ def _check_cover(entries: dict[str, Entry], data: int) -> None:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file as `write_atomically` does."""
+    """Write a safetensors file atomically, as `write_atomically` does."""
     write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
 def in_sixteen_bits(tensor: Tensor) -> Tensor:
-    """A tensor in float16 where it has eight bits, which lose nothing by it; every other as it is."""
+    """Return an 8-bit floating-point tensor in float16, which is lossless, and any other tensor unchanged."""
     return tensor.half() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raise `ValueError` if the path ends like a pickle."""
+    """Raise `ValueError` if the path has the suffix of a pickle."""
     if path.suffix in PICKLES:
         raise ValueError(f"{path}: it ends like a pickle, which could run code when read; expected a safetensors file")
 
 
 def pickle_hint(names: Iterable[str]) -> str:
-    """The end of a sentence about a missing safetensors file: the pickle that lies in its place, or nothing."""
+    """Return the end of a message about a missing safetensors file: a hint about a pickle found instead, or ""."""
     name = next((name for name in sorted(names) if name.endswith(PICKLES)), None)
     return f"; {name} is there, but a pickle could run code when read" if name else ""

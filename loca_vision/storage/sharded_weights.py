@@ -1,4 +1,4 @@
-"""Whole checkpoints, in one safetensors file or in shards with an index: read and written a tensor at a time."""
+"""Read and write full checkpoints, in one safetensors file or in shards with an index, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from loca_vision.storage.strict_json import read_json
 from loca_vision.version import __version__
 
 INDEX_SUFFIX = ".safetensors.index.json"
-_MARK = "loca_vision"  # in the header of what is written here
+_MARK = "loca_vision"  # marks the header of files written here
 
 
 @dataclass(frozen=True)
@@ -40,32 +40,32 @@ class Weights:
 
     Args:
         entries: dtype and shape of each tensor by name, in the order of the files.
-        files: the checked file that holds each.
+        files: the checked file that holds each tensor, by the tensor's name.
     """
 
     entries: Mapping[str, Entry]
     files: Mapping[str, OpenFile]
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, read now, in memory of its own.
+        """Read one tensor now, into its own memory.
 
         Raises:
-            KeyError: no tensor of that name.
-            ValueError: its file is shorter than it was.
+            KeyError: there is no tensor with that name.
+            ValueError: its file has become shorter.
         """
         return self.files[name].tensor(name)
 
 
 @contextmanager
 def open_weights(path: str | os.PathLike[str]) -> Iterator[Weights]:
-    """Open a checkpoint: a safetensors file, an index of shards, or a folder with one of either.
+    """Open a checkpoint: a safetensors file, an index of shards, or a folder that contains one of these.
 
-    Every header is checked before the first tensor is read, and the shards against the index: no name leaves the folder,
-    each tensor is in the shard the index says, none is in two or in no list.
+    Before the first tensor is read, every header is checked, and the shards are checked against the index: no file name leads
+    out of the folder, each tensor is in the shard that the index states, and none is in two shards or missing from the index.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: a pickle, or what is not sound or not whole, in one sentence that begins with the path.
+        FileNotFoundError: the checkpoint does not exist.
+        ValueError: the checkpoint is a pickle, invalid or incomplete; the message is one sentence that begins with the path.
     """
     file = _file(Path(path))
     with ExitStack() as stack:
@@ -94,7 +94,7 @@ def _file(path: Path) -> Path:
 
 
 def _shards(index: Path) -> dict[str, list[str]]:
-    """The tensors that each shard is to hold, by the index."""
+    """Return the tensors that each shard holds according to the index."""
     table = read_json(index)
     places = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
@@ -135,24 +135,27 @@ def write_weights_files(
     extra: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a checkpoint, asking for each tensor when its turn comes: whole, or not at all.
+    """Write a checkpoint completely or not at all, requesting each tensor only when it is its turn.
 
     Args:
-        path: a file that ends in .safetensors, of any size; or a folder, which gets `<stem>.safetensors`, or, where that is
+        path: a file that ends in .safetensors, of any size; or a folder, which gets `<stem>.safetensors` or, if that would be
             larger than a shard, `<stem>-00001-of-0000n.safetensors` and `<stem>.safetensors.index.json`.
-        entries: dtype and shape of each tensor by name; the places in `entries` mean nothing.
-        tensor: gives one by name, of that dtype and shape.
-        shard_size: bytes of tensors in a shard at most; a tensor that is larger has a shard by itself.
-        extra: other files of the folder by name, such as `config.json`.
-        overwrite: replace a file, or a folder that holds nothing but weights written here and files named in `extra`.
+        entries: dtype and shape of each tensor by name; the absolute values of `start` and `end` do not matter.
+        tensor: returns the tensor with a name, in that dtype and shape.
+        stem: the first part of the file names in a folder.
+        shard_size: the maximal number of bytes of tensors in a shard; a larger tensor gets a shard of its own.
+        extra: the content of other files in the folder by name, such as `config.json`.
+        overwrite: whether to replace an existing file, or a folder that contains only weights written here and files named in
+            `extra`.
 
     Returns:
         The file, or the folder.
 
     Raises:
-        FileExistsError: something is there that may not be replaced.
-        ValueError: no tensor, a size below 1, or a tensor that is not as its entry says; nothing is written then.
-        OSError: as `write_atomically`.
+        FileExistsError: something exists there that must not be replaced.
+        ValueError: there is no tensor, the shard size is below 1, or a tensor is not as its entry says; in these cases, nothing
+            is written.
+        OSError: as in `write_atomically`.
     """
     target = Path(path)
     if not entries:
@@ -177,7 +180,7 @@ def write_weights_files(
 
 
 def _is_ours(file: Path, extra: Mapping[str, bytes]) -> bool:
-    """Whether a file of the folder to be replaced was written here, or is written again."""
+    """Whether a file in the folder to be replaced was written here, or will be written again."""
     if file.name in extra or file.name.endswith(INDEX_SUFFIX):
         return True
     try:
@@ -188,7 +191,7 @@ def _is_ours(file: Path, extra: Mapping[str, bytes]) -> bool:
 
 
 def _files(entries: Mapping[str, Entry], tensor: Callable[[str], Tensor], stem: str, shard_size: int) -> dict[str, Content]:
-    """The files of a folder by name, their content yet to be made."""
+    """Return the files of a folder by name; their content is produced lazily."""
     shards = _divided(entries, shard_size)
     if len(shards) == 1:
         return {f"{stem}.safetensors": _content(entries, shards[0], tensor)}
@@ -216,10 +219,10 @@ def _size(entry: Entry) -> int:
 
 
 def _content(entries: Mapping[str, Entry], names: list[str], tensor: Callable[[str], Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file piece by piece: the header, then each tensor."""
+    """Yield a safetensors file piece by piece: the header, then each tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", _MARK: __version__}}
     end = 0
-    # Widest first, as the library writes: whatever is mapped into memory lies at multiples of its own size.
+    # The widest dtypes come first, as the library writes them, so that mapped numbers lie at multiples of their own size.
     ordered = sorted(names, key=lambda name: -_item(entries[name]))
     for name in ordered:
         entry = entries[name]
@@ -233,7 +236,7 @@ def _content(entries: Mapping[str, Entry], names: list[str], tensor: Callable[[s
 
 
 def _item(entry: Entry) -> int:
-    """Bytes of one number; 0 for an empty tensor."""
+    """Return the number of bytes of one element; 0 for an empty tensor."""
     return _size(entry) // max(1, math.prod(entry.shape))
 
 

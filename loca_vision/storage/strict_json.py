@@ -1,4 +1,4 @@
-"""JSON read strictly: no repeated keys, NaN, infinity or absurd nesting."""
+"""Read JSON strictly: no repeated keys, NaN, infinity or absurd nesting."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ def _check_regular(path: Path) -> None:
 
 
 def _one_line(text: str) -> str:
-    """Fit for a terminal and a log, whatever the names in a file are."""
+    """Make a text safe for a terminal and a log, whatever names a file contains."""
     text = text if len(text) <= 600 else f"{text[:300]} ... {text[-300:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def strict_json(text: str, *, longest: int = 32, nesting: int = 8) -> Any:
-    """The value of a JSON text without repeated keys, NaN, infinity, absurd numbers or absurd nesting.
+    """Return the value of a JSON text without repeated keys, NaN, infinity, absurd numbers or absurd nesting.
 
     Args:
-        longest: characters that a number may have.
-        nesting: tables and lists that may lie inside one another.
+        text: the JSON text.
+        longest: the maximal number of characters of a number.
+        nesting: the maximal depth of nested dicts and lists.
 
     Raises:
-        ValueError: it is not such a text.
+        ValueError: the text is not such JSON.
     """
     number = partial(_number, longest=longest)
     try:
@@ -49,11 +50,11 @@ def strict_json(text: str, *, longest: int = 32, nesting: int = 8) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file of at most 8 MiB, as strict as `strict_json`.
+    """Return the value of a JSON file of at most 8 MiB, read as strictly as by `strict_json`.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: no regular file, or no such text; the sentence begins with the path.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a regular file, or not such JSON; the message begins with the path.
     """
     _check_regular(path)
     with path.open("rb") as file:
@@ -75,7 +76,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _number(text: str, longest: int) -> int | float:
-    """Python reads 1e999 as infinity, and whole numbers of any length."""
+    """Parse a number with limits, because Python reads 1e999 as infinity, and integers of any length."""
     if len(text) <= longest:
         value = int(text) if text.lstrip("-").isdigit() else float(text)
         if isinstance(value, int) or math.isfinite(value):

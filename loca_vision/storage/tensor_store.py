@@ -1,4 +1,4 @@
-"""Tensors kept on disk under keys, in safetensors files that are written whole or not at all and checked before use."""
+"""Tensors stored on disk under keys, in safetensors files that are written atomically and checked before use."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShardLocation:
-    """Where a tensor lies: the file, the byte at which its data begin, and what they are."""
+    """The location of a tensor: the file, the byte at which its data begin, and its entry."""
 
     file: Path
     start: int
@@ -34,17 +34,18 @@ class ShardLocation:
 
 
 class TensorStore:
-    """Tensors by key, as they were put in, bit for bit. What is in a folder at the start is there at once.
+    """A store of tensors by key, which returns them bit for bit, including those that the folder already contains.
 
-    A file that is damaged is removed, and the log says so: its keys are missing then. Several processes may add to a folder
-    at the same time; each sees what was there when it opened it, and what it added itself.
+    A damaged file is removed with a warning in the log, and its keys are then missing. Several processes may add to a folder at
+    the same time; each sees what the folder contained when it opened it, and what it has added itself.
 
     Args:
-        folder: made with the first tensors.
-        identity: what the tensors depend on besides their keys. A file of another identity does not belong in the folder.
+        folder: the folder; it is created when the first tensors are added.
+        identity: everything that the tensors depend on apart from their keys. Files with another identity do not belong in the
+            folder.
 
     Raises:
-        ValueError: there is such a file.
+        ValueError: the folder contains a file with another identity.
         OSError: the folder or a file cannot be read.
     """
 
@@ -61,14 +62,14 @@ class TensorStore:
         return len(self.places)
 
     def __getitem__(self, key: str) -> Tensor:
-        """The tensor, on the CPU, in memory of its own.
+        """Return the tensor, on the CPU, in its own memory.
 
         Raises:
             KeyError: there is no such tensor.
-            OSError: its file is gone, or shorter than it was.
+            OSError: its file is missing or has become shorter.
         """
         place = self.places[key]
-        with place.file.open("rb") as file:  # read, not mapped: a file that shrinks cannot take the process along
+        with place.file.open("rb") as file:  # read, not mapped, so that a file that shrinks cannot crash the process
             file.seek(place.start)
             data = bytearray(file.read(place.entry.end - place.entry.start))
         if len(data) < place.entry.end - place.entry.start:
@@ -76,10 +77,10 @@ class TensorStore:
         return torch.frombuffer(data, dtype=_DTYPES[place.entry.dtype]).reshape(place.entry.shape)
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors as one more file; they are there for good when this returns.
+        """Write tensors durably as another file.
 
         Raises:
-            OSError: it could not be written; what was there is as it was.
+            OSError: the file could not be written; the existing files are unchanged.
         """
         plain = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
         digest = _digest_of(safetensors.torch.save(plain))
@@ -107,7 +108,7 @@ class TensorStore:
 
 
 def _fault(opened: OpenFile) -> str | None:
-    """What is wrong with a file that reads as safetensors."""
+    """Return what is wrong with a valid safetensors file, or None if it is an intact file of a store."""
     if _IDENTITY not in opened.metadata or _DIGEST not in opened.metadata:
         return "it is not from a cache"
     if any(entry.dtype not in _DTYPES for entry in opened.entries.values()):
@@ -120,7 +121,7 @@ def _fault(opened: OpenFile) -> str | None:
 
 
 def _digest_of(data: bytes) -> str:
-    """Of names, kinds and numbers, whatever else the header of these bytes has."""
+    """Return the digest of the names, dtypes, shapes and values in these bytes, whatever else the header contains."""
     length = 8 + int.from_bytes(data[:8], "little")
     fields: dict[str, Any] = json.loads(data[8:length])
     fields.pop("__metadata__", None)
