@@ -120,7 +120,7 @@ def pretrain(wanted: Pretrain) -> dict[str, Any]:
     pipe.save_pretrained(wanted.base)
     write_atomically(wanted.base / CARD, _card(wanted, measured, len(shown), len(held)).encode())
     record = {"settings": about, "measured": measured, "environment": environment()}
-    write_atomically(wanted.base / RESULT, (json.dumps(record, indent=1) + "\n").encode())  # written last: it marks the base as finished
+    write_atomically(wanted.base / RESULT, (json.dumps(record, indent=1) + "\n").encode())  # last: marks it as finished
     _forget(wanted.base / CHECKPOINTS)
     print(f"{wanted.base}: " + ", ".join(f"{name} {value:.2f}" for name, value in measured.items()))
     return record

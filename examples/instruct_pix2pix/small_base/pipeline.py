@@ -102,7 +102,7 @@ def _unet(shape: Shape) -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D",) * levels,
         up_block_types=("CrossAttnUpBlock2D",) * levels,
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=tuple(max(1, width // HEAD) for width in shape.channels),  # diffusers uses this name for the number of heads
+        attention_head_dim=tuple(max(1, width // HEAD) for width in shape.channels),  # here: the number of heads
         norm_num_groups=GROUPS,
     )
     begin_copying(unet)
