@@ -79,8 +79,7 @@ class Pretrain:
     """Largest standard deviation of the noise on the latents of half of the UNet's conditioning images. With this noise, the
     UNet cannot only copy its input and has to learn what an image contains."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """Precision of the matrix products. On processors with bfloat16 units (AMX), bf16 takes half the time; on others it is
-    slow."""
+    """Precision of the products. On processors with bfloat16 units (AMX), bf16 takes half the time; on others it is slow."""
     checkpointing_steps: int = 100
     """Steps between checkpoints."""
     num_inference_steps: int = 20
