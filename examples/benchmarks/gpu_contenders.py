@@ -43,7 +43,7 @@ def eager(job: Job) -> dict[str, Made]:
 
 
 def compiled(job: Job, *, backend: str) -> dict[str, Made]:
-    """Return contenders compiled with torch.compile."""
+    """Return contenders that use torch.compile, which compiles during the first step."""
     known = methods(job)
     return {name: partial(_compiled, adapt=known[name], backend=backend) for name in (FLOOR, LOCA, peft_lora(job))}
 

@@ -38,13 +38,13 @@ class Settings:
     """Calculate what a training step with LoCA takes on bases of diffusers, and print a table"""
 
     bases: tuple[Name, ...] = ("sd15", "sdxl", "klein")
-    """Stable Diffusion 1.5 at 512 pixels, SDXL at 1024, FLUX.2 klein 4B at 512."""
+    """Base models: Stable Diffusion 1.5 at 512 pixels, SDXL at 1024, FLUX.2 klein 4B at 512."""
     batch_size: int = 1
-    """Images."""
+    """Images per step."""
     resolution: int | None = None
-    """Other pixels a side, of all of them."""
+    """Pixels per side for all bases; by default each base's own."""
     n_components: int = 3000
-    """Of each projection."""
+    """Components per projection."""
     targets: tuple[Literal["q", "k", "v", "out", "fc1", "fc2"], ...] = ("q", "k", "v", "out")
     """Adapted projections."""
     dry_run: bool = False
@@ -52,7 +52,7 @@ class Settings:
 
 
 def cells(step: Step) -> list[str]:
-    """A row: GB (10^9 bytes), and 10^12 operations."""
+    """Return a row of the table: GB (10^9 bytes), and 10^12 operations."""
     sizes = (step.weights, step.built, BYTES_OF_A_TRAINED_NUMBER * step.trained, step.kept, step.peak, step.total)
     return [
         f"{step.title}, {step.resolution}",
@@ -66,7 +66,7 @@ def cells(step: Step) -> list[str]:
 
 
 def table(wanted: Settings, known: Mapping[Name, Base]) -> str:
-    """Markdown: each base without checkpointing and with."""
+    """Return a Markdown table of each base without and with checkpointing."""
     config = LoCAConfig(n_components=wanted.n_components, targets=wanted.targets)
     trace = partial(traced, config=config, batch_size=wanted.batch_size, resolution=wanted.resolution)
     steps = (trace(known[name], checkpointing=again) for name in wanted.bases for again in (False, True))
@@ -74,9 +74,10 @@ def table(wanted: Settings, known: Mapping[Name, Base]) -> str:
 
 
 def work(wanted: Settings) -> None:
-    """
+    """Print the table.
+
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting is out of range.
     """
     check_positive(wanted, "batch_size", "n_components")
     if wanted.resolution is not None and (wanted.resolution < 128 or wanted.resolution % 64):

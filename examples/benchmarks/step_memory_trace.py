@@ -59,10 +59,10 @@ class Step:
 
 
 class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the tensors that operations in here make, as long as they are alive.
+    """Track the bytes of tensors that operations in this context create, for as long as they are alive.
 
     Args:
-        besides: storages, by address, that do not count.
+        besides: addresses of storages that do not count.
     """
 
     def __init__(self, besides: set[int]) -> None:
@@ -119,13 +119,13 @@ _ATTENTION = {  # which torch counts on GPUs alone
 def traced(
     base: Base, config: LoCAConfig, *, batch_size: int = 1, resolution: int | None = None, checkpointing: bool = False
 ) -> Step:
-    """One training step of one base.
+    """Trace one training step of one base.
 
     Args:
-        config: of the adapter.
-        batch_size: images.
-        resolution: pixels a side; by default the base's.
-        checkpointing: compute activations again in the backward pass.
+        config: the configuration of the adapter.
+        batch_size: images per step.
+        resolution: pixels per side; by default the base's.
+        checkpointing: whether to recompute activations in the backward pass.
 
     Raises:
         ValueError: the adapter does not fit the base.
@@ -161,7 +161,7 @@ def traced(
 
 
 def _step(model: nn.Module, positional: tuple[Any, ...], named: Mapping[str, Any], between: Callable[[], None]) -> None:
-    """Forward and backward, and something between them."""
+    """Run forward and backward, and call `between` in between."""
     with torch.autocast("cpu", torch.bfloat16):
         error = model(*positional, **named).sample.float().square().mean()
     between()
@@ -169,7 +169,7 @@ def _step(model: nn.Module, positional: tuple[Any, ...], named: Mapping[str, Any
 
 
 def _bytes(model: nn.Module, step: Callable[..., None]) -> tuple[int, int]:
-    """Of tensors that are alive between forward and backward, and at most."""
+    """Return the bytes of tensors alive between forward and backward, and the peak."""
     alive, kept = Alive({parameter.untyped_storage()._cdata for parameter in model.parameters()}), []
     with alive:
         step(lambda: kept.append(alive.now))
@@ -177,7 +177,7 @@ def _bytes(model: nn.Module, step: Callable[..., None]) -> tuple[int, int]:
 
 
 def _operations(step: Callable[..., None]) -> tuple[int, int]:
-    """Of the forward pass, and of both."""
+    """Return the operations of the forward pass, and of both passes."""
     counted: Any = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
     forward: list[int] = []
     with counted:
@@ -194,7 +194,7 @@ def _learning(adapted: list[Target]) -> None:
 
 
 def _watch_tokens(adapted: list[Target]) -> dict[str, int]:
-    """Vectors that each projection sees, by name; filled in by a forward pass."""
+    """Return the number of vectors that each projection sees, by name; a forward pass fills it in."""
     tokens: dict[str, int] = {}
 
     def seen(name: str, layer: nn.Module, given: tuple[Tensor, ...]) -> None:
