@@ -37,7 +37,7 @@ DEFAULT_BATCH = 128
 # Settings that earlier versions lacked, with the values that they had in effect.
 EARLIER: dict[str, Any] = {
     "set": [], "layers": [], "label_smoothing": 0.0, "mixup": 0.0, "class_weights": "none", "adapter_dtype": "float32",
-    "location_init": "uniform", "location_batches": 16, "location_rule": "largest",
+    "location_init": "uniform", "location_batches": 16, "location_rule": "largest", "head": None,
 }  # fmt: skip
 # Settings that may differ between a run and its continuation.
 MAY_DIFFER_ON_RESUME = {

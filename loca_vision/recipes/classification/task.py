@@ -19,6 +19,7 @@ from loca_vision.model.heads import classifier
 from loca_vision.model.inject import inject
 from loca_vision.model.schedule import parameter_groups
 from loca_vision.model.traversal import all_updates
+from loca_vision.recipes.classification.first_head import load_head
 from loca_vision.recipes.classification.models import ModelSpec, build_model, data_settings, default_weights
 from loca_vision.recipes.classification.recipe import Recipe, adapter_config
 
@@ -153,6 +154,8 @@ def build(task: Task, recipe: Recipe) -> nn.Module:
     """
     model = build_model(task.spec)
     _check_size(model, task.spec)
+    if recipe.head is not None:
+        load_head(model, recipe.head, task.splits.classes)
     if recipe.checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):
             raise ValueError(f"--checkpointing: {task.spec.name} has no gradient checkpointing")
