@@ -58,7 +58,7 @@ class Settings:
     """Measure what adapters cost on one GPU, within a given time."""
 
     minutes: float = 9.0
-    """Time limit for all parts; what does not fit is left out and listed."""
+    """Minutes for all parts together; what does not fit is left out and listed."""
     output: Path = Path("results/gpu")
     """Folder for gpu.json, pictures and README.md."""
     parts: tuple[Part, ...] = tuple(PARTS)

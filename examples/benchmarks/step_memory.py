@@ -1,11 +1,11 @@
-"""What a training step with LoCA takes, by calculation: bytes and floating-point operations. Nothing is measured or allocated.
+"""Calculate the bytes and floating-point operations of a training step with LoCA. Nothing is measured or allocated.
 
-The real configuration of each base is traced with tensors that have shapes and no memory (FakeTensorMode), so that a step of a
-model of gigabytes takes seconds on any machine. Counted are frozen weights in bfloat16; the adapted weights W + Delta W, which
-are built in every step; 16 bytes for each trained number (itself, its gradient and AdamW's two means, in float32); and every
-other tensor that is alive at once, those that wait for the backward pass and those of an operation alike. Not counted are the
-context and the fragments of a device, what a kernel needs for itself, text encoders and the autoencoder. Norms are in bfloat16
-as under a processor's autocast; a GPU's computes and keeps some in float32.
+The real configuration of each base is traced with tensors that have shapes but no memory (FakeTensorMode), so that tracing a
+step of a multi-gigabyte model takes seconds on any machine. These count: frozen weights in bfloat16; the adapted weights
+W + Delta W, which are built in every step; 16 bytes for each trained number (itself, its gradient and AdamW's two moments, in
+float32); and every other tensor that is alive at the same time, whether it is kept for the backward pass or used within an
+operation. These do not count: a device's context and fragmentation, a kernel's own workspace, text encoders and the
+autoencoder. Norms are in bfloat16, as under a CPU's autocast; a GPU's autocast computes and keeps some in float32.
 
     python examples/benchmarks/step_memory.py
     python examples/benchmarks/step_memory.py --bases sdxl --batch_size 4

@@ -1,4 +1,4 @@
-"""One training step of a method; what it costs in operator calls and in memory; whether LoCA is right before it is timed."""
+"""One training step of a method, its operator calls and memory, and a check of LoCA before it is timed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOLERANCE = 1e-4  # of the loss
 
 
 class Step:
-    """Forward, backward and update of one method's model; calling it takes a step."""
+    """Forward, backward and update of one method's model; call it to take a step."""
 
     def __init__(self, model: nn.Module, work: Workload) -> None:
         self.model, self.work = model, work
@@ -95,7 +95,7 @@ def peak(job: Job, method: str) -> float:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):  # Linux forgets the peak of making the model; elsewhere it counts
+    with suppress(OSError):  # Linux resets the peak from building the model; elsewhere it counts
         Path("/proc/self/clear_refs").write_text("5")
     step()
     step()
@@ -103,7 +103,7 @@ def peak(job: Job, method: str) -> float:
 
 
 def _resident_peak() -> float:
-    """Of this process alone: `ru_maxrss` of a process that another started begins at what the other held."""
+    """Return the peak of this process alone: a child's `ru_maxrss` starts at the memory that its parent held."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     for line in lines:

@@ -27,7 +27,7 @@ USUAL: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained."""
+    """The model, batch and adapters of a benchmark."""
 
     workload: Literal["vit", "unet", "sdxl"] = "vit"
     """A ViT, query and value adapted; or the UNet of Stable Diffusion 1.5 or of SDXL, query, key, value and output."""
@@ -65,11 +65,12 @@ class Workload:
     """A model, a batch, and how to adapt it.
 
     Args:
-        base: the model, frozen but for its head; never trained itself.
-        inputs: of the batch, asking for a gradient, so that no backward pass stops halfway.
-        loss: of a model on the batch.
-        head: the name of the module trained along with adapters, or None.
-        targets: the projections this library adapts; `layers`: those of peft.
+        base: the model, frozen except for its head; never trained itself.
+        inputs: the batch's inputs, which require a gradient so that no backward pass stops halfway.
+        loss: returns the loss of a model on the batch.
+        head: the name of the module that is trained with the adapters, or None.
+        targets: the projections that this library adapts.
+        layers: the layers that peft adapts.
     """
 
     base: nn.Module
@@ -160,14 +161,14 @@ def _denoising(job: Job, device: torch.device, base: Any, **more: Any) -> Worklo
 
 
 def unet(widths: tuple[int, int, int, int] = WIDTHS) -> Any:
-    """The UNet of Stable Diffusion 1.5 (860 million weights), or a narrower one, frozen."""
+    """Return the UNet of Stable Diffusion 1.5 (860 million weights), or a narrower one, frozen."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, block_out_channels=widths).requires_grad_(False)
 
 
 def sdxl_unet(widths: tuple[int, ...] = WIDTHS[:3]) -> Any:
-    """The UNet of SDXL (2.6 billion weights), or a narrower one that is shallower too, frozen."""
+    """Return the UNet of SDXL (2.6 billion weights), or a narrower and shallower one, frozen."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -176,7 +177,7 @@ def sdxl_unet(widths: tuple[int, ...] = WIDTHS[:3]) -> Any:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2, 10) if widths == WIDTHS[:3] else 1,
-        attention_head_dim=tuple(max(1, width // 64) for width in widths),  # which are numbers of heads, in spite of the name
+        attention_head_dim=tuple(max(1, width // 64) for width in widths),  # numbers of heads, despite the name
         cross_attention_dim=2048,
         use_linear_projection=True,
         addition_embed_type="text_time",
