@@ -1,15 +1,15 @@
-"""Fine-tune an image classifier of transformers with LoCA, by transformers' own Trainer.
+"""Fine-tune an image classifier from transformers with LoCA, using transformers' own Trainer.
 
     python examples/hf_trainer.py --output_dir digits --controls
     python examples/hf_trainer.py --model google/vit-base-patch16-224-in21k --root photos --output_dir mine
 
-Without --model, a small ViT with random weights learns the digits of scikit-learn, offline and in under a minute. What differs
-from a Trainer script for the whole model: `inject`, `parameter_groups` for the optimiser, and a callback for the schedule.
-Checkpoints, the best model and resuming are Trainer's, and the adapter is in all of them.
+Without --model, a small ViT with random weights is trained on scikit-learn's digits, offline and in under a minute. The script
+differs from a Trainer script for full fine-tuning in three places: `inject`, `parameter_groups` for the optimiser, and a
+callback for the schedule. Trainer itself handles checkpoints, the best model and resuming, and all of them include the adapter.
 
---controls proves it, and raises where it does not hold: the model at the end evaluates as the best epoch did; a run that is
-resumed from the first checkpoint ends with the very numbers of the one that went through; and the saved folder, loaded into a
-new model, gives the same logits.
+--controls verifies this and raises an error if a check fails: the final model evaluates exactly like the best epoch; a run
+resumed from the first checkpoint ends with exactly the same numbers as the uninterrupted one; and the saved folder, loaded into
+a new model, gives the same logits.
 """
 
 from __future__ import annotations
@@ -46,31 +46,31 @@ SMALL = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3, "i
 
 @dataclass(frozen=True)
 class Settings:
-    """An image classifier of transformers, fine-tuned with LoCA and Trainer."""
+    """Fine-tune an image classifier from transformers with LoCA and Trainer."""
 
     output_dir: Path
-    """Folder of the checkpoints; the best model is in the folder itself."""
+    """Folder for the checkpoints; the best model is saved in the folder itself."""
     model: str | None = None
-    """An image classifier on the hub or in a folder; a small one with random weights by default."""
+    """Image classifier, on the hub or in a folder; by default a small one with random weights."""
     root: Path | None = None
-    """A folder of images, with a folder for each class; the digits of scikit-learn by default."""
+    """Folder of images with one subfolder per class; by default scikit-learn's digits."""
     images: int | None = None
-    """Train on this many images, drawn by the seed; on all by default."""
+    """Number of training images, drawn with the seed; by default all."""
     epochs: int = 5
     batch_size: int = 32
     n_components: int = 500
     lr: float = 5e-2
-    """Of the coefficients."""
+    """Learning rate of the coefficients."""
     head_lr: float = 5e-3
     seed: int = 0
     resume: bool = False
-    """Go on from the last checkpoint in the output folder."""
+    """Resume from the last checkpoint in the output folder."""
     controls: bool = False
-    """Prove that checkpoints hold the adapter. Takes a second training."""
+    """Verify that checkpoints contain the adapter. This trains a second time."""
 
 
 class ScheduleCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Steps the schedule with the optimiser; where it stands is in each of Trainer's checkpoints."""
+    """Step the schedule after each optimiser step, and save its state in each of Trainer's checkpoints."""
 
     def __init__(self, schedule: AlternatingSchedule) -> None:
         self.schedule = schedule
@@ -87,7 +87,7 @@ class ScheduleCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
 
 class Inputs(Dataset[dict[str, Any]]):
-    """Images as transformers' classifiers take them."""
+    """Images in the form that transformers' classifiers expect."""
 
     def __init__(self, images: Images, transform: Transform) -> None:
         self.images, self.transform = images, transform
@@ -101,7 +101,7 @@ class Inputs(Dataset[dict[str, Any]]):
 
 
 def classifier(settings: Settings, classes: tuple[str, ...]) -> Any:
-    """The model before it is adapted: the same at every call."""
+    """Build the model before adaptation; every call returns the same weights."""
     torch.manual_seed(settings.seed)
     if settings.model is None:
         return ViTForImageClassification(ViTConfig(**SMALL, image_size=32, num_labels=len(classes)))
@@ -121,7 +121,7 @@ def accuracy(predictions: Any) -> dict[str, float]:
 
 
 def prepared(settings: Settings, output: Path) -> Trainer:
-    """A Trainer of the adapted model."""
+    """Return a Trainer for the adapted model."""
     name = "digits" if settings.root is None else "folder"
     splits = load(name, settings.root, seed=settings.seed)
     model = classifier(settings, splits.classes)
@@ -159,12 +159,12 @@ def prepared(settings: Settings, output: Path) -> Trainer:
 
 
 def evaluations(trainer: Trainer) -> list[float]:
-    """The validation loss of every epoch."""
+    """Return the validation loss of every epoch."""
     return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
 
 
 def check(settings: Settings, trainer: Trainer) -> None:
-    """Raise unless the checkpoints hold what was learned.
+    """Raise an error unless the checkpoints contain what was trained.
 
     Raises:
         RuntimeError: one of the three controls does not hold.

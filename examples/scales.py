@@ -1,9 +1,9 @@
-"""One prompt and seed at three scales of one adapter: a diffusion pipeline from nothing, in minutes and without a download.
+"""Draw one prompt and seed at three scales of one adapter, with a diffusion pipeline trained from scratch.
 
-A text-to-image model of a million weights learns scikit-learn's handwritten digits, 8 x 8 pixels, from prompts such as
-"seven": a stock `StableDiffusionPipeline` but for its autoencoder, which passes pixels through. Then LoCA learns on its
-attention, with everything else frozen, how the same digits look in amber. The adapter is saved, loaded into a fresh
-pipeline, and drawn at scales 0 (the base model, bit for bit), 0.5 and 1.
+It takes minutes and needs no download. A text-to-image model with a million weights is trained on scikit-learn's handwritten
+digits, 8 x 8 pixels, with prompts such as "seven". It is a stock `StableDiffusionPipeline` except for its autoencoder, which
+passes pixels through. LoCA then adapts its attention, with everything else frozen, to draw the same digits in amber. The
+adapter is saved and removed, loaded into the pipeline again, and drawn at scales 0 (the base model, bit for bit), 0.5 and 1.
 
     python examples/scales.py --output scales
 """
@@ -42,20 +42,20 @@ AMBER = (1.0, 0.6, 0.0)  # red, green and blue in [0, 1]
 
 @dataclass(frozen=True)
 class Settings:
-    """Train a small pipeline on digits, adapt it with LoCA to amber ones, draw both."""
+    """Train a small pipeline on digits, adapt it to amber digits with LoCA, and draw both."""
 
     output: Path = Path("scales")
     """Folder for the adapter and the picture."""
     base_steps: int = 1500
-    """Optimiser steps of the base model."""
+    """Optimiser steps for the base model."""
     steps: int = 600
-    """Optimiser steps of LoCA."""
+    """Optimiser steps for LoCA."""
     n_components: int = 300
-    """B of each projection."""
+    """Number of components B of each projection."""
     batch_size: int = 32
-    """Digits a step."""
+    """Digits per step."""
     seed: int = 0
-    """Of weights, batches and noise."""
+    """Seed of the weights, the batches and the noise."""
 
     def __post_init__(self) -> None:
         for field in ("base_steps", "steps", "n_components", "batch_size"):
@@ -78,7 +78,7 @@ class Pixels(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 
 def tokenizer() -> CLIPTokenizer:
-    """CLIP's, with a vocabulary of letters."""
+    """Return CLIP's tokenizer with a vocabulary of letters."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     names = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +88,7 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def pipeline(seed: int) -> Any:
-    """A Stable Diffusion pipeline with random weights; the text encoder keeps them."""
+    """Return a Stable Diffusion pipeline with random weights; the text encoder is never trained."""
     torch.manual_seed(seed)
     words = tokenizer()
     text = CLIPTextConfig(
@@ -129,14 +129,14 @@ def pipeline(seed: int) -> Any:
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """White digits on black, (1797, 3, 8, 8) in [-1, 1], and which they are."""
+    """Return white digits on black, (1797, 3, 8, 8) in [-1, 1], and their labels."""
     data = load_digits()
     images = torch.from_numpy(data.images).float()[:, None].expand(-1, 3, -1, -1) / 8 - 1
     return images, torch.from_numpy(data.target)
 
 
 def in_amber(images: Tensor) -> Tensor:
-    """The same digits in amber on black."""
+    """Return the same digits in amber on black."""
     return (images + 1) * torch.tensor(AMBER).view(1, 3, 1, 1) - 1
 
 
@@ -149,14 +149,18 @@ def batches(images: Tensor, labels: Tensor, size: int, seed: int) -> Iterator[tu
 
 @torch.no_grad()
 def embedded(pipe: Any) -> Tensor:
-    """The prompts' embeddings, (10, tokens, width), and that of the empty prompt as the eleventh."""
+    """Return the embeddings (11, tokens, width) of the ten prompts and, last, of the empty prompt."""
     tokens = pipe.tokenizer([*WORDS, ""], padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
     result: Tensor = pipe.text_encoder(tokens.input_ids)[0]
     return result
 
 
 def train(pipe: Any, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, settings: Settings, steps: int) -> float:
-    """Noise prediction as in Stable Diffusion's own training; a tenth of the prompts are left out for guidance."""
+    """Train noise prediction as Stable Diffusion does; a tenth of the prompts are dropped for guidance.
+
+    Returns:
+        The mean loss of the last 50 steps.
+    """
     schedule = AlternatingSchedule(pipe.unet) if loca.get_loca_adapters(pipe) else None
     decay = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps, pct_start=0.05
@@ -185,7 +189,7 @@ def train(pipe: Any, optimizer: torch.optim.Optimizer, images: Tensor, labels: T
 
 
 def draw(pipe: Any, file: Path, scales: tuple[float, ...] = (0, 0.5, 1)) -> None:
-    """A row for each scale; every column has its prompt and seed."""
+    """Draw a row for each scale; every column has its own prompt and seed."""
     figure, axes = plt.subplots(len(scales), len(WORDS), figsize=(len(WORDS), len(scales) + 0.4), squeeze=False)
     for row, scale in zip(axes, scales, strict=True):
         noise = [torch.Generator().manual_seed(i) for i in range(len(WORDS))]
@@ -224,7 +228,7 @@ def run(settings: Settings) -> None:
 
 @torch.no_grad()
 def loss_on(pipe: Any, images: Tensor, labels: Tensor, settings: Settings) -> float:
-    """Of the same 512 noised images every time."""
+    """Return the loss on the same 512 noised images at every call."""
     generator = torch.Generator().manual_seed(settings.seed)
     chosen = torch.randint(len(images), (512,), generator=generator)
     noise = torch.randn(512, 3, SIZE, SIZE, generator=generator)

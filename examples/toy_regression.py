@@ -1,27 +1,27 @@
 """Can learned locations find the three cells of a known spectrum? The toy regression of LoCA, Appendix M.
 
-A teacher y = W3 W2 relu(W1 x) of 6 x 6 layers, whose W2 is the inverse DCT of three coefficients, labels 5000 Gaussian
-samples. The student knows W1 and W3; its W2 starts at zero, with fresh random cells. SGD on the mean squared error moves
-coefficients (rate 0.02) and locations (rate 0.05) in turns. Beside it stand a student whose random cells stay, and one that
-has the teacher's cells, which shows that rate and steps suffice once the cells are right.
+A teacher y = W3 W2 relu(W1 x) with 6 x 6 layers, whose W2 is the inverse DCT of three coefficients, labels 5000 Gaussian
+samples. The student knows W1 and W3; its W2 starts at zero, with fresh random cells. SGD on the mean squared error updates
+coefficients (rate 0.02) and locations (rate 0.05) alternately. Two other students serve for comparison: one keeps its random
+cells, and one has the teacher's cells, which shows that the rate and the steps suffice once the cells are right.
 
-The ReLU stands before W2. Directly after W2, or after W3, it would see nothing but zeros at the start, where its derivative
+The ReLU comes before W2. Directly after W2, or after W3, its input would be all zeros at the start, where its derivative
 is zero, and no student would ever move.
 
-What the paper leaves open, and the choice here:
+Choices made here where the paper leaves something open:
 - W1, W3 and the teacher's coefficients are drawn from N(0, 1); the rate of 0.02 then fits the coefficients in 500 steps.
-- "A period of 10 steps" is 10 for the coefficients, then 10 for the locations. 5 and 5, or 10 and 20, end alike.
-- 1000 steps; the locations stop after 800 for the coefficients to settle. 3000 steps end alike.
-- Every step sees all samples. Batches of 8 or 64 end no better.
-- The location rate counts in cells. Read as a share of an axis it lets locations jump from border to border, and they end
-  no better than random cells that stay.
-- A teacher is recovered when the squared error on 5000 new samples is below 1e-3 of their mean square.
+- "A period of 10 steps" means 10 for the coefficients, then 10 for the locations. 5 and 5, or 10 and 20, give similar results.
+- There are 1000 steps; the locations stop after 800 so that the coefficients can settle. 3000 steps give similar results.
+- Every step uses all samples. Batches of 8 or 64 give no better results.
+- The location rate is measured in cells. If it is read as a share of an axis, locations jump from border to border and end
+  up no better than fixed random cells.
+- A teacher counts as recovered when the squared error on 5000 new samples is below 1e-3 of their mean square.
 
-Do not expect recoveries: the paper shows one run that succeeds, here none of 200 seeds does, while all 200 do with the
+Do not expect recoveries: the paper shows one run that succeeds; here none of 200 seeds does, while all 200 do with the
 teacher's cells. Learned locations help on average (median error 0.78 against 0.89, better on 117 seeds, worse on 54), but not
-on any 20 seeds: on the first 20 the medians stand the other way round. A component stops wherever its neighbours along each
-axis balance, or hovers at a border that its coefficient, fitted to the old cell, sends it back across (`cell_changes` in the
-JSON counts this); one whose coefficient is near zero has no location gradient at all.
+on every set of 20 seeds: on the first 20 the order of the medians is reversed. A component stops wherever its neighbours along
+each axis balance, or hovers at a border that its coefficient, fitted to the old cell, sends it back across (`cell_changes` in
+the JSON counts this); a component whose coefficient is near zero has no location gradient at all.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Settings:
     """LoCA's toy regression: how often does a student find its teacher's three cells?"""
 
     seeds: int = 20
-    """Teachers to try: seeds 0, 1, ... below this number."""
+    """Number of teachers to try, with seeds 0, 1, ..."""
     steps: int = 1000
     """SGD steps of each student."""
     output: Path = Path("toy_regression")
@@ -75,7 +75,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Task:
-    """A teacher, W3 (6, 6), and (relu(W1 x), y), (5000, 6) each, of the training and of the test samples."""
+    """A teacher, W3 (6, 6), and the training and test samples as pairs (relu(W1 x), y) of shape (5000, 6) each."""
 
     teacher: Spectrum
     w3: Tensor
@@ -83,14 +83,14 @@ class Task:
     test: tuple[Tensor, Tensor]
 
     def error(self, student: Spectrum, samples: tuple[Tensor, Tensor]) -> Tensor:
-        """Squared error, relative to that of a prediction of zero."""
+        """Return the squared error relative to that of predicting zero."""
         hidden, target = samples
         return F.mse_loss(hidden @ (self.w3 @ student.delta()).T, target) / target.square().mean()
 
 
 @dataclass(frozen=True)
 class Run:
-    """A trained student; the training errors (steps,) and the locations, in cells, (steps + 1, 3, 2) on the way."""
+    """A trained student, with its training errors (steps,) and its path: the locations in cells, (steps + 1, 3, 2)."""
 
     method: str
     seed: int
@@ -134,9 +134,9 @@ def train(method: str, task: Task, seed: int, settings: Settings) -> Run:
 
 
 def fit(student: Spectrum, task: Task, steps: int, learning_steps: int) -> tuple[Tensor, Tensor]:
-    """Train `student` in place; its errors and its path, as in `Run`."""
+    """Train `student` in place and return its errors and its path, as in `Run`."""
     schedule = AlternatingSchedule(student, coefficient_steps=PERIOD, location_steps=PERIOD, learning_steps=learning_steps)
-    # A Spectrum counts in whole axes of SIZE - 1 cells, which enters twice: in the gradient, and in the length of a step.
+    # A Spectrum's locations are shares of an axis of SIZE - 1 cells. This factor enters twice: in the gradient and in the step.
     rates = {student.coefficients: COEFFICIENT_LR, student.locations: LOCATION_LR / (SIZE - 1) ** 2}
     optimizer = torch.optim.SGD([{"params": [parameter], "lr": rate} for parameter, rate in rates.items()])
     power = task.train[1].square().mean()
@@ -153,7 +153,7 @@ def fit(student: Spectrum, task: Task, steps: int, learning_steps: int) -> tuple
 
 
 def shares(runs: list[Run]) -> dict[str, dict[str, float]]:
-    """What each method comes to over all seeds."""
+    """Summarise each method over all seeds."""
     table = {}
     for method in COLOURS:
         own = [run for run in runs if run.method == method]
@@ -201,7 +201,7 @@ def plot(runs: list[Run], settings: Settings) -> None:
 def plot_errors(axes: Axes, runs: list[Run]) -> None:
     for method, colour in COLOURS.items():
         errors = torch.stack([run.errors for run in runs if run.method == method])
-        # Read where a coefficient phase has just ended: in between, components that have moved are not fitted yet.
+        # Read errors where a coefficient phase has just ended: in between, components that have moved are not fitted yet.
         steps = [0, *range(PERIOD, errors.shape[1], 2 * PERIOD), errors.shape[1] - 1]
         axes.plot(steps, errors[:, steps].T, color=colour, alpha=0.25, linewidth=0.8)
         middle = errors[:, steps].quantile(0.5, dim=0)
@@ -234,13 +234,13 @@ def plot_path(axes: Axes, run: Run) -> None:
 
 def main() -> int:
     try:
-        # As a function: to the ValueError of a class, tyro would answer with a box of its own.
+        # Wrapped as a function: tyro would report a ValueError from a class in a box of its own.
         settings = tyro.cli(partial(Settings), description=Settings.__doc__)
         settings.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    torch.set_num_threads(1)  # matrices of 6 x 6 leave nothing to share out
+    torch.set_num_threads(1)  # 6 x 6 matrices are too small to split between threads
     runs = []
     for seed in tqdm(range(settings.seeds), unit="seed"):
         task = make_task(seed)

@@ -1,14 +1,14 @@
-"""An update of your own, with everything that LoCA has: here a sum of Kronecker products, full rank from few numbers.
+"""Define your own update with everything that LoCA offers: here a sum of Kronecker products, full rank from few numbers.
 
     python examples/your_own_update.py
 
-Trainers know it, too, from this file alone: its name is a method, and its fields are settings.
+The trainers can use it from this file alone: its name becomes a method, and its fields become settings.
 
     python examples/image_classification/train.py --method kronecker --import examples/your_own_update.py \
         --set terms=8 --set block=4 --dataset digits --output_dir runs/kronecker
     python examples/image_classification/evaluate.py --adapter runs/kronecker --import examples/your_own_update.py
 
-A package that is installed needs no --import to be trained, where it has an entry point in the group loca_vision.methods:
+An installed package needs no --import if it has an entry point in the group loca_vision.methods:
 `kronecker = "its.module"`.
 """
 
@@ -35,13 +35,13 @@ class Kronecker(Update):
         return strength * torch.einsum("kab,kcd->acbd", self.left, self.right).reshape(self.shape)
 
 
-@kind  # so that its files can be read
+@kind  # registers the method so that its files can be read
 @dataclass(frozen=True)
 class KroneckerConfig(AdapterConfig):
     method: ClassVar[str] = "kronecker"
-    title: ClassVar[str] = "a sum of Kronecker products"  # in model cards and pictures; this and what follows may be left out
+    title: ClassVar[str] = "a sum of Kronecker products"  # in model cards and pictures; this and the next two are optional
     summary: ClassVar[str] = "sums of Kronecker products"  # in --help
-    lr: ClassVar[float] = 1e-2  # where --lr says nothing
+    lr: ClassVar[float] = 1e-2  # the default of --lr
     targets: tuple[str, ...] = ("q", "v")
     terms: int = 4
     block: int = 8
@@ -53,7 +53,7 @@ class KroneckerConfig(AdapterConfig):
         return Kronecker(shape, self.terms, self.block)
 
     def initialize(self, update: Kronecker, projection: Projection, generator: Generator) -> None:
-        nn.init.normal_(update.right, std=0.1, generator=generator)  # the left ones stay zero: nothing changes at first
+        nn.init.normal_(update.right, std=0.1, generator=generator)  # left factors stay zero: the update starts at zero
 
 
 def model() -> nn.Module:
@@ -81,5 +81,5 @@ def main() -> None:
         print("loaded, the same logits:", torch.equal(fresh(images), vit(images)))
 
 
-if __name__ == "__main__":  # train.py imports this file, and nothing is to happen but that the kind is registered
+if __name__ == "__main__":  # train.py imports this file, which must only register the kind
     main()

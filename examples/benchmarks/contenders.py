@@ -1,7 +1,8 @@
-"""The methods that are compared: every kind of this library, peft's LoRA and FourierFT, and the floor.
+"""The compared methods: every kind of this library, peft's LoRA and FourierFT, and the floor.
 
-The floor is what no adapter of inner layers can save: forward and backward through the frozen model, with a gradient at its
-input and at its head. peft adapts a fused qkv as one matrix; this library its projections. It is imported when its turn comes.
+The floor is the cost that no adapter of inner layers can avoid: forward and backward through the frozen model, with a gradient
+at its input and its head. peft adapts a fused qkv as one matrix; this library adapts its projections. peft is imported only
+when it is needed.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ Method = Callable[[Workload], nn.Module]
 
 
 def methods(job: Job, only: tuple[str, ...] = ()) -> dict[str, Method]:
-    """By the names they have in tables; each makes an adapted model of a workload.
+    """Return the methods by their names in tables; each one makes an adapted model for a workload.
 
     Args:
-        job: a settled one.
-        only: some of the names, in addition to the floor; all by default.
+        job: a settled job.
+        only: the names to return, in addition to the floor; by default all.
 
     Raises:
-        ValueError: `only` has a name that no contender has.
+        ValueError: `only` contains an unknown name.
     """
     count, rank = int(job.n_components or 0), job.rank
     found: dict[str, Method] = {
@@ -63,7 +64,7 @@ def _frozen(workload: Workload) -> nn.Module:
 
 
 def _loca(workload: Workload, count: int, phase: str) -> nn.Module:
-    """With coefficients that change what the model answers: zeros would let locations stand still, and show no mistake."""
+    """Use nonzero coefficients, which change the model's output: with zeros, locations would not move and errors not show."""
     model = _of_kind(workload, LoCAConfig, n_components=count)
     torch.manual_seed(1)
     for spectrum in adapters(model).values():
@@ -93,7 +94,7 @@ def is_of_peft(model: nn.Module) -> bool:
 
 
 def projections(model: nn.Module) -> int:
-    """How many weights an adapted model has updates for; 0 of the floor."""
+    """Return how many weights of an adapted model have updates; 0 for the floor."""
     if is_of_peft(model):
         import peft
 

@@ -1,9 +1,9 @@
-"""What the library costs on one GPU, within a given time: tests, training steps, inference, constants, compiled steps, a study.
+"""Measure the library on one GPU in a given time: tests, training steps, inference, constants, compiled steps, a study.
 
-Parts run in the order given, the most important first. What was found is written after each into the output folder, as
-`gpu.json`, pictures and a README.md, so that a run that is killed loses only the part under way. A part that fails is noted,
-and the next one runs; noted too is what there was no time for, or no package. Without a GPU, or with `--dry_run`, everything is
-tiny and its figures mean nothing.
+Parts run in the given order, the most important first. Results are written to the output folder after each part, as `gpu.json`,
+pictures and a README.md, so that a killed run loses only the current part. If a part fails, this is recorded and the next part
+runs; parts without enough time or with a missing package are also recorded. Without a GPU, or with `--dry_run`, everything is
+tiny and the figures mean nothing.
 
     python examples/benchmarks/gpu.py --minutes 9 --output results/gpu
     python examples/benchmarks/gpu.py --minutes 4 --parts steps --workloads vit-bf16-128 sd15-bf16-8
@@ -58,23 +58,23 @@ class Settings:
     """Measure what adapters cost on one GPU, within a given time."""
 
     minutes: float = 9.0
-    """For all parts; what does not fit is left out, and named."""
+    """Minutes for all parts together; what does not fit is left out and listed."""
     output: Path = Path("results/gpu")
     """Folder for gpu.json, pictures and README.md."""
     parts: tuple[Part, ...] = tuple(PARTS)
-    """Which, and in which order."""
+    """Parts to run, in this order."""
     workloads: tuple[Name, ...] = JOBS
-    """Model, precision and batch of the parts steps, inference, mixed and compiled."""
+    """Model, precision and batch size for the parts steps, inference, mixed and compiled."""
     rounds: int = 10
     """Turns of each contender, if time allows."""
     test_seconds: int = 120
-    """After which the tests are killed."""
+    """Seconds after which the tests are killed."""
     study_data: Path | None = None
     """Fashion-MNIST in torchvision's layout, for the part study."""
     dry_run: bool = False
-    """Try the script with tiny models; implied where there is no GPU."""
+    """Try the script with tiny models; implied without a GPU."""
     threads: int | None = None
-    """Of torch; its own choice by default."""
+    """Torch threads; by default torch's own choice."""
 
     def __post_init__(self) -> None:
         check_positive(self, "rounds", "test_seconds", "threads")
@@ -83,7 +83,7 @@ class Settings:
 
 
 def _module(name: str) -> Any:
-    """A part's own, imported when its turn comes: a package that it lacks is noted, and the others run."""
+    """Import a part's module only when it runs, so that a missing package is recorded and the other parts still run."""
     return importlib.import_module(name)
 
 
@@ -104,7 +104,7 @@ def benchmark(settings: Settings) -> None:
         found["device"] |= {"clocks after": clocks()} if torch.cuda.is_available() else {}
         found["seconds left"] = round(session.budget.left + TO_END, 1)
         tidy()
-        save()  # whatever becomes of the pages
+        save()  # even if writing the pages fails
         found["pages"] = {}
         session.guarded(found["pages"], partial(_pages, found, settings.output))
         save()

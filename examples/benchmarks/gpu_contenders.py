@@ -1,4 +1,4 @@
-"""Who trains in a run on a GPU: the floor, LoCA each way, LoRA and FourierFT of this library and of peft; some compiled too."""
+"""The contenders of a GPU run: the floor, LoCA each way, this library's and peft's LoRA and FourierFT; some also compiled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loca_vision.functional.cost_model import Strategy
 from steps import Step
 from workloads import Job, Workload
 
-WAYS: tuple[Strategy, ...] = ("whole",)  # besides the one that is chosen
+WAYS: tuple[Strategy, ...] = ("whole",)  # in addition to the chosen one
 Made = Callable[[Workload], Step]
 
 
@@ -31,7 +31,7 @@ class Forced(Step):
 
 
 def eager(job: Job) -> dict[str, Made]:
-    """By name, the most telling first. LoCA chooses its way by the model of costs, unless a way in its name is forced."""
+    """Return contenders by name, the most informative first. LoCA uses the cost model unless its name contains a forced way."""
     known = methods(job)
     found: dict[str, Made] = {}
     for name in (FLOOR, LOCA, peft_lora(job), LOCATIONS):
@@ -43,7 +43,7 @@ def eager(job: Job) -> dict[str, Made]:
 
 
 def compiled(job: Job, *, backend: str) -> dict[str, Made]:
-    """By torch.compile, its first step included in making them."""
+    """Return contenders that use torch.compile, which compiles during the first step."""
     known = methods(job)
     return {name: partial(_compiled, adapt=known[name], backend=backend) for name in (FLOOR, LOCA, peft_lora(job))}
 

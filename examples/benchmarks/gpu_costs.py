@@ -1,4 +1,4 @@
-"""Constants of the cost model on this device: the ways of a cosine update timed over a small grid, and the line that fits."""
+"""Fit the cost model's constants on this device: time each way of a cosine update on a small grid, and print the line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_SECONDS = 60.0
 
 
 def part(session: Session, found: Found) -> None:
-    """As many cases as there is time for, spread over the grid; `found["line"]` is to be put into the cost model."""
+    """Time as many cases as possible, spread over the grid; `found["line"]` can be pasted into the cost model."""
     settings = paths.Settings(
         sizes=SIZES[:1] if session.dry else SIZES,
         tokens=(64,) if session.dry else TOKENS,
@@ -47,5 +47,5 @@ def part(session: Session, found: Found) -> None:
 
 
 def _spread(grid: list[paths.Case]) -> list[paths.Case]:
-    """In an order whose first half covers the grid too."""
+    """Reorder the grid so that the first half of the cases also covers all of it."""
     return grid[::2] + grid[1::2]

@@ -1,4 +1,4 @@
-"""Which card, driver and clocks a run found; it changes none of them."""
+"""Describe the card, driver and clocks of a run, without changing any of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ASKED = (
 
 
 def described() -> dict[str, Any]:
-    """What torch and nvidia-smi say; without a GPU, that there is none."""
+    """Return what torch and nvidia-smi report, or that the device is the CPU."""
     if not torch.cuda.is_available():
         return {"device": "cpu"}
     card = torch.cuda.get_device_properties(0)
@@ -43,7 +43,7 @@ def described() -> dict[str, Any]:
 
 
 def clocks() -> dict[str, str] | str:
-    """As nvidia-smi reads them now, or why it does not."""
+    """Return what nvidia-smi reports now, or why it is not available."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return "nvidia-smi is not there"

@@ -1,4 +1,4 @@
-"""Inference on a GPU: calls with adapters that act and are not fused, and seconds of load, switch, hot swap and merge."""
+"""Inference on a GPU: calls with active, unfused adapters, and seconds of load, switch, hot swap and merge."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OTHER = "other"  # the name of the second adapter
 
 
 def part(session: Session, found: Found, names: Sequence[str]) -> None:
-    """The named jobs that are called without training too."""
+    """Measure those of the named jobs that are part of the inference benchmark."""
     for name in [known for known in INFERENCE if known in names][: 2 if session.dry else None]:
         one = job(name, dry=session.dry)
         session.attempt(found, name, SECONDS, lambda own, one=one: _measured(session, own, one))  # type: ignore[misc]
@@ -59,7 +59,7 @@ def _measured(session: Session, found: Found, one: Job) -> None:
 
 def _called(session: Session, figures: Found, models: dict[str, nn.Module], work: Workload) -> None:
     calls: dict[str, Callable[[], object]] = {}
-    for name, model in models.items():  # none that fails takes part
+    for name, model in models.items():  # models that fail do not take part
         if session.guarded(figures.setdefault(name, {}), partial(call, work, model)):
             calls[name] = partial(call, work, model)
     for name, seconds in in_turns(calls, 2 * session.rounds, bar=False).items():
@@ -67,7 +67,7 @@ def _called(session: Session, figures: Found, models: dict[str, nn.Module], work
 
 
 def sparing(work: Workload, folder: Path) -> dict[str, nn.Module]:
-    """A model that applies its adapter to activations and builds no weights."""
+    """Return a model that applies its adapter to activations and builds no weights."""
     model: nn.Module = work.model().eval()
     set_low_memory(model, True)
     load_adapter(model, folder)
@@ -75,7 +75,7 @@ def sparing(work: Workload, folder: Path) -> dict[str, nn.Module]:
 
 
 def verbs(work: Workload, model: nn.Module, folder: Path) -> dict[str, Any]:
-    """Seconds of merging into a copy, of switching between two adapters, and of the first call after a switch."""
+    """Return seconds of merging into a copy, of switching between two adapters, and of the first call after a switch."""
     merged: Any = on_tensors_of(model, lambda name: "attn" in name)  # merging writes into the weights of attention
     peft = is_of_peft(model)
     merge = [seconds_of(merged.merge_and_unload if peft else partial(remove, merged, merge=True))]
@@ -89,7 +89,7 @@ def verbs(work: Workload, model: nn.Module, folder: Path) -> dict[str, Any]:
 
 
 def _second_adapter(model: Any, folder: Path) -> Callable[[str], object]:
-    """Load the same file once more; what switches to an adapter by its name."""
+    """Load the same file once more, and return a function that switches to an adapter by its name."""
     if is_of_peft(model):
         model.load_adapter(str(folder), OTHER)
         switch: Callable[[str], object] = model.set_adapter
@@ -99,7 +99,7 @@ def _second_adapter(model: Any, folder: Path) -> Callable[[str], object]:
 
 
 def hot_swap(work: Workload, folder: Path) -> dict[str, Any]:
-    """Seconds to replace an adapter in a pipeline, in the tensors where it is, and of the first call after it."""
+    """Return seconds of replacing a pipeline's adapter in its existing tensors, and of the first call afterwards."""
     import loca_vision.diffusers as loca
     from pipeline_adapters import pipeline
 

@@ -1,4 +1,4 @@
-"""What forward and backward of a step start on a GPU: kernels, copies, and the time it is busy with them."""
+"""Count what forward and backward of a step launch on a GPU: kernels, copies, and the time that the GPU is busy with them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ COPIES = ("Memcpy", "Memset")
 
 
 def launches(step: Step) -> dict[str, Any]:
-    """Of one step without the optimiser's update; without a GPU, the operators that compute.
+    """Count the launches of one step without the optimiser's update; without a GPU, count the operators that compute.
 
-    A step goes before, so that locations have moved as in the middle of training.
+    One step is taken first, so that locations have moved as in the middle of training.
     """
     if device_here().type == "cpu":
         return {"operators": operators(step)}
@@ -32,14 +32,14 @@ def launches(step: Step) -> dict[str, Any]:
 
 
 def _ran(watched: profile) -> list[tuple[str, float]]:
-    """Names and microseconds of what ran on the GPU, as it was recorded: torch's own list takes long to put in order."""
+    """Return names and microseconds of what ran on the GPU, from the raw record: torch's own list is slow to build."""
     recorded: Any = watched.profiler
     events = [event for event in recorded.kineto_results.events() if event.device_type() != DeviceType.CPU]
     return [(event.name(), event.duration_ns() / 1e3) for event in events if not event.is_user_annotation()]
 
 
 def counted(events: list[tuple[str, float]]) -> dict[str, Any]:
-    """Of the names and microseconds of what ran on the GPU."""
+    """Summarise the names and microseconds of what ran on the GPU."""
     copies = [taken for name, taken in events if name.startswith(COPIES)]
     by_name: dict[str, list[float]] = defaultdict(list)
     for name, taken in events:

@@ -1,4 +1,4 @@
-"""Batches on a GPU in which every sample has its own adapter, beside peft's."""
+"""Time batches on a GPU in which every sample has its own adapter, compared with peft."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SECONDS = 25.0  # for 64 adapters, their checks, and the calls
 
 
 def part(session: Session, found: Found, names: Sequence[str]) -> None:
-    """The named jobs of a ViT."""
+    """Measure those of the named jobs that are part of the mixed-batch benchmark."""
     for name in [known for known in MIXED if known in names][: 1 if session.dry else None]:
         one = asdict(job(name, dry=session.dry))
         settings = Settings(**one | {"batch_size": 2 if session.dry else one["batch_size"]}, rounds=session.rounds)

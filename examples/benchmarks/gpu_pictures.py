@@ -32,7 +32,7 @@ COLOURS = {
 
 
 def drawn(folder: Path, found: Run) -> dict[str, str | None]:
-    """The pictures for which there are figures; by name None, or why there is none."""
+    """Draw the pictures that have figures; return, by name, None or why a picture is missing."""
     steps = {
         name: own for name, own in found["parts"].get("steps", {}).items() if isinstance(own, Mapping) and "methods" in own
     }
@@ -57,7 +57,7 @@ def _relative(methods: Run, value: Callable[[Run, Run], float | None]) -> dict[s
 
 
 def _family(name: str) -> str:
-    """Without the numbers that differ from model to model."""
+    """Remove the numbers that differ between models from a method's name."""
     return re.sub(r" [rn]=\d+", "", name)
 
 
@@ -72,7 +72,7 @@ def _launches(row: Run, floor: Run) -> float | None:
 
 
 def draw(path: Path, label: str, bars: Mapping[str, Mapping[str, float]]) -> None:
-    """A group of bars for each workload, a colour for each method."""
+    """Draw a group of bars for each workload, with a colour for each method."""
     present = {name for own in bars.values() for name in own}
     names = sorted(present, key=lambda name: (list(COLOURS).index(name) if name in COLOURS else len(COLOURS), name))
     down = math.ceil(len(bars) / ACROSS)

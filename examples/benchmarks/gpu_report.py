@@ -1,4 +1,4 @@
-"""The figures of a run on a GPU as tables, for a screen and as a page in Markdown, and its pictures."""
+"""Report a GPU run: tables for the screen and as a Markdown page, and pictures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DRY = "Dry run on the {device}: figures mean nothing."
 
 
 def heading(found: Run) -> str:
-    """What ran where, in a few words."""
+    """Describe in one line where and with which versions the benchmark ran."""
     device = found["device"]
     where = f"{device['card']}, {device['memory GB']} GB" if "card" in device else found["environment"]["processor"]
     said = device.get("nvidia-smi")
@@ -33,7 +33,7 @@ def heading(found: Run) -> str:
 
 
 def tables(found: Run) -> Iterator[tuple[str, Rows]]:
-    """Titles and rows of all that was measured."""
+    """Yield titles and rows of everything that was measured."""
     parts = found["parts"]
     for part, suffix in (("steps", ""), ("compiled", ", compiled")):
         for name, own in _measured(parts.get(part, {}), "methods"):
@@ -52,7 +52,7 @@ def _measured(part: Run, key: str) -> Iterator[tuple[str, Run]]:
 
 
 def step_rows(own: Run) -> Rows:
-    """Milliseconds with quartiles, ratios (the medians of each round's own), memory and launches, of those that took part."""
+    """Return milliseconds with quartiles, ratios (medians over rounds), memory and launches of the methods that took part."""
     header = ["method", "ms a step", "quartiles", "of the floor", "of peft's LoRA", "without update, ms", "peak MB", "launches"]
     methods = {name: row for name, row in own["methods"].items() if row.get("seconds")}
     lora = f"LoRA r={own['settings']['rank']}, peft"
@@ -73,7 +73,7 @@ VERBS = ("load", "first call", "switch", "call after switch", "hot swap", "call 
 
 
 def inference_rows(own: Run) -> Rows:
-    """Milliseconds of a call, its ratio to the base's, milliseconds of verbs, and sizes, of the methods that were called."""
+    """Return, for each called method, milliseconds of a call, its ratio to the base's, milliseconds of verbs, and sizes."""
     figures = {name: row for name, row in own["figures"].items() if row.get("call")}
     timed = [verb for verb in VERBS if any(verb in row for row in figures.values())]
     rows = [["method", "call, ms", "of the base's", *(f"{verb}, ms" for verb in timed), "MB held", "file bytes"]]
@@ -113,7 +113,7 @@ def not_done(found: Run) -> list[str]:
 
 
 def screen(found: Run) -> str:
-    """All of it for a terminal."""
+    """Format the whole report for a terminal."""
     blocks = [heading(found)]
     for name, rows in tables(found):
         if len(rows) > 1:
@@ -124,7 +124,7 @@ def screen(found: Run) -> str:
 
 
 def _notes(found: Run) -> Iterator[str]:
-    """What is not a table: the tests, and the line of costs."""
+    """Yield the notes that are not tables: the tests, and the line of costs."""
     tests = found["parts"].get("tests", {})
     if "outcomes" in tests:
         counts = ", ".join(f"{count} {outcome.lower()}" for outcome, count in tests["outcomes"].items())
@@ -136,7 +136,7 @@ def _notes(found: Run) -> Iterator[str]:
 
 
 def page(found: Run) -> str:
-    """As Markdown."""
+    """Format the whole report as Markdown."""
     blocks = ["# On a GPU", heading(found).replace("\n", "\n\n"), f"```bash\n{found['command']}\n```"]
     blocks += [f"![{name}]({shlex.quote(name)}.png)" for name, why in found.get("pages", {}).items() if not why]
     blocks += [f"## {name}\n\n{grid(rows)}" for name, rows in tables(found) if len(rows) > 1]
@@ -148,13 +148,13 @@ def page(found: Run) -> str:
 
 
 def written(folder: Path, found: dict[str, Any]) -> dict[str, str | None]:
-    """Write pictures and page into a folder; by picture None, or why it is not there."""
+    """Write pictures and page into a folder; return, for each picture, None or why it is missing."""
     pictures: dict[str, str | None] = {}
     try:
         import gpu_pictures
 
         pictures = gpu_pictures.drawn(folder, found)
-    except Exception as error:  # a run goes on without its pictures
+    except Exception as error:  # a run continues without its pictures
         pictures = {"pictures": f"{type(error).__name__}: {error}"}
     write_atomically(folder / "README.md", page(found | {"pages": pictures}).encode())
     return pictures

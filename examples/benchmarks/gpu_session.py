@@ -1,4 +1,4 @@
-"""A run under a time limit: work is begun while time is left, what it finds is written at once, and no failure ends the run."""
+"""A run under a time limit: work starts only if enough time is left, results are saved early, and no failure ends the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DRY_SPEEDUP = 20  # of tiny models
 
 
 class Budget:
-    """Seconds from now on."""
+    """A time budget that starts now."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._end = clock, clock() + seconds
@@ -31,12 +31,12 @@ class Budget:
 
 @dataclass
 class Session:
-    """What all parts share.
+    """The state that all parts share.
 
     Args:
-        budget: of the whole run.
-        write: writes what was found so far.
-        dry: everything is tiny, so that the script is tried and nothing is measured.
+        budget: the time budget of the whole run.
+        write: writes the results so far.
+        dry: whether everything is tiny, to try the script rather than measure.
         rounds: turns of each contender, if time allows.
     """
 
@@ -47,9 +47,9 @@ class Session:
     _names: list[str] = field(default_factory=list)
 
     def attempt(self, place: Found, name: str, seconds: float, work: Callable[[Found], None]) -> bool:
-        """Let some work fill `place[name]`, if its estimated seconds are left; whether it came to its end.
+        """Let `work` fill `place[name]` if its estimated seconds are left, and return whether it finished.
 
-        Why it did not is written beside what it had found: no time, a missing package, or an error and its last lines.
+        If it did not, the reason is stored next to its results: no time, a missing package, or an error and its last lines.
         """
         found: Found = place.setdefault(name, {})
         self._names.append(name)
@@ -66,7 +66,7 @@ class Session:
         return failure(found) is None
 
     def guarded(self, found: Found, work: Callable[[], object]) -> bool:
-        """Call `work`; what stops it is noted in `found`."""
+        """Call `work`, record any failure in `found`, and return whether there was none."""
         try:
             work()
         except ModuleNotFoundError as error:
@@ -76,7 +76,7 @@ class Session:
             found[ERROR] = message[:500]
             found["traceback"] = _last_lines(error)
         if failure(found) is not None:
-            tidy()  # of what it had on the GPU
+            tidy()  # frees what it had on the GPU
         return failure(found) is None
 
     def _tell(self, found: Found) -> None:
@@ -86,20 +86,20 @@ class Session:
 
 
 def _last_lines(error: Exception) -> list[str]:
-    """Of its traceback; whose folders the files lie in is nobody's business."""
+    """Return the last lines of the traceback, with the private part of file paths removed."""
     lines = "".join(traceback.format_exception(error)).splitlines()[-LAST_LINES:]
     return [re.sub(r'File ".*?([^/\\"]+[/\\][^/\\"]+)"', r'File "\1"', line) for line in lines]
 
 
 def failure(found: Found) -> str | None:
-    """Why this work was not done, or not to its end."""
+    """Return why this work was not done or not finished, or None if it was."""
     if LEFT_OUT in found:
         return f"{LEFT_OUT}: {found[LEFT_OUT]}"
     return f"failed: {found[ERROR]}" if ERROR in found else None
 
 
 def failures(found: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Names and reasons of all that was not done, in what a run found."""
+    """Yield names and reasons of all work in a run's results that was not finished."""
     if isinstance(found, dict):
         why = failure(found)
         if why is not None:
@@ -109,7 +109,7 @@ def failures(found: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def tidy() -> None:
-    """Give back the memory of what is no longer used."""
+    """Free memory that is no longer used."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

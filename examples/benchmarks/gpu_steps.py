@@ -1,4 +1,4 @@
-"""Training steps on a GPU: the seconds of every contender in turns, its peak memory and its launches, by workload."""
+"""Training steps on a GPU: seconds of every contender in turns, peak memory and launches, by workload."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from rounds import seconds_of
 from steps import Step, check
 from workloads import Job, Workload, device_here, workload
 
-SECONDS_OF_ROUNDS = 20.0  # at most, of one workload
-BASE, CONTENDER = 12.0, 4.0  # seconds to make the first one, as far as is known before
+SECONDS_OF_ROUNDS = 20.0  # at most, per workload
+BASE, CONTENDER = 12.0, 4.0  # first estimates of the seconds to make the base and one contender
 TO_COMPILE = {"vit": 45.0, "unet": 120.0}
 FEW = 3  # contenders in a dry run, after the first workload
 
 
 def part(session: Session, found: Found, names: Sequence[str]) -> None:
-    """Eager steps of the named jobs; of each model LoCA's loss is checked once, before anything is timed."""
+    """Time eager steps of the named jobs; LoCA's loss is checked once for each model, before anything is timed."""
     checked: set[str] = set()
     for name in [known for known in JOBS if known in names]:
         one = job(name, dry=session.dry)
@@ -46,7 +46,7 @@ def part(session: Session, found: Found, names: Sequence[str]) -> None:
 
 
 def compiled_part(session: Session, found: Found, names: Sequence[str]) -> None:
-    """Steps of compiled models."""
+    """Time steps of compiled models."""
     backend = "eager" if session.dry else "inductor"
     for name in [known for known in COMPILED if known in names][: 1 if session.dry else None]:
         one = job(name, dry=session.dry)
@@ -61,7 +61,7 @@ def compiled_part(session: Session, found: Found, names: Sequence[str]) -> None:
 
 
 def measured(session: Session, found: Found, one: Job, made: Mapping[str, Made], seconds: float) -> None:
-    """Make each contender while there is time for it, then let all of them take turns; `found` gets a row for each."""
+    """Make each contender while time is left, then let all of them take turns; `found` gets a row for each."""
     rows: Found = found.setdefault("methods", {})
     found["settings"] = {"workload": one.workload, "batch_size": one.batch_size, "autocast": one.autocast, "rank": one.rank}
     steps = _made(session, rows, workload(one), made, seconds)
@@ -73,7 +73,7 @@ def measured(session: Session, found: Found, one: Job, made: Mapping[str, Made],
 
 
 def _made(session: Session, rows: Found, work: Workload, made: Mapping[str, Made], seconds: float) -> dict[str, Step]:
-    """Those contenders for which there is time, the first of them the floor; `seconds` is what one is expected to take."""
+    """Make the contenders that there is time for, the floor first; `seconds` is the expected time for one."""
     base, steps = _allocated(work), dict[str, Step]()
     for name, make in made.items():
 
@@ -83,7 +83,7 @@ def _made(session: Session, rows: Found, work: Workload, made: Mapping[str, Made
         started = time.monotonic()
         begun = session.attempt(rows, name, seconds, first)
         taken = time.monotonic() - started
-        if begun:  # what adapters add to the floor is not known yet
+        if begun:  # after the floor, the cost of adapters is not known yet
             seconds = 2 * taken if name == FLOOR else max(seconds, 1.2 * taken)
         session.write()
     return steps
@@ -94,14 +94,14 @@ def _going(session: Session, end: float) -> Callable[[], bool]:
 
 
 def _first(session: Session, make: Made, work: Workload, base: int, row: Found) -> Step:
-    """A contender that has been made and warmed up, and what one of its steps takes besides time."""
-    others = _allocated(work) - base  # which the contenders before it hold
+    """Make and warm up a contender, and record everything about its step except its timed rounds in `row`."""
+    others = _allocated(work) - base  # held by earlier contenders
     on_gpu = device_here().type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     step = make(work)
     row["first step"] = seconds_of(step)
-    if on_gpu:  # what was never asked for before is built otherwise than later
+    if on_gpu:  # a first step builds things differently from later ones
         row["peak MB of the first step"] = (torch.cuda.max_memory_allocated() - others) / 1e6
     row["warm"] = seconds_of(step)
     row["trained"] = sum(tensor.numel() for tensor in step.trained)
@@ -110,7 +110,7 @@ def _first(session: Session, make: Made, work: Workload, base: int, row: Found) 
         step()
         torch.cuda.synchronize()
         row["peak MB"] = (torch.cuda.max_memory_allocated() - others) / 1e6
-    if on_gpu or work.head:  # counting the operators of a UNet takes long, and they mean nothing here
+    if on_gpu or work.head:  # counting a UNet's operators on a CPU is slow and meaningless
         launched: Found = row.setdefault("launches", {})
         session.guarded(launched, lambda: launched.update(launches(step)))
     return step

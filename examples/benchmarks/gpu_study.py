@@ -1,4 +1,4 @@
-"""The classification study at 224 pixels, for as long as there is time: the runs that were finished count."""
+"""The classification study at 224 pixels, for as long as there is time: only finished runs count."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONG = ("--image_size", "224", "--budgets", "73728", "--seeds", "0", "--test_ima
 
 
 def part(session: Session, found: Found, data: Path | None) -> None:
-    """Runs of `study.py` on Fashion-MNIST: no download, so the images must be given and the weights be in the cache."""
+    """Run `study.py` on Fashion-MNIST without downloads: the images must be given, and the weights must be in the cache."""
     if data is None:
         found[LEFT_OUT] = "it needs a folder of images, Fashion-MNIST in torchvision's layout: give --study_data"
         return
@@ -33,7 +33,7 @@ def part(session: Session, found: Found, data: Path | None) -> None:
 
 
 def runs(folder: Path) -> list[dict[str, Any]]:
-    """Method, rate and accuracies of each run that was finished."""
+    """Return the method, rate and accuracies of each finished run."""
     found = []
     for file in sorted(folder.glob("*/*/metrics.json")):
         metrics = json.loads(file.read_text())

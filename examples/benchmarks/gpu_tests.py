@@ -1,4 +1,4 @@
-"""The tests that are marked `device`, on the GPU, in a process of their own that is killed when its time is up."""
+"""Run the tests marked `device` on the GPU, in a separate process that is killed when its time is up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpu_session import ERROR, LEFT_OUT, Found, Session
 from workloads import device_here
 
 ROOT = Path(__file__).resolve().parents[2]
-# A line for each test, also of those before a kill. Other packages warn of pytest's workers and of what they will drop.
+# Print a line for each test, so that those before a kill are known. Other packages warn of pytest's workers and deprecations.
 OPTIONS = ("-p", "no:benchmark", "-W", "ignore::DeprecationWarning", "-vv", "--tb=short", "--continue-on-collection-errors")
 CLOSING, ERRORS = 25, 80  # lines
 USAGE, NONE_FOUND = 4, 5  # exit statuses of pytest: the mark is unknown, among others, and no test has it
@@ -23,7 +23,7 @@ _OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b (tests/\S+)|(tes
 
 
 def part(session: Session, found: Found, seconds: float) -> None:
-    """Outcomes and names of failed tests, also of those that ended before the limit."""
+    """Record test outcomes and the names of failed tests, including those that ended before a kill."""
     command = [sys.executable, "-m", "pytest", "-m", "device", "-n", "8", *OPTIONS]
     if session.dry:
         command[6:] = ["0", *OPTIONS, "tests/test_structure.py"]
@@ -46,7 +46,7 @@ def part(session: Session, found: Found, seconds: float) -> None:
 
 
 def limited(command: list[str], seconds: float) -> tuple[int | None, str]:
-    """A command's exit status, None if it was killed at the limit, and what it printed."""
+    """Run a command and return its exit status, or None if it was killed at the limit, and its output."""
     environment = os.environ | {"LOCA_TEST_DEVICE": device_here().type, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
@@ -59,13 +59,13 @@ def limited(command: list[str], seconds: float) -> tuple[int | None, str]:
             status = None
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # its workers too
+                os.killpg(process.pid, signal.SIGKILL)  # including its workers
                 process.wait()
         output.seek(0)
         return status, output.read()
 
 
 def outcomes_in(output: str) -> dict[str, str]:
-    """By test, in what `pytest -vv` printed, with or without workers."""
+    """Return the outcome of each test from the output of `pytest -vv`, with or without workers."""
     pairs = ((match[2] or match[3], match[1] or match[4]) for match in _OUTCOME.finditer(output))
     return {name: outcome for name, outcome in pairs if name and outcome}

@@ -1,6 +1,6 @@
-"""Seconds of training steps in turns: each contender takes some steps in a row, as in training, and the next one follows.
+"""Time training steps in turns: each contender takes several steps in a row, as in training, before the next one follows.
 
-On a GPU its own clock is read between steps, so that none waits for the one before it.
+On a GPU, the GPU's own clock is read between steps, so that no step waits for the one before it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 from steps import Step
 from workloads import device_here
 
-LEAST_TURN = 0.4  # seconds, so that the start of a turn, for which a GPU waits, weighs little
+LEAST_TURN = 0.4  # seconds; the start of a turn, for which a GPU waits, then matters little
 MOST_STEPS = 10
 PARTS = ("seconds", "forward and backward")
 
 
 def steps_of_a_turn(seconds: float) -> int:
-    """How many steps of those seconds a turn has."""
+    """Return how many steps a turn has if one step takes this many seconds."""
     return max(1, min(MOST_STEPS, math.ceil(LEAST_TURN / max(seconds, 1e-9))))
 
 
 def turn(step: Step, count: int) -> tuple[float, float]:
-    """Seconds of a step of a turn: with the optimiser's update, and of forward and backward only."""
+    """Take a turn and return seconds per step: with the optimiser's update, and of forward and backward only."""
     marks = [_mark()]
     for _ in range(count):
         step.gradients()
@@ -58,11 +58,11 @@ def in_rounds(
     going: Callable[[], bool],
     safely: Callable[[str, Callable[[], object]], bool],
 ) -> dict[str, dict[str, list[float]]]:
-    """Both seconds of each contender in each round, for as many rounds as there is time for.
+    """Return both seconds of each contender in each round, for as many rounds as there is time for.
 
     Args:
-        going: whether there is time for another round.
-        safely: calls a contender's turn by its name; False if it failed, after which the contender is out.
+        going: returns whether there is time for another round.
+        safely: calls the turn of the named contender and returns False if it failed, which removes the contender.
     """
     found: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in contenders}
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""The jobs of a run on a GPU, the most important first, and their tiny stand-ins for a dry run."""
+"""The jobs of a GPU run, the most important first, and their tiny replacements for a dry run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TITLES = {"vit": "ViT-B/16", "sd15": "SD 1.5", "sdxl": "SDXL"}
 
 
 def job(name: str, *, dry: bool = False) -> Job:
-    """A settled job by its name: model, precision and batch."""
+    """Return a settled job by its name: model, precision and batch size."""
     model, precision, batch = name.split("-")
     chosen = settled(replace(_MODELS[model], batch_size=int(batch), autocast="bfloat16" if precision == "bf16" else "none"))
     if dry:

@@ -1,8 +1,8 @@
-"""What an adapter costs at inference: LoCA and LoRA of this library, active and not fused, beside peft's LoRA, on one model.
+"""Measure an adapter's cost at inference: this library's LoCA and LoRA, active and unfused, and peft's LoRA, on one model.
 
-Every contender has a turn in every round of calls, in one process, on shared random weights. Loading reads a file that holds
-the trained head too, into a fresh model; the first call after it builds the weights that LoCA keeps. Before anything is
-timed LoCA's loss must be the same by three paths, and that of a loaded model the saved one's.
+Every contender has a turn in every round of calls, in one process, on shared random weights. Loading reads a file that also
+contains the trained head into a fresh model; the first call afterwards builds the weights that LoCA keeps. Before anything is
+timed, LoCA's loss must be the same on three paths, and a loaded model's loss must equal the saved one's.
 
     python examples/benchmarks/inference.py --batch_size 8 --output inference.json
 """
@@ -28,7 +28,7 @@ from table_rows import shown
 from workloads import Job, Workload, held, settled, workload
 
 SCRIPT = "inference.py"
-HALF_TOLERANCE = 1e-2  # of the loss, where a GPU rounds its sums to half precision
+HALF_TOLERANCE = 1e-2  # of the loss, if sums are rounded to half precision
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Settings(Job):
     """Time loading adapters and calling models with them."""
 
     rounds: int = 7
-    """Turns of each contender, after one that does not count."""
+    """Turns of each contender, after a warm-up turn."""
     loads: int = 3
     """How often each adapter is loaded."""
     threads: int | None = None
-    """Of torch; its own choice by default."""
+    """Torch threads; by default torch's own choice."""
     output: Path | None = None
     """JSON file for settings and figures."""
 
@@ -55,7 +55,7 @@ def call(work: Workload, model: nn.Module) -> float:
 
 
 def saved(work: Workload, model: Any, folder: Path) -> Callable[[], nn.Module]:
-    """Write a model's adapter into a folder; what loads it into a fresh model."""
+    """Write a model's adapter into a folder, and return a function that loads it into a fresh model."""
     fresh: nn.Module = work.model().eval()
     if is_of_peft(model):
         from peft import PeftModel
@@ -73,7 +73,7 @@ def saved(work: Workload, model: Any, folder: Path) -> Callable[[], nn.Module]:
 
 
 def handled(settings: Settings, work: Workload, name: str, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A model that has loaded the adapter from its file, and seconds of loading and of the first call after it."""
+    """Return a model with the adapter loaded from its file, and seconds of loading and of the first call afterwards."""
     adapted = methods(settings)[name](work).eval()
     expected = call(work, adapted)
     loads, firsts = [], []

@@ -1,4 +1,4 @@
-"""What is timed along an axis: a linear layer, or a block of a ViT, adapted by each method."""
+"""The models timed along an axis: a linear layer, or a ViT block, adapted by each method."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METHODS = (FLOOR, LOCA, LOCATIONS, "LoRA", "FourierFT, peft")
 
 @dataclass(frozen=True)
 class Point:
-    """Components of each projection, inputs and outputs of it, and vectors that it sees."""
+    """A projection's number of components, its inputs and outputs, and the number of vectors it sees."""
 
     components: int
     width: int
@@ -33,7 +33,7 @@ class Point:
 
 
 def linear_layers(point: Point, rank: int, seed: int) -> dict[str, Callable[[], object]]:
-    """Forward and backward of one square layer, by method."""
+    """Return forward and backward of one square layer, by method."""
     layers = {method: _layer(method, point, rank, seed) for method in METHODS}
     x, direction = torch.randn(point.tokens, point.width, requires_grad=True), torch.randn(point.tokens, point.width)
     return {method: partial(_step, layer, x, direction) for method, layer in layers.items()}
@@ -73,7 +73,7 @@ def _update(method: str, point: Point, rank: int, seed: int) -> Update:
 
 
 def blocks(point: Point, rank: int) -> dict[str, Callable[[], object]]:
-    """Forward and backward of a block of a ViT with heads of 64, query and value adapted, by method."""
+    """Return forward and backward of a ViT block with heads of 64 and adapted query and value, by method."""
     job = Job(n_components=point.components, rank=rank)
     names = (FLOOR, LOCA, LOCATIONS, f"LoRA r={rank}", f"FourierFT n={point.components}, peft")
     work = _block(point)
@@ -82,7 +82,7 @@ def blocks(point: Point, rank: int) -> dict[str, Callable[[], object]]:
 
 
 def _block(point: Point) -> Workload:
-    """The tokens are sequences of 256, or as many below as divide them."""
+    """Return a ViT block whose tokens form sequences of 256, or of the largest smaller length that divides them."""
     length = max(count for count in range(1, 257) if point.tokens % count == 0)
     shape = (point.tokens // length, length, point.width)
     x, direction = torch.randn(shape, requires_grad=True), torch.randn(shape)

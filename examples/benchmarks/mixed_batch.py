@@ -1,8 +1,8 @@
-"""A batch in which every sample has its own adapter: `per_sample` beside peft's `adapter_names`, on one ViT.
+"""Time a batch in which every sample has its own adapter: `per_sample` and peft's `adapter_names`, on one ViT.
 
-Contenders are the base, LoCA and peft's LoRA with each of the numbers of different adapters, with turns in every round; nothing
-is timed before every sample of a mixed batch answers as it does with its adapter alone. `--store` adds what it takes to load
-that many adapters into an `AdapterStore`, and to hold them.
+Contenders are the base, LoCA and peft's LoRA with each number of different adapters, with turns in every round. Before anything
+is timed, samples of a mixed batch must get the same answers as with their adapters alone. `--store` also measures the cost of
+loading that many adapters into an `AdapterStore` and holding them.
 
     python examples/benchmarks/mixed_batch.py --rounds 5 --store 1000 --output mixed-batch.json
 """
@@ -29,7 +29,7 @@ from table_rows import shown
 from workloads import Job, Workload, precision, settled, workload
 
 SCRIPT = "mixed_batch.py"
-TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2  # of the largest logit, in float32 and where products are rounded to half
+TOLERANCE, HALF_TOLERANCE = 1e-4, 5e-2  # of the largest logit, in float32 and in half precision
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Settings(Job):
     store: int = 0
     """How many adapter files to load into an AdapterStore."""
     rounds: int = 5
-    """Turns of each contender, after one that does not count."""
+    """Turns of each contender, after a warm-up turn."""
     threads: int | None = None
-    """Of torch; its own choice by default."""
+    """Torch threads; by default torch's own choice."""
     output: Path | None = None
     """JSON file for settings and figures."""
 
@@ -60,7 +60,7 @@ Call = Callable[[Sequence[str | None]], Tensor]  # of a mixed batch
 
 
 def ours(settings: Settings, work: Workload, names: Sequence[str]) -> tuple[nn.Module, Call]:
-    """A model with adapters of these names, and what calls it with one for each sample."""
+    """Return a model with adapters of these names, and a function that calls it with one adapter per sample."""
     model: nn.Module = work.model().eval()
     for name in names:
         inject(model, LoCAConfig(n_components=int(settings.n_components or 0), seed=int(name[1:])), name)
@@ -75,7 +75,7 @@ def ours(settings: Settings, work: Workload, names: Sequence[str]) -> tuple[nn.M
 
 
 def peft_model(settings: Settings, work: Workload, names: Sequence[str]) -> tuple[nn.Module, Call]:
-    """The same of peft's LoRA."""
+    """Return the same for peft's LoRA."""
     from peft import LoraConfig, get_peft_model
 
     def config() -> LoraConfig:
@@ -100,12 +100,12 @@ def logits(job: Job, model: nn.Module, images: Tensor, **more: Any) -> Tensor:
 
 
 def spread(names: Sequence[str], samples: int, count: int) -> list[str]:
-    """For each sample one of the first `count` names, in turn."""
+    """Assign the first `count` names to the samples in turn."""
     return [names[sample % count] for sample in range(samples)]
 
 
 def check(settings: Settings, name: str, call: Call, alone: Callable[[str], Tensor], names: Sequence[str]) -> None:
-    """Raise RuntimeError unless samples of a mixed batch answer as with their adapters alone."""
+    """Raise RuntimeError unless samples of a mixed batch get the same answers as with their adapters alone."""
     own = spread(names, settings.batch_size or 0, max(settings.different))
     mixed, allowed = call(own), TOLERANCE if settings.autocast == "none" else HALF_TOLERANCE
     for sample in sorted({0, 1 % len(own), len(own) - 1}):
@@ -120,7 +120,7 @@ def held_bytes(model: nn.Module, base: nn.Module) -> int:
 
 
 def file_bytes(model: Any, name: str) -> int:
-    """Of one adapter, as it is saved."""
+    """Return the size of one saved adapter."""
     with tempfile.TemporaryDirectory() as folder:
         if is_of_peft(model):
             model.save_pretrained(folder, selected_adapters=[name])
@@ -163,7 +163,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def stored(settings: Settings, work: Workload) -> dict[str, Any]:
-    """Milliseconds to load each adapter into a store, bytes that it counts, and by how much the process grew."""
+    """Return milliseconds to load each adapter into a store, the bytes that it counts, and the growth of the process."""
     model: nn.Module = work.model().eval()
     inject(model, LoCAConfig(n_components=int(settings.n_components or 0)))
     for spectrum in adapters(model).values():
@@ -183,7 +183,7 @@ def stored(settings: Settings, work: Workload) -> dict[str, Any]:
 
 
 def resident_bytes() -> int:
-    """Of this process; 0 where the system does not tell."""
+    """Return the resident memory of this process, or 0 if the system does not provide it."""
     about = Path("/proc/self/statm")
     return int(about.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if about.exists() else 0
 

@@ -1,12 +1,13 @@
-"""Three ways to train a cosine update, over a grid of sizes: is what the model of costs picks the fastest one?
+"""Time three ways to train a cosine update over a grid of sizes: does the cost model pick the fastest one?
 
-What each adds to a frozen layer, forward and backward: W + Delta W built, and the whole gradient, dY^T X, transformed and read
-at the cells; the same built, and the gradient sampled, by transforms of activations and output gradients; or nothing built, and
-the transformed activations multiplied. The ways take turns, and the least seconds of each count. A line says what was picked
-and how much slower that is than the best. At the end: the worst picks, and the `Costs` that fit this machine, to be put into
-`loca_vision.paths.COSTS`. With more threads these are what `Costs.of_threads` should come to.
+This is what each way adds to a frozen layer, forward and backward. The first builds W + Delta W, transforms the whole gradient
+dY^T X, and reads it at the cells. The second also builds W + Delta W, but samples the gradient with transforms of activations
+and output gradients. The third builds nothing and multiplies the transformed activations. The ways take turns, and the minimum
+seconds of each count. Each line shows the pick and how much slower it is than the best. At the end follow the worst picks, and
+the `Costs` that fit this machine, to be put into `loca_vision.paths.COSTS`. With more threads, these are what
+`Costs.of_threads` should return.
 
-With one thread the seconds are the processor's own, so that other work on the machine disturbs them less.
+With one thread, seconds are CPU time, so that other work on the machine disturbs them less.
 
     python examples/benchmarks/paths.py --output paths.json
     python examples/benchmarks/paths.py --sizes 768x768 1280x320 --tokens 256 --components 1000
@@ -43,7 +44,7 @@ from rounds import check_positive, in_turns, report, run, write
 SCRIPT = "paths.py"
 WAYS: tuple[Strategy, ...] = ("whole", "sampled", "applied")
 TOGETHER: Strategy = "together"
-PEERS = 12  # on a GPU, as many weights of one shape at once; their seconds are shared out
+PEERS = 12  # weights of one shape processed at once on a GPU; their seconds are divided among them
 NOTHING = Costs(product=0, half_product=0, transform=0, spread=0, dot=0, cell=0, piece=0, add=0)
 PHASES = {"coefficients": (True, False), "locations": (False, True)}
 
@@ -55,19 +56,19 @@ class Settings:
     sizes: tuple[str, ...] = ("320x320", "768x768", "1280x1280", "320x768", "3072x768", "768x3072", "4096x1024")
     """Outputs x inputs of the weight."""
     tokens: tuple[int, ...] = (32, 128, 512, 1576, 6304)
-    """Vectors of the activations, batch and positions together."""
+    """Numbers of activation vectors, batch and positions together."""
     components: tuple[int, ...] = (300, 1000, 3000, 30000)
-    """B; those above a quarter of a weight's cells are left out."""
+    """Numbers of components B; those above a quarter of a weight's cells are left out."""
     projections: tuple[int, ...] = (1, 2)
-    """Adapted at once by one product, which share its activations."""
+    """Numbers of projections that are adapted at once and share the same activations."""
     repeats: int = 5
-    """Turns of each way, after one that does not count."""
+    """Turns of each way, after a warm-up turn."""
     threads: int = 1
-    """Of torch."""
+    """Torch threads."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the ways are timed. A way that fails on a GPU is reported, and the others are fitted."""
     seed: int = 0
-    """Of the cells and the numbers."""
+    """Seed of the cells and the values."""
     output: Path | None = None
     """JSON file for settings, seconds, picks and fitted costs."""
 
@@ -124,7 +125,7 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def ways(case: Case, device: torch.device) -> dict[Strategy, Callable[[], object]]:
-    """What each way computes for a case, on tensors of the device."""
+    """Return the computation of each way for a case, on tensors of the device."""
     with device:
         return _ways(case)
 
@@ -136,7 +137,7 @@ def _ways(case: Case) -> dict[Strategy, Callable[[], object]]:
 
 
 class _Prepared:
-    """The tensors of a case, and what each way makes of them."""
+    """The tensors of a case, and the computation of each way."""
 
     def __init__(self, case: Case) -> None:
         (rows, cols), count = case.shape, case.projections
@@ -147,7 +148,7 @@ class _Prepared:
         self.offsets = offsets("central", *PHASES[case.phase])
 
     def layouts(self) -> list[Cells]:
-        """Of which nothing is known yet after a step of locations."""
+        """Return the layouts; in a phase of locations, new ones with nothing cached, as after a step."""
         return [Cells(one.cells, one.shape) for one in self.known] if self.moving else self.known
 
     def built(self, layouts: list[Cells]) -> None:
@@ -209,7 +210,7 @@ def timed(case: Case, settings: Settings) -> Timed:
 
 
 def _failing(calls: dict[Strategy, Callable[[], object]]) -> dict[Strategy, str]:
-    """Why, by way, those fail that do."""
+    """Return, for each way that fails, the reason."""
     found: dict[Strategy, str] = {}
     for way, call in calls.items():
         try:
@@ -220,7 +221,7 @@ def _failing(calls: dict[Strategy, Callable[[], object]]) -> dict[Strategy, str]
 
 
 def fitted(timed: list[Timed]) -> Costs:
-    """The costs with the least squared relative error, none below zero. Products of half precision are not among the cases."""
+    """Return the nonnegative costs with the least squared relative error. No case has products in half precision."""
     fields = [name for name in vars(COSTS["cpu"]) if name not in ("half_product", "serial")]
     if not any(TOGETHER in one.seconds for one in timed):
         fields.remove("launch")
@@ -234,7 +235,7 @@ def fitted(timed: list[Timed]) -> Costs:
 
 
 def of_device(costs: Costs, device: torch.device) -> Costs:
-    """Fitted costs, with products of half precision as many times as fast as this device's are."""
+    """Complete fitted costs with this device's measured speed-up of products in half precision."""
     speedup = _product_seconds(torch.float32, device) / _product_seconds(torch.bfloat16, device)
     return replace(costs, half_product=float(f"{costs.product / speedup:.2g}"))
 
@@ -246,13 +247,13 @@ def _product_seconds(dtype: torch.dtype, device: torch.device, repeats: int = 5)
 
 
 def modelled(case: Case, way: Strategy, costs: Costs) -> float:
-    """Seconds by the model, which is linear in its costs."""
+    """Return the model's seconds, which are linear in its costs."""
     own, shared = seconds_of(case.asked, case.tokens, torch.float32, costs)
     return sum(own[way]) + {"whole": 0, "sampled": 1, "applied": 2, "together": 0}[way] * shared
 
 
 def errors(timed: list[Timed], costs: Costs) -> list[float]:
-    """Of the model, relative to the seconds of each way in each case."""
+    """Return the model's errors relative to the measured seconds of each way in each case."""
     pairs = ((modelled(one.case, way, costs), taken) for one in timed for way, taken in one.seconds.items())
     return [abs(said / taken - 1) for said, taken in pairs]
 
@@ -265,7 +266,7 @@ def _solved(terms: list[list[float]], seconds: list[float]) -> list[float]:
 
 
 def shown(settings: Settings) -> list[Strategy]:
-    """The ways that are timed on this device, a column for each."""
+    """Return the ways that are timed on this device, one for each column."""
     return [*WAYS] if settings.device == "cpu" else [*WAYS, TOGETHER]
 
 
@@ -282,7 +283,7 @@ def as_json(one: Timed) -> dict[str, Any]:
 
 
 def to_paste(costs: Costs, device: str) -> str:
-    """The line for `loca_vision.functional.cost_model`."""
+    """Return the line to paste into `loca_vision.functional.cost_model`."""
     return f'COSTS["{device}"] = {costs}'
 
 

@@ -1,8 +1,8 @@
-"""What an adapter costs at inference: LoCA beside peft's LoRA on the UNet of Stable Diffusion 1.5, in one process.
+"""Measure an adapter's cost at inference: LoCA and peft's LoRA on the UNet of Stable Diffusion 1.5, in one process.
 
-The UNet has the published configuration and random weights, which cost the same; its tensors are shared by all contenders.
-Loading and switching go through the pipeline, as users do it. Every contender takes a turn in every round of calls; the table
-gives medians, and the median of the ratios to the base model without any adapter.
+The UNet has the published configuration and random weights, which cost the same; all contenders share its tensors. Loading and
+switching go through the pipeline, as for users. Every contender takes a turn in every round of calls; the table shows medians,
+and the median of the ratios to the base model without an adapter.
 
     python examples/benchmarks/pipeline_adapters.py --output pipeline.json
 """
@@ -41,21 +41,21 @@ class Settings:
     """Time loading, calling and switching adapters on the UNet of Stable Diffusion 1.5."""
 
     batch_size: int = 2
-    """Latents of a call; two is one picture with guidance."""
+    """Latents per call; two correspond to one picture with guidance."""
     size: int = 32
     """Height and width of the latents; 64 is a picture of 512 pixels."""
     rounds: int = 5
-    """Turns of each contender, after one that does not count."""
+    """Turns of each contender, after a warm-up turn."""
     n_components: int = 1000
-    """B of LoCA for each projection."""
+    """Number of LoCA components B for each projection."""
     rank: int = 16
-    """r of LoRA."""
+    """Rank r of LoRA."""
     widths: tuple[int, int, int, int] = WIDTHS
-    """Of the UNet's blocks; multiples of 32."""
+    """Channels of the UNet's blocks; multiples of 32."""
     dtype: str = "float32"
-    """Of the UNet."""
+    """Data type of the UNet."""
     threads: int | None = None
-    """Of torch; its own choice by default."""
+    """Torch threads; by default torch's own choice."""
     output: Path | None = None
     """JSON file for settings and figures."""
 
@@ -66,7 +66,7 @@ class Settings:
 
 
 def pipeline(model: nn.Module) -> Any:
-    """The UNet in a pipeline whose other parts are as small as they can be."""
+    """Return the UNet in a pipeline whose other parts are as small as possible."""
     text = CLIPTextConfig(hidden_size=768, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=100)
     return StableDiffusionPipeline(
         unet=model,
@@ -98,7 +98,7 @@ def save_lora(pipe: Any, folder: Path, settings: Settings, seed: int) -> None:
 
 
 def handling(load: Callable[[str], Any], unload: Callable[[], Any], switch: Callable[[str], Any], call: Any) -> dict[str, Any]:
-    """Seconds of loading and switching, and of the first call after each; leaves two adapters, of which one acts."""
+    """Return seconds of loading, switching, and the first call after each. This leaves two adapters, one of them active."""
     loads, firsts, switches, seconds_after = [], [], [], []
     for _ in range(3):
         unload()
@@ -137,7 +137,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def calls_of(settings: Settings) -> Callable[[nn.Module], Tensor]:
-    """Calls a UNet on the same numbers every time, as pipelines do."""
+    """Return a function that calls a UNet as pipelines do, with the same inputs every time."""
     generator, dtype = torch.Generator().manual_seed(1), getattr(torch, settings.dtype)
     latents = torch.randn(settings.batch_size, 4, settings.size, settings.size, generator=generator).to(dtype)
     text = torch.randn(settings.batch_size, 77, 768, generator=generator).to(dtype)
@@ -175,7 +175,7 @@ def _bytes(folder: Path) -> int:
 
 
 def _check(built: Tensor, applied: Tensor) -> None:
-    """Both ways of LoCA must answer the same before either is timed."""
+    """Raise RuntimeError unless both ways of LoCA give the same output; neither is timed before."""
     error = float((built - applied).abs().max() / built.abs().max())
     if error > (1e-4 if built.dtype == torch.float32 else 5e-2):
         raise RuntimeError(f"built weights and applied updates differ by {error:.1e} of the largest output")

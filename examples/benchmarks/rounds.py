@@ -1,7 +1,7 @@
-"""What the benchmarks share: methods take turns in rounds; medians, and each round's own ratio to the floor; what a file says.
+"""Code shared by the benchmarks: turns in rounds, medians, ratios to the floor within each round, and result files.
 
-Every method has a turn in every round, so that a machine whose speed drifts is unfair to none. With one thread the seconds are
-the processor's own, so that other work on the machine disturbs them less.
+Every method has a turn in every round, so that drifting machine speed affects all of them equally. With one thread, seconds are
+CPU time, so that other work on the machine disturbs them less.
 """
 
 from __future__ import annotations
@@ -29,12 +29,17 @@ Name = TypeVar("Name", bound=str)
 
 
 def run(script: str, kind: type[Settings], work: Callable[[Settings], object], arguments: Sequence[str] | None = None) -> int:
-    """A script to its exit status: 2 and one line for a user's mistake. `kind` is the dataclass of its settings."""
+    """Run a script and return its exit status: 2, after a one-line message, for a user's mistake.
+
+    Args:
+        kind: the dataclass of the script's settings.
+    """
     return run_command(script, kind, work, arguments, extra="benchmark")
 
 
 def check_positive(settings: Any, *names: str) -> None:
-    """
+    """Check that settings are at least 1.
+
     Raises:
         ValueError: a setting, or one of its numbers, is below 1.
     """
@@ -45,7 +50,7 @@ def check_positive(settings: Any, *names: str) -> None:
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Of one call, to the end of what it started on a GPU."""
+    """Return the seconds of one call, including everything that it started on a GPU."""
     on_gpu = torch.cuda.is_available()
     clock = time.process_time if torch.get_num_threads() == 1 and not on_gpu else time.perf_counter
     started = clock()
@@ -56,7 +61,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def in_turns(calls: Mapping[Name, Callable[[], object]], rounds: int, *, bar: bool = True) -> dict[Name, list[float]]:
-    """Seconds of each call in each round, after a round that does not count."""
+    """Return the seconds of each call in each round, after a warm-up round."""
     seconds: dict[Name, list[float]] = {name: [] for name in calls}
     for counted in tqdm([False] + [True] * rounds, unit="round", disable=None if bar else True):
         for name, call in calls.items():
@@ -65,24 +70,24 @@ def in_turns(calls: Mapping[Name, Callable[[], object]], rounds: int, *, bar: bo
 
 
 def ratio(own: Sequence[float], floor: Sequence[float]) -> float:
-    """The median of each round's own ratio."""
+    """Return the median of the ratios within each round."""
     return median(mine / least for mine, least in zip(own, floor, strict=True))
 
 
 def report(script: str, settings: Any, given: Any = None, **found: Any) -> dict[str, Any]:
-    """What a file of results says: the command, its settings, the machine, and what was found.
+    """Return the contents of a results file: the command, its settings, the machine, and the results.
 
     Args:
-        settings: the dataclass, all its fields known.
-        given: the one of the command line, where fields were left open there.
+        settings: the dataclass with all fields set.
+        given: the dataclass from the command line, if it left fields open.
     """
-    asked = {name: value for name, value in asdict(settings).items() if name != "output"}  # a folder is nobody's business
+    asked = {name: value for name, value in asdict(settings).items() if name != "output"}  # paths are private
     about = {"command": command(script, given or settings), "settings": asked, "environment": machine()}
     return {"benchmark": script.removesuffix(".py"), **about, **found}
 
 
 def machine() -> dict[str, Any]:
-    """Versions, processor, and how many of its threads were used."""
+    """Return versions, the processor, and the number of threads used."""
     return {**environment(), "peft": _version("peft"), "processor": _processor()}
 
 
@@ -101,7 +106,7 @@ def _processor() -> str:
 
 
 def command(script: str, settings: Any) -> str:
-    """The command line that says what these settings say, beyond the defaults."""
+    """Return the command line for these settings, without the defaults."""
     words = ["python", f"examples/benchmarks/{script}"]
     for field in fields(settings):
         value = getattr(settings, field.name)
@@ -117,6 +122,6 @@ def command(script: str, settings: Any) -> str:
 
 
 def write(path: Path | None, found: Mapping[str, Any]) -> None:
-    """As JSON, whole or not at all; nothing without a path."""
+    """Write results as JSON atomically; do nothing without a path."""
     if path is not None:
         write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())

@@ -1,10 +1,10 @@
 """How the cost of one training step grows with components, width and tokens: LoCA, LoRA, peft's FourierFT, and the lower bound.
 
-The model is one square linear layer by itself, forward and backward with a gradient at its input, so that an adapter's cost is
-not hidden behind the rest of a network; with `--model block` it is a block of a ViT, which does six times the work of its query
-and value. The lower bound is the frozen model. A method is free where its median ratio to the lower bound is at most 1.05, and
-as cheap as LoRA where its ratio to LoRA is. Every method takes a turn in every round; with one thread the seconds are the
-processor's own, so that other work on the machine disturbs them less.
+The model is a single square linear layer, forward and backward with a gradient at its input, so that an adapter's cost is not
+hidden behind the rest of a network; with `--model block`, it is a ViT block, which does six times the work of its query and
+value. The lower bound is the frozen model. A method counts as free if its median ratio to the lower bound is at most 1.05, and
+as cheap as LoRA if its median ratio to LoRA is. Every method takes a turn in every round; with one thread, seconds are CPU
+time, so that other work on the machine disturbs them less.
 
     python examples/benchmarks/scaling.py --output scaling
     python examples/benchmarks/scaling.py --output scaling-block --model block
@@ -44,36 +44,36 @@ class Settings:
     """Time one adapted layer along three axes, and draw the curves."""
 
     model: Literal["linear", "block"] = "linear"
-    """A square linear layer; or a block of a ViT, query and value adapted (of peft's FourierFT, the whole qkv)."""
+    """A square linear layer, or a ViT block with adapted query and value (for peft's FourierFT, the whole qkv)."""
     output: Path = Path("scaling")
     """Folder for `scaling.json` and a picture of each sweep."""
     sweeps: tuple[Sweep, ...] = ("components", "width", "tokens")
-    """Which axes."""
+    """Axes to sweep."""
     components: tuple[int, ...] = (100, 300, 1000, 3000, 10000, 30000, 100000)
-    """B, and n of FourierFT, of the first sweep."""
+    """Components B, and n of FourierFT, in the sweep of components."""
     widths: tuple[int, ...] = (192, 384, 768, 1280, 2048, 4096)
-    """Inputs and outputs of the layer, of the second."""
+    """Inputs and outputs of the layer in the sweep of widths."""
     tokens: tuple[int, ...] = (64, 256, 1024, 4096, 16384)
-    """Vectors that the layer sees, of the third."""
+    """Vectors that the layer sees in the sweep of tokens."""
     usual: tuple[int, int, int] = (3000, 768, 1576)
-    """Components, width and tokens where they are not what is swept."""
+    """Components, width and tokens when they are not swept."""
     rank: int = 16
-    """r of LoRA."""
+    """Rank r of LoRA."""
     rounds: int = 7
-    """Turns of each method, after one that does not count."""
+    """Turns of each method, after a warm-up turn."""
     threads: int = 1
-    """Of torch."""
+    """Torch threads."""
     seed: int = 0
-    """Of weights, activations and cells."""
+    """Seed of the weights, activations and cells."""
     redraw: bool = False
-    """Draw the pictures again from the `scaling.json` that is there, and time nothing."""
+    """Redraw the pictures from the existing `scaling.json` and time nothing."""
 
     def __post_init__(self) -> None:
         check_positive(self, "components", "widths", "tokens", "usual", "rank", "rounds", "threads")
 
 
 def points(settings: Settings, sweep: Sweep) -> Iterator[Point]:
-    """Those whose components the layer has room for."""
+    """Yield the points of a sweep whose components fit into the layer."""
     components, width, tokens = settings.usual
     swept = {
         "components": [Point(value, width, tokens) for value in settings.components],
@@ -90,9 +90,9 @@ def seconds_at(point: Point, settings: Settings) -> dict[str, list[float]]:
 
 
 def within(values: Sequence[int], ratios: Sequence[float], limit: float = FREE) -> str:
-    """In words, at which of the ascending values a ratio is within the limit.
+    """Describe in words at which of the ascending values a ratio is within the limit.
 
-    A step is said to begin or to stop being free only where everything beyond is on the same side.
+    The words "up to" and "from" are used only if the ratio crosses the limit once.
     """
     good = [ratio <= limit for ratio in ratios]
     if all(good) or not any(good):
@@ -104,7 +104,7 @@ def within(values: Sequence[int], ratios: Sequence[float], limit: float = FREE) 
 
 
 def free(sweep: Sweep, found: Mapping[Point, Mapping[str, list[float]]]) -> dict[str, dict[str, Any]]:
-    """Of each method but the floor: its ratios to the floor along the sweep, where it is free, where as cheap as LoRA."""
+    """Return, for each method but the floor, its ratios to the floor, where it is free, and where it is as cheap as LoRA."""
     values, result = [getattr(point, sweep) for point in found], {}
     for method in METHODS[1:]:
         ratios = {against: [ratio(own[method], own[against]) for own in found.values()] for against in ("floor", "LoRA")}
@@ -114,7 +114,7 @@ def free(sweep: Sweep, found: Mapping[Point, Mapping[str, list[float]]]) -> dict
 
 
 def draw(path: Path, sweep: Sweep, found: Mapping[Point, Mapping[str, list[float]]], title: str) -> None:
-    """Milliseconds, and how many times the lower bound they are."""
+    """Plot milliseconds, and their ratio to the lower bound."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     times, ratios = figure.subplots(1, 2)
     places = [getattr(point, sweep) for point in found]
@@ -135,7 +135,7 @@ def draw(path: Path, sweep: Sweep, found: Mapping[Point, Mapping[str, list[float
 
 
 def _plain_ticks(axes: Any, places: Sequence[int]) -> None:
-    """The swept values below, and numbers without powers of ten beside."""
+    """Label the x axis with the swept values, and the y axis without powers of ten."""
     axes.set_xticks(places, [f"{value:,}" for value in places], fontsize=8)
     axes.xaxis.set_minor_locator(NullLocator())
     low, high = axes.get_ylim()
@@ -165,7 +165,7 @@ def benchmark(settings: Settings) -> None:
 
 
 def draw_all(folder: Path, result: Mapping[str, Any]) -> None:
-    """A picture of each sweep from what `scaling.json` says."""
+    """Draw a picture of each sweep from the contents of `scaling.json`."""
     for sweep, rows in result["sweeps"].items():
         found = {Point(row["components"], row["width"], row["tokens"]): row["seconds"] for row in rows}
         draw(folder / f"{sweep}.png", sweep, found, _title(result["settings"], sweep))
@@ -180,7 +180,7 @@ def _title(settings: Mapping[str, Any], sweep: Sweep) -> str:
 
 
 def table(sweep: Sweep, found: Mapping[Point, Mapping[str, list[float]]]) -> str:
-    """Ratios to the floor."""
+    """Return a table of ratios to the floor."""
     rows = [[sweep, *METHODS]]
     for point, own in found.items():
         rows.append([f"{getattr(point, sweep)}", *(f"{ratio(own[method], own['floor']):.2f}" for method in METHODS)])

@@ -1,11 +1,11 @@
-"""What a training step with LoCA takes, by calculation: bytes and floating-point operations. Nothing is measured or allocated.
+"""Calculate the bytes and floating-point operations of a training step with LoCA. Nothing is measured or allocated.
 
-The real configuration of each base is traced with tensors that have shapes and no memory (FakeTensorMode), so that a step of a
-model of gigabytes takes seconds on any machine. Counted are frozen weights in bfloat16; the adapted weights W + Delta W, which
-are built in every step; 16 bytes for each trained number (itself, its gradient and AdamW's two means, in float32); and every
-other tensor that is alive at once, those that wait for the backward pass and those of an operation alike. Not counted are the
-context and the fragments of a device, what a kernel needs for itself, text encoders and the autoencoder. Norms are in bfloat16
-as under a processor's autocast; a GPU's computes and keeps some in float32.
+The real configuration of each base is traced with tensors that have shapes but no memory (FakeTensorMode), so that tracing a
+step of a multi-gigabyte model takes seconds on any machine. These count: frozen weights in bfloat16; the adapted weights
+W + Delta W, which are built in every step; 16 bytes for each trained number (itself, its gradient and AdamW's two moments, in
+float32); and every other tensor that is alive at the same time, whether it is kept for the backward pass or used within an
+operation. These do not count: a device's context and fragmentation, a kernel's own workspace, text encoders and the
+autoencoder. Norms are in bfloat16, as under a CPU's autocast; a GPU's autocast computes and keeps some in float32.
 
     python examples/benchmarks/step_memory.py
     python examples/benchmarks/step_memory.py --bases sdxl --batch_size 4
@@ -38,13 +38,13 @@ class Settings:
     """Calculate what a training step with LoCA takes on bases of diffusers, and print a table"""
 
     bases: tuple[Name, ...] = ("sd15", "sdxl", "klein")
-    """Stable Diffusion 1.5 at 512 pixels, SDXL at 1024, FLUX.2 klein 4B at 512."""
+    """Base models: Stable Diffusion 1.5 at 512 pixels, SDXL at 1024, FLUX.2 klein 4B at 512."""
     batch_size: int = 1
-    """Images."""
+    """Images per step."""
     resolution: int | None = None
-    """Other pixels a side, of all of them."""
+    """Pixels per side for all bases; by default each base's own."""
     n_components: int = 3000
-    """Of each projection."""
+    """Components per projection."""
     targets: tuple[Literal["q", "k", "v", "out", "fc1", "fc2"], ...] = ("q", "k", "v", "out")
     """Adapted projections."""
     dry_run: bool = False
@@ -52,7 +52,7 @@ class Settings:
 
 
 def cells(step: Step) -> list[str]:
-    """A row: GB (10^9 bytes), and 10^12 operations."""
+    """Return a row of the table: GB (10^9 bytes), and 10^12 operations."""
     sizes = (step.weights, step.built, BYTES_OF_A_TRAINED_NUMBER * step.trained, step.kept, step.peak, step.total)
     return [
         f"{step.title}, {step.resolution}",
@@ -66,7 +66,7 @@ def cells(step: Step) -> list[str]:
 
 
 def table(wanted: Settings, known: Mapping[Name, Base]) -> str:
-    """Markdown: each base without checkpointing and with."""
+    """Return a Markdown table of each base without and with checkpointing."""
     config = LoCAConfig(n_components=wanted.n_components, targets=wanted.targets)
     trace = partial(traced, config=config, batch_size=wanted.batch_size, resolution=wanted.resolution)
     steps = (trace(known[name], checkpointing=again) for name in wanted.bases for again in (False, True))
@@ -74,9 +74,10 @@ def table(wanted: Settings, known: Mapping[Name, Base]) -> str:
 
 
 def work(wanted: Settings) -> None:
-    """
+    """Print the table.
+
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting is out of range.
     """
     check_positive(wanted, "batch_size", "n_components")
     if wanted.resolution is not None and (wanted.resolution < 128 or wanted.resolution % 64):

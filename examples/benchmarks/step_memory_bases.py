@@ -1,4 +1,4 @@
-"""Denoisers of diffusers whose training steps are calculated: their configurations, and what a forward pass is given."""
+"""The diffusers denoisers whose training steps are calculated: their configurations and the inputs of a forward pass."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Base:
     """A denoiser.
 
     Args:
-        title: for people.
-        resolution: pixels a side that it is made for.
-        build: makes it, on the current device and in the current dtype.
-        call: from a batch size and a resolution, the arguments of a forward pass.
+        title: the name shown in tables.
+        resolution: the pixels per side that it is made for.
+        build: builds it on the current device and in the current dtype.
+        call: returns the arguments of a forward pass for a batch size and a resolution.
     """
 
     title: str
@@ -35,7 +35,7 @@ class Base:
 
 
 def klein(heads: int = 24, double: int = 5, single: int = 20) -> Any:
-    """The transformer of FLUX.2 klein 4B (3,875,544,576 weights), or a smaller one, frozen."""
+    """Return the transformer of FLUX.2 klein 4B (3,875,544,576 weights), or a smaller one, frozen."""
     from diffusers import Flux2Transformer2DModel
 
     return Flux2Transformer2DModel(
@@ -67,11 +67,11 @@ def _of_klein(count: int, resolution: int) -> Call:
 
 
 def bases(widths: tuple[int, int, int, int] = WIDTHS, klein_size: tuple[int, int, int] = (24, 5, 20)) -> dict[Name, Base]:
-    """The real ones, or others of the same structure.
+    """Return the real bases, or others with the same structure.
 
     Args:
-        widths: of the UNets' levels; SDXL has three.
-        klein_size: heads, double-stream and single-stream blocks of FLUX.2 klein.
+        widths: the channels of the UNets' levels; SDXL uses the first three.
+        klein_size: the numbers of heads, double-stream blocks and single-stream blocks of FLUX.2 klein.
     """
     xl = partial(_of_unet, 2048, text_embeds=1280, time_ids=6)
     return {

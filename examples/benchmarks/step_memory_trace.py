@@ -1,4 +1,4 @@
-"""A training step with LoCA of a model whose tensors have shapes and no memory: bytes that are alive, and operations."""
+"""Trace a training step with LoCA on tensors that have shapes but no memory: count live bytes and operations."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ class Step:
     """Bytes and operations of a training step.
 
     Args:
-        title, resolution: of the base, and whether activations are computed again in the backward pass.
+        title, resolution: the title and resolution of the base.
+        checkpointing: whether activations are recomputed in the backward pass.
         weights: bytes of the frozen weights.
         built: bytes of the adapted weights.
-        trained: numbers, locations included.
-        kept: bytes of what waits for the backward pass.
-        peak: bytes alive at most besides weights and trained numbers.
-        forward, backward: operations of the frozen base, two for a multiply-add.
-        added: operations of LoCA, both ways.
+        trained: the number of trained parameters, including locations.
+        kept: bytes kept for the backward pass.
+        peak: peak bytes alive in addition to the frozen weights and trained numbers.
+        forward, backward: operations of the frozen base, where a multiply-add counts as two.
+        added: operations of LoCA, forward and backward.
     """
 
     title: str
@@ -59,10 +60,10 @@ class Step:
 
 
 class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the tensors that operations in here make, as long as they are alive.
+    """Track the bytes of tensors that operations in this context create, for as long as they are alive.
 
     Args:
-        besides: storages, by address, that do not count.
+        besides: addresses of storages that do not count.
     """
 
     def __init__(self, besides: set[int]) -> None:
@@ -110,7 +111,7 @@ def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **more: Any)
     return operations
 
 
-_ATTENTION = {  # which torch counts on GPUs alone
+_ATTENTION = {  # torch counts these only on GPUs
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
@@ -119,13 +120,13 @@ _ATTENTION = {  # which torch counts on GPUs alone
 def traced(
     base: Base, config: LoCAConfig, *, batch_size: int = 1, resolution: int | None = None, checkpointing: bool = False
 ) -> Step:
-    """One training step of one base.
+    """Trace one training step of one base.
 
     Args:
-        config: of the adapter.
-        batch_size: images.
-        resolution: pixels a side; by default the base's.
-        checkpointing: compute activations again in the backward pass.
+        config: the configuration of the adapter.
+        batch_size: images per step.
+        resolution: pixels per side; by default the base's.
+        checkpointing: whether to recompute activations in the backward pass.
 
     Raises:
         ValueError: the adapter does not fit the base.
@@ -143,7 +144,7 @@ def traced(
             model.enable_gradient_checkpointing()  # type: ignore[operator]
         tokens = _watch_tokens(adapted)
         step = partial(_step, model, *base.call(batch_size, resolution))
-        kept, peak = _bytes(model, step)  # by themselves: what counts operations holds on to tensors
+        kept, peak = _bytes(model, step)  # in a separate step: the operation counter keeps tensors alive
         forward, both = _operations(step)
     return Step(
         base.title,
@@ -156,12 +157,12 @@ def traced(
         peak,
         forward,
         both - forward - _of_gradients(adapted, tokens),
-        sum(row.forward.flops + row.backward.flops for row in explain(with_loca, dict(tokens))),  # coefficients learn
+        sum(row.forward.flops + row.backward.flops for row in explain(with_loca, dict(tokens))),  # coefficients train
     )
 
 
 def _step(model: nn.Module, positional: tuple[Any, ...], named: Mapping[str, Any], between: Callable[[], None]) -> None:
-    """Forward and backward, and something between them."""
+    """Run forward and backward, and call `between` in between."""
     with torch.autocast("cpu", torch.bfloat16):
         error = model(*positional, **named).sample.float().square().mean()
     between()
@@ -169,7 +170,7 @@ def _step(model: nn.Module, positional: tuple[Any, ...], named: Mapping[str, Any
 
 
 def _bytes(model: nn.Module, step: Callable[..., None]) -> tuple[int, int]:
-    """Of tensors that are alive between forward and backward, and at most."""
+    """Return the bytes of tensors alive between forward and backward, and the peak."""
     alive, kept = Alive({parameter.untyped_storage()._cdata for parameter in model.parameters()}), []
     with alive:
         step(lambda: kept.append(alive.now))
@@ -177,7 +178,7 @@ def _bytes(model: nn.Module, step: Callable[..., None]) -> tuple[int, int]:
 
 
 def _operations(step: Callable[..., None]) -> tuple[int, int]:
-    """Of the forward pass, and of both."""
+    """Return the operations of the forward pass, and of both passes."""
     counted: Any = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
     forward: list[int] = []
     with counted:
@@ -186,7 +187,7 @@ def _operations(step: Callable[..., None]) -> tuple[int, int]:
 
 
 def _learning(adapted: list[Target]) -> None:
-    """Ask for the gradients of adapted weights, from which LoCA takes its own; each goes at once, as there."""
+    """Request the gradients of adapted weights, from which LoCA computes its own; each is freed at once, as in LoCA."""
     for target in adapted:
         weight: Any = target.layer.weight
         weight.requires_grad_(True)
@@ -194,7 +195,7 @@ def _learning(adapted: list[Target]) -> None:
 
 
 def _watch_tokens(adapted: list[Target]) -> dict[str, int]:
-    """Vectors that each projection sees, by name; filled in by a forward pass."""
+    """Return the number of vectors that each projection sees, by name; a forward pass fills it in."""
     tokens: dict[str, int] = {}
 
     def seen(name: str, layer: nn.Module, given: tuple[Tensor, ...]) -> None:
@@ -206,7 +207,7 @@ def _watch_tokens(adapted: list[Target]) -> dict[str, int]:
 
 
 def _of_gradients(adapted: list[Target], tokens: Mapping[str, int]) -> int:
-    """Operations of the products dY^T X, which are LoCA's; of a layer that holds several projections once."""
+    """Return the operations of the products dY^T X, which belong to LoCA; a layer with several projections counts once."""
     layers = {target.layer_path: target for target in adapted}
     weights: dict[str, Any] = {path: target.layer.weight for path, target in layers.items()}
     return sum(2 * tokens[target.name] * int(weights[path].numel()) for path, target in layers.items())

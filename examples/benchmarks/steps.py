@@ -1,4 +1,4 @@
-"""One training step of a method; what it costs in operator calls and in memory; whether LoCA is right before it is timed."""
+"""One training step of a method, its operator calls and memory, and a check of LoCA before it is timed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOLERANCE = 1e-4  # of the loss
 
 
 class Step:
-    """Forward, backward and update of one method's model; calling it takes a step."""
+    """Forward, backward and update of one method's model; call it to take a step."""
 
     def __init__(self, model: nn.Module, work: Workload) -> None:
         self.model, self.work = model, work
@@ -41,7 +41,7 @@ class Step:
             self.optimizer.step()
 
     def gradients(self) -> Tensor:
-        """Forward and backward only; the loss."""
+        """Run forward and backward only, and return the loss."""
         for tensor in (self.work.inputs, *self.trained):
             tensor.grad = None
         loss = self.work.loss(self.model)
@@ -50,11 +50,11 @@ class Step:
 
 
 def operators(step: Step) -> int:
-    """How many operators forward and backward call that compute; on a GPU each is about one kernel.
+    """Count the computing operators that forward and backward call; on a GPU, each is about one kernel.
 
-    What torch's own operators call inside is theirs, but what this library's call counts. Views and new memory do not count,
-    nor does the optimiser's update, which a GPU does for all parameters together. A step goes before, so that locations have
-    moved as in the middle of training.
+    Calls inside torch's own operators do not count, but calls inside this library's operators do. Views and allocations do not
+    count, nor does the optimiser's update, which a GPU does for all parameters together. One step is taken first, so that
+    locations have moved as in the middle of training.
     """
     step()
     with profile(activities=[ProfilerActivity.CPU]) as watched:
@@ -77,7 +77,7 @@ def _computes(name: str) -> bool:
 
 
 def all_operators(steps: dict[str, Step]) -> dict[str, dict[str, float]]:
-    """Of each method: its operators, its projections, and operators beyond the floor for each of them."""
+    """Return, for each method, its operators, its projections, and the operators beyond the floor per projection."""
     found: dict[str, dict[str, float]] = {}
     for name, step in tqdm(steps.items(), desc="operators", disable=None):
         count, many = operators(step), projections(step.model)
@@ -88,14 +88,14 @@ def all_operators(steps: dict[str, Step]) -> dict[str, dict[str, float]]:
 
 
 def peak(job: Job, method: str) -> float:
-    """MB: the largest memory of this process during two steps of a method; on a GPU, what was allocated there."""
+    """Return the peak memory in MB during two steps of a method: of this process, or as allocated on a GPU."""
     job = settled(job)
     work = workload(job)
     step = Step(methods(job)[method](work), work)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):  # Linux forgets the peak of making the model; elsewhere it counts
+    with suppress(OSError):  # Linux resets the peak from building the model; elsewhere it counts
         Path("/proc/self/clear_refs").write_text("5")
     step()
     step()
@@ -103,7 +103,7 @@ def peak(job: Job, method: str) -> float:
 
 
 def _resident_peak() -> float:
-    """Of this process alone: `ru_maxrss` of a process that another started begins at what the other held."""
+    """Return the peak of this process alone: a child's `ru_maxrss` starts at the memory that its parent held."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     for line in lines:
@@ -113,7 +113,7 @@ def _resident_peak() -> float:
 
 
 def all_peaks(job: Job, names: list[str], threads: int) -> dict[str, float]:
-    """MB of each method, each in a process of its own."""
+    """Return the peak memory of each method in MB, each measured in its own process."""
     found = {}
     for name in tqdm(names, desc="memory", disable=None):
         with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (threads,)) as pool:
@@ -122,10 +122,10 @@ def all_peaks(job: Job, names: list[str], threads: int) -> dict[str, float]:
 
 
 def check(job: Job) -> dict[str, float]:
-    """The loss of LoCA's model on the batch, in float32, by three paths of ours that must agree; and the base's.
+    """Return the float32 loss of LoCA's model on the batch by three paths that must agree, and the base's loss.
 
     Raises:
-        RuntimeError: they differ by more than 1e-4, or LoCA's coefficients change so little that nothing is shown.
+        RuntimeError: they differ by more than 1e-4, or LoCA changes the loss too little for the check to mean anything.
     """
     job = replace(job, autocast="none")
     work = workload(job)

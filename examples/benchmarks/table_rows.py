@@ -1,4 +1,4 @@
-"""The tables of the benchmarks, as rows of cells, from what they wrote: the same on the screen and in the README."""
+"""The benchmarks' tables as rows of cells, from their results: the same for the screen and the README."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHOWN = (LOCA, LOCATIONS, "LoRA", "LoRA, peft", "FourierFT, peft")  # of all met
 
 
 def steps(reports: Sequence[Mapping[str, Any]]) -> Rows:
-    """A row for each report of training steps: seconds of the floor, and how many times that the usual methods take."""
+    """Return a row for each report of training steps: the floor's seconds, and the usual methods' ratios to it."""
     found = [["step", "threads", "floor, s", *SHOWN]]
     for report in reports:
         seconds = {re.sub(r" [rn]=\d+", "", name): own for name, own in report["seconds"].items()}
@@ -46,14 +46,14 @@ def steps(reports: Sequence[Mapping[str, Any]]) -> Rows:
 
 
 def _what_is_timed(command: str) -> str:
-    """The command without its folder, and without the options that choose methods, figures and repetitions."""
+    """Return the command without its folder and without the options for methods, outputs and repetitions."""
     script, *options = re.split(r" (?=--)", command.removeprefix("python "))
     beside = ("--only", "--output", "--memory", "--operators", "--rounds", "--threads")
     return " ".join([script.rpartition("/")[2], *(option for option in options if not option.startswith(beside))])
 
 
 def calls(report: Mapping[str, Any]) -> Rows:
-    """Of inference: calls, loading, switching, what is held and saved."""
+    """Return the rows of inference: calls, loading, switching, and the sizes in memory and files."""
     figures = report["figures"]
     timed = [name for name in ("call", "load", "first call", "switch", "call after switch") if _anywhere(figures, name)]
     sizes = [name for name in ("MB held", "bytes an adapter", "file bytes") if _anywhere(figures, name)]
@@ -76,7 +76,7 @@ def _size(value: float | int | None) -> str:
 
 
 def scaling(report: Mapping[str, Any]) -> Rows:
-    """Where each method costs next to nothing beyond the lower bound, and where no more than LoRA."""
+    """Return where each method is free, compared with the lower bound, and where it is as cheap as LoRA."""
     rows = [["sweep", "method", "of the lower bound, from first to last", "free", "as cheap as LoRA"]]
     for sweep, found in report["free"].items():
         for method, own in found.items():
@@ -94,9 +94,10 @@ KINDS = {
 
 
 def rows(report: Mapping[str, Any]) -> Rows:
-    """
+    """Return the rows of a report's table.
+
     Raises:
-        ValueError: of no benchmark that has a table.
+        ValueError: the report's benchmark has no table.
     """
     kind = report.get("benchmark")
     if kind not in KINDS:
@@ -105,7 +106,7 @@ def rows(report: Mapping[str, Any]) -> Rows:
 
 
 def shown(report: Mapping[str, Any]) -> str:
-    """For a screen: names to the left, numbers to the right."""
+    """Format the table for a screen, with names left-aligned and numbers right-aligned."""
     found = rows(report)
     width = max(len(row[0]) for row in found)
     return aligned([[row[0].ljust(width), *row[1:]] for row in found], str.rjust)

@@ -1,6 +1,6 @@
 """The tables of the benchmarks in Markdown, from the JSON files that the scripts wrote.
 
-A page says by its marks what it wants: every table, each with its command and its machine, or all training steps in one.
+The marks in a page select its tables: every table, each with its command and machine, or all training steps in one table.
 
     python examples/benchmarks/tables.py
     python examples/benchmarks/tables.py --write docs/guides/memory_and_speed.md examples/benchmarks/results/README.md
@@ -31,9 +31,9 @@ class Settings:
     """Print the tables of the benchmarks, or put them into pages between their marks."""
 
     results: Path = Path(__file__).parent / "results"
-    """Folder of the JSON files; the tables come in the order of the names."""
+    """Folder of the JSON files; the tables are sorted by file name."""
     write: tuple[Path, ...] = ()
-    """Markdown files that have marks; what is between them is replaced."""
+    """Markdown files with marks; the text between the marks is replaced."""
 
 
 def every_table(reports: Sequence[Report]) -> str:
@@ -41,7 +41,7 @@ def every_table(reports: Sequence[Report]) -> str:
 
 
 def all_steps(reports: Sequence[Report]) -> str:
-    """A table with a row for each training step that was measured; empty where none was."""
+    """Return a table with a row for each measured training step, or an empty string if there is none."""
     found = [report for report in reports if report["benchmark"] == "training_step"]
     return grid(steps(found)) if found else ""
 
@@ -50,7 +50,7 @@ WRITERS: dict[str, Callable[[Sequence[Report]], str]] = {EVERY: every_table, STE
 
 
 def markdown(report: Report) -> str:
-    """One table under a line that says how and on what it was made."""
+    """Return one table, below a line with its command and machine."""
     return f"{about(report)}\n\n{grid(rows(report))}"
 
 
@@ -68,10 +68,10 @@ def about(report: Report) -> str:
 
 
 def reports_in(folder: Path) -> list[Report]:
-    """Those with a table.
+    """Return the reports in a folder that have a table.
 
     Raises:
-        ValueError: a file that is not a report of a benchmark.
+        ValueError: a file is not a report of a benchmark.
     """
     found = []
     for file in sorted(folder.glob("*.json")):
@@ -86,10 +86,10 @@ def reports_in(folder: Path) -> list[Report]:
 
 
 def filled(text: str, reports: Sequence[Report]) -> str:
-    """The text with tables in the place of what is between marks.
+    """Return the text with the contents between marks replaced by tables.
 
     Raises:
-        ValueError: there is no mark, one of them twice, or one without an end.
+        ValueError: there is no mark, a mark appears twice, or a mark has no end.
     """
     marks = [mark for mark in WRITERS if mark in text]
     if not marks:

@@ -1,9 +1,9 @@
-"""Seconds of one training step: every kind of adapter beside peft's LoRA and FourierFT, on one model, in one process.
+"""Time one training step: every kind of adapter, and peft's LoRA and FourierFT, on one model, in one process.
 
-Every method takes a turn in every round; the table gives medians, and the median of the ratios to the floor, which is forward
-and backward through the frozen model, with a gradient at its input. Before anything is timed LoCA's loss must be the same by
-three paths. `--memory` and `--operators` add the peak memory of a step, each method in a process of its own, and the
-operators a step calls.
+Every method takes a turn in every round; the table shows medians, and the median of the ratios to the floor, which is forward
+and backward through the frozen model, with a gradient at its input. Before anything is timed, LoCA's loss must be the same on
+three paths. `--memory` adds the peak memory of a step, with each method in its own process, and `--operators` adds the number
+of operators that a step calls.
 
     python examples/benchmarks/training_step.py --batch_size 8 --output step.json
     python examples/benchmarks/training_step.py --workload unet --memory --operators --autocast bfloat16
@@ -34,15 +34,15 @@ class Settings(Job):
     """Time one training step of each method."""
 
     rounds: int = 7
-    """Turns of each method, after one that does not count."""
+    """Turns of each method, after a warm-up turn."""
     only: tuple[str, ...] = ()
-    """Some of the methods, by the names they have in the table, in addition to the floor; all by default."""
+    """Methods to time in addition to the floor, by their names in the table; by default all."""
     memory: bool = False
-    """Measure the peak memory of each method's step too."""
+    """Also measure the peak memory of each method's step."""
     operators: bool = False
-    """Count the operators that each method's step calls too."""
+    """Also count the operators that each method's step calls."""
     threads: int | None = None
-    """Of torch; its own choice by default."""
+    """Torch threads; by default torch's own choice."""
     output: Path | None = None
     """JSON file for settings and seconds."""
 
@@ -52,7 +52,7 @@ class Settings(Job):
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Losses of the check; of each method the seconds of its rounds, its trained numbers, and what else is asked for."""
+    """Return the check's losses and, for each method, seconds per round, trained numbers and any other requested figures."""
     chosen = methods(settings, settings.only)
     found: dict[str, Any] = {"losses": check(settings)}
     if settings.memory:  # while this process holds nothing

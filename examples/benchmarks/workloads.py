@@ -1,7 +1,7 @@
-"""What is trained in the benchmarks: a ViT that classifies, and UNets that predict noise, of Stable Diffusion 1.5 and of SDXL.
+"""The benchmarks' models: a ViT that classifies, and the noise-predicting UNets of Stable Diffusion 1.5 and SDXL.
 
-Weights are random, which costs the same, and made where they stay. A model is made once; all methods share its tensors, since
-those of Stable Diffusion 1.5 are 3.4 GB. timm and diffusers are imported by what needs them.
+Weights are random, which costs the same, and created on their device. A model is made once and all methods share its tensors,
+since those of Stable Diffusion 1.5 take 3.4 GB. timm and diffusers are imported only by the functions that need them.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ USUAL: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained."""
+    """The model, batch and adapters of a benchmark."""
 
     workload: Literal["vit", "unet", "sdxl"] = "vit"
     """A ViT, query and value adapted; or the UNet of Stable Diffusion 1.5 or of SDXL, query, key, value and output."""
     model: str = "vit_base_patch16_224"
     """A timm model with fused qkv layers, for `vit`."""
     widths: tuple[int, int, int, int] = WIDTHS
-    """Of the UNet's blocks; multiples of 32. The UNet of SDXL has the first three."""
+    """Channels of the UNet's blocks; multiples of 32. The UNet of SDXL uses the first three."""
     size: int = 32
     """Height and width of the UNet's latents; 64 is a picture of 512 pixels."""
     batch_size: int | None = None
-    """Images or latents a step; by default 8 of a ViT, 2 of the UNet and 1 of SDXL's."""
+    """Images or latents per step; by default 8 for a ViT, 2 for the UNet and 1 for SDXL's."""
     n_components: int | None = None
-    """Of LoCA, sDCTFT and FourierFT for each projection, and of peft's FourierFT for each layer; by default 3000 and 1000."""
+    """Components per projection (per layer for peft's FourierFT); by default 3000 for a ViT and 1000 for the UNets."""
     rank: int = 16
-    """r of LoRA and SeLoRA."""
+    """Rank r of LoRA and SeLoRA."""
     autocast: Literal["none", "bfloat16", "float16"] = "none"
-    """What the forward pass computes in; weights are float32."""
+    """Precision of the forward pass; weights are float32."""
 
     def __post_init__(self) -> None:
         check_positive(self, "widths", "size", "batch_size", "n_components", "rank")
@@ -56,7 +56,7 @@ Some = TypeVar("Some", bound=Job)
 
 
 def settled(job: Some) -> Some:
-    """The same job, nothing left open."""
+    """Return the same job with all defaults filled in."""
     return replace(job, **{name: value for name, value in USUAL[job.workload].items() if getattr(job, name) is None})
 
 
@@ -65,11 +65,12 @@ class Workload:
     """A model, a batch, and how to adapt it.
 
     Args:
-        base: the model, frozen but for its head; never trained itself.
-        inputs: of the batch, asking for a gradient, so that no backward pass stops halfway.
-        loss: of a model on the batch.
-        head: the name of the module trained along with adapters, or None.
-        targets: the projections this library adapts; `layers`: those of peft.
+        base: the model, frozen except for its head; never trained itself.
+        inputs: the batch's inputs, which require a gradient so that no backward pass stops halfway.
+        loss: returns the loss of a model on the batch.
+        head: the name of the module that is trained with the adapters, or None.
+        targets: the projections that this library adapts.
+        layers: the layers that peft adapts.
     """
 
     base: nn.Module
@@ -80,17 +81,17 @@ class Workload:
     layers: tuple[str, ...]
 
     def model(self) -> Any:
-        """One to adapt, on the base's tensors; its head is its own."""
+        """Return a model to adapt, which shares the base's tensors but has its own head."""
         return on_tensors_of(self.base, lambda name: self.head is not None and name.startswith(f"{self.head}."))
 
 
 def on_tensors_of(model: nn.Module, own: Callable[[str], bool] = lambda name: False) -> Any:
-    """A copy of a model that shares its parameters but those whose names are its `own`."""
+    """Return a copy of a model that shares its parameters, except those whose names satisfy `own`."""
     return copy.deepcopy(model, {id(tensor): tensor for name, tensor in model.named_parameters() if not own(name)})
 
 
 def held(model: nn.Module, base: nn.Module) -> float:
-    """MB of what the model holds beyond the base: the adapters' tensors, and all that LoCA has worked out and keeps."""
+    """Return the MB that the model holds beyond the base: the adapters' tensors, and everything that LoCA caches."""
     notes = [vars(module).get(name) for module in model.modules() for name in ("_cached", "_kept")]
     kept = [tensor for note in notes for tensor in _tensors_in(note)]
     shared = {tensor.data_ptr() for tensor in base.parameters()}
@@ -109,7 +110,7 @@ def _tensors_in(note: Any) -> Iterator[Tensor]:
 
 
 def workload(job: Job) -> Workload:
-    """Of a settled job, on the GPU where there is one; the same numbers at every call."""
+    """Return the workload of a settled job, on the GPU if there is one, with the same numbers at every call."""
     torch.manual_seed(0)
     return {"vit": _vit, "unet": _unet, "sdxl": _sdxl}[job.workload](job, device_here())
 
@@ -160,14 +161,14 @@ def _denoising(job: Job, device: torch.device, base: Any, **more: Any) -> Worklo
 
 
 def unet(widths: tuple[int, int, int, int] = WIDTHS) -> Any:
-    """The UNet of Stable Diffusion 1.5 (860 million weights), or a narrower one, frozen."""
+    """Return the UNet of Stable Diffusion 1.5 (860 million weights), or a narrower one, frozen."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, block_out_channels=widths).requires_grad_(False)
 
 
 def sdxl_unet(widths: tuple[int, ...] = WIDTHS[:3]) -> Any:
-    """The UNet of SDXL (2.6 billion weights), or a narrower one that is shallower too, frozen."""
+    """Return the UNet of SDXL (2.6 billion weights), or a narrower and shallower one, frozen."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -176,7 +177,7 @@ def sdxl_unet(widths: tuple[int, ...] = WIDTHS[:3]) -> Any:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2, 10) if widths == WIDTHS[:3] else 1,
-        attention_head_dim=tuple(max(1, width // 64) for width in widths),  # which are numbers of heads, in spite of the name
+        attention_head_dim=tuple(max(1, width // 64) for width in widths),  # numbers of heads, despite the name
         cross_attention_dim=2048,
         use_linear_projection=True,
         addition_embed_type="text_time",

@@ -4,28 +4,28 @@
     python examples/dreambooth/peft_image_gen.py --output_dir cat --compare peft/method_comparison/image-gen/results
 
 The first command trains, measures, and writes METHOD--cat.json in the schema of peft's result files, and pictures in samples/.
-Started again it goes on where it was stopped. The second prints the run beside theirs. It needs the hub, for 16 GB of weights,
-and a GPU that holds them at once; peft measured 10 to 13 GB in training for most adapters. --dry_run says what it will need,
-by calculation, and stops there.
+When started again, it resumes where it was stopped. The second command prints the run next to theirs. Training needs the hub,
+for 16 GB of weights, and a GPU that holds them all at once; peft measured 10 to 13 GB in training for most adapters. --dry_run
+prints the calculated memory needs and stops.
 
-The same as in method_comparison/image-gen of huggingface/peft are base, images, their parts, prompts, sizes, steps, batch,
-AdamW's settings, clipping, loss, uniform timesteps, seeds and random numbers of all pictures, DINOv2 similarity, drift. Their
-rate of 1e-4 is the default here, too, and it is one for LoRA: their FourierFT ended with it at a similarity of 0.347, and their
-LN tuning, whose pictures are the base's, at 0.342. Methods with spectra want far larger rates.
+These are the same as in method_comparison/image-gen of huggingface/peft: base, images, their split, prompts, sizes, steps,
+batch, AdamW's settings, clipping, loss, uniform timesteps, seeds and random numbers of all pictures, DINOv2 similarity, drift.
+Their rate of 1e-4 is also the default here, but it is one for LoRA: with it, their FourierFT reached a similarity of 0.347, and
+their LN tuning, whose pictures are the base's, 0.342. Methods with spectra need far larger rates.
 
-What differs from it:
+These differ:
 
-* Which images a batch has, noise and timesteps are drawn by other generators, as functions of (seed, step, place).
-* Latents, noise and targets are float32, and products bfloat16 by autocast; there all but the adapter is bfloat16 without
-  autocast, and `use_amp` is true in the result file. Validation pictures are drawn by autocast, too.
-* Locations of LoCA have a rate of their own, no weight decay, and an alternating schedule. They count among the trained
-  numbers of the result file.
-* --targets adapts q, k, v, out, fc1 and fc2, each part of a fused matrix by itself: 160 projections of FLUX.2 klein 4B. peft
-  adapts 80 matrices: that of q, k, v and fc1 of a single-stream block as a whole, and not the one behind it.
-* The text encoder is on the GPU beside the transformer while it encodes; the peak of training is measured after it has left.
-* A checkpoint is written before each validation. Memory is what torch has reserved, as there; of a run that was resumed, memory
-  and times are of all its starts.
-* Test, drift and samples are drawn by the saved file in a newly loaded pipeline, as their evaluate.py does.
+* Batches, noise and timesteps are drawn by other generators, as functions of (seed, step, place).
+* Latents, noise and targets are float32, and products are bfloat16 by autocast; in theirs, everything but the adapter is
+  bfloat16 without autocast, and `use_amp` is true in the result file. Validation pictures are also drawn with autocast.
+* LoCA's locations have their own rate, no weight decay, and an alternating schedule. They count among the trained numbers of
+  the result file.
+* --targets adapts q, k, v, out, fc1 and fc2, each part of a fused matrix separately: 160 projections of FLUX.2 klein 4B. peft
+  adapts 80 matrices: the fused q, k, v and fc1 of a single-stream block as a whole, and not the matrix that follows it.
+* The text encoder shares the GPU with the transformer while it encodes; the peak of training is measured after it is removed.
+* A checkpoint is written before each validation. Memory is what torch has reserved, as in theirs; memory and times of a resumed
+  run cover all its starts.
+* Test, drift and sample pictures are drawn with the saved file in a newly loaded pipeline, as in their evaluate.py.
 """
 
 from __future__ import annotations
@@ -85,23 +85,23 @@ class Benchmark(Protocol, Method):
     )  # fmt: skip
 
     output_dir: Path = Path("peft-image-gen")
-    """Where everything goes; its name is that of the experiment."""
+    """Output folder; its name is the name of the experiment."""
     learning_rate: float = 1e-4
-    """Learning rate of the coefficients, or factors: the benchmark's for LoRA; spectra want larger ones."""
+    """Learning rate of the coefficients or factors. The default is the benchmark's, for LoRA; spectra need larger rates."""
     targets: tuple[Literal["q", "k", "v", "out", "fc1", "fc2", "proj_in", "proj_out", "linear"], ...] = _TARGETS
     """Adapted projections; by default in all attention and feed-forward layers."""
     learning_steps: Annotated[int | None, METHODS.help("learning_steps")] = 75
-    """B_s, after which the locations are final: here a tenth of the steps, as in the paper."""
+    """Steps B_s after which the locations are final: by default a tenth of the steps, as in the paper."""
     compare: Path | None = None
-    """A folder of result files: print them as a table, and the run of --output_dir where it is finished; nothing is trained."""
+    """Folder of result files: print them in a table, with the run of --output_dir if it is finished, and train nothing."""
     dry_run: bool = False
-    """Say what will be needed, and stop."""
+    """Print what will be needed, and stop."""
     config: Path | None = None
-    """A YAML file of these settings."""
+    """YAML file with these settings."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing of the benchmark; returns the exit status."""
+    """Run the missing parts of the benchmark and return the exit status."""
 
     def command() -> None:
         parsed = parse(Benchmark, sys.argv[1:] if arguments is None else list(arguments), prog=PROG, presets={})
@@ -111,14 +111,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(parsed: Parsed[Benchmark]) -> Path | None:
-    """Prepare, train, measure and write; what is done already is not done again.
+    """Prepare, train, measure and write the result; finished steps are not repeated.
 
     Returns:
-        The result file; None of a dry run.
+        The result file, or None for a dry run.
 
     Raises:
         OSError: base, images or DINOv2 are not available.
-        ValueError: a setting out of range, another than the folder was begun with, or a machine that is too small.
+        ValueError: a setting is out of range or differs from the one the folder was started with, or the machine is too small.
     """
     of = parsed.settings
     of.check()
@@ -145,7 +145,7 @@ def run(parsed: Parsed[Benchmark]) -> Path | None:
 
 
 def _about(of: Benchmark) -> dict[str, Any]:
-    """The settings on which the results depend."""
+    """Return the settings that the results depend on."""
     passed = ("output_dir", "compare", "dry_run", "config")
     return {name: value for name, value in as_json_dict(of).items() if name not in passed}
 
@@ -157,7 +157,7 @@ def _recipe(parsed: Parsed[Benchmark]) -> ImageRecipe:
 
 
 def measure(of: Benchmark, recipe: ImageRecipe, parts: Parts, log: Log) -> None:
-    """Test, drift and samples by the trained file; pictures that are there already are not drawn again."""
+    """Measure test and drift and draw samples with the trained file; existing pictures are not drawn again."""
     drawer, dino = _trained(of, recipe, parts)
     folder, seed = of.output_dir / "pictures", of.seed
     with log.stage("test"):
@@ -174,7 +174,7 @@ def measure(of: Benchmark, recipe: ImageRecipe, parts: Parts, log: Log) -> None:
 
 
 def _trained(of: Benchmark, recipe: ImageRecipe, parts: Parts) -> tuple[Drawer, Dino]:
-    """The pipeline with the trained file on the device, its language model gone, and DINOv2."""
+    """Return a drawer with the trained file loaded, on the device and without the language model, and DINOv2."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = Source(of.base, what="a text-to-image pipeline")
     pipe = source.load(Flux2KleinPipeline, Flux2, getattr(torch, of.dtype))
@@ -210,7 +210,7 @@ def _shown(file: Path) -> Path:
 
 
 def compare(of: Benchmark) -> None:
-    """Print the results of a folder, and ours where there is one.
+    """Print the results of a folder, with ours if there is one.
 
     Raises:
         OSError, ValueError: as `rows_of`.

@@ -1,4 +1,4 @@
-"""What is measured while a run goes on, in a file to which lines are added: a run that is resumed adds to it."""
+"""Measurements taken during a run, in an append-only file: a resumed run adds to it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-START = "start"  # the stage that is a whole start of a run
+START = "start"  # the stage that covers a whole start of the run
 
 
 class Log:
-    """Lines of JSON. Of two about the same step the later counts; a last line that was cut off does not.
+    """A log of JSON lines. Of two entries for the same step, the later one counts; an incomplete last line is dropped.
 
     Args:
-        file: made where it is missing.
+        file: the log file, created if it is missing.
     """
 
     def __init__(self, file: Path) -> None:
@@ -29,27 +29,27 @@ class Log:
             file.write_bytes(b"\n".join([*lines[:-1], b""]))
 
     def add(self, **entry: Any) -> None:
-        """One line, which a crash right afterwards does not lose."""
+        """Add one line and close the file, so that a crash of the process right afterwards does not lose it."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("ab") as out:
             out.write(json.dumps(entry).encode() + b"\n")
         self.entries.append(entry)
 
     def by_step(self, key: str) -> dict[int, dict[str, Any]]:
-        """The entries that have a key, by their step."""
+        """Return the entries that have a key, by their step."""
         return {entry["step"]: entry for entry in self.entries if key in entry}
 
     def last(self, key: str) -> dict[str, Any]:
-        """The latest entry that has a key; empty if there is none."""
+        """Return the latest entry that has a key, or an empty dict if there is none."""
         return next((entry for entry in reversed(self.entries) if key in entry), {})
 
     def first(self, key: str) -> dict[str, Any]:
-        """The earliest entry that has a key; empty if there is none."""
+        """Return the earliest entry that has a key, or an empty dict if there is none."""
         return next((entry for entry in self.entries if key in entry), {})
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Note how long this took, however it ended."""
+        """Log how long a stage took, even if it raises an error."""
         began = time.perf_counter()
         try:
             yield
@@ -57,20 +57,20 @@ class Log:
             self.add(stage=name, seconds=time.perf_counter() - began)
 
     def seconds(self, *stages: str) -> float:
-        """Of these stages, over all starts of the run."""
+        """Return the total seconds of these stages over all starts of the run."""
         return float(sum(entry["seconds"] for entry in self.entries if entry.get("stage") in stages))
 
     def total(self) -> float:
-        """Seconds of all starts, of which each is a stage of that name, with this one until now."""
+        """Return the seconds of all starts of the run, including the current one until now."""
         return self.seconds(START) + time.perf_counter() - self._began
 
 
 class Meter:
-    """Seconds and memory of each training step: what the benchmark calls memory is what torch has reserved on the GPU.
+    """Measure seconds and memory of each training step. The benchmark defines memory as what torch has reserved on the GPU.
 
     Args:
-        log: written to.
-        device: of training; of one that is not a GPU memory is 0.
+        log: the log to write to.
+        device: the device of training; if it is not a GPU, memory is 0.
     """
 
     def __init__(self, log: Log, device: torch.device) -> None:
@@ -79,19 +79,19 @@ class Meter:
         self._began = 0.0
 
     def begin(self, step: int) -> None:
-        """A step begins, and with it the one before has ended.
+        """Begin a step and end the one before.
 
         Args:
-            step: from 1 up.
+            step: the number of the step, from 1 up.
         """
-        if self._step is None and self.gpu:  # what encoding took is not of training
+        if self._step is None and self.gpu:  # memory of the encoding does not count as training
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         self.end()
         self._step, self._began = step, time.perf_counter()
 
     def end(self) -> None:
-        """The step that has begun is over; what follows, as pictures, is not of training."""
+        """End the current step; what follows, such as drawing pictures, does not count as training."""
         if self._step is None or not self._began:
             return
         self.log.add(
@@ -104,7 +104,7 @@ class Meter:
         self._began = 0.0
 
     def forget_pictures(self) -> None:
-        """The memory that pictures took is given back, and is not a peak."""
+        """Release the memory used for pictures, so that it does not count as a peak."""
         if self.gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Pictures of a pipeline in the benchmark's order of random numbers, and how near DINOv2 finds images to each other."""
+"""Draw pictures with the benchmark's order of random numbers, and measure the similarity of images with DINOv2."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ EMPTY = ""  # the prompt that guidance leads away from
 
 
 def similarity(images: Tensor, others: Tensor) -> float:
-    """The mean cosine of pairs of features: (n, d) and (n, d), of length 1, to a number in [-1, 1]."""
+    """Return the mean cosine, in [-1, 1], of pairs of features (n, d) and (n, d) of length 1."""
     return float((images * others).sum(dim=-1).mean())
 
 
 def drift(images: Tensor, others: Tensor) -> float:
-    """How far features went from those of the base: 0 for the same, 1 for opposite ones."""
+    """Return how far features moved from those of the base: 0 for identical features, 1 for opposite ones."""
     return (1 - similarity(images, others)) / 2
 
 
 class Dino:
-    """DINOv2 as a measure of images.
+    """DINOv2 as a measure of image similarity.
 
     Raises:
-        OSError: there is no such model.
+        OSError: the model does not exist or is not available.
     """
 
     def __init__(self, place: str, device: torch.device) -> None:
@@ -46,7 +46,7 @@ class Dino:
 
     @torch.no_grad()
     def features(self, images: Sequence[Image.Image]) -> Tensor:
-        """(n, d) of length 1: the state of the class token after the last layer, image by image."""
+        """Return features (n, d) of length 1: the class token's state after the last layer, computed image by image."""
         device = self.model.device
         found = []
         for image in images:
@@ -57,11 +57,11 @@ class Dino:
 
 
 class Drawer:
-    """Draws prompts that were encoded once, so that no text encoder is needed afterwards.
+    """Draws pictures of encoded prompts, so that no text encoder is needed.
 
     Args:
-        pipe: on its device, but for the autoencoder, which comes for the time of `drawing`.
-        texts: (1, tokens, d) of each prompt, that of `EMPTY` among them.
+        pipe: the pipeline on its device, except for its autoencoder, which is moved there only during `drawing`.
+        texts: the embedding (1, tokens, d) of each prompt, including `EMPTY`.
     """
 
     def __init__(self, pipe: Any, texts: Mapping[str, Tensor], protocol: Protocol) -> None:
@@ -69,11 +69,11 @@ class Drawer:
         self.device: torch.device = next(pipe.transformer.parameters()).device
 
     def generator(self, seed: int) -> torch.Generator:
-        """On the device, as the benchmark's: pictures of several prompts come from one after the other."""
+        """Return a generator on the device, as in the benchmark: pictures of several prompts use it one after another."""
         return torch.Generator(self.device).manual_seed(seed)
 
     def noise(self, generator: torch.Generator) -> Tensor:
-        """What the pipeline would draw by itself to begin one picture with: (1, c, h, w)."""
+        """Draw the initial noise (1, c, h, w) of one picture, as the pipeline itself would."""
         side = self.protocol.resolution // (2 * self.pipe.vae_scale_factor)
         shape = (1, self.pipe.transformer.config.in_channels, side, side)
         noise: Tensor = randn_tensor(shape, generator=generator, device=self.device, dtype=self.texts[EMPTY].dtype)
@@ -81,7 +81,7 @@ class Drawer:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Pictures are drawn in here."""
+        """Provide a context in which pictures are drawn."""
         vae = self.pipe.vae
         before = next(vae.parameters()).device
         nn.Module.to(vae, self.device)
@@ -92,10 +92,10 @@ class Drawer:
             nn.Module.to(vae, before)
 
     def picture(self, prompt: str, generator: torch.Generator, file: Path | None = None) -> Image.Image:
-        """The next picture of a generator, RGB.
+        """Return a generator's next picture, RGB.
 
         Args:
-            file: where it is kept. What is there already is read instead, while the generator goes on just the same.
+            file: the file to save it in. If it exists, the picture is read from it, and the generator advances all the same.
         """
         noise = self.noise(generator)
         if file is not None and file.exists():
@@ -118,11 +118,11 @@ class Drawer:
 def pictures(
     drawer: Drawer, prompts: Sequence[str], seed: int, folder: Path | None = None, *, name: str = "", repeats: int = 1
 ) -> list[Image.Image]:
-    """Of every prompt in turn, all turns by one generator.
+    """Draw every prompt in turn, with one generator for all pictures.
 
     Args:
-        folder: where they are kept as `name`-01.png, -02.png and so on; None keeps none.
-        repeats: turns.
+        folder: where pictures are saved as `name`01.png, `name`02.png and so on; with None, they are not saved.
+        repeats: how often to go through the prompts.
     """
     generator, found = drawer.generator(seed), []
     with drawer.drawing():
@@ -134,10 +134,10 @@ def pictures(
 
 @torch.no_grad()
 def encoded(pipe: Any, prompts: Sequence[str], protocol: Protocol) -> dict[str, Tensor]:
-    """(1, tokens, d) of each prompt and of the empty one, on the CPU.
+    """Return the embedding (1, tokens, d) of each prompt and of the empty prompt, on the CPU.
 
     Args:
-        pipe: with its language model, on the device of that.
+        pipe: a pipeline with its language model, on whose device prompts are encoded.
     """
     device = next(pipe.text_encoder.parameters()).device
     found = {}

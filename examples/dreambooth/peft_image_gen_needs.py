@@ -1,4 +1,4 @@
-"""What a run will take, from configurations alone: no weight is read, and from the hub come some kilobytes."""
+"""Calculate the memory that a run needs from configurations alone: no weights are read, and only some kilobytes downloaded."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from loca_vision.recipes.text_to_image.recipe import ImageRecipe
 from peft_image_gen_protocol import Protocol
 
 KLEIN = "Flux2KleinPipeline"
-SMALL = 500_000_000  # bytes of weights that a processor can be asked to train
-_OF_A_TRAINED_NUMBER = 16  # bytes: number, gradient and two means of AdamW, in float32
+SMALL = 500_000_000  # bytes of weights that are still reasonable to train on a CPU
+_OF_A_TRAINED_NUMBER = 16  # bytes: parameter, gradient and AdamW's two moments, in float32
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of weights, by component, and of what is trained.
+    """The memory that a run needs.
 
     Args:
-        weights: of transformer, text_encoder, vae and dino.
-        trained: numbers that are trained.
-        base: numbers of the transformer, without them.
-        projections: that are adapted.
+        weights: bytes of the weights of transformer, text_encoder, vae and dino.
+        trained: the number of trained parameters.
+        base: the number of parameters of the transformer, without the trained ones.
+        projections: the adapted projections.
     """
 
     weights: dict[str, int]
@@ -39,16 +39,16 @@ class Needs:
 
     @property
     def encoding(self) -> int:
-        """On the device while images and texts are encoded: everything."""
+        """Bytes on the device while images and texts are encoded: everything."""
         return sum(self.weights.values()) + 4 * self.trained
 
     @property
     def training(self) -> int:
-        """On the device during training, without activations."""
+        """Bytes on the device during training, without activations."""
         return self.weights["transformer"] + self.weights["dino"] + _OF_A_TRAINED_NUMBER * self.trained
 
     def said(self) -> str:
-        """For a reader."""
+        """Return a readable summary."""
         parts = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in self.weights.items())
         return (
             f"weights, by calculation: {parts}; {self.trained:,} trained numbers\n"
@@ -57,9 +57,10 @@ class Needs:
         )
 
     def check(self) -> None:
-        """
+        """Check that the run fits on this machine.
+
         Raises:
-            ValueError: they do not fit on this machine's GPU, or it has none.
+            ValueError: the weights do not fit on the machine's GPU, or it has no GPU and they are too large for its CPU.
         """
         if not torch.cuda.is_available():
             if sum(self.weights.values()) > SMALL:
@@ -74,12 +75,13 @@ class Needs:
 
 
 def needs_of(protocol: Protocol, recipe: ImageRecipe) -> Needs:
-    """
+    """Calculate the needs of a run.
+
     Args:
-        recipe: settled, whose adapter is counted.
+        recipe: the resolved recipe, whose adapter is counted.
 
     Raises:
-        OSError: a configuration is not available, as without a network.
+        OSError: a configuration is not available, for example without a network.
         ValueError: the base is not a pipeline of FLUX.2 klein, or the adapter does not fit it.
     """
     place = Source(protocol.base, what="a text-to-image pipeline")
@@ -101,7 +103,7 @@ def needs_of(protocol: Protocol, recipe: ImageRecipe) -> Needs:
 
 
 def numbers(model: nn.Module) -> int:
-    """Of a model's parameters; one that is used twice counts once."""
+    """Return the number of a model's parameters; shared parameters count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

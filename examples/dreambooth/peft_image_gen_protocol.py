@@ -1,7 +1,7 @@
-"""The protocol of peft's image generation benchmark: what is trained on, what is drawn, and with which seeds.
+"""The protocol of peft's image generation benchmark: the training data, the pictures to draw, and the seeds.
 
-The values are those of default_training_params.json in method_comparison/image-gen of huggingface/peft, and `train_config` says
-them by the names there.
+The values are those of default_training_params.json in method_comparison/image-gen of huggingface/peft, and `train_config`
+returns them under the names used there.
 """
 
 from __future__ import annotations
@@ -60,58 +60,59 @@ DRIFT_PROMPTS = (
     "an astronaut riding a horse",
     "3d design concept of a chair that looks like an avocado",
 )
-TEST_REPEATS = 3  # pictures of each test prompt
-SCORE_SEED, DRIFT_SEED = 100_000, 100_000_000  # added to the seed: of validation, test and samples; and of drift
-_SPLIT_SEED = 0  # which no setting changes
+TEST_REPEATS = 3  # pictures per test prompt
+SCORE_SEED, DRIFT_SEED = 100_000, 100_000_000  # added to the seed: for validation, test and samples; for drift
+_SPLIT_SEED = 0  # fixed in the benchmark
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """The protocol: with other values than the defaults a run is not peft's benchmark, and says so"""
+    """The protocol; a run with values other than the defaults is not peft's benchmark, and says so"""
 
     base: str = "black-forest-labs/FLUX.2-klein-base-4B"
-    """A pipeline of FLUX.2 klein: a folder, or its name on the hub."""
+    """Pipeline of FLUX.2 klein: a folder, or its name on the hub."""
     dataset: str = "peft-internal-testing/cat-image-dataset"
-    """The images, in the order of their prompts: a folder, or a data set on the hub."""
+    """Images, in the order of their prompts: a folder, or a data set on the hub."""
     image_column: str = "image"
     """Column of the images."""
     dino: str = "facebook/dinov2-base"
-    """What images are compared by: a DINOv2 in a folder, or on the hub."""
+    """DINOv2 model for comparing images: a folder, or its name on the hub."""
     instance_prompts: tuple[str, ...] = INSTANCE_PROMPTS
-    """The caption of each image."""
+    """Caption of each image."""
     valid_size: int = 2
-    """Images for validation."""
+    """Number of validation images."""
     test_size: int = 4
-    """Images for the test."""
+    """Number of test images."""
     resolution: int = 512
-    """Pixels a side."""
+    """Pixels per side."""
     batch_size: int = 2
-    """Images a step."""
+    """Images per step."""
     max_steps: int = 750
     """Optimiser steps."""
     eval_steps: int = 100
-    """Steps from one validation to the next."""
+    """Steps between validations."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the frozen weights, and of products in training."""
+    """Data type of the frozen weights, and of the products in training."""
     use_gc: bool = True
     """Gradient checkpointing."""
     weight_decay: float = 1e-4
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     num_inference_steps: int = 20
     """Denoising steps of every picture."""
     guidance_scale: float = 3.5
     """How strongly pictures follow their prompts."""
     max_sequence_length: int = 512
-    """Tokens of a prompt."""
+    """Maximum number of tokens per prompt."""
     text_encoder_out_layers: tuple[int, ...] = (10, 20, 30)
-    """The layers of the language model whose states stand for a prompt; the pipeline itself would take 9, 18 and 27."""
+    """Layers of the language model whose states encode a prompt; the pipeline itself would use 9, 18 and 27."""
     seed: int = 0
-    """Of training; those of pictures are counted from it."""
+    """Seed of training; the seeds of pictures are offsets from it."""
 
     def check(self) -> None:
-        """
+        """Check the settings.
+
         Raises:
-            ValueError: a value out of range; one sentence.
+            ValueError: a value is out of range; the message is one sentence.
         """
         counts = ("valid_size", "test_size", "resolution", "batch_size", "max_steps", "eval_steps", "num_inference_steps")
         for name in (*counts, "max_sequence_length"):
@@ -128,14 +129,17 @@ class Protocol:
             )
 
     def departures(self) -> dict[str, tuple[Any, Any]]:
-        """The settings that differ from the benchmark's, with its value; where base, images and DINOv2 lie does not count."""
+        """Return the settings that differ from the benchmark's, as (own value, benchmark's value) by name.
+
+        The places of base, images and DINOv2 do not count.
+        """
         usual = Protocol()
         passed = ("base", "dataset", "image_column", "dino")
         mine = ((field.name, getattr(self, field.name), getattr(usual, field.name)) for field in fields(Protocol))
         return {name: (own, other) for name, own, other in mine if name not in passed and own != other}
 
     def train_config(self, learning_rate: float) -> dict[str, Any]:
-        """What peft's result files call `train_config`."""
+        """Return the dict that peft's result files call `train_config`."""
         same = {field.name: getattr(self, field.name) for field in fields(Protocol)}
         moved = {"model_id": same.pop("base"), "dataset_id": same.pop("dataset"), "dino_model_id": same.pop("dino")}
         rates = {"lr": learning_rate, "weight_decay": same.pop("weight_decay")}
@@ -166,13 +170,13 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Held:
-    """Images that are not trained on: where they lie, and their prompts."""
+    """Held-out images: their files and their prompts."""
 
     files: tuple[Path, ...]
     prompts: tuple[str, ...]
 
     def images(self) -> list[Image.Image]:
-        """As they were, upright and RGB."""
+        """Return the images at their own sizes, upright and RGB."""
         return [open_image(file) for file in self.files]
 
 
@@ -181,8 +185,8 @@ class Parts:
     """The images in three parts.
 
     Args:
-        train: a folder of squares with a .txt beside each.
-        valid, test: the others at their own sizes.
+        train: a folder of square images, each with its prompt in a .txt file.
+        valid, test: the other images at their own sizes.
     """
 
     train: Path
@@ -191,7 +195,7 @@ class Parts:
 
 
 def split(count: int, valid: int, test: int) -> tuple[list[int], list[int], list[int]]:
-    """Which of `count` images are for training, validation and test; the order is that of the benchmark."""
+    """Return which of `count` images are for training, validation and test, in the benchmark's order."""
     order = np.arange(count)
     np.random.RandomState(_SPLIT_SEED).shuffle(order)
     first = count - valid - test
@@ -200,10 +204,10 @@ def split(count: int, valid: int, test: int) -> tuple[list[int], list[int], list
 
 
 def prepared(protocol: Protocol, folder: Path) -> Parts:
-    """The images in a folder: those to train on are squeezed into squares, as the benchmark does, not cropped.
+    """Write the images into a folder; training images are resized to squares without cropping, as in the benchmark.
 
     Raises:
-        OSError, ValueError, ModuleNotFoundError: as `read_captioned`; or there is not one prompt for each image.
+        OSError, ValueError, ModuleNotFoundError: see `read_captioned`; also ValueError if there is not one prompt per image.
     """
     prompts, done = protocol.instance_prompts, folder / "done"
     where = split(len(prompts), protocol.valid_size, protocol.test_size)

@@ -1,4 +1,4 @@
-"""A run in the schema of peft's result files, so that it can lie beside theirs and go into their tables."""
+"""Write a run in the schema of peft's result files, so that it can be stored with theirs and included in their tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peft_image_gen_log import Log
 from peft_image_gen_protocol import Protocol
 
 _PACKAGES = ("transformers", "peft", "datasets", "diffusers", "torch")
-_TRAINING = ("encode", "test", "drift")  # what their train_time has besides the steps
+_TRAINING = ("encode", "test", "drift")  # stages that their train_time includes in addition to the steps
 
 
 def result_of(
@@ -33,19 +33,19 @@ def result_of(
     log: Log,
     base_numbers: int,
 ) -> dict[str, Any]:
-    """What the result file holds.
+    """Return the contents of the result file.
 
     Args:
-        name: of the experiment, as in loca/first-try.
-        projections: that are adapted.
-        metrics: of the finished training.
-        log: of all starts of the run, with its test and drift.
-        base_numbers: of the transformer without its adapter.
+        name: the name of the experiment, such as loca/first-try.
+        projections: the adapted projections.
+        metrics: the metrics of the finished training.
+        log: the log of all starts of the run, with its test and drift.
+        base_numbers: the number of parameters of the transformer without its adapter.
     """
     return {
         "run_info": {
             "created_at": log.first("started")["started"],
-            "total_time": log.total() - log.seconds("samples"),  # which theirs draws afterwards
+            "total_time": log.total() - log.seconds("samples"),  # theirs draws the samples afterwards
             "experiment_name": name,
             "peft_branch": f"loca-vision {__version__}",
             "train_config": protocol.train_config(learning_rate),
@@ -81,7 +81,7 @@ def _train_info(protocol: Protocol, metrics: Mapping[str, Any], log: Log, base_n
 
 
 def adapter_of_result(adapter: AdapterConfig, projections: list[str]) -> dict[str, Any]:
-    """What stands in the place of a configuration of peft's; their tables read its `peft_type`."""
+    """Return the entry that replaces a peft configuration; their tables read its `peft_type`."""
     settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(adapter).items()}  # type: ignore[call-overload]
     return {
         "task_type": None,
@@ -97,7 +97,7 @@ def adapter_of_result(adapter: AdapterConfig, projections: list[str]) -> dict[st
 
 
 def _validations(protocol: Protocol, log: Log, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One entry for each whole `eval_steps`."""
+    """Return one entry for each complete `eval_steps`."""
     every, found = protocol.eval_steps, []
     steps, elapsed = log.by_step("reserved"), log.seconds("encode")
     for step, entry in sorted(log.by_step("similarity").items()):
@@ -123,7 +123,7 @@ def _validations(protocol: Protocol, log: Log, metrics: Mapping[str, Any]) -> li
 
 
 def _last(protocol: Protocol, log: Log, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Test and drift."""
+    """Return the last entry, with test similarity and drift."""
     scores = log.last("test dino_similarity")
     return {
         "step": metrics["steps"],
@@ -135,7 +135,7 @@ def _last(protocol: Protocol, log: Log, metrics: Mapping[str, Any]) -> dict[str,
 
 
 def _on_hub(kind: str, name: str) -> dict[str, str | None]:
-    """Commit and day of a repository, where it is one and the hub can be asked; as in their files, null otherwise."""
+    """Return commit and creation time of a hub repository; None, as in their files, for a folder or if the hub fails."""
     from huggingface_hub import HfApi
 
     if not Path(name).expanduser().exists():

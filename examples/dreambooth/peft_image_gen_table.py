@@ -1,4 +1,4 @@
-"""Result files of the benchmark as one table: peft's, and ours beside them."""
+"""Show the benchmark's result files in one table: peft's, with ours."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Row:
     """One run.
 
     Args:
-        similarity: to held-out images, by DINOv2; higher is better.
-        drift: of pictures of other things from the base's, from 0 to 1; None where it was not measured.
-        memory: bytes at most.
-        ours: whether it is the run that is compared.
+        similarity: the DINOv2 similarity to held-out images; higher is better.
+        drift: how far pictures of other things moved from the base's, from 0 to 1; None if it was not measured.
+        memory: the peak memory in bytes.
+        ours: whether this is our run, which is marked in the table.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Row:
     ours: bool = False
 
     def cells(self) -> list[str]:
-        """As in the table."""
+        """Return the cells of the run's row in the table."""
         return [
             f"> {self.name}" if self.ours else self.name,
             f"{self.similarity:.4f}",
@@ -51,18 +51,18 @@ class Row:
 
 
 def read_row(file: Path, *, ours: bool = False) -> Row | None:
-    """A result file; None of a run that did not succeed.
+    """Read a result file; return None if the run did not succeed.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not a result of the benchmark.
+        OSError: the file cannot be read.
+        ValueError: the file is not a result of the benchmark.
     """
     with file.open("rb") as opened:
         raw = opened.read(_LARGEST + 1)
     if len(raw) > _LARGEST:
         raise ValueError(f"{file}: expected a result file of at most {_LARGEST:,} bytes, got a larger one")
     try:
-        found = json.loads(raw, parse_constant=lambda name: None)  # of a full fine-tuning the drift is NaN
+        found = json.loads(raw, parse_constant=lambda name: None)  # a full fine-tuning has a drift of NaN
         train, last = found["train_info"], found["train_info"]["metrics"][-1:]
         if train["status"] != "success":
             return None
@@ -72,10 +72,10 @@ def read_row(file: Path, *, ours: bool = False) -> Row | None:
 
 
 def rows_of(folder: Path) -> tuple[list[Row], list[str]]:
-    """All result files of a folder, and the names of those of runs that did not succeed.
+    """Read all result files of a folder; return their rows, and the names of files whose runs did not succeed.
 
     Raises:
-        OSError, ValueError: as `read_row`; or there is no such folder, or no file in it.
+        OSError, ValueError: see `read_row`; also if the folder does not exist or has no result files.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder")
@@ -87,13 +87,13 @@ def rows_of(folder: Path) -> tuple[list[Row], list[str]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The most similar first."""
+    """Return the table, sorted by falling similarity."""
     ordered = sorted(rows, key=lambda row: -row.similarity)
     return aligned([list(_HEADS), *(row.cells() for row in ordered)], str.ljust)
 
 
 def _name(value: Any) -> str:
-    """Of an experiment; a terminal is shown nothing but letters and signs."""
+    """Return the name of an experiment with only printable characters, so that it is safe to print in a terminal."""
     if not isinstance(value, str):
         raise TypeError(f"experiment_name={value!r}")
     return "".join(letter if letter.isprintable() else "?" for letter in value)[:80]

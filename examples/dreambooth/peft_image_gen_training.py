@@ -1,4 +1,4 @@
-"""Training as the benchmark has it: the trainer of train-image, measured on the way."""
+"""Training as in the benchmark: the trainer of train-image, with measurements during training."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ CLIP = 1.0  # the largest norm of the gradient
 
 
 def recipe_of(protocol: Protocol, method: Method, learning_rate: float, folder: Path, images: Path) -> ImageRecipe:
-    """The settings of train-image that are the benchmark's.
+    """Return the settings of train-image that match the benchmark.
 
     Args:
-        method: what is trained.
-        folder: of the run.
-        images: of `prepared`.
+        method: the settings of the adapter method.
+        folder: the output folder of the training.
+        images: the folder of training images, from `prepared`.
     """
     return ImageRecipe(
         protocol.base,
         train_data_dir=images,
         resolution=protocol.resolution,
-        center_crop=True,  # of squares: everything
+        center_crop=True,  # images are square, so this keeps everything
         train_batch_size=protocol.batch_size,
         max_train_steps=protocol.max_steps,
         learning_rate=learning_rate,
@@ -59,13 +59,13 @@ def recipe_of(protocol: Protocol, method: Method, learning_rate: float, folder: 
 
 
 def task_of(protocol: Protocol, parts: Parts, log: Log) -> type[ImageTask]:
-    """The task of one run."""
+    """Return the task class of one run."""
     made: type[ImageTask] = type("BenchmarkTask", (BenchmarkTask,), {"protocol": protocol, "parts": parts, "log": log})
     return made
 
 
 class BenchmarkTask(ImageTask):
-    """Images with captions, and a validation by DINOv2 in the place of validation pictures.
+    """Training on captioned images, with a validation by DINOv2 instead of validation pictures alone.
 
     Raises:
         ValueError: there are several processes.
@@ -93,7 +93,7 @@ class BenchmarkTask(ImageTask):
     def loss(self, model: Callable[..., Any], batch: Mapping[str, Any], *, step: int, first: int) -> Tensor:
         self.meter.end()
         if step and step % self.protocol.eval_steps == 0 and step not in self.log.by_step("similarity"):
-            self._validate(step)  # which a run that was stopped between checkpoint and validation owes
+            self._validate(step)  # the run was stopped between checkpoint and validation
         self.step = step + 1
         self.meter.begin(self.step)
         return super().loss(model, batch, step=step, first=first)
@@ -103,7 +103,7 @@ class BenchmarkTask(ImageTask):
         return True
 
     def sheet(self) -> Image.Image:
-        """Validation: the held-out images, and what is drawn of their prompts."""
+        """Validate and return a sheet of the held-out images next to the pictures drawn from their prompts."""
         self.meter.end()
         return self._validate(self.step or self.protocol.max_steps)
 

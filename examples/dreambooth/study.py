@@ -1,10 +1,10 @@
-"""From nothing to a pipeline that draws, and adapters that teach it a subject and a style: one command, no hub, no GPU.
+"""Train a pipeline that draws from scratch, and adapters that teach it a subject and a style: one command, no hub, no GPU.
 
     python examples/dreambooth/study.py subjects
 
-Every drawing is made by this program, and every random number follows from the seed. What is finished is not done again, so
-that the command may be stopped and given anew. The code is in subject_study/; parts of the base are those of the study of
-edits, in ../instruct_pix2pix/small_base/.
+Every drawing is made by this program, and every random number follows from the seed. Finished steps are not repeated, so the
+command can be stopped and started again. The code is in subject_study/; the base shares parts with the study of edits, in
+../instruct_pix2pix/small_base/.
 """
 
 import sys

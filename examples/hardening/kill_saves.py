@@ -1,7 +1,7 @@
-"""Kill processes at random moments while they save, and read what they leave: the old file or the new one, never half of one.
+"""Kill processes at random moments while they save, and check that they leave the old file or the new one, never half of one.
 
-Three kinds of saving: an adapter over another, checkpoints of a training run, and the conversion of an adapter to LoRA. A child
-saves one of two known states after the other; the parent kills it (SIGKILL) after a random time, and reads the file.
+There are three kinds of saving: an adapter over another, checkpoints of a training run, and the conversion of an adapter to
+LoRA. A child saves two known states alternately; the parent kills it (SIGKILL) after a random time and reads the file.
 
     python examples/hardening/kill_saves.py --kills 50
 """
@@ -41,15 +41,15 @@ class Settings:
     """Kill processes while they save."""
 
     kills: int = 50
-    """Kills of each kind."""
+    """Number of kills for each kind of saving."""
     seed: int = 0
-    """Of the moments."""
+    """Seed of the random moments."""
     longest: float = 0.2
-    """Seconds, the latest moment of a kill; three times what a save takes, if that is more."""
+    """Latest moment of a kill in seconds; three times the duration of a save, if that is longer."""
 
 
 class Saver:
-    """One kind of saving: two states, how to save one of them, and which of them lies in the folder."""
+    """One kind of saving: it saves one of two states, and finds which of them is in the folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -58,7 +58,7 @@ class Saver:
         raise NotImplementedError
 
     def read(self) -> int | None:
-        """Which state is there, 0 or 1; None for something else."""
+        """Return the state in the folder, 0 or 1, or None for anything else."""
         raise NotImplementedError
 
 
@@ -126,7 +126,7 @@ SAVERS: dict[str, Callable[[Path], Saver]] = {
 
 
 def kill_while_saving(saver: Saver, seconds: float) -> None:
-    """Let a child save turn and turn about, and kill it a random time after its first save."""
+    """Let a child save both states alternately, and kill it `seconds` after its first save."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -144,7 +144,7 @@ def kill_while_saving(saver: Saver, seconds: float) -> None:
 
 def main() -> int:
     settings = tyro.cli(Settings, description=__doc__)
-    torch.set_num_threads(1)  # a child has no threads but the one that forked
+    torch.set_num_threads(1)  # a forked child has only the thread that forked
     moments, failed = random.Random(settings.seed), 0
     for kind, make in SAVERS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -159,7 +159,7 @@ def main() -> int:
                     failed += 1
                 else:
                     found[state] += 1
-            saver.save(0)  # and saving goes on
+            saver.save(0)  # saving must still work
             assert saver.read() == 0
         neither = settings.kills - sum(found)
         print(f"{kind}: {settings.kills} kills left the one state {found[0]} times, the other {found[1]}, neither {neither}")
@@ -167,7 +167,7 @@ def main() -> int:
 
 
 def _adapted(seed: int, model: nn.Module | None = None) -> nn.Module:
-    """By default a tiny vision transformer."""
+    """Inject random coefficients into a model, by default a tiny vision transformer."""
     model = tiny() if model is None else model
     inject(model, LoCAConfig(n_components=200, seed=seed))
     for update in adapters(model).values():

@@ -1,7 +1,7 @@
-"""Load thousands of damaged adapter files: each must be refused in one sentence, or load to finite numbers.
+"""Load thousands of damaged adapter files: each must be refused in one sentence, or load and give finite numbers.
 
-A file that is refused must leave the model as it was, bit for bit; so must one that loads, once its adapter is removed. Every
-damage follows from a seed, so that a failure can be repeated.
+A refused file must leave the model unchanged, bit for bit; so must a file that loads, once its adapter is removed. Every damage
+is determined by a seed, so that a failure can be reproduced.
 
     python examples/hardening/mutate_files.py --count 10000
 """
@@ -35,14 +35,14 @@ class Settings:
     """Load damaged adapter files into a tiny vision transformer."""
 
     count: int = 10_000
-    """Files to try."""
+    """Number of files to try."""
     seed: int = 0
-    """Of the first damage; those of the others follow."""
+    """Seed of the first damage; the others use the following seeds."""
 
 
 @dataclass
 class Mutation:
-    """One seeded change of a sound file."""
+    """One seeded change to a sound file."""
 
     seed: int
 
@@ -64,13 +64,13 @@ class Mutation:
         return raw[:at] if self.random.random() < 0.5 else raw[at:]
 
     def splice(self, raw: bytes) -> bytes:
-        """Copy some piece of the file to another position, over what is there or between."""
+        """Copy a piece of the file to another position, overwriting or inserting."""
         start, at = self.random.randrange(len(raw)), self.random.randrange(len(raw))
         piece = raw[start : start + self.random.choice([1, 4, 8, 80, 1000])]
         return raw[:at] + piece + raw[at + self.random.choice([0, len(piece)]) :]
 
     def header(self, raw: bytes) -> bytes:
-        """Edit the text of the header, whose length is then right."""
+        """Edit the text of the header and keep its stated length correct."""
         text, data = split(raw)
         edited = text.decode()
         for _ in range(self.random.choice([1, 1, 2, 5])):
@@ -80,7 +80,7 @@ class Mutation:
         return join(edited.encode(), data)
 
     def value(self, raw: bytes) -> bytes:
-        """Exchange one value in the metadata, at any depth, for another."""
+        """Replace one value in the metadata, at any depth."""
         others = [0, -1, 1, 2**31, 10**30, 0.5, "", "q", "../x", True, None, [], {}, [[]], {"": 0}, [48, 48], [1] * 99]
         text, data = split(raw)
         header = json.loads(text)
@@ -96,14 +96,14 @@ class Mutation:
         return join(json.dumps(header).encode(), data)
 
     def data(self, raw: bytes) -> bytes:
-        """Put any bytes in the place of some of the tensors."""
+        """Replace some bytes of the tensors with random ones."""
         text, data = split(raw)
         at = self.random.randrange(len(data))
         return join(text, data[:at] + self.random.randbytes(self.random.choice([1, 4, 40])) + data[at + 40 :])[: len(raw)]
 
 
 def split(raw: bytes) -> tuple[bytes, bytes]:
-    """The header and the data section of a safetensors file."""
+    """Return the header and the data section of a safetensors file."""
     length = int.from_bytes(raw[:8], "little")
     return raw[8 : 8 + length], raw[8 + length :]
 
@@ -120,7 +120,7 @@ def tiny() -> nn.Module:
 
 
 def sound_file(folder: Path) -> bytes:
-    """An adapter with random coefficients."""
+    """Return the bytes of an adapter file with random coefficients."""
     model = tiny()
     inject(model, LoCAConfig(n_components=20))
     for update in adapters(model).values():
@@ -133,10 +133,10 @@ def facts(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_or_refuse(model: nn.Module, file: Path, before: dict[str, Tensor]) -> bool:
-    """Load a file and take its adapter out again; whether it was loaded, or refused.
+    """Load a file, remove its adapter again, and return whether it loaded or was refused.
 
     Raises:
-        AssertionError: another error than a sentence, numbers that are not finite, or a model that is not as it was.
+        AssertionError: the error is not a single sentence, numbers are not finite, or the model has changed.
     """
     try:
         load_adapter(model, file)
@@ -147,7 +147,7 @@ def load_or_refuse(model: nn.Module, file: Path, before: dict[str, Tensor]) -> b
         (name,) = active_adapters(model)
         updates = [update.delta() for update in adapters(model, name).values()]
         assert all(update.isfinite().all() for update in updates), "the update is not finite"
-        ordinary = all(t.abs().max() < 1e6 for t in (*updates, *model.parameters()))  # what is finite can overflow further on
+        ordinary = all(t.abs().max() < 1e6 for t in (*updates, *model.parameters()))  # large finite values can overflow later
         assert model(IMAGES).isfinite().all() or not ordinary, "the output is not finite"
         remove(model)
         loaded = True

@@ -1,4 +1,4 @@
-"""Test what train.py trained: `python examples/image_classification/evaluate.py --adapter runs/classifier`."""
+"""Test a classifier that train.py trained: `python examples/image_classification/evaluate.py --adapter runs/classifier`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROG = "evaluate.py"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate as the command line says; returns the exit status."""
+    """Evaluate according to the command line and return the exit status."""
 
     def command() -> None:
         with usage_in_one_line(PROG):

@@ -1,4 +1,4 @@
-"""Gather runs of train.py into the shape of the paper's Table 4, next to its numbers. What was not run stays blank.
+"""Arrange runs of train.py like the paper's Table 4, next to the paper's numbers. Cells without a run stay blank.
 
 python examples/image_classification/report.py runs --format markdown
 """

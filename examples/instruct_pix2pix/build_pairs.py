@@ -1,9 +1,9 @@
-"""Make pairs for InstructPix2Pix out of a folder of photographs: (photograph, instruction, cartoon), by a fixed OpenCV filter.
+"""Make InstructPix2Pix pairs from a folder of photographs: (photograph, instruction, cartoon), with a fixed OpenCV filter.
 
     python examples/instruct_pix2pix/build_pairs.py photographs pairs --size 256 --crops 4
 
-The result is what the library datasets calls an imagefolder: load_dataset("pairs") has the columns original_image, edit_prompt
-and cartoonized_image, in the splits train, validation and test. Started again, it goes on where it was stopped.
+The result is what the datasets library calls an imagefolder: load_dataset("pairs") has the columns original_image, edit_prompt
+and cartoonized_image, in the splits train, validation and test. When started again, the script resumes where it was stopped.
 """
 
 from __future__ import annotations
@@ -33,36 +33,36 @@ SETTINGS, METADATA, CARD = "build_pairs.json", "metadata.jsonl", "README.md"
 
 @dataclass(frozen=True)
 class Pairs:
-    """Make pairs of photograph and cartoon, with an instruction, out of a folder of photographs."""
+    """Make pairs of a photograph and a cartoon, with an instruction, from a folder of photographs."""
 
     photographs: Annotated[Path, tyro.conf.Positional]
-    """A folder; images of every format that PIL reads are taken from all folders in it."""
+    """Folder of photographs, searched recursively for images in every format that PIL reads."""
     output: Annotated[Path, tyro.conf.Positional]
-    """The folder of the data set. Pairs in it whose photograph is gone are left there, and are no longer in the tables."""
+    """Folder of the data set. Pairs whose photograph is gone stay in the folder, but are removed from the tables."""
     size: int = 256
-    """Pixels a side. Smaller photographs are left out."""
+    """Pixels per side. Smaller photographs are left out."""
     crops: int = 4
-    """Pairs of each photograph: the centre as large as can be, and others by the seed."""
+    """Pairs per photograph: the largest central crop, and others drawn with the seed."""
     validation_share: float = 0.1
-    """Of the photographs, by the hash of what is in the file: whatever is added, none moves to another part."""
+    """Share of the photographs for validation, chosen by file hash: adding photographs moves none to another part."""
     test_share: float = 0.1
-    """Likewise."""
+    """Share of the photographs for testing, chosen in the same way."""
     seed: int = 0
-    """Of the parts, the crops and the instructions."""
+    """Seed of the parts, the crops and the instructions."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Build as the command line says; returns the exit status."""
+    """Build the data set according to the command line and return the exit status."""
     return run_command(PROG, Pairs, build, arguments, extra="pairs")
 
 
 def build(wanted: Pairs) -> dict[str, list[dict[str, str]]]:
-    """Make what is missing of the data set, and its tables and card anew; returns the rows of every part.
+    """Make the missing parts of the data set, rewrite its tables and card, and return the rows of every split.
 
     Raises:
-        ValueError: a setting out of range, another than the folder was begun with, or a file that is not an image.
-        FileNotFoundError: there is no photograph.
-        OSError: something cannot be written.
+        ValueError: a setting is out of range or differs from the one the folder was started with, or a file is not an image.
+        FileNotFoundError: there are no photographs.
+        OSError: a file cannot be written.
     """
     _check(wanted)
     opencv()
@@ -104,14 +104,14 @@ def _check(wanted: Pairs) -> None:
 
 
 def _claim(wanted: Pairs) -> None:
-    """Make the folder this data set's own: pairs that were made in another way do not belong with these."""
+    """Claim the folder for this data set, so that pairs made in another way are not mixed with these."""
     about = {name: value for name, value in asdict(wanted).items() if name not in ("photographs", "output")}
     about |= {"filter": VERSION, "opencv": opencv().__version__, "instructions": len(INSTRUCTIONS)}
     claim(wanted.output, SETTINGS, about, "pairs")
 
 
 def _pairs_of(photograph: Photograph, wanted: Pairs, folder: Path) -> list[dict[str, str]]:
-    """The rows of one photograph; those of its files that are there are whole, and stay."""
+    """Make the missing pairs of one photograph and return its rows; if all files exist, they are complete and are kept."""
     names = [f"{photograph.name}-{crop:02d}" for crop in range(wanted.crops)]
     files = [(f"{name}-original.png", f"{name}-cartoon.png") for name in names]
     if not all((folder / file).exists() for pair in files for file in pair):
@@ -126,7 +126,7 @@ def _pairs_of(photograph: Photograph, wanted: Pairs, folder: Path) -> list[dict[
 
 
 def _row(original: str, edited: str, prompt: str) -> dict[str, str]:
-    """As imagefolder wants it: of `X_file_name` it makes a column X of images."""
+    """Return a row as imagefolder expects it: it turns `X_file_name` into an image column X."""
     return {"original_image_file_name": original, "edit_prompt": prompt, "cartoonized_image_file_name": edited}
 
 

@@ -1,4 +1,4 @@
-"""A photograph as a cartoon, by a fixed OpenCV filter: flat colours inside, ink on the outlines."""
+"""Turn a photograph into a cartoon with a fixed OpenCV filter: flat colours inside, ink on the outlines."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-VERSION = 2  # of the filter; another picture for the same photograph is another version
-SMALLEST = 16  # pixels a side
-_WORKING = 256  # pixels of the short side, at least: where forms can be smoothed and lines have a width
-_LIGHTNESS = np.array([16, 42, 66, 90], np.float32)  # of paints, in Lab: 0 to 100
-_HUE = 26.0  # steps of a and b; grey is one of the paints
-_STRONGER = 1.25  # hues, before they become paint
-_REALLY_DIFFERENT = 28.0  # a step of lightness alone is not, one of lightness and hue is
+VERSION = 2  # of the filter; increase it when the same photograph gives a different picture
+SMALLEST = 16  # pixels per side
+_WORKING = 256  # pixels of the short side, at least: enough to smooth shapes and draw lines of some width
+_LIGHTNESS = np.array([16, 42, 66, 90], np.float32)  # of the paints, in Lab: 0 to 100
+_HUE = 26.0  # the step between paints in a and b; grey is one of the paints
+_STRONGER = 1.25  # the factor on a and b before they are rounded to a paint
+_REALLY_DIFFERENT = 28.0  # one step of lightness alone is below this, a step of both lightness and hue is above
 
 Pixels = np.ndarray[Any, Any]
 
 
 def cartoon(photograph: Image.Image) -> Image.Image:
-    """The photograph in flat, vivid paints with dark outlines between those that differ much: RGB of the same size.
+    """Return the photograph in flat, vivid paints with dark outlines between very different ones, as RGB of the same size.
 
-    A function of the pixels alone: the same bits at every call, in every process, with one version of OpenCV. Small
-    photographs are enlarged for the filter and the result is shrunk, so that lines are as wide for the eye at every size.
+    The result depends on the pixels alone: with one version of OpenCV, every call in every process returns the same bits. Small
+    photographs are enlarged for the filter and the result is shrunk, so that lines look equally wide at every size.
 
     Raises:
-        ValueError: a side of fewer than 16 pixels.
+        ValueError: a side has fewer than 16 pixels.
         ModuleNotFoundError: OpenCV is not installed.
     """
     cv2 = opencv()
@@ -36,7 +36,7 @@ def cartoon(photograph: Image.Image) -> Image.Image:
         )
     pixels = np.asarray(photograph.convert("RGB"))
     threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)  # sums in one order
+    cv2.setNumThreads(1)  # so that sums are always computed in the same order
     try:
         large = _enlarged(cv2, pixels)
         paints = _flat(cv2, large)
@@ -47,9 +47,10 @@ def cartoon(photograph: Image.Image) -> Image.Image:
 
 
 def opencv() -> ModuleType:
-    """
+    """Import OpenCV.
+
     Raises:
-        ModuleNotFoundError: it is not installed; the sentence says how it can be.
+        ModuleNotFoundError: OpenCV is not installed; the message says how to install it.
     """
     try:
         import cv2
@@ -69,10 +70,10 @@ def _enlarged(cv2: Any, pixels: Pixels) -> Pixels:
 
 
 def _flat(cv2: Any, pixels: Pixels) -> Pixels:
-    """Without texture, every pixel in the nearest of the paints, which are the same for all photographs.
+    """Remove texture and map every pixel to the nearest paint. The paints are the same for all photographs.
 
-    A few steps of lightness and of hue, in Lab, where distances are those of the eye. Paints that depended on the photograph
-    as a whole would be harder to foresee for who learns from a few of them.
+    They are a few steps of lightness and hue in Lab, where distances match perception. If the paints depended on the whole
+    photograph, they would be harder to predict for a model trained on a few photographs.
     """
     scale = min(pixels.shape[:2]) / _WORKING
     smooth = cv2.edgePreservingFilter(pixels, flags=cv2.RECURS_FILTER, sigma_s=20 * scale, sigma_r=0.3)
@@ -86,7 +87,7 @@ def _flat(cv2: Any, pixels: Pixels) -> Pixels:
 
 
 def _ink(cv2: Any, paints: Pixels) -> Pixels:
-    """Where ink is: (h, w) of bool, between paints that are really different; specks are left out."""
+    """Return the mask (h, w) of bool that is true where ink goes: between very different paints, without specks."""
     scale = min(paints.shape[:2]) / _WORKING
     lab = cv2.cvtColor(paints.astype(np.float32) / 255, cv2.COLOR_RGB2LAB) * np.array([1, 0.6, 0.6], np.float32)
     pen = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, [_odd(7 * scale)] * 2)
@@ -94,17 +95,17 @@ def _ink(cv2: Any, paints: Pixels) -> Pixels:
     lines = (np.sqrt(sum(step**2 for step in steps)) > _REALLY_DIFFERENT).astype(np.uint8)
     _, labels, facts, _ = cv2.connectedComponentsWithStats(lines, connectivity=8)
     drawn = np.maximum(facts[:, cv2.CC_STAT_WIDTH], facts[:, cv2.CC_STAT_HEIGHT]) >= 32 * scale
-    drawn[0] = False  # the paper
+    drawn[0] = False  # label 0 is the background, which gets no ink
     ink: Pixels = drawn[labels]
     return ink
 
 
 def _odd(width: float) -> int:
-    """A width of pixels as one with a middle."""
+    """Round a width in pixels to an odd number, so that it has a middle pixel."""
     return round((width - 1) / 2) * 2 + 1
 
 
 def _inked(colours: Pixels, ink: Pixels) -> Pixels:
-    """Lines in nearly black over the colours."""
+    """Draw nearly black lines over the colours."""
     inked: Pixels = (colours * (1 - 0.9 * ink[..., None])).round().astype(np.uint8)
     return inked

@@ -5,7 +5,7 @@
     python examples/instruct_pix2pix/evaluate.py --pretrained_model_name_or_path timbrooks/instruct-pix2pix \
         --adapter cartoon --pairs pairs --split test --output_dir evaluation
 
-It writes evaluation.json, contact_sheet.png and edits/. Started again, it goes on where it was stopped.
+It writes evaluation.json, contact_sheet.png and edits/. When started again, it resumes where it was stopped.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""examples/instruct_pix2pix/photo_pairs.py."""
+"""The splits, instructions and crops of photographs, each determined by the seed and the photograph's content."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from loca_vision.data.photographs import Photograph
 from loca_vision.data.sampling import stream_seed
 
 SPLITS = ("train", "validation", "test")
-_CLOSEST = 0.4  # the smallest crop's side, as a share of the photograph's short one
+_CLOSEST = 0.4  # the side of the smallest crop, as a share of the photograph's short side
 
-# What users ask for, in our words. Their order and number are part of what a seed means.
+# Requests that users might make. A seed's choices depend on their order and number.
 INSTRUCTIONS = (
     "Change the natural image to a cartoon-style image",
     "Turn this photograph into a cartoon",
@@ -51,7 +51,7 @@ INSTRUCTIONS = (
 
 
 def split_of(photograph: Photograph, seed: int, validation_share: float, test_share: float) -> str:
-    """ "train", "validation" or "test", by the seed and the content alone: another photograph beside it changes nothing."""
+    """Return "train", "validation" or "test", by the seed and the content alone: adding other photographs changes nothing."""
     drawn = _draws(photograph, seed, "split").random()
     if drawn < test_share:
         return "test"
@@ -59,20 +59,20 @@ def split_of(photograph: Photograph, seed: int, validation_share: float, test_sh
 
 
 def instruction_for(photograph: Photograph, seed: int, crop: int) -> str:
-    """One of the instructions, by seed, content and crop; the crops of one photograph mostly have different ones."""
+    """Return one of the instructions, by seed, content and crop; crops of one photograph mostly get different ones."""
     first = _draws(photograph, seed, "instruction").randrange(len(INSTRUCTIONS))
     return INSTRUCTIONS[(first + 7 * crop) % len(INSTRUCTIONS)]
 
 
 def crops_of(photograph: Photograph, seed: int, size: int, count: int) -> Iterator[Image.Image]:
-    """Square parts of a photograph, RGB of `size` pixels a side; none of one with a side shorter than that.
+    """Yield square crops of a photograph as RGB images of `size` pixels per side; none if one of its sides is shorter.
 
-    The first is as large as can be, from the centre; the others are drawn by seed and content.
+    The first crop is the largest possible, from the centre; the others are drawn by seed and content.
 
     Raises:
         ValueError: the file cannot be read as an image.
     """
-    image = ImageOps.exif_transpose(open_image(photograph.file))  # as cameras are turned
+    image = ImageOps.exif_transpose(open_image(photograph.file))  # undo the rotation of the camera
     short, draws = min(image.size), _draws(photograph, seed, "crops")
     if short < size:
         return
@@ -83,12 +83,12 @@ def crops_of(photograph: Photograph, seed: int, size: int, count: int) -> Iterat
 
 
 def _part(image: Image.Image, side: int, at: Sequence[float], size: int) -> Image.Image:
-    """A square of a side, at shares of the way from left to right and top to bottom."""
+    """Cut a square with the given side, at shares of the way from left to right and from top to bottom."""
     left, top = (int(share * (length - side)) for share, length in zip(at, image.size, strict=True))
     box: Any = (left, top, left + side, top + side)
     return image.crop(box).resize((size, size), Image.Resampling.LANCZOS)
 
 
 def _draws(photograph: Photograph, seed: int, what: str) -> random.Random:
-    """The random numbers of a photograph for one purpose."""
+    """Return the random number generator of a photograph for one purpose."""
     return random.Random(stream_seed(seed, int(photograph.content, 16), int.from_bytes(what.encode(), "big")))

@@ -1,11 +1,11 @@
-"""Make a small InstructPix2Pix base from nothing: no download, no GPU, a quarter of an hour on two cores.
+"""Train a small InstructPix2Pix base from scratch: no download, no GPU, a quarter of an hour on two cores.
 
     python examples/instruct_pix2pix/pretrain.py photographs base
 
-It is a stand-in for a pretrained model, where there is no hub: a stock StableDiffusionInstructPix2PixPipeline of 64 x 64
-pixels whose autoencoder and UNet have seen a few photographs and no edit at all. The one instruction it was taught is to keep
-the photograph as it is. What it is good for is to see adapters learn an edit, with every line of code that a real base needs.
-Started again, it goes on where it was stopped, to the very same weights.
+It stands in for a pretrained model where the hub cannot be reached: a stock StableDiffusionInstructPix2PixPipeline for 64 x 64
+pixels whose autoencoder and UNet have seen a few photographs and no edit at all. It is trained on a single instruction: keep
+the photograph as it is. Its purpose is to show adapters learning an edit with exactly the code that a real base needs.
+When started again, the script resumes where it was stopped and ends with exactly the same weights.
 """
 
 from __future__ import annotations
@@ -43,67 +43,67 @@ from small_base.stages import PHRASES, Stage, autoencoder_loss, identity_loss, m
 
 PROG = "pretrain.py"
 SETTINGS, RESULT, CARD, CHECKPOINTS = "settings.json", "pretrain.json", "README.md", "checkpoints"
-VERSION = 1  # of what the settings mean
-HELD_SHARE = 0.1  # of the photographs, where no others are given
+VERSION = 1  # increase it when the meaning of the settings changes
+HELD_SHARE = 0.1  # of the photographs, if --held_out is not given
 
 
 @dataclass(frozen=True)
 class Pretrain:
-    """Train a small InstructPix2Pix base on photographs from random weights, to keep them as they are."""
+    """Train a small InstructPix2Pix base from random weights to keep photographs as they are."""
 
     photographs: Annotated[Path, tyro.conf.Positional]
-    """A folder; images of every format that PIL reads are taken from all folders in it."""
+    """Folder of photographs, searched recursively for images in every format that PIL reads."""
     base: Annotated[Path, tyro.conf.Positional]
-    """The folder of the pipeline, for from_pretrained."""
+    """Output folder of the pipeline, to be loaded with from_pretrained."""
     held_out: Path | None = None
-    """A folder of photographs to measure on. Without it a tenth of the others, one at least, is not trained on."""
+    """Folder of photographs to measure on. Without it, a tenth of the others, at least one, is held out from training."""
     resolution: int = 64
-    """Pixels a side."""
+    """Pixels per side."""
     channels: tuple[int, ...] = (48, 96, 128)
-    """Of the UNet's levels."""
+    """Channels of the UNet's levels."""
     autoencoder_channels: tuple[int, int] = (32, 64)
-    """Of the autoencoder's two levels."""
+    """Channels of the autoencoder's two levels."""
     autoencoder_steps: int = 400
     """Optimiser steps of the autoencoder."""
     autoencoder_learning_rate: float = 2e-3
-    """The highest."""
+    """Highest learning rate of the autoencoder."""
     steps: int = 1500
     """Optimiser steps of the UNet."""
     learning_rate: float = 1e-3
-    """The highest."""
+    """Highest learning rate of the UNet."""
     batch_size: int = 8
-    """Photographs a step, of both."""
+    """Photographs per step, for both."""
     conditioning_dropout_prob: float = 0.1
-    """Text alone, image alone, and both are left out with this probability each."""
+    """Probability of dropping the text alone, and also of dropping the image alone, and of dropping both."""
     image_noise: float = 0.5
-    """Of half of the images that are given to the UNet, the largest deviation of noise on their latents: it learns to see
-    what is in them, as it can then not only copy."""
+    """Largest standard deviation of the noise on the latents of half of the UNet's conditioning images. With this noise, the
+    UNet cannot only copy its input and has to learn what an image contains."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """What is multiplied in. On processors with bfloat16 units (AMX) bf16 takes half the time; on others it is slow."""
+    """Precision of the products. On processors with bfloat16 units (AMX), bf16 takes half the time; on others it is slow."""
     checkpointing_steps: int = 100
     """Steps between checkpoints."""
     num_inference_steps: int = 20
-    """Of the edits that are measured."""
+    """Denoising steps of the measured edits."""
     guidance_scale: float = 2.0
-    """Likewise."""
+    """Guidance scale of the measured edits."""
     image_guidance_scale: float = 1.5
-    """Likewise."""
+    """Image guidance scale of the measured edits."""
     seed: int = 0
-    """Of weights, parts of photographs and noise."""
+    """Seed of the weights, the crops of the photographs and the noise."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as the command line says; returns the exit status."""
+    """Train according to the command line and return the exit status."""
     return run_command(PROG, Pretrain, pretrain, arguments, extra="edit")
 
 
 def pretrain(wanted: Pretrain) -> dict[str, Any]:
-    """Train what is missing, measure and save; returns what pretrain.json holds.
+    """Train what is missing, measure, save, and return the contents of pretrain.json.
 
     Raises:
-        ValueError: a setting out of range, another than the folder was begun with, or training diverged.
-        FileNotFoundError: there is no photograph.
-        OSError: something cannot be written.
+        ValueError: a setting is out of range or differs from the one the folder was started with, or training diverged.
+        FileNotFoundError: there are no photographs.
+        OSError: a file cannot be written.
     """
     shape = _check(wanted)
     shown, held = _parts(wanted)
@@ -119,7 +119,7 @@ def pretrain(wanted: Pretrain) -> dict[str, Any]:
     pipe.save_pretrained(wanted.base)
     write_atomically(wanted.base / CARD, _card(wanted, measured, len(shown), len(held)).encode())
     record = {"settings": about, "measured": measured, "environment": environment()}
-    write_atomically(wanted.base / RESULT, (json.dumps(record, indent=1) + "\n").encode())  # the last: it is finished
+    write_atomically(wanted.base / RESULT, (json.dumps(record, indent=1) + "\n").encode())  # last: marks it as finished
     _forget(wanted.base / CHECKPOINTS)
     print(f"{wanted.base}: " + ", ".join(f"{name} {value:.2f}" for name, value in measured.items()))
     return record
@@ -141,7 +141,7 @@ def _check(wanted: Pretrain) -> Shape:
 
 
 def _parts(wanted: Pretrain) -> tuple[list[Photograph], list[Photograph]]:
-    """What is trained on, and what is measured on: no content is in both."""
+    """Return the photographs to train on and those to measure on; no file content is in both."""
     found = photographs_in(wanted.photographs)
     if wanted.held_out is None:
         held = [one for one in found if split_of(one, wanted.seed, 0.0, HELD_SHARE) == "test"] or found[:1]
@@ -155,7 +155,7 @@ def _parts(wanted: Pretrain) -> tuple[list[Photograph], list[Photograph]]:
 
 
 def _about(wanted: Pretrain, shown: Sequence[Photograph], held: Sequence[Photograph]) -> dict[str, Any]:
-    """All that the weights and the measures depend on, as JSON has it."""
+    """Return everything that the weights and the measures depend on, as JSON values."""
     elsewhere = ("photographs", "base", "held_out", "checkpointing_steps")
     about = {name: value for name, value in asdict(wanted).items() if name not in elsewhere}
     parts = {"trained_on": _names(shown), "measured_on": _names(held)}
@@ -186,7 +186,7 @@ def _trained(wanted: Pretrain, shape: Shape, photos: PhotoBatches, about: dict[s
 
 
 def _measured(pipe: Any, wanted: Pretrain, held: Sequence[Photograph]) -> dict[str, float]:
-    """Decibels to the photographs, means over them: of what is encoded and decoded, and of the edit that keeps them."""
+    """Return mean PSNRs to the photographs, in decibels: of their reconstructions, and of the edit that keeps them."""
     sampling = Sampling(wanted.num_inference_steps, wanted.guidance_scale, wanted.image_guidance_scale)
     decoded, kept = [], []
     for number, one in enumerate(tqdm(held, desc="edits", dynamic_ncols=True, disable=None)):
@@ -203,7 +203,7 @@ def _decoded(pipe: Any, photo: Image.Image) -> Image.Image:
 
 
 def _forget(folder: Path) -> None:
-    """The checkpoints of a finished base, which are larger than it."""
+    """Delete the checkpoints of a finished base, which are larger than the base itself."""
     for stage in folder.iterdir() if folder.exists() else ():
         for checkpoint in stage.iterdir():
             remove_folder(checkpoint)

@@ -1,11 +1,11 @@
-"""From nothing to adapters that draw cartoons, in one command and without a hub: photographs, pairs, base, training, measures.
+"""Train adapters that draw cartoons from scratch, in one command and without a hub.
 
     python examples/instruct_pix2pix/study.py study
     python examples/instruct_pix2pix/study.py study --photographs photos --mixed_precision bf16
 
-Every step is a run of a script next to this one. What is finished is not run again, so that the command may be stopped and
-given anew. Photographs are divided first; base and adapters are trained on one part, rates compared on the second
-(--tune), and numbers and pictures are of the third.
+The steps are photographs, pairs, base, training and measurements, each a run of a script next to this one. Finished steps are
+not repeated, so the command can be stopped and started again. Photographs are divided first: the base and the adapters are
+trained on the first part, rates are compared on the second (--tune), and results and pictures come from the third.
 """
 
 from __future__ import annotations
@@ -45,69 +45,70 @@ BUNDLED = {
     "skimage": ("data", ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")),
     "sklearn": ("datasets/images", ("china.jpg", "flower.jpg")),
 }
-WALLPAPERS = Path("/usr/share/backgrounds")  # of Debian and its kin
-FLAT = 1.0  # of 255: the mean difference of neighbouring pixels below which a wallpaper is a colour gradient
-GRID = (1 / 3, 1.0, 3.0)  # factors of the methods' rates, with --tune
+WALLPAPERS = Path("/usr/share/backgrounds")  # of Debian and its derivatives
+FLAT = 1.0  # of 255: if neighbouring pixels differ by less than this on average, a wallpaper is a colour gradient
+GRID = (1 / 3, 1.0, 3.0)  # factors on the methods' rates, with --tune
 
 
 @dataclass(frozen=True)
 class Study:
-    """Make a base from photographs, teach adapters to draw cartoons, and measure them on photographs nobody has seen."""
+    """Train a base on photographs, train adapters to draw cartoons, and measure them on unseen photographs."""
 
     output: Annotated[Path, tyro.conf.Positional]
-    """Where everything goes: results.json, study.md, study.png, numbers.png, and a folder for each step."""
+    """Output folder: results.json, study.md, study.png, numbers.png, and a folder for each step."""
     photographs: Path | None = None
-    """A folder. By default those in the packages scikit-image and scikit-learn, and Debian's wallpapers."""
+    """Folder of photographs; by default those in the packages scikit-image and scikit-learn, and Debian's wallpapers."""
     methods: tuple[str, ...] = ("loca", "lora", "fourierft")
-    """What is compared."""
+    """Methods to compare."""
     targets: tuple[str, ...] = ("q", "k", "v", "out")
-    """The layers of the base's transformers that are adapted; fc1, fc2, proj_in and proj_out are others."""
+    """Adapted layers of the base's transformers; fc1, fc2, proj_in and proj_out are also possible."""
     n_components: int = 700
-    """Of each projection, of methods that count them."""
+    """Components per projection, for methods that have them."""
     rank: int = 4
-    """Of LoRA. SeLoRA has twice as many, whose spectra are half empty."""
+    """Rank of LoRA. SeLoRA gets twice this rank, because its spectra are half empty."""
     steps: int = 500
     """Optimiser steps of every method."""
     batch_size: int = 8
-    """Pairs a step."""
+    """Pairs per step."""
     tune: bool = False
-    """Train every method at a third of its rate, at it, and at three times of it, and take the best on validation."""
+    """Train every method at a third of its rate, at its rate, and at three times its rate, and take the best on validation."""
     resolution: int = 64
-    """Pixels a side."""
+    """Pixels per side."""
     channels: tuple[int, ...] = (48, 96, 128)
-    """Of the base's UNet."""
+    """Channels of the base UNet's levels."""
     base_steps: int = 1000
     """Optimiser steps of the base's UNet."""
     autoencoder_steps: int = 400
-    """Optimiser steps of its autoencoder."""
+    """Optimiser steps of the base's autoencoder."""
     crops: int = 12
-    """Pairs of each photograph."""
+    """Pairs per photograph."""
     validation_share: float = 0.15
-    """Of the photographs."""
+    """Share of the photographs for validation."""
     test_share: float = 0.2
-    """Of the photographs."""
+    """Share of the photographs for testing."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """Of all training. On processors with bfloat16 units (AMX) bf16 is faster; on others slower."""
+    """Precision of all training. On processors with bfloat16 units (AMX), bf16 is faster; on others it is slower."""
     num_inference_steps: int = 20
-    """Of every edit."""
+    """Denoising steps of every edit."""
     guidance_scale: float = 1.0
-    """Of every edit. Without guidance edits were nearer to their targets on validation photographs than with 2 and 1.5."""
+    """Guidance scale of every edit. On validation photographs, edits were closer to their targets without guidance than with
+    scales of 2 and 1.5."""
     image_guidance_scale: float = 1.0
-    """Likewise."""
+    """Image guidance scale of every edit; see guidance_scale."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """Seed of everything but the pairs, whose seed is the first that divides the photographs well."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing of the study; returns the exit status."""
+    """Run the missing parts of the study and return the exit status."""
     return run_command(PROG, Study, run, arguments, extra="edit,pairs")
 
 
 def run(study: Study) -> dict[str, Any]:
-    """All steps, then what came out; returns what results.json holds.
+    """Run all steps, write the results, and return the contents of results.json.
 
     Raises:
-        ValueError: a setting out of range, another than the folder was begun with, or a step that failed.
+        ValueError: a setting is out of range or differs from the one the folder was started with, or a step failed.
         FileNotFoundError: there are too few photographs.
     """
     _check(study)
@@ -142,10 +143,10 @@ def _check(study: Study) -> None:
 
 
 def installed() -> list[Photograph]:
-    """The photographs that come with installed packages; of two that show the same, one.
+    """Return the photographs in installed packages and Debian's wallpapers, each picture only once.
 
     Raises:
-        FileNotFoundError: there are too few of them.
+        FileNotFoundError: there are too few photographs.
     """
     files = [file for package, (folder, names) in BUNDLED.items() for file in _of_package(package, folder, names)]
     if WALLPAPERS.is_dir():
@@ -167,7 +168,7 @@ def _of_package(package: str, folder: str, names: Sequence[str]) -> list[Path]:
 
 
 def _detail(file: Path) -> float:
-    """The mean difference of neighbouring pixels, of 255, of a copy of at most 256 pixels a side."""
+    """Return the mean difference of neighbouring pixels (of 255) in a copy with at most 256 pixels per side."""
     image = open_image(file).convert("L")
     image.thumbnail((256, 256))
     pixels = np.asarray(image, np.float64)
@@ -175,7 +176,7 @@ def _detail(file: Path) -> float:
 
 
 def _parts(found: Sequence[Photograph], seed: int, study: Study) -> dict[str, list[Photograph]]:
-    """As build_pairs.py divides them."""
+    """Divide the photographs as build_pairs.py does."""
     parts: dict[str, list[Photograph]] = {split: [] for split in SPLITS}
     for one in found:
         parts[split_of(one, seed, study.validation_share, study.test_share)].append(one)
@@ -183,7 +184,7 @@ def _parts(found: Sequence[Photograph], seed: int, study: Study) -> dict[str, li
 
 
 def _split_seed(found: Sequence[Photograph], study: Study) -> int:
-    """The first seed by which every part has nearly its share; nothing else is looked at."""
+    """Return the first seed that gives every part nearly its share; nothing else affects the choice."""
     shares = {"validation": study.validation_share, "test": study.test_share}
     least = {split: max(1, int(0.9 * share * len(found))) for split, share in shares.items()}
     for seed in range(1000):
@@ -198,7 +199,7 @@ def _split_seed(found: Sequence[Photograph], study: Study) -> int:
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of a study, each in a folder of its own."""
+    """The steps of a study, each in its own folder."""
 
     study: Study
     split_seed: int
@@ -207,7 +208,7 @@ class Steps:
         return self.study.output / name
 
     def divide(self, found: Sequence[Photograph]) -> None:
-        """Copies of the photographs, in a folder for each part."""
+        """Copy the photographs into a folder for each part."""
         for split, photographs in _parts(found, self.split_seed, self.study).items():
             for one in photographs:
                 copy = self._folder("photographs") / split / f"{one.file.stem}-{one.name[:8]}{one.file.suffix.lower()}"
@@ -221,7 +222,7 @@ class Steps:
         _run("build_pairs.py", [str(self._folder("photographs")), str(self._folder("pairs"))], told)
 
     def base(self) -> None:
-        """Of the photographs to train on; measured on those for validation."""
+        """Train the base on the training photographs and measure it on the validation photographs."""
         of, photographs = self.study, self._folder("photographs")
         told = {"held_out": photographs / "validation", "steps": of.base_steps}
         same: tuple[str, ...] = ("resolution", "channels", "autoencoder_steps", "batch_size", "mixed_precision", "seed")
@@ -233,7 +234,7 @@ class Steps:
         )
 
     def adapter(self, method: str) -> Path:
-        """Trained at its rate, or at the best of three; the folder of the adapter."""
+        """Train an adapter at its rate, or choose the best of three rates, and return the adapter's folder."""
         if not self.study.tune:
             return self._trained(method, config_class(method).edit_lr, self._folder("adapters") / method)
         tried = {}
@@ -269,7 +270,7 @@ class Steps:
             "checkpointing_steps": 100,
             "checkpoints_total_limit": 1,
             "resume_from_checkpoint": "latest",
-            "validation_epochs": 10**6,  # its pictures come at the end alone
+            "validation_epochs": 10**6,  # so that validation pictures are drawn only at the end
             "num_validation_images": 1,
             "report_to": "none",
             "seed": of.seed,
@@ -279,7 +280,7 @@ class Steps:
         return folder
 
     def evaluate(self, folder: Path, adapters: Sequence[Path], split: str) -> dict[str, Any]:
-        """What evaluate.py finds for the pairs of a part."""
+        """Evaluate adapters on the pairs of one part with evaluate.py, if not done yet, and return the evaluation."""
         of = self.study
         if not (folder / "evaluation.json").exists():
             told: dict[str, Any] = {
@@ -303,18 +304,18 @@ class Steps:
 
 
 def _size(config: type[AdapterConfig], of: Study) -> dict[str, int]:
-    """How many numbers a method trains, and of one whose locations move for how long."""
-    like_lora = config.at_budget(2 * of.rank, (1, 1))  # as many numbers as LoRA's factors have, a row and a column
+    """Return the settings for a method's number of trained parameters and, if its locations move, for how long they do."""
+    like_lora = config.at_budget(2 * of.rank, (1, 1))  # as many numbers per row and column as LoRA's factors
     size: dict[str, int] = {"rank": like_lora["r"]} if "r" in like_lora else {}
     size |= {"n_components": of.n_components} if "n_components" in like_lora else {}
     return size | ({"learning_steps": 3 * of.steps // 4} if config.moves_locations else {})
 
 
 def _run(script: str, arguments: Sequence[str], told: dict[str, Any]) -> None:
-    """One of the scripts next to this one, in a process of its own, whose bars and sentences are seen.
+    """Run one of the scripts next to this one in its own process, with its progress bars and messages shown.
 
     Raises:
-        ValueError: it failed.
+        ValueError: the script failed.
     """
     flags = [word for name, value in told.items() for word in (f"--{name}", *_words(value))]
     print(f"{script} {' '.join(arguments[:2])}", flush=True)
@@ -327,7 +328,7 @@ def _words(value: Any) -> list[str]:
     return [str(one) for one in value] if isinstance(value, tuple) else [str(value)]
 
 
-# What came out
+# Results
 
 
 def _written(study: Study, chosen: dict[str, Path], about: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Adapters that edit photographs, compared: a table, results as JSON, pictures, and quality against trained numbers."""
+"""The report on adapters that edit photographs: a table, pictures, and quality against trained numbers."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from loca_vision.methods.by_name import title_of
 from loca_vision.recipes.reports.contact_sheet import contact_sheet
 from loca_vision.recipes.reports.plots import COLOURS, save
 
-_COLOURS = ("#222222", *COLOURS, "#8c62b5", "#b8860b")  # one for each of seven editors
+_COLOURS = ("#222222", *COLOURS, "#8c62b5", "#b8860b")  # one for each of the compared editors
 MEASURES = {"psnr_to_target": "PSNR, dB", "ssim_to_target": "SSIM"}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One editor and how near its edits are to their targets.
+    """One editor and how close its edits are to their targets.
 
     Args:
         name: "photograph" for no edit at all, "base", or a method.
-        measured: of each of `MEASURES`, the mean over the held-out pairs.
-        trained: numbers that were trained; 0 of what has no adapter.
-        size: bytes of the adapter's file.
-        rate: of learning.
-        seconds: a step of training.
-        gain: the median over the pairs of what PSNR has more than that of the base's edit, dB.
-        nearer: the share of the pairs for which it has more.
+        measured: the mean of each of `MEASURES` over the held-out pairs.
+        trained: the number of trained parameters; 0 without an adapter.
+        size: the size of the adapter's file in bytes.
+        rate: the learning rate.
+        seconds: the duration of a training step.
+        gain: the median over the pairs of the PSNR gain over the base's edit, in dB.
+        nearer: the share of the pairs for which this gain is positive.
     """
 
     name: str
@@ -47,16 +47,16 @@ class Arm:
 
     @property
     def title(self) -> str:
-        """As people call it."""
+        """The name for tables and plots."""
         return {"photograph": "the photograph as it is", "base": "base"}.get(self.name, title_of(self.name))
 
 
 def arms_of(evaluation: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> list[Arm]:
-    """The photograph, the base, and every method.
+    """Return an arm for the unedited photograph, the base, and every method.
 
     Args:
-        evaluation: what evaluate.py wrote; its first adapter at scale 1.
-        metrics: of train.py, by method, in the order of the evaluation.
+        evaluation: the evaluation that evaluate.py wrote; its first adapter has scale 1.
+        metrics: the metrics that train.py wrote, by method, in the order of the evaluation.
     """
     found = [Arm(name, _means(evaluation, name)) for name in ("photograph", "base")]
     for name, of in metrics.items():
@@ -78,7 +78,7 @@ def arms_of(evaluation: Mapping[str, Any], metrics: Mapping[str, Mapping[str, An
 
 
 def _gains(evaluation: Mapping[str, Any], title: str) -> list[float]:
-    """PSNR to the target beyond the base's, of each pair."""
+    """Return, for each pair, the PSNR to the target minus that of the base's edit."""
     found = []
     for entry in evaluation["photographs"]:
         mine, base = (entry["measures"][editor]["psnr_to_target"] for editor in (title, "base"))
@@ -87,7 +87,7 @@ def _gains(evaluation: Mapping[str, Any], title: str) -> list[float]:
 
 
 def column(evaluation: Mapping[str, Any], name: str) -> str:
-    """What evaluate.py calls an adapter at scale 1."""
+    """Return the name under which evaluate.py lists an adapter at scale 1."""
     return name if name in evaluation["means"] else f"{name} at 1"
 
 
@@ -96,7 +96,7 @@ def _means(evaluation: Mapping[str, Any], name: str) -> dict[str, float]:
 
 
 def study_table(arms: Sequence[Arm]) -> str:
-    """Markdown, a row for each."""
+    """Return a Markdown table with a row for each arm."""
     heads = [
         "",
         *MEASURES.values(),
@@ -124,12 +124,12 @@ def study_sheet(
     pairs: Sequence[tuple[Image.Image, Image.Image]],
     every: int,
 ) -> Image.Image:
-    """A row for each photograph: as it is, its edits, the target.
+    """Return a sheet with a row for each photograph: the photograph itself, its edits, and the target.
 
     Args:
-        folder: of the evaluation, in which the edits lie.
-        pairs: photograph and target of each entry of the evaluation.
-        every: show the first of every this many pairs, such as those of one photograph.
+        folder: the folder of the evaluation, which contains the edits.
+        pairs: the photograph and the target of each entry of the evaluation.
+        every: show the first pair of every group of this many, such as the pairs of one photograph.
     """
     names = ["base", *(column(evaluation, name) for name in methods)]
     shown = list(zip(evaluation["photographs"], pairs, strict=True))[::every]
@@ -141,7 +141,7 @@ def study_sheet(
 
 
 def draw_numbers(path: Path, title: str, arms: Sequence[Arm]) -> None:
-    """PSNR and SSIM to the target against trained numbers; what has no adapter as lines."""
+    """Plot PSNR and SSIM to the target against trained numbers, with lines for the arms that have no adapter."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     panels = figure.subplots(1, len(MEASURES))
     for panel, (measure, label) in zip(panels, MEASURES.items(), strict=True):

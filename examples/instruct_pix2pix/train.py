@@ -4,8 +4,9 @@
         --pretrained_model_name_or_path timbrooks/instruct-pix2pix \
         --dataset_name instruction-tuning-sd/cartoonization --output_dir cartoon
 
-Flags are those of diffusers' train_instruct_pix2pix.py, and some for the adapter. It writes the adapter, metrics.json,
-loss.png, validation pictures, config.yaml and checkpoints; then, in Python, pipe.load_loca_weights("cartoon").
+The flags are those of diffusers' train_instruct_pix2pix.py, plus some for the adapter. The script writes the adapter,
+metrics.json, loss.png, validation pictures, config.yaml and checkpoints. Load the adapter in Python with
+pipe.load_loca_weights("cartoon").
 """
 
 import sys

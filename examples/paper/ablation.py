@@ -1,17 +1,17 @@
 """What do learned locations contribute? LoCA against the variants of Table 5, with Figures 2 and 4 and Appendix N.
 
-On real images, by runs of train.py: V1 has fixed random locations; V2 alternates for the whole run; V3 moves coefficients and
-locations together; V4 and V5 take the forward and the backward difference; "still" and "V2 still" have the schedules of LoCA
-and of V2 with locations that do not move: what the pauses of the coefficients do by themselves. Rates of the coefficients are
-tuned for V1 and for LoCA on validation with the first seed; every LoCA of `location_rates` is run with all seeds, and the one
-with the best mean validation accuracy stands for LoCA in what follows: V2 to V5, and other values of alpha and of B_s (Figure
-4). All of them take LoCA's rate of coefficients.
+The study runs train.py on real images. V1 has fixed random locations; V2 alternates for the whole run; V3 updates coefficients
+and locations together; V4 and V5 use the forward and the backward difference. "still" and "V2 still" have the schedules of LoCA
+and of V2 with locations that do not move, which isolates the effect of pausing the coefficients. The coefficients' rates are
+tuned for V1 and for LoCA on validation with the first seed. LoCA is then run with all seeds at each of `location_rates`, and
+the one with the best mean validation accuracy represents LoCA from then on: in V2 to V5, and with other values of alpha and B_s
+(Figure 4). All of these use LoCA's rate of the coefficients.
 
-Differences are paired by seed, with Student's 95 % intervals: test accuracies against V1 and against "still", training losses
-(Figure 2) against "still", whose batches and head are the same. What locations did is read from the saved adapters: how many
-moved, how far, and whether they formed a pattern (Appendix N, location_patterns.py).
+Differences are paired by seed, with Student's 95 % intervals: test accuracies against V1 and against "still", and training
+losses (Figure 2) against "still", which has the same batches and head. The saved adapters show what happened to the locations:
+how many moved, how far, and whether they formed a pattern (Appendix N, location_patterns.py).
 
-A run takes half a minute on one quiet core, and there are 79. What is in runs.json is not run again.
+A run takes half a minute on one quiet core, and there are 79 runs. Runs that are already in runs.json are not repeated.
 
     python examples/paper/ablation.py --root photos --output ablation --jobs 2
 """
@@ -39,7 +39,7 @@ from location_moves import Moves, read_moves, travelled
 from location_patterns import patterns
 
 SCRIPT = "ablation.py"
-CYCLE = 30  # steps of an alternation: 10 of coefficients, 20 of locations
+CYCLE = 30  # steps per alternation: 10 of coefficients, 20 of locations
 _AGAINST = {"test_less_v1": FIXED, "test_less_still": STILL}
 
 
@@ -56,7 +56,7 @@ class Ablation:
         return self.runs.finished(_folder(variant, rate, seed), flags, seed, variant=variant.name, rate=rate)
 
     def tuned(self, variant: Variant) -> float:
-        """The coefficients' best rate on validation, with the first seed."""
+        """Return the coefficients' best rate on validation, with the first seed."""
         best, tried = tune(self.settings.rates, lambda rate: self.run(variant, rate, self.settings.seeds[0]))
         self.tried[variant.name] = {rate: found["validation_accuracy"] for rate, found in sorted(tried.items())}
         return best
@@ -70,7 +70,7 @@ class Ablation:
                 self.results[variant.name] = variant, rate, [future.result() for future in futures]
 
     def everything(self) -> Variant:
-        """Every run; returns the LoCA that is best on validation, of equally good ones that of the smallest rate."""
+        """Run everything and return the LoCA that is best on validation; in a tie, the one with the smallest location rate."""
         settings = self.settings
         locas = [learned(settings, rate) for rate in settings.location_rates]
         self.with_all_seeds([fixed(settings)], self.tuned(fixed(settings)))
@@ -81,15 +81,15 @@ class Ablation:
         return best
 
     def values(self, name: str, measure: str) -> list[float]:
-        """By seed."""
+        """Return a measure by seed."""
         return [found[measure] for found in self.results[name][2]]
 
     def moves(self, name: str) -> list[list[Moves]]:
-        """By seed, of every projection."""
+        """Return the moves of every projection, by seed."""
         return [read_moves(self.settings.output / folder / adapter) for folder, adapter in self._saved(name, "adapter_file")]
 
     def losses(self, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """(seeds, steps) of training."""
+        """Return the training losses (seeds, steps)."""
         return np.array([curves["loss"] for _, curves in self._saved(name, "curves")])
 
     def _saved(self, name: str, part: str) -> list[tuple[str, Any]]:
@@ -103,13 +103,13 @@ def _folder(variant: Variant, rate: float, seed: int) -> str:
 
 
 def difference(ours: Sequence[float], others: Sequence[float], digits: int) -> list[float]:
-    """Paired by seed: its mean, and both ends of the 95 % interval."""
+    """Return the mean difference, paired by seed, and both ends of its 95 % interval."""
     mean, half = paired_difference(ours, others)
     return [round(mean, digits), round(mean - half, digits), round(mean + half, digits)]
 
 
 def described(ablation: Ablation, name: str) -> dict[str, Any]:
-    """What one variant came to: accuracies by seed in percent, differences in points, what its locations did."""
+    """Return one variant's results: accuracies by seed in percent, differences in points, and the moves of its locations."""
     variant, rate, _ = ablation.results[name]
     test = [100 * value for value in ablation.values(name, "test_accuracy")]
     others = {key: [100 * value for value in ablation.values(other, "test_accuracy")] for key, other in _AGAINST.items()}
@@ -123,7 +123,7 @@ def described(ablation: Ablation, name: str) -> dict[str, Any]:
 
 
 def of_all_differences(ablation: Ablation, best: Variant) -> dict[str, list[float]]:
-    """LoCA, V4 and V5, which differ in a detail alone, averaged for each seed: the noise of a single run is less."""
+    """Compare the average of LoCA, V4 and V5 for each seed: they differ only in a detail, and averaging reduces the noise."""
     names = (best.name, "V4", "V5")
     ours = (100 * np.mean([ablation.values(name, "test_accuracy") for name in names], 0)).tolist()
     others = {key: [100 * value for value in ablation.values(name, "test_accuracy")] for key, name in _AGAINST.items()}
@@ -131,9 +131,9 @@ def of_all_differences(ablation: Ablation, best: Variant) -> dict[str, list[floa
 
 
 def loss_differences(ablation: Ablation, name: str) -> dict[str, Any]:
-    """Training loss less that of "still" with the same seed: of every step, and of windows with intervals (Figure 2).
+    """Return the training loss minus that of "still" with the same seed, by step and by window with intervals (Figure 2).
 
-    The windows, in steps: the first phase of locations, what is left of the first half, and the second half.
+    The windows are the first phase of the locations, the rest of the first half of the steps, and the second half.
     """
     ours, others = ablation.losses(name), ablation.losses(STILL)
     steps = ours.shape[1]
@@ -146,7 +146,7 @@ def loss_differences(ablation: Ablation, name: str) -> dict[str, Any]:
 
 
 def reported(ablation: Ablation, best: Variant) -> dict[str, Any]:
-    """Everything that was found, for JSON."""
+    """Return all results, for JSON."""
     settings = ablation.settings
     locas = [learned(settings, rate).name for rate in settings.location_rates]
     seconds = [found["seconds"] for _, _, runs in ablation.results.values() for found in runs]

@@ -1,4 +1,4 @@
-"""The pictures of ablation.py: Table 5, Figures 2 and 4, and where locations went."""
+"""The pictures of ablation.py: Table 5, Figures 2 and 4, and the moves of the locations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WINDOW = 10  # steps over which differences of losses are averaged
 
 
 def draw_ablation(report: dict[str, Any], path: Path) -> None:
-    """Differences of Table 5, those of the loss by step (Figure 2), accuracy by alpha and by B_s (Figure 4)."""
+    """Plot the differences of Table 5, those of the loss by step (Figure 2), and accuracy by alpha and by B_s (Figure 4)."""
     figure = Figure(figsize=(12.5, 8), layout="constrained")
     ((table, losses), (alphas, steps)) = figure.subplots(2, 2)
     _draw_table(table, report)
@@ -40,7 +40,7 @@ def draw_ablation(report: dict[str, Any], path: Path) -> None:
 
 
 def _draw_table(axes: Axes, report: dict[str, Any]) -> None:
-    """Accuracy less that of V1, with 95 % intervals; one point is one seed's difference."""
+    """Plot accuracy minus that of V1 with 95 % intervals; each small point is one seed's difference."""
     variants = report["variants"]
     names = [name for name in variants if name != FIXED and not name.startswith(("alpha", "B_s"))]
     base = np.array(variants[FIXED]["test"])
@@ -67,7 +67,7 @@ def _draw_losses(axes: Axes, report: dict[str, Any]) -> None:
 
 
 def _smooth(values: Sequence[float]) -> np.ndarray[Any, Any]:
-    """The mean of each value and up to WINDOW - 1 before it."""
+    """Return the mean of each value and up to WINDOW - 1 values before it."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(sums))
     begins = np.maximum(0, ends - WINDOW)
@@ -75,7 +75,7 @@ def _smooth(values: Sequence[float]) -> np.ndarray[Any, Any]:
 
 
 def _draw_choice(axes: Axes, variants: Mapping[float, Mapping[str, Any]], label: str) -> None:
-    """Test accuracy of every seed and the mean by the value of a setting."""
+    """Plot the test accuracy of every seed, and the mean, by the value of a setting."""
     places = sorted(variants)
     values = np.array([variants[place]["test"] for place in places])
     axes.plot(places, values, ".", color=GREY, markersize=5)
@@ -86,7 +86,7 @@ def _draw_choice(axes: Axes, variants: Mapping[float, Mapping[str, Any]], label:
 
 
 def draw_moves(name: str, run: Sequence[Moves], path: Path) -> None:
-    """Cells of one run before (grey) and after (coloured by distance), of up to six layers; low frequencies at the top left."""
+    """Plot cells of up to six layers of one run before (grey) and after (coloured by distance); low frequencies top left."""
     shown = [run[i] for i in sorted({round(place) for place in np.linspace(0, len(run) - 1, 6)})]
     across = -(-len(shown) // 2)
     figure = Figure(figsize=(1.8 * across + 1, 4.3), layout="constrained")

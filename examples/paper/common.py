@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: the command line, and a report in JSON that an interrupted command continues."""
+"""Code shared by the scripts in this folder: the command line, and a JSON report that an interrupted command continues."""
 
 from __future__ import annotations
 
@@ -22,27 +22,31 @@ Settings = TypeVar("Settings")
 
 
 def run(script: str, kind: type[Settings], work: Callable[[Settings], object], arguments: Sequence[str] | None = None) -> int:
-    """A script to its exit status: 2 and one line for a user's mistake. `kind` is the dataclass of its settings."""
+    """Run a script and return its exit status: 2, after a one-line message, for a user's mistake.
+
+    Args:
+        kind: the dataclass of the script's settings.
+    """
     return run_command(script, kind, work, arguments, extra="train")
 
 
 def measure_parts(
     file: Path, settings: Any, names: Sequence[str], measure: Callable[[str], dict[str, Any]], **identity: str
 ) -> dict[str, Any]:
-    """Measure every part that `file` does not hold yet; the file is written again after each.
+    """Measure every part that `file` does not contain yet, and rewrite the file after each.
 
     Args:
         file: the report, in the folder `settings.output`.
         settings: the dataclass of all settings.
-        names: of the parts.
-        measure: part -> what was found, for JSON. It must depend on nothing but the settings and the part's name.
-        identity: more that two reports must share to be of one run, such as the digests of files.
+        names: the names of the parts.
+        measure: returns the results of a part, for JSON. It must depend only on the settings and the part's name.
+        identity: other values that must match to continue a report, such as digests of files.
 
     Returns:
-        the report: settings, environment, minutes of computation, parts.
+        The report: settings, environment, minutes of computation, parts.
 
     Raises:
-        ValueError: the file is a report of other settings, or none at all.
+        ValueError: the file is a report with other settings, or not a report at all.
     """
     told = {name: value for name, value in asdict(settings).items() if name != "output" and not isinstance(value, Path)}
     report = _begin(file, json.loads(json.dumps(told | identity)))
@@ -57,7 +61,7 @@ def measure_parts(
 
 def write_report(file: Path, report: dict[str, Any]) -> None:
     text = json.dumps(report, indent=1)
-    # A list of numbers is one line, not one for each.
+    # Put a list of numbers on one line instead of one line for each.
     write_atomically(file, (re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n").encode())
 
 
@@ -80,6 +84,6 @@ def _begin(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain(axes: Axes) -> Axes:
-    """Without the frame's upper and right sides."""
+    """Hide the upper and right sides of the frame."""
     axes.spines[["top", "right"]].set_visible(False)
     return axes

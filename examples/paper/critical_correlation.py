@@ -1,16 +1,16 @@
 """How much correlation makes a low-rank update the better one? The critical correlation of LoCA (Appendix P, Figure 15).
 
-Of a K x K matrix W, rank r and as many numbers in DCT coefficients (K r of them, each with an index) are compared while entries
-become correlated. Two models of correlation, since the paper's own has no critical point:
+A rank-r approximation of a K x K matrix W is compared with the same budget of DCT coefficients (K r of them, each with an
+index) as entries become correlated. There are two models of correlation, since the paper's own has no critical point:
 
 - uniform: vec(W) ~ N(0, (1 - rho) I + rho 11^T), Eqs. 33 and 34 as they stand: W = sqrt(1 - rho) Z + sqrt(rho) g 11^T with
-  one normal number g. The spike 11^T is of rank one, but it is also the first DCT atom: both methods take it up at once.
-- random: W = sqrt(1 - rho) Z + sqrt(rho) u v^T, u and v normal vectors of norm sqrt(K). The spike is of rank one and spread
+  one normal number g. The spike 11^T has rank one, but it is also the first DCT atom: both methods capture it immediately.
+- random: W = sqrt(1 - rho) Z + sqrt(rho) u v^T, u and v normal vectors of norm sqrt(K). The spike has rank one and is spread
   over the whole DCT spectrum.
 
-The critical rho is the smallest one at which the rank-r error is the smaller, on average, by simulation and by integrals for
-large K. The test of Eq. 35 says whether that much correlation can be seen in the eigenvalues: the share of their sum that lies
-outside the Marchenko-Pastur bounds, against its 95 % quantile for independent entries. Half a minute on one core.
+The critical rho is the smallest one at which the rank-r error is smaller on average, found by simulation and by integrals for
+large K. The test of Eq. 35 shows whether that much correlation is visible in the eigenvalues: it compares the share of their
+sum that lies outside the Marchenko-Pastur bounds with its 95 % quantile for independent entries. Half a minute on one core.
 
     python examples/paper/critical_correlation.py --output critical
 """
@@ -46,20 +46,20 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Settings:
-    """The correlation from which rank r loses less than DCT coefficients at the same budget, for two models of correlation."""
+    """Find the correlation from which rank r loses less than DCT coefficients at equal budgets, for two correlation models."""
 
     size: int = 300
-    """K, rows and columns of the matrices."""
+    """Size K: rows and columns of the matrices."""
     ranks: tuple[int, ...] = (8, 16, 24, 32)
-    """r."""
+    """Ranks r."""
     rho_step: float = 0.02
-    """Distance of the correlations that are tried, from 0 to below 1."""
+    """Step between the correlations, from 0 to below 1."""
     trials: int = 10
-    """Matrices of each model; all correlations see the same ones."""
+    """Number of matrices of each model; all correlations use the same ones."""
     null_trials: int = 200
-    """Matrices of independent entries for the quantile of the test."""
+    """Number of matrices with independent entries for the quantile of the test."""
     seed: int = 0
-    """Of the matrices."""
+    """Seed of the matrices."""
     output: Path = Path("critical_correlation")
     """Folder for critical_correlation.json and critical_correlation.png."""
 
@@ -80,7 +80,7 @@ class Settings:
 
 
 def spike(model: str, size: int, random: np.random.Generator) -> Array:
-    """What is added to independent entries: (K, K), of rank one and mean square 1 (in expectation, for `uniform`)."""
+    """Return the matrix (K, K) added to independent entries, with rank one and mean square 1 (in expectation for `uniform`)."""
     if model == "uniform":
         return np.full((size, size), random.standard_normal())
     u, v = (vector * math.sqrt(size) / np.linalg.norm(vector) for vector in random.standard_normal((2, size)))
@@ -88,7 +88,12 @@ def spike(model: str, size: int, random: np.random.Generator) -> Array:
 
 
 def measure(part: str, settings: Settings) -> dict[str, Any]:
-    """A trial of a model: (rho, ranks) errors over ||W||^2 by rank and by DCT, and the test's statistic at each rho."""
+    """Run one trial of a model.
+
+    Returns:
+        Errors over ||W||^2 by rank and by DCT, (rho, ranks) each, and the test statistic at each rho. For the part
+        "independent", the test statistics under the null hypothesis.
+    """
     if part == "independent":
         return {"outside": null_statistics(settings)}
     model, trial = part.split()
@@ -113,9 +118,9 @@ def null_statistics(settings: Settings) -> list[float]:
 
 
 def critical(correlations: Sequence[float], leads: Array) -> float | None:
-    """The smallest rho at which the DCT's lead, error by rank minus error by DCT, falls to 0; None if it never does.
+    """Return the smallest rho at which the DCT's lead, error by rank minus error by DCT, falls to 0, or None if it never does.
 
-    Between two correlations that were tried the lead counts as linear.
+    The lead is interpolated linearly between neighbouring correlations.
     """
     for place in range(1, len(leads)):
         before, after = leads[place - 1], leads[place]
@@ -126,11 +131,11 @@ def critical(correlations: Sequence[float], leads: Array) -> float | None:
 
 
 def random_spike_errors(rho: float, size: int, rank: int) -> tuple[float, float]:
-    """Errors over K^2 by rank and by DCT in the limit of large K, for the model `random`.
+    """Return errors over K^2 by rank and by DCT in the limit of large K, for the model `random`.
 
-    One rank takes the spike and, by the first-order theory of spiked matrices, 2 (1 - rho) / K of the noise with it; the others
-    the largest singular values of the noise. A DCT coefficient of the spike is a product of two normal numbers; given one of
-    them, the coefficient of W is normal with variance 1 - rho + rho a^2.
+    One rank captures the spike and, by the first-order theory of spiked matrices, 2 (1 - rho) / K of the noise; the other ranks
+    capture the largest singular values of the noise. A DCT coefficient of the spike is a product of two normal numbers; given
+    one of them, a, the coefficient of W is normal with variance 1 - rho + rho a^2.
     """
     noise = 1 - rho
     by_rank = noise * (1 - top_energy((rank - 1) / size) - 2 / size)
@@ -147,7 +152,7 @@ def random_spike_errors(rho: float, size: int, rank: int) -> tuple[float, float]
 
 
 def by_integrals(size: int, rank: int) -> float:
-    """The critical rho of the model `random` for large K."""
+    """Return the critical rho of the model `random` for large K."""
 
     def lead(rho: float) -> float:
         by_rank, by_dct = random_spike_errors(rho, size, rank)
@@ -157,7 +162,7 @@ def by_integrals(size: int, rank: int) -> float:
 
 
 def summary(report: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """For each model: the critical rho of each rank, the DCT's error by rho, and from which rho the test sees it."""
+    """Return, for each model, the critical rho of each rank, the DCT's relative error by rho, and where the test detects it."""
     correlations, parts = settings.correlations, report["parts"]
     limit = float(np.quantile(parts["independent"]["outside"], 0.95))
     found: dict[str, Any] = {"test_critical_value": limit}
@@ -173,7 +178,7 @@ def summary(report: dict[str, Any], settings: Settings) -> dict[str, Any]:
 
 
 def _row(rank: int, by_rank: Array, by_dct: Array, outside: Array, settings: Settings) -> dict[str, Any]:
-    """Of one rank; errors (trials, rho)."""
+    """Return the results of one rank from errors (trials, rho)."""
     correlations, leads = settings.correlations, by_rank - by_dct
     value = critical(correlations, leads.mean(axis=0))
     ratio = by_dct.mean(axis=0) / by_rank.mean(axis=0)
@@ -187,7 +192,7 @@ def _row(rank: int, by_rank: Array, by_dct: Array, outside: Array, settings: Set
 
 
 def draw(found: dict[str, Any], settings: Settings, path: Path) -> None:
-    """The DCT's error over that of rank r by rho for each model, and the critical rho by rank."""
+    """Plot the DCT's error over that of rank r by rho for each model, and the critical rho by rank."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     panels = figure.subplots(1, 3)
     for axes, model in zip(panels, MODELS, strict=False):

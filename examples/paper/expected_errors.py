@@ -1,12 +1,12 @@
 """Expected errors of Theorems 1 and 2 of LoCA (Section 3, Appendices G and H), as integrals over order statistics.
 
 W in R^{K x K} has independent standard normal entries. All errors are shares of ||W||^2, whose expectation is K^2: direction
-and norm of a Gaussian matrix are independent, so that E ||W - W^||^2 = K^2 E (||W - W^||^2 / ||W||^2).
+and norm of a Gaussian matrix are independent, so E ||W - W^||^2 = K^2 E (||W - W^||^2 / ||W||^2).
 
-A transform that is orthonormal makes K^2 independent normal numbers of W. In units of K^2 / ||F||^2 a cell of the DFT's
-non-redundant half has an exponential energy of mean 2 (real and imaginary part), and a single part or a DCT coefficient one
-of chi-square with one degree. Four cells of an even K are real; here they count as two complex ones, which changes shares by
-about 1e-5.
+An orthonormal transform turns W into K^2 independent normal numbers. In units of K^2 / ||F||^2, a cell of the DFT's
+non-redundant half has an exponential energy of mean 2 (real and imaginary part), and a single part or a DCT coefficient has a
+chi-square energy with one degree of freedom. For an even K, four cells are real; here they count as two complex ones, which
+changes shares by about 1e-5.
 """
 
 from __future__ import annotations
@@ -26,34 +26,35 @@ METHODS = (RANDOM_CELLS, SVD, CELLS, PARTS, DCT)  # from the largest error to th
 
 
 def budgets(shape: tuple[int, int], rank: int) -> tuple[int, int]:
-    """What costs as many numbers as a rank: r (p + q) are those of two factors; an index counts as one number.
+    """Return the budgets that cost as many numbers as rank r: its two factors have r (p + q); an index counts as one number.
 
     Returns:
-        DFT cells, of a real part, an imaginary part and an index each; and single coefficients, with an index each. Rounded.
+        The number of DFT cells, each a real part, an imaginary part and an index, and the number of single
+        coefficients, each with an index. Both are rounded.
     """
     numbers = rank * sum(shape)
     return round(numbers / 3), round(numbers / 2)
 
 
 def exponential_tail(share: float) -> float:
-    """E[X; X > t] / E[X] of an exponential X, where P(X > t) = share."""
+    """Return E[X; X > t] / E[X] for an exponential X, where P(X > t) = share."""
     return share * (1 - math.log(share)) if share else 0.0
 
 
 def normal_tail(share: float) -> float:
-    """E[Z^2; |Z| > t] of a standard normal Z, where P(|Z| > t) = share."""
+    """Return E[Z^2; |Z| > t] for a standard normal Z, where P(|Z| > t) = share."""
     bound = norm.isf(share / 2)
     return float(2 * bound * norm.pdf(bound) + share) if 0 < share < 1 else share
 
 
 def largest(tail: Callable[[float], float], count: int, among: int) -> float:
-    """E of the share of energy in the `count` largest of `among` independent energies of one distribution.
+    """Return the expected share of energy in the `count` largest of `among` independent, identically distributed energies.
 
-    Given the largest that is left out, those above are independent draws from the tail. P(X > the largest left out) is
-    Beta(count, among - count) distributed, so that one integral is the sum over the order statistics (Eq. 28, Lemma 8).
+    Given the largest one left out, those above it are independent draws from the tail. P(X > the largest left out) has a
+    Beta(count, among - count) distribution, so one integral replaces the sum over the order statistics (Eq. 28, Lemma 8).
 
     Args:
-        tail: share of the draws -> share of the energy above their threshold.
+        tail: maps the share of draws above a threshold to their share of the energy.
     """
     if count in (0, among):
         return count / among
@@ -68,10 +69,10 @@ def largest(tail: Callable[[float], float], count: int, among: int) -> float:
 
 
 def expected_errors(size: int, rank: int) -> dict[str, float]:
-    """The error of each method over K^2; of the SVD the limit of large K at the same rank / K (Marchenko-Pastur)."""
+    """Return each method's error over K^2; for the SVD, the limit of large K at the same rank / K (Marchenko-Pastur)."""
     cells, parts = budgets((size, size), rank)
     half, single = size * size // 2, largest(normal_tail, parts, size * size)
-    real_cells = 2 - size % 2  # beyond half of K^2 of them: four cells of an even K are their own mirror image, one of an odd K
+    real_cells = 2 - size % 2  # cells beyond K^2 / 2: four are their own mirror image for an even K, one for an odd K
     kept = (
         min(1.0, cells / (half + real_cells)),
         top_energy(rank / size),
@@ -83,14 +84,14 @@ def expected_errors(size: int, rank: int) -> dict[str, float]:
 
 
 def limit_errors(share: float) -> dict[str, float]:
-    """The same for large K, at rank / K = share, in (0, 3/4]: beyond that all cells are kept."""
+    """Return the same errors for large K at rank / K = share in (0, 3/4]; beyond that, all cells are kept."""
     cells, single = 4 * share / 3, normal_tail(share)
     kept = (cells, top_energy(share), exponential_tail(cells), single, single)
     return {method: 1 - part for method, part in zip(METHODS, kept, strict=True)}
 
 
 def crossing(better: str, worse: str) -> float | None:
-    """The rank / K, below 3/4, from which on `better` has the larger error in the limit of large K; None if nowhere."""
+    """Return the rank / K below 3/4 above which `better` has the larger error in the limit of large K, or None."""
 
     def lead(share: float) -> float:
         errors = limit_errors(share)

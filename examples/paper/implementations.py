@@ -1,15 +1,16 @@
-"""What does an update cost to build, and its gradient to compute? The implementations of LoCA's Appendix J and Table 10.
+"""How much does it cost to build an update and to compute its gradient? The implementations of LoCA's Appendix J and Table 10.
 
-Delta W = C^T S D of a K x K weight with B components, and dL/da of its coefficients from G = dL/d(Delta W), in four ways:
+Delta W = C^T S D of a K x K weight with B components, and the coefficients' gradient dL/da from G = dL/d(Delta W), are computed
+in four ways:
 
 - atoms: the sum of B products of a column and a row, as one product of (K, B) and (B, K);
 - matrices: two products with cosine matrices (Eq. 1);
 - fast: cosine transforms by FFTs;
-- library: what loca_vision does on this device: on a CPU fast transforms of the rows that hold components alone.
+- library: what loca_vision does on this device: on a CPU, fast transforms of only the rows that contain components.
 
-Beside them what FourierFT (Re(ifft2(F)) by one complex FFT) and LoRA (B A) take. The update alone: in training the frozen layer
-and the rest of the model cost more than it; examples/benchmarks measures whole steps, with memory. Seconds are the processor's,
-of one thread; methods take turns, and medians count. A minute.
+FourierFT (Re(ifft2(F)) by one complex FFT) and LoRA (B A) are measured for comparison. Only the update is timed: in training,
+the frozen layer and the rest of the model cost more; examples/benchmarks measures whole steps, with memory. Seconds are CPU
+time of one thread; methods take turns, and medians are reported. It takes a minute.
 
     python examples/paper/implementations.py --output implementations
 """
@@ -48,18 +49,18 @@ Steps = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 
 @dataclass(frozen=True)
 class Settings:
-    """Time to build an update, and to compute its coefficients' gradient, by four implementations, FourierFT and LoRA."""
+    """Time four implementations, FourierFT and LoRA: building an update, and computing its coefficients' gradient."""
 
     sizes: tuple[int, ...] = (768, 1536)
-    """K, rows and columns of the weight."""
+    """Sizes K: rows and columns of the weight."""
     components: tuple[int, ...] = (300, 1000, 3000, 10000)
-    """B."""
+    """Numbers of components B."""
     rank: int = 16
-    """Of LoRA."""
+    """Rank of LoRA."""
     rounds: int = 15
-    """Turns of every implementation."""
+    """Measured turns of every implementation."""
     seed: int = 0
-    """Of cells, coefficients and gradients."""
+    """Seed of the cells, coefficients and gradients."""
     output: Path = Path("implementations")
     """Folder for implementations.json and implementations.png."""
 
@@ -94,7 +95,7 @@ def by_transforms(method: Method, coefficients: Tensor, cells: Tensor, gradient:
 
 def by_library(coefficients: Tensor, cells: Tensor, gradient: Tensor) -> Steps:
     settings = AtomSettings((len(gradient), len(gradient)), 1.0, "central")
-    layout = Cells(cells, settings.shape)  # is kept from step to step while locations stand still
+    layout = Cells(cells, settings.shape)  # kept from step to step while locations do not move
 
     def derivatives() -> Tensor:
         found = coefficient_gradient(spectrum_at(gradient, layout, offsets("central", True, False)), settings)
@@ -105,7 +106,7 @@ def by_library(coefficients: Tensor, cells: Tensor, gradient: Tensor) -> Steps:
 
 
 def by_fourier(coefficients: Tensor, cells: Tensor, gradient: Tensor) -> Steps:
-    """Both are the same transform: its cosines are symmetric in cell and place."""
+    """Return both steps of FourierFT. They are the same transform, as its cosines are symmetric in cell and position."""
     places = tuple(cells.T)
 
     def update() -> Tensor:
@@ -122,7 +123,7 @@ def by_rank(rank: int, gradient: Tensor, generator: torch.Generator) -> Steps:
 
 
 def implementations(size: int, count: int, settings: Settings) -> dict[str, Steps]:
-    """How the update is built and its gradient computed, by name: (K, K), and (B,) in the order of the cells."""
+    """Return both steps by name: building the update (K, K), and computing the gradient (B,) in the order of the cells."""
     generator = torch.Generator().manual_seed(settings.seed)
     cells = random_spectrum((size, size), count, name="layer", seed=settings.seed).cells
     coefficients = torch.randn(count, generator=generator)
@@ -138,7 +139,7 @@ def implementations(size: int, count: int, settings: Settings) -> dict[str, Step
 
 
 def measure(part: str, settings: Settings) -> dict[str, Any]:
-    """Milliseconds of either step by implementation: medians of all rounds but one that does not count."""
+    """Return milliseconds of both steps by implementation: medians over all rounds after a warm-up round."""
     size, count = map(int, part.split(" x "))
     steps = implementations(size, count, settings)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
@@ -163,12 +164,12 @@ def _milliseconds(seconds: Sequence[float]) -> float:
 
 
 def both(own: dict[str, float]) -> float:
-    """Milliseconds of building and of the gradient."""
+    """Return the total milliseconds of building and of the gradient."""
     return own["update_ms"] + own["gradient_ms"]
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Milliseconds of both steps by components, a panel for each size."""
+    """Plot milliseconds of both steps by number of components, with a panel for each size."""
     sizes = report["settings"]["sizes"]
     figure = Figure(figsize=(5 * len(sizes) + 1.5, 4.2), layout="constrained")
     for axes, size in zip(figure.subplots(1, len(sizes), squeeze=False).flat, sizes, strict=True):

@@ -1,4 +1,4 @@
-"""Where the components of a LoCA adapter began and where they are, from its file alone: the start follows from the seed."""
+"""Read the first and last locations of a LoCA adapter's components from its file alone; the seed determines the first."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Moves:
     """The components of one projection.
 
     Args:
-        name: of the projection, as in blocks.6.attn.q.
-        shape: (p, q) of its weight.
-        start: (B, 2) rows and columns where they began.
-        end: (B, 2) where they are.
-        coefficients: (B,) their amplitudes.
+        name: the name of the projection, such as blocks.6.attn.q.
+        shape: the shape (p, q) of its weight.
+        start: (B, 2), rows and columns at the start.
+        end: (B, 2), rows and columns at the end.
+        coefficients: (B,), the amplitudes.
     """
 
     name: str
@@ -39,21 +39,21 @@ class Moves:
 
     @property
     def distance(self) -> Cells:
-        """(B,) cells between start and end, the larger of rows and columns."""
+        """(B,), the distance in cells between start and end: the larger of rows and columns."""
         return np.asarray(np.abs(self.end - self.start).max(1))
 
     @property
     def at_border(self) -> NDArray[np.bool_]:
-        """(B,) whether a component has moved to a first or last row or column, where it may have been stopped."""
+        """(B,), whether a component has moved to the first or last row or column, where it may have been stopped."""
         border = (self.end == 0) | (self.end == np.array(self.shape) - 1)
         return np.asarray((border & (self.end != self.start)).any(1))
 
 
 def read_moves(file: Path) -> list[Moves]:
-    """The moves of every projection, in the order of the model's blocks.
+    """Return the moves of every projection, in the order of the model's blocks.
 
     Raises:
-        ValueError: it is no adapter file of LoCA on a model by itself, or its locations did not begin uniformly.
+        ValueError: the file is not a LoCA adapter of a single model, or its locations were not initialised uniformly.
         OSError: the file cannot be read.
     """
     with open_adapter(file) as opened:
@@ -73,9 +73,9 @@ def _moves(name: str, shape: tuple[int, int], tensors: Any, config: LoCAConfig) 
 
 
 def travelled(runs: Sequence[Sequence[Moves]]) -> dict[str, Any]:
-    """What locations did in runs of several seeds: the share in another cell than their first in each, and distances in cells.
+    """Summarise the moves in runs of several seeds: the share of components in a new cell by run, and distances in cells.
 
-    Distances are of all components of all runs, those that did not move included.
+    Distances cover all components of all runs, including those that did not move.
     """
     distances = [np.concatenate([moves.distance for moves in run]) for run in runs]
     together = np.concatenate(distances)

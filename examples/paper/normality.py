@@ -1,13 +1,14 @@
 """Are the entries of a weight update normal, up to a total variation of epsilon? The test of LoCA's Section 2 and Appendix B.
 
-The statistic is the total variation between the histogram of the entries and the normal distribution of their mean and
-deviation. Under the null hypothesis the true distribution is within epsilon of the normal one. There the statistic is simulated
-as in the appendix: as many normal samples as entries get small random perturbations; those distributions that stay within
-epsilon are kept, ten samples are drawn from each, and the p-value is the share of their statistics that reach the observed one.
+The statistic is the total variation between the histogram of the entries and the normal distribution with their mean and
+standard deviation. Under the null hypothesis, the true distribution is within epsilon of the normal one. The statistic is
+simulated under it as in the appendix: as many normal samples as entries get small random perturbations; the distributions that
+stay within epsilon are kept, ten samples are drawn from each, and the p-value is the share of their statistics that reach the
+observed one.
 
-Choices where the text has none: 100 cells of the histogram, equal from -5 to 5 deviations and open at both ends; perturbations
-uniform on [-a, a] deviations, with a itself uniform up to 1 for each distribution, so that those kept reach from the normal
-distribution to the border of the hypothesis.
+Choices that the text leaves open: the histogram has 100 cells, equal from -5 to 5 standard deviations and open at both ends;
+perturbations are uniform on [-a, a] standard deviations, with a itself uniform up to 1 for each distribution, so that the kept
+ones range from the normal distribution to the border of the hypothesis.
 """
 
 from __future__ import annotations
@@ -27,29 +28,30 @@ SETS, LARGEST_PERTURBATION = 10, 1.0
 
 
 def counts(values: Array) -> NDArray[np.int64]:
-    """How many of the standardised values lie in each cell."""
+    """Count the standardised values in each cell."""
     return np.bincount(np.searchsorted(EDGES, values.ravel()), minlength=CELLS)
 
 
 def total_variation(found: NDArray[np.int64]) -> float:
-    """Between the histogram of these counts and the standard normal distribution, in [0, 1]."""
+    """Return the total variation, in [0, 1], between the histogram of these counts and the standard normal distribution."""
     return float(np.abs(found / found.sum() - NORMAL).sum() / 2)
 
 
 def statistic(entries: Array) -> float:
-    """The total variation between the entries and the normal distribution of their mean and deviation."""
+    """Return the total variation between the entries and the normal distribution with their mean and standard deviation."""
     return total_variation(counts((entries - entries.mean()) / entries.std()))
 
 
 def chance(count: int) -> float:
-    """The total variation that `count` normal numbers have on average, because they are no more than that."""
+    """Return the total variation that `count` normal numbers have on average, because the sample is finite."""
     return float(np.sqrt(2 / math.pi * NORMAL * (1 - NORMAL) / count).sum() / 2)
 
 
 def check_epsilon(epsilon: float, count: int) -> None:
-    """
+    """Check that the test can work with this many entries.
+
     Raises:
-        ValueError: so few entries differ from their distribution by as much as epsilon through chance alone.
+        ValueError: epsilon is less than twice the total variation that this many normal numbers have by chance.
     """
     if epsilon < 2 * chance(count):
         raise ValueError(
@@ -59,9 +61,9 @@ def check_epsilon(epsilon: float, count: int) -> None:
 
 
 def null_statistics(count: int, epsilon: float, distributions: int, random: np.random.Generator) -> Array:
-    """The statistic under the null hypothesis, (distributions * 10,), from small to large, for matrices of `count` entries.
+    """Simulate the statistic under the null hypothesis, (distributions * 10,), sorted, for matrices with `count` entries.
 
-    It does not depend on mean and deviation, so that one simulation serves all matrices of a size.
+    It does not depend on mean and standard deviation, so one simulation serves all matrices of the same size.
 
     Raises:
         ValueError: see `check_epsilon`.
@@ -79,10 +81,10 @@ def null_statistics(count: int, epsilon: float, distributions: int, random: np.r
 
 
 def normal_statistics(count: int, samples: int, random: np.random.Generator) -> Array:
-    """The statistic of exactly normal entries, (samples,), from small to large."""
+    """Simulate the statistic of exactly normal entries, (samples,), from small to large."""
     return np.sort([statistic(random.standard_normal(count)) for _ in range(samples)])
 
 
 def p_value(observed: float, null: Array) -> float:
-    """The share of the sorted null statistics that are at least the observed one."""
+    """Return the share of the sorted null statistics that are at least the observed one."""
     return float(1 - np.searchsorted(null, observed) / len(null))

@@ -14,10 +14,10 @@ Array = NDArray[np.float64]
 
 
 def fourier_energies(matrix: Array) -> tuple[Array, Array]:
-    """Energies of the DFT's non-redundant half: of its cells, and of its single real and imaginary parts (p q of these).
+    """Return energies of the DFT's non-redundant half: of its cells, and of its p q single real and imaginary parts.
 
-    A cell and its mirror image are conjugate and count together, twice the energy of one. Cells that are their own mirror image
-    are real. Both arrays sum to ||matrix||^2.
+    A cell and its mirror image are conjugates and count together, with twice the energy of one. Cells that are their own mirror
+    image are real. Both arrays sum to ||matrix||^2.
     """
     rows, cols = matrix.shape
     spectrum = fft2(matrix, norm="ortho")
@@ -30,7 +30,7 @@ def fourier_energies(matrix: Array) -> tuple[Array, Array]:
 
 
 def left_over(energies: Array, counts: Sequence[int]) -> list[float]:
-    """The share of energy that is lost when the first `count` are kept, for each count; none beyond the last."""
+    """Return the share of energy lost if the first `count` are kept, for each count; counts beyond the last lose nothing."""
     kept = np.concatenate([[0.0], np.cumsum(energies)])
     return [float(1 - kept[min(count, len(energies))] / kept[-1]) for count in counts]
 
@@ -40,14 +40,14 @@ def descending(energies: Array) -> Array:
 
 
 def svd_and_dct_errors(matrix: Array, ranks: Sequence[int]) -> tuple[list[float], list[float]]:
-    """Squared errors over ||matrix||^2 of the best approximation of each rank, and of as many numbers in DCT coefficients."""
+    """Return squared errors over ||matrix||^2 of each rank's best approximation, and of DCT coefficients at equal budgets."""
     parts = [budgets(matrix.shape, rank)[1] for rank in ranks]
     by_rank = left_over(np.asarray(np.linalg.svd(matrix, compute_uv=False), np.float64) ** 2, ranks)
     return by_rank, left_over(descending(dctn(matrix, norm="ortho") ** 2), parts)
 
 
 def errors(matrix: Array, ranks: Sequence[int], random: np.random.Generator) -> dict[str, list[float]]:
-    """Squared errors over ||matrix||^2 of all five methods, for each rank; `random` chooses the cells of F1."""
+    """Return squared errors over ||matrix||^2 of all five methods for each rank; `random` chooses the cells of F1."""
     cells, parts = fourier_energies(matrix)
     cell_counts, part_counts = zip(*(budgets(matrix.shape, rank) for rank in ranks), strict=True)
     by_rank, by_dct = svd_and_dct_errors(matrix, ranks)

@@ -1,9 +1,10 @@
 """Theorems 1 and 2 of LoCA: which approximation of a Gaussian matrix loses least at equal budgets? (Section 3, Figures 6 and 7)
 
-Five approximations of W in R^{K x K}, independent N(0, 1), cost as many numbers as a rank r, 2 K r, where an index counts as
-one: the rank-r SVD, 2 K r / 3 random cells of the DFT's non-redundant half (F1), its 2 K r / 3 largest cells (F2), its K r
-largest single real or imaginary parts (F3), the K r largest DCT coefficients. Theorem 1: error of F3 < F2 < SVD < F1, for
-r <= K / 3; Theorem 2: DCT = F3. Both by simulation and by integrals (expected_errors.py). Half a minute on one core.
+W in R^{K x K} has independent N(0, 1) entries. Five approximations cost 2 K r numbers, like rank r, where an index counts as
+one number: the rank-r SVD, 2 K r / 3 random cells of the DFT's non-redundant half (F1), its 2 K r / 3 largest cells (F2), its
+K r largest single real or imaginary parts (F3), and the K r largest DCT coefficients. Theorem 1 says that the errors satisfy
+F3 < F2 < SVD < F1 for r <= K / 3; Theorem 2 says DCT = F3. Both are checked by simulation and by integrals
+(expected_errors.py). It takes half a minute on one core.
 
     python examples/paper/theorems.py --output theorems
 """
@@ -36,16 +37,16 @@ CLAIMS = ((SVD, RANDOM_CELLS), (CELLS, SVD), (PARTS, CELLS))  # Theorem 1: the f
 
 @dataclass(frozen=True)
 class Settings:
-    """Errors of five approximations of Gaussian matrices, at equal budgets, by simulation and by integrals."""
+    """Compute errors of five approximations of Gaussian matrices at equal budgets, by simulation and by integrals."""
 
     sizes: tuple[int, ...] = (100, 150, 200, 250, 300, 768)
-    """K, rows and columns of the matrices."""
+    """Sizes K: rows and columns of the matrices."""
     ranks: tuple[int, ...] = (8, 16, 24, 32)
-    """r, from which the budget follows; the shares 1/12, 1/6, 1/3, 1/2 and 2/3 of each K are added."""
+    """Ranks r, which determine the budgets; 1/12, 1/6, 1/3, 1/2 and 2/3 of each K are added."""
     trials: int = 20
-    """Matrices of each size."""
+    """Number of matrices of each size."""
     seed: int = 0
-    """Of the matrices and of the random cells."""
+    """Seed of the matrices and the random cells."""
     output: Path = Path("theorems")
     """Folder for theorems.json and theorems.png."""
 
@@ -63,10 +64,10 @@ def ranks_of(size: int, settings: Settings) -> list[int]:
 
 
 def measure(size: int, settings: Settings) -> dict[str, Any]:
-    """Mean errors over K^2 with standard errors, and the integrals, for each rank.
+    """Return mean errors over ||W||^2 with standard errors, and the integrals, for each rank.
 
-    `differences` has the mean of each claim's larger error minus its smaller, with its standard error: the methods see the same
-    matrices.
+    `differences` has the mean of the larger error minus the smaller one for each claim, with its standard error: the
+    differences are paired, since the methods see the same matrices.
     """
     random = np.random.default_rng([settings.seed, size])
     ranks = ranks_of(size, settings)
@@ -83,13 +84,13 @@ def measure(size: int, settings: Settings) -> dict[str, Any]:
 
 
 def _mean(values: Any) -> dict[str, list[float]]:
-    """(trials, ranks) to the mean of each rank and its standard error."""
+    """Reduce values (trials, ranks) to the mean of each rank and its standard error."""
     spread = values.std(axis=0, ddof=1) / math.sqrt(len(values))
     return {"mean": values.mean(axis=0).round(6).tolist(), "standard_error": spread.round(7).tolist()}
 
 
 def verdicts(report: dict[str, Any]) -> dict[str, Any]:
-    """Where the simulation breaks Theorem 1's order, where that ends by the integrals, and how far apart F3 and the DCT are."""
+    """Return where the simulation breaks Theorem 1's order, where it ends by the integrals, and the gap between F3 and DCT."""
     broken = []
     for size, part in report["parts"].items():
         for place, rank in enumerate(part["ranks"]):
@@ -106,7 +107,7 @@ def verdicts(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Errors over that of the SVD by K and by r, as in Figures 6 and 7; and errors over K^2 by r / K."""
+    """Plot errors over that of the SVD by K and by r, as in Figures 6 and 7, and errors over K^2 by r / K."""
     figure = Figure(figsize=(12.5, 4.4), layout="constrained")
     by_size, by_rank, by_share = figure.subplots(1, 3, width_ratios=(1, 1, 1.3))
     sizes = sorted(int(size) for size in report["parts"])
@@ -122,7 +123,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def _at(report: dict[str, Any], size: int, rank: int) -> dict[str, dict[str, float]]:
-    """The mean and the integral of each method."""
+    """Return the mean, standard error and integral of each method at one size and rank."""
     part = report["parts"][str(size)]
     place = part["ranks"].index(rank)
     return {method: {name: values[place] for name, values in part["errors"][method].items()} for method in METHODS}

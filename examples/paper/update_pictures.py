@@ -1,4 +1,4 @@
-"""The picture of update_statistics.py: entries, eigenvalues and errors of weight updates beside what theory expects."""
+"""The picture of update_statistics.py: entries, eigenvalues and errors of weight updates, compared with theory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from weight_updates import WeightUpdates
 COLOURS = ("#0b6e99", "#d1603d", "#3a923a", "#7b3294", "#d9a420", "#8c8c8c", "#1b1b1b")
 SHOWN = ("nearest to the law", "median", "farthest")
 SHOWN_COLOURS = ("#0b6e99", "#d9a420", "#d1603d")
-RIGHT = 6.0  # of the eigenvalues' axis: half as much again as the law's largest bound
+RIGHT = 6.0  # end of the eigenvalue axis: 1.5 times the law's largest bound
 
 
 def draw(report: dict[str, Any], kinds: Mapping[str, str], updates: WeightUpdates, path: Path) -> None:
@@ -44,7 +44,7 @@ def draw(report: dict[str, Any], kinds: Mapping[str, str], updates: WeightUpdate
 
 
 def by_kind(axes: Axes, parts: dict[str, Any], kinds: Mapping[str, str], value: Any) -> None:
-    """A value of each matrix, in the order of the file, a line for each kind."""
+    """Plot a value of each matrix in the order of the file, with a line for each kind."""
     for place, kind in enumerate(dict.fromkeys(kinds.values())):
         values = [value(parts[name]) for name in parts if kinds.get(name) == kind]
         colour = COLOURS[place % len(COLOURS)]
@@ -53,7 +53,7 @@ def by_kind(axes: Axes, parts: dict[str, Any], kinds: Mapping[str, str], value: 
 
 
 def draw_shown(entries: Axes, spectra: Axes, parts: dict[str, Any], updates: WeightUpdates) -> None:
-    """Entries and eigenvalues of three matrices: where the largest eigenvalue is smallest, median and largest."""
+    """Plot entries and eigenvalues of three matrices: those whose largest eigenvalue is smallest, median and largest."""
     order = sorted(parts, key=lambda name: parts[name]["spectrum"]["largest_over_bound"])
     names = dict.fromkeys([order[0], order[len(order) // 2], order[-1]])
     for name, which, colour in zip(names, SHOWN, SHOWN_COLOURS, strict=False):
@@ -72,6 +72,6 @@ def draw_shown(entries: Axes, spectra: Axes, parts: dict[str, Any], updates: Wei
 
 
 def outline(axes: Axes, values: Any, edges: Any, colour: str, label: str | None = None) -> None:
-    """The density of all values as a histogram, those beyond its edges left out of the picture."""
+    """Plot the density of all values as a histogram; values beyond its edges count, but are not shown."""
     counts, _ = np.histogram(values, edges)
     axes.stairs(counts / len(values) / np.diff(edges), edges, color=colour, linewidth=1.3, label=label)

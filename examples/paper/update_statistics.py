@@ -1,16 +1,16 @@
 """Are real weight updates like Gaussian matrices? The premise of LoCA's theory (Section 2, Appendices A and B, Figures 1, 5).
 
-For every matrix that two safetensors files share, the update trained - base is looked at in three ways:
+For every matrix that two safetensors files share, the update trained - base is examined in three ways:
 
-- entries: total variation to the normal distribution, the p-value of the test with a perturbed null (normality.py), and the one
-  with a null of exactly normal entries;
-- eigenvalues of its correlation matrix against the Marchenko-Pastur law: the distance of the distribution functions, and the
-  largest eigenvalue over the law's upper bound; the same of Gaussian matrices of that shape, and of the update with its entries
-  shuffled, which keeps their distribution and destroys their order;
-- what follows from it: the squared errors of a rank-r approximation and of as many numbers in DCT coefficients, of the update
-  and of its shuffled entries. Of a Gaussian matrix the DCT's is smaller (Theorem 1).
+- its entries: the total variation to the normal distribution, the p-value of the test with a perturbed null (normality.py), and
+  the p-value with a null of exactly normal entries;
+- the eigenvalues of its correlation matrix against the Marchenko-Pastur law: the distance of the distribution functions, and
+  the largest eigenvalue over the law's upper bound; also for Gaussian matrices of the same shape, and for the update with
+  shuffled entries, which keeps their distribution and destroys their order;
+- the consequence: the squared errors of a rank-r approximation and of the same budget of DCT coefficients, for the update and
+  for its shuffled entries. For a Gaussian matrix, the DCT's error is smaller (Theorem 1).
 
-A minute on one core for the 72 matrices of a ViT-S.
+It takes a minute on one core for the 72 matrices of a ViT-S.
 
     python examples/paper/update_statistics.py base.safetensors trained.safetensors --output updates
 """
@@ -46,24 +46,24 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Settings:
-    """Weight updates between two files against Gaussian matrices: entries, eigenvalues, errors of approximations."""
+    """Compare weight updates between two files with Gaussian matrices: entries, eigenvalues, approximation errors."""
 
     base: tyro.conf.Positional[Path]
     """safetensors file of the weights before training."""
     trained: tyro.conf.Positional[Path]
-    """safetensors file of the weights after it."""
+    """safetensors file of the weights after training."""
     layers: tuple[str, ...] = ("*",)
-    """Name patterns of the tensors to look at; any of them is enough."""
+    """Name patterns of the tensors to examine; matching any one is enough."""
     rank: int = 8
-    """r, from which the budget of the approximations follows."""
+    """Rank r, which determines the budget of the approximations."""
     epsilon: float = 0.05
-    """The total variation to the normal distribution that the test still accepts."""
+    """Total variation to the normal distribution that the test still accepts."""
     distributions: int = 100
-    """Perturbed distributions of the test, ten samples of each."""
+    """Number of perturbed distributions for the test, with ten samples each."""
     gaussians: int = 100
-    """Gaussian matrices of each shape, for comparison."""
+    """Number of Gaussian matrices of each shape, for comparison."""
     seed: int = 0
-    """Of everything that is simulated."""
+    """Seed of the simulations."""
     output: Path = Path("update_statistics")
     """Folder for update_statistics.json and update_statistics.png."""
 
@@ -77,7 +77,7 @@ class Settings:
 
 
 def spectrum_statistics(matrix: Array) -> dict[str, float]:
-    """Of the eigenvalues: the largest difference to the law's distribution function, and the largest over the law's bound."""
+    """Return the largest difference to the law's distribution function, and the largest eigenvalue over the law's bound."""
     values, aspect = eigenvalues(matrix)
     law, count = cumulative(values, aspect), len(values)
     distance = max(np.max(np.arange(1, count + 1) / count - law), np.max(law - np.arange(count) / count))
@@ -85,7 +85,7 @@ def spectrum_statistics(matrix: Array) -> dict[str, float]:
 
 
 class Simulations:
-    """What is compared with, simulated once for each shape."""
+    """The simulated references, computed once for each shape or number of entries."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -101,14 +101,14 @@ class Simulations:
         return normal_statistics(count, self.settings.gaussians, np.random.default_rng([self.settings.seed, 3, count]))
 
     def _gaussian(self, shape: tuple[int, int]) -> dict[str, float]:
-        """The largest of each statistic among the Gaussian matrices."""
+        """Return the largest value of each statistic among the Gaussian matrices."""
         random = np.random.default_rng([self.settings.seed, 1, *shape])
         found = [spectrum_statistics(random.standard_normal(shape)) for _ in range(self.settings.gaussians)]
         return {name: max(one[name] for one in found) for name in found[0]}
 
 
 def measure(update: Array, simulations: Simulations) -> dict[str, Any]:
-    """All statistics of one update."""
+    """Return all statistics of one update."""
     settings = simulations.settings
     scaled = (update - update.mean()) / update.std()
     observed = statistic(update)
@@ -141,7 +141,7 @@ def _rounded(values: dict[str, float]) -> dict[str, float]:
 
 
 def summary(parts: dict[str, dict[str, Any]], kinds: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Of each kind of matrix and of all: how many the tests accept, and medians."""
+    """Return, for each kind of matrix and for all, how many the tests accept, and medians."""
     groups = {kind: [parts[name] for name in parts if kinds[name] == kind] for kind in dict.fromkeys(kinds.values())}
     return {kind: _summary(own) for kind, own in (groups | {"all": list(parts.values())}).items()}
 
@@ -169,7 +169,7 @@ def _summary(own: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(groups: dict[str, dict[str, Any]]) -> str:
-    """Counts of matrices, medians of total variation and of the largest eigenvalue, mean errors."""
+    """Return a table of counts of matrices, medians of total variation and of the largest eigenvalue, and mean errors."""
     columns = {
         "matrices": "matrices",
         "normality_accepted": "normal",

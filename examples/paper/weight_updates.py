@@ -21,7 +21,7 @@ PARTS = ("q", "k", "v")
 
 @dataclass(frozen=True)
 class Place:
-    """Where an update lies: a tensor, and which rows of it."""
+    """The location of an update: a tensor and a range of its rows."""
 
     name: str
     tensor: str
@@ -34,7 +34,7 @@ class Place:
 
     @property
     def kind(self) -> str:
-        """The last part of the name, as in q or fc1."""
+        """The last part of the name, such as q or fc1."""
         return self.name.rpartition(".")[2]
 
 
@@ -42,13 +42,16 @@ class WeightUpdates:
     """The matrices that two files share, as updates: trained - base, in float64."""
 
     def __init__(self, base: Path, trained: Path, layers: Sequence[str]) -> None:
-        """
+        """Find the matrices that the files share.
+
         Args:
-            layers: patterns of tensor names; any of them is enough.
+            base: the file of the weights before training.
+            trained: the file of the weights after training.
+            layers: patterns of tensor names; matching any one is enough.
 
         Raises:
             OSError: a file cannot be read.
-            ValueError: a file is not a safetensors file, or they share no matrix of at least 16 x 16 with such a name.
+            ValueError: a file is not a safetensors file, or the files share no matrix of at least 16 x 16 with a matching name.
         """
         self.paths = base, trained
         self.entries = [_entries(path) for path in self.paths]
@@ -61,9 +64,10 @@ class WeightUpdates:
             )
 
     def update(self, name: str) -> Array:
-        """
+        """Return an update in float64.
+
         Raises:
-            ValueError: the matrix holds numbers that are not finite.
+            ValueError: the update has entries that are not finite.
         """
         place = self.places[name]
         rows = slice(*place.rows)
@@ -74,10 +78,10 @@ class WeightUpdates:
         return np.asarray(update)
 
     def changed(self) -> list[str]:
-        """The names of the matrices that training has changed; what it left alone has no statistics.
+        """Return the names of the matrices that training has changed; unchanged matrices have no statistics.
 
         Raises:
-            ValueError: a matrix holds numbers that are not finite, or no matrix was changed.
+            ValueError: an update has entries that are not finite, or no matrix was changed.
         """
         names = [name for name in self.places if self.update(name).std() > 0]
         if not names:
@@ -85,7 +89,7 @@ class WeightUpdates:
         return names
 
     def digests(self) -> dict[str, str]:
-        """The beginning of each file's SHA-256."""
+        """Return the first 16 hexadecimal digits of each file's SHA-256."""
         return {role: _digest(path) for role, path in zip(("base", "trained"), self.paths, strict=True)}
 
     def _shared(self, layers: Sequence[str]) -> list[str]:
@@ -101,7 +105,7 @@ class WeightUpdates:
         ]
 
     def _places(self, tensor: str) -> list[Place]:
-        """The tensor; of a fused qkv its three parts."""
+        """Return the place of a tensor, or the three places in a fused qkv."""
         rows, cols = self.entries[0][tensor].shape
         name = tensor.removesuffix(".weight")
         stem, _, kind = name.rpartition(".")
@@ -121,7 +125,7 @@ def _tensor(path: Path, name: str) -> Array:
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
-    """As a key for sorting: block 2 before block 10."""
+    """Return a sort key that puts block 2 before block 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 

@@ -17,18 +17,18 @@ from loca_vision.recipes.classification.run_folder import SETTINGS
 from loca_vision.recipes.reports.metrics import METRICS
 from refusals import Refusal
 
-LATER = 5  # seconds after which what cannot be read now may be read
+LATER = 5  # seconds after which a file that cannot be read now may be readable
 _Stamp = tuple[int, int, int] | None
 
 
 class AdapterShelf:
-    """A store, whose errors are refusals, and which counts what it loads.
+    """A store that turns its errors into refusals and counts its loads.
 
     Args:
-        folder: of the adapters.
-        capacity: bytes that are held.
-        base: the model or pipeline that they are for.
-        models: those of its models that are looked at to count loads.
+        folder: the folder of the adapters.
+        capacity: how many bytes of adapters are held in memory.
+        base: the model or pipeline that the adapters are for.
+        models: the base's models, which are inspected to count loads.
     """
 
     def __init__(self, folder: Path, capacity: int, base: Any, models: Sequence[nn.Module]) -> None:
@@ -37,18 +37,19 @@ class AdapterShelf:
         self._seen: dict[str, weakref.ref[HeldAdapter]] = {}
 
     def check_name(self, name: str) -> None:
-        """
+        """Check that an adapter exists.
+
         Raises:
-            Refusal: there is no adapter of that name.
+            Refusal: there is no adapter with this name.
         """
         if name not in self.store:
             raise Refusal(404, f"there is no adapter {one_line(repr(name), 120)}{nearest(name, self.store.names())}")
 
     def ready(self, name: str) -> HeldAdapter:
-        """The adapter, loaded, as the first of the models that it has something for holds it.
+        """Load an adapter if needed and return it as held for the first model that it applies to.
 
         Raises:
-            Refusal: there is none of that name, or its file cannot be used.
+            Refusal: there is no adapter with this name, or its file cannot be used.
         """
         self.check_name(name)
         try:
@@ -63,14 +64,14 @@ class AdapterShelf:
         return found
 
     def refusal(self, error: Exception) -> Refusal:
-        """An error of the store as a refusal, without the place of the folder."""
+        """Turn an error of the store into a refusal that does not reveal the path of the folder."""
         sentence = one_line(error, 1000).replace(f"{self.folder}/", "")
         if isinstance(error, OSError):
             return Refusal(503, f"the adapter cannot be read now: {sentence}", again=LATER)
         return Refusal(422, sentence)
 
     def stamps(self, name: str) -> tuple[_Stamp, ...]:
-        """What changes when a file of the adapter is replaced."""
+        """Return stamps that change when a file of the adapter is replaced."""
         own = self.folder / name
         files = (self.folder / f"{name}.safetensors", own / FILE_NAME, own / METRICS, own / SETTINGS)
         return tuple(map(_stamp, files))

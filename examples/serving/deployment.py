@@ -13,11 +13,11 @@ from serving_settings import Settings
 APPLICATION = "loca"
 DEPLOYMENT = "images"
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
-_PERIOD = 2  # seconds from one check of a replica to the next
-_PREFIX = "ray_loca_"  # of our metrics, as Ray's agent shows them
+_PERIOD = 2  # seconds between checks of a replica
+_PREFIX = "ray_loca_"  # of our metrics in Ray's agent
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_metrics_report_interval_ms": str(2000 * _PERIOD),  # after twice as long a gauge that is not set again is gone
+    "RAY_metrics_report_interval_ms": str(2000 * _PERIOD),  # a gauge not set for twice as long is dropped
 }
 
 
@@ -25,8 +25,8 @@ class Replica:
     """One process with a model and a store.
 
     Args:
-        settings: of the server.
-        agent: the address at which Ray shows the metrics of all replicas.
+        settings: the settings of the server.
+        agent: the address where Ray publishes the metrics of all replicas.
     """
 
     def __init__(self, settings: Settings, agent: str) -> None:
@@ -51,13 +51,13 @@ class Replica:
         return Response(reply.body, reply.status, {**reply.headers, "Content-Type": reply.kind})
 
     async def check_health(self) -> None:
-        """Called every _PERIOD seconds; Serve replaces a replica in which it raises."""
+        """Check the replica. Serve calls this every _PERIOD seconds and replaces a replica in which it raises an error."""
         self.service.count_held()
         self.service.check_health()
 
 
 class RayCounts:
-    """The counts of a replica, which Ray gathers."""
+    """The counts of a replica, which Ray collects."""
 
     def __init__(self, agent: str) -> None:
         from ray.serve import metrics
@@ -78,7 +78,7 @@ class RayCounts:
 
     def batch(self, size: int) -> None:
         self._sizes.observe(size)
-        self._batched.inc(size)  # Ray makes the sum of a histogram from its buckets
+        self._batched.inc(size)  # Ray computes a histogram's sum only from its buckets
 
     def loaded(self, adapters: int) -> None:
         if adapters:
@@ -88,19 +88,19 @@ class RayCounts:
         self._held.set(held_bytes)
 
     def text(self) -> str:
-        """Those of all replicas, at most some seconds old."""
+        """Return the counts of all replicas, at most some seconds old."""
         with urllib.request.urlopen(f"http://{self.agent}/metrics", timeout=10) as answer:
             return ours(answer.read().decode())
 
 
 def ours(text: str) -> str:
-    """Of Ray's metrics those of the server."""
+    """Keep only the server's own metrics from Ray's."""
     kept = [line for line in text.splitlines() if line.removeprefix("# HELP ").removeprefix("# TYPE ").startswith(_PREFIX)]
     return "".join(f"{line}\n" for line in kept)
 
 
 def engine_of(settings: Settings) -> Any:
-    """What answers the server's requests.
+    """Return the engine that answers the server's requests.
 
     Raises:
         ValueError, OSError: the model or pipeline is not available.
@@ -115,7 +115,8 @@ def engine_of(settings: Settings) -> Any:
 
 
 def check_port(host: str, port: int) -> None:
-    """
+    """Check that the server can listen at this address.
+
     Raises:
         OSError: nothing can listen there.
     """
@@ -129,11 +130,11 @@ def check_port(host: str, port: int) -> None:
 
 
 def start(settings: Settings) -> None:
-    """Start Ray and the replicas; returns when all of them answer.
+    """Start Ray and the replicas, and return when all of them answer.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
-        RuntimeError: a replica does not start.
+        RuntimeError: a replica fails to start.
     """
     os.environ.update(_ENVIRONMENT)  # before Ray is imported
     import ray
@@ -142,23 +143,23 @@ def start(settings: Settings) -> None:
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.init(
-        address="local",  # never a cluster that is there already
+        address="local",  # never join an existing cluster
         include_dashboard=settings.dashboard,
         dashboard_host="127.0.0.1",
-        object_store_memory=100 * 2**20,  # through which no image goes
-        log_to_driver=True,  # what a replica logs is on stderr here
+        object_store_memory=100 * 2**20,  # no image goes through it
+        log_to_driver=True,  # print the replicas' logs to stderr here
         logging_level=logging.ERROR,
     )
     (node,) = ray.nodes()
     agent = f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
-    patience = 2 * settings.timeout + 30  # Serve's own, which never comes before the service's
+    patience = 2 * settings.timeout + 30  # Serve's own timeout, which must never come before the service's
     listening = {"host": settings.host, "port": settings.port, "request_timeout_s": patience}
     serve.start(http_options=listening, logging_config=_QUIET)
     serve.run(deployment(settings).bind(settings, agent), name=APPLICATION, route_prefix="/")
 
 
 def deployment(settings: Settings) -> Any:
-    """The replicas. The service refuses what is too much for it; Serve's own limits are above, for floods."""
+    """Return the deployment of replicas. The service refuses excess requests itself; Serve's higher limits stop floods."""
     from ray import serve
 
     return serve.deployment(
@@ -176,7 +177,7 @@ def deployment(settings: Settings) -> Any:
 
 
 def stop() -> None:
-    """End all that `start` started, once requests under way are answered."""
+    """Stop everything that `start` started, after current requests are answered."""
     import ray
     from ray import serve
 

@@ -1,4 +1,4 @@
-"""Edits of many styles in one batch: one pipeline of InstructPix2Pix, and for each request the adapter that it names."""
+"""Edit images for many adapters in one batch: one InstructPix2Pix pipeline, and each request's own adapter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LONGEST_PROMPT = 1000
 
 @dataclass(frozen=True)
 class EditAsked:
-    """One edit: its photograph is a square of the server's size."""
+    """A request for one edit; its photograph is a square of the server's size."""
 
     adapter: str
     photo: Image.Image
@@ -36,10 +36,10 @@ class EditAsked:
 
 
 class Editor:
-    """Answers batches of edits, each by its own adapter; those with the same steps and guidance are drawn together.
+    """Answers batches of edits, each with its own adapter; those with the same steps and guidance are drawn together.
 
     Raises:
-        ValueError, OSError: the pipeline is not available, or does not take the size.
+        ValueError, OSError: the pipeline is not available, or does not accept the image size.
     """
 
     route = "edit"
@@ -55,10 +55,10 @@ class Editor:
         self.shelf = AdapterShelf(settings.adapters, settings.capacity, self.pipe, list(models_in(self.pipe).values()))
 
     def asked(self, adapter: str, body: bytes, options: Options) -> EditAsked:
-        """A request, checked; may run beside others.
+        """Check a request and prepare its image; may run in parallel with other requests.
 
         Raises:
-            Refusal: an image or option is not as it must be.
+            Refusal: the image or an option is invalid.
         """
         prompt = options.text("prompt", _LONGEST_PROMPT)
         seed = options.count("seed", 0, least=0, most=2**63 - 1)
@@ -71,7 +71,7 @@ class Editor:
         return EditAsked(adapter, square(image_of(body, self.limits), self.size), prompt, seed, sampling)
 
     def answers(self, asked: Sequence[EditAsked]) -> list[Reply | Exception]:
-        """The answer of each, or why it has none."""
+        """Return the answer to each request, or the error that prevented it."""
         found: dict[int, Reply | Exception] = {}
         for sampling in dict.fromkeys(one.sampling for one in asked):
             group = [index for index, one in enumerate(asked) if one.sampling == sampling]
@@ -99,16 +99,16 @@ class Editor:
 
 
 def _reply(image: Image.Image, hidden: bool) -> Reply | Any:
-    if hidden:  # its neighbours keep their edits: a refusal in the place of the answer
+    if hidden:  # only this request is refused: its neighbours keep their edits
         return Refusal(422, "the pipeline's safety checker does not show this edit").reply()
     return Reply(200, as_png(image.convert("RGB")), "image/png")
 
 
 def _pipeline(source: str) -> Any:
-    """The pipeline with all its components, a safety checker too, from safetensors files alone.
+    """Load the pipeline with all its components, including any safety checker, from safetensors files only.
 
     Raises:
-        OSError: it is not available.
+        OSError: the pipeline is not available.
     """
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
@@ -116,5 +116,5 @@ def _pipeline(source: str) -> Any:
         raise OSError(f"pipeline={source!r}: there is no such folder, and the hub names them user/name")
     try:
         return StableDiffusionInstructPix2PixPipeline.from_pretrained(source, use_safetensors=True)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # diffusers tells a fault in several ways
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # diffusers raises several kinds
         raise OSError(f"pipeline={source!r}: it cannot be loaded as InstructPix2Pix ({one_line(error, 300)})") from error

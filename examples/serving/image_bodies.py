@@ -1,4 +1,4 @@
-"""Images in the bodies of requests: checked by their headers before a pixel is decoded."""
+"""Read images from the bodies of requests; their headers are checked before any pixel is decoded."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from loca_vision.messages import one_line
 from refusals import Refusal
 
 FORMATS = ("JPEG", "PNG")
-LONGEST = 16  # times the short side; the transform scales the short side up, and the long one with it
+LONGEST = 16  # times the short side, since the transform scales up both sides together
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """
+    """The limits for images in requests.
+
     Args:
-        most_bytes: of an image as it is sent.
-        most_pixels: width times height.
+        most_bytes: the maximum size of an image file in bytes.
+        most_pixels: the maximum width times height.
     """
 
     most_bytes: int
@@ -32,10 +33,10 @@ def too_many_bytes(limits: ImageLimits) -> Refusal:
 
 
 def image_of(body: bytes, limits: ImageLimits) -> Image.Image:
-    """The image as RGB, upright.
+    """Return the image as RGB, upright.
 
     Raises:
-        Refusal: it is not an image, of another format, too large, or broken.
+        Refusal: the body is not an image, has another format, is too large, or is broken.
     """
     if not body:
         raise Refusal(400, "expected an image as the body of the request, got nothing")
@@ -51,7 +52,7 @@ def image_of(body: bytes, limits: ImageLimits) -> Image.Image:
         raise Refusal(415, f"expected a {' or '.join(FORMATS)} image, got something else") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Refusal(413, f"expected at most {limits.most_pixels:,} pixels, got far more") from None
-    except Exception as error:  # decoders raise errors of many kinds at broken bytes
+    except Exception as error:  # decoders raise many kinds of errors for broken bytes
         raise Refusal(422, f"the image cannot be read ({one_line(error, 200)})") from None
 
 

@@ -1,4 +1,4 @@
-"""Clients that ask for classifications until a time is over, and ask again where a server may not have answered."""
+"""Clients that request classifications for a given time, and retry if a server may not have answered."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_AGAIN = {500, 502, 503, 504}  # a replica died, or was busy: to classify twice does no harm
-_PATIENCE = 60.0  # seconds of asking again
-_PAUSE = 0.2  # seconds between two tries, where the server names none
+_AGAIN = {500, 502, 503, 504}  # a replica died or was busy; classifying twice does no harm
+_PATIENCE = 60.0  # seconds of retries
+_PAUSE = 0.2  # seconds between retries, if the server names none
 
 
 @dataclass(frozen=True)
 class Asking:
-    """Whom to ask, and for what.
+    """The server and the requests to send to it.
 
     Args:
-        address: of the server.
-        names: of adapters.
-        bodies: images.
+        address: the address of the server.
+        names: the names of the adapters.
+        bodies: the image files.
     """
 
     address: str
@@ -31,7 +31,7 @@ class Asking:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a request: its answer, or None where every try failed."""
+    """The outcome of a request: its answer, or None if every try failed."""
 
     name: str
     image: int
@@ -44,14 +44,14 @@ class Asks:
     """Clients of one server.
 
     Args:
-        seed: of what is asked for.
+        seed: the seed for choosing adapters and images.
     """
 
     def __init__(self, asking: Asking, seed: int) -> None:
         self.asking, self.random = asking, random.Random(seed)
 
     async def for_seconds(self, seconds: float, clients: int) -> list[Outcome]:
-        """Every client asks again once it has its answer; those under way at the end are waited for."""
+        """Send requests for some seconds: each client sends the next one after its answer. Waits for the last answers."""
         import aiohttp
 
         end = time.monotonic() + seconds
@@ -77,10 +77,10 @@ class Asks:
             await asyncio.sleep(pause)
 
     async def _try(self, session: Any, name: str, image: int) -> tuple[Any, float]:
-        """The answer, or None and the seconds to wait.
+        """Send one request and return its answer, or None and the seconds to wait.
 
         Raises:
-            RuntimeError: a refusal that will be the same next time.
+            RuntimeError: the server refused the request in a way that a retry cannot change.
         """
         import aiohttp
 

@@ -1,4 +1,4 @@
-"""Adapters with random values for a model with random weights, and what each computes alone."""
+"""Random adapters for a model with random weights, and the answers that each gives alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOLERANCE = 1e-5  # of a probability
 
 
 def write_adapters(folder: Path, settings: Settings, count: int, n_components: int) -> list[str]:
-    """Adapters with heads of 3 to 7 classes; returns their names."""
+    """Write adapters with heads of 3 to 7 classes and return their names."""
     names = [f"customer-{index}" for index in range(count)]
     for index, name in enumerate(names):
         model: Any = _model(settings, 3 + index % 5)
@@ -37,10 +37,10 @@ def write_adapters(folder: Path, settings: Settings, count: int, n_components: i
 
 
 class Oracle:
-    """The answers of every adapter to some images, from a model that has this adapter alone.
+    """The answers of every adapter to some images, from a model with only that adapter.
 
     Raises:
-        ValueError: two adapters answer alike, so that one taken for the other would not be noticed.
+        ValueError: two adapters give the same answers, so that mixing them up would go unnoticed.
     """
 
     def __init__(self, settings: Settings, names: Sequence[str]) -> None:
@@ -55,7 +55,7 @@ class Oracle:
         _check_apart(list(self.shares.values()))
 
     def agrees(self, outcome: Outcome) -> bool:
-        """Whether an answer is the one of its own adapter to its own image."""
+        """Return whether an answer is that of the right adapter to the right image."""
         expected = self.shares[outcome.name][outcome.image]
         found = {one["class"]: one["probability"] for one in outcome.answer["classes"]}
         if outcome.answer["adapter"] != outcome.name or found.keys() != {str(index) for index in range(len(expected))}:
@@ -84,7 +84,7 @@ def _check_apart(answers: Sequence[torch.Tensor]) -> None:
 
 
 def _photo(seed: int) -> Image.Image:
-    """Blocks of colour, so that images differ after scaling."""
+    """Return an image of coloured blocks, so that images still differ after scaling."""
     blocks = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(blocks.repeat(32, 0).repeat(32, 1))
 

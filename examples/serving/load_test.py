@@ -1,9 +1,9 @@
-"""Load the server on this machine, and check every answer: 1 and 100 adapters, one and two replicas, one of them killed.
+"""Load-test the server on this machine and check every answer: 1 and 100 adapters, one and two replicas, one of them killed.
 
     python examples/serving/load_test.py --output load_test.json
 
-It makes a model with random weights and adapters for it, starts the server, asks from as many clients as it is told, and
-compares each answer with what the adapter computes alone. Clients ask again where a server may not have answered.
+It makes a model with random weights and adapters for it, starts the server, sends requests from a number of clients, and
+compares each answer with what the adapter computes alone. Clients retry if a server may not have answered.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ from loca_vision.storage.atomic_file import write_atomically
 from serving_settings import Settings
 
 PROG = "load_test.py"
-_PATIENCE = 90.0  # seconds for a killed replica to be back
+_PATIENCE = 90.0  # seconds until a killed replica must be replaced
 
 
 @dataclass(frozen=True)
 class LoadTest:
-    """Ask a server on this machine as fast as it answers, and check what it says."""
+    """Send requests to a server on this machine as fast as it answers, and check its answers."""
 
     model: str = "vit_tiny_patch16_224"
-    """A model of timm; its weights are random."""
+    """Model from timm; its weights are random."""
     image_size: int = 96
-    """Pixels a side."""
+    """Pixels per side."""
     n_components: int = 1000
-    """Of each projection."""
+    """Components per projection."""
     adapters: tuple[int, ...] = (1, 100)
-    """How many are asked for, each in turn."""
+    """Numbers of adapters to request; each number is measured in turn."""
     replicas: tuple[int, ...] = (1, 2)
-    """How many there are, each in turn; in the last measurement of each one is killed."""
+    """Numbers of replicas; each number is measured in turn, and one replica is killed in its last measurement."""
     clients: int = 16
-    """Requests under way at a time."""
+    """Concurrent requests."""
     seconds: float = 6.0
-    """Of each measurement."""
+    """Seconds per measurement."""
     port: int = 8321
-    """To listen at, on the loopback."""
+    """Port to listen on, on the loopback interface."""
     output: Path | None = None
-    """A file for the figures."""
+    """File for the results."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement; latencies are of the client, retries included."""
+    """One measurement; latencies are measured by the client and include retries."""
 
     adapters: int
     replicas: int
@@ -76,7 +76,7 @@ class Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; returns 0 if every request had its own answer."""
+    """Run the load test and return 0 if every request got the right answer."""
     failed: list[Row] = []
 
     def command() -> None:
@@ -90,10 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(wanted: LoadTest) -> list[Row]:
-    """All measurements, printed and written.
+    """Run all measurements, print them and write them.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting is out of range.
     """
     for name in ("clients", "n_components", "image_size"):
         check_count(name, getattr(wanted, name))
@@ -143,7 +143,7 @@ def _row(wanted: LoadTest, settings: Settings, oracle: Oracle, adapters: int, *,
 
 
 def figures(outcomes: Sequence[Outcome], took: float, oracle: Oracle) -> dict[str, Any]:
-    """The numbers of a row, of requests that took so many seconds."""
+    """Return the numbers of a row from the outcomes of requests that took `took` seconds in total."""
     answered = [one for one in outcomes if one.answer is not None]
     times = [one.seconds * 1000 for one in answered]
     cuts = statistics.quantiles(times, n=100, method="inclusive") if len(times) > 1 else times * 99
@@ -158,7 +158,7 @@ def figures(outcomes: Sequence[Outcome], took: float, oracle: Oracle) -> dict[st
 
 
 def kill_a_replica() -> None:
-    """End a replica's process at once, as when it crashes."""
+    """End a replica's process abruptly, as in a crash."""
     import ray
 
     replicas = [one for one in ray.util.list_named_actors(all_namespaces=True) if one["name"].startswith("SERVE_REPLICA")]
@@ -166,10 +166,10 @@ def kill_a_replica() -> None:
 
 
 def _wait_for(replicas: int) -> None:
-    """Until Serve has put another replica in the place of the killed one.
+    """Wait until Serve has replaced the killed replica.
 
     Raises:
-        RuntimeError: it does not.
+        RuntimeError: Serve did not replace it in time.
     """
     from ray import serve
 

@@ -1,4 +1,4 @@
-"""Why a request is not answered, and how the requests of one batch are kept apart."""
+"""Refusals of requests, and the isolation of requests in a batch from each other's errors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Answer = TypeVar("Answer")
 
 
 class Refusal(Exception):
-    """A request that is not answered.
+    """The refusal of a request.
 
     Args:
-        status: of HTTP.
-        sentence: what was expected, and what came.
-        again: seconds after which the same request may be answered; None where it will not be.
+        status: the HTTP status.
+        sentence: what was expected, and what was received.
+        again: seconds after which the same request may succeed; None if it will not.
     """
 
     def __init__(self, status: int, sentence: str, again: int | None = None) -> None:
@@ -28,14 +28,14 @@ class Refusal(Exception):
         return Refusal, (self.status, self.sentence, self.again)
 
     def reply(self) -> Reply:
-        """As HTTP has it."""
+        """Return the HTTP reply for this refusal."""
         headers = {} if self.again is None else {"Retry-After": str(self.again)}
         return Reply.of_json({"error": self.sentence}, self.status, headers)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What goes back over HTTP."""
+    """An HTTP reply."""
 
     status: int
     body: bytes
@@ -48,13 +48,13 @@ class Reply:
 
 
 def each(asked: Sequence[Asked], together: Callable[[Sequence[Asked]], Sequence[Answer]]) -> list[Answer | Exception]:
-    """The answer of each, computed together; where that fails, in halves, so that only what fails by itself has no answer.
+    """Answer all requests together; if that fails, halve the batch, so that only requests that fail alone get no answer.
 
     Args:
-        together: answers some of them at once, or raises.
+        together: answers several requests at once, or raises an error.
 
     Returns:
-        In the place of each its answer, or why it has none.
+        For each request, its answer or the error that prevented it.
     """
     if not asked:
         return []
@@ -63,7 +63,7 @@ def each(asked: Sequence[Asked], together: Callable[[Sequence[Asked]], Sequence[
         if len(answers) != len(asked):
             raise RuntimeError(f"{len(asked)} requests have {len(answers)} answers")
         return list(answers)
-    except Exception as error:  # whatever it is, the neighbours of the one that it is about get their answers
+    except Exception as error:  # whatever went wrong, the other requests still get their answers
         if len(asked) == 1:
             return [error]
     half = len(asked) // 2

@@ -1,4 +1,4 @@
-"""The query of a request: `?seed=3&steps=20`."""
+"""Read the query of a request, such as `?seed=3&steps=20`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from refusals import Refusal
 
 
 class Options:
-    """Options by name; each is asked for once, and those left at the end are unknown.
+    """Options by name. Each is read once, and those left at the end are unknown.
 
     Args:
-        pairs: of names and values, as the query has them.
+        pairs: the names and values in the query.
 
     Raises:
-        Refusal: a name comes twice.
+        Refusal: a name appears twice.
     """
 
     def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
@@ -26,10 +26,10 @@ class Options:
             raise Refusal(400, "an option comes twice in the query")
 
     def text(self, name: str, longest: int) -> str:
-        """An option that must be there.
+        """Return the text of a required option.
 
         Raises:
-            Refusal: it is missing, empty or longer than that many characters.
+            Refusal: the option is missing, empty, or longer than `longest` characters.
         """
         value = self._take(name) or ""
         if not value.strip() or len(value) > longest:
@@ -37,10 +37,10 @@ class Options:
         return value
 
     def count(self, name: str, default: int, *, least: int = 1, most: int) -> int:
-        """A whole number.
+        """Return a whole number.
 
         Raises:
-            Refusal: it is not a number, or out of its range.
+            Refusal: the value is not a whole number, or out of range.
         """
         value = self._take(name)
         if value is None:
@@ -51,10 +51,10 @@ class Options:
         return number
 
     def number(self, name: str, default: float, *, least: float, most: float) -> float:
-        """A finite number.
+        """Return a finite number.
 
         Raises:
-            Refusal: it is not a number, or out of its range.
+            Refusal: the value is not a number, or out of range.
         """
         value = self._take(name)
         if value is None:
@@ -68,9 +68,10 @@ class Options:
         return number
 
     def finish(self) -> None:
-        """
+        """Check that all options were read.
+
         Raises:
-            Refusal: there is an option that nobody asked for.
+            Refusal: there is an unknown option.
         """
         for name in self._left:
             raise Refusal(400, f"there is no option {_shown(name)}{nearest(name, self._asked)}")

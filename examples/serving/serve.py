@@ -1,9 +1,9 @@
-"""Serve one model with many adapters over HTTP, requests for different adapters in one batch, on Ray Serve.
+"""Serve one model with many adapters over HTTP with Ray Serve, batching requests for different adapters together.
 
     python examples/serving/serve.py --model vit_base_patch16_224.augreg_in21k --adapters customers --replicas 2
     python examples/serving/serve.py --pipeline timbrooks/instruct-pix2pix --adapters styles --gpus_per_replica 1
 
-Then `curl --data-binary @photo.jpg http://127.0.0.1:8000/classify/NAME`. SIGINT and SIGTERM end it.
+Then run `curl --data-binary @photo.jpg http://127.0.0.1:8000/classify/NAME`. SIGINT and SIGTERM stop the server.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve as the command line says until a signal ends it; returns the exit status."""
+    """Serve according to the command line until a signal stops the server, and return the exit status."""
     return guarded(PROG, lambda: _serve(_parse(arguments)), extra="serve")
 
 
@@ -45,22 +45,22 @@ def _serve(settings: Settings) -> None:
     with stopping():
         settings.check_folder()
         check_port(settings.host, settings.port)
-        names = engine_of(settings).shelf.store.names()  # what a replica would fail at is found here
+        names = engine_of(settings).shelf.store.names()  # finds errors before a replica fails with them
         try:
             start(settings)
-            listen()  # Ray has taken the signals
+            listen()  # Ray has replaced the signal handlers
             print(f"http://{settings.host}:{settings.port}: {len(names)} adapters, Ctrl-C to stop", flush=True)
             while True:
                 signal.pause()
         finally:
             for number in _SIGNALS:
-                signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C does not leave processes behind
+                signal.signal(number, signal.SIG_IGN)  # so that a second Ctrl-C leaves no processes behind
             stop()
 
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """A block that SIGINT and SIGTERM end, quietly."""
+    """Provide a context that SIGINT and SIGTERM end quietly."""
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     listen()
     try:
@@ -73,7 +73,7 @@ def stopping() -> Iterator[None]:
 
 
 def listen() -> None:
-    """Let both signals raise KeyboardInterrupt."""
+    """Make both signals raise KeyboardInterrupt."""
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
 

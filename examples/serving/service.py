@@ -1,4 +1,4 @@
-"""What the server does with a request, whatever carries it: routes, limits, batches, errors."""
+"""The handling of requests, independent of their transport: routes, limits, batches, errors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from request_options import Options
 from serving_settings import Settings
 
 _LOG = logging.getLogger(__name__)
-_DECODING = 2  # images at a time, each of which may take most_pixels times 3 bytes
-_HUNG = 10  # times the timeout: a batch that takes longer does not end
-_READ_OUT = 4  # times most_bytes: so much of a body is read, and dropped, for a client that sends does not see a refusal
+_DECODING = 2  # images decoded at a time, each of which may take most_pixels times 3 bytes
+_HUNG = 10  # times the timeout: a batch that takes longer is considered hung
+_READ_OUT = 4  # times most_bytes: how much of a body is read and dropped, since a client sees no refusal while it sends
 Result = TypeVar("Result")
 One = Callable[[Any], Awaitable[Reply]]
 Many = Callable[[list[Any]], Coroutine[Any, Any, list[Reply]]]
@@ -31,10 +31,10 @@ class Call:
     """A request.
 
     Args:
-        path: decoded.
-        query: names and values.
-        length: of the body, if it was told.
-        body: in pieces.
+        path: the decoded path.
+        query: the names and values of the options.
+        length: the length of the body, if the client stated it.
+        body: the body, in pieces.
     """
 
     method: str
@@ -45,7 +45,7 @@ class Call:
 
 
 class Engine(Protocol):
-    """What answers batches of requests of one kind."""
+    """An engine that answers batches of requests of one kind."""
 
     route: str
     shelf: AdapterShelf
@@ -56,33 +56,33 @@ class Engine(Protocol):
 
 
 class Counts(Protocol):
-    """Where what happens is counted."""
+    """Counters of the service's events."""
 
     def request(self, status: int) -> None: ...
     def batch(self, size: int) -> None: ...
     def loaded(self, adapters: int) -> None: ...
     def held(self, held_bytes: int) -> None: ...
     def text(self) -> str:
-        """All counts in Prometheus's format; may take a while."""
+        """Return all counts in Prometheus's format; this may take a while."""
 
 
 class Service:
     """Answers requests with an engine.
 
     Args:
-        batching: makes of a function of a batch one of a single request.
+        batching: turns a function of a batch into a function of a single request.
     """
 
     def __init__(self, engine: Engine, settings: Settings, counts: Counts, batching: Callable[[Many], One]) -> None:
         self.engine, self.settings, self.counts = engine, settings, counts
         self._batched = batching(self.answer_batch)
         self._decoding = ThreadPoolExecutor(_DECODING, "decode")
-        self._computing = ThreadPoolExecutor(1, "model")  # the model is called by one thread
+        self._computing = ThreadPoolExecutor(1, "model")  # only one thread calls the model
         self._waiting = 0
-        self._since: float | None = None  # when the batch that is computed began
+        self._since: float | None = None  # when the current batch began
 
     async def reply(self, call: Call) -> Reply:
-        """The answer to any request; a failure is one, too."""
+        """Answer any request; a failure also gets a reply."""
         try:
             reply = await self._routed(call)
         except Refusal as refusal:
@@ -93,20 +93,21 @@ class Service:
         return reply
 
     def check_health(self) -> None:
-        """
+        """Check that the current batch is not hung.
+
         Raises:
-            RuntimeError: a batch does not end.
+            RuntimeError: a batch takes too long.
         """
         since, longest = self._since, _HUNG * self.settings.timeout
         if since is not None and time.monotonic() - since > longest:
             raise RuntimeError(f"a batch takes longer than {longest:g} seconds")
 
     def count_held(self) -> None:
-        """Say how many bytes of adapters are held; counts of what is the case are forgotten if they are not said again."""
+        """Report how many bytes of adapters are held; gauges expire if they are not reported again."""
         self.counts.held(self.engine.shelf.store.held_bytes)
 
     async def answer_batch(self, asked: list[Any]) -> list[Reply]:
-        """The reply to each of some requests."""
+        """Return the reply to each request in a batch."""
         self.counts.batch(len(asked))
         return await asyncio.get_running_loop().run_in_executor(self._computing, self._computed, asked)
 
@@ -198,6 +199,6 @@ def _reply_of(answer: Reply | Exception) -> Reply:
 
 
 def _failure(error: Exception | None = None) -> Reply:
-    """A fault of the server, of which the log says more than the answer."""
+    """Log an error of the server in full, and return a reply without its details."""
     _LOG.error("a request failed", exc_info=error or True)
     return Reply.of_json({"error": "the server failed at this request; its log says why"}, 500)

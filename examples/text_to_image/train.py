@@ -5,9 +5,9 @@
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --validation_prompt "a photo of sks dog in a bucket" \
         --center_crop --max_train_steps 800 --output_dir dog-loca
 
-Flags are those of diffusers' train_text_to_image_lora.py and train_dreambooth_lora*.py, and some for the adapter. It writes
-the adapter, metrics.json, loss.png, validation pictures, config.yaml and checkpoints; then, in Python,
-pipe.load_loca_weights("dog-loca").
+The flags are those of diffusers' train_text_to_image_lora.py and train_dreambooth_lora*.py, plus some for the adapter. The
+script writes the adapter, metrics.json, loss.png, validation pictures, config.yaml and checkpoints. Load the adapter in Python
+with pipe.load_loca_weights("dog-loca").
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""Load LoCA for ComfyUI: an adapter of loca-vision on a model and its text encoders, exactly.
+"""Load LoCA for ComfyUI: apply an adapter of loca-vision exactly to a model and its text encoders.
 
-The updates are not of low rank, so no LoRA file has all of one. These nodes give ComfyUI the few numbers that an adapter file
-has, and build the update of a weight when ComfyUI asks for that weight, on its device. Copy this folder to `custom_nodes`.
+The updates do not have low rank, so a LoRA file cannot represent them exactly. These nodes give ComfyUI the few numbers in an
+adapter file, and build the update of a weight on its device when ComfyUI needs that weight. Copy this folder to `custom_nodes`.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _ENCODERS = {
     "text_encoder_2": ("clip_g", "t5xxl"),
     "text_encoder_3": ("t5xxl",),
 }
-"""What ComfyUI calls a pipeline's text encoders: Flux has T5 as its second, Stable Diffusion 2 OpenCLIP's H as its first."""
+"""ComfyUI's names for a pipeline's text encoders: Flux has T5 as its second, Stable Diffusion 2 OpenCLIP's H as its first."""
 
 _SHOWN = 3
-"""How many names a message has at most."""
+"""The maximum number of names in a message."""
 
 Function = Callable[[Tensor], Tensor]
 
 
 class AddedUpdate(WeightAdapterBase):  # type: ignore[misc]
-    """The update of one weight, as a patch of ComfyUI's.
+    """The update of one weight, as a ComfyUI patch.
 
     Args:
-        loaded_keys: the module in the file.
-        weights: its `Update`. It is never moved, because clones of a model on several devices share the patch.
+        loaded_keys: the name of the module in the file.
+        weights: the module's `Update`. It is never moved, because clones of a model on several devices share the patch.
     """
 
     name = "loca"
@@ -59,12 +59,12 @@ class AddedUpdate(WeightAdapterBase):  # type: ignore[misc]
         intermediate_dtype: torch.dtype = torch.float32,
         original_weight: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """`weight`, with `strength` times the update added in place: computed in float32, and rounded once to its dtype.
+        """Add `strength` times the update to `weight` in place, computed in float32 and rounded once to the weight's dtype.
 
         Args:
-            weight: the rows that the update is for (ComfyUI has taken `offset` and `strength_model` into account).
-            function: the order that ComfyUI has the rows in; it swaps their halves, so that it undoes itself.
-            original_weight: not needed. The update of a DoRA is the first patch of its weight, which is the base's till then.
+            weight: the rows that the update is for (ComfyUI has already applied `offset` and `strength_model`).
+            function: converts rows to ComfyUI's order; it swaps their halves, so it is its own inverse.
+            original_weight: not needed. A DoRA update is the first patch of its weight, which is still the base's.
         """
         (update,) = self.weights
         base = function(weight).flatten(1) if update.needs_weight else None
@@ -74,12 +74,12 @@ class AddedUpdate(WeightAdapterBase):  # type: ignore[misc]
 
 
 class Place(NamedTuple):
-    """A weight of ComfyUI's, as `add_patches` takes it.
+    """A ComfyUI weight, in the form that `add_patches` expects.
 
     Args:
-        name: of the parameter.
-        part: the axis, start and length of the part that a module of diffusers is; None for all of it.
-        reordered: from the order of rows in diffusers to that in ComfyUI, which swaps halves; None where it is the same.
+        name: the name of the parameter.
+        part: the axis, start and length of the part that corresponds to a diffusers module; None for the whole weight.
+        reordered: converts rows from diffusers' order to ComfyUI's by swapping halves; None if the orders are the same.
     """
 
     name: str
@@ -95,12 +95,12 @@ class Place(NamedTuple):
 
 
 class Host:
-    """What patches are added to: a diffusion model, or the text encoders.
+    """The target of patches: a diffusion model, or the text encoders.
 
     Args:
         patched: a `ModelPatcher` or a `CLIP`.
         patcher: the `ModelPatcher`.
-        layers: ComfyUI's table of the weights that layers in LoRA files mean.
+        layers: ComfyUI's table from the layer names in LoRA files to weights.
     """
 
     def __init__(self, patched: Any, patcher: Any, layers: Mapping[str, Any]) -> None:
@@ -108,7 +108,7 @@ class Host:
         self.weights: Mapping[str, Tensor] = patcher.model_state_dict()
 
     def place_of(self, parameter: str) -> Place | None:
-        """Where a pipeline's parameter is (`unet.conv_in.weight`); None where there is no such thing."""
+        """Return the place of a pipeline's parameter, such as `unet.conv_in.weight`, or None if there is none."""
         module, _, kind = parameter.rpartition(".")
         component, _, rest = module.partition(".")
         names = {"unet": [f"lora_unet_{rest.replace('.', '_')}"], "transformer": [module]}.get(component, [])
@@ -117,12 +117,12 @@ class Host:
             place = Place(layer) if isinstance(layer, str) else Place(*layer)
             if kind != "weight":
                 place = place._replace(name=f"{place.name.removesuffix('weight')}{kind}")
-            if place.name in self.weights:  # the table has layers that only some models have
+            if place.name in self.weights:  # the table includes layers that only some models have
                 return place
         return None
 
     def patch_of(self, module: str, place: Place, update: Update) -> AddedUpdate:
-        """Raises ValueError where the update is for another weight, or for one that is no longer the base's."""
+        """Return the patch for an update; raise ValueError if it is for another weight, or for one no longer the base's."""
         shape = place.shape_in(self.weights)
         if (shape[0], math.prod(shape[1:])) != update.shape:
             raise ValueError(f"{module}: expected a weight of shape {update.shape}, got {shape}")
@@ -131,14 +131,14 @@ class Host:
         return AddedUpdate({module}, (update,))
 
     def replacement_of(self, parameter: str, place: Place, tensor: Tensor) -> tuple[str, tuple[Tensor]]:
-        """Raises ValueError where the tensor is for another parameter."""
+        """Return the patch that replaces a parameter; raise ValueError if the tensor is for another parameter."""
         shape = place.shape_in(self.weights)
         if shape != tensor.shape:
             raise ValueError(f"{parameter}: expected the shape {tuple(tensor.shape)}, got {shape}")
         return "set", (place.reordered(tensor) if place.reordered else tensor,)
 
     def places_of(self, file: FileUpdates) -> dict[str, Place]:
-        """Where all that a file has is. Raises ValueError where something is nowhere, or where something else is."""
+        """Return the place of everything in a file; raise ValueError if something has none, or two things have the same."""
         parameters = {module: f"{module}.weight" for module in file.updates} | {name: name for name in file.whole}
         places = {name: place for name, parameter in parameters.items() if (place := self.place_of(parameter))}
         if missing := [name for name in parameters if name not in places]:
@@ -151,7 +151,7 @@ class Host:
         return places
 
     def with_patches(self, file: FileUpdates, strength: float) -> Any:
-        """A clone with all that a file has. Raises ValueError where something does not fit."""
+        """Return a clone with everything in a file; raise ValueError if something does not fit."""
         places = self.places_of(file)
         patches: dict[Place, Any] = {places[m]: self.patch_of(m, places[m], update) for m, update in file.updates.items()}
         patches |= {places[name]: self.replacement_of(name, places[name], tensor) for name, tensor in file.whole.items()}
@@ -162,10 +162,10 @@ class Host:
 
 
 def load(file: Path, model: Any, clip: Any, strength_model: float, strength_clip: float) -> tuple[Any, Any]:
-    """Clones of a model and its text encoders with an adapter; without `clip`, its updates of text encoders are left out.
+    """Return clones of a model and its text encoders with an adapter; without `clip`, updates of text encoders are left out.
 
     Raises:
-        FileNotFoundError, ValueError: the file is not there, not sound, or for other models; in one sentence.
+        FileNotFoundError, ValueError: the file is missing, damaged, or for other models; the message is one sentence.
     """
     read = read_updates(file)
     for_model, for_clip = _part(read, encoders=False), _part(read, encoders=True)
@@ -183,7 +183,7 @@ def load(file: Path, model: Any, clip: Any, strength_model: float, strength_clip
 
 
 def _part(file: FileUpdates, *, encoders: bool) -> FileUpdates:
-    """What a file has for the text encoders, or for all else."""
+    """Return the part of a file for the text encoders, or for everything else."""
 
     def chosen(values: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in values.items() if (name.partition(".")[0] in _ENCODERS) is encoders}
@@ -200,7 +200,7 @@ _STRENGTH = {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01}
 
 
 class LoadLoCA:
-    """An adapter on a diffusion model and its text encoders."""
+    """Apply an adapter to a diffusion model and its text encoders."""
 
     CATEGORY = "loaders"
     DESCRIPTION = (
@@ -228,7 +228,7 @@ class LoadLoCA:
 
 
 class LoadLoCAModelOnly(LoadLoCA):
-    """The same without text encoders."""
+    """Apply an adapter to a diffusion model only."""
 
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "load_model"

@@ -1,4 +1,4 @@
-"""What is compared, and how each of it is trained: runs of `loca-vision train-image`."""
+"""The adapters that are compared, and their training by runs of `loca-vision train-image`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Task = Literal["subject", "style"]
 SHOWN_PLACES = ("on a white background", "on a blue background", "in a meadow", "in the snow")  # with the subject
 SHOWN_KINDS = ("fish", "cup", "house", "mushroom")  # in the style
 SUBJECT_POSES, STYLE_POSES, HELD_POSES = 1_000, 2_000, 3_000  # first seeds of the poses of drawings
-SHOWN = 8  # drawings of the subject, and of the style
+SHOWN = 8  # training drawings of the subject, and also of the style
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Arm:
     """One adapter.
 
     Args:
-        task: what it learns.
-        method: a name that `loca-vision train-image --method` takes.
-        size: coefficients of each projection, or the rank.
-        rate: of learning.
-        prior: whether it is trained on the subject's class too, as the base draws it.
+        task: what the adapter is trained on.
+        method: a name for `loca-vision train-image --method`.
+        size: the number of coefficients per projection, or the rank.
+        rate: the learning rate.
+        prior: whether it is also trained on the base's pictures of the subject's class (prior preservation).
     """
 
     task: Task
@@ -47,33 +47,33 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of the adapter's folder."""
         return f"{self.task}-{self.method}-{self.size}" + ("-prior" if self.prior else "")
 
     @property
     def title(self) -> str:
-        """As people call it."""
+        """The name for tables and plots."""
         return f"{title_of(self.method)}, r = {self.size}" if self.by_rank else title_of(self.method)
 
     @property
     def by_rank(self) -> bool:
-        """Whether its size is a rank."""
+        """Whether the size is a rank."""
         return self.method in ("lora", "selora")
 
 
 @dataclass(frozen=True)
 class Training:
-    """What all adapters have in common.
+    """The training settings that all adapters share.
 
     Args:
-        folder: of the study, with the base in base/ and drawings in drawings/.
-        steps: of the optimiser.
-        resolution: pixels a side.
-        class_images: that the base draws, for prior preservation.
-        num_inference_steps: of class images.
-        guidance_scale: likewise.
-        seed: of all random numbers.
-        jobs: how many are trained at a time, each with one thread where they are several.
+        folder: the folder of the study, with the base in base/ and drawings in drawings/.
+        steps: optimiser steps.
+        resolution: pixels per side.
+        class_images: the number of images that the base draws for prior preservation.
+        num_inference_steps: denoising steps of the class images.
+        guidance_scale: guidance scale of the class images.
+        seed: the seed of all random numbers.
+        jobs: how many adapters are trained at the same time; if several, each with one thread.
     """
 
     folder: Path
@@ -86,7 +86,7 @@ class Training:
     jobs: int = 1
 
     def adapter(self, arm: Arm, into: str = "adapters", seed: int | None = None) -> Path:
-        """The folder of the adapter, which is trained where it is not there.
+        """Train the adapter if it is missing, and return its folder.
 
         Raises:
             ValueError: training failed.
@@ -102,10 +102,10 @@ class Training:
         return out
 
     def adapters(self, arms: Sequence[Arm], into: str = "adapters", seed: int | None = None) -> list[Path]:
-        """Their folders; `jobs` of them are trained at a time.
+        """Train the missing adapters, `jobs` of them at a time, and return the folders of all.
 
         Raises:
-            ValueError: training failed. Those that run meanwhile end first; no other one is begun.
+            ValueError: training failed. The trainings already running finish first, and no others are started.
         """
         if self.jobs == 1:
             return [self.adapter(arm, into, seed) for arm in arms]
@@ -153,10 +153,10 @@ class Training:
 
 
 def _run(arguments: list[str], beside_others: bool) -> None:
-    """The installed trainer, in a process of its own. What it says is seen; of one beside others, where it fails.
+    """Run the installed trainer in its own process. Its output is shown; with `beside_others`, only if it fails.
 
     Raises:
-        ValueError: it failed.
+        ValueError: the trainer failed.
     """
     name = Path(arguments[arguments.index("--output_dir") + 1]).name
     command = [sys.executable, "-m", "loca_vision.commands.train_image", *arguments]
@@ -175,37 +175,37 @@ def _run(arguments: list[str], beside_others: bool) -> None:
 
 
 def subject_drawings() -> list[Scene]:
-    """The eight from which the subject is learned: two in each of four places."""
+    """Return the eight training drawings of the subject: two in each of four places."""
     places = [SHOWN_PLACES[number % len(SHOWN_PLACES)] for number in range(SHOWN)]
     return [subject_scene(place, SUBJECT_POSES + number) for number, place in enumerate(places)]
 
 
 def style_drawings() -> list[Scene]:
-    """The eight from which the style is learned: two of each of four kinds."""
+    """Return the eight training drawings of the style: two of each of four kinds."""
     return [_in_neon(number, SHOWN_KINDS, STYLE_POSES) for number in range(SHOWN)]
 
 
 def held_subjects(place: str, count: int) -> list[Scene]:
-    """Drawings of the subject that nobody is trained on, in one place."""
+    """Return drawings of the subject in one place that no adapter is trained on."""
     first = HELD_POSES + 100 * PLACES.index(place)
     return [subject_scene(place, first + number) for number in range(count)]
 
 
 def style_scenes(count: int) -> list[Scene]:
-    """Scenes in the style, of kinds and poses that no adapter has seen in it."""
+    """Return scenes in the style, with kinds and poses that no adapter has seen in it."""
     unseen = [kind for kind in KINDS if kind not in SHOWN_KINDS]
     return [_in_neon(number, unseen, HELD_POSES) for number in range(count)]
 
 
 def _in_neon(number: int, kinds: Iterable[str], poses: int) -> Scene:
-    """Every kind in turn; colours and places as the number says."""
+    """Return the scene in neon with this number: the kinds take turns, and the number determines the colour."""
     choices, colours = tuple(kinds), tuple(COLOURS)
     scene = Scene(choices[number % len(choices)], colours[(number + number // len(choices)) % len(colours)], PLACES[0])
     return in_style(Scene(scene.kind, scene.colour, scene.place, pose=poses + number))
 
 
 def write_drawings(folder: Path, size: int) -> None:
-    """The drawings that adapters learn from, in folder/subject and folder/style; those of the style with captions."""
+    """Write the training drawings to folder/subject and folder/style, those of the style with captions."""
     for number, scene in enumerate(subject_drawings()):
         write_atomically(folder / "subject" / f"{number}.png", as_png(scene.picture(size)))
     for number, scene in enumerate(style_drawings()):

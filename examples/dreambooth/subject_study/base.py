@@ -1,6 +1,6 @@
-"""A small Stable Diffusion pipeline that learns from nothing to draw what a caption says.
+"""A small Stable Diffusion pipeline, trained from scratch to draw what a caption says.
 
-Tokenizer, text encoder, autoencoder and the training of a stage are those of the study of edits, in small_base.
+The tokenizer, text encoder, autoencoder and training loop are those of the study of edits, in small_base.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from small_base.stages import Stage, autoencoder_loss, measure_scale, train_stag
 from subject_study.objects import KINDS
 from subject_study.scenes import COLOURS, PLACES, STYLE, SUBJECT, Scene, drawn_scene
 
-_POOL, _STEP = 51, 52  # keys of streams of random numbers
-_SILENT, _NO_COLOUR, _NO_PLACE = 0.1, 0.25, 0.25  # shares of captions: of empty ones, and of those that leave something out
+_POOL, _STEP = 51, 52  # keys of random number streams
+_SILENT, _NO_COLOUR, _NO_PLACE = 0.1, 0.25, 0.25  # shares of captions that are empty, lack the colour, or lack the place
 
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """What the base depends on.
+    """The settings that the base depends on.
 
     Args:
-        resolution: pixels a side.
-        channels: of the UNet's levels; all but the first attend to the caption.
-        drawings: that it is trained on.
-        autoencoder_steps, steps: of the optimiser.
-        batch_size: drawings a step.
-        learning_rate: the highest of the UNet.
-        seed: of weights, drawings and noise.
+        resolution: pixels per side.
+        channels: channels of the UNet's levels; all levels but the first attend to the caption.
+        drawings: the number of training drawings.
+        autoencoder_steps, steps: optimiser steps of the autoencoder, and of the UNet and text encoder.
+        batch_size: drawings per step.
+        learning_rate: the highest learning rate of the UNet and text encoder.
+        seed: the seed of the weights, the drawings and the noise.
     """
 
     resolution: int
@@ -53,7 +53,7 @@ class BaseSettings:
     seed: int
 
     def check(self) -> None:
-        """Before anything is made.
+        """Check the settings before anything is written.
 
         Raises:
             ValueError: a setting is out of range.
@@ -68,13 +68,13 @@ class BaseSettings:
 
 
 def trained_base(of: BaseSettings, checkpoints: Path, about: dict[str, Any]) -> Any:
-    """The pipeline, trained; what was done before, and is in the folder of checkpoints, is not done again.
+    """Return the trained pipeline, resuming from the newest checkpoints if there are any.
 
     Args:
-        about: settings, as JSON has them; checkpoints of others are refused.
+        about: settings as JSON values; checkpoints with other settings are refused.
 
     Raises:
-        ValueError: a setting out of range, a checkpoint of other settings, or training diverged.
+        ValueError: a setting is out of range, a checkpoint has other settings, or training diverged.
         OSError: a checkpoint cannot be read or written.
     """
     pipe = _untrained(of)
@@ -92,13 +92,13 @@ def trained_base(of: BaseSettings, checkpoints: Path, about: dict[str, Any]) -> 
 
 
 def drawn_scenes(count: int, seed: int) -> list[Scene]:
-    """Scenes of all kinds, colours and places."""
+    """Draw random scenes of all kinds, colours and places."""
     draws = random.Random(stream_seed(seed, _POOL))
     return [drawn_scene(draws) for _ in range(count)]
 
 
 def _untrained(of: BaseSettings) -> Any:
-    """Parts of the pipeline of edits, and a UNet that predicts the velocity of latents."""
+    """Return an untrained pipeline: parts of the editing pipeline, and a UNet that predicts the velocity of latents."""
     texts = [
         SUBJECT,
         "two striped",
@@ -137,21 +137,21 @@ def _unet(of: BaseSettings) -> UNet2DConditionModel:
         down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * attending),
         up_block_types=(*["CrossAttnUpBlock2D"] * attending, "UpBlock2D"),
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=2,  # diffusers means the number of heads
+        attention_head_dim=2,  # here: the number of heads
         norm_num_groups=GROUPS,
     )
 
 
 @torch.no_grad()
 def _latents(pipe: Any, pictures: Sequence[Tensor]) -> Tensor:
-    """(n, 4, h, w), scaled to a deviation of about 1."""
+    """Return latents (n, 4, h, w), scaled to a standard deviation of about 1."""
     parts = torch.split(torch.stack(list(pictures)), 64)
     found = [pipe.vae.encode(part.float() / 127.5 - 1).latent_dist.mode() for part in parts]
     return torch.cat(found) * float(pipe.vae.config.scaling_factor)
 
 
 def _caption_loss(pipe: Any, scenes: Sequence[Scene], latents: Tensor, of: BaseSettings) -> Callable[[int], Tensor]:
-    """The squared error of the velocity, at random timesteps of random drawings."""
+    """Return the loss: the squared error of the velocity at random timesteps of random drawings."""
 
     def loss_at(step: int) -> Tensor:
         draws = random.Random(stream_seed(of.seed, step, _STEP))
@@ -169,6 +169,6 @@ def _caption_loss(pipe: Any, scenes: Sequence[Scene], latents: Tensor, of: BaseS
 
 
 def _said(scene: Scene, draws: random.Random) -> str:
-    """Its caption, or less."""
+    """Return the scene's caption, possibly without colour or place, or empty."""
     silent, colour, place = draws.random() < _SILENT, draws.random() >= _NO_COLOUR, draws.random() >= _NO_PLACE
     return "" if silent else scene.caption(colour=colour, place=place)

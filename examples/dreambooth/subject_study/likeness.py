@@ -1,8 +1,8 @@
-"""A small network that tells what is in a drawing, by which generated pictures are measured.
+"""A small network that recognises what is in a drawing, used to measure generated pictures.
 
-It learns from drawings alone, half of them passed through the base's autoencoder, as what is measured has passed through it.
-Its drawings of fish have stripes, crown and one eye or not, each by itself, and any colour; so it knows the marks of the
-subject and has never been told of the subject. Some of its drawings are in neon.
+It is trained on drawings alone. Half of them are passed through the base's autoencoder, as generated pictures are. Its fish
+have stripes, a crown and one eye or not, each independently, and any colour, so it knows the subject's marks without being
+told about the subject. Some of its drawings are in neon.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ QUESTIONS: dict[str, tuple[Any, ...]] = {
     "style": ("paint", "crayon", "neon"),
     **dict.fromkeys(MARKS, (False, True)),
 }
-_SCENES, _BATCHES = 61, 62  # keys of streams of random numbers
+_SCENES, _BATCHES = 61, 62  # keys of random number streams
 _WIDTH = 64
-DRAWINGS = 4000  # that it learns from, at most
+DRAWINGS = 4000  # training drawings, at most
 
 
 class Eye(nn.Module):
-    """Convolutions, the means over the picture of what they find, and a linear answer to each of `QUESTIONS`."""
+    """Convolutions, average pooling to 2 x 2, a hidden layer, and a linear answer to each of `QUESTIONS`."""
 
     middle: Tensor
 
@@ -53,53 +53,53 @@ class Eye(nn.Module):
 
     @staticmethod
     def holding(tensors: Mapping[str, Tensor]) -> Eye:
-        """A trained network from its tensors."""
+        """Build a trained network from its tensors."""
         eye = Eye()
         eye.load_state_dict(tensors)
         return eye.eval().requires_grad_(False)
 
     def features(self, images: Tensor) -> Tensor:
-        """(n, 64) for images (n, 3, h, w) in [-1, 1]: of length 1, from the middle of those of drawings."""
+        """Return features (n, 64) for images (n, 3, h, w) in [-1, 1]: centred on the mean of drawings, and of length 1."""
         return F.normalize(self.seen(images) - self.middle, dim=1)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(n, choices) logits of each question."""
+        """Return the logits (n, choices) for each question."""
         found = self.seen(images)
         return {name: answer(found) for name, answer in self.answers.items()}
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the network says of pictures: features (n, 64), and one answer each to every question."""
+    """The network's output for pictures: features (n, 64), and for every question one answer per picture."""
 
     features: Tensor
     answers: dict[str, list[Any]]
 
     def share(self, name: str, answer: Any) -> float:
-        """Of the pictures of which that is the answer: 0 to 1."""
+        """Return the share of pictures with this answer, 0 to 1."""
         return [found == answer for found in self.answers[name]].count(True) / len(self.answers[name])
 
     def likeness(self, other: Seen) -> float:
-        """The mean cosine of all pairs of features: -1 to 1."""
+        """Return the mean cosine of all pairs of features, -1 to 1."""
         return float((self.features @ other.features.T).mean())
 
 
 @torch.no_grad()
 def seen(eye: Eye, pictures: Sequence[Image.Image]) -> Seen:
-    """What it says of pictures of one size."""
+    """Evaluate pictures, all of the same size."""
     images = as_tensor(pictures)
     answers = {name: [QUESTIONS[name][at] for at in logits.argmax(1).tolist()] for name, logits in eye(images).items()}
     return Seen(eye.features(images), answers)
 
 
 def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
-    """(n, 3, h, w) float32 in [-1, 1]."""
+    """Return the pictures as a tensor (n, 3, h, w), float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.stack([np.array(picture.convert("RGB")) for picture in pictures]))
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def marked_scene(draws: random.Random) -> Scene:
-    """Any scene; of three one is of fish with any marks, and of four one is in neon."""
+    """Draw any scene; about one in three is made fish with random marks, and one in five is in neon."""
     scene = drawn_scene(draws)
     if draws.random() < 1 / 3:
         traits = tuple(mark for mark in MARKS if draws.random() < 0.5)
@@ -108,7 +108,7 @@ def marked_scene(draws: random.Random) -> Scene:
 
 
 def trained_eye(vae: Any, resolution: int, drawings: int, steps: int, seed: int) -> Eye:
-    """The network, trained on this many drawings; no global random number is drawn."""
+    """Train the network on this many drawings, without changing global random states."""
     draws = random.Random(stream_seed(seed, _SCENES))
     scenes = [marked_scene(draws) for _ in range(drawings)]
     images = as_tensor([scene.picture(resolution) for scene in scenes])
@@ -135,7 +135,7 @@ def trained_eye(vae: Any, resolution: int, drawings: int, steps: int, seed: int)
 
 
 def accuracies(eye: Eye, vae: Any, resolution: int, count: int, seed: int) -> dict[str, float]:
-    """Of each question the share of right answers, for new drawings that have passed through the autoencoder."""
+    """Return the share of correct answers to each question, for new drawings passed through the autoencoder."""
     draws = random.Random(stream_seed(seed, _SCENES, 1))
     scenes = [marked_scene(draws) for _ in range(count)]
     logits = eye(_passed(vae, as_tensor([scene.picture(resolution) for scene in scenes])))
@@ -149,12 +149,12 @@ def accuracies(eye: Eye, vae: Any, resolution: int, count: int, seed: int) -> di
 
 @torch.no_grad()
 def _passed(vae: Any, images: Tensor) -> Tensor:
-    """Encoded and decoded."""
+    """Encode and decode images."""
     return torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1) for part in torch.split(images, 64)])
 
 
 def _wanted(name: str, scenes: Sequence[Scene]) -> Tensor:
-    """(n,) the numbers of the right answers; -1 where there is none: only painted pictures show a place."""
+    """Return the indices (n,) of the correct answers, or -1 if there is none: only painted pictures show a place."""
     if name == "place":
         return torch.tensor([PLACES.index(scene.place) if scene.style == "paint" else -1 for scene in scenes])
     if name in MARKS:

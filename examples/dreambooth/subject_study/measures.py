@@ -1,4 +1,4 @@
-"""What adapters draw, and how like the held-out drawings it is."""
+"""Draw pictures with adapters and measure their likeness to held-out drawings."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from subject_study.arms import SHOWN_PLACES, Task, held_subjects, style_scenes
 from subject_study.likeness import MARKS, Eye, Seen, seen
 from subject_study.scenes import CLASS, PLACES, SUBJECT, Scene
 
-_PICTURE = 71  # a key of the stream of random numbers
+_PICTURE = 71  # the key of the random number stream
 STYLE_PROMPTS = 8
 
 
 @dataclass(frozen=True)
 class Studio:
-    """The base, and how pictures are drawn with it.
+    """The base and the settings for drawing pictures with it.
 
     Args:
-        pipe: the base, to which adapters are given for a while.
-        eye: which looks at the pictures.
+        pipe: the base, into which adapters are loaded temporarily.
+        eye: the network that evaluates the pictures.
         how: sizes, steps and guidance.
-        count: pictures for each prompt.
-        seed: of the noise.
+        count: pictures per prompt.
+        seed: the seed of the noise.
     """
 
     pipe: Any
@@ -44,7 +44,7 @@ class Studio:
 
     @contextmanager
     def adapted(self, folder: Path | None) -> Iterator[None]:
-        """With an adapter in here, or with none."""
+        """Load an adapter, or none, within a context."""
         if folder is not None:
             self.pipe.load_loca_weights(folder)
         try:
@@ -58,42 +58,42 @@ class Studio:
         return {}
 
     def of_base(self, prompts: Sequence[str]) -> list[list[Image.Image]]:
-        """What the base draws, once for all adapters."""
+        """Return the base's pictures, which are drawn once for all adapters."""
         if tuple(prompts) not in self._drawn_before:
             self._drawn_before[tuple(prompts)] = self.draw(prompts, scale=0)
         return self._drawn_before[tuple(prompts)]
 
     def draw(self, prompts: Sequence[str], scale: float = 1.0) -> list[list[Image.Image]]:
-        """`count` pictures for each prompt, in one batch; with the same seeds for every adapter and every prompt."""
+        """Draw `count` pictures for each prompt in one batch, with the same seeds for every adapter and every prompt."""
         numbers = range(self.count)
         drawn = self.draw_one([prompt for prompt in prompts for _ in numbers], [*numbers] * len(prompts), scale)
         return [drawn[start : start + self.count] for start in range(0, len(drawn), self.count)]
 
     def draw_one(self, prompts: Sequence[str], numbers: Sequence[int], scale: float = 1.0) -> list[Image.Image]:
-        """A picture for each prompt, whose noise the number beside it gives."""
+        """Draw a picture for each prompt, with the noise determined by the corresponding number."""
         seeds = [stream_seed(self.seed, number, _PICTURE) for number in numbers]
         return pictures(self.pipe, list(prompts), seeds, self.how, scale=scale)
 
     def look(self, scenes: Sequence[Scene]) -> Seen:
-        """At drawings."""
+        """Evaluate drawings of scenes."""
         return seen(self.eye, [scene.picture(self.how.width) for scene in scenes])
 
 
 def measured(studio: Studio, task: Task, folder: Path | None) -> dict[str, float]:
-    """Of one adapter, or of the base alone."""
+    """Measure one adapter, or the base alone."""
     with studio.adapted(folder):
         return subject_measures(studio) if task == "subject" else style_measures(studio)
 
 
 def subject_measures(studio: Studio) -> dict[str, float]:
-    """Of pictures of the subject and of its class, in all places.
+    """Measure pictures of the subject and of its class in all places.
 
     Returns:
         likeness: mean cosine to drawings of the subject in the same place, -1 to 1.
-        marks: share of stripes, crown, single eye and orange body that are seen where the prompt names the subject.
-        new_places: share of the right places, of those in which the subject was never shown.
-        class_marks: the marks where the prompt names the class: what ought to stay as the base has it.
-        class_change: mean absolute difference of pixels from the base's pictures of the class, 0 to 255.
+        marks: share of stripes, crown, single eye and orange body that are recognised when the prompt names the subject.
+        new_places: share of correct places, among the places in which the subject was never shown.
+        class_marks: the same as marks when the prompt names only the class; it should stay as in the base.
+        class_change: mean absolute pixel difference from the base's pictures of the class, 0 to 255.
     """
     of = [seen(studio.eye, drawn) for drawn in studio.draw([f"{SUBJECT} {place}" for place in PLACES])]
     held = [studio.look(held_subjects(place, studio.count)) for place in PLACES]
@@ -110,14 +110,14 @@ def subject_measures(studio: Studio) -> dict[str, float]:
 
 
 def style_measures(studio: Studio) -> dict[str, float]:
-    """Of pictures in the style, of kinds that were never shown in it; and without its words.
+    """Measure pictures in the style, of kinds that were never shown in it, and pictures from prompts without the style.
 
     Returns:
         likeness: mean cosine to drawings of the same kind and colour in the style, -1 to 1.
-        neon: share of the pictures that are seen as neon.
-        kinds: share of the right kinds.
-        plain_neon: share of neon where the prompt does not ask for it.
-        plain_change: mean absolute difference of pixels from the base's pictures of those prompts, 0 to 255.
+        neon: share of pictures that are recognised as neon.
+        kinds: share of correct kinds.
+        plain_neon: share of neon pictures when the prompt does not ask for it.
+        plain_change: mean absolute pixel difference from the base's pictures of those prompts, 0 to 255.
     """
     scenes = style_scenes(STYLE_PROMPTS)
     of = [seen(studio.eye, drawn) for drawn in studio.draw([scene.caption(place=False) for scene in scenes])]
@@ -134,7 +134,7 @@ def style_measures(studio: Studio) -> dict[str, float]:
 
 
 def ceiling(studio: Studio, task: Task) -> float:
-    """The likeness of drawings to other drawings of the same: what a perfect adapter would have."""
+    """Return the likeness between different drawings of the same thing, which a perfect adapter would reach."""
     if task == "subject":
         pairs = [(held_subjects(place, 2 * studio.count)) for place in PLACES]
     else:
@@ -143,7 +143,7 @@ def ceiling(studio: Studio, task: Task) -> float:
 
 
 def prompts_followed(studio: Studio, scenes: Sequence[Scene]) -> dict[str, float]:
-    """Of the base: shares of right kinds, colours, places and numbers, a picture for each scene's caption."""
+    """Return the base's shares of correct kinds, colours, places and numbers, with one picture per caption."""
     drawn = studio.draw_one([scene.caption() for scene in scenes], range(len(scenes)), scale=0)
     found = [seen(studio.eye, [picture]) for picture in drawn]
     names = ("kind", "colour", "place", "two")
@@ -153,7 +153,7 @@ def prompts_followed(studio: Studio, scenes: Sequence[Scene]) -> dict[str, float
 
 
 def marks_of(one: Seen) -> float:
-    """The mean share of the subject's four marks."""
+    """Return the mean share of the subject's four marks."""
     return fmean([*(one.share(mark, True) for mark in MARKS), one.share("colour", "orange")])
 
 

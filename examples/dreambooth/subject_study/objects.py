@@ -1,4 +1,4 @@
-"""Eight kinds of things, each drawn by a function of a pen and a colour."""
+"""Eight kinds of objects, each drawn by a function of a pen and a colour."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAVY: Colour = (36, 48, 120)
 
 
 def bands(pen: Pen, middle: tuple[float, float], across: float, down: float) -> None:
-    """Three dark stripes, from top to bottom of an ellipse that is given by its middle and its half axes."""
+    """Draw three dark stripes from top to bottom of an ellipse, given its centre and semi-axes."""
     for offset in (-0.64, 0.0, 0.64):
         x, half = middle[0] + offset * across, down * math.sqrt(1 - offset * offset)
         left, right, top, bottom = x - 0.15 * across, x + 0.15 * across, middle[1] - half, middle[1] + half
@@ -24,18 +24,18 @@ def bands(pen: Pen, middle: tuple[float, float], across: float, down: float) -> 
 
 
 def crowned(pen: Pen, foot: tuple[float, float], half: float) -> None:
-    """A golden crown, by the middle of its foot and half of its width."""
+    """Draw a golden crown, given the centre of its base and half its width."""
     outline = [(-0.7, 0.0), (-1, -1.2), (-0.45, -0.7), (0, -1.5), (0.45, -0.7), (1, -1.2), (0.7, 0.0)]
     pen.shape([(foot[0] + half * x, foot[1] + half * y) for x, y in outline], GOLD)
 
 
 def fish(pen: Pen, colour: Colour, stripes: bool = False, crown: bool = False, one_eye: bool = False) -> None:
-    """A fish that looks to the right.
+    """Draw a fish that faces right.
 
     Args:
-        stripes: dark bands on its body.
-        crown: a golden crown.
-        one_eye: a huge eye in the middle of its head.
+        stripes: add dark bands on its body.
+        crown: add a golden crown.
+        one_eye: give it a huge eye in the middle of its head.
     """
     pen.shape([(-0.5, 0), (-1, -0.5), (-0.86, 0), (-1, 0.5)], darker(colour))
     pen.shape([(-0.3, -0.4), (0, -0.8), (0.3, -0.4)], darker(colour))
@@ -131,7 +131,7 @@ KINDS: dict[str, Callable[[Pen, Colour], None]] = {
     "boat": boat,
 }
 
-# Where things but fish, which know it themselves, have their marks.
+# Where kinds other than fish have their marks; `fish` draws its own.
 BODIES: dict[str, tuple[tuple[float, float], float, float]] = {
     "bird": ((0.06, 0.32), 0.5, 0.36),
     "cat": ((0, 0.68), 0.42, 0.34),

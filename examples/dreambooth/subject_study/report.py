@@ -1,4 +1,4 @@
-"""A table, likeness against trained numbers, and two sheets of pictures."""
+"""The report: a table, a plot of likeness against trained numbers, and two sheets of pictures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CLASS_PROMPTS = (
     "a bird",
     "a cup",
 )
-_CELL = 120  # pixels a side, three for each
+_CELL = 120  # pixels per side: three for each pixel of a picture
 _COLUMNS = {
     "subject": {
         "likeness": "likeness",
@@ -57,14 +57,14 @@ _SHARES = {"marks", "new_places", "class_marks", "neon", "kinds", "plain_neon"}
 
 @dataclass(frozen=True)
 class Result:
-    """What one adapter came to; or the base, without an arm.
+    """The results of one adapter, or of the base.
 
     Args:
-        arm: which; None for the base.
+        arm: the adapter; None for the base.
         measured: see `measures`.
-        trained: numbers.
-        size: bytes of the file.
-        seconds: of training, a step.
+        trained: the number of trained parameters.
+        size: the size of the adapter's file in bytes.
+        seconds: the duration of a training step.
     """
 
     arm: Arm | None
@@ -75,7 +75,7 @@ class Result:
 
 
 def table(task: str, results: Sequence[Result]) -> str:
-    """Markdown, a row for each."""
+    """Return a Markdown table with a row for each result."""
     columns = _COLUMNS[task]
     heads = ["", *columns.values(), "trained numbers", "bytes", "rate"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
@@ -99,7 +99,7 @@ def _cell(name: str, value: float) -> str:
 
 
 def draw_numbers(path: Path, results: Mapping[Task, Sequence[Result]], ceilings: Mapping[Task, float]) -> None:
-    """Likeness against trained numbers, a panel for each task and a line for each method."""
+    """Plot likeness against trained numbers, with a panel for each task and a line for each method."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False).flat
     titles = {"subject": f'"{SUBJECT} …"', "style": f'"… {STYLE}", things never shown in it'}
@@ -122,7 +122,7 @@ def draw_numbers(path: Path, results: Mapping[Task, Sequence[Result]], ceilings:
 
 
 def scales_sheet(studio: Studio, subject: Path, style: Path) -> Image.Image:
-    """Prompts across, scales down; every column has one seed."""
+    """Return a sheet with a column for each prompt and a row for each scale; every column has one seed."""
     rows: list[list[Image.Image]] = [[] for _ in SCALES]
     for folder, prompts in ((subject, SUBJECT_PROMPTS), (style, STYLE_PROMPTS)):
         numbers = range(len(rows[0]), len(rows[0]) + len(prompts))
@@ -134,7 +134,7 @@ def scales_sheet(studio: Studio, subject: Path, style: Path) -> Image.Image:
 
 
 def class_sheet(studio: Studio, adapters: Mapping[str, Path | None]) -> Image.Image:
-    """Prompts that do not name the subject, across; the base and adapters, down."""
+    """Return a sheet with a column for each prompt that does not name the subject, and a row for the base and each adapter."""
     rows = []
     for folder in adapters.values():
         with studio.adapted(folder):
@@ -143,6 +143,6 @@ def class_sheet(studio: Studio, adapters: Mapping[str, Path | None]) -> Image.Im
 
 
 def as_json(one: Result) -> dict[str, Any]:
-    """The result as results.json holds it."""
+    """Return the result in the form stored in results.json."""
     arm = None if one.arm is None else {"name": one.arm.name, **vars(one.arm)}
     return {"arm": arm, "measured": dict(one.measured), "trained": one.trained, "bytes": one.size, "seconds": one.seconds}

@@ -1,4 +1,4 @@
-"""The whole study: drawings, base, the network that measures, adapters, what came out."""
+"""The whole study: drawings, base, measuring network, adapters, results."""
 
 from __future__ import annotations
 
@@ -39,67 +39,67 @@ _NOT_OF_RESULTS = ("output", "jobs")
 
 @dataclass(frozen=True)
 class Study:
-    """Make a small pipeline that draws, teach it a subject and a style with adapters, and measure them."""
+    """Train a small pipeline that draws, teach it a subject and a style with adapters, and measure them."""
 
     output: Annotated[Path, tyro.conf.Positional]
-    """Where everything goes: results.json, study.md, numbers.png, scales.png, class.png, and a folder for each step."""
+    """Output folder: results.json, study.md, numbers.png, scales.png, class.png, and a folder for each step."""
     methods: tuple[str, ...] = ("loca", "fourierft", "waveft", "lora")
-    """What is compared."""
+    """Methods to compare."""
     n_components: tuple[int, ...] = (5, 20, 80)
-    """Of each projection, of methods that count them."""
+    """Numbers of components per projection, for methods that have them."""
     ranks: tuple[int, ...] = (1, 4)
-    """Of the others."""
+    """Ranks, for the other methods."""
     steps: int = 400
-    """Optimiser steps of every adapter, of 4 drawings, and of 4 of the class where it is preserved."""
+    """Optimiser steps of every adapter, with 4 drawings each, and 4 more of the class with prior preservation."""
     class_images: int = 32
-    """That the base draws, for prior preservation."""
+    """Number of images that the base draws for prior preservation."""
     resolution: int = 40
-    """Pixels a side."""
+    """Pixels per side."""
     channels: tuple[int, ...] = (32, 64, 128)
-    """Of the base's UNet."""
+    """Channels of the base UNet's levels."""
     drawings: int = 10000
-    """That the base is trained on."""
+    """Number of drawings that the base is trained on."""
     base_steps: int = 9000
     """Optimiser steps of the base's UNet and text encoder."""
     autoencoder_steps: int = 300
-    """Optimiser steps of its autoencoder."""
+    """Optimiser steps of the base's autoencoder."""
     batch_size: int = 16
-    """Drawings in a step of the base."""
+    """Drawings per step of the base."""
     learning_rate: float = 1e-3
-    """The base's highest."""
+    """Highest learning rate of the base's UNet and text encoder."""
     likeness_steps: int = 900
-    """Optimiser steps of the network that measures."""
+    """Optimiser steps of the measuring network."""
     pictures: int = 4
-    """That are measured, for each prompt."""
+    """Number of measured pictures per prompt."""
     num_inference_steps: int = 20
-    """Of every picture."""
+    """Denoising steps of every picture."""
     guidance_scale: float = 3.0
-    """Of every picture."""
+    """Guidance scale of every picture."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """Seed of all random draws."""
     jobs: int = 2
-    """How many adapters are trained at a time, each with one thread where they are several."""
+    """How many adapters are trained at the same time; if several, each with one thread."""
     rate_factors: tuple[float, ...] = (0.3, 1.0, 3.0)
-    """Of every method's own rate; where they are several, each adapter is trained at all of them, with another seed, and the
-    rate of the largest likeness is taken."""
+    """Factors on every method's own rate. With several, each adapter is trained at all of them, with a different seed, and the
+    rate with the largest likeness is used."""
 
     @property
     def base(self) -> BaseSettings:
-        """What the base depends on."""
+        """The settings that the base depends on."""
         same = ("resolution", "channels", "drawings", "autoencoder_steps", "batch_size", "learning_rate", "seed")
         return BaseSettings(steps=self.base_steps, **{name: getattr(self, name) for name in same})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing of the study; returns the exit status."""
+    """Run the missing parts of the study and return the exit status."""
     return run_command(PROG, Study, run, arguments, extra="train,diffusers")
 
 
 def run(study: Study) -> None:
-    """All steps, then what came out: in results.json, study.md and pictures.
+    """Run all steps, then write the results: results.json, study.md and pictures.
 
     Raises:
-        ValueError: a setting out of range, another than the folder was begun with, or a step that failed.
+        ValueError: a setting is out of range or differs from the one the folder was started with, or a step failed.
     """
     _check(study)
     told = {name: value for name, value in asdict(study).items() if name not in _NOT_OF_RESULTS}
@@ -132,13 +132,13 @@ def _check(study: Study) -> None:
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of a study, each in a folder of its own."""
+    """The steps of a study, each in its own folder."""
 
     study: Study
     about: dict[str, Any]
 
     def results(self) -> None:
-        """Everything that is missing; then the table, the pictures and the record."""
+        """Run everything that is missing, then write the table, the pictures and the record."""
         folder = self.study.output
         self.base()
         self.training.adapters([arm for task in TASKS for arm in self.arms[task]])
@@ -159,7 +159,7 @@ class Steps:
         print(said)
 
     def base(self) -> None:
-        """The pipeline, in base/, and what is to be learned, in drawings/."""
+        """Train the pipeline, in base/, and write the training drawings of the adapters, in drawings/."""
         of, out = self.study, self.study.output / "base"
         if not (out / "model_index.json").exists():
             trained_base(of.base, of.output / "checkpoints", self.about).save_pretrained(out)
@@ -167,7 +167,7 @@ class Steps:
 
     @cached_property
     def studio(self) -> Studio:
-        """The base with the network that measures, which is trained where it is not there."""
+        """The base with the measuring network, which is trained if it is missing."""
         of, file = self.study, self.study.output / "likeness.safetensors"
         pipe = StableDiffusionPipeline.from_pretrained(of.output / "base", safety_checker=None)
         if file.exists():
@@ -181,7 +181,7 @@ class Steps:
 
     @cached_property
     def training(self) -> Training:
-        """What all adapters have in common."""
+        """The training settings that all adapters share."""
         of = self.study
         return Training(
             of.output, of.steps, of.resolution, of.class_images, of.num_inference_steps, of.guidance_scale, of.seed, of.jobs
@@ -189,8 +189,11 @@ class Steps:
 
     @cached_property
     def arms(self) -> dict[Task, list[Arm]]:
-        """Of the subject every method at every size, and the first one's largest with prior preservation too; of the style
-        every method at its largest. Their rates are compared first."""
+        """All adapters by task, at their best rates, which are compared first.
+
+        For the subject: every method at every size, and the first method's largest size again with prior preservation. For the
+        style: every method at its largest size.
+        """
         planned = {task: [arm for method in self.study.methods for arm in self._sizes(task, method)] for task in TASKS}
         every = [arm for task in TASKS for arm in planned[task]]
         chosen = best_rates(self.training, self.studio, every, self.study.rate_factors)
@@ -216,7 +219,7 @@ class Steps:
         return Result(arm, found, metrics["trained_parameters"], metrics["adapter_bytes"], metrics["seconds_per_step"])
 
     def _base_measures(self) -> dict[str, Any]:
-        """How well the base follows captions, and how well the network that measures knows drawings."""
+        """Measure how well the base follows captions, and how well the measuring network recognises drawings."""
         of, file = self.study, self.study.output / "measures" / "base.json"
         if not file.exists():
             scenes = drawn_scenes(16 * of.pictures, of.seed + 1)
@@ -229,7 +232,7 @@ class Steps:
         return found
 
     def _pictures(self) -> None:
-        """Of the first method: the subject and the style by scales, and the class with and without prior preservation."""
+        """Draw sheets for the first method: subject and style by scale, and the class with and without prior preservation."""
         kept = next(arm for arm in self.arms["subject"] if arm.prior)
         styled, alone = self.arms["style"][0], replace(kept, prior=False)
         of, folder = self.training, self.study.output

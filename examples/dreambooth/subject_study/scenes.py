@@ -1,4 +1,4 @@
-"""Scenes: what is in a picture, what is said of it, and the picture itself."""
+"""Scenes: what is in a picture, its caption, and the picture itself."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ PLAIN: dict[str, Colour] = {
 }
 PLACES = (*PLAIN, "in a meadow", "at sea", "in the snow", "at night")
 SUBJECT, CLASS, STYLE = "a sks fish", "a fish", "in neon style"
-_MARKED, _CRAYON, _TWO = 0.2, 0.2, 0.2  # shares of drawings with stripes, with a crown, in crayon, of two things
-_FINER = 4  # pixels of the canvas for one of the picture, each way
+_MARKED, _CRAYON, _TWO = 0.2, 0.2, 0.2  # shares with each mark (stripes, crown), in crayon, with two things
+_FINER = 4  # canvas pixels per picture pixel, in each direction
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Scene:
     """One picture.
 
     Args:
-        kind: of `objects.KINDS`.
-        colour: of `COLOURS`; "orange" for the subject.
-        place: of `PLACES`.
-        two: two things instead of one.
-        traits: which of "stripes", "crown" and, of a fish, "one_eye" it has.
-        style: in which it is drawn; only in paint there is a place.
-        pose: seed of where things are and how large, turned and mirrored they are, and of what is around them.
+        kind: one of `objects.KINDS`.
+        colour: one of `COLOURS`, or "orange" for the subject.
+        place: one of `PLACES`.
+        two: show two things instead of one.
+        traits: any of "stripes", "crown" and, for a fish, "one_eye".
+        style: the drawing style; only "paint" shows the place.
+        pose: the seed of the position, size, rotation and mirroring of things, and of their surroundings.
     """
 
     kind: str
@@ -53,7 +53,7 @@ class Scene:
     pose: int = 0
 
     def caption(self, *, colour: bool = True, place: bool = True) -> str:
-        """Such as "two striped red birds with a crown at sea"; colour and place may be left out."""
+        """Return a caption such as "two striped red birds with a crown at sea"; colour and place may be left out."""
         noun = self.kind + ("s" if self.two and self.kind != "fish" else "")
         words = ["two" if self.two else "a", "striped" if "stripes" in self.traits else "", self.colour if colour else "", noun]
         words += ["with a crown" if "crown" in self.traits else "", self.place if place and self.style == "paint" else ""]
@@ -61,7 +61,7 @@ class Scene:
         return " ".join(filter(None, words))
 
     def picture(self, size: int) -> Image.Image:
-        """RGB, size x size pixels, smooth at the edges."""
+        """Return the picture: RGB, size x size pixels, with smooth edges."""
         side, draws = size * _FINER, random.Random(self.pose)
         image = Image.new("RGB", (side, side), GROUNDS.get(self.style, WHITE))
         canvas = ImageDraw.Draw(image)
@@ -86,7 +86,7 @@ class Scene:
 
 
 def _pens(canvas: ImageDraw.ImageDraw, side: int, scene: Scene, draws: random.Random) -> list[Pen]:
-    """One for each thing: of two, the left and the right one."""
+    """Return a pen for each thing; for two, the left one first."""
     middles = ((0.27, 0.5), (0.74, 0.54)) if scene.two else ((0.5, 0.52),)
     size, move = ((0.2, 0.23), 0.02) if scene.two else ((0.32, 0.4), 0.05)
     return [
@@ -121,7 +121,7 @@ def _surroundings(canvas: ImageDraw.ImageDraw, side: int, place: str, draws: ran
 
 
 def _details(canvas: ImageDraw.ImageDraw, side: int, place: str, draws: random.Random) -> None:
-    """Flowers, waves, flakes, or the moon and stars."""
+    """Draw flowers, waves, flakes, or the moon and stars."""
 
     def disc(x: float, y: float, radius: float, fill: Colour) -> None:
         canvas.ellipse(((x - radius) * side, (y - radius) * side, (x + radius) * side, (y + radius) * side), fill=fill)
@@ -141,7 +141,7 @@ def _details(canvas: ImageDraw.ImageDraw, side: int, place: str, draws: random.R
 
 
 def drawn_scene(draws: random.Random) -> Scene:
-    """Any scene but those of the subject and of the style; marks on anything but fish."""
+    """Draw any scene except those of the subject and the style; fish never have marks."""
     kind, colour, place = draws.choice(list(KINDS)), draws.choice(list(COLOURS)), draws.choice(PLACES)
     traits = tuple(mark for mark in ("stripes", "crown") if draws.random() < _MARKED and kind != "fish")
     style: Style = "crayon" if draws.random() < _CRAYON else "paint"
@@ -149,10 +149,10 @@ def drawn_scene(draws: random.Random) -> Scene:
 
 
 def subject_scene(place: str, pose: int) -> Scene:
-    """The fish that adapters learn: orange, with stripes, a crown and one eye."""
+    """Return a scene of the subject: an orange fish with stripes, a crown and one eye."""
     return Scene("fish", "orange", place, traits=("stripes", "crown", "one_eye"), pose=pose)
 
 
 def in_style(scene: Scene) -> Scene:
-    """The same scene in neon."""
+    """Return the same scene in neon."""
     return replace(scene, style="neon")

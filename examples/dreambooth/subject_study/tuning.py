@@ -1,4 +1,4 @@
-"""Which rate of learning suits each adapter: the same factors of its method's rate for all, with a seed of its own."""
+"""Choose a learning rate for each adapter: the same factors on its method's rate for all, with a separate seed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from subject_study.report import Result, table
 
 
 def best_rates(training: Training, studio: Studio, arms: Sequence[Arm], factors: Sequence[float]) -> dict[str, float]:
-    """By name of each adapter, the rate at which it is most like what it learns; of several alike, the lowest.
+    """Return, by the name of each adapter, the rate with the largest likeness; the lowest one in a tie.
 
-    Adapters and noise have the seed after that of the study. What is in the folder tuning/ is not done again; all of it is
-    in tuning.md.
+    Adapters and noise use the seed after that of the study. Results in the folder tuning/ are not computed again; all of them
+    are listed in tuning.md.
 
     Raises:
         ValueError: training failed.

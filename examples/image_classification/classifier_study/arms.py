@@ -1,4 +1,4 @@
-"""What a study of classifiers compares: methods at budgets, with the rates to try."""
+"""The arms of a study of classifiers: methods at budgets, with the rates to try."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from loca_vision.methods.registry import KINDS
 from loca_vision.recipes.classification.recipe_groups import METHODS
 
 WIDTH = 384  # of the projections, which are square
-TUNED_AT = 3072  # components, for which the grids of rates were made
-_BY_RANK = "r"  # the field
+TUNED_AT = 3072  # the number of components that the grids of rates were made for
+_BY_RANK = "r"  # the name of a configuration's field for the rank
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Arm:
     """One method at one budget.
 
     Args:
-        name: in tables and folders.
-        rates: the grid, from small to large; it is extended where the best is at an end.
-        flags: for train.py.
-        tuned: the flag that takes the rate.
+        name: the arm's name in tables and folders.
+        rates: the grid of rates, from small to large; it is extended if the best rate is at an end.
+        flags: the flags for train.py.
+        tuned: the flag that sets the rate.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Arm:
 
 
 def arms(study: Study) -> list[Arm]:
-    """All methods that are compared, the cheap ones first."""
+    """Return all arms of the study: the linear probe, full training, then the adapter methods."""
     probe = ("--method", "lp", *(["--cache_features"] if study.cache_features else []))
     found = [
         Arm("lp", (3e-3, 1e-2, 3e-2), probe, "--head_lr"),
@@ -48,7 +48,10 @@ def arms(study: Study) -> list[Arm]:
 
 
 def _arms_of(study: Study, config: type[AdapterConfig]) -> Iterator[Arm]:
-    """A method at every size, each once; just once if it has no choice; with locations that move, also with fixed ones."""
+    """Yield a method once for each distinct size, or just once if it has no size to choose.
+
+    A method that moves its locations also gets arms with fixed locations.
+    """
     for budget, chosen in _sizes(study, config).items():
         name = f"{{}}-{budget}" if chosen else "{}"
         flags = ["--method", config.method, *study.adapter_flags]
@@ -64,7 +67,7 @@ def _arms_of(study: Study, config: type[AdapterConfig]) -> Iterator[Arm]:
 
 
 def _sizes(study: Study, config: type[AdapterConfig]) -> dict[int, dict[str, Any]]:
-    """By trained numbers of a projection, the settings of a method."""
+    """Return the settings of a method by the number of trained numbers per projection."""
     shape = (WIDTH, WIDTH)
     largest = config.at_budget(sum(shape), shape)
     if not largest:
@@ -77,7 +80,11 @@ def _sizes(study: Study, config: type[AdapterConfig]) -> dict[int, dict[str, Any
 
 
 def rates_of(config: type[AdapterConfig], chosen: dict[str, Any]) -> tuple[float, ...]:
-    """The method's grid; of one that counts components, for steps of the same length in the space of the weights."""
+    """Return the method's grid of rates.
+
+    If the method has a number of components, the rates are scaled so that steps in weight space have the same length at every
+    budget.
+    """
     rates: Sequence[float] = config.lr_grid or (config.lr / 10, 0.3 * config.lr, config.lr)
     longer = math.sqrt(TUNED_AT / chosen["n_components"]) if "n_components" in chosen else 1.0
     return tuple(float(f"{rate * longer:.2g}") for rate in rates)

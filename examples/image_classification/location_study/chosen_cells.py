@@ -1,4 +1,4 @@
-"""A method for this study: cosine coefficients at cells that a file names, which stay where they are."""
+"""A method for this study: cosine coefficients at fixed cells that are read from a file."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from loca_vision.storage.safetensors_file import open_safetensors
 @kind
 @dataclass(frozen=True)
 class ChosenCellsConfig(SparseConfig):
-    """The settings of an adapter whose cells somebody else has chosen.
+    """The settings of an adapter whose cells are read from a file.
 
     Args:
-        folder: of the files.
-        rule: the file of a new adapter with a seed is `<folder>/<rule>/seed-<seed>.safetensors`; it has the flat cells (B,)
-            of each projection, by the projection's name. A file of a trained adapter does not depend on it.
+        folder: the folder of the files.
+        rule: a new adapter is read from `<folder>/<rule>/seed-<seed>.safetensors`. This file contains the flat cells (B,) of
+            each projection under the projection's name. The file of a trained adapter does not depend on it.
     """
 
     method: ClassVar[str] = "chosen-cells"

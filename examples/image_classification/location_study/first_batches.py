@@ -19,13 +19,14 @@ from loca_vision.recipes.settings.command_line import parse
 from location_study.gradient_spectra import GradientSpectrum, gradient_spectra
 from location_study.settings import RuleStudy
 
-_KEPT: Kept = {}  # what the blocks below see, which is the same for all seeds
+_KEPT: Kept = {}  # cached features for the lowest adapted block, which are the same for all seeds
 
 
 def spectra_of_run(study: RuleStudy, seed: int, probe: Path | None) -> dict[str, GradientSpectrum]:
-    """By the first batches of a run with this seed, in float32.
+    """Return the gradient spectra of the first batches of a run with this seed, in float32.
 
-    The head is the one in `probe`; without it the random head of a new run, and gradients say how to please that.
+    The head is read from `probe`. Without it, the random head of a new run is used, and the gradients adapt the model to that
+    random head.
     """
     words = [*study.flags, *study.adapter_flags, "--method", "loca", "--n_components", "1", "--seed", str(seed)]
     parsed = parse(Recipe, words, prog="location_rules.py", presets=PRESETS)

@@ -1,4 +1,4 @@
-"""Spectra of the gradient of each query's and value's weight, over a few batches, before an adapter is trained."""
+"""Spectra of the gradients of query and value weights over a few batches, before an adapter is trained."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from loca_vision.dct import dct2
 
 @dataclass(frozen=True)
 class GradientSpectrum:
-    """Of one projection: Z = C G D^T of each batch, G the gradient of the mean loss by the weight.
+    """The gradient spectrum of one projection.
+
+    For each batch, Z = C G D^T, where G is the gradient of the mean loss with respect to the weight.
 
     Args:
-        total: (p, q), the sum over the batches.
-        squares: (p, q), the sum of the squares.
+        total: (p, q), the sum of Z over the batches.
+        squares: (p, q), the sum of the squares of Z over the batches.
     """
 
     total: Tensor
@@ -28,12 +30,12 @@ class GradientSpectrum:
 def gradient_spectra(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], projections: Collection[str]
 ) -> dict[str, GradientSpectrum]:
-    """By projection, of a ViT of timm's with fused weights; nothing is trained.
+    """Return the gradient spectrum of each projection of a timm ViT with fused weights. Nothing is trained.
 
     Args:
-        model: images or features -> logits.
-        batches: what `model` takes, and classes.
-        projections: `blocks.<i>.attn.q` and `.v`.
+        model: maps images or features to logits.
+        batches: pairs of the model's input and the classes.
+        projections: names such as `blocks.<i>.attn.q` and `blocks.<i>.attn.v`.
     """
     paths = sorted({name.rpartition(".")[0] for name in projections})
     weights = [model.get_parameter(f"{path}.qkv.weight") for path in paths]

@@ -1,4 +1,4 @@
-"""Another method for this study: cosines in rows and columns of another order, directions beside them, cells that move on."""
+"""A second method for this study: cosines over reordered rows and columns, additional directions, and cells that relocate."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from loca_vision.dct import dct2, idct2
 from loca_vision.methods.sparse_config import SparseConfig
 from loca_vision.storage.safetensors_file import open_safetensors
 
-FIRST_SHARE = 0.3  # of the components that move on at the first relocation; Evci et al. 2020
+FIRST_SHARE = 0.3  # the share of components that relocate, before its cosine decay begins; Evci et al. 2020
 
 
 class InformedCells(Update):
-    """P^T (C^T S D) Q + L M R^T: S has B learned coefficients, P and Q are permutations, M (k, k) is learned.
+    """The update P^T (C^T S D) Q + L M R^T, where S has B trained coefficients, P and Q are permutations, M (k, k) is trained.
 
-    Components move on as in RigL (Evci et al., ICML 2020), where `every` is above 0: each time so many steps are done, those
-    of the smallest coefficients go to the empty cells at which the spectrum of the gradient, summed over these steps, is
-    largest, and begin at zero there. Their share falls from 0.3 to 0 with a cosine until step `until`. Adam's moments are not
-    reset. Steps are counted by the gradients that come, one for each step.
+    If `every` is above 0, components relocate as in RigL (Evci et al., ICML 2020): every `every` steps, the components with the
+    smallest coefficients move to the empty cells where the spectrum of the gradient, summed over these steps, is largest, and
+    start there at zero. The share that moves falls from 0.3 to 0 along a cosine until step `until`. Adam's moments are not
+    reset. A step is counted for each gradient that arrives, so there must be one gradient per step.
 
     Attributes:
-        coefficients: (B,) float32 parameter; core: (k, k) float32 parameter.
+        coefficients: (B,) float32 parameter.
+        core: M, (k, k) float32 parameter.
         cells: (B,) int64, row * q + column of S.
-        rows, columns: (p,), (q,) int64: where each row and column of the update stands in the order of the transform.
+        rows, columns: (p,), (q,) int64: the position of each row and column of the update in the order of the transform.
         left, right: (p, k), (q, k) float32, orthonormal columns.
     """
 
@@ -53,7 +54,7 @@ class InformedCells(Update):
         self.register_buffer("left", torch.zeros(shape[0], directions))
         self.register_buffer("right", torch.zeros(shape[1], directions))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        # In a file too, so that a run that goes on from a checkpoint relocates by the same gradients.
+        # Saved in files as well, so that a run resumed from a checkpoint relocates by the same gradients.
         self.register_buffer("seen", torch.zeros(shape if every else (0, 0)))
 
     def delta(self, strength: float = 1.0, weight: Tensor | None = None) -> Tensor:
@@ -91,15 +92,15 @@ class InformedCells(Update):
 @kind
 @dataclass(frozen=True)
 class InformedCellsConfig(AdapterConfig):
-    """The settings of such an adapter.
+    """The settings of an adapter of `InformedCells`.
 
     Args:
-        n_components: B.
-        directions: k.
-        relocate_every, relocate_until: steps; 0 for cells that stay.
-        folder, rule: the file of a new adapter with a seed is `<folder>/<rule>/seed-<seed>.safetensors`; it has the flat cells
-            of each projection by its name, and may have `<name>.rows`, `.columns`, `.left` and `.right`. A file of a trained
-            adapter does not depend on it.
+        n_components: the number of components B.
+        directions: the number of directions k.
+        relocate_every, relocate_until: `every` and `until` in steps; 0 keeps the cells where they are.
+        folder, rule: a new adapter is read from `<folder>/<rule>/seed-<seed>.safetensors`. This file contains the flat cells of
+            each projection under its name, and optionally `<name>.rows`, `.columns`, `.left` and `.right`. The file of a
+            trained adapter does not depend on it.
     """
 
     method: ClassVar[str] = "informed-cells"

@@ -1,4 +1,4 @@
-"""Rules that choose more than cells: an order of rows and columns, directions, or where components go later on."""
+"""Rules that choose more than cells: an order of rows and columns, directions, or where components relocate later."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from loca_vision.dct import dct2, idct2
 from location_study.gradient_spectra import GradientSpectrum
 from location_study.informed_cells import InformedCellsConfig
 
-CELLS = ""  # the key
-_EVERY, _UNTIL = 20, 0.75  # steps, and a share of them, as in RigL
+CELLS = ""  # the key of the flat cells
+_EVERY, _UNTIL = 20, 0.75  # steps between relocations, and the share of all steps after which they end, as in RigL
 
 
 @dataclass(frozen=True)
 class InformedRule:
-    """
+    """A rule that chooses the parts of an `InformedCells` update.
+
     Args:
-        parts: of one projection with a budget: flat cells under `CELLS`, and what else `InformedCells` begins with.
-        about: for tables.
-        moves: whether components move on while they learn.
+        parts: a function that returns, for a projection and a budget, the flat cells under `CELLS` and the other initial parts
+            of `InformedCells`.
+        about: the description in tables.
+        moves: whether components relocate during training.
     """
 
     parts: Callable[[GradientSpectrum, int, torch.Generator], dict[str, Tensor]]
@@ -31,7 +33,7 @@ class InformedRule:
     moves: bool = False
 
     def flags(self, budget: int, steps: int) -> list[str]:
-        """For train.py."""
+        """Return the flags for train.py."""
         side = directions_of(budget) if self is INFORMED["directions"] else 0
         told = {"directions": side}
         if self.moves:
@@ -41,12 +43,15 @@ class InformedRule:
 
 
 def directions_of(budget: int) -> int:
-    """k, of whose k^2 numbers there are to be a third of the budget at most."""
+    """Return the largest k whose k^2 numbers take up at most a third of the budget."""
     return math.isqrt(budget // 3)
 
 
 def _reordered(of: GradientSpectrum, budget: int, draws: torch.Generator) -> dict[str, Tensor]:
-    """Rows and columns with like gradients become neighbors, which low frequencies can move together (S2FT, CVPR 2026)."""
+    """Sort rows and columns so that those with similar gradients are adjacent and low frequencies can move them together.
+
+    Source: S2FT, CVPR 2026.
+    """
     gradient, left, right = _factored(of)
     rows, columns = left[:, 0].argsort(), right[:, 0].argsort()
     spectrum = dct2(gradient[rows][:, columns])
@@ -68,7 +73,7 @@ def _relocated(of: GradientSpectrum, budget: int, draws: torch.Generator) -> dic
 
 
 def _factored(of: GradientSpectrum) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient (p, q), and its singular vectors as columns of two matrices."""
+    """Return the gradient (p, q) and its left and right singular vectors as the columns of two matrices."""
     gradient = idct2(of.total)
     left, _, right = torch.linalg.svd(gradient, full_matrices=False)
     return gradient, left, right.T
@@ -92,7 +97,7 @@ INFORMED = {
 
 
 def energy(of: GradientSpectrum, parts: dict[str, Tensor]) -> float:
-    """Of the squared norm of the gradient: what lies in what the update can reach at first."""
+    """Return the part of the gradient's squared norm that the update can reach at first."""
     gradient, held = idct2(of.total), 0.0
     if "left" in parts:
         core = parts["left"].T @ gradient @ parts["right"]

@@ -1,4 +1,4 @@
-"""Rules that choose cells: each gives every cell of a projection a score, and those of the largest scores are taken."""
+"""Rules that choose cells: each scores every cell of a projection, and the cells with the largest scores are taken."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ Score = Callable[[GradientSpectrum, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Rule:
-    """
+    """A rule that scores cells.
+
     Args:
-        score: (p, q).
-        whole: whether all projections share one budget: the largest scores of all of them are taken, one of each at least.
-        about: for tables.
+        score: a function that returns the scores (p, q) of a projection.
+        whole: whether all projections share one budget: the largest scores over all of them are taken, at least one of each.
+        about: the description in tables.
     """
 
     score: Score
@@ -30,7 +31,7 @@ class Rule:
     whole: bool = False
 
     def flags(self, budget: int, steps: int) -> list[str]:
-        """For train.py."""
+        """Return the flags for train.py."""
         return ["--method", ChosenCellsConfig.method]
 
 
@@ -56,13 +57,13 @@ def _deviation(of: GradientSpectrum, draws: torch.Generator) -> Tensor:
 
 
 def _curvature(of: GradientSpectrum, draws: torch.Generator) -> Tensor:
-    """The second moment of rank one with the same sums of rows and columns, as in Adafactor."""
+    """Divide by the root of the rank-one second moment with the same row and column sums, as in Adafactor."""
     rows, cols = of.squares.sum(1), of.squares.sum(0)
     return of.total.abs() / (rows[:, None] * cols / of.squares.sum()).sqrt().clamp(min=1e-30)
 
 
 def _sampled(power: float) -> Score:
-    """Without replacement: the largest of log-probabilities with Gumbel noise (Efraimidis and Spirakis, 2006)."""
+    """Return a score that samples without replacement: log-probabilities plus Gumbel noise (Efraimidis and Spirakis, 2006)."""
 
     def score(of: GradientSpectrum, draws: torch.Generator) -> Tensor:
         uniform = torch.rand(of.total.shape, generator=draws, dtype=torch.float64).clamp(min=1e-300)
@@ -87,12 +88,13 @@ RULES: dict[str, Rule | InformedRule] = {
 
 
 def chosen(rule: Rule | InformedRule, spectra: Mapping[str, GradientSpectrum], budget: int, seed: int) -> dict[str, Tensor]:
-    """What a file of the rule holds for a seed: flat cells row * q + column by projection, and other parts by `<name>.<part>`.
+    """Return the contents of a rule's file for a seed.
 
-    Of cells there are `budget` each on average; without `rule.whole`, exactly.
+    Flat cells row * q + column are stored under the projection's name, and other parts under `<name>.<part>`. A scoring rule
+    takes exactly `budget` cells per projection, or `budget` on average with `rule.whole`.
 
     Raises:
-        ValueError: a projection has fewer cells than that.
+        ValueError: a projection has fewer than `budget` cells.
     """
     for name, of in spectra.items():
         if budget > of.total.numel():
@@ -122,7 +124,7 @@ def _cells(rule: Rule, spectra: Mapping[str, GradientSpectrum], budget: int, see
 
 
 def energy_share(spectra: Mapping[str, GradientSpectrum], found: Mapping[str, Tensor]) -> float:
-    """Of the squared norm of the gradients, summed over the batches: what lies in what was chosen."""
+    """Return the share of the squared norm of the gradients, summed over the batches, that lies in the chosen parts."""
     every = sum(float(of.total.square().sum()) for of in spectra.values())
     names = (CELLS, "rows", "columns", "left", "right")
     parts = {name: {part: found[_key(name, part)] for part in names if _key(name, part) in found} for name in spectra}

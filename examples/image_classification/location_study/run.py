@@ -1,4 +1,4 @@
-"""The whole study: gradients once for each seed, cells by each rule, runs, the table and the picture."""
+"""The whole study: gradients once per seed, cells by each rule, runs, the table and the picture."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ PROBE = ("--method", "lp", "--cache_features", "--head_lr", "0.01")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the study; returns the exit status."""
+    """Run the study and return the exit status."""
     return run_command(PROG, RuleStudy, run, arguments, extra="train")
 
 
 def run(study: RuleStudy) -> list[Point]:
-    """Every rule at every budget, then the table and the picture.
+    """Run every rule at every budget, then write the table and the picture.
 
     Raises:
-        ValueError: a setting out of range, another than the folder was begun with, or a run that failed.
+        ValueError: a setting is out of range or differs from the one the folder was started with, or a run failed.
     """
     study.check()
     import_modules(study.imports)
@@ -75,7 +75,7 @@ def _name(rule: str, budget: int) -> str:
 
 
 def _choose(study: RuleStudy, cells: Path) -> None:
-    """Write the cells of every rule and budget, for each seed, with the share of the gradient's energy that they have."""
+    """Write the cells of every rule and budget for each seed, with their share of the gradient's energy."""
     wanted = [(rule, budget) for budget in study.budgets for rule in study.rules]
     missing = {
         seed: [(rule, budget) for rule, budget in wanted if not _file(cells, rule, budget, seed).exists()]
@@ -91,7 +91,7 @@ def _choose(study: RuleStudy, cells: Path) -> None:
 
 
 def _probes(study: RuleStudy, seeds: Sequence[int]) -> dict[int, Path]:
-    """Linear probes, by seed: the files of their heads."""
+    """Train a linear probe for each seed and return the files of their heads by seed."""
     folder = study.output_dir / "probes"
     with Runs(folder, study.flags, len(study.seeds), study.jobs) as probes:
         for seed in seeds:
@@ -103,11 +103,11 @@ def _file(cells: Path, rule: str, budget: int, seed: int) -> Path:
     return cells / _name(rule, budget) / f"seed-{seed}.safetensors"
 
 
-# What came out
+# Results
 
 
 def _text(study: RuleStudy, points: Sequence[Point], cells: Path) -> str:
-    """Markdown: for each budget accuracies and differences, and then what the rules chose."""
+    """Return Markdown: accuracies and differences for each budget, then what the rules chose."""
     parts = []
     for number, budget in enumerate(study.budgets):
         own = points[number * len(study.rules) : (number + 1) * len(study.rules)]

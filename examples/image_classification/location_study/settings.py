@@ -1,4 +1,4 @@
-"""What the study of location rules is made of."""
+"""The settings of the study of location rules."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from classifier_study.settings import Study
 from loca_vision.checks import check_choice, check_count
 from location_study.rules import RULES
 
-_Hidden: Any = tyro.conf.Suppress  # settings of the other study that mean nothing here
+_Hidden: Any = tyro.conf.Suppress  # settings of the classifier study that have no meaning here
 
 
 @dataclass(frozen=True)
 class RuleStudy(Study):
-    """Where should the components of a cosine spectrum stand? Rules that choose cells, at equal numbers, rates and steps."""
+    """Compare rules that choose the cells of a cosine spectrum, at equal budgets, grids of rates and steps."""
 
     dataset: Literal["cifar10", "cifar100", "fashion_mnist", "digits", "folder", "eurosat", "dtd", "oxford_pets"] = "folder"
-    """Which images."""
+    """Data set."""
     output_dir: Path = Path("location-rules")
-    """Where every run has a folder, and runs.json, study.md and study.png go."""
+    """Output folder: a folder for every run, and runs.json, study.md and study.png."""
     rules: tuple[str, ...] = tuple(RULES)
-    """What is compared."""
+    """Rules to compare."""
     budgets: tuple[int, ...] = (30, 300)
     """Components of each projection."""
     layers: tuple[str, ...] = ("blocks.[6-9]", "blocks.1?")
-    """Name patterns of the layers whose query and value are adapted, all of whole blocks."""
+    """Name patterns of the layers whose query and value are adapted; they must match whole blocks."""
     location_batches: int = 16
-    """Batches of training images whose gradient the rules see; no rule is charged for them."""
+    """Number of training batches whose gradients the rules see; their cost is not counted for any rule."""
     head: Literal["probe", "new"] = "probe"
-    """The classifier head with which gradients are computed: one that a linear probe has learned, or the run's own new one."""
+    """Classifier head for the gradients: the head of a trained linear probe, or the run's own new head."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Runs at the best rate. Rates are tuned with the first."""
+    """Seeds of the runs at the best rate. Rates are tuned with the first seed."""
     image_size: int = 42
-    """Pixels a side."""
+    """Pixels per side."""
     train_images: int = 3200
-    """Images to train on."""
+    """Number of training images."""
     validation_images: int = 1000
-    """Images to tune on."""
+    """Number of validation images, on which rates are tuned."""
     test_images: int = 6000
-    """Images to test on."""
+    """Number of test images."""
     cache_features: bool = True
-    """Compute once what the lowest adapted block sees."""
+    """Compute the inputs of the lowest adapted block only once."""
     against: str = "random"
-    """The rule whose accuracies the others' are compared with, seed by seed."""
+    """Baseline rule: its accuracies are compared with those of the others, seed by seed."""
     methods: Annotated[tuple[str, ...], _Hidden] = ()
     ranks: Annotated[tuple[int, ...], _Hidden] = ()
     learning_steps: Annotated[int, _Hidden] = 0

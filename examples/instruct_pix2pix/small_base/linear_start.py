@@ -1,8 +1,8 @@
-"""An autoencoder that begins as a linear codec, and a UNet that begins by copying.
+"""Initial weights that make an autoencoder a linear codec and a UNet a copier.
 
-Group normalisation takes the brightness of an image away, and a model with random weights spends its first thousands of
-steps on smuggling it through. Here the first weights carry it past every nonlinearity, by pairs of opposite channels:
-silu(x) - silu(-x) = x, and large constants beside them make what normalisation divides by nearly the same for all images.
+Group normalisation removes the brightness of an image, and a model with random weights spends its first thousands of steps
+learning to preserve it. The initial weights here carry it past every nonlinearity with pairs of opposite channels:
+silu(x) - silu(-x) = x. Large constants in the same group make the divisor of the normalisation nearly equal for all images.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-GROUPS = 4  # of normalisation: three colours and a detail
-_CONSTANT = 10.0  # against values in [-1, 1]
+GROUPS = 4  # of normalisation: three colours and one detail channel
+_CONSTANT = 10.0  # large compared with values in [-1, 1]
 _UNET_CONSTANT = 3.0  # the UNet need not be as exact
-_LOG_VARIANCE = -8.0  # of the latents at first: a deviation of 0.018
+_LOG_VARIANCE = -8.0  # of the initial latents: a standard deviation of 0.018
 
 
 @torch.no_grad()
 def begin_linear(autoencoder: Any) -> None:
-    """Give an `AutoencoderKL` of two levels, 4 latent channels and no attention the weights of a linear codec, in place.
+    """Set the weights of an `AutoencoderKL` with two levels, 4 latent channels and no attention to a linear codec, in place.
 
-    Latents are then the mean colours of blocks of 2 x 2 pixels and the difference of their left and right halves; what is
-    decoded are the colours, interpolated. Weights that the codec does not use stay random, at the scale that keeps variances.
+    The latents are then the mean colours of blocks of 2 x 2 pixels and the difference of their left and right halves; the
+    decoder returns the interpolated colours. Weights that the codec does not use stay random, scaled to preserve variances.
     """
     encoder, decoder = autoencoder.encoder, autoencoder.decoder
     for module in autoencoder.modules():
@@ -49,7 +49,7 @@ def begin_linear(autoencoder: Any) -> None:
 
 
 def _through(layer: Any, count: int) -> None:
-    """The first channels pass unchanged."""
+    """Let the first `count` channels pass unchanged."""
     layer.weight[:count] = 0
     for channel in range(count):
         down, across = (side // 2 for side in layer.kernel_size)
@@ -57,7 +57,7 @@ def _through(layer: Any, count: int) -> None:
 
 
 def _halve(layer: Any) -> None:
-    """Means of blocks of the first three channels, and the left half less the right one of their mean."""
+    """Compute block means of the first three channels, and the left half of their mean minus the right half."""
     layer.weight[:4] = 0
     for channel in range(3):
         layer.weight[channel, channel, :2, :2] = 1 / 4
@@ -65,7 +65,7 @@ def _halve(layer: Any) -> None:
 
 
 def _interpolate(layer: Any) -> None:
-    """Of channels whose pixels were doubled: bilinear for the colours; the detail passes."""
+    """Interpolate the colours bilinearly after their pixels were doubled, and let the detail channel pass unchanged."""
     _through(layer, 4)
     filter = torch.tensor([1.0, 2.0, 1.0]) / 4
     for channel in range(3):
@@ -73,9 +73,9 @@ def _interpolate(layer: Any) -> None:
 
 
 def _head(before: Any, after: Any, count: int, *, groups: int = GROUPS, start: int = 0, constant: float = _CONSTANT) -> None:
-    """A layer before normalisation and SiLU and the one after them: together, channels from `start` on pass unchanged.
+    """Set the layers before and after a normalisation and SiLU so that channels from `start` on pass unchanged through all.
 
-    Four of them go into as many groups of normalisation, and the first `count` come out.
+    Four channels go into the first four normalisation groups, and the first `count` of them come out.
     """
     size = before.out_channels // groups
     before.weight[: 4 * size] = 0
@@ -91,10 +91,10 @@ def _head(before: Any, after: Any, count: int, *, groups: int = GROUPS, start: i
 
 @torch.no_grad()
 def begin_copying(unet: Any) -> None:
-    """Give a `UNet2DConditionModel` of 4 + 4 latent channels weights with which it about predicts the image, in place.
+    """Set the weights of a `UNet2DConditionModel` with 4 + 4 latent channels so that it roughly predicts the image, in place.
 
-    For the prediction type "sample". The image passes from the entrance through the outermost skip to the exit, beside
-    whatever attention adds; residuals of convolutions begin at zero, which lets them learn sooner.
+    This is for the prediction type "sample". The image passes from the input through the outermost skip connection to the
+    output, independently of what attention adds. Residuals of convolutions start at zero, which lets them train sooner.
     """
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D):
@@ -108,5 +108,5 @@ def begin_copying(unet: Any) -> None:
     last.bias.zero_()
     unet.conv_out.weight.zero_()
     unet.conv_out.bias.zero_()
-    beside = last.in_channels - unet.conv_in.out_channels  # what comes from below; then what comes from the entrance
+    beside = last.in_channels - unet.conv_in.out_channels  # channels from the level below come first, then those of the skip
     _head(last, unet.conv_out, 4, groups=unet.config.norm_num_groups, start=beside, constant=_UNET_CONSTANT)

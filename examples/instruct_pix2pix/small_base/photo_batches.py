@@ -1,4 +1,4 @@
-"""Batches of small square parts of a few photographs: a function of (seed, step), so that training may stop and go on."""
+"""Batches of small square crops of a few photographs, as a function of (seed, step), so that training can be resumed."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from loca_vision.data.pair_views import scaled
 from loca_vision.data.photographs import Photograph
 from loca_vision.data.sampling import stream_seed
 
-ZOOMS = (1.0, 1.5, 2.0, 2.5)  # short sides of the copies, in sides of a part: what crops of 0.4 to 1 of a photograph are
+ZOOMS = (1.0, 1.5, 2.0, 2.5)  # short sides of the copies, in crop sides: crops of 0.4 to 1 of a photograph
 _SATURATION, _BRIGHTNESS = (0.5, 1.6), (0.7, 1.2)  # factors; a few photographs have few colours
-_PART = 31  # a key of the stream of random numbers
+_PART = 31  # the key of the random number stream
 
 
 @dataclass(frozen=True)
 class PhotoBatches:
-    """Parts of photographs, of some sizes, mirrored or not, with their colours weaker or stronger.
+    """Crops of photographs at several sizes, mirrored or not, with weaker or stronger colours.
 
     Args:
-        copies: of every photograph its copies, (3, h, w) uint8 each, h and w of at least `size`.
-        size: pixels a side of a part.
-        seed: of what is drawn.
+        copies: the resized copies of every photograph, (3, h, w) uint8 each, with h and w of at least `size`.
+        size: pixels per side of a crop.
+        seed: the seed of the random draws.
     """
 
     copies: Sequence[Sequence[Tensor]]
@@ -38,7 +38,7 @@ class PhotoBatches:
 
     @staticmethod
     def of(photographs: Sequence[Photograph], size: int, seed: int) -> PhotoBatches:
-        """Read photographs, each once, and keep small copies in memory. Those smaller than a part are enlarged to one.
+        """Read each photograph once and keep small copies in memory. Photographs smaller than a crop are enlarged to one.
 
         Raises:
             ValueError: a file cannot be read as an image.
@@ -47,7 +47,7 @@ class PhotoBatches:
         return PhotoBatches([_copies(photograph, size) for photograph in bar], size, seed)
 
     def batch(self, step: int, count: int) -> Tensor:
-        """(count, 3, size, size) float32 in [-1, 1]. Every photograph is as likely as any other."""
+        """Return a batch (count, 3, size, size), float32 in [-1, 1]. All photographs are equally likely."""
         draws = torch.Generator().manual_seed(stream_seed(self.seed, step, _PART))
         return torch.stack([self._part(draws) for _ in range(count)])
 
@@ -74,7 +74,7 @@ def _copies(photograph: Photograph, size: int) -> list[Tensor]:
 
 
 def _shrunk(image: Image.Image, short: int) -> Tensor:
-    """With its short side brought to this many pixels."""
+    """Resize an image so that its short side has `short` pixels."""
     factor = short / min(image.size)
     size: Any = tuple(max(short, round(side * factor)) for side in image.size)
     return torch.from_numpy(np.array(image.resize(size, Image.Resampling.LANCZOS))).permute(2, 0, 1).contiguous()

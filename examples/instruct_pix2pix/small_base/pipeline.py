@@ -1,4 +1,4 @@
-"""A small InstructPix2Pix pipeline with random weights: diffusers' own classes at a size that two processor cores can train."""
+"""A small InstructPix2Pix pipeline with random weights: diffusers' own classes, small enough to train on two CPU cores."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from small_base.linear_start import GROUPS as CODEC_GROUPS
 from small_base.linear_start import begin_copying, begin_linear
 
 GROUPS = 8  # of group normalisation in the UNet
-HEAD = 48  # channels of an attention head
-TEXT_WIDTH, TEXT_LENGTH = 64, 32  # numbers of a token's embedding; tokens of a text
+HEAD = 48  # channels per attention head
+TEXT_WIDTH, TEXT_LENGTH = 64, 32  # size of a token's embedding; tokens per text
 LATENTS = 4
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How large the parts are.
+    """The sizes of the pipeline's parts.
 
     Args:
-        resolution: pixels a side, for which the pipeline is made. Latents have half as many.
-        channels: of the UNet's levels, each with attention and half as many pixels a side as the one before.
-        autoencoder_channels: of the autoencoder's two levels.
+        resolution: pixels per side that the pipeline is made for. Latents have half as many.
+        channels: channels of the UNet's levels, each with attention and half as many pixels per side as the one before.
+        autoencoder_channels: channels of the autoencoder's two levels.
 
     Raises:
-        ValueError: a resolution that cannot be halved so often, or channels that cannot be put into groups.
+        ValueError: the resolution cannot be halved often enough, or the channels do not fit the normalisation groups.
     """
 
     resolution: int = 64
@@ -55,11 +55,11 @@ class Shape:
 
 
 def small_pipeline(shape: Shape, texts: Iterable[str], seed: int) -> Any:
-    """A `StableDiffusionInstructPix2PixPipeline` with random weights by the seed; no global random number is drawn.
+    """Return a `StableDiffusionInstructPix2PixPipeline` with seeded random weights, without changing global random states.
 
     Args:
-        texts: whose words become tokens of their own. Any other text is spelled in letters.
-        seed: of all weights.
+        texts: texts whose words become single tokens. Other words are spelled in letters or parts of these words.
+        seed: the seed of all weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -102,7 +102,7 @@ def _unet(shape: Shape) -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D",) * levels,
         up_block_types=("CrossAttnUpBlock2D",) * levels,
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=tuple(max(1, width // HEAD) for width in shape.channels),  # diffusers means the number of heads
+        attention_head_dim=tuple(max(1, width // HEAD) for width in shape.channels),  # here: the number of heads
         norm_num_groups=GROUPS,
     )
     begin_copying(unet)
@@ -110,9 +110,9 @@ def _unet(shape: Shape) -> UNet2DConditionModel:
 
 
 def _scheduler() -> DDIMScheduler:
-    """The model predicts what is without noise: to keep a photograph is then the same at all timesteps.
+    """Return a scheduler for predicting the noise-free sample: keeping a photograph is then the same task at all timesteps.
 
-    The last timestep is pure noise, from which sampling starts, and sampling visits it.
+    The last timestep is pure noise, and sampling starts there.
     """
     return DDIMScheduler(
         beta_schedule="scaled_linear",
@@ -141,7 +141,7 @@ def _text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
 
 
 def _tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
-    """CLIP's, with letters, digits and signs for a vocabulary, and the words of the texts, merged letter by letter."""
+    """Return CLIP's tokenizer with a vocabulary of letters, digits, signs and the texts' words, merged letter by letter."""
     signs = [chr(code) for code in range(ord("!"), ord("~") + 1) if not chr(code).isupper()]
     pieces, merges = [*signs, *(f"{sign}</w>" for sign in signs)], []
     for word in sorted({word for text in texts for word in text.lower().split() if word.isascii() and word.isalpha()}):

@@ -1,6 +1,6 @@
-"""Training a small InstructPix2Pix pipeline from random weights: first its autoencoder, then its UNet to change nothing.
+"""Train a small InstructPix2Pix pipeline from random weights: first its autoencoder, then its UNet to change nothing.
 
-Every random number is a function of (seed, step), so that a run which was stopped goes on to the very same weights.
+Every random number is a function of (seed, step), so that a resumed run ends with exactly the same weights.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ PHRASES = (
     "Return the same photo",
     "Change nothing",
 )
-_WARMUP = 50  # steps in which the rate rises
-_KL, _ABSOLUTE = 1e-6, 0.1  # weights of terms besides the squared error of pixels
-_LATENT_NOISE, _IMAGE_NOISE = 32, 33  # keys of streams of random numbers
-_UNSEEN = 10**9  # a step that no training reaches, for batches to measure on
+_WARMUP = 50  # steps during which the rate rises
+_KL, _ABSOLUTE = 1e-6, 0.1  # weights of the terms added to the squared pixel error
+_LATENT_NOISE, _IMAGE_NOISE = 32, 33  # keys of random number streams
+_UNSEEN = 10**9  # a step that no training reaches, for the batch to measure on
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Stage:
     """One part of the training.
 
     Args:
-        name: of its bar, and of the folder of its checkpoints.
+        name: the name of its progress bar and of its checkpoint folder.
         steps: optimiser steps.
-        lr: the highest rate of AdamW; it rises for 50 steps and then falls to zero with a cosine.
-        checkpoint_steps: after how many steps a checkpoint is written; after the last one there is one always.
+        lr: the highest rate of AdamW; it warms up over 50 steps and falls to zero with a cosine.
+        checkpoint_steps: the number of steps between checkpoints; one is always written after the last step.
     """
 
     name: str
@@ -66,11 +66,11 @@ def train_stage(
     """Take all steps that are missing since the newest checkpoint in `folder/NAME`.
 
     Args:
-        loss_at: the loss of a step, counted from 0: a function of the step and of the model's weights alone.
-        about: settings as JSON has them; a checkpoint of others is refused.
+        loss_at: the loss of a step, counted from 0: a function of the step and the model's weights alone.
+        about: settings as JSON values; a checkpoint with other settings is refused.
 
     Raises:
-        ValueError: a checkpoint of other settings, or training diverged.
+        ValueError: a checkpoint has other settings, or training diverged.
         OSError: a checkpoint cannot be read or written.
     """
     folder = folder / stage.name
@@ -108,7 +108,7 @@ def _save(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, step
 
 
 def _resumed(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, about: Mapping[str, Any]) -> int:
-    """Steps that are done, with the model and the optimiser as they were after them."""
+    """Restore the model and the optimiser from the newest checkpoint, if any, and return the number of finished steps."""
     path = latest_checkpoint(folder)
     if path is None:
         return 0
@@ -125,7 +125,7 @@ Computing = Callable[[], AbstractContextManager[Any]]  # autocast, or nothing
 
 
 def autoencoder_loss(autoencoder: Any, photos: PhotoBatches, count: int, computing: Computing) -> Callable[[int], Tensor]:
-    """Squared and absolute errors of pixels, and very little of the divergence from the normal distribution."""
+    """Return the loss: squared and absolute pixel errors, plus a very small multiple of the KL divergence to a normal."""
 
     def loss_at(step: int) -> Tensor:
         images = photos.batch(step, count)
@@ -144,7 +144,7 @@ def autoencoder_loss(autoencoder: Any, photos: PhotoBatches, count: int, computi
 
 @torch.no_grad()
 def measure_scale(autoencoder: Any, photos: PhotoBatches) -> float:
-    """One over the standard deviation of latents of 64 parts: what `scaling_factor` is to be."""
+    """Return the value for `scaling_factor`: one over the standard deviation of the latents of 64 crops."""
     deviation = autoencoder.encode(photos.batch(_UNSEEN, 64)).latent_dist.mode().std()
     return 1 / float(deviation)
 
@@ -152,12 +152,12 @@ def measure_scale(autoencoder: Any, photos: PhotoBatches) -> float:
 def identity_loss(
     pipe: Any, photos: PhotoBatches, count: int, dropout: float, noise: float, computing: Computing
 ) -> Callable[[int], Tensor]:
-    """The loss of InstructPix2Pix where the edited image is the photograph itself.
+    """Return the loss of InstructPix2Pix where the edited image is the photograph itself.
 
     Args:
-        dropout: probability of losing the text alone, as large as that of the image alone and of both: 0 to 1/3.
-        noise: half of the images have noise on their latents, of deviations from 0 to this: conditioning augmentation (Ho et
-            al., 2022, section 4). Without it the UNet would do no more than copy, and look at nothing.
+        dropout: the probability of dropping the text alone, and equally the image alone, and both: 0 to 1/3.
+        noise: half of the images get noise on their latents, with standard deviations from 0 to this value: conditioning
+            augmentation (Ho et al., 2022, section 4). Without it, the UNet would merely copy and ignore the content.
     """
     process = Denoising(pipe.scheduler)
     family = StableDiffusion(pipe, process)
@@ -184,7 +184,7 @@ def identity_loss(
 
 
 def _noised(image: Tensor, most: float, seed: int, step: int) -> Tensor:
-    """Half of the latents as they are, the others with noise of some deviation each."""
+    """Add noise of a random standard deviation to about half of the latents and return the others unchanged."""
     generator = torch.Generator().manual_seed(stream_seed(seed, step, _IMAGE_NOISE))
     deviations = most * (2 * torch.rand(len(image), generator=generator) - 1).clamp(min=0)
     return image + deviations[:, None, None, None] * torch.randn(image.shape, generator=generator)
