@@ -64,7 +64,7 @@ class InformedCells(Update):
         spectrum = self.coefficients.new_zeros(self.shape[0] * self.shape[1]).index_add(0, self.cells, self.coefficients)
         cosines = idct2(spectrum.view(self.shape))
         if moves:
-            cosines.register_hook(self._see)
+            cosines.register_hook(self._see)  # type: ignore[no-untyped-call]
         update = cosines[self.rows][:, self.columns]
         if self.core.numel():
             update = update + self.left @ self.core @ self.right.T
