@@ -26,15 +26,17 @@ class InformedRule:
             of `InformedCells`.
         about: the description in tables.
         moves: whether components relocate during training.
+        directions: whether a third of the numbers are for directions.
     """
 
     parts: Callable[[GradientSpectrum, int, torch.Generator], dict[str, Tensor]]
     about: str
     moves: bool = False
+    directions: bool = False
 
     def flags(self, budget: int, steps: int) -> list[str]:
         """Return the flags for train.py."""
-        side = directions_of(budget) if self is INFORMED["directions"] else 0
+        side = directions_of(budget) if self.directions else 0
         told = {"directions": side}
         if self.moves:
             told |= {"relocate_every": _EVERY, "relocate_until": round(_UNTIL * steps)}
@@ -88,7 +90,9 @@ INFORMED = {
         _reordered, "largest abs(sum Z) after sorting rows and columns by the gradient's first singular vectors"
     ),
     "directions": InformedRule(
-        _directions, "for a third of the numbers products of the gradient's first singular vectors, for the others any cell"
+        _directions,
+        "for a third of the numbers products of the gradient's first singular vectors, for the others any cell",
+        directions=True,
     ),
     "relocated": InformedRule(
         _relocated, "any cell; then the smallest go where the gradient is largest, every 20 steps until 75 %", moves=True

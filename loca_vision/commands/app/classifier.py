@@ -17,14 +17,12 @@ from loca_vision.commands.app.demo_folder import DemoFolder, read_demo_folder
 from loca_vision.commands.app.strengths import Acting, Strengths, acting_in
 from loca_vision.formats.match_model import base_model_name
 from loca_vision.model.adapters import active_adapters, adapters, disable_adapter
-from loca_vision.model.heads import classifier
 from loca_vision.model.state import state_of
 from loca_vision.recipes.classification.predict import Predict, model_of
 from loca_vision.recipes.classification.run_folder import SETTINGS, run_folder
 from loca_vision.recipes.classification.task import View
-from loca_vision.recipes.classification.trained_weights import load_trained
+from loca_vision.recipes.classification.trained_weights import load_probe
 from loca_vision.recipes.settings.plugins import import_modules
-from loca_vision.storage.safetensors_file import open_safetensors
 
 
 @dataclass(frozen=True)
@@ -137,9 +135,4 @@ def _completed(settings: Predict, source: Path, demo: DemoFolder | None) -> Pred
 def _give_probe(model: nn.Module, file: Path) -> None:
     """Replace the base's head, which no adapter has trained, by the probe's."""
     with disable_adapter(model):
-        head = {id(parameter) for parameter in classifier(model)}
-        names = {name for name, parameter in model.named_parameters() if id(parameter) in head}
-        with open_safetensors(file) as opened:
-            if set(opened.entries) != names:
-                raise ValueError(f"expected the head of a linear probe, {', '.join(sorted(names))}")
-        load_trained(model, file)
+        load_probe(model, file)

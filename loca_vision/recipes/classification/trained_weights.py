@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from loca_vision.formats.match_model import base_model_name
 from loca_vision.formats.save_load import save_adapter
+from loca_vision.model.heads import classifier
 from loca_vision.storage.safetensors_file import OpenFile, open_safetensors, write_safetensors
 from loca_vision.storage.strict_json import strict_json
 
@@ -49,6 +50,20 @@ def load_trained(model: nn.Module, file: str | Path) -> None:
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} holds NaN or infinity")
         model.load_state_dict({**own, **tensors})
+
+
+def load_probe(model: nn.Module, file: str | Path) -> None:
+    """Load the head of a linear probe into a model whose head is its own: one without adapters, or with adapters disabled.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it holds anything else than this head; the model is unchanged.
+    """
+    own = {id(parameter) for parameter in classifier(model)}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in own}
+    with open_safetensors(Path(file)) as opened:
+        if set(opened.entries) != names:
+            raise ValueError(f"expected the head of a linear probe, {', '.join(sorted(names))}")
+    load_trained(model, file)
 
 
 def _check_description(opened: OpenFile, model: str) -> None:
