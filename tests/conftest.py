@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,9 +25,14 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start; accelerate remarks on it where it is not set
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # products of float32 with all its digits, as tolerances expect
 torch.set_num_threads(1)  # the models are so small that a second thread costs more than it brings
+if find_spec("matplotlib"):
+    from support.pictures import draw_less
+
+    draw_less()
 registry.entry_points = cache(registry.entry_points)  # what is installed stays the same, and a run asks fifteen times
 
 TESTS = Path(__file__).parent
+_looked_at = [0]  # how many modules had been imported when objects were frozen last
 LONG = ("recipes", "docs", "examples", "layers", "pipeline", "model", "commands", "methods")
 
 DEVICE = os.environ.get("LOCA_TEST_DEVICE", "cpu")
@@ -74,6 +81,14 @@ def pytest_collection_finish() -> None:
     """Full garbage collections, which trainers ask for, leave out the half million objects of imported libraries."""
     gc.freeze()
     gc.set_threshold(20_000)  # a model is some thousand objects, and looking for garbage took a tenth of the time
+
+
+def pytest_runtest_logfinish() -> None:
+    """Nor do they look at what a test imported."""
+    if len(sys.modules) > _looked_at[0] + 50:
+        _looked_at[0] = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

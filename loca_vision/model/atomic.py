@@ -82,11 +82,15 @@ class _Contents:
 
     def __init__(self, attributes: dict[str, Any]) -> None:
         self.attributes, self.items = attributes, dict(attributes)
-        self.inner = [(value, value.copy()) for value in attributes.values() if type(value) in _CONTAINERS]
+        containers = [value for value in attributes.values() if type(value) in _CONTAINERS]
+        self.empty = [value for value in containers if not value]  # most: a module has a dozen for hooks, each slow to copy
+        self.filled = [(value, value.copy()) for value in containers if value]
 
     def restore(self) -> None:
         _refill(self.attributes, self.items)
-        for container, items in self.inner:
+        for container in self.empty:
+            container.clear()
+        for container, items in self.filled:
             _refill(container, items)
 
 

@@ -47,7 +47,7 @@ INSTALLS = [line for line in COMMANDS if line.startswith("python -m pip install"
 EDITED = "--pretrained_model_name_or_path edit-base --resolution 16"
 STUDY = "--photographs photos --methods loca --resolution 16 --channels 8 --base_steps 1 --autoencoder_steps 1 --steps 1 "
 STUDY += "--n_components 8 --batch_size 2 --crops 1 --num_inference_steps 1"
-CLASSIFIER = "--model test_vit --weights none --image_size 160 --epochs 1 --batch_size 2"
+CLASSIFIER = "--model test_vit --weights none --image_size 32 --epochs 1 --batch_size 2"
 EDIT = f"{EDITED} --n_components 10 --max_train_steps 2 --train_batch_size 1"
 IMAGE = "--pretrained_model_name_or_path image-base --resolution 16 --n_components 10 --max_train_steps 2 --train_batch_size 1"
 IMAGE += " --num_validation_images 1 --validation_inference_steps 1"
@@ -56,7 +56,7 @@ SUBJECTS = "--methods lora --resolution 16 --channels 8 16 --drawings 64 --base_
 SUBJECTS += "--jobs 1 --rate_factors 1 --ranks 1 --class_images 1 --likeness_steps 1 --pictures 1 --batch_size 2 "
 SUBJECTS += "--num_inference_steps 1"
 SHORT_COMMANDS = {
-    "demo": "--model test_vit --weights none --image-size 160 --steps 2 --batch-size 2 --max-test-images 32",
+    "demo": "--model test_vit --weights none --image-size 32 --steps 2 --batch-size 2 --max-test-images 32",
     "train-classifier": CLASSIFIER,
     "train-edit": EDIT,
     "train-image": IMAGE,

@@ -45,7 +45,9 @@ def test_other_names_compile_nothing_anew() -> None:
 
 @torch.no_grad()
 def test_inductor_computes_the_same() -> None:
-    model, x = with_adapters(tiny("vit").eval()), torch.randn(len(ENTRIES), 3, 32, 32)
+    vit = tiny("vit").eval()
+    del vit.blocks[1:]  # whose kernels would take as long as those of the first
+    model, x = with_adapters(vit), torch.randn(len(ENTRIES), 3, 32, 32)
     wanted = one_by_one(model, x, ENTRIES)
     with per_sample(model, ENTRIES):
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), wanted, atol=1e-5, rtol=1e-5)

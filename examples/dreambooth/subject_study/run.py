@@ -225,7 +225,7 @@ class Steps:
             scenes = drawn_scenes(16 * of.pictures, of.seed + 1)
             told = {
                 "followed": prompts_followed(self.studio, scenes),
-                "likeness": accuracies(self.studio.eye, self.studio.pipe.vae, of.resolution, 1000, of.seed),
+                "likeness": accuracies(self.studio.eye, self.studio.pipe.vae, of.resolution, min(1000, of.drawings), of.seed),
             }
             write_atomically(file, (json.dumps(told, indent=1) + "\n").encode())
         found: dict[str, Any] = read_json(file)

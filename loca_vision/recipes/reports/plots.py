@@ -22,6 +22,7 @@ from loca_vision.storage.atomic_file import write_atomically
 
 COLOURS = ("#7f7f7f", "#1f6fb4", "#d1542c", "#3a923a")
 MOST_PANELS = 96
+DPI = 130
 MOVING = ("locations", "both")  # the phases in which locations move
 
 
@@ -167,5 +168,5 @@ def save(figure: Figure, path: Path) -> None:
     """Save a figure as PNG, either completely or not at all."""
     # The figure gets its own Agg canvas: no window system, and no global state of pyplot.
     picture = BytesIO()
-    FigureCanvasAgg(figure).print_figure(picture, dpi=130, format="png")
+    FigureCanvasAgg(figure).print_figure(picture, dpi=DPI, format="png")
     write_atomically(path, picture.getvalue())
