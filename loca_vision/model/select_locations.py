@@ -1,4 +1,4 @@
-"""Where the first components stand: at the cells of the largest accumulated gradient, from a few losses before training."""
+"""Choose the first locations of components by the gradient of a few losses before training."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def select_locations(
 ) -> dict[str, Tensor]:
     """Put the components of an adapter with `location_init="gradient"` where the gradient is large.
 
-    Z = C G D^T is the spectrum of the gradient G of a projection's weight: the gradient of a coefficient, were it there. It is
-    summed over the losses, a few batches of the data that follows, before anything is trained. Parameters of the model and
-    their gradients stay as they are. Each loss costs a forward and a backward pass, and while this runs a gradient of each
-    adapted weight is held in float32. With torch.distributed, the gradients of all processes are added.
+    Z = C G D^T is the spectrum of the gradient G of a projection's weight: an entry is the gradient that a coefficient in its
+    cell would have. Z is summed over the losses of a few batches before anything is trained. The model's parameters and their
+    gradients stay as they are. Each loss costs a forward and a backward pass, and meanwhile a float32 gradient of every adapted
+    weight is held in memory. With torch.distributed, the gradients of all processes are added.
 
     Args:
-        model: with the adapter, acting; in the mode in which it will be trained.
+        model: the model with the adapter active, in the mode in which it will be trained.
         losses: scalars, each computed when it is asked for: a generator, not a list.
-        name: of the adapter.
-        budget: "projection" keeps the number of components of each; "model" divides all of them anew, at least one to each.
-            The latter makes new parameters: call it before an optimiser or a schedule is made.
+        name: the adapter's name.
+        budget: "projection" keeps each projection's number of components; "model" redistributes all of them, at least one to
+            each projection. The latter creates new parameters: call it before creating an optimiser or a schedule.
         rule: "largest" takes the cells of the largest |sum of Z|. "sampled" draws different cells with probabilities in
             proportion to (sum of Z)^2, by the adapter's seed.
 
@@ -66,8 +66,8 @@ def select_locations(
         (B, 2) int64 rows and columns by projection, on the CPU: from the largest on, or in the order in which they were drawn.
 
     Raises:
-        ValueError: no such adapter, one of other settings, one that was trained or does not act, or no loss, one that is no
-            finite scalar, or one that does not depend on the adapter; the model is as it was.
+        ValueError: there is no such adapter; it has other settings, is inactive or has been trained; or there is no loss, or
+            one that is not a finite scalar or does not depend on the adapter. The model is then unchanged.
     """
     check_choice("budget", budget, BUDGETS)
     check_choice("rule", rule, RULES)
@@ -94,7 +94,7 @@ def select_locations(
 
 
 def _record_of(model: nn.Module, name: str) -> AdapterState:
-    """The model's record, if the adapter may be placed."""
+    """Return the model's record, or refuse an adapter whose components cannot be placed."""
     record = state_of(model)
     if record is None or name not in record.adapters:
         raise ValueError(f"name={name!r}: the model has no such adapter")
@@ -121,7 +121,7 @@ def _spectra(model: nn.Module, name: str) -> dict[str, Spectrum]:
 
 @contextmanager
 def _probed(model: nn.Module, record: AdapterState, name: str) -> Iterator[dict[str, _Probe]]:
-    """Inside, the adapter's updates are probes, and nothing else of the model learns."""
+    """Replace the adapter's updates by probes inside the context, and freeze everything else."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     probes: dict[str, _Probe] = {}
     places = []
@@ -169,7 +169,7 @@ def _independent() -> ValueError:
 
 
 def _gradient(probe: _Probe) -> Tensor:
-    """Summed over all processes; zeros where no loss depends on the weight."""
+    """Return the gradient, summed over all processes; zeros if no loss depends on the weight."""
     gradient = torch.zeros_like(probe.matrix) if probe.matrix.grad is None else probe.matrix.grad
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(gradient)
@@ -179,16 +179,17 @@ def _gradient(probe: _Probe) -> Tensor:
 
 
 def _perturbed(sizes: Tensor, projection: str, seed: int) -> Tensor:
-    """Scores whose largest are a sample without replacement, with probabilities in proportion to the squares of the sizes.
+    """Return scores whose largest are a sample without replacement, with probabilities in proportion to the squared sizes.
 
-    Logarithms with Gumbel noise (Efraimidis and Spirakis, 2006), on the CPU, so that every device and process draws the same.
+    They are logarithms with Gumbel noise (Efraimidis and Spirakis, 2006), on the CPU so that every device and process draws the
+    same cells.
     """
     noise = torch.rand(len(sizes), dtype=torch.float64, generator=generator_of(seed, f"{projection}, cells"))
     return 2 * sizes.cpu().double().log() - noise.clamp(min=1e-300).log().neg().log()
 
 
 def _largest(sizes: Mapping[str, Tensor], counts: Mapping[str, int], budget: str) -> dict[str, Tensor]:
-    """The flat cells of each projection, from the largest on."""
+    """Return the flat cells of each projection, from the largest on."""
     if budget == "projection":
         return {name: values.topk(counts[name]).indices for name, values in sizes.items()}
     total = sum(counts.values())
@@ -201,7 +202,7 @@ def _largest(sizes: Mapping[str, Tensor], counts: Mapping[str, int], budget: str
 
 @torch.no_grad()
 def _place(update: Spectrum, flat: Tensor, projection: str, seed: int) -> None:
-    """Let the components stand at these cells, not at their centres but somewhere within, as random ones do."""
+    """Put the components at random points within these cells, as for random locations."""
     held: Any = stored(update, "locations")
     locations = jittered(flat.cpu(), update.shape, generator_of(seed, projection)).to(held.device)
     if len(locations) == len(held):
