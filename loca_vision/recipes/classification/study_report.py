@@ -150,7 +150,7 @@ def _draw(axes: Axes, points: Sequence[Point], measure: Literal["trained", "size
         axes.axhline(100 * whole.mean, color="#7f7f7f", linestyle=_WHOLE[whole.method], label=label)
     for number, method in enumerate(adapters):
         mine = sorted((point for point in points if point.method == method), key=lambda point: point.trained)
-        aside = 1.03 ** (number - (len(adapters) - 1) / 2)  # shifts points that would coincide
+        aside = 1.015 ** (number - (len(adapters) - 1) / 2)  # shifts points that would coincide
         axes.errorbar(
             [getattr(point, measure) * aside for point in mine],
             [100 * point.mean for point in mine],
