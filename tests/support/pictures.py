@@ -21,4 +21,4 @@ def draw_less() -> None:
             seen.add(kind)
 
     ConstrainedLayoutEngine.execute = once
-    plots.DPI = 30
+    plots.DPI = 40
