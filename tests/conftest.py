@@ -26,9 +26,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start; 
 os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # products of float32 with all its digits, as tolerances expect
 torch.set_num_threads(1)  # the models are so small that a second thread costs more than it brings
 if find_spec("matplotlib"):
-    from support.pictures import draw_less
+    from loca_vision.recipes.reports import plots
 
-    draw_less()
+    plots.DPI = 40  # runs draw some thousand pictures, which took longer than their steps
 registry.entry_points = cache(registry.entry_points)  # what is installed stays the same, and a run asks fifteen times
 
 TESTS = Path(__file__).parent
